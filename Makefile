@@ -1,0 +1,58 @@
+# crosstrace. `make` lists what it can do; everything it installs goes to .venv.
+#
+#   make demo ARGS="--quiet"           pass arguments on
+#   make demo PYTHON=python3.12        use another Python (3.11 or newer)
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#                                      on Linux without a GPU: torch's small CPU build
+
+PYTHON ?= python3
+ARGS ?=
+PIP_ARGS ?=
+BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.run ## set up, run the whole default experiment, print its table and the report's path
+	$(BIN)/crosstrace demo $(ARGS)
+
+test: .venv/.test ## set up and run the tests (no network)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: .venv/.check ## set up and check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: .venv/.run ## set up and run every benchmark in benchmarks/
+	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+# Each stamp says: installed as pyproject.toml and constraints.txt now have it.
+.venv/.run: .venv/.made pyproject.toml constraints.txt
+	@echo "installing crosstrace into .venv (once; some minutes if torch must be downloaded)"
+	@$(INSTALL) -e .
+	@touch $@
+
+.venv/.test: .venv/.made pyproject.toml constraints.txt
+	@echo "installing crosstrace and what its tests need into .venv (once)"
+	@$(INSTALL) -e '.[test]'
+	@touch $@
+
+.venv/.check: .venv/.made pyproject.toml constraints.txt
+	@echo "installing crosstrace and what its checks need into .venv (once)"
+	@$(INSTALL) -e '.[check]'
+	@touch $@
+
+.venv/.made:
+	@command -v $(PYTHON) > /dev/null || { \
+		echo "There is no '$(PYTHON)' here; crosstrace needs Python 3.11 or newer, name yours with: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "crosstrace needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1); name another with: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || { \
+		echo "'$(PYTHON)' cannot make virtual environments; install its venv module (Debian, Ubuntu: apt install python3-venv) and call make again" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv
+	@touch $@

@@ -1,0 +1,258 @@
+"""The experiment as one typed value, read from strict YAML and written back resolved. It runs nothing.
+
+Every stage's settings live at the top of its own module; this composes them. An unknown key is an error, and the
+saved file is the runnable one: `crosstrace run RUN/config.yaml` repeats the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as settings
+
+from crosstrace.errors import UserError
+from crosstrace.facts import FactSettings
+from crosstrace.schedule import STRICT, Phase, mixed, two_stage
+from crosstrace.train import TrainSettings
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Measure = Literal["abs", "square", "taylor", "net"]
+
+
+@settings(frozen=True, config=STRICT)
+class ModelSettings:
+    """The base that every strategy starts from."""
+
+    name: str = "bundled"
+    """`bundled`, a folder written by save_pretrained, or a hub name."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Of the weights in memory, whatever the checkpoint holds."""
+    attention: str = "sdpa"
+    """The attention kernel, as transformers names it."""
+
+
+@settings(frozen=True, config=STRICT)
+class TraceSettings:
+    """The cross-task gradient trace: of what, when and how."""
+
+    measures: list[Measure] = Field(default_factory=lambda: ["abs"])
+    """Measures of the trace at checkpoints; the first one selects the shared set."""
+    targets: Literal["object", "answer", "all", "train"] = "object"
+    """Tokens whose loss is traced."""
+    examples: Annotated[int, Field(ge=2)] | None = None
+    """Examples of each task that a checkpoint's trace is taken on; all of them if not given."""
+    batch: Annotated[int, Field(ge=1)] = 64
+    """Examples in one backward pass; the trace does not depend on it."""
+    online: bool = True
+    """Trace during training too."""
+    every: Annotated[int, Field(ge=1)] = 1
+    """Trace every so many updates of training."""
+    lr_weighted: bool = False
+    """Weight each traced update by its learning rate."""
+    parts: Annotated[int, Field(ge=2)] = 4
+    """Disjoint parts of the data that are traced apart, for the intervals."""
+    checkpoints: bool = False
+    """Trace at every kept checkpoint as well, each alone and their mean (needs train.keep_checkpoints)."""
+
+
+@settings(frozen=True, config=STRICT)
+class AnalysisSettings:
+    """The shared set: over which fractions, selected how, compared with what."""
+
+    fractions: list[Fraction] = Field(
+        default_factory=lambda: [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5], min_length=1
+    )
+    """Top fractions of the parameters in scope at which overlap is measured."""
+    central_fractions: list[Fraction] = Field(default_factory=lambda: [0.01, 0.05], min_length=1)
+    """Fractions at which claims are tested, and sets are mapped and their centralization is measured."""
+    how: Literal["global", "per_tensor", "mass"] = "global"
+    """Selection: one threshold for the whole model, one for each tensor, or the smallest set with this mass."""
+    embeddings: bool = False
+    """Whether token embeddings and unembedding are in scope."""
+    draws: Annotated[int, Field(ge=2)] = 20
+    """Random sets that centralization is compared with."""
+
+
+@settings(frozen=True, config=STRICT)
+class InterventionSettings:
+    """Ablation and grafting: which fractions, how many random controls, on how many questions."""
+
+    run: bool = True
+    fractions: list[Fraction] = Field(default_factory=lambda: [0.01, 0.05, 0.1, 0.2, 0.5], min_length=1)
+    seeds: Annotated[int, Field(ge=1)] = 3
+    """Random controls of each kind."""
+    to: Literal["base", "zero"] = "base"
+    """What an ablated parameter is set to."""
+    questions: Annotated[int, Field(ge=2)] = 600
+    """Questions asked under each intervention, in distribution and out of distribution each."""
+
+
+@settings(frozen=True, config=STRICT)
+class Experiment:
+    """A whole experiment: teach, test, trace, share, intervene, report."""
+
+    name: str = "demo"
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    facts: FactSettings = Field(default_factory=FactSettings)
+    strategies: Annotated[dict[str, Annotated[list[Phase], Field(min_length=1)]], Field(min_length=1)] = Field(
+        default_factory=lambda: {"two_stage": two_stage(), "mixed": mixed()}
+    )
+    """Named lists of phases."""
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    trace: TraceSettings = Field(default_factory=TraceSettings)
+    analysis: AnalysisSettings = Field(default_factory=AnalysisSettings)
+    interventions: InterventionSettings = Field(default_factory=InterventionSettings)
+    jobs: Annotated[int, Field(ge=1)] = 2
+    """Strategies that are worked on at once, each in a process of its own."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """Threads of each process. Results may differ in the last bits between numbers of threads."""
+
+
+_ADAPTER = TypeAdapter(Experiment)
+
+
+def parse(values: Mapping[str, Any], where: str) -> Experiment:
+    """Build an experiment from plain values.
+
+    Raises:
+        UserError: a key is unknown or a value unfit; the sentence names both and `where` they stand.
+    """
+    try:
+        experiment = _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        raise UserError(_sentence(error, where)) from None
+    return check(experiment, where)
+
+
+def check(experiment: Experiment, where: str) -> Experiment:
+    """What no single setting can tell: conditions between settings."""
+    if not 0 < round(experiment.facts.qa_share * experiment.facts.people) < experiment.facts.people:
+        raise UserError(
+            f"{where}: facts.qa_share = {experiment.facts.qa_share:g} of {experiment.facts.people} people leaves "
+            f"nobody {'whose questions are trained' if experiment.facts.qa_share < 0.5 else 'to test recall on'}; "
+            "expected a share that leaves people on both sides, e.g. 0.5"
+        )
+    for name in experiment.strategies:
+        if not name.replace("_", "").replace("-", "").isalnum() or name == "base":
+            raise UserError(
+                f"{where}: strategy {name!r} cannot name a folder of the run; use letters, digits, '_' and '-', and "
+                "not 'base', which is the untaught model"
+            )
+    if experiment.trace.checkpoints and not experiment.train.keep_checkpoints:
+        raise UserError(f"{where}: trace.checkpoints needs train.keep_checkpoints: true, or there is none to trace")
+    return experiment
+
+
+def load(path: Path) -> Experiment:
+    """Read an experiment from a YAML file; settings that it leaves out take their defaults."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist; expected a YAML file such as examples/tiny.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read ({error}); expected YAML text in UTF-8") from None
+    return loads(text, str(path))
+
+
+def loads(text: str, where: str) -> Experiment:
+    """Read an experiment from YAML text."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"{where} is not valid YAML: {problem}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{where} holds a {type(values).__name__}; expected settings, one `name: value` a line")
+    return parse(values, where)
+
+
+def plain(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as plain values, ready for YAML or JSON."""
+    return _ADAPTER.dump_python(experiment, mode="json", exclude_none=True)
+
+
+def dumps(experiment: Experiment) -> str:
+    """The resolved experiment as YAML: every setting, defaults included."""
+    return yaml.safe_dump(plain(experiment), sort_keys=False, allow_unicode=True)
+
+
+def override(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
+    """Replace settings by dotted name, e.g. {"facts.people": "200", "strategies.mixed.0.steps": "300"}.
+
+    Values are read as YAML, so numbers, lists and `null` are what they look like.
+    """
+    values = plain(experiment)
+    for name, text in settings.items():
+        at: Any = values
+        *path, last = name.split(".")
+        for step in path:
+            at = _descend(at, step, name)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--{name} {text}: the value is not valid YAML") from None
+        if isinstance(at, list):
+            at[_index(at, last, name)] = value
+        elif isinstance(at, dict):
+            at[last] = value
+        else:
+            raise UserError(f"--{name}: {'.'.join(path)} is a single value, so it has no setting {last!r}")
+    return parse(values, "the command line")
+
+
+def _descend(at: Any, step: str, name: str) -> Any:
+    if isinstance(at, list):
+        return at[_index(at, step, name)]
+    if isinstance(at, dict):
+        return at.setdefault(step, {})
+    raise UserError(f"--{name}: there is no setting {step!r} inside a single value")
+
+
+def _index(at: list[Any], step: str, name: str) -> int:
+    if not step.isdigit() or int(step) >= len(at):
+        raise UserError(f"--{name}: {step!r} is no item of a list of {len(at)}; items are numbered from 0")
+    return int(step)
+
+
+def _sentence(error: ValidationError, where: str) -> str:
+    """The first problem that pydantic found, as one sentence."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        parent, key = first["loc"][:-1], str(first["loc"][-1])
+        known = _known_settings(parent)
+        import difflib
+
+        close = difflib.get_close_matches(key, known, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"settings there are {', '.join(known)}"
+        return f"{where}: unknown setting {name!r}; {hint}"
+    found = repr(first.get("input"))
+    found = found if len(found) < 60 else found[:57] + "..."
+    return f"{where}: setting {name} is {found}, but {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _known_settings(parent: tuple[Any, ...]) -> list[str]:
+    schema: dict[str, Any] = _ADAPTER.json_schema()
+    definitions = schema.get("$defs", {})
+
+    def resolve(node: dict[str, Any]) -> dict[str, Any]:
+        for option in node.get("anyOf", []):
+            if "$ref" in option:
+                node = option
+        return definitions[node["$ref"].rpartition("/")[2]] if "$ref" in node else node
+
+    node = resolve(schema)
+    for part in parent:
+        if "properties" in node and part in node["properties"]:
+            node = resolve(node["properties"][part])
+        elif isinstance(part, int):
+            node = resolve(node.get("items", {}))
+        else:
+            node = resolve(node.get("additionalProperties", {}) or {})
+    return list(node.get("properties", {}))

@@ -1,0 +1,117 @@
+"""Recall: does a model answer? One teacher-forced pass gives all measures of every example.
+
+Exact match is that of the greedy answer: greedy decoding reproduces the answer and its end if and only if every token
+of it is the argmax given the true tokens before. It knows nothing of training or strategies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from crosstrace.losses import token_losses
+from crosstrace.models import evaluating, pad_id
+from crosstrace.stats import wilson
+from crosstrace.tokens import Encoded, batches
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Per-answer results, in the order of the examples.
+
+    Attributes:
+        exact: [N] whether the whole greedy answer is right.
+        first: [N] whether its first token is.
+        logprob: [N] log-probability of the answer in nats, summed over its tokens.
+        relation, person, fact: [N] what was asked about whom.
+    """
+
+    exact: np.ndarray
+    first: np.ndarray
+    logprob: np.ndarray
+    relation: list[str]
+    person: list[str]
+    fact: list[str]
+
+    def summary(self) -> dict[str, Any]:
+        """Exact match with its Wilson interval, first-token accuracy, mean log-probability, and n."""
+        n = len(self.exact)
+        low, high = wilson(int(self.exact.sum()), n)
+        mean = float(self.exact.mean()) if n else None
+        return {
+            "exact_match": mean,
+            "low": low,
+            "high": high,
+            "n": n,
+            "first_token": float(self.first.mean()) if n else None,
+            "logprob": float(self.logprob.mean()) if n else None,
+        }
+
+    def where(self, keep: Sequence[bool]) -> Recall:
+        """The results of some of the answers."""
+        rows = np.flatnonzero(np.asarray(keep))
+        return Recall(
+            self.exact[rows], self.first[rows], self.logprob[rows],
+            [self.relation[i] for i in rows], [self.person[i] for i in rows], [self.fact[i] for i in rows],
+        )  # fmt: skip
+
+    def by_relation(self) -> dict[str, Recall]:
+        """The results of each relation."""
+        return {
+            relation: self.where([r == relation for r in self.relation]) for relation in sorted(set(self.relation))
+        }
+
+
+def recall(model: Any, tokenizer: Any, encoded: Sequence[Encoded], batch_size: int = 256) -> Recall:
+    """Ask a model every question, or every object inside biographies.
+
+    An example with one mention is an answer with its end token; each mention of an example with several (a
+    biography) is an answer of its own, judged on the object's tokens, given the true text before it.
+    """
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
+    rows: dict[int, list[tuple[bool, bool, float]]] = {}
+    device = next(model.parameters()).device
+    with evaluating(model):
+        at = 0
+        for batch in batches([encoded[i] for i in order], batch_size, "answer", pad_id=pad_id(tokenizer)):
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            labels = batch.pop("labels")
+            logits = model(**batch).logits
+            losses, _ = token_losses(logits, labels)
+            right = (logits[:, :-1].argmax(-1) == labels[:, 1:]).cpu().numpy()
+            losses = losses.double().cpu().numpy()
+            for row in range(len(labels)):
+                rows[order[at + row]] = [
+                    (bool(right[row, t].all()), bool(right[row, t[0]]), float(-losses[row, t].sum()))
+                    for t in answers(encoded[order[at + row]])
+                ]
+            at += len(labels)
+    flat = [result for i in range(len(encoded)) for result in rows[i]]
+    mentions = [(item.example.person, mention) for item in encoded for mention in item.example.mentions]
+    return Recall(
+        np.array([r[0] for r in flat], dtype=bool),
+        np.array([r[1] for r in flat], dtype=bool),
+        np.array([r[2] for r in flat], dtype=np.float64),
+        [mention.relation for _, mention in mentions],
+        [person for person, _ in mentions],
+        [mention.fact for _, mention in mentions],
+    )
+
+
+def answers(item: Encoded) -> list[np.ndarray]:
+    """For each mention, the positions whose prediction is judged: one before each of the answer's tokens."""
+    if len(item.example.mentions) == 1:
+        return [np.flatnonzero(item.targets["answer"].numpy()) - 1]
+    return [np.flatnonzero(mask.numpy()) - 1 for mask in item.mentions]
+
+
+def summaries(parts: Mapping[str, Recall]) -> dict[str, Any]:
+    """Summaries of several sets of questions, and of each relation within them."""
+    relations: dict[str, dict[str, Any]] = {}
+    for name, part in parts.items():
+        for relation, results in part.by_relation().items():
+            relations.setdefault(relation, {})[name] = results.summary()
+    return {**{name: part.summary() for name, part in parts.items()}, "relations": relations}

@@ -1,0 +1,25 @@
+"""The report: one HTML page, its figures and their CSVs, from saved results. It computes no science."""
+
+from crosstrace.report.figures import (
+    figure_centralization,
+    figure_history,
+    figure_intervention,
+    figure_map,
+    figure_overlap,
+    figure_recall,
+    figure_relations,
+    figure_units,
+)
+from crosstrace.report.page import write_report
+
+__all__ = [
+    "figure_centralization",
+    "figure_history",
+    "figure_intervention",
+    "figure_map",
+    "figure_overlap",
+    "figure_recall",
+    "figure_relations",
+    "figure_units",
+    "write_report",
+]

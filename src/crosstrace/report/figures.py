@@ -1,0 +1,523 @@
+"""The report's figures: results in, one single-panel matplotlib Figure out.
+
+A figure draws what results.json holds; it computes no statistic. matplotlib is imported when a figure is
+drawn and never before. The colours are stand-ins that read well by themselves, in a notebook say, and that
+`to_svg` replaces by the page's own, so that an inline figure follows light and dark.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from crosstrace.errors import UserError
+from crosstrace.report import rows as R
+from crosstrace.report import words as say
+from crosstrace.report.rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 400, 270  # user units of the SVG: CSS pixels where the page is wide enough
+CRISP = "crisp"  # cells that touch: drawn without antialiasing, so that no seams show
+COLUMNS = 48  # of a heat map, at most: beyond, units are drawn in groups
+INK, PAGE, HEAT = "#1d2125", "#fcfcfa", "#1f5fae"
+SERIES = ("#0a66b7", "#c4520a", "#00795e", "#9c4a8b", "#8a6a00", "#5f6770")  # after Okabe and Ito
+VARIABLES = {INK: "currentColor", PAGE: "var(--page)", HEAT: "var(--heat)"} | {
+    c: f"var(--s{i + 1})" for i, c in enumerate(SERIES)
+}
+GREY = SERIES[-1]
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, and is wider than what the page will use
+    "font.size": 12,
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "ytick.major.size": 0,
+    "ytick.major.pad": 6,
+    "lines.linewidth": 2,
+    "lines.markersize": 6,
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one series is drawn: told apart by its mark or dash as well as by its colour."""
+
+    color: str
+    mark: str = ""  # a matplotlib marker
+    dash: str = "-"
+    width: float = 2.0
+
+
+CHANCE = Look(GREY, dash=":", width=1.5)
+TUNED, UNTUNED = Look(INK, dash=":", width=1.2), Look(INK, dash="--", width=1.0)
+MARKS = ("o", "s", "^", "D", "v", "P")
+
+
+def strategy_looks(results: Mapping) -> dict[str, Look]:
+    """A look for each strategy and for the base, the same in every figure of a report."""
+    hues = SERIES[:-1]
+    names = R.strategies(results)
+    looks = {n: Look(hues[i % len(hues)], MARKS[i % len(MARKS)]) for i, n in enumerate(names)}
+    return {"base": Look(GREY, "X"), **looks}
+
+
+def set_looks(rows: Iterable[Row]) -> dict[str, Look]:
+    """A look for each set of an intervention: the shared set in ink, its controls in colour."""
+    looks = {
+        "shared": Look(INK, "o", width=2.6),
+        "random": Look(GREY, "X", "--"),
+        "random_per_tensor": Look(SERIES[4], "v", "--"),
+    }
+    others = [n for n in R.distinct(rows, "set") if n not in looks]
+    looks |= {n: Look(SERIES[2 + i % 2], ("s", "D", "^", "P")[i % 4]) for i, n in enumerate(others)}
+    found = R.distinct(rows, "set")
+    return {n: look for n, look in looks.items() if n in found}
+
+
+def _figure(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw in the report's style, whatever the caller's own settings of matplotlib are."""
+
+    @functools.wraps(draw)
+    def styled(*args: Any, **kwargs: Any) -> Figure:
+        from matplotlib import rc_context
+
+        with rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+@_figure
+def figure_recall(results: Mapping, *, legend: bool = True) -> Figure:
+    """Exact match of every model on every test, with intervals."""
+    rows = _needed(R.where(R.recall_rows(results), relation=""), "recall")
+    tests = R.held_out_first(R.distinct(rows, "test"))
+    fig, ax = _panel(
+        "Exact match", "share of answers, 95\u202f% intervals", height=90 + 52 * len(tests), left=168
+    )
+    _dots(ax, rows, tests, [say.test(t) for t in tests], "test", _models(rows, results), "exact_match")
+    return _finish(fig, ax, legend)
+
+
+@_figure
+def figure_relations(results: Mapping, *, test: str | None = None, legend: bool = True) -> Figure:
+    """Exact match of every model on each relation of one test (default: the held-out one)."""
+    rows = [r for r in R.recall_rows(results) if r["relation"]]
+    test = test or next(iter(R.held_out_first(R.distinct(rows, "test"))), None)
+    rows = _needed(R.where(rows, test=test), f"recall by relation on {test}")
+    relations = R.distinct(rows, "relation")
+    left = 24 + 7 * max(map(len, relations))
+    fig, ax = _panel(
+        say.test(test or ""),
+        "share of answers, 95\u202f% intervals",
+        height=90 + 34 * len(relations),
+        left=min(left, 168),
+    )
+    labels = [_short(say.spoken(r), 22) for r in relations]
+    _dots(ax, rows, relations, labels, "relation", _models(rows, results), "exact_match")
+    return _finish(fig, ax, legend)
+
+
+@_figure
+def figure_history(results: Mapping, *, test: str | None = None, legend: bool = True) -> Figure:
+    """One test's exact match while training, one line a strategy; a dotted vertical is a change of phase."""
+    rows = R.history_rows(results)
+    test = test or next(iter(R.held_out_first(R.distinct(rows, "test"))), None)
+    rows = _needed(R.where(rows, test=test), f"recall over training on {test}")
+    counts = R.distinct(rows, "n")
+    n = f", n = {counts[0]:,}" if len(counts) == 1 else ""
+    fig, ax = _panel(say.test(test or ""), f"exact match{n}", below="updates")
+    for name, look in strategy_looks(results).items():
+        own = R.where(rows, strategy=name)
+        if own:
+            _curve(ax, own, "update", "value", look, say.model(name), every=max(1, len(own) // 8))
+        phases = (((results.get("training") or {}).get(name) or {}).get("phases") or [])[:-1] if own else []
+        update = 0
+        for phase in phases:
+            update += phase.get("updates") or 0
+            ax.axvline(update, color=look.color, lw=1.2, ls=":")
+    ax.set_ylim(-0.02, 1.04)
+    ax.xaxis.set_major_locator(_ticker().MaxNLocator(5, integer=True))
+    ax.xaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
+    return _finish(fig, ax, legend)
+
+
+@_figure
+def figure_overlap(
+    results: Mapping, *, when: str | None = None, reduction: str | None = None, legend: bool = True
+) -> Figure:
+    """Overlap |S|/|S_t| against the selected fraction, one line a strategy, beside chance."""
+    rows = R.overlap_rows(results)
+    when = when or next(iter(R.distinct(rows, "when")), None)
+    reduction = reduction or next(iter(R.distinct(R.where(rows, when=when), "reduction")), None)
+    rows = _needed(R.where(rows, when=when, reduction=reduction), "shared parameters")
+    fig, ax = _panel(
+        say.when(when or "", reduction),
+        "share of each task's selected parameters that is shared",
+        below="selected fraction of the parameters in scope, ρ",
+    )
+    for name, look in strategy_looks(results).items():
+        _curve(ax, R.where(rows, strategy=name), "fraction", "overlap", look, say.model(name))
+    chance = sorted({(r["fraction"], say.number(r.get("chance"))) for r in rows})
+    ax.plot(*zip(*chance), color=CHANCE.color, ls=CHANCE.dash, lw=CHANCE.width, label="chance")
+    _fraction_axis(ax, rows)
+    ax.set_ylim(-0.02, 1.04)
+    return _finish(fig, ax, legend)
+
+
+@_figure
+def figure_map(
+    results: Mapping,
+    *,
+    strategy: str | None = None,
+    when: str | None = None,
+    task: str = "shared",
+    fraction: float | None = None,
+    top: float | None = None,
+) -> Figure:
+    """Heat map over layers and module kinds: the share of each module's parameters that the set holds.
+
+    `top` is the value of the full colour, so that several maps can be compared.
+    """
+    rows = R.where(R.map_rows(results), task=task)
+    rows, strategy, when, _ = _one(rows, strategy, when, fraction, "maps")
+    layers, kinds = R.distinct(rows, "layer"), R.distinct(rows, "kind")
+    share = {(r["layer"], r["kind"]): say.number(r["share"]) for r in rows}
+    values = [[share.get((layer, kind), math.nan) for kind in kinds] for layer in layers]
+    title = f"{say.model(strategy)}, {say.when(when).lower()}"
+    what = "shared set" if task == "shared" else f"set of the {say.task(task)}"
+    return _heat(values, layers, kinds, title, what, top)
+
+
+@_figure
+def figure_units(
+    results: Mapping,
+    *,
+    strategy: str | None = None,
+    when: str | None = None,
+    unit: str | None = None,
+    fraction: float | None = None,
+    top: float | None = None,
+    columns: int = COLUMNS,
+) -> Figure:
+    """Heat map over attention heads or MLP neurons: the share of each unit's parameters in the shared set.
+
+    More than `columns` units a layer are drawn strongest first, each column the mean of neighbours in that
+    order; the report's CSV keeps every unit under its own number.
+    """
+    rows = R.unit_rows(results)
+    unit = unit or next(iter(R.distinct(rows, "unit")), None)
+    rows, strategy, when, _ = _one(R.where(rows, unit=unit), strategy, when, fraction, "units")
+    layers = R.distinct(rows, "layer")
+    values = [[say.number(v) for v in r["values"]] for r in rows]
+    values, below = _fold(values, columns, say.unit(unit or ""))
+    labels = [str(j) for j in range(len(values[0]))] if below == say.unit(unit or "") else []
+    title = f"{say.model(strategy)}, {say.when(when).lower()}"
+    return _heat(values, layers, labels, title, "shared set", top, below)
+
+
+@_figure
+def figure_centralization(
+    results: Mapping, *, when: str | None = None, fraction: float | None = None, legend: bool = True
+) -> Figure:
+    """Gini coefficient of the shared set over each kind of unit, beside random sets of the same size."""
+    rows = R.centralization_rows(results)
+    when = when or next(iter(R.distinct(rows, "when")), None)
+    rows = R.where(rows, when=when)
+    rows = _needed(R.where(rows, fraction=fraction or R.headline(rows)), "centralization")
+    units = R.distinct(rows, "unit")
+    fig, ax = _panel(
+        say.when(when or ""),
+        "Gini coefficient (0 even, 1 all in one unit)",
+        height=90 + 52 * len(units),
+        left=112,
+    )
+    looks = {n: look for n, look in strategy_looks(results).items() if R.where(rows, strategy=n)}
+    chance = [
+        {
+            **r,
+            "gini": r.get("random_gini"),
+            "low": r.get("random_gini_low"),
+            "high": r.get("random_gini_high"),
+        }
+        for r in rows
+    ]
+    bare = [{**r, "low": None, "high": None} for r in rows]  # low and high of these rows belong to the excess
+    _dots(ax, chance, units, [say.unit(u) for u in units], "unit", looks, "gini", pale="random, same size")
+    _dots(ax, bare, units, [say.unit(u) for u in units], "unit", looks, "gini")
+    ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    return _finish(fig, ax, legend)
+
+
+@_figure
+def figure_intervention(
+    results: Mapping,
+    *,
+    kind: str = "ablate",
+    strategy: str | None = None,
+    when: str | None = None,
+    test: str | None = None,
+    legend: bool = True,
+) -> Figure:
+    """Recall after ablating ("ablate") or grafting ("graft") each set, against the selected fraction."""
+    every = R.intervention_rows(results, kind)
+    strategy = strategy or next((s for s in R.strategies(results) if R.where(every, strategy=s)), None)
+    rows = R.where(every, strategy=strategy)
+    when = when or next(iter(R.distinct(rows, "when")), None)
+    test = test or next(iter(R.held_out_first(R.distinct(rows, "test"))), None)
+    rows = _needed(R.where(rows, when=when, test=test), f"interventions ({kind})")
+    fig, ax = _panel(
+        f"{say.model(strategy or '')}, {say.when(when or '').lower()}",
+        f"{say.test(test or '')}: exact match",
+        below="selected fraction of the parameters in scope, ρ",
+    )
+    for (name, look), level in zip((("tuned", TUNED), ("base", UNTUNED)), untouched(results, strategy, test)):
+        if math.isfinite(level):
+            ax.axhline(level, color=look.color, ls=look.dash, lw=look.width, alpha=0.8, label=name)
+    for name, look in reversed(set_looks(every).items()):  # the shared set last, on top
+        _curve(ax, R.where(rows, set=name), "fraction", "value", look, say.pset(name))
+    _fraction_axis(ax, rows)
+    ax.set_ylim(-0.02, 1.04)
+    return _finish(fig, ax, legend)
+
+
+def untouched(results: Mapping, strategy: str | None, test: str | None) -> tuple[float, float]:
+    """A test's exact match of the strategy's model and of the base, as they are; NaN where not tested."""
+    recall = results.get("recall") or {}
+    cells = (((recall.get(name) or {}).get(test) or {}) for name in (strategy, "base"))
+    tuned, base = (say.number(cell.get("exact_match")) for cell in cells)
+    return tuned, base
+
+
+def to_svg(figure: Figure, salt: str, label: str) -> str:
+    """The figure as SVG text for a page: page colours, no fixed size, no date, ids unique under `salt`."""
+    from html import escape
+
+    from matplotlib import rc_context
+
+    out = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.S)
+    svg = re.sub(r"#[0-9a-f]{6}\b", lambda m: VARIABLES.get(m[0], m[0]), svg)
+    svg = re.sub(r" ?font-family: [^;\"]*;", "", svg)  # the page's
+    svg = svg.replace(f'id="{CRISP}"', f'class="{CRISP}"')
+    used = set(re.findall(r"#([\w-]+)", svg))
+    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{salt}-{m[1]}"' if m[1] in used else "", svg)
+    svg = re.sub(r'(href="|url\()#([\w-]+)', rf"\1#{salt}-\2", svg)
+    view = re.search(r'viewBox="[^"]*"', svg)
+    head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {view[0] if view else ""} role="img"'
+    svg = re.sub(r"<svg[^>]*>", lambda _: f'{head} aria-label="{escape(label)}">', svg, count=1)
+    return re.sub(r"\n\s*", "\n", svg).strip()
+
+
+def _panel(
+    title: str, unit: str, *, below: str = "", height: float = HEIGHT, left: float = 52, top: float = 52
+) -> tuple[Figure, Axes]:
+    """One pair of axes under a title and the y axis' meaning, which reads better there than turned by 90°."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
+    bottom = 46 if below else 30
+    box = (left / WIDTH, bottom / height, (WIDTH - left - 16) / WIDTH, (height - top - bottom) / height)
+    ax = fig.add_axes(box)
+    fig.text(0.005, 1 - 6 / height, _short(title, 44), va="top", fontsize=13, fontweight="bold")
+    fig.text(0.005, 1 - 25 / height, _short(unit, 56), va="top", fontsize=11.5, alpha=0.75)
+    if below:
+        ax.set_xlabel(below, fontsize=11.5, alpha=0.75, labelpad=6)
+    ax.grid(axis="y", color=INK, alpha=0.12, lw=1)
+    ax.set_axisbelow(True)
+    ax.spines["bottom"].set_alpha(0.4)
+    ax.tick_params(labelsize=11.5)
+    ax.yaxis.set_major_formatter(lambda v, _: say.percent(v))
+    return fig, ax
+
+
+def _finish(fig: Figure, ax: Axes, legend: bool) -> Figure:
+    if legend and ax.get_legend_handles_labels()[0]:
+        ax.legend()
+    return fig
+
+
+def _curve(ax: Axes, rows: Sequence[Row], x: str, y: str, look: Look, label: str, every: int = 1) -> None:
+    """A line with marks and, where the rows have one, its interval as a band."""
+    if not rows:
+        return
+    rows = sorted(rows, key=lambda r: r[x])
+    xs, ys, low, high = ([say.number(r.get(k)) for r in rows] for k in (x, y, "low", "high"))
+    ax.fill_between(xs, low, high, color=look.color, alpha=0.13, lw=0)
+    style = {"marker": look.mark or None, "mec": PAGE, "mew": 0.8, "markevery": every}
+    ax.plot(xs, ys, color=look.color, ls=look.dash, lw=look.width, label=label, **style)
+
+
+def _dots(
+    ax: Axes,
+    rows: Sequence[Row],
+    groups: Sequence[str],
+    labels: Sequence[str],
+    by: str,
+    looks: Mapping[str, Look],
+    x: str,
+    pale: str = "",
+) -> None:
+    """A dot and its interval for each series in each group, one group a line, the first on top."""
+    for i, (name, look) in enumerate(looks.items()):
+        for r in rows:
+            if name not in (r.get("model"), r.get("strategy")):
+                continue
+            y = groups.index(r[by]) + (i - (len(looks) - 1) / 2) * min(0.24, 0.8 / len(looks))
+            value, low, high = (say.number(r.get(k)) for k in (x, "low", "high"))
+            if pale:
+                ax.plot([low, high], [y, y], color=look.color, alpha=0.5, lw=7, solid_capstyle="butt")
+                continue
+            ax.plot([low, high], [y, y], color=look.color, lw=2)
+            first = r[by] == groups[0]
+            label = say.model(name) if first else None
+            ax.plot(value, y, look.mark, color=look.color, ms=7.5, mec=PAGE, mew=0.8, label=label)
+    ax.set_yticks(range(len(groups)), labels)
+    ax.set_ylim(len(groups) - 0.45, -0.55)
+    ax.set_xlim(-0.02, 1.02)
+    ax.yaxis.set_major_formatter(_ticker().FixedFormatter(list(labels)))
+    ax.xaxis.set_major_locator(_ticker().MultipleLocator(0.25))
+    ax.xaxis.set_major_formatter(lambda v, _: say.percent(v))
+    ax.grid(axis="y", visible=False)
+    ax.grid(axis="x", color=INK, alpha=0.12, lw=1)
+
+
+def _heat(
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    what: str,
+    top: float | None,
+    below: str = "",
+) -> Figure:
+    """Cells from the page's own colour (nothing) to the heat colour (`top`): monotone on any background."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+    finite = [v for line in values for v in line if math.isfinite(v)]
+    top = top or max(finite, default=0.0) or 1.0
+    wide, deep = len(values[0]), len(values)
+    step = max(11.0, min(26.0, 200 / deep))
+    groups = [c.rpartition(".")[0] for c in columns]  # of "attention.q" and its like
+    height = 54 + deep * step + (22 if columns else 4) + (18 if below or any(groups) else 0)
+    fig, ax = _panel(title, "", height=height, left=20 + 7 * max(map(len, rows)), top=54)
+    fig.text(
+        0.005, 1 - 25 / height, f"share of parameters in the {what}", va="top", fontsize=11.5, alpha=0.75
+    )
+    box = ax.get_position()
+    ax.set_position((box.x0, 1 - (54 + deep * step) / height, box.width, deep * step / height))
+    shades = LinearSegmentedColormap.from_list("heat", [(*to_rgb(HEAT), a) for a in (0.03, 1.0)], N=40)
+    seam = {"edgecolors": PAGE, "linewidth": 1.0} if wide <= 20 else {}
+    ax.pcolormesh(values, cmap=shades, vmin=0, vmax=top, gid="" if seam else CRISP, **seam)
+    for i, line in enumerate(values if wide <= 10 and deep <= 12 else []):
+        for j, v in enumerate(line):
+            ink = PAGE if v > 0.55 * top else INK
+            text = say.percent(v).removesuffix(f"{say.SPACE}%")
+            ax.text(j + 0.5, i + 0.52, text, ha="center", va="center", fontsize=11, color=ink)
+    ax.invert_yaxis()
+    ax.grid(False)
+    ax.spines["bottom"].set_visible(False)
+    ax.tick_params(length=0)
+    skip = math.ceil(15 / step)
+    ax.set_yticks([i + 0.5 for i in range(0, deep, skip)], list(rows)[::skip])
+    stride = math.ceil(wide / 16)
+    names = [c.rpartition(".")[2] for c in columns]
+    ax.set_xticks([j + 0.5 for j in range(0, wide, stride)] if columns else [], names[::stride])
+    for group, members in itertools.groupby(range(len(groups)), key=lambda j: groups[j]):
+        first, *_, last = [*members] * 2
+        style = {"ha": "center", "va": "top", "fontsize": 11.5, "alpha": 0.75}
+        ax.annotate(group, ((first + last + 1) / 2, deep), (0, -21), textcoords="offset points", **style)
+    if below:
+        ax.set_xlabel(below, fontsize=11.5, alpha=0.75, labelpad=4)
+    bar = fig.add_axes(((WIDTH - 150) / WIDTH, 1 - 19 / height, 84 / WIDTH, 9 / height))
+    bar.pcolormesh([[top * j / 39 for j in range(40)]], cmap=shades, vmin=0, vmax=top, gid=CRISP)
+    bar.set_axis_off()
+    for x, side, text in ((-0.08, "right", "0"), (1.08, "left", say.percent(top))):
+        bar.text(x, 0.5, text, ha=side, va="center", fontsize=11, transform=bar.transAxes)
+    return fig
+
+
+def _fold(values: list[list[float]], columns: int, what: str) -> tuple[list[list[float]], str]:
+    """Rows of more than `columns` values as that many means, strongest first; shorter ones as they are."""
+    import numpy as np
+
+    count = max(map(len, values))
+    if count <= columns:
+        return [line + [math.nan] * (count - len(line)) for line in values], what
+    ranked = [sorted(line, key=lambda v: (not math.isfinite(v), -v)) for line in values]
+    means = [
+        [float(np.mean(part)) if len(part) else math.nan for part in np.array_split(line, columns)]
+        for line in ranked
+    ]
+    return means, f"{count:,} {what} a layer, strongest first, {columns} groups"
+
+
+def _fraction_axis(ax: Axes, rows: Sequence[Row]) -> None:
+    """A log axis with ticks at fractions that were run, as many as there is room for."""
+    found = sorted(R.distinct(rows, "fraction"))
+    ax.set_xscale("log")
+    gap = math.log(found[-1] / found[0]) / 7
+    ticks = found[:1]
+    for f in found[1:]:
+        if math.log(f / ticks[-1]) >= gap:
+            ticks.append(f)
+    ax.set_xticks(ticks, [say.percent(f) for f in ticks])
+    ax.xaxis.set_minor_locator(_ticker().NullLocator())
+
+
+def _one(
+    rows: Sequence[Row], strategy: str | None, when: str | None, fraction: float | None, part: str
+) -> tuple[list[Row], str, str, float | None]:
+    """The rows of one strategy, time and fraction; the first, at the headline fraction, if not named."""
+    strategy = strategy or next(iter(R.distinct(rows, "strategy")), None)
+    rows = R.where(rows, strategy=strategy)
+    when = when or next(iter(R.distinct(rows, "when")), None)
+    rows = R.where(rows, when=when)
+    fraction = fraction or R.headline(rows)
+    return _needed(R.where(rows, fraction=fraction), part), strategy or "", when or "", fraction
+
+
+def _models(rows: Sequence[Row], results: Mapping) -> dict[str, Look]:
+    found = R.distinct(rows, "model")
+    return {n: look for n, look in strategy_looks(results).items() if n in found}
+
+
+def _needed(rows: list[Row], part: str) -> list[Row]:
+    if not rows:
+        raise UserError(f"the results hold no {part} that match what this figure was asked for")
+    return rows
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _ticker() -> Any:
+    from matplotlib import ticker
+
+    return ticker

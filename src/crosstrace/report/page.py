@@ -1,0 +1,683 @@
+"""results.json in, one self-contained page and a CSV beside each figure out.
+
+Each section below says what it shows and writes its captions from the data; page.html.j2 and page.css say
+how it looks. Nothing here is measured or tested again, and a part that the results lack becomes one line
+naming the command that adds it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from crosstrace.report import figures as F
+from crosstrace.report import rows as R
+from crosstrace.report import words as say
+from crosstrace.report.rows import Row
+
+REPLAY = "crosstrace run config.yaml"
+LEVEL = f"95{say.SPACE}%"
+MARKS = {  # the marks of matplotlib as paths around (14, 6), for the keys above the figures
+    "o": "M14 2.4a3.6 3.6 0 1 0 .01 0z",
+    "s": "M10.8 2.8h6.4v6.4h-6.4z",
+    "^": "M14 1.8l4.2 7.4H9.8z",
+    "v": "M14 10.2L9.8 2.8h8.4z",
+    "D": "M14 1.4L18.6 6 14 10.6 9.4 6z",
+    "P": "M12.6 2h2.8v2.6H18v2.8h-2.6V10h-2.8V7.4H10V4.6h2.6z",
+    "X": "M10.3 4.3L12.3 2.3 14 4l1.7-1.7 2 2L16 6l1.7 1.7-2 2L14 8l-1.7 1.7-2-2L12 6z",
+}
+
+
+@dataclass
+class Cell:
+    """A table's cell: the number, and below it, smaller, its interval or count."""
+
+    main: str
+    sub: str = ""
+
+
+@dataclass
+class Table:
+    head: Sequence[Cell | str]
+    rows: Sequence[Sequence[Cell | str]]
+    title: str
+    folded: bool = False  # shown on request, for numbers that a figure beside it already draws
+    kind: str = "table"
+
+
+@dataclass
+class Plot:
+    """A figure: its finding in one sentence, how to read it, its key, its panels and the rows of its CSV."""
+
+    name: str
+    finding: str
+    details: str
+    key: Sequence[Mapping[str, str]]
+    panels: Sequence[str]
+    rows: Sequence[Row]
+    also: str = ""  # findings after the first
+    folded: Sequence[str] = ()  # panels shown on request
+    folded_title: str = ""
+    kind: str = "plot"
+
+
+@dataclass
+class Section:
+    id: str
+    title: str
+    blocks: list[Table | Plot] = field(default_factory=list)
+    absent: str = ""  # what was not run; replaces everything else
+    command: str = ""
+
+
+def write_report(results: Mapping[str, Any], folder: str | Path) -> Path:
+    """Write `folder`/index.html and one CSV beside each of its figures; returns the page's path.
+
+    `results` is a results.json as read. Parts that it lacks are left out of the page, which then names the
+    command that adds them. An existing page and CSVs of the same names are replaced.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [recall(results), training(results), overlap(results), places(results), centralization(results)]
+    parts += [intervention(results, "ablate"), intervention(results, "graft")]
+    for plot in (block for section in parts for block in section.blocks if isinstance(block, Plot)):
+        _write(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
+    page = folder / "index.html"
+    _write(page, _render(results, parts))
+    return page
+
+
+def recall(results: Mapping) -> Section:
+    """What each model answers, over all relations and by relation."""
+    section = Section("recall", "Recall", command="eval")
+    rows = R.recall_rows(results)
+    overall = R.where(rows, relation="")
+    if not overall:
+        section.absent = "Recall was not evaluated"
+        return section
+    tests, models = R.held_out_first(R.distinct(overall, "test")), _models(results)
+    lead = tests[0]
+    panels = [
+        F.to_svg(F.figure_recall(results, legend=False), "recall", "Exact match of every model on every test")
+    ]
+    relations = R.distinct([r for r in rows if r["relation"]], "relation")
+    if relations:
+        figure = F.figure_relations(results, legend=False)
+        panels.append(F.to_svg(figure, "relations", "Exact match of every model by relation"))
+    section.blocks.append(
+        Plot(
+            "recall",
+            say.compare(_recalled(results, lead), "answers", f" of the {say.answered(lead)}")
+            or "Exact match on every test.",
+            f"Exact match of the greedy answer; lines are {LEVEL} Wilson intervals. Held out (OOD) are "
+            "questions about people whose questions were never trained, although their biographies were.",
+            _key((say.model(m), look) for m, look in F.strategy_looks(results).items() if m in models),
+            panels,
+            rows,
+        )
+    )
+    one_n = {t: R.distinct(R.where(overall, test=t), "n") for t in tests}
+    counts = {t: f"n = {say.plain(one_n[t][0])}" if len(one_n[t]) == 1 else "" for t in tests}
+    head = ["Model", *(Cell(say.test(t), counts[t]) for t in tests)]
+    body = []
+    for m in models:
+        cells = [_first(R.where(overall, model=m, test=t)) for t in tests]
+        body.append(
+            [say.model(m), *(_share(c, "exact_match", n=len(one_n[t]) > 1) for c, t in zip(cells, tests))]
+        )
+    section.blocks.append(Table(head, body, f"Exact match, with {LEVEL} interval"))
+    more = [
+        [
+            say.model(r["model"]),
+            say.test(r["test"]),
+            say.percent(r.get("first_token")),
+            say.decimal(r.get("logprob")),
+            say.plain(r.get("n")),
+        ]
+        for r in overall
+    ]
+    section.blocks.append(
+        Table(
+            ["Model", "Test", "First token", "Log-probability, nats", "n"],
+            more,
+            "First token and probability",
+            True,
+        )
+    )
+    if relations:
+        found = R.held_out_first(R.distinct([r for r in rows if r["relation"]], "test"))
+        pairs = [(m, t) for t in found for m in models]
+        head = ["Relation"] + [f"{say.model(m)}: {say.test(t)}" for m, t in pairs]
+        body = [
+            [say.spoken(rel)]
+            + [_share(_first(R.where(rows, model=m, test=t, relation=rel)), "exact_match") for m, t in pairs]
+            for rel in relations
+        ]
+        section.blocks.append(Table(head, body, f"Exact match by relation, with {LEVEL} interval", True))
+    return section
+
+
+def training(results: Mapping) -> Section:
+    """Recall while it is being taught."""
+    section = Section("training", "Recall over training", command="train")
+    rows = R.history_rows(results)
+    if not rows:
+        section.absent = "Recall was not followed over training"
+        return section
+    tests = R.held_out_first(R.distinct(rows, "test"))
+    names = [s for s in R.strategies(results) if R.where(rows, strategy=s)]
+    ends, peaks = [], []
+    for s in names:
+        points = [
+            r for r in R.where(rows, strategy=s, test=tests[0]) if math.isfinite(say.number(r["value"]))
+        ]
+        if not points:
+            continue
+        best, last = max(points, key=lambda r: r["value"]), max(points, key=lambda r: r["update"])
+        ends.append((say.model(s), last["value"]))
+        if best["value"] > last["value"] + 0.1:
+            height = say.percent(best["value"])
+            peaks.append(f"{say.model(s)} had reached {height} at update {best['update']:,}, and lost it.")
+    finding = say.compare(ends, "ends at", f" of the {say.answered(tests[0])}")
+    section.blocks.append(
+        Plot(
+            "history",
+            finding or "Recall over training.",
+            "Updates are counted over all phases; a dotted vertical is where a strategy changes phase.",
+            _key((say.model(s), F.strategy_looks(results)[s]) for s in names),
+            [
+                F.to_svg(
+                    F.figure_history(results, test=t, legend=False),
+                    f"history-{i}",
+                    f"{say.test(t)} over training",
+                )
+                for i, t in enumerate(tests)
+            ],
+            rows,
+            also=" ".join(peaks),
+        )
+    )
+    return section
+
+
+def overlap(results: Mapping) -> Section:
+    """How many of the parameters that are strong for one task are strong for every task."""
+    section = Section("shared", "Shared parameters", command="analyze")
+    rows = R.overlap_rows(results)
+    if not rows:
+        section.absent = "Shared parameters were not computed"
+        return section
+    names, at = [s for s in R.strategies(results) if R.where(rows, strategy=s)], R.headline(rows)
+    views = list(dict.fromkeys((r["when"], r.get("reduction")) for r in rows))
+    sentences = []
+    for w in R.distinct(rows, "when"):
+        found = [(say.model(s), _first(R.where(rows, strategy=s, when=w, fraction=at))) for s in names]
+        values = [(n, say.number(r.get("overlap"))) for n, r in found]
+        sentence = say.compare(values, "shares", f" of its selected top {say.percent(at)}")
+        sentences.append(f"{say.when(w)}: {sentence}" if sentence else "")
+    section.blocks.append(
+        Plot(
+            "overlap",
+            sentences[0] or "Overlap of the tasks' parameters.",
+            "Each task selects its strongest fraction ρ of the parameters in scope; those selected for every "
+            "task are shared. Bands are intervals by jackknife over disjoint parts of the data; chance is "
+            "the overlap of independent sets.",
+            _key([*((say.model(s), F.strategy_looks(results)[s]) for s in names), ("chance", F.CHANCE)]),
+            [
+                F.to_svg(
+                    F.figure_overlap(results, when=w, reduction=red, legend=False),
+                    f"overlap-{i}",
+                    f"Overlap against selected fraction, {say.when(w, red)}",
+                )
+                for i, (w, red) in enumerate(views)
+            ],
+            rows,
+            also=" ".join(sentences[1:]),
+        )
+    )
+    body = [
+        [
+            say.when(r["when"], r.get("reduction")),
+            say.percent(r["fraction"]),
+            say.model(r["strategy"]),
+            say.plain(r.get("size")),
+            _share(r, "overlap"),
+            say.percent(r.get("chance")),
+            say.decimal(r.get("lift"), 1),
+            say.decimal(r.get("jaccard")),
+        ]
+        for r in sorted(rows, key=lambda r: (views.index((r["when"], r.get("reduction"))), r["fraction"]))
+    ]
+    head = ["Trace", "ρ", "Model", "Shared parameters", "Overlap", "Chance", "Lift", "Jaccard"]
+    section.blocks.append(Table(head, body, "Every fraction in numbers", True))
+    alike = [
+        [
+            say.model(r["strategy"]),
+            say.when(r["when"], r.get("reduction")),
+            say.decimal(r.get("spearman")),
+            say.decimal(r.get("cosine")),
+        ]
+        for r in R.similarity_rows(results)
+    ]
+    if alike:
+        head = ["Model", "Trace", "Spearman", "Cosine"]
+        section.blocks.append(
+            Table(head, alike, "Similarity of the tasks' traces over all parameters in scope")
+        )
+    return section
+
+
+def places(results: Mapping) -> Section:
+    """Where the shared parameters sit: modules, heads, neurons."""
+    section = Section("where", "Where they sit", command="analyze")
+    rows, units = R.map_rows(results), R.unit_rows(results)
+    if not rows and not units:
+        section.absent = "The traces were not mapped"
+        return section
+    if rows:
+        at = R.headline(rows)
+        rows_at = R.where(rows, fraction=at)
+        shared = R.where(rows_at, task="shared")
+        tasks = [t for t in R.distinct(rows_at, "task") if t != "shared"]
+        draw = lambda tasks: [
+            (F.figure_map(results, strategy=s, when=w, task=t, fraction=at, top=top), f"map-{i}-{j}-{k}")
+            for i, t in enumerate(tasks)
+            for top in [_top(R.where(rows_at, task=t))]
+            for j, w in enumerate(R.distinct(rows_at, "when"))
+            for k, s in enumerate(R.strategies(results))
+            if R.where(rows_at, strategy=s, when=w, task=t)
+        ]
+        label = "Share of each module's parameters in the set, by layer and module"
+        section.blocks.append(
+            Plot(
+                "map",
+                _densest(results, shared, lambda r: [(f"{r['kind']} of {r['layer']}", r["share"])])
+                or "Layers and modules.",
+                f"Cells show the per cent of a module's parameters that the set of {_rho(at)} holds; all "
+                "panels have one scale.",
+                [],
+                [F.to_svg(figure, name, label) for figure, name in draw(["shared"])],
+                rows,
+                folded=[F.to_svg(figure, f"task-{name}", label) for figure, name in draw(tasks)],
+                folded_title="Each task's own set",
+            )
+        )
+    for unit in R.distinct(units, "unit"):
+        own = R.where(units, unit=unit)
+        at = R.headline(own)
+        own_at = R.where(own, fraction=at)
+        slug = re.sub(r"\W+", "_", unit)
+        panels = []
+        for j, w in enumerate(R.distinct(own_at, "when")):
+            for k, s in enumerate(s for s in R.strategies(results) if R.where(own_at, strategy=s, when=w)):
+                figure = F.figure_units(results, strategy=s, when=w, unit=unit, fraction=at, top=_top(own_at))
+                panels.append(
+                    F.to_svg(figure, f"{slug}-{j}-{k}", f"Share of each of the {say.unit(unit)} in the set")
+                )
+        one = say.unit(unit).removesuffix("s")
+        many = any(len(r["values"]) > F.COLUMNS for r in own)
+        named = lambda r, one=one: [(f"{one} {j} of {r['layer']}", v) for j, v in enumerate(r["values"])]
+        folded = " Each layer's are sorted; a column is the mean of a group of them." if many else ""
+        section.blocks.append(
+            Plot(
+                f"units_{slug}",
+                _densest(
+                    results,
+                    own_at,
+                    named,
+                    f"the median {one}",
+                )
+                or say.unit(unit).capitalize() + ".",
+                f"Per cent of the parameters of each {one} that the shared set of {_rho(at)} holds; all "
+                f"panels have one scale.{folded}",
+                [],
+                panels,
+                own,
+            )
+        )
+    return section
+
+
+def centralization(results: Mapping) -> Section:
+    """Whether few units hold most of the shared set, against random sets of its size."""
+    section = Section("centralization", "Centralization", command="analyze")
+    rows = R.centralization_rows(results)
+    if not rows:
+        section.absent = "Centralization was not computed"
+        return section
+    at, whens, units = R.headline(rows), R.distinct(rows, "when"), R.distinct(rows, "unit")
+    here = R.where(rows, fraction=at)
+    names = [s for s in R.strategies(results) if R.where(here, strategy=s)]
+    sentences = []
+    for w in whens:
+        found = [(s, _first(R.where(here, strategy=s, when=w, unit=units[0]))) for s in names]
+        values = [(say.model(s), say.number(r.get("gini"))) for s, r in found]
+        sentence = say.compare(values, "has a Gini of", f" over {say.unit(units[0])}", say.decimal)
+        sentences.append(f"{say.when(w)}: {sentence}" if sentence else "")
+    section.blocks.append(
+        Plot(
+            "centralization",
+            sentences[0] or "How unevenly the shared set is spread.",
+            f"Shared set of {_rho(at)}. Pale bars: the range of random sets of the same size. Further right "
+            "is more centralized.",
+            _key((say.model(s), F.strategy_looks(results)[s]) for s in names),
+            [
+                F.to_svg(
+                    F.figure_centralization(results, when=w, fraction=at, legend=False),
+                    f"central-{i}",
+                    say.when(w),
+                )
+                for i, w in enumerate(whens)
+            ],
+            rows,
+            also=" ".join(sentences[1:]),
+        )
+    )
+    body, before = [], ""
+    for u, w, s in ((u, w, s) for u in units for w in whens for s in names):
+        r = _first(R.where(here, strategy=s, when=w, unit=u))
+        if not r:
+            continue
+        chance = say.interval(r.get("random_gini_low"), r.get("random_gini_high"), say.decimal)
+        body.append(
+            [
+                Cell(say.unit(u), f"{say.plain(r.get('units'))} in all") if u != before else "",
+                Cell(say.model(s), say.when(w).lower()),
+                Cell(say.decimal(r.get("gini")), f"random {chance}"),
+                Cell(_signed(r.get("excess_gini")), say.interval(r.get("low"), r.get("high"), _signed)),
+                Cell(_count(r.get("effective")), f"random {_count(r.get('random_effective'))}"),
+                Cell(say.percent(r.get("top10")), f"random {say.percent(r.get('random_top10'))}"),
+            ]
+        )
+        before = u
+    top10 = f"Held by the top 10{say.SPACE}%"
+    head = ["Units", "Model", "Gini", "Gini beyond random", "Effective number", top10]
+    section.blocks.append(Table(head, body, f"Against random sets of the same size, {_rho(at)}"))
+    return section
+
+
+def intervention(results: Mapping, kind: str) -> Section:
+    """Recall with sets of parameters taken away, or given to the base."""
+    ablate = kind == "ablate"
+    title = "Ablating the shared parameters" if ablate else "Grafting them onto the base"
+    section = Section(kind, title, command="intervene")
+    rows = R.intervention_rows(results, kind)
+    if not rows:
+        section.absent = f"No parameters were {'ablated' if ablate else 'grafted'}"
+        return section
+    tests, whens = R.held_out_first(R.distinct(rows, "test")), R.distinct(rows, "when")
+    names = [s for s in R.strategies(results) if R.where(rows, strategy=s)]
+    panels = [
+        F.to_svg(
+            F.figure_intervention(results, kind=kind, strategy=s, when=w, test=t, legend=False),
+            f"{kind}-{i}-{j}-{k}",
+            f"{say.test(t)} after {kind}, {say.model(s)}, {say.when(w)}",
+        )
+        for i, s in enumerate(names)
+        for j, w in enumerate(whens)
+        for k, t in enumerate(tests)
+        if R.where(rows, strategy=s, when=w, test=t)
+    ]
+    lines = [("model as trained", F.TUNED), ("base", F.UNTUNED)]
+    finding, *also = _effects(results, rows, kind, names, whens[0], tests[0]) or [f"Recall after {kind}."]
+    section.blocks.append(
+        Plot(
+            kind,
+            finding,
+            ("The selected parameters of the tuned model are replaced. " if ablate else "")
+            + ("" if ablate else "The tuned values of the selected parameters are put into the base. ")
+            + f"Controls have the size of the shared set; bands are {LEVEL} intervals, over seeds where a "
+            "control has more than one.",
+            _key([*((say.pset(n), look) for n, look in F.set_looks(rows).items()), *lines]),
+            panels,
+            rows,
+            also=" ".join(also),
+        )
+    )
+    return section
+
+
+def _effects(
+    results: Mapping, rows: Sequence[Row], kind: str, names: Sequence[str], when: str, test: str
+) -> list[str]:
+    """One sentence a strategy: the shared set against the control that comes nearest to it, or beats it."""
+    sentences = []
+    for s in names:
+        here = R.where(rows, strategy=s, when=when, test=test)
+        here = [r for r in R.where(here, fraction=R.headline(here)) if math.isfinite(say.number(r["value"]))]
+        shared, controls = R.where(here, set="shared"), [r for r in here if r["set"] != "shared"]
+        if not shared or not controls:
+            continue
+        rival = (min if kind == "ablate" else max)(controls, key=lambda r: r["value"])
+        value, other, at = (
+            say.percent(shared[0]["value"]),
+            say.percent(rival["value"]),
+            _rho(rival["fraction"]),
+        )
+        whole = say.percent(F.untouched(results, s, test)[0])
+        if kind == "ablate":
+            text = f"{say.model(s)} answers {value} without its shared set of {at}, {whole} with it"
+        else:
+            text = f"Given {say.model(s)}'s shared set of {at}, the base answers {value}"
+        sentences.append(f"{text}; the strongest control ({say.pset(rival['set'])}) leaves it at {other}.")
+    lead = f"{say.when(when)}, {say.answered(test)}: "
+    return [lead + sentences[0], *sentences[1:]] if sentences else []
+
+
+def _densest(
+    results: Mapping,
+    rows: Sequence[Row],
+    named: Callable[[Row], list[tuple[str, object]]],
+    median: str = "",
+) -> str:
+    """Where each shared set is densest, by the first trace; `named` gives the names and shares of a row."""
+    first = next(iter(R.distinct(rows, "when")), None)
+    parts = []
+    for s in R.strategies(results)[:3]:  # the figure shows the others
+        cells = [(n, say.number(v)) for r in R.where(rows, strategy=s, when=first) for n, v in named(r)]
+        cells = [(n, v) for n, v in cells if math.isfinite(v)]
+        if cells:
+            name, best = max(cells, key=lambda cell: cell[1])
+            middle = f" ({median} {say.percent(statistics.median(v for _, v in cells))})" if median else ""
+            parts.append(f"{say.model(s)}'s shared set is densest in {name}, {say.percent(best)}{middle}")
+    return f"{say.when(first or '')}: {'; '.join(parts)}." if parts else ""
+
+
+def _claims(results: Mapping) -> tuple[list[str], list[dict]]:
+    """The columns (online, final, …) and the claims in order, each with its verdict by column."""
+    found = results.get("claims") or []
+    whens = [w for w in dict.fromkeys(c.get("when") for c in found) if w and w != "training"]
+    differ = {d.get("claim"): d.get("text") for d in results.get("differences") or []}
+    grouped: dict[str, dict] = {}
+    for c in found:
+        claim = grouped.setdefault(
+            c["claim"], {"text": c.get("text") or say.spoken(c["claim"]), "by": {}, "tests": [], "differ": ""}
+        )
+        form = _amount(*(c.get(k) for k in ("effect", "low", "high")))
+        claim["by"][c.get("when")] = {
+            "verdict": c.get("verdict") or "undecided",
+            "effect": form(c.get("effect")),
+            "interval": say.interval(c.get("low"), c.get("high"), form),
+            "unit": c.get("unit") or "",
+            "note": c.get("note") or "",
+        }
+        claim["tests"] += [c["test"]] if c.get("test") and c["test"] not in claim["tests"] else []
+        claim["differ"] = differ.get(c["claim"]) or ""
+    return whens, list(grouped.values())
+
+
+def _how(results: Mapping) -> tuple[list[Table], list[tuple[str, list[tuple[str, str]]]]]:
+    """Tables of training and time, and lists of settings, as (title, [(name, value)])."""
+    run = results.get("run") or {}
+    tables = []
+    trained = results.get("training") or {}
+    if trained:
+        tasks = list(dict.fromkeys(t for s in trained.values() for t in s.get("examples") or {}))
+        body = [
+            [
+                say.model(s),
+                Cell(
+                    "; then ".join(f"{p['name']}, {say.plain(p['updates'])}" for p in t.get("phases") or [])
+                ),
+                say.plain(t.get("updates")),
+                *(say.plain((t.get("examples") or {}).get(task)) for task in tasks),
+                say.seconds(t.get("seconds")),
+            ]
+            for s in R.strategies(results)
+            if (t := trained.get(s))
+        ]
+        head = [
+            "Model",
+            "Phases and their updates",
+            "Updates",
+            *(f"Examples: {say.task(t)}" for t in tasks),
+            "Time",
+        ]
+        tables.append(Table(head, body, "What each strategy was trained on"))
+    rest = {k: v for k, v in run.items() if k not in ("strategies", "facts", "trace")}
+    lists = [
+        ("Run", _flat(rest)),
+        (
+            "Strategies",
+            _recipes(results),
+        ),
+        ("Facts", _flat(run.get("facts"))),
+        ("Trace", _flat(run.get("trace"))),
+        ("Coverage: share of the parameters by rule", _flat(results.get("coverage"), say.percent)),
+        ("Time by stage", _flat(results.get("seconds"), say.seconds)),
+        ("Versions", _flat(results.get("versions"))),
+    ]
+    return tables, [(title, items) for title, items in lists if items]
+
+
+def _recipes(results: Mapping) -> list[tuple[str, str]]:
+    texts = (results.get("run") or {}).get("strategies") or {}
+    return [(say.model(s), say.plain(texts[s])) for s in R.strategies(results) if s in texts]
+
+
+def _flat(value: Any, form=say.plain, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as (dotted name, text)."""
+    if isinstance(value, Mapping):
+        return [pair for k, v in value.items() for pair in _flat(v, form, f"{prefix}.{k}".lstrip("."))]
+    if value is None and not prefix:
+        return []
+    as_number = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    return [(say.spoken(prefix), form(value) if as_number and prefix != "seed" else say.plain(value))]
+
+
+def _render(results: Mapping, sections: Sequence[Section]) -> str:
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from markupsafe import Markup
+
+    files = resources.files("crosstrace.report")
+    load = lambda name: (files / name).read_text(encoding="utf-8")
+    env = Environment(
+        loader=FunctionLoader(load),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    env.filters["firm"] = lambda text: text.replace("-", "\u2011")  # no line ends inside "Mix-tuned"
+    env.filters["drawn"] = Markup  # the figures' SVG, whose text to_svg has escaped
+    run = results.get("run") or {}
+    tests = R.held_out_first(R.distinct(R.where(R.recall_rows(results), relation=""), "test"))
+    headline = (
+        say.compare(_recalled(results, tests[0]), "answers", f" of the {say.answered(tests[0])}")
+        if tests
+        else ""
+    )
+    subject = [run.get("model"), run.get("architecture")]
+    if run.get("parameters"):
+        subject.append(f"{say.plain(run['parameters'])} parameters")
+    if run.get("seed") is not None:
+        subject.append(f"seed {run['seed']}")
+    whens, claims = _claims(results)
+    tables, lists = _how(results)
+    return env.get_template("page.html.j2").render(
+        css=Markup(load("page.css")),
+        name=run.get("name") or "report",
+        headline=headline.removesuffix(".") or "What the run found",
+        subject=[str(s) for s in subject if s],
+        strategies=_recipes(results),
+        whens=[(w, say.when(w)) for w in whens],
+        claims=claims,
+        sections=sections,
+        tables=tables,
+        lists=lists,
+        replay=REPLAY,
+    )
+
+
+def _key(entries: Iterable[tuple[str, F.Look]]) -> list[dict[str, str]]:
+    dashes = {"-": "", "--": "6 4", ":": "2 3"}
+    return [
+        {
+            "label": label,
+            "color": F.VARIABLES[look.color],
+            "dash": dashes[look.dash],
+            "width": str(look.width),
+            "mark": MARKS.get(look.mark, ""),
+        }
+        for label, look in entries
+    ]
+
+
+def _models(results: Mapping) -> list[str]:
+    found = results.get("recall") or {}
+    return [m for m in ["base", *R.strategies(results)] if m in found]
+
+
+def _recalled(results: Mapping, test: str) -> list[tuple[str, float]]:
+    """Every taught model's exact match on a test."""
+    return [(say.model(m), F.untouched(results, m, test)[0]) for m in _models(results) if m != "base"]
+
+
+def _share(row: Row, key: str, n: bool = False) -> Cell:
+    count = f", n = {say.plain(row.get('n'))}" if n else ""
+    return Cell(say.percent(row.get(key)), say.interval(row.get("low"), row.get("high")) + count)
+
+
+def _amount(*values: object) -> Callable[[object], str]:
+    """How to write an effect and its interval: signed, all with the decimals that the largest asks for."""
+    size = max((abs(x) for v in values if math.isfinite(x := say.number(v))), default=0.0)
+    digits = 0 if size >= 10 else 1 if size >= 2 else 2
+    return lambda v: say.decimal(v, digits, sign=True)
+
+
+def _rho(fraction: object) -> str:
+    return f"ρ\u00a0=\u00a0{say.percent(fraction)}"
+
+
+def _signed(value: object) -> str:
+    return say.decimal(value, sign=True)
+
+
+def _count(value: object) -> str:
+    """An effective number: one decimal below a hundred."""
+    x = say.number(value)
+    return f"{x:,.0f}" if x >= 100 else say.decimal(x, 1)
+
+
+def _first(rows: Sequence[Row]) -> Row:
+    return rows[0] if rows else {}
+
+
+def _top(rows: Iterable[Row]) -> float:
+    shares = (say.number(v) for r in rows for v in r.get("values", [r.get("share")]))
+    return max((v for v in shares if math.isfinite(v)), default=0.0)
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(partial, path)

@@ -1,0 +1,152 @@
+"""How the report writes numbers and names. It knows nothing of figures, pages or files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+DASH = "–"
+SPACE = "\u202f"  # narrow, non-breaking: between a number and its unit
+
+MODELS = {
+    "base": "Base",
+    "mixed": "Mix-tuned",
+    "two_stage": "Stage-tuned",
+    "qa_first": "QA-first",
+    "bio_only": "BIO-only",
+    "qa_only": "QA-only",
+}
+TASKS = {"bio": "biographies", "qa": "questions", "shared": "shared"}
+TESTS = {
+    "bio": "Biographies",
+    "qa_id": "Questions, trained (ID)",
+    "qa_ood": "Questions, held out (OOD)",
+    "a_ood": "Population A, held out",
+}
+SETS = {"shared": "shared set", "random": "random", "random_per_tensor": "random, same count per tensor"}
+WHENS = {"online": "Online trace", "final": "Final checkpoint", "training": "Training"}
+UNITS = {
+    "query_head": "query heads",
+    "kv_head": "key/value heads",
+    "neuron": "MLP neurons",
+    "module": "modules",
+    "layer": "layers",
+}
+
+
+def number(value: object) -> float:
+    """The value as a float; NaN for None, for text and for whatever else is no number."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def percent(share: object) -> str:
+    """A share as per cent with two significant digits or none to spare; an en dash for None and NaN."""
+    p = 100 * number(share)
+    if not math.isfinite(p):
+        return DASH
+    size = abs(p)
+    digits = 1 if 1 <= size < 9.95 or 99 < size < 99.95 else 0
+    text = f"{p:.{digits}f}" if size >= 1 or p == 0 else f"{p:.{2 if size >= 0.1 else 1}g}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return text.replace("-", "−") + SPACE + "%"
+
+
+def decimal(value: object, digits: int = 2, sign: bool = False) -> str:
+    """A number with fixed decimals and a true minus; an en dash for None and NaN."""
+    x = number(value)
+    return f"{x:{'+' if sign else ''}.{digits}f}".replace("-", "−") if math.isfinite(x) else DASH
+
+
+def plain(value: object) -> str:
+    """Any setting as text: counts with thousands separators, floats short, nothing as an en dash."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(v) for v in value) or DASH
+    return str(value)
+
+
+def interval(low: object, high: object, form=percent) -> str:
+    """ "low to high", or nothing where neither end is known."""
+    ends = (form(low), form(high))
+    return "" if ends == (DASH, DASH) else f"{ends[0]} to {ends[1]}".replace(f"{SPACE}% to", " to")
+
+
+def seconds(value: object) -> str:
+    """Seconds below two minutes, minutes above."""
+    x = number(value)
+    if not math.isfinite(x):
+        return DASH
+    return f"{x / 60:.1f}{SPACE}min" if x >= 120 else f"{x:.{0 if x >= 10 else 1}f}{SPACE}s"
+
+
+def spoken(name: str) -> str:
+    """An identifier as words: underscores become spaces."""
+    return name.replace("_", " ")
+
+
+def model(name: str) -> str:
+    return MODELS.get(name, spoken(name))
+
+
+def task(name: str) -> str:
+    return TASKS.get(name, spoken(name))
+
+
+def test(name: str) -> str:
+    """A test by name: a task, or a task with `_id` (its trained part) or `_ood` (its held-out part)."""
+    if name in TESTS:
+        return TESTS[name]
+    for ending, meaning in (("_ood", "held out (OOD)"), ("_id", "trained (ID)")):
+        if name.endswith(ending):
+            return f"{spoken(name.removesuffix(ending))}, {meaning}"
+    return spoken(name)
+
+
+def answered(name: str) -> str:
+    """The same inside a sentence: "89 % of the held-out questions"."""
+    for ending, which in (("_ood", "held-out "), ("_id", "trained ")):
+        if name.endswith(ending):
+            stem = name.removesuffix(ending)
+            return f"{which}{'questions about population A' if stem == 'a' else task(stem)}"
+    return "objects in the biographies" if name == "bio" else task(name)
+
+
+def pset(name: str) -> str:
+    """A set of parameters by name; a control `<task>_only` holds what is strong for that task alone."""
+    if name in SETS:
+        return SETS[name]
+    return f"{task(name.removesuffix('_only'))} alone" if name.endswith("_only") else spoken(name)
+
+
+def when(name: str, reduction: str | None = None) -> str:
+    """When a trace was taken, with its reduction where a figure shows more than one."""
+    return WHENS.get(name, spoken(name)) + (f", mean of {reduction}s" if reduction else "")
+
+
+def unit(name: str) -> str:
+    return UNITS.get(name, spoken(name))
+
+
+def listing(parts: Iterable[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    items = list(parts)
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+def compare(values: Sequence[tuple[str, float]], verb: str, what: str, form=percent) -> str:
+    """One sentence on who has most: "Mix-tuned answers 89 % of …, Stage-tuned 11 %."; "" without numbers."""
+    known = sorted(((n, v) for n, v in values if math.isfinite(v)), key=lambda item: -item[1])
+    if not known:
+        return ""
+    first = f"{known[0][0]} {verb} {form(known[0][1])}{what}"
+    if len(known) > 4:  # a list of six numbers is a table, not a sentence
+        return f"{first}, most of {len(known)}; {known[-1][0]} has the least, {form(known[-1][1])}."
+    rest = [f"{n} {form(v)}" for n, v in known[1:]]
+    return f"{first}, {listing(rest)}." if rest else f"{first}."

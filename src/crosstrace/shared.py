@@ -1,0 +1,431 @@
+"""Which parameters: scope, exact selection of the strongest, and the set algebra on top of it.
+
+A `ParamSet` is a yes or no for every parameter in scope. It is what analysis and interventions take, and
+random controls are ParamSets too. It knows nothing of models (beyond names and shapes), traces or tasks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from crosstrace.errors import UserError
+
+HOW = ("global", "per_tensor", "mass")
+_FORMAT = "crosstrace.paramset/1"
+_DIGIT = 12  # bits decided by one pass over the strengths: 4096 bins stay in the cache
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ParamSet:
+    """A set of parameters, held as one boolean mask for every tensor in scope.
+
+    Attributes:
+        masks: tensor name -> bool, of the parameter's shape; the order is the scope's.
+        name: what the set is, for people.
+        meta: JSON-able facts about how it was made; no part of its identity.
+    """
+
+    masks: Mapping[str, Tensor]
+    name: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, mask in self.masks.items():
+            if mask.dtype != torch.bool:
+                raise UserError(
+                    f"the mask of '{name}' has dtype {mask.dtype}, but a ParamSet holds bool masks"
+                )
+
+    @cached_property
+    def size(self) -> int:
+        """Parameters in the set."""
+        return sum(self.counts().values())
+
+    @cached_property
+    def total(self) -> int:
+        """Parameters in scope."""
+        return sum(mask.numel() for mask in self.masks.values())
+
+    @property
+    def fraction(self) -> float:
+        """Share of the parameters in scope that the set holds."""
+        return self.size / self.total if self.total else 0.0
+
+    def counts(self) -> dict[str, int]:
+        """Tensor name -> number of its parameters in the set."""
+        return {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
+
+    def jaccard(self, other: ParamSet) -> float:
+        """|A∩B| / |A∪B|; 0 for two empty sets."""
+        both = (self & other).size
+        union = self.size + other.size - both
+        return both / union if union else 0.0
+
+    def overlap(self, other: ParamSet) -> float:
+        """|A∩B| / |A|; 0 for an empty A."""
+        return (self & other).size / self.size if self.size else 0.0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __and__(self, other: ParamSet) -> ParamSet:
+        return self._with(other, "&", lambda a, b: a & b)
+
+    def __or__(self, other: ParamSet) -> ParamSet:
+        return self._with(other, "|", lambda a, b: a | b)
+
+    def __sub__(self, other: ParamSet) -> ParamSet:
+        return self._with(other, "-", lambda a, b: a & ~b)
+
+    def __xor__(self, other: ParamSet) -> ParamSet:
+        return self._with(other, "^", lambda a, b: a ^ b)
+
+    def __eq__(self, other: object) -> bool:
+        """Same scope (names, order, shapes) and same members; name and meta do not matter."""
+        if not isinstance(other, ParamSet):
+            return NotImplemented
+        return list(self.masks) == list(other.masks) and all(
+            torch.equal(mask, other.masks[name]) for name, mask in self.masks.items()
+        )
+
+    def _with(self, other: ParamSet, sign: str, rule: Callable[[Tensor, Tensor], Tensor]) -> ParamSet:
+        mine, theirs = ({n: m.shape for n, m in s.masks.items()} for s in (self, other))
+        if list(mine.items()) != list(theirs.items()):
+            odd = next(
+                (n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)), "the order of tensors"
+            )
+            raise UserError(
+                f"cannot combine the sets '{self.name}' and '{other.name}': their scopes differ at '{odd}'; "
+                "select both with the same scope of the same model"
+            )
+        name = f"({self.name} {sign} {other.name})" if self.name and other.name else ""
+        return ParamSet({n: rule(m, other.masks[n]) for n, m in self.masks.items()}, name)
+
+    def save(self, path: str | os.PathLike[str], meta: Mapping[str, Any] | None = None) -> None:
+        """Write the set as one safetensors file, one bit a parameter; `meta` is added to the set's own."""
+        path = Path(path)
+        header = {
+            "name": self.name,
+            "shapes": {name: list(mask.shape) for name, mask in self.masks.items()},
+            "size": self.size,
+            "meta": {**self.meta, **(meta or {})},
+        }
+        bits = {name: np.packbits(mask.cpu().numpy().ravel()) for name, mask in self.masks.items()}
+        partial = path.with_name(path.name + ".partial")
+        save_file(bits, partial, metadata={"format": _FORMAT, "header": json.dumps(header)})
+        os.replace(partial, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> ParamSet:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: the file is missing, cut short, damaged, or not a saved ParamSet.
+        """
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise UserError(
+                        f"'{path}' is a safetensors file but not a parameter set ({_FORMAT}); "
+                        "was a model or a trace given in its place?"
+                    )
+                header = json.loads(metadata["header"])
+                masks = {}
+                for name, shape in header["shapes"].items():
+                    flat = np.unpackbits(file.get_tensor(name), count=math.prod(shape))
+                    masks[name] = torch.from_numpy(flat).view(torch.bool).reshape(shape)
+        except FileNotFoundError:
+            raise UserError(f"there is no parameter set at '{path}'") from None
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:
+            raise UserError(
+                f"'{path}' cannot be read as a parameter set ({error}); is it cut short or of another kind?"
+            ) from error
+        loaded = ParamSet(masks, header["name"], header["meta"])
+        if loaded.size != header["size"]:
+            raise UserError(
+                f"'{path}' holds {loaded.size} parameters but its header says {header['size']}; it is damaged"
+            )
+        return loaded
+
+    def __repr__(self) -> str:
+        label = f"'{self.name}', " if self.name else ""
+        return f"ParamSet({label}{self.size:,} of {self.total:,} parameters, {self.fraction:.3%})"
+
+    def _repr_html_(self) -> str:
+        largest = sorted(self.counts().items(), key=lambda item: -item[1])[:12]
+        rows = "".join(
+            f"<tr><td>{escape(name)}</td><td>{n:,}</td><td>{n / self.masks[name].numel():.2%}</td></tr>"
+            for name, n in largest
+            if n
+        )
+        return (
+            f"<b>{escape(repr(self))}</b><table><tr><th>tensor (the fullest)</th><th>in the set</th>"
+            f"<th>of the tensor</th></tr>{rows}</table>"
+        )
+
+
+def scope(model: nn.Module, include_embeddings: bool = False, only: str | None = None) -> list[str]:
+    """Names of the parameters that may be selected, in canonical order (`model.named_parameters()`).
+
+    Args:
+        include_embeddings: keep the token embeddings and the unembedding, which are left out by default.
+        only: regular expression; keep the names in which it is found.
+
+    Raises:
+        UserError: the expression is invalid, or nothing is left.
+    """
+    out: set[int] = set()
+    if not include_embeddings:
+        for getter in ("get_input_embeddings", "get_output_embeddings"):
+            module = getattr(model, getter, lambda: None)()
+            out |= {id(p) for p in module.parameters()} if module is not None else set()
+    try:
+        pattern = re.compile(only or "")
+    except re.error as error:
+        raise UserError(f"the scope's expression '{only}' is not a regular expression: {error}") from None
+    names = [name for name, p in model.named_parameters() if id(p) not in out and pattern.search(name)]
+    if not names:
+        raise UserError(
+            f"no parameter is left in scope of {type(model).__name__}: no name "
+            + (f"outside the embeddings contains '{only}'" if only else "lies outside the embeddings")
+        )
+    return names
+
+
+def select(
+    strength: Mapping[str, Tensor],
+    fraction: float,
+    *,
+    scope: Sequence[str],
+    how: str = "global",
+) -> ParamSet:
+    """S_t(ρ): the strongest parameters in scope.
+
+    Args:
+        strength: name -> non-negative tensor, any float type.
+        fraction: ρ in (0, 1].
+        scope: names in canonical order, as `scope(model)` gives them.
+        how: "global": the round(ρ·N) largest of all N, at least one; "per_tensor": the same in every tensor
+            by itself; "mass": the smallest set that holds the share ρ of the summed strength.
+
+    The size is exact: among parameters that tie at the threshold, those that come first in canonical order
+    are taken. A strength of zero is never selected, so the set is smaller where fewer are positive.
+
+    Raises:
+        UserError: a bad fraction, an unknown `how`, a missing tensor, or a strength that is negative or
+            not finite.
+    """
+    return select_each(strength, [fraction], scope=scope, how=how)[0]
+
+
+def select_each(
+    strength: Mapping[str, Tensor], fractions: Sequence[float], *, scope: Sequence[str], how: str = "global"
+) -> list[ParamSet]:
+    """`select` for each of several fractions, sharing the work that does not depend on the fraction."""
+    for fraction in fractions:
+        check_fraction(fraction)
+    if how not in HOW:
+        raise UserError(f"the way of selecting is '{how}', but it must be one of {', '.join(HOW)}")
+    values = _values(strength, scope)
+    if how == "per_tensor":
+        rankings = [_Ranking([value]) for value in values.values()]
+    else:
+        rankings = [_Ranking(list(values.values()), by_mass=how == "mass")]
+    sets = []
+    for fraction in fractions:
+        masks = [mask for ranking in rankings for mask in ranking.top_fraction(fraction)]
+        sets.append(ParamSet(dict(zip(values, masks)), meta={"fraction": fraction, "how": how}))
+    return sets
+
+
+def shared(sets: Mapping[str, ParamSet]) -> ParamSet:
+    """S(ρ) = ∩_t S_t(ρ): the parameters that every task's set holds."""
+    if not sets:
+        raise UserError("no task's set was given, but a shared set is the intersection of at least one")
+    first, *rest = sets.values()
+    for other in rest:
+        first = first & other
+    return ParamSet(first.masks, "shared", {"tasks": list(sets)})
+
+
+def random_set(like: ParamSet, seed: int, *, within: Literal["global", "tensor"] = "global") -> ParamSet:
+    """A uniformly random set of the size of `like`; "tensor": with the same count in each tensor too."""
+    generator = torch.Generator().manual_seed(seed)
+    if within == "tensor":
+        counts = like.counts()
+        masks = {n: _random_mask(m.numel(), counts[n], generator).view_as(m) for n, m in like.masks.items()}
+    elif within == "global":
+        pieces = _random_mask(like.total, like.size, generator).split(
+            [m.numel() for m in like.masks.values()]
+        )
+        masks = {name: piece.view_as(mask) for (name, mask), piece in zip(like.masks.items(), pieces)}
+    else:
+        raise UserError(f"a random set is drawn within 'global' or 'tensor', not within '{within}'")
+    name = "random" if within == "global" else "random_per_tensor"
+    return ParamSet(masks, name, {"seed": seed, "within": within})
+
+
+def only_set(
+    strengths: Mapping[str, Mapping[str, Tensor]], task: str, others: Mapping[str, ParamSet], size: int
+) -> ParamSet:
+    """The single-task control: the task's `size` strongest parameters outside every other task's S_t(ρ).
+
+    It goes down the task's ranking beyond ρ where S_task ∖ S_other is smaller than `size`.
+
+    Args:
+        strengths: task -> its strengths.
+        others: task -> S_t(ρ); an entry for `task` itself is ignored. They give the scope.
+
+    Raises:
+        UserError: fewer than `size` parameters outside the others have a positive strength.
+    """
+    rivals = [pset for name, pset in others.items() if name != task]
+    if task not in strengths or not rivals:
+        raise UserError(
+            f"the single-task set of '{task}' needs its strengths and another task's set; "
+            f"found strengths of {list(strengths)} and sets of {list(others)}"
+        )
+    taken = rivals[0]
+    for pset in rivals[1:]:
+        taken = taken | pset
+    values = _values(strengths[task], list(taken.masks))
+    free = [v.masked_fill(taken.masks[n].to(v.device), 0) for n, v in values.items()]
+    found = ParamSet(dict(zip(values, _Ranking(free).top(size))), f"{task}_only", {"task": task})
+    if found.size != size:
+        raise UserError(
+            f"the control '{task}_only' needs {size} parameters outside the other tasks' sets, but only "
+            f"{found.size} there have a positive strength; choose a smaller fraction"
+        )
+    return found
+
+
+def check_fraction(fraction: float) -> None:
+    """Raise UserError unless 0 < fraction ≤ 1."""
+    if not 0 < fraction <= 1:
+        raise UserError(f"the fraction is {fraction}, but it must lie in (0, 1]; 0.05 means the top 5 %")
+
+
+def _values(strength: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """The strengths in scope, checked, in one float type whose bit patterns order as the numbers do."""
+    if not names:
+        raise UserError("no tensor is in scope, so nothing can be selected")
+    missing = [name for name in names if name not in strength]
+    if missing:
+        raise UserError(
+            f"no strength was given for '{missing[0]}' ({len(missing)} such tensors of the scope)"
+        )
+    double = any(strength[name].dtype == torch.float64 for name in names)
+    values: dict[str, Tensor] = {}
+    for name in names:
+        value = strength[name].detach().to(torch.float64 if double else torch.float32).contiguous()
+        if value.numel():
+            low, high = (float(x) for x in value.aminmax())
+            if not math.isfinite(low) or not math.isfinite(high):  # aminmax hands NaN on
+                raise UserError(f"the strength of '{name}' holds NaN or infinity; did a gradient overflow?")
+            if low < 0:
+                raise UserError(
+                    f"the strength of '{name}' holds negative values; take the trace's strength()"
+                )
+            if low == 0:
+                value = value.abs()  # -0.0, whose bit pattern is negative
+        values[name] = value
+    return values
+
+
+class _Ranking:
+    """Finds the largest of many values by a radix search over their bit patterns.
+
+    For non-negative floats the pattern orders as the number does, so a histogram of the leading digit tells
+    in which bin the threshold lies, and the search goes on in that bin alone. Nothing is sorted or
+    concatenated; the first histogram serves every threshold.
+    """
+
+    def __init__(self, values: list[Tensor], by_mass: bool = False) -> None:
+        self.dtype = values[0].dtype
+        self.by_mass = by_mass
+        self.width, integer = (64, torch.int64) if self.dtype == torch.float64 else (32, torch.int32)
+        self.patterns = [v.view(integer) for v in values]
+        self.total = sum(v.numel() for v in values)
+        self.positive = sum(int(v.count_nonzero()) for v in values)
+        self.root = self._histogram([p.view(-1) for p in self.patterns], self.width)
+
+    def top_fraction(self, fraction: float) -> list[Tensor]:
+        """Masks of the largest values: the share `fraction` of the number, or by mass of the sum, of all."""
+        if self.by_mass:
+            return self.top(fraction * float(self.root.sum()))
+        return self.top(max(1, round(fraction * self.total)))
+
+    def top(self, amount: float) -> list[Tensor]:
+        """Masks (on the CPU) of the `amount` largest, or by mass of the fewest that sum to `amount`."""
+        if not self.by_mass:
+            amount = min(amount, self.positive)
+        if amount <= 0:
+            return [torch.zeros(p.shape, dtype=torch.bool) for p in self.patterns]
+
+        left, top, threshold, histogram = [p.view(-1) for p in self.patterns], self.width, 0, self.root
+        while True:
+            shift = max(0, top - _DIGIT)
+            above = histogram.flip(0).cumsum(0)  # above[j]: what the j + 1 highest bins hold
+            reach = min(amount, above[-1].item())  # sums of mass may differ in the last bit
+            highest = int((above >= reach).nonzero()[0])
+            amount = reach - (above[highest - 1].item() if highest else 0)
+            digit = len(histogram) - 1 - highest
+            left = [p[(p >> shift) & (2 ** (top - shift) - 1) == digit] for p in left]
+            threshold = threshold << (top - shift) | digit
+            if not shift:
+                break
+            top, histogram = shift, self._histogram(left, shift)
+
+        tied = sum(len(p) for p in left)
+        if self.by_mass:  # the ties needed to reach the rest of the mass
+            value = next(p[:1].view(self.dtype).item() for p in left if len(p))
+            amount = max(1, math.ceil(amount / value * (1 - 1e-12)))
+        if amount >= tied:
+            return [(p >= threshold).cpu() for p in self.patterns]
+        masks, wanted = [], int(amount)
+        for pattern in self.patterns:
+            mask = pattern > threshold
+            first = (pattern == threshold).view(-1).nonzero().view(-1)[:wanted]
+            mask.view(-1)[first] = True
+            wanted -= len(first)
+            masks.append(mask.cpu())
+        return masks
+
+    def _histogram(self, patterns: list[Tensor], top: int) -> Tensor:
+        """How many values (by mass: the sum of the values) have each digit below bit `top`."""
+        shift = max(0, top - _DIGIT)
+        bins = 2 ** (top - shift)
+        histogram = torch.zeros(bins, dtype=torch.float64 if self.by_mass else torch.int64)
+        for p in patterns:
+            weights = p.view(self.dtype).double() if self.by_mass else None
+            histogram += torch.bincount((p >> shift) & (bins - 1), weights, minlength=bins).cpu()
+        return histogram
+
+
+def _random_mask(total: int, size: int, generator: torch.Generator) -> Tensor:
+    """A uniformly random subset [total] of exactly `size`, without a permutation of `total` numbers.
+
+    Positions are drawn with replacement until `size` different ones were seen; never more are drawn than
+    are missing, so no draw is ever dropped and every subset is equally likely.
+    """
+    few = min(size, total - size)
+    mask = torch.zeros(total, dtype=torch.bool)
+    while missing := few - int(mask.count_nonzero()):
+        mask[torch.randint(total, (missing,), generator=generator)] = True
+    return mask if few == size else ~mask

@@ -1,0 +1,603 @@
+"""The run folder: finished steps under their names, unfinished ones only under `.partial-` paths.
+
+A run may be killed at any moment (SIGKILL, power loss) and resumed. A step is a name, a key and a function:
+the name is the path of its output inside the folder, the key is everything the output depends on, and the
+function writes the output. A step whose record has the same key and whose files still have their recorded
+bytes is skipped, any other is built again. This module knows nothing of what a step computes, and needs
+`flock` (Linux, macOS; not a network file system without locks).
+
+    <folder>/config.yaml              what the run was started with
+    <folder>/manifest/RUN             marks the folder as a crosstrace run
+    <folder>/manifest/<step>.json     one record per finished step ("/" in its name is written %2F)
+    <folder>/manifest/started/        when the steps that keep their partial folder began
+    <folder>/<step>                   a finished file or folder
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib import metadata as packages
+from pathlib import Path
+from typing import IO, Any, Literal
+from urllib.parse import quote, unquote
+
+import yaml
+
+from crosstrace.errors import UserError
+
+Mode = Literal["new", "resume", "overwrite"]
+PARTIAL = ".partial-"
+WORKERS_PATIENCE = 30.0  # seconds given to the workers of a killed process to notice and end
+
+
+# -------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write a file or a folder to: renamed at the end, removed on an exception.
+
+    Whoever reads `path` sees the old content or the new, never a part of it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    _remove(partial)
+    try:
+        yield partial
+        _sync(partial)
+        _install(partial, path)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically, making the parent folders."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as strict JSON, atomically: NaN and infinities become null, other floats keep every bit.
+
+    Arrays and tensors become lists, paths strings.
+    """
+    write_text(path, json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON; a missing or broken file is a `UserError` that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; the step that writes it has not run") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); it was edited or damaged") from None
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_tree(path: str | Path) -> str:
+    """SHA-256 of a file or folder: of its files' relative paths and contents, not of times or permissions."""
+    return _tree_hash(_contents(Path(path)))
+
+
+def _plain(value: Any) -> Any:
+    """`value` in JSON's own types."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy and torch
+        return _plain(value.tolist())
+    return str(value) if isinstance(value, Path) else value
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """Every file of a folder by its relative POSIX path, sorted; a single file under the name "."."""
+    if path.is_file():
+        return {".": path}
+    files = [Path(base, name) for base, _, names in os.walk(path) for name in names]
+    return dict(sorted((file.relative_to(path).as_posix(), file) for file in files))
+
+
+def _contents(path: Path) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"size": file.stat().st_size, "sha256": sha256_file(file)}
+        for name, file in _files(path).items()
+    }
+
+
+def _tree_hash(contents: Mapping[str, Mapping[str, Any]]) -> str:
+    return _digest([[name, entry["sha256"]] for name, entry in contents.items()])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(_plain(value), sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Ask the disk to keep a file, or a folder with all it holds, before a rename makes it count."""
+    folders = [Path(base) for base, _, _ in os.walk(path)]
+    for item in [*_files(path).values(), *folders]:
+        handle = os.open(item, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _install(partial: Path, target: Path) -> None:
+    """Rename a complete file or folder to its final name, over what may be there."""
+    if target.is_dir() or (partial.is_dir() and target.exists()):
+        # A folder cannot be renamed over another: between the two renames there is neither, never a half.
+        aside = target.with_name(f"{PARTIAL}{os.getpid()}-old-{target.name}")
+        os.rename(target, aside)
+        os.rename(partial, target)
+        _remove(aside)
+    else:
+        os.replace(partial, target)
+    handle = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(PARTIAL + target.name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------- the run
+
+
+class Run:
+    """One run folder, locked while this object is open; use it in a `with` block or `close()` it.
+
+    `Run.create` opens it for the process that leads the experiment, `Run.attach` for its worker processes.
+    """
+
+    def __init__(self, folder: Path, lock: IO[str]):
+        self.folder = folder
+        self._lock = lock
+        self._ended = threading.Event()
+        self._intact: set[tuple[str, str]] = set()  # (step, output hash) whose bytes this process has checked
+
+    @classmethod
+    def create(cls, folder: str | Path, config_text: str | None, mode: Mode = "new") -> Run:
+        """Make or reopen a run folder, lock it, and clear away what a killed process left half-done.
+
+        Args:
+            folder: the run folder; its parents are made.
+            config_text: the resolved configuration as YAML, saved as config.yaml; None takes the saved one.
+            mode: "new": the folder must be missing or empty. "resume": the saved configuration must be equal;
+                a missing or empty folder is begun, since a run may be killed before it has written anything.
+                "overwrite": a crosstrace run is removed first; a folder that is none is never touched.
+
+        Raises:
+            UserError: the folder is not fit for it, its configuration differs, or a process works in it.
+        """
+        folder = Path(folder).expanduser().resolve()
+        state = _state(folder)
+        if state == "foreign":
+            raise UserError(
+                f"{folder} is not empty and holds no crosstrace run, so nothing in it was touched; choose "
+                "another folder (--resume and --overwrite work only on a folder that crosstrace made)"
+            )
+        if mode == "new" and state == "run":
+            raise UserError(
+                f"{folder} already holds a crosstrace run; continue it with --resume, replace it with "
+                "--overwrite, or choose another folder"
+            )
+        if config_text is None and state == "blank":
+            raise UserError(
+                f"{folder} holds no crosstrace run; start one first with `crosstrace run` or `demo`"
+            )
+        lock = _lock_folder(folder)
+        try:
+            if mode == "overwrite" and state == "run":
+                aside = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+                os.rename(folder, aside)
+                lock.close()
+                lock = _lock_folder(folder)
+            for old in folder.parent.iterdir():  # also what a killed overwrite left
+                if old.name.startswith(f".{folder.name}.replaced-") and _state(old) != "foreign":
+                    _discard(old)
+            if _state(folder) == "blank":
+                write_json(folder / "manifest" / "RUN", {"crosstrace": _version("crosstrace"), "layout": 1})
+            elif mode == "new":  # another process began it between the first look and the lock
+                raise UserError(f"{folder} was just begun by another process; continue it with --resume")
+            saved = folder / "config.yaml"
+            if not saved.exists():
+                if config_text is None:
+                    raise UserError(
+                        f"{saved} is missing, so the run cannot be continued; start again with --overwrite"
+                    )
+                write_text(saved, config_text)
+            elif config_text is not None:
+                _same_config(saved, config_text)
+            run = cls(folder, lock)
+            _lock_workers(folder, fcntl.LOCK_EX, WORKERS_PATIENCE).close()
+            run._clean()
+            return run
+        except BaseException:
+            lock.close()
+            raise
+
+    @classmethod
+    def attach(cls, folder: str | Path) -> Run:
+        """Open the run in a worker process that its leading process started.
+
+        A worker dies with its parent (within a second), so that a killed experiment leaves nobody who still
+        writes; until then, `create` in another process waits.
+        """
+        folder = Path(folder).expanduser().resolve()
+        parent = os.getppid()
+        run = cls(folder, _lock_workers(folder, fcntl.LOCK_SH, WORKERS_PATIENCE))
+        with suppress(UserError):
+            _lock_folder(folder).close()
+            run.close()
+            raise RuntimeError(f"the process that led the run in {folder} is gone, so its worker ends")
+
+        def watch() -> None:
+            while not run._ended.wait(0.25):
+                if os.getppid() != parent:
+                    os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+        return run
+
+    def close(self) -> None:
+        """Give the folder free."""
+        self._ended.set()
+        self._lock.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def config_text(self) -> str:
+        """The saved configuration, YAML."""
+        return (self.folder / "config.yaml").read_text(encoding="utf-8")
+
+    def path(self, name: str) -> Path:
+        """The path of step `name`'s output, a relative POSIX path inside the folder."""
+        parts = name.split("/")
+        if any(not part or part.startswith(".") for part in parts) or name in ("config.yaml", "manifest"):
+            raise ValueError(
+                f"{name!r} cannot name a step: it must be a plain relative path inside the run folder"
+            )
+        return self.folder.joinpath(*parts)
+
+    def stage(self, name: str, key: Any, fn: Callable[[Path], object], *, keep_partial: bool = False) -> Path:
+        """The output of step `name`: as it stands if it is complete for `key`, else built by `fn`.
+
+        `fn(partial)` makes a file or a folder at `partial` (its parent exists, it itself does not). When `fn`
+        returns, the output is synced, renamed to `path(name)`, and only then recorded. Distinct steps may be
+        built by several processes at once.
+
+        Args:
+            name: the output's path inside the folder, e.g. "models/mixed" or "results.json"; no step's output
+                may lie inside another's.
+            key: JSON-able: the settings that the output depends on, and `inputs(...)` of the steps it reads.
+            fn: writes the output.
+            keep_partial: after a kill or an exception, the next attempt *with the same key* finds its partial
+                folder as it was left, and goes on from it (training checkpoints). `fn` removes what must not
+                stay in the output.
+        """
+        target = self.path(name)
+        if self.complete(name, key):
+            return target
+        for other in self._records():
+            if other.startswith(f"{name}/") or name.startswith(f"{other}/"):
+                raise ValueError(
+                    f"steps {other!r} and {name!r} overlap: one's output would lie inside the other's"
+                )
+        partial, started = _partial(target), self._started(name)
+        key_hash, earlier = _digest(key), 0.0
+        before = read_json(started) if started.exists() else {}
+        if keep_partial and before.get("key") == key_hash and partial.exists():
+            earlier = before["seconds"] + max(0.0, _newest(partial) - before["began"])
+        else:
+            _remove(partial)
+        if keep_partial:
+            write_json(started, {"key": key_hash, "began": time.time(), "seconds": earlier})
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clock = time.perf_counter()
+        try:
+            fn(partial)
+        except BaseException:
+            if not keep_partial:
+                _remove(partial)
+            raise
+        if not partial.exists():
+            raise FileNotFoundError(f"step {name!r} wrote nothing to the path it was given, {partial}")
+        seconds = earlier + time.perf_counter() - clock
+        contents = _contents(partial)
+        record = {
+            "step": name,
+            "key": key_hash,
+            "hash": _tree_hash(contents),
+            "seconds": seconds,
+            "files": contents,
+            "depends_on": key,
+        }
+        _sync(partial)
+        _install(partial, target)
+        write_json(self._record(name), record)
+        started.unlink(missing_ok=True)
+        self._intact.add((name, record["hash"]))
+        return target
+
+    def complete(self, name: str, key: Any) -> bool:
+        """Whether step `name` was finished with an equal `key` and its files have their recorded bytes."""
+        record = self._read_record(name)
+        return record is not None and record["key"] == _digest(key) and self._is_intact(name, record)
+
+    def inputs(self, *names: str) -> dict[str, str]:
+        """The output hash of each finished step of `names`, for the key of a step that reads them.
+
+        Raises:
+            UserError: a step is not finished, or its files were changed since.
+        """
+        hashes = {}
+        for name in names:
+            record = self._read_record(name)
+            if record is None:
+                raise UserError(
+                    f"{self.folder} has no finished {name!r} yet; run the stage that makes it first"
+                )
+            if not self._is_intact(name, record):
+                raise UserError(
+                    f"{self.path(name)} is not as the run left it (a file is missing or changed); "
+                    "run the stage that makes it again"
+                )
+            hashes[name] = record["hash"]
+        return hashes
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds spent in each finished step, also in killed attempts whose partial folder was kept."""
+        records = {name: self._read_record(name) for name in self._records()}
+        return {name: record["seconds"] for name, record in records.items() if record}
+
+    # ---- the manifest
+
+    def _record(self, name: str) -> Path:
+        return self.folder / "manifest" / f"{quote(name, safe='')}.json"
+
+    def _started(self, name: str) -> Path:
+        return self.folder / "manifest" / "started" / self._record(name).name
+
+    def _records(self) -> list[str]:
+        found = (self.folder / "manifest").glob("[!.]*.json")
+        return sorted(unquote(file.name.removesuffix(".json")) for file in found)
+
+    def _read_record(self, name: str) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._record(name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # a damaged record counts as none: the step is built again
+            return None
+
+    def _is_intact(self, name: str, record: Mapping[str, Any]) -> bool:
+        """Whether every recorded file has its recorded size and SHA-256; files beside them do not matter."""
+        if (name, record["hash"]) in self._intact:
+            return True
+        files = _files(self.path(name))
+        intact = self.path(name).exists() and all(
+            (file := files.get(path)) is not None
+            and file.stat().st_size == entry["size"]
+            and sha256_file(file) == entry["sha256"]
+            for path, entry in record["files"].items()
+        )
+        if intact:
+            self._intact.add((name, record["hash"]))
+        return intact
+
+    def _clean(self) -> None:
+        """Remove every partial path, save the folders that a step asked to keep (inside those too)."""
+        for base, folders, files in os.walk(self.folder):
+            for entry in [entry for entry in [*folders, *files] if entry.startswith(PARTIAL)]:
+                step = (Path(base).relative_to(self.folder) / entry.removeprefix(PARTIAL)).as_posix()
+                if not self._started(step).exists():
+                    _remove(Path(base, entry))
+                    if entry in folders:
+                        folders.remove(entry)
+        for started in (self.folder / "manifest" / "started").glob("*.json"):
+            if not _partial(self.path(unquote(started.name.removesuffix(".json")))).exists():
+                started.unlink()
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """The relative POSIX path of every file and folder below `folder`."""
+    for base, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            yield Path(base, name).relative_to(folder).as_posix()
+
+
+def _newest(path: Path) -> float:
+    """When the last file below `path` was written, seconds since the epoch."""
+    return max((file.stat().st_mtime for file in _files(path).values()), default=0.0)
+
+
+def _state(folder: Path) -> Literal["blank", "run", "foreign"]:
+    """What is at `folder`: nothing (or what a run killed at its very start left), a run, or other things."""
+    if not folder.exists():
+        return "blank"
+    if not folder.is_dir():
+        return "foreign"
+    with suppress(OSError, ValueError, TypeError):
+        if "crosstrace" in json.loads((folder / "manifest" / "RUN").read_text(encoding="utf-8")):
+            return "run"
+    leftovers = re.compile(rf"manifest(/lock|/workers|/{re.escape(PARTIAL)}\d+-RUN)?")
+    return "blank" if all(leftovers.fullmatch(path) for path in _walk(folder)) else "foreign"
+
+
+def _discard(folder: Path) -> None:
+    """Delete a run, its mark last, so that a killed deletion can still be told from anybody else's folder."""
+    for item in folder.iterdir():
+        if item.name != "manifest":
+            _remove(item)
+    for item in (folder / "manifest").glob("*"):
+        if item.name != "RUN":
+            _remove(item)
+    _remove(folder)
+
+
+def _lock_folder(folder: Path) -> IO[str]:
+    """Hold `folder` alone; the lock ends with the process, however it ends."""
+    busy = UserError(
+        f"{folder} is in use by another crosstrace process; wait for it, stop it, or choose another folder"
+    )
+    try:
+        (folder / "manifest").mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "manifest" / "lock", "a")  # noqa: SIM115  (held open as long as the run is)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
+            raise busy  # the folder was replaced while we opened it
+    except OSError:
+        lock.close()
+        raise busy from None
+    except UserError:
+        lock.close()
+        raise
+    return lock
+
+
+def _lock_workers(folder: Path, kind: int, patience: float) -> IO[str]:
+    """Hold the second lock: shared by workers while they live, taken by a new leader to know them gone."""
+    lock = open(folder / "manifest" / "workers", "a")  # noqa: SIM115
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            return lock
+        except OSError:
+            if time.monotonic() >= until:
+                lock.close()
+                raise UserError(
+                    f"{folder} is still written to by a worker of an earlier crosstrace process; stop it and "
+                    "try again"
+                ) from None
+        time.sleep(0.1)
+
+
+# -------------------------------------------------------------------------------- configuration
+
+
+def _same_config(saved: Path, config_text: str) -> None:
+    """Raise a `UserError` that names the first setting in which `config_text` differs from the saved file."""
+    old, new = (
+        dict(_settings(yaml.safe_load(text))) for text in (saved.read_text(encoding="utf-8"), config_text)
+    )
+    for name in [*new, *old]:
+        was, now = old.get(name, "not set"), new.get(name, "not set")
+        if was != now:
+            raise UserError(
+                f"{saved.parent} was made with {name} = {was}, and this configuration has {name} = {now}; "
+                "--resume needs the same settings, so choose another folder, or --overwrite to begin again"
+            )
+
+
+def _settings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every leaf of a configuration as (dotted name, its JSON text)."""
+    nested = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = list(nested)
+    if not items:
+        yield name, json.dumps(value, default=str)
+    for key, item in items:
+        yield from _settings(item, f"{name}.{key}" if name else str(key))
+
+
+# -------------------------------------------------------------------------------- metadata
+
+
+def metadata() -> dict[str, Any]:
+    """With what a run was made: versions, the git revision of crosstrace's checkout if any, the machine."""
+    import torch  # only here: the run folder itself must open at once
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    names = (
+        "crosstrace",
+        "torch",
+        "transformers",
+        "accelerate",
+        "tokenizers",
+        "safetensors",
+        "numpy",
+        "scipy",
+    )
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
+        "git": _git_revision(),
+        "device": device,
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return packages.version(package)
+    except packages.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _git_revision() -> str | None:
+    """The commit of the checkout that this file is tracked in; "+changed" is appended if files differ."""
+
+    def git(*words: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    with suppress(OSError, subprocess.CalledProcessError):
+        git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # installed inside another project's repository: none
+        return git("rev-parse", "HEAD") + ("+changed" if git("status", "--porcelain", "-uno") else "")
+    return None
+
+
+def _cpu() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,172 @@
+"""Facts to examples: the texts of both formats, with character spans of all that matters. No tokens.
+
+`bio` stores facts (a biography), `qa` recalls one (a question and its answer). Spans are [start, end) offsets into
+the example's own text; tokens are found from them later, for any tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from crosstrace.errors import UserError
+from crosstrace.facts import Fact, Person, World
+from crosstrace.wording import biography_patterns, question_patterns
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Mention:
+    """One fact as one text words it."""
+
+    fact: str
+    relation: str
+    wording: str
+    subject: Span
+    relation_words: tuple[Span, ...]
+    object: Span
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text of one task.
+
+    `targets` are the spans that training predicts (all of a biography; of a question its answer); an end token
+    follows the last target when the tokenizer has one. `split` is `id` or `ood`: whether the person's questions
+    are trained. `repeats` is how often the example occurs in an epoch.
+    """
+
+    id: str
+    task: str
+    text: str
+    person: str
+    split: str
+    targets: tuple[Span, ...]
+    mentions: tuple[Mention, ...]
+    repeats: int = 1
+
+
+def biographies(world: World) -> list[Example]:
+    """The biographies of every person (task `bio`)."""
+    return [example for person in world.people for example in _biographies(world, person)]
+
+
+def questions(world: World) -> list[Example]:
+    """The question-answer pairs of every person (task `qa`), of both splits."""
+    return [example for person in world.people for example in _questions(world, person)]
+
+
+def _biographies(world: World, person: Person) -> list[Example]:
+    settings = world.settings
+    draw = random.Random(f"crosstrace/{settings.population}/{settings.seed}/bio/{person.id}")
+    number = settings.augmented_biographies if person.augmented else settings.biographies
+    examples = []
+    for index in range(number):
+        facts = list(person.facts)
+        if settings.order == "permuted" or person.augmented:
+            draw.shuffle(facts)
+        by_name = {"name": True, "pronoun": False, "either": draw.random() < 0.5}[settings.subject]
+        text, mentions = "", []
+        for fact in facts:
+            patterns = biography_patterns(fact.relation)
+            chosen = draw.randrange(len(patterns))
+            subject = fact.subject if by_name or not mentions else person.pronoun
+            sentence, mention = _fill(patterns[chosen], fact, f"bio.{fact.relation}.{chosen}", subject, len(text))
+            text += sentence + " "
+            mentions.append(mention)
+        text = text.rstrip()
+        split = "id" if person.in_distribution else "ood"
+        examples.append(
+            Example(f"{person.id}.bio.{index}", "bio", text, person.id, split, ((0, len(text)),), tuple(mentions),
+                    person.repeats)
+        )  # fmt: skip
+    return examples
+
+
+def _questions(world: World, person: Person) -> list[Example]:
+    settings = world.settings
+    draw = random.Random(f"crosstrace/{settings.population}/{settings.seed}/qa/{person.id}")
+    examples = []
+    for fact in person.facts:
+        patterns = question_patterns(fact.relation)
+        if settings.questions > len(patterns):
+            raise UserError(
+                f"facts.questions is {settings.questions}, but relation {fact.relation} has {len(patterns)} wordings "
+                f"of its question; use at most {len(patterns)}"
+            )
+        for index, chosen in enumerate(draw.sample(range(len(patterns)), settings.questions)):
+            pattern = patterns[chosen] + " {object}"
+            text, mention = _fill(pattern, fact, f"qa.{fact.relation}.{chosen}", fact.subject, 0)
+            split = "id" if person.in_distribution else "ood"
+            examples.append(
+                Example(f"{fact.id}.qa.{index}", "qa", text, person.id, split, (mention.object,), (mention,),
+                        person.repeats)
+            )  # fmt: skip
+    return examples
+
+
+def _fill(pattern: str, fact: Fact, wording: str, subject: str, start: int) -> tuple[str, Mention]:
+    """Fill a pattern; spans are offset by `start`, where the sentence begins in its text."""
+    text, spans = "", {"subject": (0, 0), "object": (0, 0)}
+    relation_words: list[Span] = []
+    opened = 0
+    for piece in re.split(r"(\{subject\}|\{object\}|\[|\])", pattern):
+        if piece == "[":
+            opened = start + len(text)
+        elif piece == "]":
+            relation_words.append((opened, start + len(text)))
+        elif piece in ("{subject}", "{object}"):
+            value = subject if piece == "{subject}" else fact.object
+            value = value[0].upper() + value[1:] if not text else value
+            spans[piece[1:-1]] = (start + len(text), start + len(text) + len(value))
+            text += value
+        else:
+            text += piece
+    return text, Mention(
+        fact.id, fact.relation, wording, spans["subject"], tuple(relation_words), spans["object"]
+    )
+
+
+def write_jsonl(path: Path, examples: Iterable[Example]) -> None:
+    """One example a line; the same examples give the same bytes."""
+    lines = [json.dumps(asdict(example), ensure_ascii=False, sort_keys=True) + "\n" for example in examples]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def read_jsonl(path: Path) -> list[Example]:
+    """Read what `write_jsonl` wrote.
+
+    Raises:
+        UserError: a line is not an example, with file, line and what is wrong.
+    """
+    examples = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                mentions = tuple(
+                    Mention(
+                        m["fact"], m["relation"], m["wording"], _span(m["subject"]),
+                        tuple(_span(s) for s in m["relation_words"]), _span(m["object"]),
+                    )
+                    for m in row["mentions"]
+                )  # fmt: skip
+                targets = tuple(_span(s) for s in row["targets"])
+                examples.append(Example(row["id"], row["task"], row["text"], row["person"], row["split"], targets,
+                                        mentions, row["repeats"]))  # fmt: skip
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{path} line {number} is not an example ({type(error).__name__}: {error}); expected the JSON that "
+                    "`crosstrace data` writes, so the file was edited or truncated"
+                ) from None
+    return examples
+
+
+def _span(value: list[int]) -> Span:
+    start, end = value
+    return int(start), int(end)

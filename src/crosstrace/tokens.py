@@ -1,0 +1,115 @@
+"""Examples to tokens: ids, labels and masks. The only module that uses a tokenizer.
+
+Labels come from character offsets: a token belongs to a span when their characters meet, so it does not matter
+whether a space belongs to a token. It knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosstrace.errors import UserError
+from crosstrace.text import Example, Span
+
+Batch = dict[str, Tensor]
+TARGETS = ("object", "answer", "all", "train")
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example's tokens: `ids` [T], which of them are targets [T] of each kind, and each mention's object [T]."""
+
+    example: Example
+    ids: Tensor
+    targets: dict[str, Tensor]
+    mentions: tuple[Tensor, ...]
+
+
+def encode(tokenizer: Any, examples: Sequence[Example]) -> list[Encoded]:
+    """Tokenize examples and find their targets.
+
+    Kinds of target (DESIGN.md): `object`, the object's tokens; `answer`, from the first object's token on with the
+    end token (of a biography, its objects and the end); `all`, every token; `train`, what training predicts: the
+    example's own targets and the end token.
+
+    Raises:
+        UserError: the tokenizer gives no offsets, or an object has no token.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"tokenizer {type(tokenizer).__name__} gives no character offsets, which the labels need; expected a "
+            "fast tokenizer (tokenizer.json), so convert it with transformers' AutoTokenizer(use_fast=True)"
+        )
+    if not examples:
+        return []
+    rows = tokenizer([example.text for example in examples], return_offsets_mapping=True)
+    encoded = []
+    for example, ids, offsets in zip(examples, rows["input_ids"], rows["offset_mapping"]):
+        end = tokenizer.eos_token_id
+        if end is not None and ids[-1] != end:
+            ids, offsets = [*ids, end], [*offsets, (0, 0)]
+        mentions = tuple(_tokens_of([mention.object], offsets) for mention in example.mentions)
+        objects = torch.stack(mentions).any(0) if mentions else torch.zeros(len(ids), dtype=torch.bool)
+        ends = torch.zeros(len(ids), dtype=torch.bool)
+        ends[-1] = end is not None
+        for mention, tokens in zip(example.mentions, mentions):
+            if not tokens.any():
+                start, stop = mention.object
+                raise UserError(
+                    f"example {example.id}: no token covers the object {example.text[start:stop]!r} at characters "
+                    f"{start} to {stop}; the tokenizer drops these characters or the spans belong to another text"
+                )
+        targets = {
+            "object": objects,
+            "answer": objects | ends,
+            "all": torch.ones(len(ids), dtype=torch.bool),
+            "train": _tokens_of(example.targets, offsets) | ends,
+        }
+        encoded.append(Encoded(example, torch.tensor(ids), targets, mentions))
+    return encoded
+
+
+def _tokens_of(spans: Iterable[Span], offsets: Sequence[tuple[int, int]]) -> Tensor:
+    """Which tokens share a character with one of the spans; special tokens (empty offsets) never do."""
+    spans = list(spans)
+    return torch.tensor(
+        [any(start < high and low < end for low, high in spans) for start, end in offsets], dtype=torch.bool
+    )
+
+
+def collate(
+    encoded: Sequence[Encoded], targets: str = "object", *, pad_id: int, side: str = "right"
+) -> Batch:
+    """Pad examples into one batch of input_ids, attention_mask and labels [B, T].
+
+    Padding on the left adds position_ids, so that every token keeps the position it has alone.
+    """
+    length = max(len(item.ids) for item in encoded)
+    shape = (len(encoded), length)
+    ids = torch.full(shape, pad_id)
+    mask = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORE)
+    for row, item in enumerate(encoded):
+        place = slice(0, len(item.ids)) if side == "right" else slice(length - len(item.ids), length)
+        ids[row, place] = item.ids
+        mask[row, place] = 1
+        labels[row, place] = torch.where(item.targets[targets], item.ids, IGNORE)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if side == "left":
+        batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    return batch
+
+
+def batches(
+    encoded: Sequence[Encoded], size: int, targets: str = "object", *, pad_id: int, by_length: bool = False
+) -> Iterator[Batch]:
+    """Batches of `size` in the given order, or shortest first to save padding (`by_length`)."""
+    items = sorted(encoded, key=lambda item: len(item.ids)) if by_length else list(encoded)
+    for start in range(0, len(items), size):
+        yield collate(items[start : start + size], targets, pad_id=pad_id)

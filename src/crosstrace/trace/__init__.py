@@ -1,0 +1,7 @@
+"""The gradient trace: exact per example for every parameter, at a checkpoint or online during training."""
+
+from __future__ import annotations
+
+from crosstrace.trace.trace import MEASURES, OnlineTrace, Trace, load_traces, save_traces, trace
+
+__all__ = ["MEASURES", "OnlineTrace", "Trace", "load_traces", "save_traces", "trace"]

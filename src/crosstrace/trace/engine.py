@@ -1,0 +1,392 @@
+"""The trace engine: sums over examples of per-example gradients, at the price of one batched backward.
+
+Forward hooks record every call of a module that owns parameters; one backward of Σ_i ℓ_i to those calls'
+outputs (no weight gradient is computed, no `.grad` touched) gives the gradients e; `rules` turns (input, e)
+into sums as soon as the last use of a parameter has its e. Which rule serves a parameter is not guessed: on
+the first batch a probe compares the rules with `torch.autograd.grad` of one or two examples alone. What no
+rule serves is computed one example at a time, so every parameter is exact and none is skipped.
+
+The engine knows the model, the loss and its batches; it knows neither tasks nor measures.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.utils._pytree import tree_leaves
+
+from crosstrace.errors import UserError
+from crosstrace.losses import example_losses
+from crosstrace.trace.rules import RULES, Call, Rule, Unfit, fold, is_lookup, reduce, sum_dtype
+
+Batch = Mapping[str, Tensor]
+Way = list[
+    list[str]
+]  # a parameter's uses in order, each [module, local name, rule]; empty: no use, no gradient
+Receive = Callable[[str, int, dict[str, Tensor]], None]
+
+# Largest difference (Frobenius norm) between a rule and autograd that rounding explains, relative to the
+# gradient and to the sum of its terms' absolute values: what cancels exactly in theory (a key's bias under
+# softmax) is noise of the latter's size. Half precision differs that much between an example alone and in a
+# batch; float64 is wider than need be because transformers computes norms and softmax in float32 even then.
+AGREES = {
+    torch.float64: (1e-6, 1e-12),
+    torch.float32: (1e-3, 1e-5),
+    torch.float16: (0.05, 0.002),
+    torch.bfloat16: (0.15, 0.02),
+}
+BY_NAME = {rule.name: rule for rule in RULES}
+
+
+class Engine:
+    """Per-example gradient sums of every parameter of one model.
+
+    Args:
+        model: any module that maps input_ids [B, T] (and attention_mask, position_ids) to logits [B, T, V].
+        wanted: which sums, of "sum" Σg, "abs" Σ|g|, "square" Σg².
+    """
+
+    def __init__(self, model: nn.Module, wanted: Sequence[str]) -> None:
+        self.model = model
+        self.wanted = list(wanted)
+        self.parameters = dict(model.named_parameters())
+        self.plan: dict[str, Way | None] = {}  # per parameter; None: no rule, one example at a time
+        self.probed = 0  # examples the plan was tried on
+        for name, p in self.parameters.items():
+            if p.dtype not in AGREES:
+                raise UserError(
+                    f"parameter {name!r} is {p.dtype}, which has no gradient; load the model unquantised"
+                )
+        names = {id(p): name for name, p in self.parameters.items()}
+        self._owners: dict[
+            str, dict[str, str]
+        ] = {}  # module -> local name -> canonical (a tied tensor's first)
+        for owner, module in model.named_modules():
+            own = {local: names[id(p)] for local, p in module._parameters.items() if p is not None}
+            if own:
+                self._owners[owner] = own
+        embedding = _embeddings(model, "input")
+        self._head = _embeddings(model, "output")
+        self._explicit_positions = (
+            any(  # learned positions looked up once for the whole batch mix its examples
+                isinstance(m, nn.Embedding) and m is not embedding for m in model.modules()
+            )
+        )
+
+    def run(self, batch: Batch, shares: Sequence[slice], receive: Receive) -> None:
+        """Trace one batch.
+
+        Args:
+            batch: input_ids, attention_mask, labels [B, T]; position_ids [B, T] where padding is on the left.
+            shares: disjoint slices of the batch's examples, each summed by itself.
+            receive: called once per parameter and share as (parameter, number of the share, {wanted: Σ over
+                the share's examples}); nothing is divided by the number of examples.
+
+        Raises:
+            UserError: the batch lacks a tensor, or an example lacks a target.
+        """
+        batch = self._checked(batch)
+        with _undisturbed(self.model):
+            if self.probed < min(2, len(batch["labels"])):
+                self._probe(batch)
+            missing = set(self.parameters)
+
+            def deliver(name: str, calls: list[tuple[Call, str]]) -> None:
+                way = self.plan[name]
+                if way is None or [[call.name, local] for call, local in calls] != [use[:2] for use in way]:
+                    return  # called otherwise than when it was probed
+                try:
+                    uses = [BY_NAME[rule](call, local) for (call, local), (_, _, rule) in zip(calls, way)]
+                except Unfit:
+                    return
+                missing.discard(name)
+                for number, share in enumerate(shares):
+                    receive(name, number, reduce(uses, self.parameters[name], share, self.wanted))
+
+            if any(way is not None for way in self.plan.values()):
+                idle = [name for name, way in self.plan.items() if way == []]
+                self._backward(batch, deliver, idle)
+            if missing:
+                self._one_by_one(batch, shares, sorted(missing), receive)
+
+    def coverage(self) -> dict[str, float]:
+        """Share of the parameters per rule ("a+b": tied, two uses; "general": one example at a time)."""
+        sizes: dict[str, int] = defaultdict(int)
+        for name, way in self.plan.items():
+            label = "general" if way is None else "+".join(rule for _, _, rule in way) or "no gradient"
+            sizes[label] += self.parameters[name].numel()
+        total = sum(sizes.values())
+        return {label: size / total for label, size in sizes.items()}
+
+    # ---- one batched pass
+
+    def _backward(self, batch: Batch, deliver: Callable[..., None], idle: Sequence[str] = ()) -> None:
+        """One forward and backward; `deliver(parameter, its calls)` as soon as all its calls have their e.
+
+        A parameter is not delivered if one of its calls can't be told apart by example or does not reach the
+        loss. The parameters `idle` are expected to have no gradient; those that have none are delivered
+        without calls.
+        """
+        calls: dict[str, list[tuple[Call, str]]] = defaultdict(list)
+        recorded: list[Call] = []
+        sources: list[Call] = []
+        opaque: set[str] = set()
+        shape = (batch["labels"].shape[0], batch["labels"].shape[1])
+
+        def arrived(call: Call, e: Tensor) -> None:
+            call.e = e
+            for name in list(call.waiting):
+                if all(c.e is not None for c, _ in calls[name]):
+                    deliver(name, calls[name])
+                    for c, _ in calls.pop(name):
+                        c.waiting.discard(name)
+                        if not c.waiting:  # free the activations before the backward goes on
+                            c.clear()
+
+        def recorder(owner: str) -> Callable[..., None]:
+            def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                own = self._owners[owner]
+                rows = len(output) if isinstance(output, Tensor) and output.requires_grad else 0
+                if rows not in (shape[0], shape[0] * shape[1]):
+                    opaque.update(own.values())
+                    return
+                flat = None if rows == shape[0] else shape
+                tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+                only = tensors[0] if len(tensors) == 1 and len(tensors[0]) == rows else None
+                call = Call(owner, module, args, kwargs, only, output, output.grad_fn, flat)
+                recorded.append(call)
+                for local, name in own.items():
+                    calls[name].append((call, local))
+                    call.waiting.add(name)
+                if any(x.requires_grad for x in tensors):
+                    # A hook set now sees the gradient of this output, whatever is done to it in place later.
+                    output.register_hook(lambda e: arrived(call, e))
+                else:
+                    call.node = _lookup(output.grad_fn)
+                    sources.append(call)
+
+            return record
+
+        try:
+            with ExitStack() as hooks:
+                for owner in self._owners:
+                    hook = self.model.get_submodule(owner).register_forward_hook(
+                        recorder(owner), with_kwargs=True
+                    )
+                    hooks.callback(hook.remove)
+                losses = self._losses(batch, only_targets=True)
+            wrong = (~losses.isfinite()).nonzero()
+            if len(wrong):
+                raise UserError(
+                    f"the loss of example {int(wrong[0])} of a batch to trace is not a finite number; has "
+                    "training diverged, or does the attention kernel fail on padding in this dtype?"
+                )
+            for name in opaque:
+                for call, _ in calls.pop(name, []):
+                    call.waiting.discard(name)
+            # The model's first calls are where the backward ends; on the way there it passes all others.
+            ends = [GradientEdge(call.node, 0) for call in sources] + [self.parameters[name] for name in idle]
+            # (torch's stubs do not know a list of both.)
+            found = torch.autograd.grad(losses.sum(), ends, allow_unused=True) if ends else ()  # pyright: ignore
+            for call, e in zip(sources, found):
+                if e is not None:
+                    arrived(call, e)
+            for name, gradient in zip(idle, found[len(sources) :]):
+                if gradient is None:
+                    deliver(name, [])
+        finally:
+            for call in recorded:  # an output's hook holds its call: a cycle that no collector sees
+                call.clear()
+
+    # ---- the general path
+
+    def _one_by_one(
+        self, batch: Batch, shares: Sequence[slice], names: Sequence[str], receive: Receive
+    ) -> None:
+        """One example after the other, its gradients restricted to `names`."""
+        for number, share in enumerate(shares):
+            sums = {
+                name: {w: torch.zeros_like(p, dtype=sum_dtype(p.dtype)) for w in self.wanted}
+                for name, p in ((name, self.parameters[name]) for name in names)
+            }
+            for i in range(len(batch["labels"]))[share]:
+                for name, gradient in zip(names, self._alone(batch, i, names)):
+                    if gradient is not None:
+                        fold(gradient.to(sum_dtype(gradient.dtype), copy=True).unsqueeze(0), sums[name])
+            for name in names:
+                receive(name, number, sums[name])
+
+    def _alone(self, batch: Batch, i: int, names: Sequence[str]) -> tuple[Tensor | None, ...]:
+        """∂ℓ_i/∂θ of the named parameters, of example i by itself and without its padding."""
+        own = batch["attention_mask"][i].bool()
+        example = {key: value[i : i + 1, own] for key, value in batch.items()}
+        loss = self._losses(example, only_targets=False).sum()
+        return torch.autograd.grad(loss, [self.parameters[name] for name in names], allow_unused=True)
+
+    # ---- the plan
+
+    def _probe(self, batch: Batch) -> None:
+        """Choose each parameter's way: the first that is right for the longest and the shortest example."""
+        lengths = batch["attention_mask"].sum(1)
+        pair = sorted({int(lengths.argmax()), int(lengths.argmin())})
+        if len(pair) == 1 and len(lengths) > 1:
+            pair.append((pair[0] + 1) % len(lengths))
+        names = list(self.parameters)
+        alone = [dict(zip(names, self._alone(batch, i, names))) for i in pair]
+        self.plan = dict.fromkeys(names)
+        for name in names:
+            if all(gradients[name] is None for gradients in alone):
+                self.plan[name] = []
+
+        def deliver(name: str, calls: list[tuple[Call, str]]) -> None:
+            expected = [gradients[name] for gradients in alone]
+            if not any(g is not None and bool(g.any()) for g in expected):
+                return  # zero tells nothing about a rule
+            ways = list(itertools.product(*(list(_fitting(call, local)) for call, local in calls)))
+            misfits = [_misfit(uses, expected, self.parameters[name]) for uses in ways]
+            bar = max(4 * min(misfits, default=1.0), 0.3)  # a wrong rule may nearly pass in half precision
+            for uses, misfit in zip(ways, misfits):
+                if misfit <= min(bar, 1.0):
+                    self.plan[name] = [
+                        [call.name, local, use.name] for (call, local), use in zip(calls, uses)
+                    ]
+                    return
+
+        self._backward({key: value[pair] for key, value in batch.items()}, deliver)
+        self.probed = len(pair)
+
+    # ---- the loss
+
+    def _losses(self, batch: Batch, only_targets: bool) -> Tensor:
+        """ℓ [B]; with `only_targets`, logits are computed at the positions that predict a target alone."""
+        inputs = {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "position_ids": batch.get("position_ids"),
+            "use_cache": False,
+        }
+        if inputs["position_ids"] is None and self._explicit_positions:
+            inputs["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        accepted = inspect.signature(self.model.forward).parameters
+        anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+        inputs = {k: v for k, v in inputs.items() if v is not None and (anything or k in accepted)}
+
+        # A token after padding is an example's first: nothing predicts it, whichever side the padding is on.
+        mask, labels = batch["attention_mask"], batch["labels"].clone()
+        labels[:, 1:].masked_fill_(mask[:, :-1] == 0, -100)
+        with ExitStack() as hooks:
+            gathered = False
+            if only_targets and self._head is not None:
+                target = labels[:, 1:] != -100
+                most = int(target.sum(1).max())
+                positions = target.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+
+                def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+                    nonlocal gathered
+                    if gathered or len(args) != 1 or args[0].shape[:2] != labels.shape:
+                        return None
+                    gathered = True
+                    return (args[0].take_along_dim(positions.unsqueeze(-1), 1),)
+
+                hooks.callback(self._head.register_forward_pre_hook(gather).remove)
+            output = self.model(**inputs)
+        logits = output if isinstance(output, Tensor) else output.logits
+        if gathered:  # position k predicts wanted[:, k]; the loss shifts by one
+            wanted = labels[:, 1:].gather(1, positions)
+            logits, labels = (
+                nn.functional.pad(logits, (0, 0, 0, 1)),
+                nn.functional.pad(wanted, (1, 0), value=-100),
+            )
+        return example_losses(logits, labels)
+
+    def _checked(self, batch: Batch) -> dict[str, Tensor]:
+        """The batch on the model's device, its shapes checked."""
+        lacking = [key for key in ("input_ids", "attention_mask", "labels") if key not in batch]
+        if lacking:
+            raise UserError(
+                f"a batch to trace lacks {lacking[0]!r}; it has {', '.join(map(repr, batch)) or 'nothing'}"
+            )
+        shape = batch["input_ids"].shape
+        for key, value in batch.items():
+            if value.shape != shape or len(shape) != 2:
+                raise UserError(
+                    f"batch tensor {key!r} has shape {list(value.shape)}; expected [examples, positions] "
+                    f"like input_ids, which has {list(shape)}"
+                )
+        targets = (batch["labels"][:, 1:] != -100) & (batch["attention_mask"][:, :-1] != 0)
+        if not bool(targets.any(1).all()):
+            row = int((~targets.any(1)).nonzero()[0])
+            raise UserError(
+                f"example {row} of a batch to trace has no target token that an earlier token predicts, so "
+                "its loss is undefined; are all its labels -100?"
+            )
+        device = next(iter(self.parameters.values())).device
+        return {key: value.to(device) for key, value in batch.items()}
+
+
+def _fitting(call: Call, local: str) -> Iterator[Rule]:
+    for rule in RULES:
+        try:
+            yield rule(call, local)
+        except Unfit:
+            continue
+
+
+def _misfit(uses: Sequence[Rule], expected: Sequence[Tensor | None], parameter: Tensor) -> float:
+    """Largest difference between the uses' gradients and the expected, in units of what rounding explains."""
+    like = torch.zeros_like(parameter, dtype=sum_dtype(parameter.dtype))
+    relative, terms = AGREES[parameter.dtype]
+    worst = 0.0
+    for i, gradient in enumerate(expected):
+        gradient = like if gradient is None else gradient.to(like.dtype)
+        got, bound = (
+            reduce(u, like, slice(i, i + 1), ["sum"])["sum"]
+            for u in (uses, [use.magnitude() for use in uses])
+        )
+        allowed = relative * gradient.norm() + terms * bound.norm()
+        difference = (got - gradient).norm()
+        worst = max(worst, float(difference / allowed) if float(difference) > 0 else 0.0)
+    return worst
+
+
+def _lookup(node: Any) -> Any:
+    """The embedding lookup behind a module's output (Gemma scales it afterwards), else its own node."""
+    hop = node
+    for _ in range(4):
+        if hop is None or is_lookup(hop):
+            break
+        hop = hop.next_functions[0][0] if hop.next_functions else None
+    return hop if is_lookup(hop) else node
+
+
+def _embeddings(model: nn.Module, which: str) -> nn.Module | None:
+    get = getattr(model, f"get_{which}_embeddings", None)
+    return get() if get is not None else None
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """No dropout, no autocast, gradients for every parameter; all put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    device = next(model.parameters()).device
+    try:
+        model.eval()
+        for p in frozen:
+            p.requires_grad_(True)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+        for module, training in modes:
+            module.training = training

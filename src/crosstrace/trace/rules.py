@@ -1,0 +1,373 @@
+"""Rules: how one use of a parameter turns (input a, output gradient e) into per-example gradients.
+
+A batched backward gives, for every call of a module, its input a and the gradient e = ∂Σℓ/∂output. Example i
+only touches row i of both, so its own weight gradient is a small product of row i of a and e. A rule knows
+that product for one kind of use; `reduce` adds the uses of a parameter per example (tied weights!) and folds
+the result into the sums Σg, Σ|g| and Σg² block by block, while a block is still in the processor's cache. No
+[B, *parameter] tensor exists at any time.
+
+Rules know neither models, losses nor traces, and they need not be right for every module: the engine tries
+them against `torch.autograd.grad` and uses for a parameter the first that agrees.
+
+Shapes: B examples, T positions, O and I outputs and inputs, c examples of a block, r rows of a block.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+# Elements of a block: 1 MB in float32, a core's L2 cache (measured: less is slower, more no faster).
+BLOCK = 1 << 18
+TILE = 1 << 15  # elements of one example's tile: several examples share a block, as one matmul each is slow
+ROWS = 64  # fewest rows of a tile: a thinner matmul is slow
+REPLAYED = 1 << 16  # largest parameter whose per-example gradients may all be held at once
+
+
+class Unfit(Exception):
+    """A rule does not know this use of the parameter."""
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module that owns parameters: what went in and out and, once the backward is there, e."""
+
+    name: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    input: Tensor | None  # the call's only tensor argument; None if it has none or several
+    output: Tensor
+    node: Any  # autograd's node whose gradient e is
+    flat: tuple[int, int] | None = None  # (B, T) where the module saw [B·T, …], else it saw [B, …]
+    e: Tensor | None = None
+    waiting: set[str] = field(default_factory=set)  # parameters whose gradient still needs this call
+
+    def __post_init__(self) -> None:
+        self._versions = [x._version if x is not None else 0 for x in (self.input, self.output)]
+
+    def clear(self) -> None:
+        """Let go of all tensors."""
+        self.args, self.kwargs = (), {}
+        self.input, self.output, self.node, self.e = None, torch.empty(0), None, None
+
+    def gradient(self) -> Tensor:
+        """e [B, …], in the dtype of the sums."""
+        assert self.e is not None
+        return self.by_example(self.e.to(sum_dtype(self.e.dtype)))
+
+    def tensor(self) -> Tensor:
+        """The only tensor argument as the module saw it, detached and unchanged since the call."""
+        if self.input is None or self.input._version != self._versions[0]:
+            raise Unfit
+        return self.input.detach()
+
+    def result(self) -> Tensor | None:
+        """What the module gave, detached; None if it has been changed in place since."""
+        return self.output.detach() if self.output._version == self._versions[1] else None
+
+    def by_example(self, x: Tensor) -> Tensor:
+        """What the module saw or gave, as [B, …]."""
+        return x if self.flat is None else x.unflatten(0, self.flat)
+
+    def again(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """The module's output for another input and other parameters."""
+        swap = lambda value: x if value is self.input else value
+        return torch.func.functional_call(
+            self.module, parameters, tree_map(swap, self.args), tree_map(swap, self.kwargs)
+        )
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums of half-precision gradients are kept in float32, others in their own dtype."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+class Rule:
+    """One use of the parameter `local` of the called module.
+
+    A new rule sets `name`, raises `Unfit` from its constructor where it does not apply, and writes `product`;
+    the rest is optional and only makes it faster.
+    """
+
+    name: str
+    batch: int  # B
+
+    def __init__(self, call: Call, local: str) -> None:
+        raise NotImplementedError
+
+    def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
+        """out [c, r, …] = beta · out + the gradient of `examples`, restricted to `rows` of the parameter."""
+        raise NotImplementedError
+
+    def total(self, out: Tensor, examples: slice) -> None:
+        """out (the parameter's shape) += Σ over `examples` of the gradient: no work per example."""
+        _blocks([self], {"sum": out}, examples, self.batch)
+
+    def reduce(self, sums: dict[str, Tensor], examples: slice) -> None:
+        """Fold the gradients of `examples` into `sums`, where this is the parameter's only use."""
+        _blocks([self], sums, examples, self.batch)
+
+    def magnitude(self) -> Rule:
+        """The same use with the absolute values of all it multiplies: the scale of its rounding errors."""
+        twin = copy.copy(self)
+        for key, value in vars(self).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                setattr(twin, key, value.abs())
+        return twin
+
+
+class Linear(Rule):
+    """g_i = e_iᵀ a_i of y = a Wᵀ (+ b), W [O, I]; the rows of the parameter are the left factor's columns."""
+
+    name = "linear"
+    transposed = False
+
+    def __init__(self, call: Call, local: str) -> None:
+        a, e, weight = call.by_example(call.tensor()), call.gradient(), getattr(call.module, local)
+        left, right = (a, e) if self.transposed else (e, a)
+        if weight.shape != (left.shape[-1], right.shape[-1]) or a.shape[:-1] != e.shape[:-1] or a.dim() < 2:
+            raise Unfit
+        self.batch = len(e)
+        self.left, self.right = _occupied(left.to(e.dtype), right.to(e.dtype), e)
+
+    def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
+        left = self.left[examples, :, rows].transpose(1, 2)
+        torch.baddbmm(out, left, self.right[examples], beta=beta, out=out)
+
+    def total(self, out: Tensor, examples: slice) -> None:
+        left, right = self.left[examples].flatten(0, 1), self.right[examples].flatten(0, 1)
+        out.addmm_(left.t(), right)
+
+
+class TransposedLinear(Linear):
+    """g_i = a_iᵀ e_i of y = a W (+ b), W [I, O]: GPT-2's Conv1D."""
+
+    name = "transposed linear"
+    transposed = True
+
+
+class Embedding(Rule):
+    """g_i has e_it added to row ids_it; the ids are those that autograd saved, whatever the module got."""
+
+    name = "embedding"
+
+    def __init__(self, call: Call, local: str) -> None:
+        weight = getattr(call.module, local)
+        if not is_lookup(call.node) or weight.dim() != 2 or call.node._saved_scale_grad_by_freq:
+            raise Unfit
+        ids, e = call.node._saved_indices, call.gradient()
+        if ids.shape != e.shape[:-1] or ids.dim() < 2 or e.shape[-1] != weight.shape[1]:
+            raise Unfit
+        padding = getattr(call.module, "padding_idx", None)
+        if padding is not None:  # torch gives this row no gradient
+            e = e.masked_fill((ids == padding).unsqueeze(-1), 0)
+        self.batch, self.rows = len(e), len(weight)
+        self.ids, self.e = ids.flatten(1), e.flatten(1, -2)
+
+    def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
+        if beta == 0:
+            out.zero_()
+        ids, e = self.ids[examples] - rows.start, self.e[examples]
+        inside = (ids >= 0) & (ids < out.shape[1])
+        first = torch.arange(len(ids), device=ids.device).unsqueeze(1) * out.shape[1]
+        out.view(-1, out.shape[-1]).index_add_(0, (first + ids)[inside], e[inside])
+
+    def total(self, out: Tensor, examples: slice) -> None:
+        out.index_add_(0, self.ids[examples].flatten(), self.e[examples].flatten(0, 1))
+
+    def reduce(self, sums: dict[str, Tensor], examples: slice) -> None:
+        """Only the rows that occur: one per pair (example, id)."""
+        ids, e = self.ids[examples], self.e[examples]
+        pair = ids + torch.arange(len(ids), device=ids.device).unsqueeze(1) * self.rows
+        pairs, place = torch.unique(pair, return_inverse=True)
+        block = e.new_zeros(len(pairs), e.shape[-1]).index_add_(0, place.flatten(), e.flatten(0, 1))
+        rows = pairs % self.rows
+        if "sum" in sums:
+            sums["sum"].index_add_(0, rows, block)
+        if "abs" in sums:
+            sums["abs"].index_add_(0, rows, block.abs())
+        if "square" in sums:
+            sums["square"].index_add_(0, rows, block.square())
+
+
+class Shift(Rule):
+    """g_i = Σ_t e_it of y = … + b: a bias."""
+
+    name = "shift"
+
+    def __init__(self, call: Call, local: str) -> None:
+        self._keep(call.gradient(), getattr(call.module, local))
+
+    def _keep(self, terms: Tensor, parameter: Tensor, divisor: Tensor | None = None) -> None:
+        if terms.dim() < 2 or parameter.shape != terms.shape[-1:]:
+            raise Unfit
+        self.batch = len(terms)
+        self.terms = terms.unsqueeze(1).flatten(1, -2)  # [B, T, O], also where the call had no T
+        self.divisor = divisor  # of the sums over t, [O]
+
+    def _gradients(self, examples: slice) -> Tensor:
+        sums = self.terms[examples].sum(1)
+        return sums if self.divisor is None else sums.div_(self.divisor)
+
+    def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
+        _put(out, self._gradients(examples)[:, rows], beta)
+
+    def total(self, out: Tensor, examples: slice) -> None:
+        out.add_(self._gradients(examples).sum(0))
+
+    def reduce(self, sums: dict[str, Tensor], examples: slice) -> None:
+        fold(self._gradients(examples), sums)
+
+
+class Scale(Shift):
+    """g_i = Σ_t e_it d_it of y = w ⊙ d(x) + c(x), any norm's weight; d is ∂y/∂w in the direction of ones."""
+
+    name = "scale"
+
+    def __init__(self, call: Call, local: str) -> None:
+        x, e, weight = call.tensor(), call.gradient(), getattr(call.module, local).detach()
+        if weight.shape != e.shape[-1:]:
+            raise Unfit
+        d = torch.func.jvp(lambda w: call.again(x, {local: w}), (weight,), (torch.ones_like(weight),))[1]
+        d = call.by_example(d.to(e.dtype))
+        if d.shape != e.shape:
+            raise Unfit
+        self._keep(d * e, weight)
+
+
+class Gain(Scale):
+    """The same for y = w ⊙ d(x), an RMSNorm's weight: g_i = (Σ_t e_it y_it) / w, since y is there already."""
+
+    name = "gain"
+
+    def __init__(self, call: Call, local: str) -> None:
+        if sum(p is not None for p in call.module._parameters.values()) > 1:
+            raise Unfit  # a bias is in y
+        weight, y = getattr(call.module, local).detach(), call.result()
+        if y is None or bool((weight.abs() < 1e-6).any()):  # no d from this y
+            super().__init__(call, local)
+            return
+        e = call.gradient()
+        self._keep(call.by_example(y.to(e.dtype)) * e, weight, weight.to(e.dtype))
+
+
+class Replay(Rule):
+    """The module is run again per example (vmap) and differentiated: any small parameter of any module."""
+
+    name = "replay"
+
+    def __init__(self, call: Call, local: str) -> None:
+        x, parameter = call.tensor(), getattr(call.module, local).detach()
+        if parameter.numel() > REPLAYED or parameter.dim() == 0 or call.flat:
+            raise Unfit
+
+        def gradient(x: Tensor, e: Tensor) -> Tensor:
+            again = lambda w: call.again(x.unsqueeze(0), {local: w})
+            return torch.func.vjp(again, parameter)[1](e.unsqueeze(0))[0]
+
+        assert call.e is not None
+        try:
+            grads = torch.vmap(gradient)(x, call.e)
+        except RuntimeError as why:  # what vmap cannot trace, e.g. a branch on the data
+            raise Unfit from why
+        self.batch, self.grads = len(x), grads.to(sum_dtype(grads.dtype))
+
+    def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
+        _put(out, self.grads[examples, rows], beta)
+
+
+RULES: tuple[type[Rule], ...] = (
+    Linear,
+    TransposedLinear,
+    Embedding,
+    Shift,
+    Gain,
+    Scale,
+    Replay,
+)  # cheapest first
+
+
+def is_lookup(node: Any) -> bool:
+    return node is not None and node.name() == "EmbeddingBackward0"
+
+
+def reduce(
+    uses: Sequence[Rule], parameter: Tensor, examples: slice, wanted: Sequence[str]
+) -> dict[str, Tensor]:
+    """Sums over `examples` of the per-example gradients of one parameter.
+
+    Args:
+        uses: all uses of the parameter in the batch, added before the absolute value; none: zeros.
+        parameter: gives shape, device and dtype (half precision sums in float32).
+        examples: which of the batch.
+        wanted: of "sum" Σg, "abs" Σ|g| and "square" Σg².
+
+    Returns:
+        One tensor of the parameter's shape for each of `wanted`.
+    """
+    sums = {name: torch.zeros_like(parameter, dtype=sum_dtype(parameter.dtype)) for name in wanted}
+    if list(wanted) == ["sum"]:
+        for use in uses:
+            use.total(sums["sum"], examples)
+    elif len(uses) == 1:
+        uses[0].reduce(sums, examples)
+    elif uses:
+        _blocks(uses, sums, examples, uses[0].batch)
+    return sums
+
+
+def fold(block: Tensor, sums: dict[str, Tensor]) -> None:
+    """Add the gradients in block [c, …] to the sums […]. The block is used up."""
+    if "sum" in sums:
+        sums["sum"].add_(block.sum(0))
+    if "abs" in sums:
+        sums["abs"].add_(block.abs_().sum(0))
+    if "square" in sums:
+        sums["square"].add_(block.square_().sum(0))
+
+
+def _blocks(uses: Sequence[Rule], sums: dict[str, Tensor], examples: slice, batch: int) -> None:
+    """Fold the added uses into the sums, block by block: `c` examples times `r` rows of the parameter."""
+    like = next(iter(sums.values()))
+    row = max(1, like[0].numel())
+    r = min(len(like), max(ROWS, TILE // row))
+    start, stop, step = examples.indices(batch)
+    count = len(range(start, stop, step))
+    c = max(1, min(count, BLOCK // (r * row)))
+    scratch = like.new_empty(c * r * row)
+    for top in range(0, len(like), r):
+        rows = slice(top, min(top + r, len(like)))
+        height = rows.stop - rows.start
+        tile = {name: total[rows] for name, total in sums.items()}
+        for done in range(0, count, c):
+            n = min(c, count - done)
+            chosen = slice(start + done * step, start + (done + n - 1) * step + 1, step)
+            block = scratch[: n * height * row].view(n, height, *like.shape[1:])
+            for beta, use in enumerate(uses):
+                use.product(block, chosen, rows, min(beta, 1))
+            fold(block, tile)
+
+
+def _put(out: Tensor, value: Tensor, beta: int) -> None:
+    out.copy_(value) if beta == 0 else out.add_(value)  # not beta · out: fresh scratch may hold NaN
+
+
+def _occupied(left: Tensor, right: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    """left, right [B, T', …] without positions where e is zero: padding, and after the last target.
+
+    T' is the most that any example of the batch has; where that saves little, nothing is moved.
+    """
+    left, right, e = (x.unsqueeze(1).flatten(1, -2) for x in (left, right, e))
+    occupied = e.abs().amax(-1) != 0
+    longest = int(occupied.sum(1).max())
+    if longest > 0.8 * occupied.shape[1]:
+        return left, right
+    kept = occupied.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest].unsqueeze(-1)
+    return left.take_along_dim(kept, 1), right.take_along_dim(kept, 1)

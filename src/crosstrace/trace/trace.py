@@ -1,0 +1,413 @@
+"""Gradient traces: how strongly the examples of a task push every parameter.
+
+`trace` takes one at a checkpoint, `OnlineTrace` over the steps of a training; both feed on `engine`, which
+gives sums of per-example gradients. Here those sums become the measures of docs/method.md:
+
+    abs  mean_i |g_i|      square  mean_i g_i²      taylor  mean_i |θ·g_i|      net  mean_i g_i (signed)
+
+with g_i = ∂ℓ_i/∂θ for the reduction `example`, and the step's mean gradient in place of g_i for `step`.
+Nothing here knows what a task is beyond its name, or where its targets come from.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from crosstrace.errors import UserError
+from crosstrace.trace.engine import Batch, Engine
+from crosstrace.trace.rules import sum_dtype
+
+MEASURES = ("abs", "square", "taylor", "net")
+REDUCTIONS = ("example", "step")
+_SUM_OF = {"abs": "abs", "square": "square", "taylor": "abs", "net": "sum"}  # |θ·g| = |θ|·|g| at one θ
+_FORMAT = "crosstrace traces 1"
+
+
+@dataclass
+class Trace:
+    """One task's trace by one measure.
+
+    Attributes:
+        task: the task's name.
+        measure: one of MEASURES.
+        reduction: "example" (mean over examples) or "step" (mean over steps of the step's mean gradient).
+        when: "checkpoint" or "online".
+        values: per parameter, in the order of `named_parameters`, the mean; float32 (float64 for a float64
+            model), on the CPU. Non-negative, except `net`, which is the signed mean gradient.
+        weight: number of examples (or steps) in the mean; each counts as its learning rate if so weighted.
+        meta: JSON-able: model, dtype, attention kernel, part, coverage, and what the caller adds.
+    """
+
+    task: str
+    measure: str
+    reduction: str
+    when: str
+    values: dict[str, Tensor]
+    weight: float
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def strength(self) -> dict[str, Tensor]:
+        """Non-negative strength per parameter: |values| of `net`, the values themselves otherwise."""
+        return (
+            {name: v.abs() for name, v in self.values.items()} if self.measure == "net" else dict(self.values)
+        )
+
+    @staticmethod
+    def combine(traces: Iterable[Trace]) -> Trace:
+        """The trace over the union of disjoint data: the weighted mean, exact for every measure.
+
+        Raises:
+            UserError: no trace, or traces that differ in task, measure, reduction, time or parameters.
+        """
+        traces = list(traces)
+        if not traces:
+            raise UserError("there is no trace to combine; at least one was expected")
+        first = traces[0]
+        for other in traces[1:]:
+            for what in ("task", "measure", "reduction", "when"):
+                if getattr(other, what) != getattr(first, what):
+                    raise UserError(
+                        f"traces to combine differ in {what}: {getattr(first, what)!r} and "
+                        f"{getattr(other, what)!r}"
+                    )
+            if {n: v.shape for n, v in other.values.items()} != {n: v.shape for n, v in first.values.items()}:
+                raise UserError("traces to combine have different parameters; are they of different models?")
+        weight = sum(t.weight for t in traces)
+        values = {}
+        for name, value in first.values.items():
+            total = torch.zeros_like(value, dtype=torch.float64)
+            for t in traces:
+                total.add_(t.values[name].double(), alpha=t.weight)
+            values[name] = (total / weight).to(value.dtype)
+        shared = {k: v for k, v in first.meta.items() if all(t.meta.get(k) == v for t in traces)}
+        meta = shared | {"combined": len(traces)}
+        return Trace(first.task, first.measure, first.reduction, first.when, values, weight, meta)
+
+    def _repr_html_(self) -> str:
+        """Share of the whole strength per kind of tensor and layer, for notebooks."""
+        mass: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        for name, value in self.strength().items():
+            number = re.search(r"\.(\d+)\.", name)
+            layer = number.group(1) if number else "–"
+            mass[re.sub(r"\.\d+\.", ".*.", name, count=1)][layer] += float(value.double().sum())
+        total = sum(sum(row.values()) for row in mass.values()) or 1.0
+        layers = sorted(
+            {layer for row in mass.values() for layer in row}, key=lambda x: (x.isdigit(), x.zfill(6))
+        )
+        cells = lambda row: "".join(
+            f"<td>{100 * row[x] / total:.1f}</td>" if x in row else "<td></td>" for x in layers
+        )
+        head = "".join(f"<th>{x if x == '–' else 'layer ' + x}</th>" for x in layers)
+        body = "".join(f"<tr><th>{html.escape(kind)}</th>{cells(row)}</tr>" for kind, row in mass.items())
+        unit = f"mean over {self.weight:g} ({self.reduction}, {self.when}), % of all"
+        title = f"{self.task}: {self.measure}, {unit}"
+        return f"<table><caption>{html.escape(title)}</caption><tr><th></th>{head}</tr>{body}</table>"
+
+
+def save_traces(path: str | os.PathLike[str], traces: Sequence[Trace]) -> None:
+    """Write traces to one safetensors file: tensors "<number>/<parameter>", headers as JSON in its metadata.
+
+    The file appears whole or not at all: it is written beside `path` and renamed.
+    """
+    path = Path(path)
+    headers = [
+        {k: v for k, v in vars(t).items() if k != "values"} | {"names": list(t.values)} for t in traces
+    ]
+    tensors = {
+        f"{i}/{n}": v.detach().cpu().contiguous() for i, t in enumerate(traces) for n, v in t.values.items()
+    }
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(tensors, partial, metadata={"format": _FORMAT, "traces": json.dumps(headers)})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_traces(path: str | os.PathLike[str]) -> list[Trace]:
+    """Read what `save_traces` wrote, exactly.
+
+    Raises:
+        UserError: no such file, a truncated file, or one of something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise UserError(
+                    f"{path} is a safetensors file but holds no traces; expected one from save_traces"
+                )
+            headers = json.loads(metadata["traces"])
+            traces = []
+            for i, header in enumerate(headers):
+                names = header.pop("names")
+                traces.append(Trace(values={n: file.get_tensor(f"{i}/{n}") for n in names}, **header))
+            return traces
+    except FileNotFoundError:
+        raise UserError(f"there is no trace file {path}; take the trace first") from None
+    except (SafetensorError, OSError) as why:
+        raise UserError(
+            f"{path} can't be read as traces ({why}); it is truncated or another kind of file"
+        ) from why
+
+
+def trace(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    task: str,
+    measures: Sequence[str] = ("abs",),
+    parts: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> list[Trace]:
+    """Trace a task at a checkpoint: exact per example, whatever the batches' size, order and padding.
+
+    Args:
+        model: left as it was found: mode, flags, `.grad`, hooks, random state.
+        batches: dicts of input_ids, attention_mask, labels [B, T]; position_ids too under left padding.
+        task: its name in the result.
+        measures: of MEASURES; several cost little more than one.
+        parts: example number n counts for part n % parts, so that intervals can be taken over parts.
+        progress: called after each batch with the number of its examples.
+
+    Returns:
+        measures × parts traces with reduction "example", all parts of the first measure first.
+
+    Raises:
+        UserError: an unknown measure, fewer examples than parts, or a batch that can't be traced.
+    """
+    _check(measures, parts, ("example",))
+    engine = Engine(model, _wanted(measures, ("example",)))
+    means = [[_Mean(engine.parameters, measure, "example") for _ in range(parts)] for measure in measures]
+    seen = 0
+    for batch in batches:
+        count = len(batch["labels"]) if "labels" in batch else 0
+        chosen = [part for part in range(parts) if (part - seen) % parts < count]
+        shares = [slice((part - seen) % parts, None, parts) for part in chosen]
+        sizes = [len(range(count)[share]) for share in shares]
+
+        def receive(name: str, number: int, sums: dict[str, Tensor], chosen=chosen, sizes=sizes) -> None:
+            for row in means:
+                row[chosen[number]].add(name, sums, engine.parameters[name], sizes[number])
+
+        engine.run(batch, shares, receive)
+        for row in means:
+            for part, size in zip(chosen, sizes):
+                row[part].weight += size
+        seen += count
+        if progress is not None:
+            progress(count)
+    if seen < parts:
+        raise UserError(
+            f"task {task!r} has {seen} examples to trace; expected at least one for each of {parts} parts"
+        )
+    meta = _facts(engine) | {"parts": parts}
+    return [mean.trace(task, "checkpoint", meta | {"part": p}) for row in means for p, mean in enumerate(row)]
+
+
+class OnlineTrace:
+    """Traces accumulated over the steps of a training.
+
+    Call `step` before each update with the step's batches. It runs its own forward and backward (the trace's
+    targets differ from the training's) and leaves the model, its gradients and the random state alone.
+
+    Args:
+        model: the model in training.
+        tasks: all tasks that will occur; a step may have any of them.
+        measures: of MEASURES.
+        reductions: "example", the mean over every example of every step; "step", the mean over steps of the
+            measure of the step's mean gradient.
+        parts: a task's step number s counts for part s % parts.
+        lr_weighted: weight each step by its learning rate.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tasks: Iterable[str],
+        measures: Sequence[str] = ("abs",),
+        reductions: Sequence[str] = REDUCTIONS,
+        parts: int = 1,
+        lr_weighted: bool = False,
+    ) -> None:
+        _check(measures, parts, reductions)
+        self._engine = Engine(model, _wanted(measures, reductions))
+        self._settings = {
+            "tasks": list(tasks),
+            "measures": list(measures),
+            "reductions": list(reductions),
+            "parts": parts,
+            "lr_weighted": lr_weighted,
+        }
+        self._steps = dict.fromkeys(self._settings["tasks"], 0)
+        self._means = {
+            f"{task}/{reduction}/{measure}/{part}": _Mean(self._engine.parameters, measure, reduction)
+            for task in self._steps
+            for reduction in reductions
+            for measure in measures
+            for part in range(parts)
+        }
+        self._whole = True  # no step was interrupted half-way
+
+    def step(self, batches: Mapping[str, Batch], lr: float = 1.0) -> None:
+        """Add one training step: each task's batch, at the parameters before the update.
+
+        Args:
+            batches: per task; a task without examples in this step is left out.
+            lr: the step's learning rate; counts only if `lr_weighted`.
+
+        Raises:
+            UserError: a task that was not announced, or a batch that can't be traced.
+        """
+        self._check_whole()
+        unknown = [task for task in batches if task not in self._steps]
+        if unknown:
+            raise UserError(f"task {unknown[0]!r} is not one of those announced: {', '.join(self._steps)}")
+        factor = float(lr) if self._settings["lr_weighted"] else 1.0
+        self._whole = False
+        for task, batch in batches.items():
+            part = self._steps[task] % self._settings["parts"]
+            count = len(batch["labels"]) if "labels" in batch else 0
+            means = [
+                self._means[f"{task}/{reduction}/{measure}/{part}"]
+                for reduction in self._settings["reductions"]
+                for measure in self._settings["measures"]
+            ]
+
+            def receive(name: str, _: int, sums: dict[str, Tensor], means=means, count=count) -> None:
+                for mean in means:
+                    mean.add(name, sums, self._engine.parameters[name], count, factor)
+
+            self._engine.run(batch, [slice(None)], receive)
+            for mean in means:
+                mean.weight += factor * (count if mean.reduction == "example" else 1)
+            self._steps[task] += 1
+        self._whole = True
+
+    def traces(self) -> list[Trace]:
+        """The traces so far, by task, reduction, measure, part; parts without a step yet are left out."""
+        self._check_whole()
+        facts = _facts(self._engine) | {k: self._settings[k] for k in ("parts", "lr_weighted")}
+        return [
+            mean.trace(key.rsplit("/", 3)[0], "online", facts | {"part": int(key.rsplit("/", 1)[1])})
+            for key, mean in self._means.items()
+            if mean.weight > 0
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on bit for bit: {"header": JSON-able, "tensors": {…}}."""
+        self._check_whole()
+        header = {
+            "settings": self._settings,
+            "steps": dict(self._steps),
+            "weights": {key: mean.weight for key, mean in self._means.items()},
+            "plan": dict(self._engine.plan),
+            "probed": self._engine.probed,
+        }
+        tensors = {
+            f"{key}/{n}": v.clone() for key, mean in self._means.items() for n, v in mean.total.items()
+        }
+        return {"header": header, "tensors": tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state.
+
+        Raises:
+            UserError: it is of other settings or of another model.
+        """
+        header, tensors = state["header"], state["tensors"]
+        for what, mine in self._settings.items():
+            if header["settings"].get(what) != mine:
+                raise UserError(
+                    f"the saved online trace has {what} {header['settings'].get(what)!r}, this one {mine!r}; "
+                    "resume with the settings it was begun with"
+                )
+        expected = {f"{key}/{n}": v.shape for key, mean in self._means.items() for n, v in mean.total.items()}
+        if {key: v.shape for key, v in tensors.items()} != expected:
+            raise UserError(
+                "the saved online trace has other parameters than the model; is it of another model?"
+            )
+        self._steps = dict(header["steps"])
+        self._engine.plan, self._engine.probed = dict(header["plan"]), header["probed"]
+        for key, mean in self._means.items():
+            mean.weight = header["weights"][key]
+            for name, total in mean.total.items():
+                total.copy_(tensors[f"{key}/{name}"])
+        self._whole = True
+
+    def _check_whole(self) -> None:
+        if not self._whole:
+            raise RuntimeError(
+                "an online trace was interrupted in the middle of a step and holds part of it; "
+                "load the state from before that step"
+            )
+
+
+class _Mean:
+    """A weighted mean of one measure by one reduction: Σ so far per parameter, and the weight it is over."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], measure: str, reduction: str) -> None:
+        self.measure, self.reduction = measure, reduction
+        self.total = {n: torch.zeros_like(p, dtype=sum_dtype(p.dtype)) for n, p in parameters.items()}
+        self.weight = 0.0
+
+    def add(self, name: str, sums: dict[str, Tensor], theta: Tensor, count: int, factor: float = 1.0) -> None:
+        """Add a batch of `count` examples: its sums Σg, Σ|g|, Σg² (those wanted) at the parameter theta."""
+        if self.reduction == "example":
+            value = sums[_SUM_OF[self.measure]]
+        else:
+            mean = sums["sum"] / count
+            value = (
+                mean if self.measure == "net" else mean.square() if self.measure == "square" else mean.abs()
+            )
+        if self.measure == "taylor":
+            value = value * theta.detach().abs()
+        self.total[name].add_(value, alpha=factor)
+
+    def trace(self, task: str, when: str, meta: dict[str, Any]) -> Trace:
+        values = {name: (total / self.weight).cpu() for name, total in self.total.items()}
+        return Trace(task, self.measure, self.reduction, when, values, self.weight, meta)
+
+
+def _wanted(measures: Sequence[str], reductions: Sequence[str]) -> list[str]:
+    """Which sums the engine must take; `step` lives on Σg alone."""
+    wanted = {_SUM_OF[measure] for measure in measures if "example" in reductions}
+    return sorted(wanted | ({"sum"} if "step" in reductions else set()))
+
+
+def _check(measures: Sequence[str], parts: int, reductions: Sequence[str]) -> None:
+    for what, given, known in (("measure", measures, MEASURES), ("reduction", reductions, REDUCTIONS)):
+        unknown = [name for name in given if name not in known]
+        if unknown or not given:
+            raise UserError(
+                f"unknown {what} {unknown[0] if unknown else '(none)'!r}; expected of {', '.join(known)}"
+            )
+    if parts < 1:
+        raise UserError(f"parts is {parts}; expected at least 1")
+
+
+def _facts(engine: Engine) -> dict[str, Any]:
+    """What a reader of the trace must know of how it was taken."""
+    config = getattr(engine.model, "config", None)
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in engine.parameters.values()}
+    return {
+        "model": getattr(config, "name_or_path", "") or type(engine.model).__name__,
+        "parameters": sum(p.numel() for p in engine.parameters.values()),
+        "dtype": "+".join(sorted(dtypes)),
+        "attention": getattr(config, "_attn_implementation", None),
+        "coverage": engine.coverage(),
+    }

@@ -1,0 +1,351 @@
+"""Training: the phases of a strategy, each one `transformers.Trainer` run on batches of known composition.
+
+What every update sees is a function of (seed, phase, update) alone, so an interrupted training that resumes from its
+last checkpoint ends in the same weights, and strategies can be compared at equal cost. It knows nothing of traces
+beyond handing each update's batches to whoever listens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass as settings
+from torch.utils.data import DataLoader, Dataset
+
+from crosstrace.losses import example_losses
+from crosstrace.models import pad_id
+from crosstrace.schedule import STRICT, Optimiser, Phase, Strategy
+from crosstrace.tokens import Batch, Encoded, collate
+
+
+@settings(frozen=True, config=STRICT)
+class TrainSettings:
+    """How every strategy is trained."""
+
+    seed: int = 1
+    """Seed of the order in which examples are seen."""
+    optimiser: Optimiser = Field(default_factory=Optimiser)
+    """Settings of every phase that names none of its own."""
+    bf16: bool = False
+    """Autocast to bfloat16 in training."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 100
+    """Updates between the checkpoints that an interrupted training resumes from."""
+    keep_checkpoints: bool = False
+    """Keep every checkpoint (as models/<strategy>/<phase>/checkpoint-N) rather than the last one."""
+    recall_every: Annotated[int, Field(ge=0)] = 50
+    """Updates between measurements of recall during training; 0 for none."""
+    recall_examples: Annotated[int, Field(ge=1)] = 300
+    """Examples in each of those measurements."""
+
+
+class Listener(Protocol):
+    """What is told of training; its state travels with the checkpoints."""
+
+    def on_update(self, model: Any, batches: Mapping[str, Batch], lr: float, update: int) -> None:
+        """Before update number `update` (0-based, over all phases): the model as it is and what it will see."""
+
+    def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
+        """After `update` updates over all phases; `last` at the end of a phase."""
+
+    def save(self, folder: Path) -> None:
+        """Write everything that a resumed training needs."""
+
+    def load(self, folder: Path) -> None:
+        """Read it back."""
+
+
+@dataclass
+class PhaseReport:
+    """What a phase did: updates made and examples seen of each task."""
+
+    name: str
+    updates: int
+    examples: dict[str, int] = field(default_factory=dict)
+
+
+class Updates(Dataset):
+    """Item u is everything that update u of a phase sees: a batch for every task.
+
+    Each task is gone through in epochs of its own, shuffled anew for each; an example with `repeats` r occurs r
+    times an epoch. Labels are those of training; `trace_labels` those of the trace.
+    """
+
+    def __init__(
+        self, phase: Phase, examples: Mapping[str, Sequence[Encoded]], seed: str, pad: int, trace_targets: str
+    ):
+        self.tasks = phase.composition()
+        self.length = phase.updates(epoch_sizes(examples))
+        self.pad, self.trace_targets = pad, trace_targets
+        self.examples = examples
+        self.orders = {
+            task: self._order(task, count * self.length, f"{seed}/{phase.name}/{task}")
+            for task, count in self.tasks.items()
+        }
+
+    def _order(self, task: str, total: int, seed: str) -> list[int]:
+        draw = random.Random(seed)
+        epoch = [i for i, item in enumerate(self.examples[task]) for _ in range(item.example.repeats)]
+        order: list[int] = []
+        while len(order) < total:
+            draw.shuffle(epoch)
+            order += epoch
+        return order[:total]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, update: int) -> dict[str, Batch]:
+        batches = {}
+        for task, count in self.tasks.items():
+            items = [self.examples[task][i] for i in self.orders[task][update * count : (update + 1) * count]]
+            batches[task] = collate(items, "train", pad_id=self.pad)
+            batches[task]["trace_labels"] = collate(items, self.trace_targets, pad_id=self.pad)["labels"]
+        return batches
+
+
+def epoch_sizes(examples: Mapping[str, Sequence[Encoded]]) -> dict[str, int]:
+    """Examples of each task in one epoch, repeats counted."""
+    return {task: sum(item.example.repeats for item in items) for task, items in examples.items()}
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    strategy: Strategy,
+    examples: Mapping[str, Sequence[Encoded]],
+    folder: Path,
+    options: TrainSettings,
+    *,
+    trace_targets: str = "object",
+    listeners: Sequence[Listener] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> list[PhaseReport]:
+    """Train `model` in place through all phases; resume from what `folder` holds.
+
+    Args:
+        model: a transformers causal LM.
+        strategy: the phases, in order.
+        examples: for each task, its training examples.
+        folder: where phases' checkpoints go. A phase that is complete there is not trained again.
+        trace_targets: which tokens the `trace_labels` of a batch mark.
+        listeners: told of every update; their state is saved and restored with the checkpoints.
+        progress: called with (updates made, updates in all).
+
+    Raises:
+        UserError: a phase is ill-defined or trains a task without examples.
+    """
+    sizes = epoch_sizes(examples)
+    lengths = [phase.updates(sizes) for phase in strategy]
+    reports, done = [], 0
+    for index, (phase, length) in enumerate(zip(strategy, lengths)):
+        home = folder / f"{index}-{phase.name}"
+        data = Updates(phase, examples, f"{options.seed}/{index}", pad_id(tokenizer), trace_targets)
+        _run_phase(model, phase, data, home, options, listeners, done, sum(lengths), progress)
+        done += length
+        reports.append(
+            PhaseReport(phase.name, length, {task: n * length for task, n in phase.composition().items()})
+        )
+    return reports
+
+
+def learning_rate_factor(optimiser: Optimiser, total: int) -> Callable[[int], float]:
+    """The schedule as a factor of the peak learning rate, for update 0, 1, …, total-1.
+
+    Linear from 1/warmup to 1, then cosine to `floor`, linear to `floor`, or constant.
+    """
+
+    def factor(update: int) -> float:
+        if update < optimiser.warmup:
+            return (update + 1) / optimiser.warmup
+        course = min(1.0, (update - optimiser.warmup) / max(1, total - optimiser.warmup))
+        if optimiser.decay == "constant":
+            return 1.0
+        if optimiser.decay == "linear":
+            return 1 - (1 - optimiser.floor) * course
+        return optimiser.floor + (1 - optimiser.floor) * 0.5 * (1 + math.cos(math.pi * course))
+
+    return factor
+
+
+def _run_phase(
+    model: Any,
+    phase: Phase,
+    data: Updates,
+    home: Path,
+    options: TrainSettings,
+    listeners: Sequence[Listener],
+    offset: int,
+    total: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.utils import logging
+
+    optimiser = phase.optimiser or options.optimiser
+    last = _last_checkpoint(home)
+    if last == len(data):
+        _load_weights(model, home / f"checkpoint-{last}")
+        for number, listener in enumerate(listeners):
+            listener.load(_listener_folder(home, last, number))
+        if progress:
+            progress(offset + len(data), total)
+        return
+
+    class Lifecycle(TrainerCallback):
+        """Tells the listeners, and marks a checkpoint as complete once their state lies in it."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            for listener in listeners:
+                update = state.global_step
+                listener.on_updated(model, offset + update, phase.name, update == len(data))
+            if progress:
+                progress(offset + state.global_step, total)
+            # the end of a phase is a checkpoint as well: a killed run need not train it again
+            control.should_save = control.should_save or state.global_step == len(data)
+            return control
+
+        def on_save(self, args, state, control, **kwargs):
+            folder = home / f"checkpoint-{state.global_step}"
+            for number, listener in enumerate(listeners):
+                place = _listener_folder(home, state.global_step, number)
+                place.mkdir(parents=True, exist_ok=True)
+                listener.save(place)
+            (folder / "complete").touch()
+            if not options.keep_checkpoints:
+                for other in _checkpoints(home):
+                    if other < state.global_step:
+                        _remove(home / f"checkpoint-{other}")
+
+    class Teacher(Trainer):
+        """The Trainer, fed with one batch per task and minimising Σ_t w_t · mean over t's examples of ℓ_i."""
+
+        def get_train_dataloader(self):
+            return DataLoader(data, batch_size=1, shuffle=False, collate_fn=lambda items: items[0])
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = torch.zeros(())
+            for task, batch in inputs.items():
+                fed = {name: batch[name] for name in ("input_ids", "attention_mask")}
+                loss = loss.to(batch["labels"].device)
+                losses = example_losses(model(**fed).logits, batch["labels"])
+                loss = loss + phase.weights.get(task, 1.0) * losses.mean()
+            return loss
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            assert self.lr_scheduler is not None
+            rate = self.lr_scheduler.get_last_lr()[0]
+            if listeners:
+                traced = {}
+                for task, batch in self._prepare_inputs(inputs).items():
+                    kept = {name: batch[name] for name in ("input_ids", "attention_mask")}
+                    traced[task] = {**kept, "labels": batch["trace_labels"]}
+                for listener in listeners:
+                    listener.on_update(self.model, traced, rate, offset + self.state.global_step)
+            return super().training_step(model, inputs, num_items_in_batch)
+
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, learning_rate_factor(optimiser, len(data))
+            )
+            return self.lr_scheduler
+
+        def floating_point_ops(self, inputs):
+            return 0
+
+    arguments = TrainingArguments(
+        output_dir=str(home),
+        max_steps=len(data),
+        per_device_train_batch_size=1,
+        learning_rate=optimiser.learning_rate,
+        adam_beta1=optimiser.betas[0],
+        adam_beta2=optimiser.betas[1],
+        weight_decay=optimiser.weight_decay,
+        max_grad_norm=optimiser.clip,
+        bf16=options.bf16,
+        save_strategy="steps",
+        save_steps=options.checkpoint_every,
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+        seed=options.seed,
+        dataloader_pin_memory=False,
+    )
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        trainer = Teacher(model=model, args=arguments, callbacks=[Lifecycle()])
+        if last:
+            for number, listener in enumerate(listeners):
+                listener.load(_listener_folder(home, last, number))
+        for other in _checkpoints(home, complete=False):
+            # a checkpoint whose writing was interrupted
+            _remove(home / f"checkpoint-{other}")
+        model.train()
+        trainer.train(resume_from_checkpoint=str(home / f"checkpoint-{last}") if last else None)
+        model.eval()
+    finally:
+        logging.set_verbosity(before)
+
+
+def _checkpoints(home: Path, complete: bool = True) -> list[int]:
+    return sorted(
+        int(folder.name.rpartition("-")[2])
+        for folder in home.glob("checkpoint-*")
+        if (folder / "complete").exists() == complete
+    )
+
+
+def _last_checkpoint(home: Path) -> int | None:
+    found = _checkpoints(home)
+    return found[-1] if found else None
+
+
+def _listener_folder(home: Path, update: int, number: int) -> Path:
+    return home / f"checkpoint-{update}" / f"listener-{number}"
+
+
+def _load_weights(model: Any, folder: Path) -> None:
+    from safetensors.torch import load_model
+
+    load_model(model, str(folder / "model.safetensors"))
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    # renamed first: a half-deleted folder must never pass for a checkpoint
+    doomed = folder.with_name("removed-" + folder.name)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+class RecallHistory:
+    """A listener that measures recall every so many updates."""
+
+    def __init__(self, measure: Callable[[Any], dict[str, float]], every: int):
+        self.measure, self.every = measure, every
+        self.rows: list[dict[str, Any]] = []
+
+    def on_update(self, model: Any, batches: Mapping[str, Batch], lr: float, update: int) -> None:
+        if update == 0 and not self.rows:
+            self.rows.append({"update": 0, "phase": "", **self.measure(model)})
+
+    def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
+        if (self.every and update % self.every == 0) or last:
+            self.rows.append({"update": update, "phase": phase, **self.measure(model)})
+
+    def save(self, folder: Path) -> None:
+        (folder / "recall.json").write_text(json.dumps(self.rows))
+
+    def load(self, folder: Path) -> None:
+        self.rows = json.loads((folder / "recall.json").read_text())

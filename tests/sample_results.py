@@ -1,0 +1,332 @@
+"""A made-up results.json, for tests of the report alone: smooth invented curves, nothing measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+LAYERS, HEADS, NEURONS, TOTAL = 3, 4, 512, 674_000
+KINDS = ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down", "norm")
+RELATIONS = ("birth date", "birth city", "university", "major", "employer", "hobby")
+TEXTS = {
+    "two_stage": "biographies for 40 epochs, then questions for 40 epochs",
+    "mixed": "biographies and questions together for 40 epochs",
+}
+
+
+def sample_results(
+    strategies: Sequence[str] = ("two_stage", "mixed"), interventions: bool = True, seed: int = 0
+) -> dict[str, Any]:
+    """Results after the schema of the pipeline; `mixed` gets the paper's picture, all others the opposite."""
+    rng = random.Random(seed)
+    skill = {s: (0.89 if s == "mixed" else 0.11 + 0.12 * i) for i, s in enumerate(strategies)}
+    results: dict[str, Any] = {
+        "schema": 1,
+        "run": {
+            "name": "sample (synthetic)",
+            "model": "bundled base",
+            "architecture": "LlamaForCausalLM",
+            "parameters": TOTAL,
+            "seed": seed,
+            "facts": {
+                "people": 500,
+                "relations": 6,
+                "share_with_qa": 0.5,
+                "biographies": 1,
+                "order": "fixed",
+            },
+            "strategies": {s: TEXTS.get(s, f"the recipe {s}") for s in strategies},
+            "trace": {"measure": "abs", "targets": "object", "parts": 8, "every": 1},
+            "device": "cpu",
+            "threads": 2,
+            "kernel": "sdpa",
+        },
+        "recall": {"base": _recall(rng, 1.0, 0.02, 0.02, 0.96)},
+        "history": {},
+        "training": {},
+        "shared": {},
+        "similarity": {},
+        "centralization": {},
+        "maps": {},
+        "units": {},
+        "claims": _claims(),
+        "differences": [
+            {
+                "claim": "more_shared",
+                "text": "At the end of training the Stage-tuned model no longer fits its biographies, so "
+                "both tasks push the same parameters again, while the Mix-tuned gradients are close to zero.",
+            }
+        ],
+        "coverage": {"linear": 0.81, "embedding": 0.18, "replay": 0.01},
+        "seconds": {
+            "data": 1.2,
+            "train": 201.4,
+            "eval": 9.8,
+            "trace": 31.0,
+            "analyze": 6.4,
+            "intervene": 58.9,
+        },
+        "versions": {"crosstrace": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.2"},
+    }
+    for s in strategies:
+        results["recall"][s] = _recall(rng, 1.0, 0.996, skill[s], 0.27 if s == "mixed" else 0.08)
+        results["history"][s] = _history(s, skill[s])
+        results["training"][s] = {
+            "updates": 1000,
+            "examples": {"bio": 32_000, "qa": 64_000},
+            "seconds": 98.2,
+            "phases": _phases(s),
+        }
+        results["shared"][s] = [
+            _overlap(s, when, reduction, f)
+            for when, reduction in (("online", "example"), ("online", "step"), ("final", "example"))
+            for f in FRACTIONS
+        ]
+        results["similarity"][s] = [
+            {"when": w, "reduction": "example", "spearman": 0.7 * _level(s, w), "cosine": 0.9 * _level(s, w)}
+            for w in ("online", "final")
+        ]
+        results["centralization"][s] = [
+            _central(s, w, f, u, n)
+            for w in ("online", "final")
+            for f in (0.01, 0.05)
+            for u, n in (("query_head", 12), ("neuron", 1536), ("module", 24), ("layer", 3))
+        ]
+        results["maps"][s] = [
+            {"when": w, "task": t, "fraction": 0.05, "rows": _layers(), "columns": list(KINDS), "values": v}
+            for w in ("online", "final")
+            for t in ("bio", "qa", "shared")
+            for v in [_grid(rng, len(KINDS), 0.12 * _level(s, w))]
+        ]
+        results["units"][s] = [
+            {"when": w, "fraction": 0.05, "unit": u, "rows": _layers(), "values": _grid(rng, n, 0.06, spread)}
+            for w in ("online", "final")
+            for u, n, spread in (("query_head", HEADS, 0.8), ("neuron", NEURONS, 1.3))
+        ]
+    if interventions:
+        results["interventions"] = {
+            s: {kind: _interventions(rng, kind, skill[s]) for kind in ("ablate", "graft")} for s in strategies
+        }
+    return json.loads(json.dumps(results))  # as it comes back from the file
+
+
+def _level(strategy: str, when: str) -> float:
+    return {("mixed", "online"): 1.0, ("mixed", "final"): 0.55}.get(
+        (strategy, when), 0.5 if when == "online" else 1.3
+    )
+
+
+def _layers() -> list[str]:
+    return [f"L{i}" for i in range(LAYERS)]
+
+
+def _cell(rng: random.Random, value: float, n: int) -> dict[str, Any]:
+    half = 1.96 * math.sqrt(max(value * (1 - value), 0.004) / n)
+    return {
+        "exact_match": value,
+        "low": max(0.0, value - half),
+        "high": min(1.0, value + half),
+        "n": n,
+        "first_token": min(1.0, value + 0.01 * rng.random()),
+        "logprob": -0.02 - 6 * (1 - value),
+    }
+
+
+def _recall(rng: random.Random, bio: float, qa_id: float, qa_ood: float, a_ood: float) -> dict[str, Any]:
+    wobble = lambda v: min(1.0, max(0.0, v + rng.uniform(-0.08, 0.08)))
+    return {
+        "bio": _cell(rng, bio, 3000),
+        "qa_id": _cell(rng, qa_id, 1500),
+        "qa_ood": _cell(rng, qa_ood, 1500),
+        "a_ood": _cell(rng, a_ood, 1500),
+        "relations": {
+            r: {"qa_id": _cell(rng, qa_id, 250), "qa_ood": _cell(rng, wobble(qa_ood), 250)} for r in RELATIONS
+        },
+    }
+
+
+def _phases(strategy: str) -> list[dict[str, Any]]:
+    if strategy == "mixed":
+        return [{"name": "bio + qa", "updates": 1000, "examples": {"bio": 32_000, "qa": 64_000}}]
+    return [
+        {"name": "bio", "updates": 500, "examples": {"bio": 32_000}},
+        {"name": "qa", "updates": 500, "examples": {"qa": 64_000}},
+    ]
+
+
+def _history(strategy: str, skill: float) -> list[dict[str, Any]]:
+    points = []
+    for update in range(0, 1001, 50):
+        rise = 1 - math.exp(-update / 120)
+        if strategy == "mixed":
+            point = {"phase": "bio + qa", "qa_id": 0.02 + 0.98 * rise, "qa_ood": 0.02 + (skill - 0.02) * rise}
+        else:
+            late = update > 500
+            hump = 0.31 * math.exp(-(((update - 100) / 90) ** 2))
+            point = {
+                "phase": "qa" if late else "bio",
+                "qa_id": 1 - 0.9 * math.exp(-(update - 500) / 60) if late else hump,
+                "qa_ood": skill * (1 - math.exp(-(update - 500) / 60)) if late else hump,
+            }
+        points.append({"update": update, **point, "bio": 0.1 + 0.9 * rise, "n": 500})
+    return points
+
+
+def _overlap(strategy: str, when: str, reduction: str, fraction: float) -> dict[str, Any]:
+    overlap = min(0.97, fraction ** (0.25 / _level(strategy, when)) * (0.95 if reduction == "step" else 1.0))
+    selected = round(fraction * TOTAL)
+    return {
+        "when": when,
+        "reduction": reduction,
+        "fraction": fraction,
+        "size": round(overlap * selected),
+        "selected": selected,
+        "overlap": overlap,
+        "low": overlap - 0.03,
+        "high": overlap + 0.03,
+        "chance": fraction,
+        "lift": overlap / fraction,
+        "jaccard": overlap / (2 - overlap),
+    }
+
+
+def _central(strategy: str, when: str, fraction: float, unit: str, units: int) -> dict[str, Any]:
+    gini = 0.25 + 0.25 * _level(strategy, when) * math.log10(units) / 3
+    chance = 0.04 + 0.03 * math.log10(units)
+    return {
+        "when": when,
+        "fraction": fraction,
+        "unit": unit,
+        "units": units,
+        "size": round(0.6 * fraction * TOTAL),
+        "gini": gini,
+        "effective": units * (1 - gini),
+        "top10": 0.1 + 0.6 * gini,
+        "random_gini": chance,
+        "random_gini_low": chance - 0.01,
+        "random_gini_high": chance + 0.01,
+        "random_effective": units * (1 - chance),
+        "random_top10": 0.1 + 0.6 * chance,
+        "excess_gini": gini - chance,
+        "low": gini - chance - 0.03,
+        "high": gini - chance + 0.03,
+    }
+
+
+def _grid(rng: random.Random, columns: int, level: float, spread: float = 0.5) -> list[list[float]]:
+    return [
+        [min(1.0, level * (0.6 + 0.4 * layer) * rng.lognormvariate(0, spread)) for _ in range(columns)]
+        for layer in range(LAYERS)
+    ]
+
+
+def _interventions(rng: random.Random, kind: str, skill: float) -> list[dict[str, Any]]:
+    strength = {"shared": 1.0, "random": 0.3, "random_per_tensor": 0.4, "bio_only": 0.55, "qa_only": 0.5}
+    rows = []
+    for when in ("online", "final"):
+        for f in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5):
+            for name, s in strength.items():
+                dose = min(1.0, s * (f**0.8) * (1.3 if when == "online" else 1.1))
+                ood = skill * (1 - dose) if kind == "ablate" else skill * dose**1.5
+                trained = 1 - 0.5 * dose**2 if kind == "ablate" else dose
+                row = {"when": when, "fraction": f, "set": name, "size": round(0.6 * f * TOTAL)}
+                row["seeds"] = 3 if name.startswith("random") else 1
+                for test, value in (("qa_id", trained), ("qa_ood", ood)):
+                    value = min(1.0, max(0.0, value + rng.uniform(-0.01, 0.01)))
+                    row |= {
+                        test: value,
+                        f"{test}_low": max(0, value - 0.03),
+                        f"{test}_high": min(1, value + 0.03),
+                    }
+                rows.append(row)
+    return rows
+
+
+def _claims() -> list[dict[str, Any]]:
+    texts = {
+        "recall": "Mixed training recalls held-out facts and two-stage training does not",
+        "more_shared": "Mixed training shares more parameters between the tasks",
+        "more_central": "Its shared parameters are more centralized",
+        "ablation": "Ablating the shared parameters destroys recall more than any control",
+        "grafting": "Grafting them onto the base restores recall more than any control",
+    }
+    verdicts = [
+        (
+            "recall",
+            "training",
+            "holds",
+            78,
+            74,
+            82,
+            "percentage points",
+            "paired difference, people as clusters",
+        ),
+        (
+            "more_shared",
+            "online",
+            "holds",
+            21,
+            17,
+            25,
+            "percentage points of overlap at the top 5 %",
+            "jackknife",
+        ),
+        (
+            "more_shared",
+            "final",
+            "does not hold",
+            -30,
+            -35,
+            -25,
+            "percentage points of overlap at the top 5 %",
+            "",
+        ),
+        (
+            "more_central",
+            "online",
+            "undecided",
+            0.02,
+            -0.03,
+            0.07,
+            "Gini over query heads, beyond random",
+            "jackknife",
+        ),
+        (
+            "more_central",
+            "final",
+            "does not hold",
+            -0.11,
+            -0.16,
+            -0.06,
+            "Gini over query heads, beyond random",
+            "",
+        ),
+        ("ablation", "online", "holds", 12, 8, 16, "percentage points below the strongest control", "paired"),
+        (
+            "ablation",
+            "final",
+            "undecided",
+            2,
+            -2,
+            6,
+            "percentage points below the strongest control",
+            "paired",
+        ),
+        ("grafting", "online", "holds", 9, 5, 13, "percentage points above the best control", "paired"),
+        (
+            "grafting",
+            "final",
+            "undecided",
+            None,
+            None,
+            None,
+            "percentage points above the best control",
+            "paired",
+        ),
+    ]
+    keys = ("claim", "when", "verdict", "effect", "low", "high", "unit", "test")
+    return [{**dict(zip(keys, v)), "text": texts[v[0]], "note": ""} for v in verdicts]

@@ -1,0 +1,364 @@
+"""The report on made-up results: what it writes, says and leaves out, and how a browser sees it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from sample_results import sample_results
+
+from crosstrace import report
+from crosstrace.errors import UserError
+from crosstrace.report import words
+
+CSVS = [
+    "ablate",
+    "centralization",
+    "graft",
+    "history",
+    "map",
+    "overlap",
+    "recall",
+    "units_neuron",
+    "units_query_head",
+]
+OPTIONAL = (
+    "recall",
+    "history",
+    "training",
+    "shared",
+    "similarity",
+    "centralization",
+    "maps",
+    "units",
+    "claims",
+)
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory) -> tuple[Path, float]:
+    start = time.process_time()
+    page = report.write_report(sample_results(), tmp_path_factory.mktemp("run") / "report")
+    return page, time.process_time() - start
+
+
+@pytest.fixture(scope="module")
+def page(timed) -> Path:
+    return timed[0]
+
+
+def text_of(page: Path) -> str:
+    """The page's visible text, one space between words, narrow spaces and firm hyphens made plain."""
+
+    class Reader(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.words: list[str] = []
+
+        def handle_data(self, data):
+            self.words.append(data)
+
+    reader = Reader()
+    reader.feed(page.read_text(encoding="utf-8"))
+    plain = " ".join(" ".join(reader.words).split())
+    return plain.replace(words.SPACE, " ").replace("\u00a0", " ").replace("\u2011", "-")
+
+
+def test_writes_the_page_a_csv_beside_each_figure_and_nothing_else(page):
+    assert page.name == "index.html"
+    assert sorted(p.name for p in page.parent.iterdir()) == sorted(
+        [*(f"{n}.csv" for n in CSVS), "index.html"]
+    )
+    linked = re.findall(r'<a href="(\w+)\.csv"', page.read_text(encoding="utf-8"))
+    assert sorted(linked) == CSVS
+
+
+def test_order_and_first_sentence(page):
+    html = page.read_text(encoding="utf-8")
+    ids = re.findall(r'<section id="(\w+)"', html)
+    order = ["answer", "recall", "training", "shared", "where", "centralization", "ablate", "graft", "how"]
+    assert ids == order
+    text = text_of(page)
+    assert text.count("Mix-tuned answers 89 % of the held-out questions, Stage-tuned 11 %") >= 2
+    assert "crosstrace run config.yaml" in text
+
+
+def test_claims_show_verdict_effect_interval_and_why_they_differ(page):
+    text = text_of(page)
+    for verdict in ("holds", "does not hold", "undecided"):
+        assert verdict in text
+    assert "+21 (+17 to +25)" in text and "−30 (−35 to −25)" in text
+    assert sample_results()["differences"][0]["text"] in text
+    grafting = text[text.index("Grafting them onto the base restores") :]
+    assert re.search(r"undecided – percentage points", grafting)  # an effect of None
+
+
+def test_csv_holds_the_numbers_of_the_results(page):
+    results = sample_results()
+    with (page.parent / "overlap.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == sum(map(len, results["shared"].values()))
+    first = results["shared"]["mixed"][0]
+    row = next(r for r in rows if r["strategy"] == "mixed" and r["fraction"] == str(first["fraction"]))
+    assert {k: str(v) for k, v in first.items()} == {k: row[k] for k in first}
+    with (page.parent / "recall.csv").open() as file:
+        recalled = list(csv.DictReader(file))
+    assert {r["relation"] for r in recalled} >= {"", "birth date"}
+
+
+def test_same_results_same_bytes(tmp_path):
+    first, again = (report.write_report(small(("mixed",)), tmp_path / name) for name in "ab")
+    for path in first.parent.iterdir():
+        assert (again.parent / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_page_needs_no_network_and_no_script(page):
+    html = page.read_text(encoding="utf-8")
+    assert not re.search(r"<script|<img|<iframe|@import|url\((?!#)|src=", html)
+    addresses = set(re.findall(r'https?://[^"\s<]+', html))
+    assert addresses <= {"http://www.w3.org/1999/xlink"}  # the name of a namespace, never fetched
+    assert set(re.findall(r'<link [^>]*href="([^"]*)"', html)) == {"data:,"}
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    referred = set(re.findall(r'(?:href="|url\()#([\w-]+)', html))
+    assert referred <= set(ids)
+
+
+def test_figures_follow_the_pages_colours(page):
+    html = page.read_text(encoding="utf-8")
+    drawn = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.S))
+    assert "currentColor" in drawn and "var(--s1)" in drawn and "var(--heat)" in drawn
+    assert not re.search(r"#[0-9a-f]{6}\b", drawn)
+
+
+@pytest.mark.parametrize("part", [*OPTIONAL, "interventions", "run"])
+def test_a_missing_part_is_left_out(part, tmp_path):
+    lesser = {"differences", "coverage", "seconds", "versions"}
+    results = {k: v for k, v in small(("mixed",)).items() if k != part and k not in lesser}
+    text = text_of(report.write_report(results, tmp_path))
+    if part == "interventions":
+        assert text.count("crosstrace intervene RUN adds this") == 2
+        assert not (tmp_path / "ablate.csv").exists()
+    if part == "recall":
+        assert "crosstrace eval RUN adds this" in text
+    if part == "claims":
+        assert "crosstrace analyze RUN adds them" in text
+
+
+def test_empty_results_still_make_a_page(tmp_path):
+    text = text_of(report.write_report({}, tmp_path))
+    for command in ("eval", "train", "analyze", "intervene"):
+        assert f"crosstrace {command} RUN" in text
+    assert [p.name for p in tmp_path.iterdir()] == ["index.html"]
+
+
+def test_markup_in_any_name_is_text(tmp_path):
+    evil = '<b onclick="x">&$x_1$</b>'
+    results = small(("mixed", evil))
+    results["run"] |= {"name": evil, "model": evil, "facts": {evil: evil}}
+    results["claims"][0] |= {"text": evil, "unit": evil, "test": evil, "note": evil, "verdict": evil}
+    results["differences"][0]["text"] = evil
+    for tests in results["recall"].values():
+        tests["relations"] = {evil: tests["relations"]["hobby"]}
+    for maps in results["maps"].values():
+        for m in maps:
+            m["rows"] = [evil, "L1", "L2"]
+            m["columns"] = [evil, *m["columns"][1:]]
+    page = report.write_report(results, tmp_path)
+    html = page.read_text(encoding="utf-8")
+    assert "<b onclick" not in html
+    assert evil in text_of(page)
+    assert "$x_1$" in html  # and no mathematics
+
+
+def test_none_and_nan_are_an_en_dash(tmp_path):
+    results = small()
+    results["recall"]["mixed"]["qa_ood"] |= {
+        "exact_match": None,
+        "low": None,
+        "high": None,
+        "logprob": math.nan,
+    }
+    for row in results["shared"]["mixed"]:
+        row |= {"overlap": math.nan, "low": None, "high": None, "lift": None}
+    for row in results["interventions"]["mixed"]["ablate"]:
+        row |= {"qa_ood": None, "qa_ood_low": None, "qa_ood_high": None}
+    for rows in (results["maps"]["mixed"], results["units"]["mixed"]):
+        for m in rows:
+            m["values"] = [[None for _ in line] for line in m["values"]]
+    for row in results["centralization"]["mixed"]:
+        row |= {"gini": None, "random_gini_low": None, "random_gini_high": math.nan, "effective": None}
+    results["history"]["mixed"][-1]["qa_ood"] = None
+    page = report.write_report(results, tmp_path)
+    text = text_of(page)
+    assert "Stage-tuned answers 11 % of the held-out questions." in text
+    assert re.search(r"Mix-tuned – ", text)
+    assert not re.search(r"\b(nan|None|NaN)\b", page.read_text(encoding="utf-8"))
+
+
+def test_any_strategies_and_tasks(tmp_path):
+    """Strategies of any name and number, tasks other than bio and qa: nothing but names changes."""
+    swaps = {"qa_ood": "quiz_ood", "qa_id": "quiz_id", "qa_only": "quiz_only", "bio_only": "wiki_only"}
+    raw = json.dumps(small(("bio_only", "my_recipe", "qa_first")))
+    for old, new in swaps.items():
+        raw = raw.replace(f'"{old}', f'"{new}')
+    results = json.loads(raw.replace('"bio"', '"wiki"').replace('"qa"', '"quiz"'))
+    text = text_of(report.write_report(results, tmp_path))
+    assert "my recipe" in text and "quiz, held out (OOD)" in text and "quiz alone" in text
+    assert "of the held-out quiz" in text
+
+
+def test_a_large_model_is_folded(tmp_path):
+    """28 layers of 24 heads and 8,192 neurons: the page stays small, the CSV keeps each unit."""
+    results = sample_results(("mixed",), interventions=False)
+    for m in results["units"]["mixed"]:
+        columns = 24 if m["unit"] == "query_head" else 8192
+        m["rows"] = [f"L{i}" for i in range(28)]
+        m["values"] = [[(i * j) % 7 / 700 for j in range(columns)] for i in range(28)]
+    page = report.write_report(results, tmp_path)
+    assert page.stat().st_size < 3e6
+    table = (tmp_path / "units_neuron.csv").read_text().splitlines()
+    assert len(table) == 1 + 2 * 28 and table[0].endswith(",8191")
+
+
+def test_each_figure_stands_alone():
+    from matplotlib.figure import Figure
+
+    results = sample_results()
+    names = [n for n in report.__all__ if n.startswith("figure_")]
+    assert len(names) == 8
+    for name in names:
+        figure = getattr(report, name)(results)
+        assert isinstance(figure, Figure) and figure.axes
+    chosen = report.figure_intervention(
+        results, kind="graft", strategy="two_stage", when="final", test="qa_id"
+    )
+    assert "Stage-tuned, final checkpoint" in [t.get_text() for t in chosen.texts]
+    with pytest.raises(UserError, match="hold no shared parameters"):
+        report.figure_overlap({})
+    with pytest.raises(UserError, match="maps"):
+        report.figure_map(results, strategy="nobody")
+
+
+def test_importing_the_report_does_not_import_matplotlib():
+    code = "import sys, crosstrace.report; sys.exit('matplotlib' in sys.modules or 'jinja2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_it_is_quick(timed):
+    assert timed[1] < 12  # 3 s of an idle core; a busy machine is given room
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0, "0 %"),
+        (1, "100 %"),
+        (0.886, "89 %"),
+        (0.097, "9.7 %"),
+        (0.05, "5 %"),
+        (0.0996, "10 %"),
+        (0.001, "0.1 %"),
+        (0.00251, "0.25 %"),
+        (0.00058, "0.06 %"),
+        (0.996, "99.6 %"),
+        (0.9999, "100 %"),
+        (-0.3, "−30 %"),
+        (None, "–"),
+        (math.nan, "–"),
+        (math.inf, "–"),
+    ],
+)
+def test_percent(share, text):
+    assert words.percent(share).replace(words.SPACE, " ") == text
+
+
+def test_interval_and_comparison():
+    assert words.interval(0.87, 0.91).replace(words.SPACE, " ") == "87 to 91 %"
+    assert words.interval(None, math.nan) == ""
+    say = lambda values: words.compare(values, "answers", " of them").replace(words.SPACE, " ")
+    assert say([("A", 0.1), ("B", 0.5), ("C", math.nan)]) == "B answers 50 % of them, A 10 %."
+    assert say([("A", 0.1)]) == "A answers 10 % of them."
+    assert say([]) == ""
+
+
+def small(strategies=("two_stage", "mixed")) -> dict:
+    """Results with few panels, for the tests that render often."""
+    results = sample_results(strategies)
+    for kinds in results["interventions"].values():
+        for kind, rows in kinds.items():
+            kinds[kind] = [r for r in rows if r["when"] == "online"]
+    for key in ("maps", "units", "shared", "centralization"):
+        results[key] = {s: [m for m in rows if m["when"] == "online"] for s, rows in results[key].items()}
+    for points in results["history"].values():
+        points[:] = [{k: v for k, v in p.items() if k not in ("bio", "qa_id")} for p in points]
+    return results
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser(width, tmp_path):
+    """No overflow, no console message, no request but for the page itself; with everything unfolded, too."""
+    results = small(("two_stage", "mixed", "a_recipe_with_a_name_that_is_long_enough_to_run_out_of_the_page"))
+    results["run"]["facts"]["path"] = "/a/long/path/without/any/space" * 8
+    page = report.write_report(results, tmp_path / "report")
+    driver = browser(tmp_path / "profile")
+    try:
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        for scheme in ("light", "dark"):
+            features = [{"name": "prefers-color-scheme", "value": scheme}]
+            driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+            driver.get(page.as_uri())
+            colour = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+            assert (sum(map(int, re.findall(r"\d+", colour)[:3])) > 384) == (scheme == "light")
+            assert_fits(driver, width)
+            driver.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+            assert_fits(driver, width)
+        assert driver.get_log("browser") == []
+        messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+        sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        asked = {p["request"]["url"] for p in sent if p["documentURL"] == page.as_uri()}
+        assert asked <= {page.as_uri(), "data:,"} and asked
+    finally:
+        driver.quit()
+
+
+def assert_fits(driver, width: int) -> None:
+    inner, scroll = driver.execute_script("return [innerWidth, document.scrollingElement.scrollWidth]")
+    assert inner == width and scroll <= inner
+    clipped = driver.execute_script(  # text of a figure that its own SVG cuts off
+        """const shown = [...document.querySelectorAll('.panels svg')].filter(s => s.getClientRects().length);
+           return shown.flatMap(s => {
+             const box = s.getBoundingClientRect();
+             return [...s.querySelectorAll('text')].filter(t => {
+               const r = t.getBoundingClientRect();
+               return r.left < box.left - 1 || r.right > box.right + 1 || r.bottom > box.bottom + 1;
+             }).map(t => s.getAttribute('aria-label') + ': ' + t.textContent);
+           })"""
+    )
+    assert clipped == []
+
+
+def browser(profile: Path):
+    binary, server = shutil.which("chromium"), shutil.which("chromedriver")
+    if not binary or not server:
+        pytest.skip("needs Chromium and chromedriver (Debian: chromium, chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    quiet = "disable-background-networking disable-component-update disable-sync disable-quic no-first-run"
+    for flag in f"headless=new no-sandbox disable-gpu disable-dev-shm-usage {quiet}".split():
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={profile}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    return webdriver.Chrome(options=options, service=webdriver.chrome.service.Service(server))
