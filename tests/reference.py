@@ -19,9 +19,7 @@ def example_gradient(model: nn.Module, example: Mapping[str, Tensor]) -> dict[st
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), gradients)}
 
 
-def reference_trace(
-    model: nn.Module, examples: Iterable[Mapping[str, Tensor]], measure: str
-) -> dict[str, Tensor]:
+def reference_trace(model: nn.Module, examples: Iterable[Mapping[str, Tensor]], measure: str) -> dict[str, Tensor]:
     """The measure's mean over the examples, by a plain loop over torch.autograd.grad."""
     total: dict[str, Tensor] = {}
     count = 0

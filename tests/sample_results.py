@@ -115,9 +115,7 @@ def sample_results(
 
 
 def _level(strategy: str, when: str) -> float:
-    return {("mixed", "online"): 1.0, ("mixed", "final"): 0.55}.get(
-        (strategy, when), 0.5 if when == "online" else 1.3
-    )
+    return {("mixed", "online"): 1.0, ("mixed", "final"): 0.55}.get((strategy, when), 0.5 if when == "online" else 1.3)
 
 
 def _layers() -> list[str]:

@@ -30,8 +30,7 @@ def strengths(names_shapes, tasks=("bio", "qa"), parts=4, common=1.0, seed=0):
     g = torch.Generator().manual_seed(seed)
     base = {n: common * torch.rand(s, generator=g) for n, s in names_shapes.items()}
     return {
-        t: [{n: b + torch.rand(b.shape, generator=g) for n, b in base.items()} for _ in range(parts)]
-        for t in tasks
+        t: [{n: b + torch.rand(b.shape, generator=g) for n, b in base.items()} for _ in range(parts)] for t in tasks
     }
 
 
@@ -188,9 +187,7 @@ def test_centralization_rows_are_reproducible_and_have_intervals(llama):
     _, anatomy, names = llama
     data = strengths(shapes_of(anatomy, names))
     rows = centralization_rows(data, [0.1, 0.5], names, anatomy)
-    assert [(row["fraction"], row["unit"]) for row in rows] == [
-        (f, u) for f in (0.1, 0.5) for u in CENTRAL_UNITS
-    ]
+    assert [(row["fraction"], row["unit"]) for row in rows] == [(f, u) for f in (0.1, 0.5) for u in CENTRAL_UNITS]
     for row in rows:
         assert row["low"] < row["excess_gini"] < row["high"]
         assert row["random_gini_low"] < row["random_gini"] < row["random_gini_high"]

@@ -206,10 +206,7 @@ def test_labels_and_grid_by_hand():
     assert anatomy.sizes("query_head").tolist() == [6 * 24 + 24 * 6] * 8
     assert anatomy.sizes("kv_head").tolist() == [2 * 6 * 24] * 4
     assert anatomy.sizes("neuron").tolist() == [3 * 24] * 80
-    assert (
-        anatomy.sizes("query_head", ["model.layers.0.self_attn.q_proj.weight"]).tolist()
-        == [144] * 4 + [0] * 4
-    )
+    assert anatomy.sizes("query_head", ["model.layers.0.self_attn.q_proj.weight"]).tolist() == [144] * 4 + [0] * 4
     assert anatomy.grid(range(8), "query_head").tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert anatomy.axes("query_head") == (["L0", "L1"], ["H0", "H1", "H2", "H3"])
     assert anatomy.axes("module") == (["L0", "L1"], kinds)

@@ -75,9 +75,7 @@ def text_of(page: Path) -> str:
 
 def test_writes_the_page_a_csv_beside_each_figure_and_nothing_else(page):
     assert page.name == "index.html"
-    assert sorted(p.name for p in page.parent.iterdir()) == sorted(
-        [*(f"{n}.csv" for n in CSVS), "index.html"]
-    )
+    assert sorted(p.name for p in page.parent.iterdir()) == sorted([*(f"{n}.csv" for n in CSVS), "index.html"])
     linked = re.findall(r'<a href="(\w+)\.csv"', page.read_text(encoding="utf-8"))
     assert sorted(linked) == CSVS
 
@@ -239,9 +237,7 @@ def test_each_figure_stands_alone():
     for name in names:
         figure = getattr(report, name)(results)
         assert isinstance(figure, Figure) and figure.axes
-    chosen = report.figure_intervention(
-        results, kind="graft", strategy="two_stage", when="final", test="qa_id"
-    )
+    chosen = report.figure_intervention(results, kind="graft", strategy="two_stage", when="final", test="qa_id")
     assert "Stage-tuned, final checkpoint" in [t.get_text() for t in chosen.texts]
     with pytest.raises(UserError, match="hold no shared parameters"):
         report.figure_overlap({})

@@ -217,9 +217,7 @@ def test_missing_foreign_short_and_damaged_files_are_told(tmp_path):
 @given(seed=st.integers(0, 2**31), share=st.sampled_from([0.0, 0.03, 0.5, 0.97, 1.0]))
 def test_random_sets_have_the_right_sizes(seed, share):
     generator = torch.Generator().manual_seed(seed)
-    like = ParamSet(
-        {n: torch.rand(s, generator=generator) < share for n, s in {"a": (9, 7), "b": (31,)}.items()}
-    )
+    like = ParamSet({n: torch.rand(s, generator=generator) < share for n, s in {"a": (9, 7), "b": (31,)}.items()})
     anywhere, inside = random_set(like, seed), random_set(like, seed, within="tensor")
     assert anywhere.size == like.size
     assert inside.counts() == like.counts()

@@ -28,9 +28,7 @@ def test_gini_by_hand():
     # sorted 1 2 2 5: −3·1 − 1·2 + 1·2 + 3·5 = 12; n Σ = 40
     assert gini([2, 5, 1, 2]) == pytest.approx(0.3)
     x = [3.0, 0.0, 7.0, 7.0, 1.0]
-    pairs = sum(abs(a - b) for a in x for b in x) / (
-        2 * len(x) ** 2 * np.mean(x)
-    )  # half the relative difference
+    pairs = sum(abs(a - b) for a in x for b in x) / (2 * len(x) ** 2 * np.mean(x))  # half the relative difference
     assert gini(x) == pytest.approx(pairs)
     assert gini([4]) == 0 and math.isnan(gini([0, 0]))
 

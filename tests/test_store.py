@@ -83,9 +83,7 @@ def in_child(work: Callable[[], None], kill_before: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def create_and_work(
-    folder: Path, mode: store.Mode, lr: float = 0.1, config: str = CONFIG
-) -> Callable[[], None]:
+def create_and_work(folder: Path, mode: store.Mode, lr: float = 0.1, config: str = CONFIG) -> Callable[[], None]:
     def work() -> None:
         with Run.create(folder, config, mode) as run:
             experiment(run, lr)
@@ -343,9 +341,7 @@ def test_step_names_and_empty_steps(tmp_path: Path) -> None:
         for name in ("models", "models/a/b"):
             with pytest.raises(ValueError, match="overlap"):
                 run.stage(name, 1, lambda partial: partial.mkdir())
-        run.stage(
-            "models/a", 2, lambda partial: partial.mkdir()
-        )  # a folder may take a file's place, and back
+        run.stage("models/a", 2, lambda partial: partial.mkdir())  # a folder may take a file's place, and back
         assert run.complete("models/a", 2)
     with Run.create(tmp_path, CONFIG, "resume") as run:
         (tmp_path / "models" / "a").rmdir()

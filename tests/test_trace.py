@@ -97,10 +97,7 @@ def test_rules_serve_all_but_the_known_exceptions(kind, tied):
 
 @pytest.mark.parametrize(
     ("kind", "attention"),
-    [
-        (kind, "eager")
-        for kind in ("llama", "gpt_neox", "gpt2", "qwen3", "gemma3", "opt", "qwen3_moe", "bloom")
-    ]
+    [(kind, "eager") for kind in ("llama", "gpt_neox", "gpt2", "qwen3", "gemma3", "opt", "qwen3_moe", "bloom")]
     + [(kind, "sdpa") for kind in ("llama", "gpt_neox", "gemma3")],
 )
 def test_batch_size_order_and_padding_do_not_matter(kind, attention):
@@ -252,8 +249,7 @@ def test_a_later_batch_that_differs_from_the_probed_one_is_never_silently_wrong(
 
 def fingerprint(model: nn.Module) -> list:
     hooks = [
-        (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), m.training)
-        for m in model.modules()
+        (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), m.training) for m in model.modules()
     ]
     return [
         hooks,
@@ -368,9 +364,7 @@ def test_online_equals_a_slow_loop(kind, tied, lr_weighted):
     traces = online.traces()
     assert len(traces) == 2 * 2 * 4 * 2
     for t in traces:
-        own = [(state, tasks[t.task], lr) for state, tasks, lr in steps if t.task in tasks][
-            t.meta["part"] :: 2
-        ]
+        own = [(state, tasks[t.task], lr) for state, tasks, lr in steps if t.task in tasks][t.meta["part"] :: 2]
         expected, weight = online_by_hand(model, own, t.measure, t.reduction, lr_weighted)
         assert t.when == "online" and t.weight == pytest.approx(weight)
         assert_same(t.values, expected)
@@ -429,9 +423,7 @@ def plan_of(model: nn.Module, examples: Sequence[dict[str, Tensor]]) -> dict:
     return online.state_dict()["header"]["plan"]
 
 
-@pytest.mark.parametrize(
-    "kind", ["llama", "gpt_neox", "gpt2", "qwen3", "gemma3", "opt", "qwen3_moe", "olmo2"]
-)
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "qwen3", "gemma3", "opt", "qwen3_moe", "olmo2"])
 def test_rounding_does_not_change_which_rule_is_found(kind):
     examples = make_examples(4)
     expected = plan_of(tiny_model(kind), examples)
@@ -452,9 +444,7 @@ def test_half_precision_accumulates_in_float32():
 
 
 def test_save_and_load(tmp_path):
-    traces = trace(
-        tiny_model("gpt2"), batches(make_examples(4), 4), task="qa", measures=("abs", "net"), parts=2
-    )
+    traces = trace(tiny_model("gpt2"), batches(make_examples(4), 4), task="qa", measures=("abs", "net"), parts=2)
     path = tmp_path / "new" / "qa.safetensors"
     save_traces(path, traces)
     assert [p.name for p in path.parent.iterdir()] == ["qa.safetensors"]
@@ -462,9 +452,7 @@ def test_save_and_load(tmp_path):
         assert {k: v for k, v in vars(a).items() if k != "values"} == {
             k: v for k, v in vars(b).items() if k != "values"
         }
-        assert list(a.values) == list(b.values) and all(
-            torch.equal(a.values[n], b.values[n]) for n in a.values
-        )
+        assert list(a.values) == list(b.values) and all(torch.equal(a.values[n], b.values[n]) for n in a.values)
     whole = path.read_bytes()
     for cut in (0, 5, 200, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])

@@ -60,9 +60,7 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float64, tied: bool | None 
         settings: override the config, e.g. num_hidden_layers=3, vocab_size=100.
     """
     name, base = KINDS[kind]
-    config = getattr(transformers, name)(
-        **(base | settings | ({} if tied is None else {"tie_word_embeddings": tied}))
-    )
+    config = getattr(transformers, name)(**(base | settings | ({} if tied is None else {"tie_word_embeddings": tied})))
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:

@@ -167,9 +167,7 @@ def density_map(pset: ParamSet, anatomy: Anatomy, unit: str) -> Row:
 def _parts(strengths: Parts) -> int:
     lengths = {task: len(parts) for task, parts in strengths.items()}
     if len(lengths) < 2 or len(set(lengths.values())) != 1 or not min(lengths.values()):
-        raise UserError(
-            f"sharing needs two or more tasks, each traced over the same number of parts; found {lengths}"
-        )
+        raise UserError(f"sharing needs two or more tasks, each traced over the same number of parts; found {lengths}")
     return next(iter(lengths.values()))
 
 

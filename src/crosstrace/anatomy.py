@@ -132,11 +132,7 @@ class Anatomy:
         if label not in labels:
             raise UserError(
                 f"the model has no {unit} '{label}'"
-                + (
-                    f"; they run from '{labels[0]}' to '{labels[-1]}'"
-                    if labels
-                    else ": its geometry is not known"
-                )
+                + (f"; they run from '{labels[0]}' to '{labels[-1]}'" if labels else ": its geometry is not known")
             )
         wanted = labels.index(label)
         masks = {}
@@ -176,17 +172,13 @@ class Anatomy:
         if unit not in UNITS:
             raise UserError(f"the unit is '{unit}', but it must be one of {', '.join(UNITS)}")
 
-    def _tally(
-        self, unit: str, along: Callable[[str, int | None], Tensor], names: Mapping[str, object]
-    ) -> np.ndarray:
+    def _tally(self, unit: str, along: Callable[[str, int | None], Tensor], names: Mapping[str, object]) -> np.ndarray:
         self._known(unit)
         n = len(self._cells[unit])
         totals = torch.zeros(n + 1, dtype=torch.int64)  # the last one takes what belongs to no unit (-1)
         for name, (axis, index) in self._index[unit].items():
             if name in names:
-                totals.index_add_(
-                    0, index.remainder(n + 1).view(-1), along(name, axis).expand(index.shape).view(-1)
-                )
+                totals.index_add_(0, index.remainder(n + 1).view(-1), along(name, axis).expand(index.shape).view(-1))
         return totals[:n].numpy()
 
     def _names(self, module: nn.Module | None) -> list[str]:
@@ -240,11 +232,7 @@ class Anatomy:
                 kv_of = {"qkv": torch.cat([none.expand(heads), kv_ids, kv_ids])}
             else:
                 q_of = {"qkv": torch.cat([q_ids.view(kv, -1), none.expand(kv, 2)], 1).view(-1)}
-                kv_of = {
-                    "qkv": torch.cat(
-                        [none.expand(kv, heads // kv), kv_ids.view(-1, 1).expand(kv, 2)], 1
-                    ).view(-1)
-                }
+                kv_of = {"qkv": torch.cat([none.expand(kv, heads // kv), kv_ids.view(-1, 1).expand(kv, 2)], 1).view(-1)}
         elif rows["q"] == width and rows["v"] == kv_rows:
             q_of, kv_of = {"q": q_ids}, {"k": kv_ids, "v": kv_ids}
         else:  # a gate or a second value hides in the projection

@@ -31,7 +31,7 @@ class ModelSettings:
     """`bundled`, a folder written by save_pretrained, or a hub name."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of the weights in memory, whatever the checkpoint holds."""
-    attention: str = "sdpa"
+    attention: str = "eager"
     """The attention kernel, as transformers names it."""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from crosstrace.errors import UserError
 from crosstrace.losses import token_losses
 from crosstrace.models import evaluating, pad_id
 from crosstrace.stats import wilson
@@ -60,9 +61,7 @@ class Recall:
 
     def by_relation(self) -> dict[str, Recall]:
         """The results of each relation."""
-        return {
-            relation: self.where([r == relation for r in self.relation]) for relation in sorted(set(self.relation))
-        }
+        return {relation: self.where([r == relation for r in self.relation]) for relation in sorted(set(self.relation))}
 
 
 def recall(model: Any, tokenizer: Any, encoded: Sequence[Encoded], batch_size: int = 256) -> Recall:
@@ -103,9 +102,14 @@ def recall(model: Any, tokenizer: Any, encoded: Sequence[Encoded], batch_size: i
 
 def answers(item: Encoded) -> list[np.ndarray]:
     """For each mention, the positions whose prediction is judged: one before each of the answer's tokens."""
-    if len(item.example.mentions) == 1:
-        return [np.flatnonzero(item.targets["answer"].numpy()) - 1]
-    return [np.flatnonzero(mask.numpy()) - 1 for mask in item.mentions]
+    masks = [item.targets["answer"]] if len(item.example.mentions) == 1 else item.mentions
+    positions = [np.flatnonzero(mask.numpy()) - 1 for mask in masks]
+    if any(places[0] < 0 for places in positions):
+        raise UserError(
+            f"example {item.example.id} begins with an object, which no token before it predicts; expected words "
+            "before it, so change the wording or use a tokenizer that begins every text with a token of its own"
+        )
+    return positions
 
 
 def summaries(parts: Mapping[str, Recall]) -> dict[str, Any]:

@@ -7,7 +7,9 @@ whom get questions to train on (the others are out of distribution, OOD). The sa
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass
+from itertools import count
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -92,7 +94,7 @@ class World:
         """Draw the world of these settings; the same settings give the same world.
 
         Raises:
-            UserError: no person would be left for the training questions, or the names do not suffice.
+            UserError: the names do not suffice for so many people.
         """
         trained = round(settings.qa_share * settings.people)
         augmented = round(settings.augmented_share * settings.people)
@@ -112,9 +114,7 @@ class World:
             )
             pronoun = pronouns()[name.split()[0]]
             repeats = _zipf(ranks[index] + 1, settings) if settings.frequency == "zipf" else 1
-            people.append(
-                Person(person, name, pronoun, index in with_qa, index in with_augmentation, repeats, facts)
-            )
+            people.append(Person(person, name, pronoun, index in with_qa, index in with_augmentation, repeats, facts))
         return cls(settings, tuple(people))
 
 
@@ -138,7 +138,7 @@ def _draw_names(settings: FactSettings) -> list[str]:
     meet. Small worlds use the head of each list, or parts would be unique; who has a unique part is drawn anew.
     """
     lists = [names(part) for part in NAME_PARTS]
-    lists = [values[: max(2, min(len(values), settings.people // 4))] for values in lists]
+    lists = [values[: max(5, min(len(values), settings.people // 4))] for values in lists]
     room = len(lists[0]) * len(lists[1]) * len(lists[2]) // 2
     if settings.people > room // 2:
         raise UserError(
@@ -148,7 +148,7 @@ def _draw_names(settings: FactSettings) -> list[str]:
     draw, parity = _rng(settings, "names"), 0 if settings.population == "A" else 1
     drawn: list[tuple[int, ...]] = []
     taken: set[tuple[int, ...]] = set()
-    while True:
+    for round in count(1):
         while len(drawn) < settings.people:
             name = tuple(draw.randrange(len(values)) for values in lists)
             if sum(name) % 2 == parity and name not in taken:
@@ -156,11 +156,11 @@ def _draw_names(settings: FactSettings) -> list[str]:
                 drawn.append(name)
         kept = drawn
         for position in range(len(lists)):
-            count = [0] * len(lists[position])
-            for name in drawn:
-                count[name[position]] += 1
-            kept = [name for name in kept if count[name[position]] > 1]
+            used = Counter(name[position] for name in drawn)
+            kept = [name for name in kept if used[name[position]] > 1]
         if len(kept) == len(drawn):
             break
+        if round % 50 == 0:
+            kept = []  # in a small world the kept may leave no room for another: they use up what their parts allow
         taken, drawn = set(kept), kept
     return [" ".join(values[i] for values, i in zip(lists, name)) for name in drawn]

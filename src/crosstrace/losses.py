@@ -21,8 +21,14 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         losses [B, T-1] in nats (0 where there is no target) and the mask [B, T-1] of targets.
     """
     wanted = labels[:, 1:]
-    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float() if logits.dtype in (torch.float16, torch.bfloat16)
-                             else logits[:, :-1].transpose(1, 2), wanted, ignore_index=-100, reduction="none")
+    losses = F.cross_entropy(
+        logits[:, :-1].transpose(1, 2).float()
+        if logits.dtype in (torch.float16, torch.bfloat16)
+        else logits[:, :-1].transpose(1, 2),
+        wanted,
+        ignore_index=-100,
+        reduction="none",
+    )
     return losses, wanted != -100
 
 
@@ -36,6 +42,8 @@ def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
     count = targets.sum(1)
     if bool((count == 0).any()):
         row = int((count == 0).nonzero()[0])
-        raise ValueError(f"example {row} of the batch has no target token, so its mean loss is undefined; "
-                         "every label is -100 (or only the first token, which nothing predicts, is a target)")
+        raise ValueError(
+            f"example {row} of the batch has no target token, so its mean loss is undefined; "
+            "every label is -100 (or only the first token, which nothing predicts, is a target)"
+        )
     return losses.sum(1) / count

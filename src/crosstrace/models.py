@@ -16,7 +16,12 @@ from torch import nn
 from crosstrace.errors import UserError
 
 BUNDLED = "bundled"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 def bundled_folder() -> Path:
@@ -60,7 +65,7 @@ def load_tokenizer(name: str) -> Any:
         raise UserError(f"no tokenizer could be read from {place}: {_first_line(error)}") from None
 
 
-def load_model(name: str, dtype: str = "float32", attention: str = "sdpa") -> Any:
+def load_model(name: str, dtype: str = "float32", attention: str = "eager") -> Any:
     """A causal language model in evaluation mode.
 
     Args:
@@ -75,9 +80,10 @@ def load_model(name: str, dtype: str = "float32", attention: str = "sdpa") -> An
 
     place = locate(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            place, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True
-        )
+        with silent():
+            model = AutoModelForCausalLM.from_pretrained(
+                place, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"no model could be read from {place}: {_first_line(error)}") from None
     except Exception as error:
@@ -88,9 +94,26 @@ def load_model(name: str, dtype: str = "float32", attention: str = "sdpa") -> An
     return model.eval()
 
 
+@contextmanager
+def silent():
+    """Without transformers' own bars and notices: progress is shown once, by whoever called."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads."""
-    model.save_pretrained(folder)
+    with silent():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

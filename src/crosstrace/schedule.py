@@ -29,7 +29,7 @@ class Optimiser:
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warm-up."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of the learning rate that a cosine decay ends at."""
+    """Share of the learning rate that a decay ends at."""
 
 
 @settings(frozen=True, config=STRICT)

@@ -47,9 +47,7 @@ class ParamSet:
     def __post_init__(self) -> None:
         for name, mask in self.masks.items():
             if mask.dtype != torch.bool:
-                raise UserError(
-                    f"the mask of '{name}' has dtype {mask.dtype}, but a ParamSet holds bool masks"
-                )
+                raise UserError(f"the mask of '{name}' has dtype {mask.dtype}, but a ParamSet holds bool masks")
 
     @cached_property
     def size(self) -> int:
@@ -106,9 +104,7 @@ class ParamSet:
     def _with(self, other: ParamSet, sign: str, rule: Callable[[Tensor, Tensor], Tensor]) -> ParamSet:
         mine, theirs = ({n: m.shape for n, m in s.masks.items()} for s in (self, other))
         if list(mine.items()) != list(theirs.items()):
-            odd = next(
-                (n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)), "the order of tensors"
-            )
+            odd = next((n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)), "the order of tensors")
             raise UserError(
                 f"cannot combine the sets '{self.name}' and '{other.name}': their scopes differ at '{odd}'; "
                 "select both with the same scope of the same model"
@@ -271,9 +267,7 @@ def random_set(like: ParamSet, seed: int, *, within: Literal["global", "tensor"]
         counts = like.counts()
         masks = {n: _random_mask(m.numel(), counts[n], generator).view_as(m) for n, m in like.masks.items()}
     elif within == "global":
-        pieces = _random_mask(like.total, like.size, generator).split(
-            [m.numel() for m in like.masks.values()]
-        )
+        pieces = _random_mask(like.total, like.size, generator).split([m.numel() for m in like.masks.values()])
         masks = {name: piece.view_as(mask) for (name, mask), piece in zip(like.masks.items(), pieces)}
     else:
         raise UserError(f"a random set is drawn within 'global' or 'tensor', not within '{within}'")
@@ -327,9 +321,7 @@ def _values(strength: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, T
         raise UserError("no tensor is in scope, so nothing can be selected")
     missing = [name for name in names if name not in strength]
     if missing:
-        raise UserError(
-            f"no strength was given for '{missing[0]}' ({len(missing)} such tensors of the scope)"
-        )
+        raise UserError(f"no strength was given for '{missing[0]}' ({len(missing)} such tensors of the scope)")
     double = any(strength[name].dtype == torch.float64 for name in names)
     values: dict[str, Tensor] = {}
     for name in names:
@@ -339,9 +331,7 @@ def _values(strength: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, T
             if not math.isfinite(low) or not math.isfinite(high):  # aminmax hands NaN on
                 raise UserError(f"the strength of '{name}' holds NaN or infinity; did a gradient overflow?")
             if low < 0:
-                raise UserError(
-                    f"the strength of '{name}' holds negative values; take the trace's strength()"
-                )
+                raise UserError(f"the strength of '{name}' holds negative values; take the trace's strength()")
             if low == 0:
                 value = value.abs()  # -0.0, whose bit pattern is negative
         values[name] = value

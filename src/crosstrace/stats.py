@@ -92,6 +92,15 @@ def jackknife_interval(value: Any, left_out: Sequence[Any], level: float = 0.95)
     return Interval(*(x if x.ndim else float(x) for x in (value, value - half, value + half)))
 
 
+def mean_interval(x: ArrayLike, level: float = 0.95) -> Interval:
+    """Mean of independent repetitions (seeds) with Student's t interval; NaN bounds for fewer than two."""
+    x = np.asarray(x, dtype=float)
+    half = math.nan
+    if len(x) > 1:
+        half = float(student.ppf(0.5 + level / 2, len(x) - 1)) * float(x.std(ddof=1)) / math.sqrt(len(x))
+    return Interval(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half)
+
+
 def cluster_bootstrap(
     a: ArrayLike,
     b: ArrayLike,

@@ -122,10 +122,7 @@ def _files(path: Path) -> dict[str, Path]:
 
 
 def _contents(path: Path) -> dict[str, dict[str, Any]]:
-    return {
-        name: {"size": file.stat().st_size, "sha256": sha256_file(file)}
-        for name, file in _files(path).items()
-    }
+    return {name: {"size": file.stat().st_size, "sha256": sha256_file(file)} for name, file in _files(path).items()}
 
 
 def _tree_hash(contents: Mapping[str, Mapping[str, Any]]) -> str:
@@ -217,9 +214,7 @@ class Run:
                 "--overwrite, or choose another folder"
             )
         if config_text is None and state == "blank":
-            raise UserError(
-                f"{folder} holds no crosstrace run; start one first with `crosstrace run` or `demo`"
-            )
+            raise UserError(f"{folder} holds no crosstrace run; start one first with `crosstrace run` or `demo`")
         lock = _lock_folder(folder)
         try:
             if mode == "overwrite" and state == "run":
@@ -237,9 +232,7 @@ class Run:
             saved = folder / "config.yaml"
             if not saved.exists():
                 if config_text is None:
-                    raise UserError(
-                        f"{saved} is missing, so the run cannot be continued; start again with --overwrite"
-                    )
+                    raise UserError(f"{saved} is missing, so the run cannot be continued; start again with --overwrite")
                 write_text(saved, config_text)
             elif config_text is not None:
                 _same_config(saved, config_text)
@@ -294,9 +287,7 @@ class Run:
         """The path of step `name`'s output, a relative POSIX path inside the folder."""
         parts = name.split("/")
         if any(not part or part.startswith(".") for part in parts) or name in ("config.yaml", "manifest"):
-            raise ValueError(
-                f"{name!r} cannot name a step: it must be a plain relative path inside the run folder"
-            )
+            raise ValueError(f"{name!r} cannot name a step: it must be a plain relative path inside the run folder")
         return self.folder.joinpath(*parts)
 
     def stage(self, name: str, key: Any, fn: Callable[[Path], object], *, keep_partial: bool = False) -> Path:
@@ -320,9 +311,7 @@ class Run:
             return target
         for other in self._records():
             if other.startswith(f"{name}/") or name.startswith(f"{other}/"):
-                raise ValueError(
-                    f"steps {other!r} and {name!r} overlap: one's output would lie inside the other's"
-                )
+                raise ValueError(f"steps {other!r} and {name!r} overlap: one's output would lie inside the other's")
         partial, started = _partial(target), self._started(name)
         key_hash, earlier = _digest(key), 0.0
         before = read_json(started) if started.exists() else {}
@@ -374,9 +363,7 @@ class Run:
         for name in names:
             record = self._read_record(name)
             if record is None:
-                raise UserError(
-                    f"{self.folder} has no finished {name!r} yet; run the stage that makes it first"
-                )
+                raise UserError(f"{self.folder} has no finished {name!r} yet; run the stage that makes it first")
             if not self._is_intact(name, record):
                 raise UserError(
                     f"{self.path(name)} is not as the run left it (a file is missing or changed); "
@@ -508,8 +495,7 @@ def _lock_workers(folder: Path, kind: int, patience: float) -> IO[str]:
             if time.monotonic() >= until:
                 lock.close()
                 raise UserError(
-                    f"{folder} is still written to by a worker of an earlier crosstrace process; stop it and "
-                    "try again"
+                    f"{folder} is still written to by a worker of an earlier crosstrace process; stop it and try again"
                 ) from None
         time.sleep(0.1)
 
@@ -519,9 +505,7 @@ def _lock_workers(folder: Path, kind: int, patience: float) -> IO[str]:
 
 def _same_config(saved: Path, config_text: str) -> None:
     """Raise a `UserError` that names the first setting in which `config_text` differs from the saved file."""
-    old, new = (
-        dict(_settings(yaml.safe_load(text))) for text in (saved.read_text(encoding="utf-8"), config_text)
-    )
+    old, new = (dict(_settings(yaml.safe_load(text))) for text in (saved.read_text(encoding="utf-8"), config_text))
     for name in [*new, *old]:
         was, now = old.get(name, "not set"), new.get(name, "not set")
         if was != now:
@@ -583,14 +567,10 @@ def _git_revision() -> str | None:
 
     def git(*words: str) -> str:
         folder = Path(__file__).parent
-        return subprocess.run(
-            ["git", *words], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
     with suppress(OSError, subprocess.CalledProcessError):
-        git(
-            "ls-files", "--error-unmatch", Path(__file__).name
-        )  # installed inside another project's repository: none
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # installed inside another project's repository: none
         return git("rev-parse", "HEAD") + ("+changed" if git("status", "--porcelain", "-uno") else "")
     return None
 

@@ -127,9 +127,7 @@ def _fill(pattern: str, fact: Fact, wording: str, subject: str, start: int) -> t
             text += value
         else:
             text += piece
-    return text, Mention(
-        fact.id, fact.relation, wording, spans["subject"], tuple(relation_words), spans["object"]
-    )
+    return text, Mention(fact.id, fact.relation, wording, spans["subject"], tuple(relation_words), spans["object"])
 
 
 def write_jsonl(path: Path, examples: Iterable[Example]) -> None:

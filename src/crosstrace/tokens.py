@@ -83,9 +83,7 @@ def _tokens_of(spans: Iterable[Span], offsets: Sequence[tuple[int, int]]) -> Ten
     )
 
 
-def collate(
-    encoded: Sequence[Encoded], targets: str = "object", *, pad_id: int, side: str = "right"
-) -> Batch:
+def collate(encoded: Sequence[Encoded], targets: str = "object", *, pad_id: int, side: str = "right") -> Batch:
     """Pad examples into one batch of input_ids, attention_mask and labels [B, T].
 
     Padding on the left adds position_ids, so that every token keeps the position it has alone.

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass as settings
 from torch.utils.data import DataLoader, Dataset
 
 from crosstrace.losses import example_losses
-from crosstrace.models import pad_id
+from crosstrace.models import pad_id, silent
 from crosstrace.schedule import STRICT, Optimiser, Phase, Strategy
 from crosstrace.tokens import Batch, Encoded, collate
 
@@ -34,8 +34,8 @@ class TrainSettings:
     """Seed of the order in which examples are seen."""
     optimiser: Optimiser = Field(default_factory=Optimiser)
     """Settings of every phase that names none of its own."""
-    bf16: bool = False
-    """Autocast to bfloat16 in training."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Of the multiplications in training: `auto` is bf16 autocast where the processor has it, else float32."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 100
     """Updates between the checkpoints that an interrupted training resumes from."""
     keep_checkpoints: bool = False
@@ -124,6 +124,7 @@ def train(
     folder: Path,
     options: TrainSettings,
     *,
+    bf16: bool = False,
     trace_targets: str = "object",
     listeners: Sequence[Listener] = (),
     progress: Callable[[int, int], None] | None = None,
@@ -135,6 +136,7 @@ def train(
         strategy: the phases, in order.
         examples: for each task, its training examples.
         folder: where phases' checkpoints go. A phase that is complete there is not trained again.
+        bf16: autocast to bfloat16.
         trace_targets: which tokens the `trace_labels` of a batch mark.
         listeners: told of every update; their state is saved and restored with the checkpoints.
         progress: called with (updates made, updates in all).
@@ -148,11 +150,9 @@ def train(
     for index, (phase, length) in enumerate(zip(strategy, lengths)):
         home = folder / f"{index}-{phase.name}"
         data = Updates(phase, examples, f"{options.seed}/{index}", pad_id(tokenizer), trace_targets)
-        _run_phase(model, phase, data, home, options, listeners, done, sum(lengths), progress)
+        _run_phase(model, phase, data, home, options, bf16, listeners, done, sum(lengths), progress)
         done += length
-        reports.append(
-            PhaseReport(phase.name, length, {task: n * length for task, n in phase.composition().items()})
-        )
+        reports.append(PhaseReport(phase.name, length, {task: n * length for task, n in phase.composition().items()}))
     return reports
 
 
@@ -181,17 +181,17 @@ def _run_phase(
     data: Updates,
     home: Path,
     options: TrainSettings,
+    bf16: bool,
     listeners: Sequence[Listener],
     offset: int,
     total: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-    from transformers.utils import logging
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     optimiser = phase.optimiser or options.optimiser
     last = _last_checkpoint(home)
-    if last == len(data):
+    if last is not None and last == len(data):
         _load_weights(model, home / f"checkpoint-{last}")
         for number, listener in enumerate(listeners):
             listener.load(_listener_folder(home, last, number))
@@ -201,6 +201,11 @@ def _run_phase(
 
     class Lifecycle(TrainerCallback):
         """Tells the listeners, and marks a checkpoint as complete once their state lies in it."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            if last:
+                # the Trainer has skipped what a checkpoint lays out otherwise than memory does, as it does experts
+                _load_weights(model, home / f"checkpoint-{last}")
 
         def on_step_end(self, args, state, control, **kwargs):
             for listener in listeners:
@@ -231,8 +236,9 @@ def _run_phase(
             return DataLoader(data, batch_size=1, shuffle=False, collate_fn=lambda items: items[0])
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            tasks: dict[str, Any] = inputs  # a batch for each task
             loss = torch.zeros(())
-            for task, batch in inputs.items():
+            for task, batch in tasks.items():
                 fed = {name: batch[name] for name in ("input_ids", "attention_mask")}
                 loss = loss.to(batch["labels"].device)
                 losses = example_losses(model(**fed).logits, batch["labels"])
@@ -241,10 +247,11 @@ def _run_phase(
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             assert self.lr_scheduler is not None
-            rate = self.lr_scheduler.get_last_lr()[0]
+            rate = float(self.lr_scheduler.get_last_lr()[0])
             if listeners:
                 traced = {}
-                for task, batch in self._prepare_inputs(inputs).items():
+                tasks: dict[str, Any] = self._prepare_inputs(inputs)
+                for task, batch in tasks.items():
                     kept = {name: batch[name] for name in ("input_ids", "attention_mask")}
                     traced[task] = {**kept, "labels": batch["trace_labels"]}
                 for listener in listeners:
@@ -252,9 +259,9 @@ def _run_phase(
             return super().training_step(model, inputs, num_items_in_batch)
 
         def create_scheduler(self, num_training_steps, optimizer=None):
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, learning_rate_factor(optimiser, len(data))
-            )
+            optimizer = optimizer or self.optimizer
+            assert isinstance(optimizer, torch.optim.Optimizer)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(optimiser, len(data)))
             return self.lr_scheduler
 
         def floating_point_ops(self, inputs):
@@ -269,7 +276,7 @@ def _run_phase(
         adam_beta2=optimiser.betas[1],
         weight_decay=optimiser.weight_decay,
         max_grad_norm=optimiser.clip,
-        bf16=options.bf16,
+        bf16=bf16,
         save_strategy="steps",
         save_steps=options.checkpoint_every,
         logging_strategy="no",
@@ -280,10 +287,9 @@ def _run_phase(
         seed=options.seed,
         dataloader_pin_memory=False,
     )
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    with silent():
         trainer = Teacher(model=model, args=arguments, callbacks=[Lifecycle()])
+        trainer.remove_callback(PrinterCallback)
         if last:
             for number, listener in enumerate(listeners):
                 listener.load(_listener_folder(home, last, number))
@@ -293,8 +299,6 @@ def _run_phase(
         model.train()
         trainer.train(resume_from_checkpoint=str(home / f"checkpoint-{last}") if last else None)
         model.eval()
-    finally:
-        logging.set_verbosity(before)
 
 
 def _checkpoints(home: Path, complete: bool = True) -> list[int]:
@@ -315,9 +319,10 @@ def _listener_folder(home: Path, update: int, number: int) -> Path:
 
 
 def _load_weights(model: Any, folder: Path) -> None:
-    from safetensors.torch import load_model
-
-    load_model(model, str(folder / "model.safetensors"))
+    """As transformers reads them: a checkpoint may lay tensors out otherwise than memory does, or be in shards."""
+    with silent():
+        saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+    model.load_state_dict(saved.state_dict())
 
 
 def _remove(folder: Path) -> None:
@@ -325,6 +330,8 @@ def _remove(folder: Path) -> None:
 
     # renamed first: a half-deleted folder must never pass for a checkpoint
     doomed = folder.with_name("removed-" + folder.name)
+    if doomed.exists():  # its own removal was interrupted
+        shutil.rmtree(doomed)
     folder.rename(doomed)
     shutil.rmtree(doomed)
 

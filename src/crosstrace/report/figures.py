@@ -113,9 +113,7 @@ def figure_recall(results: Mapping, *, legend: bool = True) -> Figure:
     """Exact match of every model on every test, with intervals."""
     rows = _needed(R.where(R.recall_rows(results), relation=""), "recall")
     tests = R.held_out_first(R.distinct(rows, "test"))
-    fig, ax = _panel(
-        "Exact match", "share of answers, 95\u202f% intervals", height=90 + 52 * len(tests), left=168
-    )
+    fig, ax = _panel("Exact match", "share of answers, 95\u202f% intervals", height=90 + 52 * len(tests), left=168)
     _dots(ax, rows, tests, [say.test(t) for t in tests], "test", _models(rows, results), "exact_match")
     return _finish(fig, ax, legend)
 
@@ -426,9 +424,7 @@ def _heat(
     groups = [c.rpartition(".")[0] for c in columns]  # of "attention.q" and its like
     height = 54 + deep * step + (22 if columns else 4) + (18 if below or any(groups) else 0)
     fig, ax = _panel(title, "", height=height, left=20 + 7 * max(map(len, rows)), top=54)
-    fig.text(
-        0.005, 1 - 25 / height, f"share of parameters in the {what}", va="top", fontsize=11.5, alpha=0.75
-    )
+    fig.text(0.005, 1 - 25 / height, f"share of parameters in the {what}", va="top", fontsize=11.5, alpha=0.75)
     box = ax.get_position()
     ax.set_position((box.x0, 1 - (54 + deep * step) / height, box.width, deep * step / height))
     shades = LinearSegmentedColormap.from_list("heat", [(*to_rgb(HEAT), a) for a in (0.03, 1.0)], N=40)
@@ -471,8 +467,7 @@ def _fold(values: list[list[float]], columns: int, what: str) -> tuple[list[list
         return [line + [math.nan] * (count - len(line)) for line in values], what
     ranked = [sorted(line, key=lambda v: (not math.isfinite(v), -v)) for line in values]
     means = [
-        [float(np.mean(part)) if len(part) else math.nan for part in np.array_split(line, columns)]
-        for line in ranked
+        [float(np.mean(part)) if len(part) else math.nan for part in np.array_split(line, columns)] for line in ranked
     ]
     return means, f"{count:,} {what} a layer, strongest first, {columns} groups"
 

@@ -104,9 +104,7 @@ def recall(results: Mapping) -> Section:
         return section
     tests, models = R.held_out_first(R.distinct(overall, "test")), _models(results)
     lead = tests[0]
-    panels = [
-        F.to_svg(F.figure_recall(results, legend=False), "recall", "Exact match of every model on every test")
-    ]
+    panels = [F.to_svg(F.figure_recall(results, legend=False), "recall", "Exact match of every model on every test")]
     relations = R.distinct([r for r in rows if r["relation"]], "relation")
     if relations:
         figure = F.figure_relations(results, legend=False)
@@ -129,9 +127,7 @@ def recall(results: Mapping) -> Section:
     body = []
     for m in models:
         cells = [_first(R.where(overall, model=m, test=t)) for t in tests]
-        body.append(
-            [say.model(m), *(_share(c, "exact_match", n=len(one_n[t]) > 1) for c, t in zip(cells, tests))]
-        )
+        body.append([say.model(m), *(_share(c, "exact_match", n=len(one_n[t]) > 1) for c, t in zip(cells, tests))])
     section.blocks.append(Table(head, body, f"Exact match, with {LEVEL} interval"))
     more = [
         [
@@ -175,9 +171,7 @@ def training(results: Mapping) -> Section:
     names = [s for s in R.strategies(results) if R.where(rows, strategy=s)]
     ends, peaks = [], []
     for s in names:
-        points = [
-            r for r in R.where(rows, strategy=s, test=tests[0]) if math.isfinite(say.number(r["value"]))
-        ]
+        points = [r for r in R.where(rows, strategy=s, test=tests[0]) if math.isfinite(say.number(r["value"]))]
         if not points:
             continue
         best, last = max(points, key=lambda r: r["value"]), max(points, key=lambda r: r["update"])
@@ -268,9 +262,7 @@ def overlap(results: Mapping) -> Section:
     ]
     if alike:
         head = ["Model", "Trace", "Spearman", "Cosine"]
-        section.blocks.append(
-            Table(head, alike, "Similarity of the tasks' traces over all parameters in scope")
-        )
+        section.blocks.append(Table(head, alike, "Similarity of the tasks' traces over all parameters in scope"))
     return section
 
 
@@ -318,9 +310,7 @@ def places(results: Mapping) -> Section:
         for j, w in enumerate(R.distinct(own_at, "when")):
             for k, s in enumerate(s for s in R.strategies(results) if R.where(own_at, strategy=s, when=w)):
                 figure = F.figure_units(results, strategy=s, when=w, unit=unit, fraction=at, top=_top(own_at))
-                panels.append(
-                    F.to_svg(figure, f"{slug}-{j}-{k}", f"Share of each of the {say.unit(unit)} in the set")
-                )
+                panels.append(F.to_svg(figure, f"{slug}-{j}-{k}", f"Share of each of the {say.unit(unit)} in the set"))
         one = say.unit(unit).removesuffix("s")
         many = any(len(r["values"]) > F.COLUMNS for r in own)
         named = lambda r, one=one: [(f"{one} {j} of {r['layer']}", v) for j, v in enumerate(r["values"])]
@@ -444,9 +434,7 @@ def intervention(results: Mapping, kind: str) -> Section:
     return section
 
 
-def _effects(
-    results: Mapping, rows: Sequence[Row], kind: str, names: Sequence[str], when: str, test: str
-) -> list[str]:
+def _effects(results: Mapping, rows: Sequence[Row], kind: str, names: Sequence[str], when: str, test: str) -> list[str]:
     """One sentence a strategy: the shared set against the control that comes nearest to it, or beats it."""
     sentences = []
     for s in names:
@@ -523,9 +511,7 @@ def _how(results: Mapping) -> tuple[list[Table], list[tuple[str, list[tuple[str,
         body = [
             [
                 say.model(s),
-                Cell(
-                    "; then ".join(f"{p['name']}, {say.plain(p['updates'])}" for p in t.get("phases") or [])
-                ),
+                Cell("; then ".join(f"{p['name']}, {say.plain(p['updates'])}" for p in t.get("phases") or [])),
                 say.plain(t.get("updates")),
                 *(say.plain((t.get("examples") or {}).get(task)) for task in tasks),
                 say.seconds(t.get("seconds")),
@@ -591,9 +577,7 @@ def _render(results: Mapping, sections: Sequence[Section]) -> str:
     run = results.get("run") or {}
     tests = R.held_out_first(R.distinct(R.where(R.recall_rows(results), relation=""), "test"))
     headline = (
-        say.compare(_recalled(results, tests[0]), "answers", f" of the {say.answered(tests[0])}")
-        if tests
-        else ""
+        say.compare(_recalled(results, tests[0]), "answers", f" of the {say.answered(tests[0])}") if tests else ""
     )
     subject = [run.get("model"), run.get("architecture")]
     if run.get("parameters"):

@@ -28,9 +28,7 @@ from crosstrace.losses import example_losses
 from crosstrace.trace.rules import RULES, Call, Rule, Unfit, fold, is_lookup, reduce, sum_dtype
 
 Batch = Mapping[str, Tensor]
-Way = list[
-    list[str]
-]  # a parameter's uses in order, each [module, local name, rule]; empty: no use, no gradient
+Way = list[list[str]]  # a parameter's uses in order, each [module, local name, rule]; empty: no use, no gradient
 Receive = Callable[[str, int, dict[str, Tensor]], None]
 
 # Largest difference (Frobenius norm) between a rule and autograd that rounding explains, relative to the
@@ -62,23 +60,17 @@ class Engine:
         self.probed = 0  # examples the plan was tried on
         for name, p in self.parameters.items():
             if p.dtype not in AGREES:
-                raise UserError(
-                    f"parameter {name!r} is {p.dtype}, which has no gradient; load the model unquantised"
-                )
+                raise UserError(f"parameter {name!r} is {p.dtype}, which has no gradient; load the model unquantised")
         names = {id(p): name for name, p in self.parameters.items()}
-        self._owners: dict[
-            str, dict[str, str]
-        ] = {}  # module -> local name -> canonical (a tied tensor's first)
+        self._owners: dict[str, dict[str, str]] = {}  # module -> local name -> canonical (a tied tensor's first)
         for owner, module in model.named_modules():
             own = {local: names[id(p)] for local, p in module._parameters.items() if p is not None}
             if own:
                 self._owners[owner] = own
         embedding = _embeddings(model, "input")
         self._head = _embeddings(model, "output")
-        self._explicit_positions = (
-            any(  # learned positions looked up once for the whole batch mix its examples
-                isinstance(m, nn.Embedding) and m is not embedding for m in model.modules()
-            )
+        self._explicit_positions = any(  # learned positions looked up once for the whole batch mix its examples
+            isinstance(m, nn.Embedding) and m is not embedding for m in model.modules()
         )
 
     def run(self, batch: Batch, shares: Sequence[slice], receive: Receive) -> None:
@@ -178,9 +170,7 @@ class Engine:
         try:
             with ExitStack() as hooks:
                 for owner in self._owners:
-                    hook = self.model.get_submodule(owner).register_forward_hook(
-                        recorder(owner), with_kwargs=True
-                    )
+                    hook = self.model.get_submodule(owner).register_forward_hook(recorder(owner), with_kwargs=True)
                     hooks.callback(hook.remove)
                 losses = self._losses(batch, only_targets=True)
             wrong = (~losses.isfinite()).nonzero()
@@ -208,9 +198,7 @@ class Engine:
 
     # ---- the general path
 
-    def _one_by_one(
-        self, batch: Batch, shares: Sequence[slice], names: Sequence[str], receive: Receive
-    ) -> None:
+    def _one_by_one(self, batch: Batch, shares: Sequence[slice], names: Sequence[str], receive: Receive) -> None:
         """One example after the other, its gradients restricted to `names`."""
         for number, share in enumerate(shares):
             sums = {
@@ -255,9 +243,7 @@ class Engine:
             bar = max(4 * min(misfits, default=1.0), 0.3)  # a wrong rule may nearly pass in half precision
             for uses, misfit in zip(ways, misfits):
                 if misfit <= min(bar, 1.0):
-                    self.plan[name] = [
-                        [call.name, local, use.name] for (call, local), use in zip(calls, uses)
-                    ]
+                    self.plan[name] = [[call.name, local, use.name] for (call, local), use in zip(calls, uses)]
                     return
 
         self._backward({key: value[pair] for key, value in batch.items()}, deliver)
@@ -311,9 +297,7 @@ class Engine:
         """The batch on the model's device, its shapes checked."""
         lacking = [key for key in ("input_ids", "attention_mask", "labels") if key not in batch]
         if lacking:
-            raise UserError(
-                f"a batch to trace lacks {lacking[0]!r}; it has {', '.join(map(repr, batch)) or 'nothing'}"
-            )
+            raise UserError(f"a batch to trace lacks {lacking[0]!r}; it has {', '.join(map(repr, batch)) or 'nothing'}")
         shape = batch["input_ids"].shape
         for key, value in batch.items():
             if value.shape != shape or len(shape) != 2:
@@ -348,8 +332,7 @@ def _misfit(uses: Sequence[Rule], expected: Sequence[Tensor | None], parameter: 
     for i, gradient in enumerate(expected):
         gradient = like if gradient is None else gradient.to(like.dtype)
         got, bound = (
-            reduce(u, like, slice(i, i + 1), ["sum"])["sum"]
-            for u in (uses, [use.magnitude() for use in uses])
+            reduce(u, like, slice(i, i + 1), ["sum"])["sum"] for u in (uses, [use.magnitude() for use in uses])
         )
         allowed = relative * gradient.norm() + terms * bound.norm()
         difference = (got - gradient).norm()

@@ -298,9 +298,7 @@ def is_lookup(node: Any) -> bool:
     return node is not None and node.name() == "EmbeddingBackward0"
 
 
-def reduce(
-    uses: Sequence[Rule], parameter: Tensor, examples: slice, wanted: Sequence[str]
-) -> dict[str, Tensor]:
+def reduce(uses: Sequence[Rule], parameter: Tensor, examples: slice, wanted: Sequence[str]) -> dict[str, Tensor]:
     """Sums over `examples` of the per-example gradients of one parameter.
 
     Args:

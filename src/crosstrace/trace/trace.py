@@ -61,9 +61,7 @@ class Trace:
 
     def strength(self) -> dict[str, Tensor]:
         """Non-negative strength per parameter: |values| of `net`, the values themselves otherwise."""
-        return (
-            {name: v.abs() for name, v in self.values.items()} if self.measure == "net" else dict(self.values)
-        )
+        return {name: v.abs() for name, v in self.values.items()} if self.measure == "net" else dict(self.values)
 
     @staticmethod
     def combine(traces: Iterable[Trace]) -> Trace:
@@ -80,8 +78,7 @@ class Trace:
             for what in ("task", "measure", "reduction", "when"):
                 if getattr(other, what) != getattr(first, what):
                     raise UserError(
-                        f"traces to combine differ in {what}: {getattr(first, what)!r} and "
-                        f"{getattr(other, what)!r}"
+                        f"traces to combine differ in {what}: {getattr(first, what)!r} and {getattr(other, what)!r}"
                     )
             if {n: v.shape for n, v in other.values.items()} != {n: v.shape for n, v in first.values.items()}:
                 raise UserError("traces to combine have different parameters; are they of different models?")
@@ -104,12 +101,8 @@ class Trace:
             layer = number.group(1) if number else "–"
             mass[re.sub(r"\.\d+\.", ".*.", name, count=1)][layer] += float(value.double().sum())
         total = sum(sum(row.values()) for row in mass.values()) or 1.0
-        layers = sorted(
-            {layer for row in mass.values() for layer in row}, key=lambda x: (x.isdigit(), x.zfill(6))
-        )
-        cells = lambda row: "".join(
-            f"<td>{100 * row[x] / total:.1f}</td>" if x in row else "<td></td>" for x in layers
-        )
+        layers = sorted({layer for row in mass.values() for layer in row}, key=lambda x: (x.isdigit(), x.zfill(6)))
+        cells = lambda row: "".join(f"<td>{100 * row[x] / total:.1f}</td>" if x in row else "<td></td>" for x in layers)
         head = "".join(f"<th>{x if x == '–' else 'layer ' + x}</th>" for x in layers)
         body = "".join(f"<tr><th>{html.escape(kind)}</th>{cells(row)}</tr>" for kind, row in mass.items())
         unit = f"mean over {self.weight:g} ({self.reduction}, {self.when}), % of all"
@@ -123,12 +116,8 @@ def save_traces(path: str | os.PathLike[str], traces: Sequence[Trace]) -> None:
     The file appears whole or not at all: it is written beside `path` and renamed.
     """
     path = Path(path)
-    headers = [
-        {k: v for k, v in vars(t).items() if k != "values"} | {"names": list(t.values)} for t in traces
-    ]
-    tensors = {
-        f"{i}/{n}": v.detach().cpu().contiguous() for i, t in enumerate(traces) for n, v in t.values.items()
-    }
+    headers = [{k: v for k, v in vars(t).items() if k != "values"} | {"names": list(t.values)} for t in traces]
+    tensors = {f"{i}/{n}": v.detach().cpu().contiguous() for i, t in enumerate(traces) for n, v in t.values.items()}
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -148,9 +137,7 @@ def load_traces(path: str | os.PathLike[str]) -> list[Trace]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                raise UserError(
-                    f"{path} is a safetensors file but holds no traces; expected one from save_traces"
-                )
+                raise UserError(f"{path} is a safetensors file but holds no traces; expected one from save_traces")
             headers = json.loads(metadata["traces"])
             traces = []
             for i, header in enumerate(headers):
@@ -160,9 +147,7 @@ def load_traces(path: str | os.PathLike[str]) -> list[Trace]:
     except FileNotFoundError:
         raise UserError(f"there is no trace file {path}; take the trace first") from None
     except (SafetensorError, OSError) as why:
-        raise UserError(
-            f"{path} can't be read as traces ({why}); it is truncated or another kind of file"
-        ) from why
+        raise UserError(f"{path} can't be read as traces ({why}); it is truncated or another kind of file") from why
 
 
 def trace(
@@ -212,9 +197,7 @@ def trace(
         if progress is not None:
             progress(count)
     if seen < parts:
-        raise UserError(
-            f"task {task!r} has {seen} examples to trace; expected at least one for each of {parts} parts"
-        )
+        raise UserError(f"task {task!r} has {seen} examples to trace; expected at least one for each of {parts} parts")
     meta = _facts(engine) | {"parts": parts}
     return [mean.trace(task, "checkpoint", meta | {"part": p}) for row in means for p, mean in enumerate(row)]
 
@@ -318,9 +301,7 @@ class OnlineTrace:
             "plan": dict(self._engine.plan),
             "probed": self._engine.probed,
         }
-        tensors = {
-            f"{key}/{n}": v.clone() for key, mean in self._means.items() for n, v in mean.total.items()
-        }
+        tensors = {f"{key}/{n}": v.clone() for key, mean in self._means.items() for n, v in mean.total.items()}
         return {"header": header, "tensors": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -338,9 +319,7 @@ class OnlineTrace:
                 )
         expected = {f"{key}/{n}": v.shape for key, mean in self._means.items() for n, v in mean.total.items()}
         if {key: v.shape for key, v in tensors.items()} != expected:
-            raise UserError(
-                "the saved online trace has other parameters than the model; is it of another model?"
-            )
+            raise UserError("the saved online trace has other parameters than the model; is it of another model?")
         self._steps = dict(header["steps"])
         self._engine.plan, self._engine.probed = dict(header["plan"]), header["probed"]
         for key, mean in self._means.items():
@@ -371,9 +350,7 @@ class _Mean:
             value = sums[_SUM_OF[self.measure]]
         else:
             mean = sums["sum"] / count
-            value = (
-                mean if self.measure == "net" else mean.square() if self.measure == "square" else mean.abs()
-            )
+            value = mean if self.measure == "net" else mean.square() if self.measure == "square" else mean.abs()
         if self.measure == "taylor":
             value = value * theta.detach().abs()
         self.total[name].add_(value, alpha=factor)
@@ -393,9 +370,7 @@ def _check(measures: Sequence[str], parts: int, reductions: Sequence[str]) -> No
     for what, given, known in (("measure", measures, MEASURES), ("reduction", reductions, REDUCTIONS)):
         unknown = [name for name in given if name not in known]
         if unknown or not given:
-            raise UserError(
-                f"unknown {what} {unknown[0] if unknown else '(none)'!r}; expected of {', '.join(known)}"
-            )
+            raise UserError(f"unknown {what} {unknown[0] if unknown else '(none)'!r}; expected of {', '.join(known)}")
     if parts < 1:
         raise UserError(f"parts is {parts}; expected at least 1")
 

@@ -1,0 +1,243 @@
+"""The paper's claims, each judged on a run by a stated test: holds, does not hold, or undecided.
+
+Numbers come in, verdicts go out. A verdict is about one run: its intervals cover which questions were asked and which
+examples were traced, not which seed the world or the training had.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+from crosstrace.stats import cluster_bootstrap
+
+MIXED, STAGED = "mixed", "two_stage"
+TIMES = ("online", "final")
+BOOTSTRAP_SEED = 0
+Row = dict[str, Any]
+
+
+def judge(
+    results: Mapping[str, Any],
+    evals: Mapping[str, Any],
+    interventions: Mapping[str, Any],
+    fractions: Sequence[float],
+) -> tuple[list[Row], list[Row]]:
+    """Judge every claim that the run's strategies allow.
+
+    Args:
+        results: what is known so far, as in results.json.
+        evals: per model, its answers ("answers": part -> bits) and whom each is about ("people").
+        interventions: per strategy, its rows with answers.
+        fractions: at which sharing and centralization are judged.
+
+    Returns:
+        the claims, and a sentence on each one that comes out differently online and at the final checkpoint.
+    """
+    rows: list[Row] = []
+    if {MIXED, STAGED} <= set(results["training"]):
+        rows.append(_recall(evals))
+        for when in TIMES:
+            for fraction in fractions:
+                rows += _more_shared(results, when, fraction)
+            for fraction in fractions:
+                for unit in ("query_head", "neuron"):
+                    rows += _more_central(results, when, fraction, unit)
+    if MIXED in interventions:
+        for when in TIMES:
+            rows += _beats_controls(interventions[MIXED], when, "ablate")
+            rows += _beats_controls(interventions[MIXED], when, "graft")
+    return rows, _differences(rows, results)
+
+
+def _recall(evals: Mapping[str, Any]) -> Row:
+    mixed, staged = (_answers(evals[name]["answers"]["qa_ood"]) for name in (MIXED, STAGED))
+    effect, low, high = cluster_bootstrap(mixed, staged, evals[MIXED]["people"]["qa_ood"], seed=BOOTSTRAP_SEED)
+    recalls, fails = mixed.mean() > 0.5, staged.mean() < 0.5
+    verdict = _verdict(low, high)
+    if verdict == "holds" and not (recalls and fails):
+        verdict = "does not hold"
+    return {
+        "claim": "recall",
+        "text": "Mixed training answers questions about held-out people; two-stage training does not",
+        "when": "training",
+        "verdict": verdict,
+        **_points(effect, low, high),
+        "test": "held-out exact match, Mix-tuned minus Stage-tuned: 95 % bootstrap interval over people above 0, with "
+        "Mix-tuned above 50 % and Stage-tuned below 50 %",
+        "note": f"Mix-tuned {100 * mixed.mean():.1f} %, Stage-tuned {100 * staged.mean():.1f} % "
+        f"of {len(mixed)} questions",
+    }
+
+
+def _more_shared(results: Mapping[str, Any], when: str, fraction: float) -> list[Row]:
+    pair = _pair(results["shared"], when=when, reduction="example", fraction=fraction)
+    if pair is None:
+        return []
+    mixed, staged = pair
+    parts = results["run"]["trace"]["parts"]
+    effect, low, high = _difference(mixed, staged, "overlap", parts)
+    return [
+        {
+            "claim": "more_shared",
+            "text": f"Mixed training shares more parameters: overlap of the top {100 * fraction:g} %",
+            "when": when,
+            "fraction": fraction,
+            "verdict": _verdict(low, high),
+            **_points(effect, low, high),
+            "test": "overlap |S|/|S_t|, Mix-tuned minus Stage-tuned: 95 % jackknife interval above 0",
+            "note": f"Mix-tuned {mixed['overlap']:.3f}, Stage-tuned {staged['overlap']:.3f}, "
+            f"chance {mixed['chance']:.3f}",
+        }
+    ]
+
+
+def _more_central(results: Mapping[str, Any], when: str, fraction: float, unit: str) -> list[Row]:
+    pair = _pair(results["centralization"], when=when, fraction=fraction, unit=unit)
+    if pair is None:
+        return []
+    mixed, staged = pair
+    effect, low, high = _difference(mixed, staged, "excess_gini", results["run"]["trace"]["parts"])
+    units = "attention heads" if unit == "query_head" else "MLP neurons"
+    return [
+        {
+            "claim": "more_central",
+            "text": f"Mixed training shares more centrally: over {units}, top {100 * fraction:g} %",
+            "when": when,
+            "fraction": fraction,
+            "verdict": _verdict(low, high),
+            "effect": effect,
+            "low": low,
+            "high": high,
+            "unit": "Gini over random",
+            "test": "Gini coefficient above that of random sets of the same size, Mix-tuned minus Stage-tuned: 95 % "
+            "jackknife interval above 0",
+            "note": f"excess Mix-tuned {_number(mixed['excess_gini'])}, Stage-tuned {_number(staged['excess_gini'])}",
+        }
+    ]
+
+
+def _beats_controls(found: Mapping[str, Any], when: str, kind: str) -> list[Row]:
+    """Ablation: recall lost with the shared set beyond each control; grafting: recall gained beyond each control."""
+    rows = [row for row in found[kind] if row["when"] == when]
+    shared = {row["fraction"]: row for row in rows if row["set"] == "shared"}
+    if not shared:
+        return []
+    people = found["people"]["qa_ood"]
+    effects: dict[str, tuple[float, float, float]] = {}
+    for control in dict.fromkeys(row["set"] for row in rows if row["set"] != "shared"):
+        by_fraction = {row["fraction"]: row for row in rows if row["set"] == control}
+        common = [fraction for fraction in shared if fraction in by_fraction]
+        ours = np.mean([_mean_answers(shared[f]) for f in common], axis=0)
+        theirs = np.mean([_mean_answers(by_fraction[f]) for f in common], axis=0)
+        more, less = (theirs, ours) if kind == "ablate" else (ours, theirs)
+        effects[control] = tuple(cluster_bootstrap(more, less, people, seed=BOOTSTRAP_SEED))  # type: ignore[assignment]
+    strongest = min(effects, key=lambda control: effects[control][0])
+    effect, low, high = effects[strongest]
+    if all(low > 0 for _, low, _ in effects.values()):
+        verdict = "holds"
+    elif any(high < 0 for _, _, high in effects.values()):
+        verdict = "does not hold"
+    else:
+        verdict = "undecided"
+    does = "Ablating the shared set destroys" if kind == "ablate" else "Grafting the shared set restores"
+    fractions = ", ".join(f"{100 * fraction:g}" for fraction in shared)
+    return [
+        {
+            "claim": "ablation" if kind == "ablate" else "grafting",
+            "text": f"{does} held-out recall more than any control",
+            "when": when,
+            "verdict": verdict,
+            **_points(effect, low, high),
+            "test": f"Mix-tuned held-out exact match, mean over the top {fractions} %, against each control of the "
+            "same size: 95 % bootstrap interval over people above 0 for every control",
+            "note": "against the strongest control, " + strongest + "; all: "
+            + ", ".join(f"{name} {100 * e:+.1f}" for name, (e, _, _) in effects.items()),
+        }
+    ]  # fmt: skip
+
+
+def _differences(rows: Sequence[Row], results: Mapping[str, Any]) -> list[Row]:
+    """Why the trace's time matters, for each claim whose verdicts differ between the two times."""
+    found = []
+    for claim in dict.fromkeys(row["claim"] for row in rows):
+        by_text: dict[str, dict[str, Row]] = {}
+        for row in rows:
+            if row["claim"] == claim:
+                by_text.setdefault(row["text"], {})[row["when"]] = row
+        differing = [
+            text for text, at in by_text.items()
+            if {"online", "final"} <= set(at) and at["online"]["verdict"] != at["final"]["verdict"]
+        ]  # fmt: skip
+        if differing:
+            found.append({"claim": claim, "text": _why(results)})
+    return found
+
+
+def _why(results: Mapping[str, Any]) -> str:
+    """The explanation, with the numbers of this run."""
+    losses = {
+        name: {part: -results["recall"][name][part]["logprob"] for part in ("bio", "qa_id")}
+        for name in (MIXED, STAGED) if name in results["recall"]
+    }  # fmt: skip
+    told = "; ".join(
+        f"{name.replace('_', '-')}: {fit['bio']:.2f} nats an object in biographies and {fit['qa_id']:.2f} an answer"
+        for name, fit in losses.items()
+    )
+    return (
+        "The online trace adds up what pushed the parameters while they learned; the trace at the final checkpoint "
+        "shows only what would push them now, which depends on how well each task is still fitted (negative "
+        f"log-probability after training: {told}). A task that is fitted leaves small and scattered gradients, a task "
+        "that was forgotten leaves large ones in the same late modules for every example."
+    )
+
+
+def _pair(table: Mapping[str, Any], **wanted: Any) -> tuple[Row, Row] | None:
+    found = []
+    for name in (MIXED, STAGED):
+        match = [row for row in table[name] if all(row[key] == value for key, value in wanted.items())]
+        if not match:
+            return None
+        found.append(match[0])
+    return found[0], found[1]
+
+
+def _difference(a: Row, b: Row, name: str, parts: int) -> tuple[float | None, float | None, float | None]:
+    """a − b of two independent jackknife estimates, Welch's interval."""
+    if any(row[key] is None for row in (a, b) for key in (name, "low", "high")):
+        return None, None, None
+    quantile = float(student.ppf(0.975, parts - 1))
+    errors = [(row["high"] - row["low"]) / 2 / quantile for row in (a, b)]
+    effect, variance = a[name] - b[name], errors[0] ** 2 + errors[1] ** 2
+    if variance == 0:
+        return effect, effect, effect
+    freedom = variance**2 / sum(error**4 / (parts - 1) for error in errors)
+    half = float(student.ppf(0.975, freedom)) * math.sqrt(variance)
+    return effect, effect - half, effect + half
+
+
+def _verdict(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return "undecided"
+    return "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
+
+
+def _points(effect: float | None, low: float | None, high: float | None) -> Row:
+    named = {"effect": effect, "low": low, "high": high}
+    return {k: None if v is None else 100 * v for k, v in named.items()} | {"unit": "percentage points"}
+
+
+def _answers(bits: str) -> np.ndarray:
+    return np.array([bit == "1" for bit in bits], dtype=float)
+
+
+def _mean_answers(row: Row) -> np.ndarray:
+    return np.mean([_answers(bits) for bits in row["answers"]["qa_ood"]], axis=0)
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:+.3f}"

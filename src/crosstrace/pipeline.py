@@ -1,0 +1,697 @@
+"""The whole experiment on one page: teach, test, trace, share, intervene, report.
+
+Data flows one way through a run folder; each function below is one stage, reads what earlier ones saved and writes
+one output, so a killed run goes on where it stopped and every stage can be run again alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from crosstrace import claims, config, models
+from crosstrace.analysis import centralization_rows, density_map, overlap_rows, similarity_rows
+from crosstrace.anatomy import Anatomy
+from crosstrace.config import Experiment
+from crosstrace.errors import UserError
+from crosstrace.evaluate import Recall, recall, summaries
+from crosstrace.facts import FactSettings, World
+from crosstrace.intervene import ablated, grafted, snapshot
+from crosstrace.progress import Progress
+from crosstrace.results import Results
+from crosstrace.shared import ParamSet, only_set, random_set, scope, select, shared
+from crosstrace.stats import mean_interval, wilson
+from crosstrace.store import Run, metadata, read_json, sha256_tree, write_json
+from crosstrace.text import biographies, questions, read_jsonl, write_jsonl
+from crosstrace.tokens import Batch, Encoded, batches, encode
+from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
+from crosstrace.train import Listener, RecallHistory, train
+
+STAGES = ("data", "train", "eval", "trace", "analyze", "intervene", "report")
+TASKS = ("bio", "qa")
+
+
+def run(
+    experiment: Experiment,
+    folder: Path,
+    mode: str = "new",
+    *,
+    stages: Sequence[str] = STAGES,
+    quiet: bool = False,
+) -> Results:
+    """Run an experiment in `folder` and return its results, as `results.json` holds them.
+
+    Args:
+        experiment: all settings.
+        folder: the run folder.
+        mode: `new` (an existing run is an error), `resume` or `overwrite`.
+        stages: which of STAGES to run; those before must have been run in the same folder.
+        quiet: no progress on stderr.
+
+    Raises:
+        UserError: bad settings, a folder that holds another run, or a stage whose inputs are missing.
+    """
+    _check_phases(experiment)
+    with Run.create(folder, config.dumps(experiment), mode) as opened:  # type: ignore[arg-type]
+        write_json(opened.folder / "metadata.json", metadata() | {"precision": _precision(experiment)})
+        progress = Progress(quiet)
+        if "data" in stages:
+            make_data(opened, experiment)
+            progress.done("data", opened.seconds().get("data"))
+        _strategies(opened, experiment, stages, progress)
+        if "report" not in stages:
+            return Results()
+        results = conclude(opened, experiment)
+        make_report(opened, results)
+        progress.done("report", opened.seconds().get("report"))
+        return results
+
+
+# ------------------------------------------------------------------------------- strategies, several at once
+
+
+def _strategies(run: Run, experiment: Experiment, stages: Sequence[str], progress: Progress) -> None:
+    """The base's evaluation and every strategy's own chain of stages, `jobs` of them at once."""
+    chain = [stage for stage in ("train", "eval", "trace", "analyze", "intervene") if stage in stages]
+    names = [*experiment.strategies, *(["base"] if "eval" in chain else [])]
+    if not chain:
+        return
+    if experiment.jobs == 1:
+        for name in names:
+            _chain(run, experiment, name, chain, progress)
+        return
+    # a process each: thread pools of one process would share the interpreter, and results must not depend on
+    # how many run at once
+    with ProcessPoolExecutor(
+        min(experiment.jobs, len(names)), mp_context=get_context("spawn"), initializer=_start_worker
+    ) as pool:
+        jobs = [
+            pool.submit(_work, run.folder, experiment, name, chain, progress.quiet, position)
+            for position, name in enumerate(names)
+        ]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+        except BaseException:
+            for job in jobs:
+                job.cancel()
+            raise
+
+
+def _start_worker() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _work(folder: Path, experiment: Experiment, name: str, chain: Sequence[str], quiet: bool, position: int) -> None:
+    with Run.attach(folder) as attached:
+        _chain(attached, experiment, name, chain, Progress(quiet, position))
+
+
+def _chain(run: Run, experiment: Experiment, name: str, chain: Sequence[str], progress: Progress) -> None:
+    stages: dict[str, Callable[[Run, Experiment, str, Progress], object]] = {
+        "train": teach, "eval": test, "trace": take_traces, "analyze": analyze, "intervene": intervene
+    }  # fmt: skip
+    torch.set_num_threads(experiment.threads)
+    for stage in chain:
+        if name == "base" and stage != "eval":
+            continue
+        if stage == "intervene" and not experiment.interventions.run:
+            continue
+        stages[stage](run, experiment, name, progress)
+        progress.done(f"{name}: {stage}")
+
+
+# ------------------------------------------------------------------------------- data
+
+
+def make_data(run: Run, experiment: Experiment) -> None:
+    """Facts to examples: data/bio.jsonl, data/qa.jsonl and, for a base that knows a population A, data/a_qa.jsonl."""
+    known = known_people(experiment.model.name)
+    key = {"facts": asdict(experiment.facts), "known": asdict(known) if known else None}
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        world = World.draw(experiment.facts)
+        write_jsonl(folder / "bio.jsonl", biographies(world))
+        write_jsonl(folder / "qa.jsonl", questions(world))
+        if known:
+            write_jsonl(folder / "a_qa.jsonl", [q for q in questions(World.draw(known)) if q.split == "ood"])
+
+    run.stage("data", key, make)
+
+
+def known_people(model: str) -> FactSettings | None:
+    """The people that a base made by `crosstrace pretrain-base` was taught; None for any other model."""
+    recipe = Path(models.locate(model)) / "recipe.json"
+    if not recipe.is_file():
+        return None
+    # one wording a fact, however many the base was taught
+    return replace(FactSettings(**read_json(recipe)["recipe"]["facts"]), questions=1)
+
+
+def examples(run: Run, tokenizer: Any) -> dict[str, list[Encoded]]:
+    """The run's examples by part: bio, qa_id, qa_ood and, where there is one, a_ood."""
+    qa = encode(tokenizer, read_jsonl(run.path("data/qa.jsonl")))
+    parts = {
+        "bio": encode(tokenizer, read_jsonl(run.path("data/bio.jsonl"))),
+        "qa_id": [item for item in qa if item.example.split == "id"],
+        "qa_ood": [item for item in qa if item.example.split == "ood"],
+    }
+    if run.path("data/a_qa.jsonl").exists():
+        parts["a_ood"] = encode(tokenizer, read_jsonl(run.path("data/a_qa.jsonl")))
+    return parts
+
+
+def training_examples(parts: Mapping[str, list[Encoded]]) -> dict[str, list[Encoded]]:
+    """What is trained and traced of each task: every biography, and the questions of the ID people."""
+    return {"bio": parts["bio"], "qa": parts["qa_id"]}
+
+
+# ------------------------------------------------------------------------------- teach
+
+
+def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+    """Train one strategy: models/<strategy>/<phase>/ at the end of each phase, its online trace and history."""
+    options, tracing = experiment.train, experiment.trace
+    phases = experiment.strategies[name]
+    watched = {"targets", "online", "every", "lr_weighted", "parts"}
+    key = {
+        "model": _model_key(experiment), "train": asdict(options), "phases": [asdict(phase) for phase in phases],
+        "trace": {k: v for k, v in asdict(tracing).items() if k in watched}, "measure": tracing.measures[0],
+        "threads": experiment.threads, "bf16": _precision(experiment) == "bf16", **run.inputs("data"),
+    }  # fmt: skip
+
+    def make(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        tokenizer = models.load_tokenizer(experiment.model.name)
+        model = models.load_model(experiment.model.name, experiment.model.dtype, experiment.model.attention)
+        parts = examples(run, tokenizer)
+        history = RecallHistory(_few(tokenizer, parts, options.recall_examples), options.recall_every)
+        listeners: list[Listener] = [history]
+        online = None
+        if tracing.online:
+            online = OnlineListener(model, experiment)
+            listeners.append(online)
+        with progress.bar(f"{name}: train") as update:
+            reports = train(
+                model, tokenizer, phases, training_examples(parts), folder / "checkpoints", options,
+                bf16=_precision(experiment) == "bf16", trace_targets=tracing.targets, listeners=listeners,
+                progress=update,
+            )  # fmt: skip
+        if online:
+            for task, traces in online.traces().items():
+                save_traces(folder / "online" / f"{task}.safetensors", traces)
+        write_json(folder / "history.json", history.rows)
+        write_json(folder / "training.json", [asdict(report) for report in reports])
+        _keep_models(folder, tokenizer, [phase.name for phase in phases], options.keep_checkpoints)
+
+    run.stage(f"models/{name}", key, make, keep_partial=True)
+
+
+class OnlineListener:
+    """Feeds every `every`-th update to an `OnlineTrace`, whose state travels with the checkpoints."""
+
+    def __init__(self, model: Any, experiment: Experiment):
+        options = experiment.trace
+        self.every = options.every
+        self.targets = options.targets
+        self.trace = OnlineTrace(
+            model, TASKS, [options.measures[0]], parts=options.parts, lr_weighted=options.lr_weighted
+        )
+
+    def on_update(self, model: Any, batches: Mapping[str, Batch], lr: float, update: int) -> None:
+        if update % self.every == 0:
+            self.trace.step(batches, lr)
+
+    def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
+        pass
+
+    def save(self, folder: Path) -> None:
+        state = self.trace.state_dict()
+        save_file({k: v.contiguous() for k, v in state["tensors"].items()}, folder / "trace.safetensors")
+        write_json(folder / "trace.json", state["header"])
+
+    def load(self, folder: Path) -> None:
+        header = read_json(folder / "trace.json")
+        self.trace.load_state_dict({"header": header, "tensors": load_file(folder / "trace.safetensors")})
+
+    def traces(self) -> dict[str, list[Trace]]:
+        by_task: dict[str, list[Trace]] = {}
+        for item in self.trace.traces():
+            item.meta |= {"targets": self.targets, "every": self.every}
+            by_task.setdefault(item.task, []).append(item)
+        return by_task
+
+
+def _few(tokenizer: Any, parts: Mapping[str, list[Encoded]], number: int) -> Callable[[Any], dict[str, float]]:
+    """A quick measurement of recall on evenly chosen questions, and biographies with as many objects."""
+    chosen = {name: _evenly(parts[name], number) for name in ("qa_id", "qa_ood")}
+    chosen["bio"] = _evenly(parts["bio"], max(1, number // len(parts["bio"][0].example.mentions)))
+
+    def measure(model: Any) -> dict[str, float]:
+        found = {name: recall(model, tokenizer, items).summary() for name, items in chosen.items()}
+        return {name: item["exact_match"] for name, item in found.items()} | {"n": found["qa_ood"]["n"]}
+
+    return measure
+
+
+def _evenly(items: Sequence[Any], number: int) -> list[Any]:
+    number = min(number, len(items))
+    return [items[i * len(items) // number] for i in range(number)]
+
+
+def _keep_models(folder: Path, tokenizer: Any, phases: Sequence[str], checkpoints: bool) -> None:
+    """Turn the phases' last checkpoints into models/<strategy>/<phase>; drop what only a resume needs."""
+    for index, phase in enumerate(phases):
+        home = folder / "checkpoints" / f"{index}-{phase}"
+        found = sorted(home.glob("checkpoint-*"), key=lambda f: int(f.name.rpartition("-")[2]))
+        for checkpoint in found if checkpoints else found[-1:]:
+            target = folder / phase / (checkpoint.name if checkpoint != found[-1] else "")
+            target.mkdir(parents=True, exist_ok=True)
+            for file in checkpoint.glob("*.json"):
+                if file.name != "trainer_state.json":
+                    shutil.copy2(file, target)
+            for file in checkpoint.glob("*.safetensors"):
+                shutil.copy2(file, target)
+            tokenizer.save_pretrained(target)
+    shutil.rmtree(folder / "checkpoints")
+
+
+def model_folder(run: Run, experiment: Experiment, name: str) -> str:
+    """Where a model of the run lies: the base, or a strategy's model after its last phase."""
+    if name == "base":
+        return experiment.model.name
+    return str(run.path(f"models/{name}") / experiment.strategies[name][-1].name)
+
+
+def load(run: Run, experiment: Experiment, name: str) -> Any:
+    """The base or a taught model of the run, ready for use."""
+    place = model_folder(run, experiment, name)
+    return models.load_model(place, experiment.model.dtype, experiment.model.attention)
+
+
+# ------------------------------------------------------------------------------- test
+
+
+def test(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+    """Recall of the base or of a taught model: eval/<model>.json, with every single answer."""
+    key = {"model": _inputs(run, experiment, name), "threads": experiment.threads, **run.inputs("data")}
+
+    def make(path: Path) -> None:
+        tokenizer = models.load_tokenizer(experiment.model.name)
+        model = load(run, experiment, name)
+        results = {part: recall(model, tokenizer, items) for part, items in examples(run, tokenizer).items()}
+        answers = {part: _bits(result) for part, result in results.items() if part != "a_ood"}
+        people = {part: result.person for part, result in results.items() if part != "a_ood"}
+        write_json(path, {"summary": summaries(results), "answers": answers, "people": people})
+
+    run.stage(f"eval/{name}.json", key, make)
+
+
+def _bits(result: Recall) -> str:
+    return "".join("1" if exact else "0" for exact in result.exact)
+
+
+# ------------------------------------------------------------------------------- trace
+
+
+def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+    """The trace at the final checkpoint (and at kept ones): traces/<strategy>/<when>/<task>.safetensors."""
+    options = experiment.trace
+    key = {"trace": asdict(options), "model": _inputs(run, experiment, name), **run.inputs("data")}
+
+    def make(folder: Path) -> None:
+        tokenizer = models.load_tokenizer(experiment.model.name)
+        trained = training_examples(examples(run, tokenizer))
+        home = run.path(f"models/{name}")
+        last = experiment.strategies[name][-1].name
+        places = {"final": home / last}
+        if options.checkpoints:
+            for index, phase in enumerate(experiment.strategies[name]):
+                for place in sorted(home.glob(f"{phase.name}/checkpoint-*")):
+                    places[f"checkpoints/{index}-{phase.name}-{place.name}"] = place
+        for when, place in places.items():
+            model = models.load_model(str(place), experiment.model.dtype, experiment.model.attention)
+            for task, items in trained.items():
+                items = _evenly(items, options.examples) if options.examples else items
+                with progress.bar(f"{name}: trace {task}", len(items)) as update:
+                    found = trace(
+                        model, _trace_batches(items, experiment, tokenizer), task=task,
+                        measures=options.measures, parts=options.parts, progress=update.add,
+                    )  # fmt: skip
+                for item in found:
+                    item.meta |= {"targets": options.targets}
+                save_traces(folder / when / f"{task}.safetensors", found)
+        if options.checkpoints:
+            _mean_over_checkpoints(folder, places, trained)
+        if options.online:
+            shutil.copytree(home / "online", folder / "online")
+
+    run.stage(f"traces/{name}", key, make)
+
+
+def _trace_batches(items: list[Encoded], experiment: Experiment, tokenizer: Any):
+    return batches(
+        items,
+        experiment.trace.batch,
+        experiment.trace.targets,
+        pad_id=models.pad_id(tokenizer),
+        by_length=True,
+    )
+
+
+def _mean_over_checkpoints(folder: Path, places: Mapping[str, Path], tasks: Mapping[str, Any]) -> None:
+    """Every checkpoint counts alike; part p of the mean is the mean of the checkpoints' parts p."""
+    for task in tasks:
+        each = [load_traces(folder / when / f"{task}.safetensors") for when in places]
+        save_traces(folder / "checkpoints" / f"{task}.safetensors", [Trace.combine(same) for same in zip(*each)])
+
+
+WhenTraces = dict[tuple[str, str], dict[str, list[Trace]]]
+
+
+def read_traces(folder: Path, measure: str) -> WhenTraces:
+    """(when, reduction) -> task -> the parts of its trace by one measure."""
+    found: WhenTraces = {}
+    for when in ("online", "final", "checkpoints"):
+        for file in sorted((folder / when).glob("*.safetensors")):
+            for item in load_traces(file):
+                if item.measure == measure:
+                    found.setdefault((when, item.reduction), {}).setdefault(item.task, []).append(item)
+    # a strategy that never trains a task has no online trace of it, so nothing online to share
+    return {moment: tasks for moment, tasks in found.items() if len(tasks) >= 2}
+
+
+def _headline(found: WhenTraces) -> WhenTraces:
+    """One reduction for each time: the unit of the trace is one example."""
+    return {(when, reduction): tasks for (when, reduction), tasks in found.items() if reduction == "example"}
+
+
+# ------------------------------------------------------------------------------- analyze
+
+
+def analyze(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+    """Shared sets and what they look like: shared/<strategy>/ and analysis/<strategy>.json."""
+    options = experiment.analysis
+    key = {
+        "analysis": asdict(options),
+        "measure": experiment.trace.measures[0],
+        **run.inputs(f"traces/{name}"),
+    }
+
+    def sets(folder: Path) -> None:
+        folder.mkdir()
+        for (when, _), tasks in _headline(read_traces(run.path(f"traces/{name}"), key["measure"])).items():
+            for fraction in options.central_fractions:
+                chosen = select_tasks(tasks, fraction, in_scope, options.how)
+                for label, pset in {**chosen, "shared": shared(chosen)}.items():
+                    meta = {"strategy": name, "when": when, "fraction": fraction, "measure": key["measure"]}
+                    pset.save(folder / f"{when}-{fraction:g}-{label}.safetensors", meta)
+
+    def rows(path: Path) -> None:
+        anatomy = Anatomy(model)
+        found: dict[str, list[dict[str, Any]]] = {
+            part: [] for part in ("shared", "similarity", "centralization", "maps", "units")
+        }
+        traced = read_traces(run.path(f"traces/{name}"), key["measure"])
+        for (when, reduction), tasks in traced.items():
+            values = {task: [part.values for part in parts] for task, parts in tasks.items()}
+            weights = {task: [part.weight for part in parts] for task, parts in tasks.items()}
+            moment = {"when": when, "reduction": reduction}
+            overlaps = overlap_rows(values, options.fractions, in_scope, how=options.how, weights=weights)
+            found["shared"] += [moment | row for row in overlaps]
+            found["similarity"] += [moment | row for row in similarity_rows(values, in_scope, weights=weights)]
+            if reduction != "example":
+                continue
+            central = centralization_rows(
+                values, options.central_fractions, in_scope, anatomy, draws=options.draws, how=options.how,
+                weights=weights,
+            )  # fmt: skip
+            found["centralization"] += [{"when": when} | row for row in central]
+            for fraction in options.central_fractions:
+                chosen = select_tasks(tasks, fraction, in_scope, options.how)
+                both = shared(chosen)
+                for label, pset in {**chosen, "shared": both}.items():
+                    place = {"when": when, "task": label, "fraction": fraction}
+                    found["maps"].append(place | density_map(pset, anatomy, "module"))
+                for unit in ("query_head", "kv_head", "neuron"):
+                    if anatomy.units(unit):
+                        place = {"when": when, "fraction": fraction, "unit": unit}
+                        found["units"].append(place | density_map(both, anatomy, unit))
+        found["coverage"] = traced[next(iter(traced))]["qa"][0].meta["coverage"] if traced else {}
+        write_json(path, found)
+
+    if run.complete(f"analysis/{name}.json", key) and run.complete(f"shared/{name}", key):
+        return
+    model = load(run, experiment, "base")
+    in_scope = scope(model, options.embeddings)
+    run.stage(f"shared/{name}", key, sets)
+    run.stage(f"analysis/{name}.json", key, rows)
+
+
+def select_tasks(
+    tasks: Mapping[str, Sequence[Trace]], fraction: float, in_scope: Sequence[str], how: str
+) -> dict[str, ParamSet]:
+    """S_t(ρ) of every task."""
+    return {
+        task: select(Trace.combine(parts).strength(), fraction, scope=in_scope, how=how)
+        for task, parts in tasks.items()
+    }
+
+
+# ------------------------------------------------------------------------------- intervene
+
+
+def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+    """Ablation and grafting of the shared set and of its controls: interventions/<strategy>.json."""
+    options, how = experiment.interventions, experiment.analysis.how
+    key = {
+        "interventions": asdict(options), "analysis": [how, experiment.analysis.embeddings],
+        "measure": experiment.trace.measures[0], "threads": experiment.threads,
+        **run.inputs("data", f"models/{name}", f"traces/{name}"),
+    }  # fmt: skip
+
+    def make(path: Path) -> None:
+        tokenizer = models.load_tokenizer(experiment.model.name)
+        parts = examples(run, tokenizer)
+        asked = {part: _evenly(parts[part], options.questions) for part in ("qa_id", "qa_ood")}
+        base, tuned = load(run, experiment, "base"), load(run, experiment, name)
+        base_values, tuned_values = snapshot(base), snapshot(tuned)
+        in_scope = scope(base, experiment.analysis.embeddings)
+        traced = _headline(read_traces(run.path(f"traces/{name}"), key["measure"]))
+        found: dict[str, Any] = {"ablate": [], "graft": [], "people": {}}
+        found["people"] = {part: [item.example.person for item in items] for part, items in asked.items()}
+        plan = [
+            (when, fraction, label, psets)
+            for (when, _), tasks in traced.items()
+            for fraction in options.fractions
+            for label, psets in controls(tasks, fraction, in_scope, how, options.seeds).items()
+        ]
+        with progress.bar(f"{name}: intervene", 2 * sum(len(psets) for *_, psets in plan)) as update:
+            for kind, model in (("ablate", tuned), ("graft", base)):
+                for when, fraction, label, psets in plan:
+                    scores: dict[str, list[list[int]]] = {part: [] for part in asked}
+                    for pset in psets:
+                        change = (
+                            ablated(model, pset, options.to, base_values)
+                            if kind == "ablate"
+                            else grafted(model, pset, tuned_values)
+                        )
+                        with change:
+                            for part, items in asked.items():
+                                scores[part].append(recall(model, tokenizer, items).exact.astype(int).tolist())
+                        update.add(1)
+                    row = {"when": when, "fraction": fraction, "set": label, "size": psets[0].size}
+                    row |= {"seeds": len(psets)}
+                    for part, answers in scores.items():
+                        row |= _accuracy(part, answers)
+                    row["answers"] = {part: ["".join(map(str, a)) for a in found] for part, found in scores.items()}
+                    found[kind].append(row)
+        write_json(path, found)
+
+    run.stage(f"interventions/{name}.json", key, make)
+
+
+def controls(
+    tasks: Mapping[str, Sequence[Trace]], fraction: float, in_scope: Sequence[str], how: str, seeds: int
+) -> dict[str, list[ParamSet]]:
+    """The shared set and its controls, all of its size: random, random with the same count in each tensor, and each
+    task's strongest parameters outside the others' sets (left out where too few remain)."""
+    strengths = {task: Trace.combine(parts).strength() for task, parts in tasks.items()}
+    chosen = {task: select(values, fraction, scope=in_scope, how=how) for task, values in strengths.items()}
+    both = shared(chosen)
+    found = {
+        "shared": [both],
+        "random": [random_set(both, seed) for seed in range(seeds)],
+        "random_per_tensor": [random_set(both, seed, within="tensor") for seed in range(seeds)],
+    }
+    for task in tasks:
+        try:
+            found[f"{task}_only"] = [only_set(strengths, task, chosen, both.size)]
+        except UserError:
+            continue
+    return found
+
+
+def _accuracy(part: str, answers: list[list[int]]) -> dict[str, float]:
+    """Accuracy with its interval: over the seeds where there are several, else Wilson's over the questions."""
+    rates = [sum(row) / len(row) for row in answers]
+    if len(rates) > 1:
+        mean, low, high = mean_interval(rates)
+        low, high = max(0.0, low), min(1.0, high)
+    else:
+        mean = rates[0]
+        low, high = wilson(sum(answers[0]), len(answers[0]))
+    return {part: mean, f"{part}_low": low, f"{part}_high": high}
+
+
+# ------------------------------------------------------------------------------- conclude and report
+
+
+def conclude(run: Run, experiment: Experiment) -> Results:
+    """Gather everything into results.json and test the paper's claims on it."""
+    names = list(experiment.strategies)
+    with_interventions = [n for n in names if run.path(f"interventions/{n}.json").exists()]
+    needed = ["data", "eval/base.json"]
+    for name in names:
+        needed += [f"models/{name}", f"eval/{name}.json", f"traces/{name}", f"analysis/{name}.json"]
+    needed += [f"interventions/{name}.json" for name in with_interventions]
+    key = {"inputs": run.inputs(*needed), "experiment": config.plain(experiment)}
+
+    def make(path: Path) -> None:
+        evals = {name: read_json(run.path(f"eval/{name}.json")) for name in ("base", *names)}
+        analyses = {name: read_json(run.path(f"analysis/{name}.json")) for name in names}
+        interventions = {name: read_json(run.path(f"interventions/{name}.json")) for name in with_interventions}
+        about = read_json(run.folder / "metadata.json")
+        results: dict[str, Any] = {"schema": 1, "run": _about(run, experiment, about)}
+        results["recall"] = {name: found["summary"] for name, found in evals.items()}
+        home = {name: run.path(f"models/{name}") for name in names}
+        results["history"] = {name: read_json(home[name] / "history.json") for name in names}
+        results["training"] = {name: _training(run, name) for name in names}
+        for part in ("shared", "similarity", "centralization", "maps", "units"):
+            results[part] = {name: analyses[name][part] for name in names}
+        results["interventions"] = {
+            name: {kind: [_without_answers(row) for row in found[kind]] for kind in ("ablate", "graft")}
+            for name, found in interventions.items()
+        }
+        judged = claims.judge(results, evals, interventions, experiment.analysis.central_fractions)
+        results["claims"], results["differences"] = judged
+        results["coverage"] = {name: analyses[name]["coverage"] for name in names}
+        results["seconds"] = run.seconds()
+        results["versions"] = about["versions"]
+        write_json(path, results)
+
+    return Results.read(run.stage("results.json", key, make))
+
+
+def make_report(run: Run, results: Mapping[str, Any]) -> Path:
+    """Render report/index.html from the results."""
+    from crosstrace.report import write_report
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        write_report(dict(results), folder)
+
+    return run.stage("report", run.inputs("results.json"), make) / "index.html"
+
+
+def _training(run: Run, name: str) -> dict[str, Any]:
+    phases = read_json(run.path(f"models/{name}") / "training.json")
+    seen: dict[str, int] = {}
+    for phase in phases:
+        for task, number in phase["examples"].items():
+            seen[task] = seen.get(task, 0) + number
+    return {
+        "updates": sum(phase["updates"] for phase in phases),
+        "examples": seen,
+        "seconds": run.seconds()[f"models/{name}"],
+        "phases": phases,
+    }
+
+
+def _about(run: Run, experiment: Experiment, about: Mapping[str, Any]) -> dict[str, Any]:
+    model = models.load_model(experiment.model.name, experiment.model.dtype)
+    strategies = {
+        name: "; then ".join(_phase_text(phase) for phase in phases) for name, phases in experiment.strategies.items()
+    }
+    return {
+        "name": experiment.name,
+        "model": experiment.model.name,
+        "architecture": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seed": experiment.facts.seed,
+        "facts": asdict(experiment.facts),
+        "strategies": strategies,
+        "trace": {
+            "measure": experiment.trace.measures[0],
+            "targets": experiment.trace.targets,
+            "parts": experiment.trace.parts,
+            "every": experiment.trace.every,
+        },
+        "device": about["cpu"] if about["device"] == "cpu" else about["device"],
+        "threads": experiment.threads,
+        "jobs": experiment.jobs,
+        "precision": about["precision"],
+        "kernel": experiment.model.attention,
+        "git": about["git"],
+    }
+
+
+def _phase_text(phase: Any) -> str:
+    batch = " and ".join(f"{count} {task}" for task, count in phase.composition().items())
+    length = f"{phase.steps} updates" if phase.steps else f"{phase.epochs:g} epochs"
+    return f"{length} of {batch} examples"
+
+
+def _without_answers(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "answers"}
+
+
+# ------------------------------------------------------------------------------- keys and checks
+
+
+def _model_key(experiment: Experiment) -> dict[str, Any]:
+    """The base's settings and, of a local one, its content."""
+    place = Path(models.locate(experiment.model.name))
+    content = sha256_tree(place) if place.is_dir() else str(place)
+    return asdict(experiment.model) | {"content": content}
+
+
+def _inputs(run: Run, experiment: Experiment, name: str) -> Any:
+    return _model_key(experiment) if name == "base" else run.inputs(f"models/{name}")
+
+
+def _precision(experiment: Experiment) -> str:
+    """The precision that training computes in: `auto` is bf16 where the processor multiplies it natively."""
+    if experiment.train.precision != "auto":
+        return experiment.train.precision
+    native = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if native else "float32"
+
+
+def _check_phases(experiment: Experiment) -> None:
+    """What would otherwise fail only when training starts."""
+    world = experiment.facts
+    augmented = round(world.augmented_share * world.people)
+    sizes = {
+        "bio": (world.people - augmented) * world.biographies + augmented * world.augmented_biographies,
+        "qa": round(world.qa_share * world.people) * world.questions,
+    }
+    for phases in experiment.strategies.values():
+        names = [phase.name for phase in phases]
+        for phase in phases:
+            phase.updates(sizes)
+            if names.count(phase.name) > 1 or not phase.name.replace("_", "").replace("-", "").isalnum():
+                raise UserError(
+                    f"phase {phase.name!r} cannot name a folder of its own; expected letters, digits, '_' and '-', and "
+                    "no name twice in a strategy"
+                )
