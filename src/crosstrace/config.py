@@ -49,7 +49,7 @@ class TraceSettings:
     """Examples in one backward pass; the trace does not depend on it."""
     online: bool = True
     """Trace during training too."""
-    every: Annotated[int, Field(ge=1)] = 1
+    every: Annotated[int, Field(ge=1)] = 5
     """Trace every so many updates of training."""
     lr_weighted: bool = False
     """Weight each traced update by its learning rate."""

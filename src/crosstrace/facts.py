@@ -148,7 +148,7 @@ def _draw_names(settings: FactSettings) -> list[str]:
     draw, parity = _rng(settings, "names"), 0 if settings.population == "A" else 1
     drawn: list[tuple[int, ...]] = []
     taken: set[tuple[int, ...]] = set()
-    for round in count(1):
+    for attempt in count(1):
         while len(drawn) < settings.people:
             name = tuple(draw.randrange(len(values)) for values in lists)
             if sum(name) % 2 == parity and name not in taken:
@@ -160,7 +160,7 @@ def _draw_names(settings: FactSettings) -> list[str]:
             kept = [name for name in kept if used[name[position]] > 1]
         if len(kept) == len(drawn):
             break
-        if round % 50 == 0:
+        if attempt % 50 == 0:
             kept = []  # in a small world the kept may leave no room for another: they use up what their parts allow
         taken, drawn = set(kept), kept
     return [" ".join(values[i] for values, i in zip(lists, name)) for name in drawn]

@@ -37,7 +37,7 @@ def locate(name: str) -> str:
     """
     if name == BUNDLED:
         return str(bundled_folder())
-    folder = Path(name)
+    folder = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -81,16 +81,28 @@ def load_model(name: str, dtype: str = "float32", attention: str = "eager") -> A
     place = locate(name)
     try:
         with silent():
-            model = AutoModelForCausalLM.from_pretrained(
-                place, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                place,
+                dtype=DTYPES[dtype],
+                attn_implementation=attention,
+                use_safetensors=True,
+                output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+        model, told = loaded
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"no model could be read from {place}: {_first_line(error)}") from None
     except Exception as error:
         # safetensors raises a class of its own, which is no OSError
         if type(error).__module__.startswith("safetensors"):
             raise UserError(f"the weights in {place} are damaged: {_first_line(error)}") from None
         raise
+    absent = sorted(set(told["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    if absent:
+        # transformers would go on with random numbers
+        raise UserError(
+            f"the weights in {place} lack {absent[0]} and {len(absent) - 1} other parameters of "
+            f"{type(model).__name__}; expected all of them, so the folder is damaged or holds another kind of model"
+        )
     return model.eval()
 
 

@@ -143,7 +143,8 @@ def read_jsonl(path: Path) -> list[Example]:
         UserError: a line is not an example, with file, line and what is wrong.
     """
     examples = []
-    with path.open(encoding="utf-8") as file:
+    # bytes, so that a line which is no UTF-8 is found like any other broken one
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)

@@ -36,7 +36,7 @@ class TrainSettings:
     """Settings of every phase that names none of its own."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Of the multiplications in training: `auto` is bf16 autocast where the processor has it, else float32."""
-    checkpoint_every: Annotated[int, Field(ge=1)] = 100
+    checkpoint_every: Annotated[int, Field(ge=1)] = 50
     """Updates between the checkpoints that an interrupted training resumes from."""
     keep_checkpoints: bool = False
     """Keep every checkpoint (as models/<strategy>/<phase>/checkpoint-N) rather than the last one."""

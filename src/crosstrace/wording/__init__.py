@@ -27,7 +27,7 @@ def names(part: str) -> tuple[str, ...]:
 @cache
 def pronouns() -> dict[str, str]:
     """The pronoun that goes with each first name."""
-    return {first: pronoun for first, pronoun in (line.split() for line in lines("names_first"))}
+    return dict(line.split() for line in lines("names_first"))
 
 
 def objects(relation: str) -> tuple[str, ...]:

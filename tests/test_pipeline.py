@@ -1,0 +1,209 @@
+"""The whole experiment in small: its files, its numbers, resuming, stages by themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from crosstrace import config, pipeline
+from crosstrace.errors import UserError
+from crosstrace.evaluate import recall
+from crosstrace.models import load_tokenizer
+from crosstrace.results import Results
+from crosstrace.shared import ParamSet
+from crosstrace.store import Run
+from crosstrace.trace import load_traces
+
+SMALL = """
+name: small
+facts: {people: 32}
+strategies:
+  two_stage: [{name: bio, batch: {bio: 8}, steps: 6}, {name: qa, batch: {qa: 8}, steps: 6}]
+  mixed: [{name: mixed, batch: {bio: 8, qa: 8}, steps: 6}]
+train: {precision: float32, checkpoint_every: 4, recall_every: 3, recall_examples: 24}
+trace: {measures: [abs, net], every: 2, parts: 2}
+analysis: {fractions: [0.01, 0.05, 0.2], central_fractions: [0.05], draws: 4}
+interventions: {fractions: [0.05], seeds: 2, questions: 12}
+jobs: 1
+"""
+experiment = config.loads(SMALL, "SMALL")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    threads = torch.get_num_threads()
+    pipeline.run(experiment, folder, quiet=True)
+    torch.set_num_threads(threads)
+    return folder
+
+
+def numbers(folder: Path) -> dict:
+    """results.json without its times."""
+
+    def strip(value):
+        if isinstance(value, dict):
+            return {key: strip(item) for key, item in value.items() if key != "seconds"}
+        return [strip(item) for item in value] if isinstance(value, list) else value
+
+    return strip(json.loads((folder / "results.json").read_text()))
+
+
+def test_results_hold_what_they_promise(whole: Path) -> None:
+    results = Results.read(whole)
+    for model in ("base", "two_stage", "mixed"):
+        for part in ("bio", "qa_id", "qa_ood", "a_ood"):
+            cell = results["recall"][model][part]
+            assert 0 <= cell["low"] <= cell["exact_match"] <= cell["high"] <= 1 and cell["n"] > 0
+    assert results["recall"]["base"]["qa_ood"]["n"] == 16 * 6
+    for strategy in ("two_stage", "mixed"):
+        moments = {(row["when"], row["reduction"]) for row in results["shared"][strategy]}
+        assert moments == {("online", "example"), ("online", "step"), ("final", "example")}
+        for row in results["shared"][strategy]:
+            assert row["overlap"] == pytest.approx(row["size"] / row["selected"])
+            assert row["lift"] == pytest.approx(row["overlap"] / row["chance"])
+        units = {row["unit"] for row in results["centralization"][strategy]}
+        assert units == {"query_head", "kv_head", "neuron", "module", "layer"}
+        for kind in ("ablate", "graft"):
+            rows = results["interventions"][strategy][kind]
+            sets = {row["set"] for row in rows}
+            assert sets == {"shared", "random", "random_per_tensor", "bio_only", "qa_only"}
+            for when in ("online", "final"):
+                assert len({row["size"] for row in rows if row["when"] == when}) == 1
+    assert {claim["verdict"] for claim in results["claims"]} <= {"holds", "does not hold", "undecided"}
+    assert {claim["claim"] for claim in results["claims"]} == {
+        "recall", "more_shared", "more_central", "ablation", "grafting"
+    }  # fmt: skip
+    assert (
+        results["training"]["mixed"]["examples"]
+        == results["training"]["two_stage"]["examples"]
+        == {"bio": 48, "qa": 48}
+    )
+    assert results["training"]["two_stage"]["updates"] == 12
+    assert "mixed" in str(results) and "<table>" in results._repr_html_()
+    assert (whole / "report" / "index.html").stat().st_size > 10_000
+
+
+def test_saved_parts_agree_with_the_results(whole: Path) -> None:
+    results = Results.read(whole)
+    for when in ("online", "final"):
+        traced = {task: load_traces(whole / f"traces/mixed/{when}/{task}.safetensors") for task in ("bio", "qa")}
+        parts = {
+            task: [t for t in traces if t.measure == "abs" and t.reduction == "example"]
+            for task, traces in traced.items()
+        }
+        model = pipeline.models.load_model(str(whole / "models/mixed/mixed"))
+        chosen = pipeline.select_tasks(parts, 0.05, pipeline.scope(model), "global")
+        saved = {task: ParamSet.load(whole / f"shared/mixed/{when}-0.05-{task}.safetensors") for task in chosen}
+        assert all(saved[task] == chosen[task] for task in chosen)
+        both = ParamSet.load(whole / f"shared/mixed/{when}-0.05-shared.safetensors")
+        assert both == saved["bio"] & saved["qa"]
+        row = next(
+            r for r in results["shared"]["mixed"]
+            if (r["when"], r["reduction"], r["fraction"]) == (when, "example", 0.05)
+        )  # fmt: skip
+        assert row["size"] == both.size
+    final = {t.measure for t in load_traces(whole / "traces/mixed/final/qa.safetensors")}
+    assert final == {"abs", "net"}
+
+
+def test_an_intervention_gives_what_editing_by_hand_gives(whole: Path) -> None:
+    base = pipeline.models.load_model("bundled")
+    tuned = pipeline.models.load_model(str(whole / "models/mixed/mixed"))
+    both = ParamSet.load(whole / "shared/mixed/final-0.05-shared.safetensors")
+    with torch.no_grad():
+        originals = dict(base.named_parameters())
+        for name, parameter in tuned.named_parameters():
+            if name in both.masks:
+                parameter.copy_(torch.where(both.masks[name], originals[name], parameter))
+    with Run.create(whole, None, "resume") as run:
+        tokenizer = load_tokenizer("bundled")
+        asked = pipeline._evenly(pipeline.examples(run, tokenizer)["qa_ood"], 12)
+    expected = recall(tuned, tokenizer, asked).exact
+    found = json.loads((whole / "interventions/mixed.json").read_text())["ablate"]
+    row = next(row for row in found if row["when"] == "final" and row["set"] == "shared")
+    assert row["answers"]["qa_ood"] == ["".join("1" if right else "0" for right in expected)]
+
+
+def test_a_second_run_is_refused_resumed_or_told_what_differs(whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
+    with pytest.raises(UserError, match="--resume"):
+        pipeline.run(experiment, whole)
+    other = config.override(experiment, {"facts.people": "40"})
+    with pytest.raises(UserError, match=r"facts\.people"):
+        pipeline.run(other, whole, "resume")
+    results = pipeline.run(experiment, whole, "resume", quiet=True)
+    assert results == Results.read(whole)
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")} == before
+
+
+def test_stages_by_themselves_give_the_same(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "staged"
+    pipeline.run(experiment, folder, stages=["data"], quiet=True)
+    with pytest.raises(UserError, match="models/"):
+        pipeline.run(experiment, folder, "resume", stages=["trace"], quiet=True)
+    for stage in pipeline.STAGES[1:]:
+        pipeline.run(experiment, folder, "resume", stages=[stage], quiet=True)
+    assert numbers(folder) == numbers(whole)
+
+
+def test_killed_and_resumed_ends_with_the_same_numbers(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(SMALL.replace("jobs: 1", "jobs: 2"))
+    folder = tmp_path / "killed"
+    command = [
+        sys.executable,
+        "-m",
+        "crosstrace",
+        "run",
+        str(tmp_path / "small.yaml"),
+        str(folder),
+        "--quiet",
+        "--resume",
+    ]
+    waits = [7.0, 10.0]
+    for wait in waits:
+        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+        try:
+            process.wait(wait)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+        time.sleep(0.5)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    killed, expected = numbers(folder), numbers(whole)
+    assert killed["run"].pop("jobs") == 2 and expected["run"].pop("jobs") == 1
+    assert killed == expected
+
+
+def test_qa_alone_has_no_online_sharing_but_still_ends(tmp_path: Path) -> None:
+    values = {
+        "strategies": '{qa_only: [{name: qa, batch: {qa: 8}, steps: 2}]}',
+        "interventions.run": "false", "train.recall_every": "0",
+    }  # fmt: skip
+    results = pipeline.run(config.override(experiment, values), tmp_path / "qa", quiet=True)
+    assert {row["when"] for row in results["shared"]["qa_only"]} == {"final"}
+    assert results["claims"] == [] and results["interventions"] == {}
+
+
+def test_checkpoints_are_traced_each_and_in_the_mean(tmp_path: Path) -> None:
+    values = {
+        "strategies": "{mixed: [{name: mixed, batch: {bio: 8, qa: 8}, steps: 6}]}", "interventions.run": "false",
+        "train.keep_checkpoints": "true", "train.checkpoint_every": "3", "trace.checkpoints": "true",
+    }  # fmt: skip
+    folder = tmp_path / "kept"
+    pipeline.run(config.override(experiment, values), folder, quiet=True)
+    home = folder / "traces" / "mixed"
+    (early,) = (home / "checkpoints").glob("*checkpoint-3")
+    mean, first, last = (
+        load_traces(place / "bio.safetensors")[0] for place in (home / "checkpoints", early, home / "final")
+    )
+    for name, value in mean.values.items():
+        torch.testing.assert_close(value, (first.values[name] + last.values[name]) / 2)

@@ -1,0 +1,35 @@
+"""The README's example runs as written, and the commands it names exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from crosstrace import cli, config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_quick_example(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    printed = capsys.readouterr().out
+    assert "overlap" in printed and "exact_match" in printed
+
+
+def test_named_commands_and_files_exist() -> None:
+    for command in re.findall(r"crosstrace ([a-z-]+)", re.sub(r"```python.*?```", "", README, flags=re.DOTALL)):
+        if command in ("answers", "is", "in", "and", "does", "run"):
+            continue
+        assert command in cli.COMMANDS, command
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_examples_are_valid(path: Path) -> None:
+    experiment = config.load(path)
+    assert config.loads(config.dumps(experiment), "dumped") == experiment
