@@ -364,10 +364,37 @@ def test_online_equals_a_slow_loop(kind, tied, lr_weighted):
     traces = online.traces()
     assert len(traces) == 2 * 2 * 4 * 2
     for t in traces:
-        own = [(state, tasks[t.task], lr) for state, tasks, lr in steps if t.task in tasks][t.meta["part"] :: 2]
+        own = [(state, tasks[t.task], lr) for state, tasks, lr in steps if t.task in tasks]
+        part = t.meta["part"]
+        if t.reduction == "step":  # whole steps in turn; else every other example of each step
+            own = own[part::2]
+        else:
+            own = [(state, examples[part::2], lr) for state, examples, lr in own]
         expected, weight = online_by_hand(model, own, t.measure, t.reduction, lr_weighted)
         assert t.when == "online" and t.weight == pytest.approx(weight)
         assert_same(t.values, expected)
+
+
+def test_a_trainers_autocast_does_not_reach_the_trace():
+    """accelerate wraps a model's forward in autocast for bf16 training; the trace stays in full precision."""
+    from accelerate import Accelerator
+
+    examples = make_examples(4)
+    plain, wrapped = (tiny_model("llama", dtype=torch.float32) for _ in range(2))
+    Accelerator(mixed_precision="bf16", cpu=True).prepare_model(wrapped)
+    forward = wrapped.forward
+    found = []
+    for model in (plain, wrapped):
+        online = OnlineTrace(model, ["qa"])
+        online.step({"qa": pad(examples)})
+        found.append(online.traces()[0])
+    assert wrapped.forward == forward
+    assert found[0].meta["coverage"] == found[1].meta["coverage"]
+    for name, value in found[0].values.items():
+        assert torch.equal(value, found[1].values[name])
+    with torch.no_grad():
+        ids = examples[0]["input_ids"]
+        assert not torch.equal(plain(ids).logits, wrapped(ids).logits)
 
 
 def test_only_step_needs_no_work_per_example(monkeypatch):

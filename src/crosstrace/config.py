@@ -49,7 +49,7 @@ class TraceSettings:
     """Examples in one backward pass; the trace does not depend on it."""
     online: bool = True
     """Trace during training too."""
-    every: Annotated[int, Field(ge=1)] = 5
+    every: Annotated[int, Field(ge=1)] = 3
     """Trace every so many updates of training."""
     lr_weighted: bool = False
     """Weight each traced update by its learning rate."""
@@ -67,7 +67,7 @@ class AnalysisSettings:
         default_factory=lambda: [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5], min_length=1
     )
     """Top fractions of the parameters in scope at which overlap is measured."""
-    central_fractions: list[Fraction] = Field(default_factory=lambda: [0.01, 0.05], min_length=1)
+    central_fractions: list[Fraction] = Field(default_factory=lambda: [0.01, 0.05, 0.2], min_length=1)
     """Fractions at which claims are tested, and sets are mapped and their centralization is measured."""
     how: Literal["global", "per_tensor", "mass"] = "global"
     """Selection: one threshold for the whole model, one for each tensor, or the smallest set with this mass."""
@@ -87,7 +87,7 @@ class InterventionSettings:
     """Random controls of each kind."""
     to: Literal["base", "zero"] = "base"
     """What an ablated parameter is set to."""
-    questions: Annotated[int, Field(ge=2)] = 600
+    questions: Annotated[int, Field(ge=2)] = 400
     """Questions asked under each intervention, in distribution and out of distribution each."""
 
 

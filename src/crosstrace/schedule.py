@@ -19,7 +19,7 @@ STRICT = ConfigDict(extra="forbid")
 class Optimiser:
     """AdamW and its learning-rate schedule, anew for each phase."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Annotated[float, Field(gt=0)] = 1.0
@@ -86,26 +86,26 @@ class Phase:
 Strategy = list[Phase]
 
 
-def two_stage(bio: int = 64, qa: int = 128, steps: int = 500) -> Strategy:
+def two_stage(bio: int = 64, qa: int = 128, steps: int = 300) -> Strategy:
     """Biographies first, questions afterwards (the Stage-tuned model)."""
     return [Phase("bio", {"bio": bio}, steps), Phase("qa", {"qa": qa}, steps)]
 
 
-def mixed(bio: int = 64, qa: int = 128, steps: int = 500) -> Strategy:
+def mixed(bio: int = 64, qa: int = 128, steps: int = 300) -> Strategy:
     """Biographies and questions in every update (the Mix-tuned model)."""
     return [Phase("mixed", {"bio": bio, "qa": qa}, steps)]
 
 
-def qa_first(bio: int = 64, qa: int = 128, steps: int = 500) -> Strategy:
+def qa_first(bio: int = 64, qa: int = 128, steps: int = 300) -> Strategy:
     """Questions first, biographies afterwards (pre-instruction-tuning)."""
     return two_stage(bio, qa, steps)[::-1]
 
 
-def bio_only(bio: int = 64, steps: int = 500) -> Strategy:
+def bio_only(bio: int = 64, steps: int = 300) -> Strategy:
     """Biographies alone."""
     return [Phase("bio", {"bio": bio}, steps)]
 
 
-def qa_only(qa: int = 128, steps: int = 500) -> Strategy:
+def qa_only(qa: int = 128, steps: int = 300) -> Strategy:
     """Questions alone."""
     return [Phase("qa", {"qa": qa}, steps)]

@@ -358,6 +358,8 @@ def _embeddings(model: nn.Module, which: str) -> nn.Module | None:
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """No dropout, no autocast, gradients for every parameter; all put back afterwards."""
+    # accelerate (under a Trainer with bf16 or fp16) puts a forward on the model that turns autocast on again
+    wrapped, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
     modes = [(module, module.training) for module in model.modules()]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     device = next(model.parameters()).device
@@ -365,10 +367,14 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         model.eval()
         for p in frozen:
             p.requires_grad_(True)
+        if wrapped is not None and original is not None:
+            model.forward = original
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
                 yield
     finally:
+        if wrapped is not None and original is not None:
+            model.forward = wrapped
         for p in frozen:
             p.requires_grad_(False)
         for module, training in modes:

@@ -214,7 +214,8 @@ class OnlineTrace:
         measures: of MEASURES.
         reductions: "example", the mean over every example of every step; "step", the mean over steps of the
             measure of the step's mean gradient.
-        parts: a task's step number s counts for part s % parts.
+        parts: for "example", a batch's example number n counts for part n % parts, so that every part sees all of
+            training, whose gradients shrink as it goes; for "step", a task's step number s counts for part s % parts.
         lr_weighted: weight each step by its learning rate.
     """
 
@@ -262,22 +263,38 @@ class OnlineTrace:
             raise UserError(f"task {unknown[0]!r} is not one of those announced: {', '.join(self._steps)}")
         factor = float(lr) if self._settings["lr_weighted"] else 1.0
         self._whole = False
+        reductions, measures = self._settings["reductions"], self._settings["measures"]
+        parts = self._settings["parts"] if "example" in reductions else 1
         for task, batch in batches.items():
-            part = self._steps[task] % self._settings["parts"]
             count = len(batch["labels"]) if "labels" in batch else 0
-            means = [
-                self._means[f"{task}/{reduction}/{measure}/{part}"]
-                for reduction in self._settings["reductions"]
-                for measure in self._settings["measures"]
-            ]
+            shares = [slice(part, None, parts) for part in range(min(parts, count))]
+            sizes = [len(range(count)[share]) for share in shares]
+            of_step = [self._means[f"{task}/step/{m}/{self._steps[task] % self._settings['parts']}"]
+                       for m in measures if "step" in reductions]  # fmt: skip
+            of_part = [[self._means[f"{task}/example/{m}/{part}"] for m in measures if "example" in reductions]
+                       for part in range(len(shares))]  # fmt: skip
+            whole: dict[str, Tensor] = {}
 
-            def receive(name: str, _: int, sums: dict[str, Tensor], means=means, count=count) -> None:
+            def receive(
+                name: str, number: int, sums: dict[str, Tensor],
+                of_step=of_step, of_part=of_part, sizes=sizes, count=count, whole=whole,
+            ) -> None:  # fmt: skip
+                theta = self._engine.parameters[name]
+                for mean in of_part[number]:
+                    mean.add(name, sums, theta, sizes[number], factor)
+                if of_step:
+                    whole[name] = sums["sum"] if number == 0 else whole[name] + sums["sum"]
+                    if number == len(sizes) - 1:
+                        total = {"sum": whole.pop(name)}
+                        for mean in of_step:
+                            mean.add(name, total, theta, count, factor)
+
+            self._engine.run(batch, shares, receive)
+            for mean in of_step:
+                mean.weight += factor
+            for means, size in zip(of_part, sizes):
                 for mean in means:
-                    mean.add(name, sums, self._engine.parameters[name], count, factor)
-
-            self._engine.run(batch, [slice(None)], receive)
-            for mean in means:
-                mean.weight += factor * (count if mean.reduction == "example" else 1)
+                    mean.weight += factor * size
             self._steps[task] += 1
         self._whole = True
 

@@ -1,0 +1,333 @@
+"""Training: the same weights however it went, equal cost, and the loss and schedule that it says."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from crosstrace.config import parse
+from crosstrace.errors import UserError
+from crosstrace.evaluate import recall
+from crosstrace.losses import example_losses
+from crosstrace.pipeline import OnlineListener
+from crosstrace.schedule import Optimiser, Phase, mixed, two_stage
+from crosstrace.tokens import collate
+from crosstrace.train import RecallHistory, TrainSettings, Updates, learning_rate_factor, train
+from tiny_facts import tiny_examples, tokenizer
+from tiny_models import tiny_model
+
+WORDS = tokenizer("word")
+EXAMPLES = tiny_examples(WORDS, frequency="zipf", zipf_top=3)
+FAST = Optimiser(learning_rate=1e-2, warmup=2, clip=0.5)
+EXPERIMENT = parse({"trace": {"parts": 2, "measures": ["abs"]}}, "test")
+
+
+def _model(kind: str = "llama", dtype: torch.dtype = torch.float32, **settings) -> Any:
+    sizes = {
+        "llama": {"hidden_size": 16, "head_dim": 4, "intermediate_size": 24, "num_hidden_layers": 1},
+        "gpt2": {"n_embd": 16, "n_layer": 1, "n_positions": 160, "resid_pdrop": 0.2, "embd_pdrop": 0.2},
+        "qwen3_moe": {"hidden_size": 16, "head_dim": 4, "num_hidden_layers": 1},
+    }[kind]
+    if kind != "gpt2":
+        sizes["max_position_embeddings"] = 160
+    return tiny_model(kind, dtype, vocab_size=len(WORDS), **sizes, **settings)
+
+
+def _history() -> RecallHistory:
+    return RecallHistory(lambda m: {"qa": float(recall(m, WORDS, EXAMPLES["qa"][:6]).logprob.mean())}, 2)
+
+
+def _train(model, strategy, folder: Path, listeners: Sequence[Any] = (), seed: int = 1, **options):
+    settings = TrainSettings(seed=seed, optimiser=FAST, **({"checkpoint_every": 3} | options))
+    return train(model, WORDS, strategy, EXAMPLES, folder, settings, listeners=listeners)
+
+
+def _same(a: Any, b: Any) -> bool:
+    mine, theirs = dict(a.named_parameters()), dict(b.named_parameters())
+    assert mine and mine.keys() == theirs.keys()
+    return all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+class Listener:
+    """Knows what it was told; may stop the training as a kill would."""
+
+    def __init__(self, stop: int | None = None, where: str = "on_update"):
+        self.stop, self.where = stop, where
+        self.told: list[tuple] = []
+        self.seen: Counter[str] = Counter()
+        self.rates: list[float] = []
+
+    def _stop(self, where: str, update: int | None) -> None:
+        if where == self.where and update == self.stop:
+            raise KeyboardInterrupt
+
+    def on_update(self, model, batches, lr, update):
+        self._stop("on_update", update)
+        self.told.append(("update", update))
+        self.rates.append(lr)
+        for task, batch in batches.items():
+            self.seen[task] += len(batch["labels"])
+
+    def on_updated(self, model, update, phase, last):
+        self._stop("on_updated", update)
+        self.told.append(("updated", update, phase, last))
+
+    def save(self, folder):
+        (folder / "half.json").write_text("{")
+        self._stop("save", int(folder.parent.name.rpartition("-")[2]))
+
+    def load(self, folder):
+        pass
+
+
+# ------------------------------------------------------------------------------- what an update sees
+
+
+def test_learning_rate_by_hand():
+    shape = lambda total=14, **options: [
+        learning_rate_factor(Optimiser(**options), total)(update) for update in range(total)
+    ]
+    cosine = shape(warmup=4, floor=0.1)
+    assert cosine[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert cosine[9] == pytest.approx(0.55)  # half-way through the decay
+    assert cosine[13] == pytest.approx(0.1 + 0.45 * (1 + math.cos(0.9 * math.pi)))
+    linear = shape(warmup=4, floor=0.2, decay="linear")
+    assert linear[4:7] == pytest.approx([1.0, 0.92, 0.84]) and linear[13] == pytest.approx(0.28)
+    assert shape(warmup=2, decay="constant", total=5) == [0.5, 1.0, 1.0, 1.0, 1.0]
+    assert shape(warmup=0, total=2, floor=0.0) == pytest.approx([1.0, 0.5])
+    assert shape(warmup=10, total=3) == pytest.approx([0.1, 0.2, 0.3])  # shorter than its warm-up
+    assert learning_rate_factor(Optimiser(warmup=4, floor=0.1), 14)(99) == pytest.approx(0.1)
+
+
+def _ids(batch: dict) -> list[tuple[int, ...]]:
+    return [tuple(row[mask.bool()].tolist()) for row, mask in zip(batch["input_ids"], batch["attention_mask"])]
+
+
+def test_an_epoch_sees_every_example_as_often_as_it_repeats():
+    wanted = Counter({tuple(item.ids.tolist()): item.example.repeats for item in EXAMPLES["bio"]})
+    size = sum(wanted.values())
+    assert len(set(wanted.values())) > 1
+    data = Updates(Phase("p", {"bio": 1, "qa": 2}, epochs=2), EXAMPLES, "seed", WORDS.pad_token_id, "object")
+    rows = [row for update in range(len(data)) for row in _ids(data[update]["bio"])]
+    assert len(rows) == len(data) == 2 * size
+    assert Counter(rows[:size]) == Counter(rows[size:]) == wanted
+    assert rows[:size] != rows[size:]
+    again = Updates(Phase("p", {"bio": 1, "qa": 2}, epochs=2), EXAMPLES, "seed", WORDS.pad_token_id, "object")
+    other = Updates(Phase("p", {"bio": 1, "qa": 2}, epochs=2), EXAMPLES, "other", WORDS.pad_token_id, "object")
+    assert again.orders == data.orders != other.orders
+
+
+def test_training_and_trace_have_labels_of_their_own():
+    data = Updates(Phase("p", {"bio": 3}, 1), EXAMPLES, "seed", WORDS.pad_token_id, "object")
+    batch = data[0]["bio"]
+    by_ids = {tuple(item.ids.tolist()): item for item in EXAMPLES["bio"]}
+    items = [by_ids[ids] for ids in _ids(batch)]
+    for name, targets in (("labels", "train"), ("trace_labels", "object")):
+        assert torch.equal(batch[name], collate(items, targets, pad_id=WORDS.pad_token_id)["labels"])
+    assert not torch.equal(batch["labels"], batch["trace_labels"])
+
+
+def test_each_task_is_seen_as_often_as_the_report_says(tmp_path: Path):
+    strategy = [
+        Phase("one", {"bio": 3}, 2),
+        Phase("two", {"qa": 4}, epochs=0.1, replay={"bio": 1}),
+        Phase("three", {"qa": 2, "bio": 2}, 3),
+    ]
+    size = sum(item.example.repeats for item in EXAMPLES["qa"])
+    updates = [2, round(0.1 * size / 4), 3]
+    assert updates[1] > 1
+    listener, steps = Listener(), []
+    settings = TrainSettings(optimiser=FAST)
+    reports = train(_model(), WORDS, strategy, EXAMPLES, tmp_path, settings, listeners=[listener],
+                    progress=lambda done, total: steps.append((done, total)))  # fmt: skip
+    assert [(r.name, r.updates) for r in reports] == list(zip(("one", "two", "three"), updates))
+    assert [r.examples for r in reports] == [{"bio": 6}, {"qa": 4 * updates[1], "bio": updates[1]}, {"qa": 6, "bio": 6}]
+    assert listener.seen == sum((Counter(r.examples) for r in reports), Counter())
+    total = sum(updates)
+    assert steps == [(n, total) for n in range(1, total + 1)]
+    # listeners hear of every update in turn, counted over all phases, and of the end of each phase
+    ends = {2: "one", 2 + updates[1]: "two", total: "three"}
+    phase_of = lambda n: "one" if n <= 2 else "two" if n <= 2 + updates[1] else "three"
+    expected = []
+    for n in range(total):
+        expected += [("update", n), ("updated", n + 1, phase_of(n + 1), n + 1 in ends)]
+    assert listener.told == expected
+    rates = [1e-2 * learning_rate_factor(FAST, length)(n) for length in updates for n in range(length)]
+    assert listener.rates == pytest.approx(rates)
+
+
+# ------------------------------------------------------------------------------- what an update does
+
+
+def test_training_equals_a_plain_loop(tmp_path: Path):
+    """The slow twin: example by example without padding, Σ_t w_t · mean_i ℓ_i, clipped, AdamW, the schedule."""
+    optimiser = Optimiser(learning_rate=1e-2, warmup=2, clip=0.3, weight_decay=0.0, decay="linear", floor=0.5)
+    phase = Phase("p", {"bio": 2, "qa": 3}, 4, weights={"bio": 0.25, "qa": 2.0}, optimiser=optimiser)
+    trained = _model(dtype=torch.float64)
+    train(trained, WORDS, [phase], EXAMPLES, tmp_path, TrainSettings(seed=7))
+
+    twin = _model(dtype=torch.float64)
+    untaught = _model(dtype=torch.float64)
+    data = Updates(phase, EXAMPLES, "7/0", WORDS.pad_token_id, "object")
+    adam = torch.optim.AdamW(twin.parameters(), betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0)
+    norms = []
+    for update, factor in enumerate([0.5, 1.0, 1.0, 0.75]):
+        loss = torch.zeros((), dtype=torch.float64)
+        for task, weight in (("bio", 0.25), ("qa", 2.0)):
+            batch = data[update][task]
+            for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"]):
+                n = int(mask.sum())
+                logits = twin(ids[None, :n]).logits
+                loss = loss + weight * example_losses(logits, labels[None, :n]).sum() / len(batch["labels"])
+        adam.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.3)))
+        for group in adam.param_groups:
+            group["lr"] = 1e-2 * factor
+        adam.step()
+    assert max(norms) > 0.3  # the clipping was at work
+    for (name, mine), theirs, before in zip(trained.named_parameters(), twin.parameters(), untaught.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-8, msg=name)
+        assert not torch.allclose(mine, before, atol=1e-4), name
+
+
+def test_same_seed_same_weights_and_other_seed_other_weights(tmp_path: Path):
+    models = [_model() for _ in range(3)]
+    for number, (model, seed) in enumerate(zip(models, (1, 1, 2))):
+        _train(model, mixed(2, 4, 3), tmp_path / str(number), seed=seed)
+    assert _same(models[0], models[1])
+    assert not _same(models[0], models[2])
+    assert not _same(models[0], _model())
+    assert not models[0].training
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # without and with dropout
+def test_listeners_leave_the_weights_alone(tmp_path: Path, kind: str):
+    watched, alone = _model(kind), _model(kind)
+    online, history = OnlineListener(watched, EXPERIMENT), _history()
+    _train(watched, two_stage(2, 3, 3), tmp_path / "watched", [online, history])
+    _train(alone, two_stage(2, 3, 3), tmp_path / "alone")
+    assert _same(watched, alone)
+    assert set(online.traces()) == {"bio", "qa"}
+    assert [(row["update"], row["phase"]) for row in history.rows] == [
+        (0, ""), (2, "bio"), (3, "bio"), (4, "qa"), (6, "qa")
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------- interruption
+
+
+def _interrupt(folder: Path, stopper: Listener, kind: str, strategy, **options) -> None:
+    model = _model(kind)
+    listeners = [OnlineListener(model, EXPERIMENT), _history(), stopper]
+    with pytest.raises(KeyboardInterrupt):
+        _train(model, strategy, folder, listeners, **options)
+
+
+@pytest.mark.parametrize(
+    "kind, stops",
+    [
+        ("llama", [(1, "on_update")]),  # before any checkpoint
+        ("llama", [(4, "on_update"), (4, "on_update"), (5, "on_updated")]),
+        ("llama", [(5, "on_update")]),  # at the start of the second phase
+        ("llama", [(8, "on_updated")]),
+        ("llama", [(3, "save")]),  # while a checkpoint is written
+        ("gpt2", [(4, "on_update"), (9, "on_update")]),  # dropout: random numbers go on where they were
+    ],
+)
+def test_an_interrupted_training_ends_in_the_same_weights(tmp_path: Path, kind: str, stops: list):
+    """Phases of 5 updates, a checkpoint every 3; fresh objects after each stop, as in a new process."""
+    strategy = two_stage(2, 3, 5)
+
+    def whole(folder: Path) -> tuple:
+        model = _model(kind)
+        online, history, end = OnlineListener(model, EXPERIMENT), _history(), Listener()
+        reports = _train(model, strategy, folder, [online, history, end])
+        return model, online.traces(), history.rows, reports, end.told
+
+    expected = whole(tmp_path / "whole")
+    for update, where in stops:
+        _interrupt(tmp_path / "cut", Listener(update, where), kind, strategy)
+    torch.manual_seed(12345)  # a new process has another random state
+    resumed = whole(tmp_path / "cut")
+    assert _same(resumed[0], expected[0])
+    for task, traces in expected[1].items():
+        assert len(traces) == len(resumed[1][task]) > 1
+        for mine, theirs in zip(traces, resumed[1][task]):
+            assert mine.weight == theirs.weight > 0 and mine.meta == theirs.meta
+            assert mine.values.keys() == theirs.values.keys()
+            assert all(torch.equal(mine.values[name], theirs.values[name]) for name in mine.values)
+    assert resumed[2] == expected[2] and len(expected[2]) > 4
+    assert resumed[3] == expected[3]
+    if stops[-1][0] > 3:
+        assert len(resumed[4]) < len(expected[4])  # it did resume, and not begin anew
+
+
+def test_a_mixture_of_experts_resumes(tmp_path: Path):
+    """transformers writes experts otherwise than it holds them, so that reading tensors by name would miss them."""
+    whole, resumed = _model("qwen3_moe"), _model("qwen3_moe")
+    _train(whole, two_stage(2, 3, 4), tmp_path / "whole")
+    for stop in (3, 4):  # in the first phase, and after it
+        with pytest.raises(KeyboardInterrupt):
+            _train(_model("qwen3_moe"), two_stage(2, 3, 4), tmp_path / "cut", [Listener(stop)], checkpoint_every=2)
+    _train(resumed, two_stage(2, 3, 4), tmp_path / "cut", [Listener()], checkpoint_every=2)
+    assert _same(whole, resumed)
+
+
+def test_incomplete_checkpoints_are_discarded(tmp_path: Path):
+    expected = _model()
+    _train(expected, mixed(2, 3, 7), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        _train(_model(), mixed(2, 3, 7), tmp_path / "cut", [Listener(6, "save")])
+    home = tmp_path / "cut" / "0-mixed"
+    assert (home / "checkpoint-3" / "complete").exists()
+    assert (home / "checkpoint-6" / "model.safetensors").exists() and not (home / "checkpoint-6" / "complete").exists()
+    (home / "checkpoint-6" / "model.safetensors").write_bytes(b"half")
+    (home / "removed-checkpoint-6").mkdir()  # and so was its removal, once
+    (home / "removed-checkpoint-6" / "rest").write_text("")
+    model, listener = _model(), Listener()
+    _train(model, mixed(2, 3, 7), tmp_path / "cut", [listener])
+    assert _same(model, expected)
+    assert listener.told[0] == ("update", 3)
+    assert sorted(f.name for f in home.iterdir()) == ["checkpoint-7"]  # the last one alone is kept
+
+
+def test_a_complete_training_is_not_repeated(tmp_path: Path):
+    first, second, listener = _model(), _model(), Listener()
+    reports = _train(first, two_stage(2, 3, 3), tmp_path)
+    assert _train(second, two_stage(2, 3, 3), tmp_path, [listener]) == reports
+    assert listener.told == []
+    assert _same(first, second)
+
+
+def test_checkpoints_can_be_kept(tmp_path: Path):
+    model = _model()
+    _train(model, mixed(2, 3, 5), tmp_path, checkpoint_every=2, keep_checkpoints=True)
+    kept = sorted(f.name for f in (tmp_path / "0-mixed").iterdir())
+    assert kept == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    loaded = type(model).from_pretrained(tmp_path / "0-mixed" / "checkpoint-5", dtype=torch.float32)
+    assert _same(model, loaded)
+
+
+def test_ill_defined_phases_are_refused_before_any_training(tmp_path: Path):
+    model = _model()
+    with pytest.raises(UserError, match="phase late trains task 'poems'"):
+        _train(model, [Phase("early", {"bio": 2}, 2), Phase("late", {"poems": 2}, 2)], tmp_path / "run")
+    assert _same(model, _model()) and not (tmp_path / "run").exists()
+
+
+def test_bf16_trains_float32_weights(tmp_path: Path):
+    half, full = _model(), _model()
+    settings = TrainSettings(optimiser=FAST)
+    train(half, WORDS, mixed(2, 3, 2), EXAMPLES, tmp_path / "half", settings, bf16=True)
+    train(full, WORDS, mixed(2, 3, 2), EXAMPLES, tmp_path / "full", settings)
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    assert not _same(half, full)
+    for mine, theirs in zip(half.parameters(), full.parameters()):
+        assert (mine - theirs).abs().max() < 0.05
