@@ -76,7 +76,7 @@ def main() -> int:
     if differing:
         first = min(differing)
         print(
-            f"{len(differing)} of {len(before)} values differ, first {first}: {before.get(first)} and {after.get(first)}"
+            f"{len(differing)} of {len(before)} values differ; {first} is {before.get(first)} and {after.get(first)}"
         )
         return 1
     print(f"identical: {len(before)} values of results.json after {options.kills} kills")

@@ -57,6 +57,7 @@ def sample_results(
         "differences": [
             {
                 "claim": "more_shared",
+                "about": "Mixed training shares more parameters between the tasks",
                 "text": "At the end of training the Stage-tuned model no longer fits its biographies, so "
                 "both tasks push the same parameters again, while the Mix-tuned gradients are close to zero.",
             }

@@ -106,7 +106,7 @@ def test_help_teaches(capsys, command: list[str]) -> None:
     try:
         cli.main([*command, "--help"])
     except SystemExit as stop:
-        assert stop.code == 0  # noqa: PT017
+        assert stop.code == 0
     assert len(capsys.readouterr().out) > 100
 
 

@@ -174,7 +174,7 @@ def _differences(rows: Sequence[Row], results: Mapping[str, Any]) -> list[Row]:
             if {"online", "final"} <= set(at) and at["online"]["verdict"] != at["final"]["verdict"]
         ]  # fmt: skip
         if differing:
-            found.append({"claim": claim, "text": _why(results)})
+            found += [{"claim": claim, "about": text, "text": _why(results)} for text in differing[:1]]
     return found
 
 
@@ -189,10 +189,10 @@ def _why(results: Mapping[str, Any]) -> str:
         for name, fit in losses.items()
     )
     return (
-        "The online trace adds up what pushed the parameters while they learned; the trace at the final checkpoint "
-        "shows only what would push them now, which depends on how well each task is still fitted (negative "
-        f"log-probability after training: {told}). A task that is fitted leaves small and scattered gradients, a task "
-        "that was forgotten leaves large ones in the same late modules for every example."
+        "The online trace adds up what pushed the parameters while they learned; the trace at the final checkpoint shows "
+        "only what would push them now, which depends on how well each task is still fitted (negative log-probability "
+        f"after training: {told}). What a fitted task still pushes is small, what a forgotten one pushes is large, so the "
+        "two times need not rank the same parameters."
     )
 
 

@@ -419,7 +419,7 @@ def analyze(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
 
     def rows(path: Path) -> None:
         anatomy = Anatomy(model)
-        found: dict[str, list[dict[str, Any]]] = {
+        found: dict[str, Any] = {
             part: [] for part in ("shared", "similarity", "centralization", "maps", "units")
         }
         traced = read_traces(run.path(f"traces/{name}"), key["measure"])

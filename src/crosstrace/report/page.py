@@ -482,12 +482,11 @@ def _claims(results: Mapping) -> tuple[list[str], list[dict]]:
     """The columns (online, final, …) and the claims in order, each with its verdict by column."""
     found = results.get("claims") or []
     whens = [w for w in dict.fromkeys(c.get("when") for c in found) if w and w != "training"]
-    differ = {d.get("claim"): d.get("text") for d in results.get("differences") or []}
-    grouped: dict[str, dict] = {}
+    differ = {(d.get("claim"), d.get("about")): d.get("text") for d in results.get("differences") or []}
+    grouped: dict[tuple, dict] = {}
     for c in found:
-        claim = grouped.setdefault(
-            c["claim"], {"text": c.get("text") or say.spoken(c["claim"]), "by": {}, "tests": [], "differ": ""}
-        )
+        text = c.get("text") or say.spoken(c["claim"])  # one claim may be tested at several fractions, a row each
+        claim = grouped.setdefault((c["claim"], text), {"text": text, "by": {}, "tests": [], "differ": ""})
         form = _amount(*(c.get(k) for k in ("effect", "low", "high")))
         claim["by"][c.get("when")] = {
             "verdict": c.get("verdict") or "undecided",
@@ -497,7 +496,7 @@ def _claims(results: Mapping) -> tuple[list[str], list[dict]]:
             "note": c.get("note") or "",
         }
         claim["tests"] += [c["test"]] if c.get("test") and c["test"] not in claim["tests"] else []
-        claim["differ"] = differ.get(c["claim"]) or ""
+        claim["differ"] = differ.get((c["claim"], text)) or ""
     return whens, list(grouped.values())
 
 
