@@ -75,9 +75,7 @@ def main() -> int:
     differing = [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
     if differing:
         first = min(differing)
-        print(
-            f"{len(differing)} of {len(before)} values differ; {first} is {before.get(first)} and {after.get(first)}"
-        )
+        print(f"{len(differing)} of {len(before)} values differ; {first} is {before.get(first)} and {after.get(first)}")
         return 1
     print(f"identical: {len(before)} values of results.json after {options.kills} kills")
     return 0

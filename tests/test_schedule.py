@@ -50,7 +50,8 @@ def test_the_strategies():
     assert qa_only(5, 6) == [Phase("qa", {"qa": 5}, 6)]
     # at equal cost: both see as many examples of each task
     seen = lambda strategy: {
-        task: sum(phase.composition().get(task, 0) * phase.updates(SIZES) for phase in strategy) for task in ("bio", "qa")
+        task: sum(phase.composition().get(task, 0) * phase.updates(SIZES) for phase in strategy)
+        for task in ("bio", "qa")
     }
     assert seen(two_stage()) == seen(mixed()) == seen(qa_first())
 

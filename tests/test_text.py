@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_facts import tiny_world
 
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings, World
 from crosstrace.text import Example, Mention, biographies, questions, read_jsonl, write_jsonl
 from crosstrace.wording import RELATIONS, biography_patterns, question_patterns
-from tiny_facts import tiny_world
 
 WORLDS = st.builds(
     FactSettings,
@@ -146,7 +146,9 @@ def test_jsonl_round_trip(tmp_path: Path):
     examples = biographies(world) + questions(world)
     # text that is no ASCII, and a line separator inside a text, must survive
     span = (0, 2)
-    examples.append(Example("x", "qa", "Ø\u2028é", "B1", "id", (span,), (Mention("f", "r", "w", span, (span,), span),), 3))
+    examples.append(
+        Example("x", "qa", "Ø\u2028é", "B1", "id", (span,), (Mention("f", "r", "w", span, (span,), span),), 3)
+    )
     write_jsonl(tmp_path / "all.jsonl", examples)
     assert read_jsonl(tmp_path / "all.jsonl") == examples
     assert len((tmp_path / "all.jsonl").read_bytes().split(b"\n")) == len(examples) + 1

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_facts import tiny_world, tokenizer
 
 from crosstrace import wording
 from crosstrace.errors import UserError
 from crosstrace.text import Example, Mention, biographies, questions
 from crosstrace.tokens import IGNORE, batches, collate, encode
-from tiny_facts import tiny_world, tokenizer
 
 KINDS = ["word", "space", "spaceless", "bos"]
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_facts import tiny_examples, tokenizer
+from tiny_models import tiny_model
 
 from crosstrace.config import parse
 from crosstrace.errors import UserError
@@ -19,8 +21,6 @@ from crosstrace.pipeline import OnlineListener
 from crosstrace.schedule import Optimiser, Phase, mixed, two_stage
 from crosstrace.tokens import collate
 from crosstrace.train import RecallHistory, TrainSettings, Updates, learning_rate_factor, train
-from tiny_facts import tiny_examples, tokenizer
-from tiny_models import tiny_model
 
 WORDS = tokenizer("word")
 EXAMPLES = tiny_examples(WORDS, frequency="zipf", zipf_top=3)
@@ -136,11 +136,11 @@ def test_training_and_trace_have_labels_of_their_own():
 def test_each_task_is_seen_as_often_as_the_report_says(tmp_path: Path):
     strategy = [
         Phase("one", {"bio": 3}, 2),
-        Phase("two", {"qa": 4}, epochs=0.1, replay={"bio": 1}),
+        Phase("two", {"qa": 4}, epochs=0.2, replay={"bio": 1}),
         Phase("three", {"qa": 2, "bio": 2}, 3),
     ]
     size = sum(item.example.repeats for item in EXAMPLES["qa"])
-    updates = [2, round(0.1 * size / 4), 3]
+    updates = [2, round(0.2 * size / 4), 3]
     assert updates[1] > 1
     listener, steps = Listener(), []
     settings = TrainSettings(optimiser=FAST)

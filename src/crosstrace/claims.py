@@ -90,8 +90,8 @@ def _more_shared(results: Mapping[str, Any], when: str, fraction: float) -> list
             "verdict": _verdict(low, high),
             **_points(effect, low, high),
             "test": "overlap |S|/|S_t|, Mix-tuned minus Stage-tuned: 95 % jackknife interval above 0",
-            "note": f"Mix-tuned {mixed['overlap']:.3f}, Stage-tuned {staged['overlap']:.3f}, "
-            f"chance {mixed['chance']:.3f}",
+            "note": f"Mix-tuned {_number(mixed['overlap'], '.3f')}, Stage-tuned {_number(staged['overlap'], '.3f')}, "
+            f"chance {_number(mixed['chance'], '.3f')}",
         }
     ]
 
@@ -189,10 +189,10 @@ def _why(results: Mapping[str, Any]) -> str:
         for name, fit in losses.items()
     )
     return (
-        "The online trace adds up what pushed the parameters while they learned; the trace at the final checkpoint shows "
-        "only what would push them now, which depends on how well each task is still fitted (negative log-probability "
-        f"after training: {told}). What a fitted task still pushes is small, what a forgotten one pushes is large, so the "
-        "two times need not rank the same parameters."
+        "The online trace adds up what pushed the parameters while they learned; the trace at the final checkpoint "
+        "shows only what would push them now, which depends on how well each task is still fitted (negative "
+        f"log-probability after training: {told}). What a fitted task still pushes is small, what a forgotten one "
+        "pushes is large, so the two times need not rank the same parameters."
     )
 
 
@@ -239,5 +239,5 @@ def _mean_answers(row: Row) -> np.ndarray:
     return np.mean([_answers(bits) for bits in row["answers"]["qa_ood"]], axis=0)
 
 
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:+.3f}"
+def _number(value: float | None, form: str = "+.3f") -> str:
+    return "undefined" if value is None else format(value, form)

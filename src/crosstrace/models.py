@@ -62,7 +62,10 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer could be read from {place}: {_first_line(error)}") from None
+        raise UserError(
+            f"no tokenizer could be read from {place} ({_first_line(error).rstrip(':')}); expected a fast tokenizer, that "
+            "is a tokenizer.json beside the model, which gives the character offsets that the labels need"
+        ) from None
 
 
 def load_model(name: str, dtype: str = "float32", attention: str = "eager") -> Any:

@@ -32,7 +32,7 @@ from crosstrace.shared import ParamSet, only_set, random_set, scope, select, sha
 from crosstrace.stats import mean_interval, wilson
 from crosstrace.store import Run, metadata, read_json, sha256_tree, write_json
 from crosstrace.text import biographies, questions, read_jsonl, write_jsonl
-from crosstrace.tokens import Batch, Encoded, batches, encode
+from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
 from crosstrace.train import Listener, RecallHistory, train
 
@@ -61,6 +61,7 @@ def run(
         UserError: bad settings, a folder that holds another run, or a stage whose inputs are missing.
     """
     _check_phases(experiment)
+    check_fast(models.load_tokenizer(experiment.model.name))
     with Run.create(folder, config.dumps(experiment), mode) as opened:  # type: ignore[arg-type]
         write_json(opened.folder / "metadata.json", metadata() | {"precision": _precision(experiment)})
         progress = Progress(quiet)
@@ -419,9 +420,7 @@ def analyze(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
 
     def rows(path: Path) -> None:
         anatomy = Anatomy(model)
-        found: dict[str, Any] = {
-            part: [] for part in ("shared", "similarity", "centralization", "maps", "units")
-        }
+        found: dict[str, Any] = {part: [] for part in ("shared", "similarity", "centralization", "maps", "units")}
         traced = read_traces(run.path(f"traces/{name}"), key["measure"])
         for (when, reduction), tasks in traced.items():
             values = {task: [part.values for part in parts] for task, parts in tasks.items()}

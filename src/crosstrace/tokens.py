@@ -31,6 +31,15 @@ class Encoded:
     mentions: tuple[Tensor, ...]
 
 
+def check_fast(tokenizer: Any) -> None:
+    """Raise a `UserError` unless the tokenizer tells which characters each token covers."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"tokenizer {type(tokenizer).__name__} gives no character offsets, which the labels need; expected a "
+            "fast tokenizer (tokenizer.json), so convert it with transformers' AutoTokenizer(use_fast=True)"
+        )
+
+
 def encode(tokenizer: Any, examples: Sequence[Example]) -> list[Encoded]:
     """Tokenize examples and find their targets.
 
@@ -41,11 +50,7 @@ def encode(tokenizer: Any, examples: Sequence[Example]) -> list[Encoded]:
     Raises:
         UserError: the tokenizer gives no offsets, or an object has no token.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(
-            f"tokenizer {type(tokenizer).__name__} gives no character offsets, which the labels need; expected a "
-            "fast tokenizer (tokenizer.json), so convert it with transformers' AutoTokenizer(use_fast=True)"
-        )
+    check_fast(tokenizer)
     if not examples:
         return []
     rows = tokenizer([example.text for example in examples], return_offsets_mapping=True)
