@@ -68,8 +68,8 @@ def test_every_strategy_can_be_written_in_yaml():
         - {name: qa, batch: {qa: 64}, steps: 10, replay: {bio: 8}, optimiser: {learning_rate: 1.0e-4, warmup: 0}}
     """
     strategies = loads(text, "here").strategies
-    assert strategies["two_stage"] == two_stage()
-    assert strategies["qa_first"] == qa_first()
+    assert strategies["two_stage"] == two_stage(64, 128, 500)
+    assert strategies["qa_first"] == qa_first(64, 128, 500)
     assert strategies["one_to_ten"] == [Phase("mixed", {"bio": 8, "qa": 80}, None, 2.5, {"bio": 1, "qa": 0.1})]
     optimiser = Optimiser(learning_rate=1e-4, warmup=0)
     assert strategies["replayed"][1] == Phase("qa", {"qa": 64}, 10, replay={"bio": 8}, optimiser=optimiser)

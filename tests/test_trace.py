@@ -366,10 +366,8 @@ def test_online_equals_a_slow_loop(kind, tied, lr_weighted):
     for t in traces:
         own = [(state, tasks[t.task], lr) for state, tasks, lr in steps if t.task in tasks]
         part = t.meta["part"]
-        if t.reduction == "step":  # whole steps in turn; else every other example of each step
-            own = own[part::2]
-        else:
-            own = [(state, examples[part::2], lr) for state, examples, lr in own]
+        every_other = [(state, examples[part::2], lr) for state, examples, lr in own]
+        own = own[part::2] if t.reduction == "step" else every_other  # whole steps, or a share of each step
         expected, weight = online_by_hand(model, own, t.measure, t.reduction, lr_weighted)
         assert t.when == "online" and t.weight == pytest.approx(weight)
         assert_same(t.values, expected)

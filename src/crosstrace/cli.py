@@ -41,7 +41,7 @@ _BEGIN = """  --resume       go on with an existing run: skip what is complete a
   --overwrite    replace an existing run
   --quiet        print no progress"""
 
-_HELP = f"""crosstrace: does this fine-tuning recipe teach knowledge or rote memory, and in which parameters does it live?
+_HELP = f"""crosstrace: does a fine-tuning recipe teach knowledge or rote memory, and in which parameters does it live?
 
 The whole experiment:
   crosstrace demo [RUN]                the embedded default, in runs/demo unless RUN is given

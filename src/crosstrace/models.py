@@ -63,8 +63,8 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"no tokenizer could be read from {place} ({_first_line(error).rstrip(':')}); expected a fast tokenizer, that "
-            "is a tokenizer.json beside the model, which gives the character offsets that the labels need"
+            f"no tokenizer could be read from {place} ({_first_line(error).rstrip(':')}); expected a fast tokenizer "
+            "(a tokenizer.json beside the model), which gives the character offsets that the labels need"
         ) from None
 
 
