@@ -632,7 +632,7 @@ def _share(row: Row, key: str, n: bool = False) -> Cell:
 def _amount(*values: object) -> Callable[[object], str]:
     """How to write an effect and its interval: signed, all with the decimals that the largest asks for."""
     size = max((abs(x) for v in values if math.isfinite(x := say.number(v))), default=0.0)
-    digits = 0 if size >= 10 else 1 if size >= 2 else 2
+    digits = 0 if size >= 10 else 1 if size >= 2 else 2 if size >= 0.5 else 3
     return lambda v: say.decimal(v, digits, sign=True)
 
 
