@@ -25,10 +25,10 @@ def start(arguments: list[str]) -> subprocess.Popen:
 
 
 def numbers(value: object, at: str = "") -> Iterator[tuple[str, object]]:
-    """Every leaf by its path, without what may differ: times, and what describes the run's own folder."""
+    """Every leaf by its path, without what may differ: times and the git revision."""
     if isinstance(value, dict):
         for key, item in value.items():
-            if key != "seconds":
+            if key not in ("seconds", "git"):
                 yield from numbers(item, f"{at}.{key}")
     elif isinstance(value, list):
         for index, item in enumerate(value):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -241,19 +241,15 @@ def settings(arguments: list[str]) -> None:
 
 def pretrain(arguments: list[str]) -> None:
     """Make a base."""
-    from crosstrace.pretrain import PretrainSettings, pretrain_base
+    from crosstrace.pretrain import PretrainCommand, pretrain_base
     from crosstrace.progress import Progress
 
-    @dataclass
-    class Options:
-        folder: RunFolder
-        """Where the base goes; checkpoints lie beside it in FOLDER-work until it is done."""
-        threads: int = 2
-        """Threads; results may differ in the last bits between numbers of threads."""
-        recipe: PretrainSettings = field(default_factory=PretrainSettings)
-
     help = "Pretrain a base on population A in both formats: the exact recipe of the bundled one by default."
-    options = tyro.cli(Options, args=arguments, prog="crosstrace pretrain-base", description=help)
+    # with an instance as default: pydantic's default factories are not seen on the class
+    default = PretrainCommand(folder=tyro.MISSING)
+    options = tyro.cli(
+        PretrainCommand, default=default, args=arguments, prog="crosstrace pretrain-base", description=help
+    )
     if options.folder.exists():
         raise UserError(f"{options.folder} exists; a base is never written over, so choose another folder")
     import torch

@@ -10,9 +10,11 @@ import json
 import random
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tyro
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
@@ -58,6 +60,17 @@ class PretrainSettings:
     optimiser: Optimiser = Field(default_factory=lambda: Optimiser(learning_rate=2e-3, warmup=100))
     bf16: bool = True
     seed: int = 1
+
+
+@dataclass
+class PretrainCommand:
+    """What `crosstrace pretrain-base` is told."""
+
+    folder: tyro.conf.Positional[Path]
+    """Where the base goes; checkpoints lie beside it in FOLDER-work until it is done."""
+    threads: int = 2
+    """Threads; results may differ in the last bits between numbers of threads."""
+    recipe: PretrainSettings = field(default_factory=PretrainSettings)
 
 
 def word_tokenizer() -> Any:
