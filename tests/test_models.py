@@ -11,6 +11,7 @@ from tiny_facts import tokenizer
 from tiny_models import tiny_model
 
 from crosstrace.errors import UserError
+from crosstrace.intervene import snapshot as weights
 from crosstrace.models import (
     bundled_folder,
     evaluating,
@@ -19,7 +20,6 @@ from crosstrace.models import (
     locate,
     pad_id,
     save_model,
-    weights,
 )
 
 

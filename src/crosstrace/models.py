@@ -132,11 +132,6 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of every parameter by its canonical name; a tied tensor once."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
 def pad_id(tokenizer: Any) -> int:
     """The id that pads; it is masked, so any id will do where a tokenizer has none for it."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
