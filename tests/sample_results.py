@@ -62,7 +62,10 @@ def sample_results(
                 "both tasks push the same parameters again, while the Mix-tuned gradients are close to zero.",
             }
         ],
-        "coverage": {"linear": 0.81, "embedding": 0.18, "replay": 0.01},
+        "coverage": {
+            s: {"final": {key: {"linear": 0.81, "embedding": 0.18, "replay": 0.01} for key in ("bio", "qa")}}
+            for s in strategies
+        },
         "seconds": {
             "data": 1.2,
             "train": 201.4,

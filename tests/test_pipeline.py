@@ -101,7 +101,7 @@ def test_saved_parts_agree_with_the_results(whole: Path) -> None:
             for task, traces in traced.items()
         }
         model = pipeline.models.load_model(str(whole / "models/mixed/mixed"))
-        chosen = pipeline.select_tasks(parts, 0.05, pipeline.scope(model), "global")
+        [chosen] = pipeline.select_tasks(pipeline.strengths(parts), [0.05], pipeline.scope(model), "global").values()
         saved = {task: ParamSet.load(whole / f"shared/mixed/{when}-0.05-{task}.safetensors") for task in chosen}
         assert all(saved[task] == chosen[task] for task in chosen)
         both = ParamSet.load(whole / f"shared/mixed/{when}-0.05-shared.safetensors")

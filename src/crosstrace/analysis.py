@@ -178,14 +178,13 @@ def _means(
     means: dict[str, dict[str, Tensor]] = {}
     for task, parts in strengths.items():
         weight = [1.0 if weights is None else float(weights[task][p]) for p in kept]
-        total = sum(weight)
         means[task] = {}
-        for name in scope:
+        for name in scope:  # in double and back, as Trace.combine does: the same sets, to the last parameter
             first = parts[kept[0]][name]
-            mean = first.to(torch.promote_types(first.dtype, torch.float32)) * (weight[0] / total)
-            for w, p in zip(weight[1:], kept[1:]):
-                mean.add_(parts[p][name], alpha=w / total)
-            means[task][name] = mean.abs_()
+            mean = torch.zeros_like(first, dtype=torch.float64)
+            for w, p in zip(weight, kept):
+                mean.add_(parts[p][name].double(), alpha=w)
+            means[task][name] = (mean / sum(weight)).abs_().to(torch.promote_types(first.dtype, torch.float32))
     return means
 
 

@@ -136,6 +136,8 @@ def _beats_controls(found: Mapping[str, Any], when: str, kind: str) -> list[Row]
         theirs = np.mean([_mean_answers(by_fraction[f]) for f in common], axis=0)
         more, less = (theirs, ours) if kind == "ablate" else (ours, theirs)
         effects[control] = tuple(cluster_bootstrap(more, less, people, seed=BOOTSTRAP_SEED))  # type: ignore[assignment]
+    if not effects:
+        return []
     strongest = min(effects, key=lambda control: effects[control][0])
     effect, low, high = effects[strongest]
     if all(low > 0 for _, low, _ in effects.values()):

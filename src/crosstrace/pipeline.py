@@ -28,7 +28,7 @@ from crosstrace.facts import FactSettings, World
 from crosstrace.intervene import ablated, grafted, snapshot
 from crosstrace.progress import Progress
 from crosstrace.results import Results
-from crosstrace.shared import ParamSet, only_set, random_set, scope, select, shared
+from crosstrace.shared import ParamSet, only_set, random_set, scope, select_each, shared
 from crosstrace.stats import mean_interval, wilson
 from crosstrace.store import Run, metadata, read_json, sha256_tree, write_json
 from crosstrace.text import biographies, questions, read_jsonl, write_jsonl
@@ -409,19 +409,28 @@ def analyze(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
         **run.inputs(f"traces/{name}"),
     }
 
+    if run.complete(f"analysis/{name}.json", key) and run.complete(f"shared/{name}", key):
+        return
+    model = load(run, experiment, "base")
+    in_scope = scope(model, options.embeddings)
+    traced = read_traces(run.path(f"traces/{name}"), key["measure"])
+    chosen = {
+        when: select_tasks(strengths(tasks), options.central_fractions, in_scope, options.how)
+        for (when, _), tasks in _headline(traced).items()
+    }
+
     def sets(folder: Path) -> None:
         folder.mkdir()
-        for (when, _), tasks in _headline(read_traces(run.path(f"traces/{name}"), key["measure"])).items():
-            for fraction in options.central_fractions:
-                chosen = select_tasks(tasks, fraction, in_scope, options.how)
-                for label, pset in {**chosen, "shared": shared(chosen)}.items():
+        for when, by_fraction in chosen.items():
+            for fraction, psets in by_fraction.items():
+                for label, pset in psets.items():
                     meta = {"strategy": name, "when": when, "fraction": fraction, "measure": key["measure"]}
                     pset.save(folder / f"{when}-{fraction:g}-{label}.safetensors", meta)
 
     def rows(path: Path) -> None:
         anatomy = Anatomy(model)
         found: dict[str, Any] = {part: [] for part in ("shared", "similarity", "centralization", "maps", "units")}
-        traced = read_traces(run.path(f"traces/{name}"), key["measure"])
+        found["coverage"] = {}
         for (when, reduction), tasks in traced.items():
             values = {task: [part.values for part in parts] for task, parts in tasks.items()}
             weights = {task: [part.weight for part in parts] for task, parts in tasks.items()}
@@ -436,35 +445,36 @@ def analyze(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
                 weights=weights,
             )  # fmt: skip
             found["centralization"] += [{"when": when} | row for row in central]
-            for fraction in options.central_fractions:
-                chosen = select_tasks(tasks, fraction, in_scope, options.how)
-                both = shared(chosen)
-                for label, pset in {**chosen, "shared": both}.items():
+            found["coverage"][when] = {task: parts[0].meta["coverage"] for task, parts in tasks.items()}
+            for fraction, psets in chosen[when].items():
+                for label, pset in psets.items():
                     place = {"when": when, "task": label, "fraction": fraction}
                     found["maps"].append(place | density_map(pset, anatomy, "module"))
                 for unit in ("query_head", "kv_head", "neuron"):
                     if anatomy.units(unit):
                         place = {"when": when, "fraction": fraction, "unit": unit}
-                        found["units"].append(place | density_map(both, anatomy, unit))
-        found["coverage"] = traced[next(iter(traced))]["qa"][0].meta["coverage"] if traced else {}
+                        found["units"].append(place | density_map(psets["shared"], anatomy, unit))
         write_json(path, found)
 
-    if run.complete(f"analysis/{name}.json", key) and run.complete(f"shared/{name}", key):
-        return
-    model = load(run, experiment, "base")
-    in_scope = scope(model, options.embeddings)
     run.stage(f"shared/{name}", key, sets)
     run.stage(f"analysis/{name}.json", key, rows)
 
 
+Strengths = dict[str, dict[str, torch.Tensor]]
+
+
+def strengths(tasks: Mapping[str, Sequence[Trace]]) -> Strengths:
+    """Each task's strength per parameter, over all parts of its trace."""
+    return {task: Trace.combine(parts).strength() for task, parts in tasks.items()}
+
+
 def select_tasks(
-    tasks: Mapping[str, Sequence[Trace]], fraction: float, in_scope: Sequence[str], how: str
-) -> dict[str, ParamSet]:
-    """S_t(ρ) of every task."""
-    return {
-        task: select(Trace.combine(parts).strength(), fraction, scope=in_scope, how=how)
-        for task, parts in tasks.items()
-    }
+    found: Strengths, fractions: Sequence[float], in_scope: Sequence[str], how: str
+) -> dict[float, dict[str, ParamSet]]:
+    """For each fraction S_t of every task, and their intersection under the name "shared"."""
+    each = {task: select_each(values, fractions, scope=in_scope, how=how) for task, values in found.items()}
+    by_fraction = {fraction: {task: sets[i] for task, sets in each.items()} for i, fraction in enumerate(fractions)}
+    return {fraction: {**sets, "shared": shared(sets)} for fraction, sets in by_fraction.items()}
 
 
 # ------------------------------------------------------------------------------- intervene
@@ -492,8 +502,9 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
         plan = [
             (when, fraction, label, psets)
             for (when, _), tasks in traced.items()
-            for fraction in options.fractions
-            for label, psets in controls(tasks, fraction, in_scope, how, options.seeds).items()
+            for strength in [strengths(tasks)]
+            for fraction, chosen in select_tasks(strength, options.fractions, in_scope, how).items()
+            for label, psets in controls(strength, chosen, options.seeds).items()
         ]
         with progress.bar(f"{name}: intervene", 2 * sum(len(psets) for *_, psets in plan)) as update:
             for kind, model in (("ablate", tuned), ("graft", base)):
@@ -520,25 +531,21 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
     run.stage(f"interventions/{name}.json", key, make)
 
 
-def controls(
-    tasks: Mapping[str, Sequence[Trace]], fraction: float, in_scope: Sequence[str], how: str, seeds: int
-) -> dict[str, list[ParamSet]]:
+def controls(found: Strengths, psets: Mapping[str, ParamSet], seeds: int) -> dict[str, list[ParamSet]]:
     """The shared set and its controls, all of its size: random, random with the same count in each tensor, and each
     task's strongest parameters outside the others' sets (left out where too few remain)."""
-    strengths = {task: Trace.combine(parts).strength() for task, parts in tasks.items()}
-    chosen = {task: select(values, fraction, scope=in_scope, how=how) for task, values in strengths.items()}
-    both = shared(chosen)
-    found = {
+    both, chosen = psets["shared"], {task: psets[task] for task in found}
+    plan = {
         "shared": [both],
         "random": [random_set(both, seed) for seed in range(seeds)],
         "random_per_tensor": [random_set(both, seed, within="tensor") for seed in range(seeds)],
     }
-    for task in tasks:
+    for task in found:
         try:
-            found[f"{task}_only"] = [only_set(strengths, task, chosen, both.size)]
+            plan[f"{task}_only"] = [only_set(found, task, chosen, both.size)]
         except UserError:
             continue
-    return found
+    return plan
 
 
 def _accuracy(part: str, answers: list[list[int]]) -> dict[str, float]:

@@ -140,8 +140,10 @@ def read_jsonl(path: Path) -> list[Example]:
     """Read what `write_jsonl` wrote.
 
     Raises:
-        UserError: a line is not an example, with file, line and what is wrong.
+        UserError: no such file, or a line is not an example, with file, line and what is wrong.
     """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected the examples that `crosstrace data` writes")
     examples = []
     # bytes, so that a line which is no UTF-8 is found like any other broken one
     with path.open("rb") as file:

@@ -482,11 +482,10 @@ def _claims(results: Mapping) -> tuple[list[str], list[dict]]:
     """The columns (online, final, …) and the claims in order, each with its verdict by column."""
     found = results.get("claims") or []
     whens = [w for w in dict.fromkeys(c.get("when") for c in found) if w and w != "training"]
-    differ = {(d.get("claim"), d.get("about")): d.get("text") for d in results.get("differences") or []}
     grouped: dict[tuple, dict] = {}
     for c in found:
         text = c.get("text") or say.spoken(c["claim"])  # one claim may be tested at several fractions, a row each
-        claim = grouped.setdefault((c["claim"], text), {"text": text, "by": {}, "tests": [], "differ": ""})
+        claim = grouped.setdefault((c["claim"], text), {"text": text, "by": {}, "tests": []})
         form = _amount(*(c.get(k) for k in ("effect", "low", "high")))
         claim["by"][c.get("when")] = {
             "verdict": c.get("verdict") or "undecided",
@@ -496,7 +495,6 @@ def _claims(results: Mapping) -> tuple[list[str], list[dict]]:
             "note": c.get("note") or "",
         }
         claim["tests"] += [c["test"]] if c.get("test") and c["test"] not in claim["tests"] else []
-        claim["differ"] = differ.get((c["claim"], text)) or ""
     return whens, list(grouped.values())
 
 
@@ -593,6 +591,7 @@ def _render(results: Mapping, sections: Sequence[Section]) -> str:
         strategies=_recipes(results),
         whens=[(w, say.when(w)) for w in whens],
         claims=claims,
+        differ=list(dict.fromkeys(d["text"] for d in results.get("differences") or [])),
         sections=sections,
         tables=tables,
         lists=lists,
