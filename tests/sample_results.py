@@ -113,7 +113,14 @@ def sample_results(
         ]
     if interventions:
         results["interventions"] = {
-            s: {kind: _interventions(rng, kind, skill[s]) for kind in ("ablate", "graft")} for s in strategies
+            s: {kind: _interventions(rng, kind, skill[s]) for kind in ("ablate", "graft")}
+            | {
+                "untouched": {
+                    "tuned": {"qa_id": _cell(rng, 1.0, 400), "qa_ood": _cell(rng, skill[s], 400)},
+                    "base": {"qa_id": _cell(rng, 0.02, 400), "qa_ood": _cell(rng, 0.02, 400)},
+                }
+            }
+            for s in strategies
         }
     return json.loads(json.dumps(results))  # as it comes back from the file
 
@@ -174,7 +181,9 @@ def _history(strategy: str, skill: float) -> list[dict[str, Any]]:
                 "qa_id": 1 - 0.9 * math.exp(-(update - 500) / 60) if late else hump,
                 "qa_ood": skill * (1 - math.exp(-(update - 500) / 60)) if late else hump,
             }
-        points.append({"update": update, **point, "bio": 0.1 + 0.9 * rise, "n": 500})
+        points.append(
+            {"update": update, **point, "bio": 0.1 + 0.9 * rise, "n": {"qa_id": 500, "qa_ood": 500, "bio": 80}}
+        )
     return points
 
 
@@ -190,6 +199,7 @@ def _overlap(strategy: str, when: str, reduction: str, fraction: float) -> dict[
         "overlap": overlap,
         "low": overlap - 0.03,
         "high": overlap + 0.03,
+        "parts": 8,
         "chance": fraction,
         "lift": overlap / fraction,
         "jaccard": overlap / (2 - overlap),
@@ -216,6 +226,7 @@ def _central(strategy: str, when: str, fraction: float, unit: str, units: int) -
         "excess_gini": gini - chance,
         "low": gini - chance - 0.03,
         "high": gini - chance + 0.03,
+        "parts": 8,
     }
 
 

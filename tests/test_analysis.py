@@ -43,7 +43,7 @@ def test_overlap_worked_by_hand():
     quarter, half = overlap_rows({"bio": [bio], "qa": [qa]}, [0.25, 0.5], ["a", "b"])
     assert quarter == {
         "fraction": 0.25, "size": 1, "selected": 2, "overlap": 0.5, "chance": 0.25, "lift": 2.0,
-        "jaccard": pytest.approx(1 / 3), "low": None, "high": None,
+        "jaccard": pytest.approx(1 / 3), "low": None, "high": None, "parts": 1,
     }  # fmt: skip
     # the top four: {0, 1, 2, 3} and {0, 2, 4, 6}
     assert (half["size"], half["selected"], half["overlap"], half["chance"]) == (2, 4, 0.5, 0.5)

@@ -23,9 +23,9 @@ def _bits(right: int) -> str:
 def _row(value: float | None, error: float, name: str, **more) -> dict[str, Any]:
     """An estimate with its jackknife interval over PARTS parts."""
     if value is None:
-        return {name: None, "low": None, "high": None} | more
+        return {name: None, "low": None, "high": None, "parts": PARTS} | more
     half = float(student.ppf(0.975, PARTS - 1)) * error
-    return {name: value, "low": value - half, "high": value + half} | more
+    return {name: value, "low": value - half, "high": value + half, "parts": PARTS} | more
 
 
 def _case(

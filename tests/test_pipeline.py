@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,7 @@ def test_an_intervention_gives_what_editing_by_hand_gives(whole: Path) -> None:
                 parameter.copy_(torch.where(both.masks[name], originals[name], parameter))
     with Run.create(whole, None, "resume") as run:
         tokenizer = load_tokenizer("bundled")
-        asked = pipeline._evenly(pipeline.examples(run, tokenizer)["qa_ood"], 12)
+        asked = pipeline._sample(pipeline.examples(run, tokenizer)["qa_ood"], 12)
     expected = recall(tuned, tokenizer, asked).exact
     found = json.loads((whole / "interventions/mixed.json").read_text())["ablate"]
     row = next(row for row in found if row["when"] == "final" and row["set"] == "shared")
@@ -195,15 +196,64 @@ def test_qa_alone_has_no_online_sharing_but_still_ends(tmp_path: Path) -> None:
 
 def test_checkpoints_are_traced_each_and_in_the_mean(tmp_path: Path) -> None:
     values = {
-        "strategies": "{mixed: [{name: mixed, batch: {bio: 8, qa: 8}, steps: 6}]}", "interventions.run": "false",
+        "interventions.run": "false",
         "train.keep_checkpoints": "true", "train.checkpoint_every": "3", "trace.checkpoints": "true",
+        "strategies": "{two: [{name: bio, batch: {bio: 8}, steps: 6}, {name: qa, batch: {qa: 8}, steps: 4}]}",
     }  # fmt: skip
     folder = tmp_path / "kept"
     pipeline.run(config.override(experiment, values), folder, quiet=True)
-    home = folder / "traces" / "mixed"
-    (early,) = (home / "checkpoints").glob("*checkpoint-3")
-    mean, first, last = (
-        load_traces(place / "bio.safetensors")[0] for place in (home / "checkpoints", early, home / "final")
-    )
+    home = folder / "traces" / "two"
+    places = ["checkpoints/0-bio-checkpoint-3", "checkpoints/0-bio-end", "checkpoints/1-qa-checkpoint-3", "final"]
+    assert {place.name for place in (home / "checkpoints").iterdir() if place.is_dir()} == {
+        place.partition("/")[2] for place in places[:3]
+    }
+    mean, *each = (load_traces(home / place / "bio.safetensors")[0] for place in ("checkpoints", *places))
     for name, value in mean.values.items():
-        torch.testing.assert_close(value, (first.values[name] + last.values[name]) / 2)
+        torch.testing.assert_close(value, sum(item.values[name] for item in each) / 4)
+
+
+def test_a_sample_has_as_many_of_each_relation(whole: Path) -> None:
+    with Run.create(whole, None, "resume") as run:
+        parts = pipeline.examples(run, load_tokenizer("bundled"))
+    for number in (12, 20, 48):
+        chosen = pipeline._sample(parts["qa_ood"], number)
+        counts = Counter(item.example.mentions[0].relation for item in chosen)
+        assert len(chosen) == number and len(counts) == 6 and max(counts.values()) - min(counts.values()) <= 1
+        assert len({item.example.person for item in chosen}) > number / 6
+        assert chosen == pipeline._sample(parts["qa_ood"], number)
+    assert len(pipeline._sample(parts["qa_ood"], 10_000)) == len(parts["qa_ood"])
+    groups = {item.example.person: item.group for item in parts["bio"]}
+    assert sorted(groups.values()) == list(range(32))
+    assert all(groups[item.example.person] == item.group < 16 for item in parts["qa_id"])
+
+
+def test_bad_input_leaves_an_earlier_run_alone(whole: Path) -> None:
+    before = sorted(whole.rglob("*"))
+    for values, message in (
+        ({"facts.people": "400000"}, "facts.people"),
+        ({"model.name": "no/such/folder"}, "does not exist"),
+        ({"strategies.mixed.0.name": "checkpoints"}, "a folder that crosstrace makes"),
+        ({"strategies.mixed.0.batch": "{oops: 3}"}, "oops"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pipeline.run(config.override(experiment, values), whole, "overwrite", quiet=True)
+    assert sorted(whole.rglob("*")) == before
+
+
+def test_a_kill_while_checkpoints_are_removed_loses_nothing(tmp_path: Path, monkeypatch) -> None:
+    values = {"strategies": "{mixed: [{name: mixed, batch: {bio: 8, qa: 8}, steps: 3}]}", "interventions.run": "false"}
+    small = config.override(experiment, values)
+
+    def half(folder: Path) -> None:
+        next(folder.rglob("model.safetensors")).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "remove", half)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(small, tmp_path / "run", quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "train", lambda *_, **__: pytest.fail("trained again"))
+        pipeline.run(small, tmp_path / "run", "resume", quiet=True)
+    home = tmp_path / "run" / "models" / "mixed"
+    assert {item.name for item in home.iterdir()} == {"history.json", "mixed", "online", "training.json"}

@@ -53,7 +53,7 @@ def overlap_rows(
 
     Returns:
         rows {fraction, size: |S|, selected: max_t |S_t|, overlap: |S|/selected, chance, lift, jaccard,
-        low, high}. chance is the overlap expected of independent sets, N Π_t(|S_t|/N) / selected (ρ for two);
+        low, high, parts}. chance is the overlap expected of independent sets, N Π_t(|S_t|/N) / selected (ρ for two);
         lift = overlap/chance; jaccard = |∩|/|∪|; low and high are the overlap's 95 % interval.
     """
     parts = _parts(strengths)
@@ -69,6 +69,7 @@ def overlap_rows(
             **dict(zip(names, (int(size), int(selected), *others))),
             low=low[i, 2],
             high=high[i, 2],
+            parts=parts,
         )
         for i, (fraction, (size, selected, *others)) in enumerate(zip(fractions, estimate.tolist()))
     ]
@@ -104,7 +105,7 @@ def centralization_rows(
         rows {fraction, unit, units: how many, size: |S|, gini, effective, top10, random_gini (mean of the
         draws), random_gini_low, random_gini_high (2.5 and 97.5 % of the draws), random_effective,
         random_top10, excess_gini = gini − random_gini, low, high: its 95 % jackknife interval over the
-        parts}, one for each fraction and each unit that the model has. None where undefined.
+        parts, parts}, one for each fraction and each unit that the model has. None where undefined.
     """
     parts = _parts(strengths)
     sizes = {unit: anatomy.sizes(unit, scope) for unit in units}
@@ -143,6 +144,7 @@ def centralization_rows(
                     excess_gini=excess[0],
                     low=low,
                     high=high,
+                    parts=parts,
                 )
             )
     return rows

@@ -79,8 +79,7 @@ def _more_shared(results: Mapping[str, Any], when: str, fraction: float) -> list
     if pair is None:
         return []
     mixed, staged = pair
-    parts = results["run"]["trace"]["parts"]
-    effect, low, high = _difference(mixed, staged, "overlap", parts)
+    effect, low, high = _difference(mixed, staged, "overlap")
     return [
         {
             "claim": "more_shared",
@@ -101,7 +100,7 @@ def _more_central(results: Mapping[str, Any], when: str, fraction: float, unit: 
     if pair is None:
         return []
     mixed, staged = pair
-    effect, low, high = _difference(mixed, staged, "excess_gini", results["run"]["trace"]["parts"])
+    effect, low, high = _difference(mixed, staged, "excess_gini")
     units = "attention heads" if unit == "query_head" else "MLP neurons"
     return [
         {
@@ -129,9 +128,12 @@ def _beats_controls(found: Mapping[str, Any], when: str, kind: str) -> list[Row]
         return []
     people = found["people"]["qa_ood"]
     effects: dict[str, tuple[float, float, float]] = {}
+    partly: dict[str, str] = {}
     for control in dict.fromkeys(row["set"] for row in rows if row["set"] != "shared"):
         by_fraction = {row["fraction"]: row for row in rows if row["set"] == control}
         common = [fraction for fraction in shared if fraction in by_fraction]
+        if len(common) < len(shared):
+            partly[control] = f" (only at {', '.join(f'{100 * f:g}' for f in common)} %: too few parameters are left)"
         ours = np.mean([_mean_answers(shared[f]) for f in common], axis=0)
         theirs = np.mean([_mean_answers(by_fraction[f]) for f in common], axis=0)
         more, less = (theirs, ours) if kind == "ablate" else (ours, theirs)
@@ -158,7 +160,7 @@ def _beats_controls(found: Mapping[str, Any], when: str, kind: str) -> list[Row]
             "test": f"Mix-tuned held-out exact match, mean over the top {fractions} %, against each control of the "
             "same size: 95 % bootstrap interval over people above 0 for every control",
             "note": "against the strongest control, " + strongest + "; all: "
-            + ", ".join(f"{name} {100 * e:+.1f}" for name, (e, _, _) in effects.items()),
+            + ", ".join(f"{name} {100 * e:+.1f}{partly.get(name, '')}" for name, (e, _, _) in effects.items()),
         }
     ]  # fmt: skip
 
@@ -208,16 +210,18 @@ def _pair(table: Mapping[str, Any], **wanted: Any) -> tuple[Row, Row] | None:
     return found[0], found[1]
 
 
-def _difference(a: Row, b: Row, name: str, parts: int) -> tuple[float | None, float | None, float | None]:
+def _difference(a: Row, b: Row, name: str) -> tuple[float | None, float | None, float | None]:
     """a − b of two independent jackknife estimates, Welch's interval."""
     if any(row[key] is None for row in (a, b) for key in (name, "low", "high")):
         return None, None, None
-    quantile = float(student.ppf(0.975, parts - 1))
-    errors = [(row["high"] - row["low"]) / 2 / quantile for row in (a, b)]
+    freedoms = [row["parts"] - 1 for row in (a, b)]
+    errors = [
+        (row["high"] - row["low"]) / 2 / float(student.ppf(0.975, freedom)) for row, freedom in zip((a, b), freedoms)
+    ]
     effect, variance = a[name] - b[name], errors[0] ** 2 + errors[1] ** 2
     if variance == 0:
         return effect, effect, effect
-    freedom = variance**2 / sum(error**4 / (parts - 1) for error in errors)
+    freedom = variance**2 / sum(error**4 / own for error, own in zip(errors, freedoms))
     half = float(student.ppf(0.975, freedom)) * math.sqrt(variance)
     return effect, effect - half, effect + half
 

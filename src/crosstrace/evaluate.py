@@ -77,8 +77,8 @@ def recall(model: Any, tokenizer: Any, encoded: Sequence[Encoded], batch_size: i
         at = 0
         for batch in batches([encoded[i] for i in order], batch_size, "answer", pad_id=pad_id(tokenizer)):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            labels = batch.pop("labels")
-            logits = model(**batch).logits
+            labels = batch["labels"]
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             losses, _ = token_losses(logits, labels)
             right = (logits[:, :-1].argmax(-1) == labels[:, 1:]).cpu().numpy()
             losses = losses.double().cpu().numpy()

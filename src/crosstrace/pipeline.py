@@ -7,10 +7,13 @@ one output, so a killed run goes on where it stopped and every stage can be run 
 from __future__ import annotations
 
 import os
+import random
 import shutil
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
+from itertools import islice, zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from crosstrace.progress import Progress
 from crosstrace.results import Results
 from crosstrace.shared import ParamSet, only_set, random_set, scope, select_each, shared
 from crosstrace.stats import mean_interval, wilson
-from crosstrace.store import Run, metadata, read_json, sha256_tree, write_json
+from crosstrace.store import Run, end_with_parent, metadata, read_json, remove, sha256_tree, write_json
 from crosstrace.text import biographies, questions, read_jsonl, write_jsonl
 from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
@@ -60,10 +63,10 @@ def run(
     Raises:
         UserError: bad settings, a folder that holds another run, or a stage whose inputs are missing.
     """
-    _check_phases(experiment)
-    check_fast(models.load_tokenizer(experiment.model.name))
+    _check(experiment, whole=mode != "resume")
     with Run.create(folder, config.dumps(experiment), mode) as opened:  # type: ignore[arg-type]
-        write_json(opened.folder / "metadata.json", metadata() | {"precision": _precision(experiment)})
+        about = {"precision": _precision(experiment), "threads": experiment.threads}
+        write_json(opened.folder / "metadata.json", metadata() | about)
         progress = Progress(quiet)
         if "data" in stages:
             make_data(opened, experiment)
@@ -109,6 +112,7 @@ def _strategies(run: Run, experiment: Experiment, stages: Sequence[str], progres
 
 
 def _start_worker() -> None:
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
@@ -125,8 +129,8 @@ def _chain(run: Run, experiment: Experiment, name: str, chain: Sequence[str], pr
     for stage in chain:
         if name == "base" and stage != "eval":
             continue
-        if stage == "intervene" and not experiment.interventions.run:
-            continue
+        if stage == "intervene" and not experiment.interventions.run and len(chain) > 1:
+            continue  # unless it was asked for by name
         stages[stage](run, experiment, name, progress)
         progress.done(f"{name}: {stage}")
 
@@ -160,16 +164,22 @@ def known_people(model: str) -> FactSettings | None:
 
 
 def examples(run: Run, tokenizer: Any) -> dict[str, list[Encoded]]:
-    """The run's examples by part: bio, qa_id, qa_ood and, where there is one, a_ood."""
-    qa = encode(tokenizer, read_jsonl(run.path("data/qa.jsonl")))
-    parts = {
-        "bio": encode(tokenizer, read_jsonl(run.path("data/bio.jsonl"))),
+    """The run's examples by part: bio, qa_id, qa_ood and, where there is one, a_ood.
+
+    All examples of a person are of one group, the unit that the traces' parts are made of; people whose questions are
+    trained are numbered first, so that they spread evenly over the parts, as all people do.
+    """
+    texts = {"bio": read_jsonl(run.path("data/bio.jsonl")), "qa": read_jsonl(run.path("data/qa.jsonl"))}
+    if run.path("data/a_qa.jsonl").exists():
+        texts["a_ood"] = read_jsonl(run.path("data/a_qa.jsonl"))
+    people = dict.fromkeys(item.person for split in ("id", "ood") for item in texts["bio"] if item.split == split)
+    groups = {person: number for number, person in enumerate(people)}
+    parts = {name: encode(tokenizer, items, groups) for name, items in texts.items()}
+    qa = parts.pop("qa")
+    return parts | {
         "qa_id": [item for item in qa if item.example.split == "id"],
         "qa_ood": [item for item in qa if item.example.split == "ood"],
     }
-    if run.path("data/a_qa.jsonl").exists():
-        parts["a_ood"] = encode(tokenizer, read_jsonl(run.path("data/a_qa.jsonl")))
-    return parts
 
 
 def training_examples(parts: Mapping[str, list[Encoded]]) -> dict[str, list[Encoded]]:
@@ -193,6 +203,11 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
 
     def make(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
+        if not (folder / "training.json").exists():
+            learn(folder)
+        remove(folder / "checkpoints")
+
+    def learn(folder: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)
         model = models.load_model(experiment.model.name, experiment.model.dtype, experiment.model.attention)
         parts = examples(run, tokenizer)
@@ -212,8 +227,8 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
             for task, traces in online.traces().items():
                 save_traces(folder / "online" / f"{task}.safetensors", traces)
         write_json(folder / "history.json", history.rows)
-        write_json(folder / "training.json", [asdict(report) for report in reports])
         _keep_models(folder, tokenizer, [phase.name for phase in phases], options.keep_checkpoints)
+        write_json(folder / "training.json", [asdict(report) for report in reports])  # last: all of it is there
 
     run.stage(f"models/{name}", key, make, keep_partial=True)
 
@@ -253,25 +268,32 @@ class OnlineListener:
         return by_task
 
 
-def _few(tokenizer: Any, parts: Mapping[str, list[Encoded]], number: int) -> Callable[[Any], dict[str, float]]:
-    """A quick measurement of recall on evenly chosen questions, and biographies with as many objects."""
-    chosen = {name: _evenly(parts[name], number) for name in ("qa_id", "qa_ood")}
-    chosen["bio"] = _evenly(parts["bio"], max(1, number // len(parts["bio"][0].example.mentions)))
+def _few(tokenizer: Any, parts: Mapping[str, list[Encoded]], number: int) -> Callable[[Any], dict[str, Any]]:
+    """A quick measurement of recall on some questions, and on biographies with about as many objects."""
+    chosen = {name: _sample(parts[name], number) for name in ("qa_id", "qa_ood")}
+    chosen["bio"] = _sample(parts["bio"], max(1, number // len(parts["bio"][0].example.mentions)))
 
-    def measure(model: Any) -> dict[str, float]:
+    def measure(model: Any) -> dict[str, Any]:
         found = {name: recall(model, tokenizer, items).summary() for name, items in chosen.items()}
-        return {name: item["exact_match"] for name, item in found.items()} | {"n": found["qa_ood"]["n"]}
+        return {name: item["exact_match"] for name, item in found.items()} | {
+            "n": {name: item["n"] for name, item in found.items()}
+        }
 
     return measure
 
 
-def _evenly(items: Sequence[Any], number: int) -> list[Any]:
-    number = min(number, len(items))
-    return [items[i * len(items) // number] for i in range(number)]
+def _sample(items: Sequence[Encoded], number: int) -> list[Encoded]:
+    """`number` of the examples, as many of each relation as can be, at random but always the same, in their order."""
+    by_relation: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        by_relation.setdefault("+".join(mention.relation for mention in item.example.mentions), []).append(index)
+    draws = {key: random.Random(f"sample/{key}").sample(found, len(found)) for key, found in by_relation.items()}
+    turns = (index for turn in zip_longest(*draws.values()) for index in turn if index is not None)
+    return [items[index] for index in sorted(islice(turns, number))]
 
 
 def _keep_models(folder: Path, tokenizer: Any, phases: Sequence[str], checkpoints: bool) -> None:
-    """Turn the phases' last checkpoints into models/<strategy>/<phase>; drop what only a resume needs."""
+    """Copy the phases' last checkpoints to models/<strategy>/<phase>, without what only a resume needs."""
     for index, phase in enumerate(phases):
         home = folder / "checkpoints" / f"{index}-{phase}"
         found = sorted(home.glob("checkpoint-*"), key=lambda f: int(f.name.rpartition("-")[2]))
@@ -284,7 +306,6 @@ def _keep_models(folder: Path, tokenizer: Any, phases: Sequence[str], checkpoint
             for file in checkpoint.glob("*.safetensors"):
                 shutil.copy2(file, target)
             tokenizer.save_pretrained(target)
-    shutil.rmtree(folder / "checkpoints")
 
 
 def model_folder(run: Run, experiment: Experiment, name: str) -> str:
@@ -340,10 +361,12 @@ def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress)
             for index, phase in enumerate(experiment.strategies[name]):
                 for place in sorted(home.glob(f"{phase.name}/checkpoint-*")):
                     places[f"checkpoints/{index}-{phase.name}-{place.name}"] = place
+                if phase.name != last:
+                    places[f"checkpoints/{index}-{phase.name}-end"] = home / phase.name
         for when, place in places.items():
             model = models.load_model(str(place), experiment.model.dtype, experiment.model.attention)
             for task, items in trained.items():
-                items = _evenly(items, options.examples) if options.examples else items
+                items = _sample(items, options.examples) if options.examples else items
                 with progress.bar(f"{name}: trace {task}", len(items)) as update:
                     found = trace(
                         model, _trace_batches(items, experiment, tokenizer), task=task,
@@ -388,6 +411,9 @@ def read_traces(folder: Path, measure: str) -> WhenTraces:
             for item in load_traces(file):
                 if item.measure == measure:
                     found.setdefault((when, item.reduction), {}).setdefault(item.task, []).append(item)
+    for tasks in found.values():
+        if len({len(parts) for parts in tasks.values()}) > 1:  # too few steps or people for all parts: no intervals
+            tasks |= {task: [Trace.combine(parts)] for task, parts in tasks.items()}
     # a strategy that never trains a task has no online trace of it, so nothing online to share
     return {moment: tasks for moment, tasks in found.items() if len(tasks) >= 2}
 
@@ -492,19 +518,23 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
     def make(path: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)
         parts = examples(run, tokenizer)
-        asked = {part: _evenly(parts[part], options.questions) for part in ("qa_id", "qa_ood")}
+        asked = {part: _sample(parts[part], options.questions) for part in ("qa_id", "qa_ood")}
         base, tuned = load(run, experiment, "base"), load(run, experiment, name)
         base_values, tuned_values = snapshot(base), snapshot(tuned)
         in_scope = scope(base, experiment.analysis.embeddings)
         traced = _headline(read_traces(run.path(f"traces/{name}"), key["measure"]))
         found: dict[str, Any] = {"ablate": [], "graft": [], "people": {}}
         found["people"] = {part: [item.example.person for item in items] for part, items in asked.items()}
+        found["untouched"] = {
+            label: {part: recall(model, tokenizer, items).summary() for part, items in asked.items()}
+            for label, model in (("tuned", tuned), ("base", base))
+        }
         plan = [
             (when, fraction, label, psets)
             for (when, _), tasks in traced.items()
             for strength in [strengths(tasks)]
             for fraction, chosen in select_tasks(strength, options.fractions, in_scope, how).items()
-            for label, psets in controls(strength, chosen, options.seeds).items()
+            for label, psets in controls(strength, chosen, options.seeds, f"{name}/{when}/{fraction:g}").items()
         ]
         with progress.bar(f"{name}: intervene", 2 * sum(len(psets) for *_, psets in plan)) as update:
             for kind, model in (("ablate", tuned), ("graft", base)):
@@ -531,14 +561,16 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
     run.stage(f"interventions/{name}.json", key, make)
 
 
-def controls(found: Strengths, psets: Mapping[str, ParamSet], seeds: int) -> dict[str, list[ParamSet]]:
+def controls(found: Strengths, psets: Mapping[str, ParamSet], seeds: int, salt: str = "") -> dict[str, list[ParamSet]]:
     """The shared set and its controls, all of its size: random, random with the same count in each tensor, and each
-    task's strongest parameters outside the others' sets (left out where too few remain)."""
+    task's strongest parameters outside the others' sets (left out where too few remain). `salt` names the draw: sets
+    of different fractions or times must not be drawn alike, or their chances would not average out."""
     both, chosen = psets["shared"], {task: psets[task] for task in found}
+    draws = [zlib.crc32(f"{salt}/{seed}".encode()) for seed in range(seeds)]
     plan = {
         "shared": [both],
-        "random": [random_set(both, seed) for seed in range(seeds)],
-        "random_per_tensor": [random_set(both, seed, within="tensor") for seed in range(seeds)],
+        "random": [random_set(both, seed) for seed in draws],
+        "random_per_tensor": [random_set(both, seed, within="tensor") for seed in draws],
     }
     for task in found:
         try:
@@ -587,12 +619,13 @@ def conclude(run: Run, experiment: Experiment) -> Results:
             results[part] = {name: analyses[name][part] for name in names}
         results["interventions"] = {
             name: {kind: [_without_answers(row) for row in found[kind]] for kind in ("ablate", "graft")}
+            | {"untouched": found["untouched"]}
             for name, found in interventions.items()
         }
         judged = claims.judge(results, evals, interventions, experiment.analysis.central_fractions)
         results["claims"], results["differences"] = judged
         results["coverage"] = {name: analyses[name]["coverage"] for name in names}
-        results["seconds"] = run.seconds()
+        results["seconds"] = _seconds(run)
         results["versions"] = about["versions"]
         write_json(path, results)
 
@@ -608,6 +641,24 @@ def make_report(run: Run, results: Mapping[str, Any]) -> Path:
         write_report(dict(results), folder)
 
     return run.stage("report", run.inputs("results.json"), make) / "index.html"
+
+
+def _seconds(run: Run) -> dict[str, float]:
+    """Seconds of each stage, all strategies together: with several jobs, more than the clock on the wall shows."""
+    home = {
+        "models": "train",
+        "traces": "trace",
+        "shared": "analyze",
+        "analysis": "analyze",
+        "interventions": "intervene",
+    }
+    found: dict[str, float] = {}
+    for step, seconds in run.seconds().items():
+        first = step.partition("/")[0]
+        stage = home.get(first, first)
+        if stage in STAGES:
+            found[stage] = found.get(stage, 0.0) + seconds
+    return {stage: found[stage] for stage in STAGES if stage in found}
 
 
 def _training(run: Run, name: str) -> dict[str, Any]:
@@ -684,15 +735,21 @@ def _precision(experiment: Experiment) -> str:
     return "bf16" if native else "float32"
 
 
-def _check_phases(experiment: Experiment) -> None:
-    """What would otherwise fail only when training starts."""
-    world = experiment.facts
-    augmented = round(world.augmented_share * world.people)
+RESERVED = ("checkpoints", "online")  # what lies beside the phases in a strategy's folder
+
+
+def _check(experiment: Experiment, whole: bool) -> None:
+    """What would otherwise fail only later, when an earlier run may already be gone or hours have passed.
+
+    Args:
+        whole: read the model too.
+    """
+    world = World.draw(experiment.facts)
     sizes = {
-        "bio": (world.people - augmented) * world.biographies + augmented * world.augmented_biographies,
-        "qa": round(world.qa_share * world.people) * world.questions,
+        "bio": sum(item.repeats for item in biographies(world)),
+        "qa": sum(item.repeats for item in questions(world) if item.split == "id"),
     }
-    for phases in experiment.strategies.values():
+    for strategy, phases in experiment.strategies.items():
         names = [phase.name for phase in phases]
         for phase in phases:
             phase.updates(sizes)
@@ -701,3 +758,11 @@ def _check_phases(experiment: Experiment) -> None:
                     f"phase {phase.name!r} cannot name a folder of its own; expected letters, digits, '_' and '-', and "
                     "no name twice in a strategy"
                 )
+            if phase.name in RESERVED:
+                raise UserError(
+                    f"phase {phase.name!r} of strategy {strategy} has the name of a folder that crosstrace makes "
+                    "beside it; choose another name"
+                )
+    check_fast(models.load_tokenizer(experiment.model.name))
+    if whole:
+        models.load_model(experiment.model.name, experiment.model.dtype, experiment.model.attention)

@@ -34,6 +34,8 @@ class Results(dict[str, Any]):
 
     def recall_rows(self) -> list[list[str]]:
         """Exact match of every model on every set of questions, with 95 % Wilson intervals; a header first."""
+        if not self.get("recall"):
+            return []
         parts = [part for part in PARTS if part in next(iter(self["recall"].values()))]
         rows = [["exact match", *(PARTS[part] for part in parts)]]
         for name, found in self["recall"].items():
@@ -44,7 +46,7 @@ class Results(dict[str, Any]):
     def claim_rows(self) -> list[list[str]]:
         """Every claim with its verdict, effect and interval; a header first."""
         rows = [["claim", "trace", "verdict", "effect [95 % interval]"]]
-        for claim in self["claims"]:
+        for claim in self.get("claims") or []:
             told = "–"
             if claim["effect"] is not None:
                 digits = 1 if claim["unit"] == "percentage points" else 3
@@ -59,12 +61,14 @@ class Results(dict[str, Any]):
     def _repr_html_(self) -> str:
         tables = []
         for rows in (self.recall_rows(), self.claim_rows()):
+            if len(rows) < 2:
+                continue
             head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
             body = "".join(
                 "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:]
             )
             tables.append(f"<table><tr>{head}</tr>{body}</table>")
-        return "".join(tables)
+        return "".join(tables) or "no results yet: they come with the stage <code>report</code>"
 
 
 def _aligned(rows: list[list[str]]) -> str:

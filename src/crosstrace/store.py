@@ -100,6 +100,28 @@ def sha256_tree(path: str | Path) -> str:
     return _tree_hash(_contents(Path(path)))
 
 
+def remove(folder: Path) -> None:
+    """Delete a folder, if it is there; renamed first, so that a half-deleted one never passes for what it was."""
+    doomed = folder.with_name(f"removed-{folder.name}")
+    for again in (doomed.exists(), folder.exists()):  # an earlier removal may have been interrupted
+        if again:
+            if not doomed.exists():
+                folder.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def end_with_parent(until: threading.Event | None = None) -> None:
+    """End this process within a second of its parent's end, however that ended, unless `until` is set before."""
+    parent, until = os.getppid(), until or threading.Event()
+
+    def watch() -> None:
+        while not until.wait(0.25):
+            if os.getppid() != parent:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _plain(value: Any) -> Any:
     """`value` in JSON's own types."""
     if isinstance(value, float):
@@ -252,19 +274,14 @@ class Run:
         writes; until then, `create` in another process waits.
         """
         folder = Path(folder).expanduser().resolve()
-        parent = os.getppid()
+        ended = threading.Event()
+        end_with_parent(ended)
         run = cls(folder, _lock_workers(folder, fcntl.LOCK_SH, WORKERS_PATIENCE))
+        run._ended = ended
         with suppress(UserError):
             _lock_folder(folder).close()
             run.close()
             raise RuntimeError(f"the process that led the run in {folder} is gone, so its worker ends")
-
-        def watch() -> None:
-            while not run._ended.wait(0.25):
-                if os.getppid() != parent:
-                    os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
         return run
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ whether a space belongs to a token. It knows nothing of models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,16 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example's tokens: `ids` [T], which of them are targets [T] of each kind, and each mention's object [T]."""
+    """An example's tokens: `ids` [T], which of them are targets [T] of each kind, and each mention's object [T].
+
+    Examples of one `group` are about one person: whatever needs independent parts of the data keeps them together.
+    """
 
     example: Example
     ids: Tensor
     targets: dict[str, Tensor]
     mentions: tuple[Tensor, ...]
+    group: int = 0
 
 
 def check_fast(tokenizer: Any) -> None:
@@ -40,12 +44,12 @@ def check_fast(tokenizer: Any) -> None:
         )
 
 
-def encode(tokenizer: Any, examples: Sequence[Example]) -> list[Encoded]:
+def encode(tokenizer: Any, examples: Sequence[Example], groups: Mapping[str, int] | None = None) -> list[Encoded]:
     """Tokenize examples and find their targets.
 
     Kinds of target (DESIGN.md): `object`, the object's tokens; `answer`, from the first object's token on with the
     end token (of a biography, its objects and the end); `all`, every token; `train`, what training predicts: the
-    example's own targets and the end token.
+    example's own targets and the end token. `groups` numbers the people; in order of appearance if not given.
 
     Raises:
         UserError: the tokenizer gives no offsets, or an object has no token.
@@ -54,6 +58,7 @@ def encode(tokenizer: Any, examples: Sequence[Example]) -> list[Encoded]:
     if not examples:
         return []
     rows = tokenizer([example.text for example in examples], return_offsets_mapping=True)
+    numbers = dict(groups or {})
     encoded = []
     for example, ids, offsets in zip(examples, rows["input_ids"], rows["offset_mapping"]):
         end = tokenizer.eos_token_id
@@ -76,7 +81,8 @@ def encode(tokenizer: Any, examples: Sequence[Example]) -> list[Encoded]:
             "all": torch.ones(len(ids), dtype=torch.bool),
             "train": _tokens_of(example.targets, offsets) | ends,
         }
-        encoded.append(Encoded(example, torch.tensor(ids), targets, mentions))
+        group = numbers.setdefault(example.person, len(numbers))
+        encoded.append(Encoded(example, torch.tensor(ids), targets, mentions, group))
     return encoded
 
 
@@ -89,7 +95,7 @@ def _tokens_of(spans: Iterable[Span], offsets: Sequence[tuple[int, int]]) -> Ten
 
 
 def collate(encoded: Sequence[Encoded], targets: str = "object", *, pad_id: int, side: str = "right") -> Batch:
-    """Pad examples into one batch of input_ids, attention_mask and labels [B, T].
+    """Pad examples into one batch of input_ids, attention_mask and labels [B, T], and group [B].
 
     Padding on the left adds position_ids, so that every token keeps the position it has alone.
     """
@@ -103,7 +109,8 @@ def collate(encoded: Sequence[Encoded], targets: str = "object", *, pad_id: int,
         ids[row, place] = item.ids
         mask[row, place] = 1
         labels[row, place] = torch.where(item.targets[targets], item.ids, IGNORE)
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    groups = torch.tensor([item.group for item in encoded])
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "group": groups}
     if side == "left":
         batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     return batch

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from crosstrace.losses import example_losses
 from crosstrace.models import pad_id, silent
 from crosstrace.schedule import STRICT, Optimiser, Phase, Strategy
+from crosstrace.store import remove
 from crosstrace.tokens import Batch, Encoded, collate
 
 
@@ -227,7 +228,7 @@ def _run_phase(
             if not options.keep_checkpoints:
                 for other in _checkpoints(home):
                     if other < state.global_step:
-                        _remove(home / f"checkpoint-{other}")
+                        remove(home / f"checkpoint-{other}")
 
     class Teacher(Trainer):
         """The Trainer, fed with one batch per task and minimising Σ_t w_t · mean over t's examples of ℓ_i."""
@@ -252,7 +253,7 @@ def _run_phase(
                 traced = {}
                 tasks: dict[str, Any] = self._prepare_inputs(inputs)
                 for task, batch in tasks.items():
-                    kept = {name: batch[name] for name in ("input_ids", "attention_mask")}
+                    kept = {name: batch[name] for name in ("input_ids", "attention_mask", "group")}
                     traced[task] = {**kept, "labels": batch["trace_labels"]}
                 for listener in listeners:
                     listener.on_update(self.model, traced, rate, offset + self.state.global_step)
@@ -295,7 +296,7 @@ def _run_phase(
                 listener.load(_listener_folder(home, last, number))
         for other in _checkpoints(home, complete=False):
             # a checkpoint whose writing was interrupted
-            _remove(home / f"checkpoint-{other}")
+            remove(home / f"checkpoint-{other}")
         model.train()
         trainer.train(resume_from_checkpoint=str(home / f"checkpoint-{last}") if last else None)
         model.eval()
@@ -325,21 +326,10 @@ def _load_weights(model: Any, folder: Path) -> None:
     model.load_state_dict(saved.state_dict())
 
 
-def _remove(folder: Path) -> None:
-    import shutil
-
-    # renamed first: a half-deleted folder must never pass for a checkpoint
-    doomed = folder.with_name("removed-" + folder.name)
-    if doomed.exists():  # its own removal was interrupted
-        shutil.rmtree(doomed)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
-
-
 class RecallHistory:
     """A listener that measures recall every so many updates."""
 
-    def __init__(self, measure: Callable[[Any], dict[str, float]], every: int):
+    def __init__(self, measure: Callable[[Any], dict[str, Any]], every: int):
         self.measure, self.every = measure, every
         self.rows: list[dict[str, Any]] = []
 

@@ -301,9 +301,10 @@ def figure_intervention(
 
 
 def untouched(results: Mapping, strategy: str | None, test: str | None) -> tuple[float, float]:
-    """A test's exact match of the strategy's model and of the base, as they are; NaN where not tested."""
-    recall = results.get("recall") or {}
-    cells = (((recall.get(name) or {}).get(test) or {}) for name in (strategy, "base"))
+    """Exact match of the strategy's model and of the base, as they are, on the questions that the interventions were
+    asked; NaN where not tested."""
+    whole = ((results.get("interventions") or {}).get(strategy) or {}).get("untouched") or {}
+    cells = (((whole.get(name) or {}).get(test) or {}) for name in ("tuned", "base"))
     tuned, base = (say.number(cell.get("exact_match")) for cell in cells)
     return tuned, base
 

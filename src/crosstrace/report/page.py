@@ -424,7 +424,7 @@ def intervention(results: Mapping, kind: str) -> Section:
             ("The selected parameters of the tuned model are replaced. " if ablate else "")
             + ("" if ablate else "The tuned values of the selected parameters are put into the base. ")
             + f"Controls have the size of the shared set; bands are {LEVEL} intervals, over seeds where a "
-            "control has more than one.",
+            f"control has more than one, else over questions; {_asked(rows)}.",
             _key([*((say.pset(n), look) for n, look in F.set_looks(rows).items()), *lines]),
             panels,
             rows,
@@ -432,6 +432,12 @@ def intervention(results: Mapping, kind: str) -> Section:
         )
     )
     return section
+
+
+def _asked(rows: Sequence[Row]) -> str:
+    """How many questions of each kind were asked under an intervention, e.g. "n = 400 held-out questions"."""
+    asked = {r["test"]: r["n"] for r in rows if r.get("n")}
+    return "n = " + ", ".join(f"{say.plain(n)} {say.answered(test)}" for test, n in asked.items())
 
 
 def _effects(results: Mapping, rows: Sequence[Row], kind: str, names: Sequence[str], when: str, test: str) -> list[str]:
@@ -620,7 +626,9 @@ def _models(results: Mapping) -> list[str]:
 
 def _recalled(results: Mapping, test: str) -> list[tuple[str, float]]:
     """Every taught model's exact match on a test."""
-    return [(say.model(m), F.untouched(results, m, test)[0]) for m in _models(results) if m != "base"]
+    found = results.get("recall") or {}
+    level = lambda m: say.number((found[m].get(test) or {}).get("exact_match"))
+    return [(say.model(m), level(m)) for m in _models(results) if m != "base"]
 
 
 def _share(row: Row, key: str, n: bool = False) -> Cell:

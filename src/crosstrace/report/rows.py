@@ -36,7 +36,7 @@ def recall_rows(results: Mapping) -> list[Row]:
 
 
 def history_rows(results: Mapping) -> list[Row]:
-    """{strategy, update, phase, test, value, n}: recall while training, updates counted over all phases."""
+    """{strategy, update, phase, test, value, n}: recall of a test while training; updates counted over all phases."""
     fixed = ("update", "phase", "n")
     return [
         {
@@ -45,7 +45,7 @@ def history_rows(results: Mapping) -> list[Row]:
             "phase": p.get("phase", ""),
             "test": t,
             "value": v,
-            "n": p.get("n"),
+            "n": (p.get("n") or {}).get(t),
         }
         for s, points in (results.get("history") or {}).items()
         for p in points
@@ -89,9 +89,10 @@ def unit_rows(results: Mapping) -> list[Row]:
 
 
 def intervention_rows(results: Mapping, kind: str) -> list[Row]:
-    """{strategy, kind, when, fraction, set, size, seeds, test, value, low, high}; kind: ablate or graft."""
+    """{strategy, kind, when, fraction, set, size, seeds, test, n, value, low, high}; kind: ablate or graft."""
     rows = []
     for strategy, kinds in (results.get("interventions") or {}).items():
+        asked = {test: cell.get("n") for test, cell in ((kinds.get("untouched") or {}).get("tuned") or {}).items()}
         for point in kinds.get(kind) or []:
             shared = {k: point.get(k) for k in ("when", "fraction", "set", "size", "seeds")}
             for test in (k.removesuffix("_low") for k in point if k.endswith("_low")):
@@ -102,6 +103,7 @@ def intervention_rows(results: Mapping, kind: str) -> list[Row]:
                         "kind": kind,
                         **shared,
                         "test": test,
+                        "n": asked.get(test),
                         "value": point.get(test),
                         **ends,
                     }

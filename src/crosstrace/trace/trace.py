@@ -163,10 +163,12 @@ def trace(
 
     Args:
         model: left as it was found: mode, flags, `.grad`, hooks, random state.
-        batches: dicts of input_ids, attention_mask, labels [B, T]; position_ids too under left padding.
+        batches: dicts of input_ids, attention_mask, labels [B, T]; position_ids too under left padding; and, for
+            `parts`, group [B].
         task: its name in the result.
         measures: of MEASURES; several cost little more than one.
-        parts: example number n counts for part n % parts, so that intervals can be taken over parts.
+        parts: examples of group g count for part g % parts, so that intervals can be taken over disjoint parts of
+            the data; where a batch has no group, each example is one of its own.
         progress: called after each batch with the number of its examples.
 
     Returns:
@@ -180,10 +182,8 @@ def trace(
     means = [[_Mean(engine.parameters, measure, "example") for _ in range(parts)] for measure in measures]
     seen = 0
     for batch in batches:
-        count = len(batch["labels"]) if "labels" in batch else 0
-        chosen = [part for part in range(parts) if (part - seen) % parts < count]
-        shares = [slice((part - seen) % parts, None, parts) for part in chosen]
-        sizes = [len(range(count)[share]) for share in shares]
+        batch, chosen, shares = _by_part(batch, parts, seen)
+        sizes = [share.stop - share.start for share in shares]
 
         def receive(name: str, number: int, sums: dict[str, Tensor], chosen=chosen, sizes=sizes) -> None:
             for row in means:
@@ -193,11 +193,15 @@ def trace(
         for row in means:
             for part, size in zip(chosen, sizes):
                 row[part].weight += size
-        seen += count
+        seen += sum(sizes)
         if progress is not None:
-            progress(count)
-    if seen < parts:
-        raise UserError(f"task {task!r} has {seen} examples to trace; expected at least one for each of {parts} parts")
+            progress(sum(sizes))
+    empty = sum(mean.weight == 0 for mean in means[0])
+    if empty:
+        raise UserError(
+            f"the {seen} examples of task {task!r} to trace leave {empty} of {parts} parts empty; expected examples "
+            "of at least as many groups (people) as parts, so trace more or ask for fewer parts"
+        )
     meta = _facts(engine) | {"parts": parts}
     return [mean.trace(task, "checkpoint", meta | {"part": p}) for row in means for p, mean in enumerate(row)]
 
@@ -214,8 +218,9 @@ class OnlineTrace:
         measures: of MEASURES.
         reductions: "example", the mean over every example of every step; "step", the mean over steps of the
             measure of the step's mean gradient.
-        parts: for "example", a batch's example number n counts for part n % parts, so that every part sees all of
-            training, whose gradients shrink as it goes; for "step", a task's step number s counts for part s % parts.
+        parts: for "example", examples of group g count for part g % parts (as in `trace`), so that every part sees
+            all of training, whose gradients shrink as it goes; for "step", a task's step number s counts for part
+            s % parts.
         lr_weighted: weight each step by its learning rate.
     """
 
@@ -266,13 +271,13 @@ class OnlineTrace:
         reductions, measures = self._settings["reductions"], self._settings["measures"]
         parts = self._settings["parts"] if "example" in reductions else 1
         for task, batch in batches.items():
-            count = len(batch["labels"]) if "labels" in batch else 0
-            shares = [slice(part, None, parts) for part in range(min(parts, count))]
-            sizes = [len(range(count)[share]) for share in shares]
+            batch, chosen, shares = _by_part(batch, parts, 0)
+            sizes = [share.stop - share.start for share in shares]
+            count = sum(sizes)
             of_step = [self._means[f"{task}/step/{m}/{self._steps[task] % self._settings['parts']}"]
                        for m in measures if "step" in reductions]  # fmt: skip
             of_part = [[self._means[f"{task}/example/{m}/{part}"] for m in measures if "example" in reductions]
-                       for part in range(len(shares))]  # fmt: skip
+                       for part in chosen]  # fmt: skip
             whole: dict[str, Tensor] = {}
 
             def receive(
@@ -375,6 +380,23 @@ class _Mean:
     def trace(self, task: str, when: str, meta: dict[str, Any]) -> Trace:
         values = {name: (total / self.weight).cpu() for name, total in self.total.items()}
         return Trace(task, self.measure, self.reduction, when, values, self.weight, meta)
+
+
+def _by_part(batch: Batch, parts: int, seen: int) -> tuple[Batch, list[int], list[slice]]:
+    """The batch sorted by part, which parts it has, and where each lies; `seen` examples came before it."""
+    if "labels" not in batch:
+        return batch, [0], [slice(0, 0)]  # the engine says what is wrong with it
+    count = len(batch["labels"])
+    group = batch.get("group")
+    part = (torch.arange(seen, seen + count) if group is None else group.cpu()) % parts
+    order = part.argsort(stable=True)
+    chosen, sizes = part.unique(return_counts=True)
+    ends = sizes.cumsum(0).tolist()
+    shares = [slice(end - size, end) for end, size in zip(ends, sizes.tolist())]
+    rest = {key: value for key, value in batch.items() if key != "group"}
+    if len(shares) > 1:
+        rest = {key: value[order.to(value.device)] for key, value in rest.items()}
+    return rest, chosen.tolist(), shares
 
 
 def _wanted(measures: Sequence[str], reductions: Sequence[str]) -> list[str]:
