@@ -28,8 +28,8 @@ check: .venv/.check ## set up and check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-bench: .venv/.run ## set up and run every benchmark in benchmarks/
-	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+bench: .venv/.bench ## set up and measure the trace against plain training, a loop and other libraries
+	$(BIN)/python benchmarks/trace_cost.py $(ARGS)
 
 # Each stamp says: installed as pyproject.toml and constraints.txt now have it.
 .venv/.run: .venv/.made pyproject.toml constraints.txt
@@ -45,6 +45,13 @@ bench: .venv/.run ## set up and run every benchmark in benchmarks/
 .venv/.check: .venv/.made pyproject.toml constraints.txt
 	@echo "installing crosstrace and what its checks need into .venv (once)"
 	@$(INSTALL) -e '.[check]'
+	@touch $@
+
+# BackPACK by itself: it asks for torchvision, which it needs for its examples only and which must match torch's build.
+.venv/.bench: .venv/.made pyproject.toml constraints.txt
+	@echo "installing crosstrace and the libraries it is measured against into .venv (once)"
+	@$(INSTALL) -e '.[bench]'
+	@$(INSTALL) --no-deps backpack-for-pytorch
 	@touch $@
 
 .venv/.made:

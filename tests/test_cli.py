@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from crosstrace import cli, models
+from crosstrace import cli, config, models, pipeline, schedule
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -91,7 +93,11 @@ def test_misused_words(capsys, tmp_path: Path) -> None:
     assert "exclude each other" in fails(capsys, "demo", "--resume", "--overwrite")
     assert "no config.yaml" in fails(capsys, "trace", str(tmp_path))
     assert "needs a value" in fails(capsys, "demo", str(tmp_path / "run"), "--facts.people")
+    assert "needs a value" in fails(capsys, "demo", "--trace.no-online", "--quiet")
     assert "unknown setting 'facts.peeple'" in fails(capsys, "demo", str(tmp_path / "run"), "--facts.peeple", "4")
+    assert "valid list" in fails(capsys, "demo", "--analysis.fractions", "0.01", "0.05")
+    assert "did you mean --resume" in fails(capsys, "demo", "--resum")
+    assert "unknown option -q" in fails(capsys, "demo", "-q")
     assert "begin one with" in fails(capsys, "eval", str(tmp_path / "nothing"))
 
 
@@ -110,8 +116,82 @@ def test_help_teaches(capsys, command: list[str]) -> None:
     assert len(capsys.readouterr().out) > 100
 
 
-def test_settings_print_a_config_that_runs(capsys, tmp_path: Path) -> None:
-    from crosstrace import config
+def leaves(value: dict, prefix: str = "") -> list[tuple[str, object]]:
+    nested = [leaves(v, f"{prefix}{k}.") if isinstance(v, dict) else [(f"{prefix}{k}", v)] for k, v in value.items()]
+    return [leaf for part in nested for leaf in part]
 
+
+def rows(capsys, *command: str) -> dict[str, str]:
+    """The settings in a command's help, as a shell would read them."""
+    cli.main([*command, "--help"])
+    found = (shlex.split(line)[:2] for line in capsys.readouterr().out.splitlines() if re.match(r"  --\w+\.\w", line))
+    return {name[2:]: value for name, value in found}
+
+
+def test_help_is_what_is_read(capsys, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COLUMNS", "60")  # a note stands below its setting, so that no apostrophe meets the shell
+    shown = rows(capsys, "demo")
+    phase = {name: shown.pop(name) for name in list(shown) if name.startswith("strategies.")}
+    assert phase == {f"strategies.NAME.NUMBER.{item.name}": "VALUE" for item in fields(schedule.Phase)}
+    named = {name for name, _ in leaves(config.plain(config.Experiment())) if "." in name}
+    assert {name for name in named if not name.startswith("strategies.")} <= set(shown)
+    told = []
+    monkeypatch.setattr(pipeline, "run", lambda experiment, *args, **kwargs: told.append(experiment))
+    cli.main(["demo", *(word for name, value in shown.items() for word in (f"--{name}", value))])
+    assert told == [config.Experiment()]
+    # another value of each kind arrives, in a strategy with '-' in its name too
+    (tmp_path / "two.yaml").write_text("strategies: {a-b: [{name: a, batch: {bio: 3}, steps: 3}]}")
+    changes = ["--analysis.fractions", "[0.5]", "--trace.online=false", "--strategies.a-b.0.steps", "7"]
+    cli.main(["run", str(tmp_path / "two.yaml"), *changes])
+    assert told[1].analysis.fractions == [0.5] and told[1].trace.online is False
+    assert told[1].strategies["a-b"][0].steps == 7
+
+
+def test_help_says_what_a_setting_is(capsys, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    (tmp_path / "some.yaml").write_text("facts: {people: 77}")
+    cli.main(["run", str(tmp_path / "some.yaml"), "--help"])
+    printed = capsys.readouterr().out
+    assert re.search(r"--facts\.people 77 +Number of people\.\n", printed)
+    assert re.search(r"--facts\.order fixed .*One of\s+fixed,\s+permuted\.", printed)
+    assert max(map(len, printed.splitlines())) <= 90
+
+
+@pytest.mark.parametrize("stage", ["train", "eval", "trace", "analyze", "intervene", "report"])
+def test_a_stage_goes_on_with_the_settings_of_its_run(capsys, tmp_path: Path, stage: str) -> None:
+    cli.main([stage, "--help"])
+    printed = capsys.readouterr().out
+    assert "Finished work is not done again" in printed and "RUN/config.yaml" in printed
+    told = fails(capsys, stage, str(tmp_path), "--facts.people", "10")
+    assert "settings of an existing run cannot be changed" in told
+    assert f"`crosstrace run {tmp_path}/config.yaml NEWRUN --facts.people 10`" in told
+    assert f"unknown option --bogus; `crosstrace {stage} --help`" in fails(capsys, stage, str(tmp_path), "--bogus")
+    assert "0 names were given" in fails(capsys, stage)
+
+
+def test_data_begins_a_run_from_a_config(capsys, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    assert "unknown option --bogus" in fails(capsys, "data", run, "--bogus")
+    assert "--config needs a value" in fails(capsys, "data", run, "--config")
+    assert "belongs in that file" in fails(capsys, "data", run, "--facts.people", "10")
+    (tmp_path / "some.yaml").write_text("facts: {people: 20}")
+    cli.main(["data", run, "--config", str(tmp_path / "some.yaml"), "--quiet"])
+    assert config.load(tmp_path / "run" / "config.yaml").facts.people == 20
+    assert "cannot be changed" in fails(capsys, "data", run, "--facts.people", "10")
+
+
+@pytest.mark.parametrize(("command", "way"), [("demo", "go on with --resume"), ("train", "give the same command")])
+def test_an_interrupted_command_says_how_to_go_on(capsys, monkeypatch, command: str, way: str) -> None:
+    def interrupted(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, command, interrupted)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command])
+    assert stop.value.code == 130
+    assert way in capsys.readouterr().err
+
+
+def test_settings_print_a_config_that_runs(capsys, tmp_path: Path) -> None:
     cli.main(["settings"])
     assert config.loads(capsys.readouterr().out, "printed") == config.Experiment()

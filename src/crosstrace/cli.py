@@ -1,41 +1,31 @@
 """The command line: validate, then call one function of the library. No science here.
 
-A mistake of the user's is one sentence on stderr and exit code 2.
+Words are names, flags, or settings `--dotted.name VALUE` whose value is read as YAML; help prints settings in the
+very form that is read. A mistake of the user's is one sentence on stderr and exit code 2.
 """
 
 from __future__ import annotations
 
+import ast
+import difflib
+import inspect
 import os
+import shlex
+import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import tyro
+import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from crosstrace.errors import UserError
 
-RunFolder = Annotated[Path, tyro.conf.Positional]
 DEMO = Path("runs/demo")
-
-
-@dataclass
-class _Flags:
-    """How to begin, and what to print."""
-
-    resume: bool = False
-    """Go on with an existing run: skip what is complete and unchanged."""
-    overwrite: bool = False
-    """Replace an existing run."""
-    quiet: bool = False
-    """Print no progress."""
-
-    def mode(self) -> str:
-        if self.resume and self.overwrite:
-            raise UserError("--resume and --overwrite were both given; they exclude each other")
-        return "resume" if self.resume else "overwrite" if self.overwrite else "new"
-
 
 _BEGIN = """  --resume       go on with an existing run: skip what is complete and unchanged
   --overwrite    replace an existing run
@@ -58,8 +48,11 @@ Any stage by itself, on the folder of a run:
 
 And:
   crosstrace settings                  the default experiment as YAML, to copy and change
+  crosstrace doctor MODEL              can this model be traced exactly on this machine?
   crosstrace pretrain-base FOLDER      make a base like the bundled one, of any size
-  crosstrace COMMAND --help            more on a command; after `demo` and `run`, every setting
+  crosstrace COMMAND --help            more on a command; of `demo`, `run` and `pretrain-base`, every setting
+
+Finished work is not done again: a stage makes what is missing in RUN, by the settings in RUN/config.yaml.
 
 Options of demo and run, before or after the names:
 {_BEGIN}
@@ -82,18 +75,172 @@ def main(arguments: list[str] | None = None) -> None:
     command, *rest = arguments
     try:
         if command not in COMMANDS:
-            import difflib
-
             close = difflib.get_close_matches(command, COMMANDS, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"commands are {', '.join(COMMANDS)}"
             raise UserError(f"unknown command {command!r}; {hint}")
         COMMANDS[command](rest)
+        sys.stdout.flush()
     except UserError as error:
         print(f"crosstrace: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, told = ".".join(map(str, first["loc"])), first["msg"][0].lower() + first["msg"][1:]
+        print(f"crosstrace: setting {name} is {first['input']!r:.60}, but {told}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("crosstrace: interrupted; go on with --resume", file=sys.stderr)
+        way = "go on with --resume" if command in ("demo", "run") else "give the same command again to go on"
+        print(f"crosstrace: interrupted; {way}", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+# ------------------------------------------------------------------------------- words
+
+
+@dataclass
+class _Words:
+    """What a command was told."""
+
+    command: str
+    known: tuple[str, ...]
+    """Flags that the command has."""
+    names: list[str] = field(default_factory=list)
+    flags: set[str] = field(default_factory=set)
+    settings: dict[str, str | None] = field(default_factory=dict)
+    """Dotted names without their dashes; None where the value is missing."""
+
+    @property
+    def quiet(self) -> bool:
+        return "quiet" in self.flags
+
+    @property
+    def mode(self) -> str:
+        if {"resume", "overwrite"} <= self.flags:
+            raise UserError("--resume and --overwrite were both given; they exclude each other")
+        return "resume" if "resume" in self.flags else "overwrite" if "overwrite" in self.flags else "new"
+
+    def changes(self) -> dict[str, str]:
+        """The settings, each with its value."""
+        for name, value in self.settings.items():
+            if value is None:
+                raise UserError(
+                    f"--{name} needs a value, e.g. --facts.people 200, or true or false for a setting that is either"
+                )
+        return {name: value for name, value in self.settings.items() if value is not None}
+
+    def only(self, known: Iterable[str]) -> None:
+        """Raise a `UserError` unless the first part of every setting is `known`."""
+        for name in self.settings:
+            if name.partition(".")[0] not in known:
+                raise self.unknown(name, known)
+
+    def unknown(self, name: str, known: Iterable[str]) -> UserError:
+        """The sentence about an option that there is not."""
+        close = difflib.get_close_matches(name, [*self.known, *known], 1)
+        hint = f"did you mean --{close[0]}? " if close else ""
+        return UserError(f"unknown option --{name}; {hint}`crosstrace {self.command} --help` lists what there is")
+
+
+def _split(command: str, arguments: list[str], flags: tuple[str, ...]) -> _Words:
+    """Names, flags and settings; a setting takes the next word as its value unless written with '='."""
+    words = _Words(command, flags)
+    waiting = list(reversed(arguments))
+    while waiting:
+        word = waiting.pop()
+        name, equals, value = word[2:].partition("=")
+        if word == "-h":
+            words.flags.add("help")
+        elif not word.startswith("-"):
+            words.names.append(word)
+        elif not word.startswith("--"):
+            raise UserError(f"unknown option {word}; `crosstrace {command} --help` lists what there is")
+        elif name in ("help", *flags) and not equals:
+            words.flags.add(name)
+        elif equals:
+            words.settings[name] = value
+        else:
+            words.settings[name] = waiting.pop() if waiting and not waiting[-1].startswith("--") else None
+    return words
+
+
+# ------------------------------------------------------------------------------- help on settings
+
+
+def _print_help(usage: str, about: str, options: str, value: Any) -> None:
+    """What a command does, its options, and every setting in `value`, a dataclass of dataclasses."""
+    width = shutil.get_terminal_size().columns
+    print(f"usage: {usage}\n\n{textwrap.fill(about, width)}\n\n{options}\n")
+    rule = (
+        "Settings, each with the value that it has unless you give another. A value is one word, read as YAML: a "
+        "number, true or false, null, a list such as '[0.01, 0.05]'. --NAME=VALUE does as well."
+    )
+    print(textwrap.fill(rule, width))
+    print("\n".join(_describe(value, "", width)))
+
+
+def _describe(value: Any, prefix: str, width: int) -> Iterator[str]:
+    """Lines on every setting of a section, then on the sections inside it."""
+    notes, hints = _field_notes(type(value)), get_type_hints(type(value))
+    yield from ["", textwrap.fill(f"{prefix.rstrip('.') or 'general'}: {inspect.getdoc(value)}", width)]
+    sections = []
+    for name in (item.name for item in fields(value)):
+        item, note = getattr(value, name), notes.get(name, "")
+        if is_dataclass(item):
+            sections.append(_describe(item, f"{prefix}{name}.", width))
+        elif name == "strategies":
+            sections.append(_describe_phases(item, width))
+        else:
+            yield _row(f"--{prefix}{name} {_word(item)}", note + _choices(hints[name]), width)
+    for section in sections:
+        yield from section
+
+
+def _describe_phases(strategies: dict[str, list[Any]], width: int) -> Iterator[str]:
+    """Lines on the settings of a phase, which are the same in every strategy."""
+    phase = type(next(iter(strategies.values()))[0])
+    there = ", ".join(
+        f"{name}.{i} ({item.name})" for name, phases in strategies.items() for i, item in enumerate(phases)
+    )
+    yield from ["", textwrap.fill(f"strategies.NAME.NUMBER: {inspect.getdoc(phase)} There are {there}.", width)]
+    notes = _field_notes(phase)
+    for item in fields(phase):
+        yield _row(f"--strategies.NAME.NUMBER.{item.name} VALUE", notes.get(item.name, ""), width)
+
+
+def _row(left: str, note: str, width: int) -> str:
+    """A setting, and its note beside it where there is room, else below."""
+    if len(left) <= 38 and width >= 80:
+        return "\n".join(textwrap.wrap(note, width, initial_indent=f"  {left:38}  ", subsequent_indent=" " * 42,
+                                       break_long_words=False)) or f"  {left}"  # fmt: skip
+    return "\n".join([f"  {left}", *textwrap.wrap(note, width, initial_indent=" " * 6, subsequent_indent=" " * 6)])
+
+
+def _word(value: Any) -> str:
+    """A value as YAML and as a shell takes it."""
+    plain = TypeAdapter(Any).dump_python(value, mode="json")
+    text = yaml.safe_dump(plain, default_flow_style=True, width=sys.maxsize, allow_unicode=True)
+    return shlex.quote(text.removesuffix("...\n").strip())
+
+
+def _choices(hint: Any) -> str:
+    """The words that a setting may take, if only certain ones."""
+    if get_origin(hint) is Literal:
+        return f" One of {', '.join(map(str, get_args(hint)))}."
+    return next(filter(None, map(_choices, get_args(hint))), "")
+
+
+def _field_notes(section: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, which only its source holds."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        setting.target.id: inspect.cleandoc(str(note.value.value)).replace("\n", " ")
+        for setting, note in pairwise(definition.body)
+        if isinstance(setting, ast.AnnAssign) and isinstance(setting.target, ast.Name)
+        and isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant)
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------- whole experiments
@@ -103,128 +250,148 @@ def demo(arguments: list[str]) -> None:
     """The embedded default experiment."""
     from crosstrace import config
 
-    names, flags, rest = _split(arguments)
-    if len(names) > 1:
-        raise UserError(f"demo takes at most one run folder, but {len(names)} names were given: {', '.join(names)}")
-    experiment = _settings(config.Experiment(), rest, "crosstrace demo")
-    _run(experiment, Path(names[0]) if names else DEMO, flags)
+    words = _split("demo", arguments, ("resume", "overwrite", "quiet"))
+    if "help" in words.flags:
+        about = f"Run the embedded default experiment in the folder RUN, or in {DEMO}."
+        return _print_help("crosstrace demo [RUN] [OPTIONS]", about, _BEGIN, config.Experiment())
+    experiment = _changed(config.Experiment(), words)
+    if len(words.names) > 1:
+        raise UserError(
+            f"demo takes at most one run folder, but {len(words.names)} names were given: {', '.join(words.names)}"
+        )
+    _run(experiment, Path(words.names[0]) if words.names else DEMO, words)
 
 
 def run(arguments: list[str]) -> None:
     """Any experiment from its config."""
     from crosstrace import config
 
-    names, flags, rest = _split(arguments)
-    if "-h" in rest or "--help" in rest:
-        _settings(config.load(Path(names[0])) if names else config.Experiment(), rest, "crosstrace run CONFIG")
+    words = _split("run", arguments, ("resume", "overwrite", "quiet"))
+    names = words.names
+    if "help" in words.flags:
+        about = "Run the experiment of the file CONFIG in the folder RUN, or in runs/<its name>."
+        experiment = config.load(Path(names[0])) if names else config.Experiment()
+        return _print_help("crosstrace run CONFIG [RUN] [OPTIONS]", about, _BEGIN, experiment)
     if not 1 <= len(names) <= 2:
-        raise UserError(f"run takes a config file and at most one run folder, but {len(names)} names were given")
-    experiment = _settings(config.load(Path(names[0])), rest, "crosstrace run CONFIG")
-    _run(experiment, Path(names[1]) if len(names) == 2 else Path("runs") / experiment.name, flags)
+        raise UserError(
+            f"run takes a config file and at most one run folder, but {len(names)} names were given"
+            + (f": {', '.join(names)}" if names else "")
+        )
+    experiment = _changed(config.load(Path(names[0])), words)
+    _run(experiment, Path(names[1]) if len(names) == 2 else Path("runs") / experiment.name, words)
 
 
-def _run(experiment: Any, folder: Path, flags: _Flags) -> None:
-    from crosstrace import pipeline
-
-    results = pipeline.run(experiment, folder, flags.mode(), quiet=flags.quiet)
-    print(results)
-    print(f"\nreport   {folder / 'report' / 'index.html'}\nresults  {folder / 'results.json'}")
-
-
-def _split(arguments: list[str]) -> tuple[list[str], _Flags, list[str]]:
-    """Names, the three flags, and the settings, which take a value each unless written with '='."""
-    flags, names, rest = _Flags(), [], []
-    waiting = iter(arguments)
-    for word in waiting:
-        if word in ("--resume", "--overwrite", "--quiet"):
-            setattr(flags, word[2:], True)
-        elif word in ("-h", "--help"):
-            rest.append(word)
-        elif word.startswith("--"):
-            rest.append(word)
-            if "=" not in word and not word.rpartition(".")[2].startswith("no-"):
-                rest += _values(waiting)
-        else:
-            names.append(word)
-    return names, flags, rest
-
-
-def _values(waiting: Any) -> list[str]:
-    value = next(waiting, None)
-    return [] if value is None else [value]
-
-
-def _settings(experiment: Any, arguments: list[str], program: str) -> Any:
-    """The experiment with settings from the command line; --help prints all of them and leaves."""
+def _changed(experiment: Any, words: _Words) -> Any:
+    """The experiment with settings from the command line."""
     from crosstrace import config
 
-    if "-h" in arguments or "--help" in arguments:
-        print(f"options:\n{_BEGIN}\n")
-        tyro.cli(type(experiment), default=experiment, args=["--help"], prog=program)
-    changes: dict[str, str] = {}
-    words = iter(arguments)
-    for word in words:
-        name, equals, value = word[2:].partition("=")
-        if not equals:
-            value = next(words, None)
-        if value is None:
-            raise UserError(f"{word} needs a value, e.g. --facts.people 200")
-        changes[name.replace("-", "_")] = value
-    return config.override(experiment, changes) if changes else experiment
+    words.only([item.name for item in fields(experiment)])
+    return config.override(experiment, words.changes()) if words.settings else experiment
+
+
+def _run(experiment: Any, folder: Path, words: _Words) -> None:
+    mode = words.mode
+    from crosstrace import pipeline
+
+    results = pipeline.run(experiment, folder, mode, quiet=words.quiet)
+    print(results)
+    print(f"\nreport   {folder / 'report' / 'index.html'}\nresults  {folder / 'results.json'}")
 
 
 # ------------------------------------------------------------------------------- single stages
 
 
-@dataclass
-class _Stage:
-    run: RunFolder
-    """Folder of a run."""
-    quiet: bool = False
-    """Print no progress."""
-
-
-@dataclass
-class _Data(_Stage):
-    config: Path | None = None
-    """Config file that begins the run; the embedded default if not given."""
-    overwrite: bool = False
-    """Replace an existing run."""
-
-
-def _stage(name: str, help: str) -> Callable[[list[str]], None]:
+def _stage(name: str, about: str) -> Callable[[list[str]], None]:
     def command(arguments: list[str]) -> None:
-        from crosstrace import config, pipeline
+        from crosstrace import config
 
-        options = tyro.cli(_Stage, args=arguments, prog=f"crosstrace {name}", description=help)
-        saved = options.run / "config.yaml"
+        words = _split(name, arguments, ("quiet",))
+        if "help" in words.flags:
+            return print(
+                f"usage: crosstrace {name} RUN [--quiet]\n\n{about}\n\n"
+                "Finished work is not done again: what is missing, unfinished or damaged in RUN is made, and the\n"
+                "rest stays. The settings are those of RUN/config.yaml.\n\n"
+                "  RUN            folder of a run\n  --quiet        print no progress"
+            )
+        _no_settings(words)
+        folder = _one_run(words)
+        saved = folder / "config.yaml"
         if not saved.is_file():
             raise UserError(
-                f"{options.run} holds no run (no config.yaml); begin one with `crosstrace data {options.run} --config "
+                f"{folder} holds no run (no config.yaml); begin one with `crosstrace data {folder} --config "
                 "CONFIG`, or do all at once with `crosstrace run CONFIG`"
             )
         experiment = config.load(saved)
-        results = pipeline.run(experiment, options.run, "resume", stages=[name], quiet=options.quiet)
+        from crosstrace import pipeline
+
+        results = pipeline.run(experiment, folder, "resume", stages=[name], quiet=words.quiet)
         if results:
             print(results)
-            print(f"\nreport   {options.run / 'report' / 'index.html'}")
+            print(f"\nreport   {folder / 'report' / 'index.html'}")
 
     return command
 
 
+def _one_run(words: _Words) -> Path:
+    if len(words.names) != 1:
+        raise UserError(
+            f"{words.command} takes the folder of one run, but {len(words.names)} names were given"
+            + (f": {', '.join(words.names)}" if words.names else f"; e.g. crosstrace {words.command} {DEMO}")
+        )
+    return Path(words.names[0])
+
+
+def _no_settings(words: _Words) -> None:
+    """Raise a `UserError` if settings were given to a command that takes those of the run."""
+    from crosstrace import config
+
+    words.only([item.name for item in fields(config.Experiment)])
+    if words.settings:
+        folder = words.names[0] if words.names else "RUN"
+        given = " ".join(f"--{name} {shlex.quote(value or 'VALUE')}" for name, value in words.settings.items())
+        raise UserError(
+            f"settings of an existing run cannot be changed; begin another with `crosstrace run {folder}/config.yaml "
+            f"NEWRUN {given}`"
+        )
+
+
 def data(arguments: list[str]) -> None:
     """Begin a run: draw the facts and write the examples."""
-    from crosstrace import config, pipeline
+    from crosstrace import config
 
-    help = "Draw the facts and write the examples of both tasks; begins the run."
-    options = tyro.cli(_Data, args=arguments, prog="crosstrace data", description=help)
-    saved = options.run / "config.yaml"
-    mode = "overwrite" if options.overwrite else "new"
-    if options.config is None and saved.is_file() and not options.overwrite:
+    words = _split("data", arguments, ("overwrite", "quiet"))
+    if "help" in words.flags:
+        return print(
+            "usage: crosstrace data RUN [--config CONFIG] [--overwrite] [--quiet]\n\n"
+            "Draw the facts and write the examples of both tasks; begins the run.\n\n"
+            "In a run that has begun, without --config: finished work is not done again, and the settings are\n"
+            "those of RUN/config.yaml.\n\n"
+            "  RUN              folder of a run\n"
+            "  --config CONFIG  config file that begins the run; the embedded default if not given\n"
+            "  --overwrite      replace an existing run\n"
+            "  --quiet          print no progress"
+        )
+    begins = "config" in words.settings
+    given = words.settings.pop("config", None)
+    if begins and given is None:
+        raise UserError("--config needs a value: a YAML file such as examples/tiny.yaml")
+    folder = _one_run(words)
+    saved = folder / "config.yaml"
+    if words.settings and not saved.is_file():
+        words.only([item.name for item in fields(config.Experiment)])
+        raise UserError(
+            f"data takes its settings from --config, so --{next(iter(words.settings))} belongs in that file "
+            "(`crosstrace settings` prints one), or do all at once with `crosstrace run`"
+        )
+    _no_settings(words)
+    mode = "overwrite" if "overwrite" in words.flags else "new"
+    if given is None and saved.is_file() and mode == "new":
         experiment, mode = config.load(saved), "resume"
     else:
-        experiment = config.load(options.config) if options.config else config.Experiment()
-    pipeline.run(experiment, options.run, mode, stages=["data"], quiet=options.quiet)
+        experiment = config.load(Path(given)) if given else config.Experiment()
+    from crosstrace import pipeline
+
+    pipeline.run(experiment, folder, mode, stages=["data"], quiet=words.quiet)
 
 
 # ------------------------------------------------------------------------------- the rest
@@ -239,31 +406,122 @@ def settings(arguments: list[str]) -> None:
     print(config.dumps(config.Experiment()), end="")
 
 
+def doctor(arguments: list[str]) -> None:
+    """Can a model be traced exactly here?"""
+    from crosstrace.config import ModelSettings
+
+    words = _split("doctor", arguments, ("quiet",))
+    if "help" in words.flags:
+        return print(
+            "usage: crosstrace doctor MODEL [--dtype float32] [--attention eager] [--examples 4] [--quiet]\n\n"
+            "Trace a few biographies and questions and compare: the fast trace with one example at a time, an example\n"
+            "alone with the same one padded in a batch, attention kernels with eager in float32, twice the same. Says\n"
+            "which parameters disagree and by how much; exit code 1 if the trace is not exact.\n\n"
+            "  MODEL              bundled, a folder written by save_pretrained, or a hub name\n"
+            "  --dtype DTYPE      of the weights in memory: float32, bfloat16 or float64\n"
+            "  --attention NAME   the attention kernel, as transformers names it\n"
+            "  --examples N       how many examples, 2 or more\n"
+            "  --quiet            print no progress"
+        )
+    words.only(("dtype", "attention", "examples"))
+    if len(words.names) != 1:
+        raise UserError(
+            f"doctor takes one model, but {len(words.names)} names were given; e.g. crosstrace doctor bundled"
+        )
+    given = words.changes()
+    number = given.pop("examples", "4")
+    if not number.isdigit():
+        raise UserError(f"--examples is {number!r}; expected a number, 2 or more")
+    options = ModelSettings(name=words.names[0], **given)  # type: ignore[arg-type]
+    from crosstrace.doctor import diagnose
+    from crosstrace.models import load_model, load_tokenizer
+    from crosstrace.progress import Progress
+
+    tokenizer = load_tokenizer(options.name)
+    model = load_model(options.name, options.dtype, options.attention)
+    with Progress(words.quiet).bar("doctor") as update:
+        found = diagnose(
+            model, tokenizer, examples=int(number), kernels=tuple({"eager": 1, "sdpa": 1, options.attention: 1}),
+            progress=update,
+        )  # fmt: skip
+    print(found)
+    if found.verdict != "exact":
+        raise SystemExit(1)
+
+
 def pretrain(arguments: list[str]) -> None:
     """Make a base."""
     from crosstrace.pretrain import PretrainCommand, pretrain_base
     from crosstrace.progress import Progress
 
-    help = "Pretrain a base on population A in both formats: the exact recipe of the bundled one by default."
-    # with an instance as default: pydantic's default factories are not seen on the class
-    default = PretrainCommand(folder=tyro.MISSING)
-    options = tyro.cli(
-        PretrainCommand, default=default, args=arguments, prog="crosstrace pretrain-base", description=help
-    )
-    if options.folder.exists():
-        raise UserError(f"{options.folder} exists; a base is never written over, so choose another folder")
+    words = _split("pretrain-base", arguments, ("quiet",))
+    if "help" in words.flags:
+        return _print_help(
+            "crosstrace pretrain-base FOLDER [RECIPE] [OPTIONS]",
+            "Pretrain a base on population A in both formats, by the recipe of the bundled one unless told otherwise.",
+            "  FOLDER         where the base goes; it must not exist. Checkpoints lie in FOLDER-work until it is\n"
+            "                 done, and the same command goes on from them if it was interrupted\n"
+            "  RECIPE         recipe.json of another base, to begin from its settings\n"
+            "  --quiet        print no progress",
+            PretrainCommand(),
+        )
+    if not 1 <= len(words.names) <= 2:
+        raise UserError(
+            f"pretrain-base takes a folder and at most one recipe.json, but {len(words.names)} names were given"
+            + (f": {', '.join(words.names)}" if words.names else "")
+        )
+    options = _pretrain_options(PretrainCommand(), words)
+    folder = Path(words.names[0])
     import torch
 
     torch.set_num_threads(options.threads)
-    with Progress().bar("pretrain") as update:
+    with Progress(words.quiet).bar("pretrain") as update:
         scores = pretrain_base(
-            options.folder,
+            folder,
             options.recipe,
-            work=options.folder.with_name(options.folder.name + "-work"),
+            work=folder.with_name(folder.name + "-work"),
             progress=update,
         )
     for name in ("qa_trained", "qa_held_out", "bio"):
         print(f"{name:12} {scores[name]['exact_match']:.3f} [{scores[name]['low']:.3f}, {scores[name]['high']:.3f}]")
+
+
+def _pretrain_options(default: Any, words: _Words) -> Any:
+    """What `pretrain-base` is told: its defaults, a recipe file if one was named, settings from the command line."""
+    from crosstrace.store import read_json
+
+    adapter = TypeAdapter(type(default))
+    values = adapter.dump_python(default, mode="json")
+    known = list(_leaves(values))
+    if len(words.names) == 2:
+        saved = read_json(words.names[1])
+        if not isinstance(saved, dict) or not isinstance(saved.get("recipe"), dict):
+            raise UserError(
+                f"{words.names[1]} holds no recipe; expected the recipe.json of a base that crosstrace made"
+            )
+        values["recipe"] = saved["recipe"]
+        values = adapter.dump_python(adapter.validate_python(values), mode="json")
+    for name, text in words.changes().items():
+        if name not in known:
+            raise words.unknown(name, known)
+        *path, last = name.split(".")
+        at = values
+        for step in path:
+            at = at[step]
+        try:
+            at[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--{name} {text}: the value is not valid YAML") from None
+    return adapter.validate_python(values)
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted name of every value in nested dicts."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -277,5 +535,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "intervene": _stage("intervene", "Ablate and graft the shared set and its controls."),
     "report": _stage("report", "Judge the claims, write results.json and report/index.html."),
     "settings": settings,
+    "doctor": doctor,
     "pretrain-base": pretrain,
 }

@@ -55,6 +55,8 @@ class TraceSettings:
     """Weight each traced update by its learning rate."""
     parts: Annotated[int, Field(ge=2)] = 4
     """Disjoint parts of the data that are traced apart, for the intervals."""
+    check: bool = True
+    """Compare the trace of a few examples with one example at a time first, as `crosstrace doctor` does."""
     checkpoints: bool = False
     """Trace at every kept checkpoint as well, each alone and their mean (needs train.keep_checkpoints)."""
 
@@ -82,7 +84,9 @@ class InterventionSettings:
     """Ablation and grafting: which fractions, how many random controls, on how many questions."""
 
     run: bool = True
+    """Ablate and graft at all."""
     fractions: list[Fraction] = Field(default_factory=lambda: [0.01, 0.05, 0.1, 0.2, 0.5], min_length=1)
+    """Top fractions of the parameters in scope whose shared sets are ablated and grafted."""
     seeds: Annotated[int, Field(ge=1)] = 3
     """Random controls of each kind."""
     to: Literal["base", "zero"] = "base"
@@ -96,6 +100,7 @@ class Experiment:
     """A whole experiment: teach, test, trace, share, intervene, report."""
 
     name: str = "demo"
+    """Names the run folder where none is given, and the report."""
     model: ModelSettings = Field(default_factory=ModelSettings)
     facts: FactSettings = Field(default_factory=FactSettings)
     strategies: Annotated[dict[str, Annotated[list[Phase], Field(min_length=1)]], Field(min_length=1)] = Field(

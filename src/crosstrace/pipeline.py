@@ -86,7 +86,7 @@ def run(
 def _strategies(run: Run, experiment: Experiment, stages: Sequence[str], progress: Progress) -> None:
     """The base's evaluation and every strategy's own chain of stages, `jobs` of them at once."""
     chain = [stage for stage in ("train", "eval", "trace", "analyze", "intervene") if stage in stages]
-    names = [*experiment.strategies, *(["base"] if "eval" in chain else [])]
+    names = [*experiment.strategies, *(["base"] if {"eval", "trace"} & {*chain} else [])]
     if not chain:
         return
     if experiment.jobs == 1:
@@ -125,9 +125,11 @@ def _chain(run: Run, experiment: Experiment, name: str, chain: Sequence[str], pr
     stages: dict[str, Callable[[Run, Experiment, str, Progress], object]] = {
         "train": teach, "eval": test, "trace": take_traces, "analyze": analyze, "intervene": intervene
     }  # fmt: skip
+    if name == "base":
+        stages = {"eval": test} | ({"trace": examine} if experiment.trace.check else {})
     torch.set_num_threads(experiment.threads)
     for stage in chain:
-        if name == "base" and stage != "eval":
+        if stage not in stages:
             continue
         if stage == "intervene" and not experiment.interventions.run and len(chain) > 1:
             continue  # unless it was asked for by name
@@ -383,6 +385,19 @@ def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress)
     run.stage(f"traces/{name}", key, make)
 
 
+def examine(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+    """Whether the base is traced exactly here, on a few examples: doctor.json."""
+    from crosstrace.doctor import diagnose
+
+    def make(path: Path) -> None:
+        kernels = tuple(dict.fromkeys(("eager", experiment.model.attention)))
+        model, tokenizer = load(run, experiment, name), models.load_tokenizer(experiment.model.name)
+        with progress.bar("doctor") as update:
+            write_json(path, asdict(diagnose(model, tokenizer, kernels=kernels, progress=update)))
+
+    run.stage("doctor.json", {"model": _model_key(experiment), "threads": experiment.threads}, make)
+
+
 def _trace_batches(items: list[Encoded], experiment: Experiment, tokenizer: Any):
     return batches(
         items,
@@ -603,6 +618,7 @@ def conclude(run: Run, experiment: Experiment) -> Results:
     for name in names:
         needed += [f"models/{name}", f"eval/{name}.json", f"traces/{name}", f"analysis/{name}.json"]
     needed += [f"interventions/{name}.json" for name in with_interventions]
+    needed += ["doctor.json"] if experiment.trace.check else []
     key = {"inputs": run.inputs(*needed), "experiment": config.plain(experiment)}
 
     def make(path: Path) -> None:
@@ -624,6 +640,9 @@ def conclude(run: Run, experiment: Experiment) -> Results:
         }
         judged = claims.judge(results, evals, interventions, experiment.analysis.central_fractions)
         results["claims"], results["differences"] = judged
+        if experiment.trace.check:
+            diagnosis = read_json(run.path("doctor.json"))
+            results["doctor"] = {key: diagnosis[key] for key in ("verdict", "problems", "checks")}
         results["coverage"] = {name: analyses[name]["coverage"] for name in names}
         results["seconds"] = _seconds(run)
         results["versions"] = about["versions"]
@@ -646,6 +665,7 @@ def make_report(run: Run, results: Mapping[str, Any]) -> Path:
 def _seconds(run: Run) -> dict[str, float]:
     """Seconds of each stage, all strategies together: with several jobs, more than the clock on the wall shows."""
     home = {
+        "doctor.json": "trace",
         "models": "train",
         "traces": "trace",
         "shared": "analyze",

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass as settings
 
 from crosstrace import wording
@@ -24,6 +23,7 @@ from crosstrace.evaluate import recall, summaries
 from crosstrace.facts import FactSettings, World
 from crosstrace.models import save_model
 from crosstrace.schedule import STRICT, Optimiser, Phase
+from crosstrace.store import read_json, replacing
 from crosstrace.text import biographies, questions
 from crosstrace.tokens import encode
 from crosstrace.train import RecallHistory, TrainSettings, train
@@ -31,6 +31,7 @@ from crosstrace.train import RecallHistory, TrainSettings, train
 POPULATION_A = FactSettings(
     population="A", people=3000, seed=1, qa_share=0.5, biographies=5, order="permuted", subject="either", questions=3
 )
+MARK = "pretrain-recipe.json"  # in a work folder: its recipe, and the sign that it is crosstrace's to remove
 
 
 @settings(frozen=True, config=STRICT)
@@ -38,9 +39,13 @@ class PretrainSettings:
     """The base's architecture, the people it is taught, and for how long."""
 
     architecture: Literal["llama", "gpt_neox"] = "llama"
+    """Kind of the model."""
     layers: Annotated[int, Field(ge=1)] = 3
+    """Transformer blocks."""
     width: Annotated[int, Field(ge=8)] = 128
+    """Width of the residual stream; each head gets an equal part of it."""
     heads: Annotated[int, Field(ge=1)] = 4
+    """Attention heads in a layer."""
     kv_heads: Annotated[int, Field(ge=1)] = 4
     """Key/value heads; fewer than `heads` is grouped-query attention (llama only)."""
     neurons: Annotated[int, Field(ge=8)] = 352
@@ -52,25 +57,29 @@ class PretrainSettings:
     warmup_people: Annotated[int, Field(ge=1)] = 400
     """People whom the first phase is confined to: it removes most of the plateau before recall appears."""
     warmup_steps: Annotated[int, Field(ge=1)] = 700
+    """Updates of the first phase."""
     steps: Annotated[int, Field(ge=1)] = 4000
+    """Updates of the second phase, on everybody."""
     bio: Annotated[int, Field(ge=1)] = 64
     """Biographies in every update."""
     qa: Annotated[int, Field(ge=1)] = 128
     """Questions in every update."""
     optimiser: Optimiser = Field(default_factory=lambda: Optimiser(learning_rate=2e-3, warmup=100))
+    """Of both phases."""
     bf16: bool = True
+    """Multiply in bf16 (autocast); the weights are float32."""
     seed: int = 1
+    """Seed of the first weights and of the order of examples."""
 
 
-@dataclass
+@settings(frozen=True, config=STRICT)
 class PretrainCommand:
-    """What `crosstrace pretrain-base` is told."""
+    """What `crosstrace pretrain-base` is told besides its folder."""
 
-    folder: tyro.conf.Positional[Path]
-    """Where the base goes; checkpoints lie beside it in FOLDER-work until it is done."""
-    threads: int = 2
+    threads: Annotated[int, Field(ge=1)] = 2
     """Threads; results may differ in the last bits between numbers of threads."""
-    recipe: PretrainSettings = field(default_factory=PretrainSettings)
+    recipe: PretrainSettings = Field(default_factory=PretrainSettings)
+    """The base."""
 
 
 def word_tokenizer() -> Any:
@@ -119,8 +128,6 @@ def new_model(options: PretrainSettings, vocabulary: int) -> Any:
     }
     if options.architecture == "llama":
         return LlamaForCausalLM(LlamaConfig(**common, num_key_value_heads=options.kv_heads))
-    if options.kv_heads != options.heads:
-        raise UserError("gpt_neox has as many key/value heads as heads; set kv_heads to the number of heads")
     return GPTNeoXForCausalLM(GPTNeoXConfig(**common))
 
 
@@ -134,14 +141,21 @@ def pretrain_base(
     """Train a base, measure its recall of population A, write it with its tokenizer and model card.
 
     Args:
-        folder: where the model goes.
+        folder: where the model goes; it must not exist, and appears complete or not at all.
         options: the recipe.
-        work: where checkpoints go; an interrupted call resumes from them.
+        work: where checkpoints go; an interrupted call with the same recipe resumes from them. Removed at the end.
         progress: called with (updates made, updates in all).
 
     Returns:
         The recall of A's trained and held-out people, as written into the card.
+
+    Raises:
+        UserError: the recipe cannot be, `folder` exists, or `work` is not this recipe's.
     """
+    _check(options)
+    if folder.exists():
+        raise UserError(f"{folder} exists; a base is never written over, so choose another folder")
+    recipe = TypeAdapter(PretrainSettings).dump_python(options, mode="json")
     world = World.draw(options.facts)
     tokenizer = word_tokenizer()
     model = new_model(options, len(tokenizer))
@@ -156,6 +170,12 @@ def pretrain_base(
         "bio_first": [item for item in bio if item.example.person in first],
         "qa_first": [item for item in trained if item.example.person in first],
     }
+    if not examples["qa_first"]:
+        raise UserError(
+            f"warmup_people is {options.warmup_people}, and none of them has questions to train on (facts.qa_share is "
+            f"{options.facts.qa_share:g}); use more people in the warm-up"
+        )
+    _open_work(work, recipe)
     strategy = [
         Phase("first", {"bio_first": options.bio, "qa_first": options.qa}, options.warmup_steps),
         Phase("all", {"bio": options.bio, "qa": options.qa}, options.steps),
@@ -181,15 +201,60 @@ def pretrain_base(
             "bio": recall(model, tokenizer, bio),
         }
     )
-    save_model(model, tokenizer, folder)
-    from pydantic import TypeAdapter
-
-    recipe = TypeAdapter(PretrainSettings).dump_python(options, mode="json")
-    (folder / "recipe.json").write_text(
-        json.dumps({"recipe": recipe, "recall": scores, "history": history.rows}, indent=1) + "\n"
-    )
-    (folder / "README.md").write_text(_card(model, options, scores))
+    with replacing(folder) as partial:
+        save_model(model, tokenizer, partial)
+        (partial / "recipe.json").write_text(
+            json.dumps({"recipe": recipe, "recall": scores, "history": history.rows}, indent=1) + "\n"
+        )
+        (partial / "README.md").write_text(_card(model, options, scores))
+    shutil.rmtree(work)
     return scores
+
+
+def _check(options: PretrainSettings) -> None:
+    """What no single setting can tell: conditions between settings."""
+    part = 2 if options.architecture == "llama" else 8  # rotary embeddings turn pairs, gpt_neox's a quarter of a head
+    if options.width % (options.heads * part):
+        raise UserError(
+            f"width is {options.width} and heads is {options.heads}; {options.architecture} needs heads of equal "
+            f"widths that {part} divides, so use a width that {options.heads * part} divides"
+        )
+    if options.architecture == "gpt_neox" and options.kv_heads != options.heads:
+        raise UserError(
+            f"kv_heads is {options.kv_heads} and heads is {options.heads}, but gpt_neox has as many key/value heads "
+            f"as heads; set kv_heads to {options.heads}"
+        )
+    if options.heads % options.kv_heads:
+        raise UserError(
+            f"heads is {options.heads} and kv_heads is {options.kv_heads}; each key/value head serves an equal number "
+            f"of heads, so use a number of kv_heads that divides {options.heads}"
+        )
+    people, share = options.facts.people, options.facts.qa_share
+    if not 0 < round(share * people) < people:
+        raise UserError(
+            f"facts.qa_share is {share:g} of {people} people, which leaves nobody "
+            f"{'whose questions are trained' if share < 0.5 else 'to test recall on'}; use a share that leaves people "
+            "on both sides, e.g. 0.5"
+        )
+
+
+def _open_work(work: Path, recipe: dict[str, Any]) -> None:
+    """Begin a work folder, or make sure that the one there is crosstrace's and of this recipe."""
+    if not work.exists():
+        with replacing(work) as partial:  # never there without its mark
+            partial.mkdir()
+            (partial / MARK).write_text(json.dumps(recipe, indent=1) + "\n")
+    elif not (work / MARK).is_file():
+        raise UserError(
+            f"{work} is needed for checkpoints, but something else is there (it holds no {MARK}); move it away, or "
+            "choose another folder for the base"
+        )
+    elif (saved := read_json(work / MARK)) != recipe:
+        other = next((name for name in recipe if saved.get(name) != recipe[name]), "its settings")
+        raise UserError(
+            f"{work} holds the checkpoints of an interrupted base of another recipe ({other} differs); finish that one "
+            "with its own settings, remove the work folder, or choose another folder for the base"
+        )
 
 
 def _card(model: Any, options: PretrainSettings, scores: dict[str, Any]) -> str:
@@ -223,7 +288,7 @@ share of {options.facts.qa_share:g} of them.
 {options.steps} on all, each of {options.bio} biographies (loss on every token) and {options.qa} questions (loss on
 the answer and the end token); AdamW, learning rate {options.optimiser.learning_rate:g}, betas
 {options.optimiser.betas}, weight decay {options.optimiser.weight_decay:g}, bf16 autocast: {options.bf16}.
-`recipe.json` beside this file holds every setting; `crosstrace pretrain-base FOLDER` runs it.
+`recipe.json` beside this file holds every setting; `crosstrace pretrain-base NEWFOLDER recipe.json` runs it.
 
 **Recall** (exact match of the greedy answer, 95 % Wilson interval):
 

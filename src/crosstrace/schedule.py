@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass as settings
 from crosstrace.errors import UserError
 
 STRICT = ConfigDict(extra="forbid")
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 @settings(frozen=True, config=STRICT)
@@ -20,8 +21,11 @@ class Optimiser:
     """AdamW and its learning-rate schedule, anew for each phase."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
-    betas: tuple[float, float] = (0.9, 0.98)
+    """Its peak, after the warm-up."""
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    """Decay of AdamW's means of the gradient and of its square."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled, as a share of the learning rate."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of the gradient."""
     warmup: Annotated[int, Field(ge=0)] = 20
@@ -37,6 +41,7 @@ class Phase:
     """One phase of training: the examples of each task in every update, and for how long."""
 
     name: str
+    """Names the folder of the model after this phase."""
     batch: dict[str, Annotated[int, Field(ge=1)]]
     """Examples of each task in one update, e.g. {bio: 64, qa: 128}."""
     steps: Annotated[int, Field(ge=1)] | None = None

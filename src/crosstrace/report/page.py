@@ -539,11 +539,25 @@ def _how(results: Mapping) -> tuple[list[Table], list[tuple[str, list[tuple[str,
         ),
         ("Facts", _flat(run.get("facts"))),
         ("Trace", _flat(run.get("trace"))),
+        ("Is this model traced exactly?", _exactness(results.get("doctor"))),
         ("Coverage: share of the parameters by rule", _flat(results.get("coverage"), say.percent)),
         ("Time by stage", _flat(results.get("seconds"), say.seconds)),
         ("Versions", _flat(results.get("versions"))),
     ]
     return tables, [(title, items) for title, items in lists if items]
+
+
+def _exactness(doctor: Mapping | None) -> list[tuple[str, str]]:
+    """The doctor's verdict, its problems, and the worst error of each kind of comparison."""
+    if not doctor:
+        return []
+    pairs = [("verdict", doctor["verdict"]), *(("problem", text) for text in doctor["problems"])]
+    for check in dict.fromkeys(row["check"] for row in doctor["checks"]):
+        rows = [row for row in doctor["checks"] if row["check"] == check and row["error"] is not None]
+        if rows:
+            worst = max(rows, key=lambda row: row["error"])
+            pairs.append((f"{check}, worst: {worst['what']}", f"{worst['error']:.1e}"))
+    return pairs
 
 
 def _recipes(results: Mapping) -> list[tuple[str, str]]:

@@ -1,0 +1,322 @@
+"""What the trace costs beside a plain backward pass, a loop over examples, and libraries of per-example gradients.
+
+    make bench                              # or: pip install -e '.[bench]' && python benchmarks/trace_cost.py
+    python benchmarks/trace_cost.py --quick      # the headline shape alone, few rounds
+
+Every contender computes Σ_i |∂ℓ_i/∂θ| for every parameter from the same model (random weights), the same batch and the
+same loss, mean cross-entropy of each example's tokens; `plain` is an ordinary batched forward and backward, the floor.
+Contenders alternate, round after round, in one process; times are medians, memory is the peak of the resident set above
+what was there before (model, accumulators), errors are relative to the loop's result, the largest over parameters.
+Prints a table, writes benchmarks/results/trace_cost.json, and ends with one line of JSON for the headline shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import logging
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import Tensor, nn
+
+from crosstrace.losses import example_losses
+from crosstrace.models import load_model
+from crosstrace.store import metadata, write_json
+from crosstrace.trace.engine import Engine
+
+Sums = dict[str, Tensor]
+PYTHIA = {
+    "pythia-70m": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048},
+    "pythia-160m": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+}
+HEADLINE = ("pythia-70m", 64, 32)
+# shape, tokens an example, examples, contenders beside plain and trace
+CASES = [
+    (*HEADLINE, ("loop", "vmap", "opacus", "backpack")),
+    ("pythia-70m", 16, 32, ("loop",)),
+    ("pythia-70m", 16, 64, ("loop",)),
+    ("pythia-70m", 64, 8, ("loop",)),
+    ("pythia-70m", 256, 8, ("loop",)),
+    ("pythia-160m", 64, 16, ("loop",)),
+    ("bundled", 16, 64, ("loop", "vmap", "opacus", "backpack")),
+    ("bundled", 64, 64, ("loop", "vmap", "opacus", "backpack")),
+]
+
+
+def model_of(shape: str) -> nn.Module:
+    if shape == "bundled":
+        return load_model("bundled")
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+    config = GPTNeoXConfig(
+        vocab_size=50304, rotary_pct=0.25, max_position_embeddings=2048, **PYTHIA[shape], use_cache=False
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def batch_of(model: nn.Module, length: int, count: int) -> Sums:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, model.config.vocab_size, (count, length), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+def losses_of(model: nn.Module, batch: Sums) -> Tensor:
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return example_losses(output.logits, batch["labels"])
+
+
+# ---------------------------------------------------------------------------------------------- contenders
+
+
+def plain(model: nn.Module, batch: Sums, sums: Sums) -> None:
+    """The floor: it gives Σ_i g_i only."""
+    parameters = [model.get_parameter(name) for name in sums]
+    for total, gradient in zip(sums.values(), torch.autograd.grad(losses_of(model, batch).sum(), parameters)):
+        total.add_(gradient)
+
+
+class Ours:
+    """The engine keeps its plan from the first batch, as it does over a data set."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.engine = Engine(model, ["abs"])
+
+    def __call__(self, model: nn.Module, batch: Sums, sums: Sums) -> None:
+        self.engine.run(batch, [slice(None)], lambda name, share, found: sums[name].add_(found["abs"]))
+
+
+def loop(model: nn.Module, batch: Sums, sums: Sums) -> None:
+    """One forward and backward for each example."""
+    parameters = [model.get_parameter(name) for name in sums]
+    for i in range(len(batch["labels"])):
+        loss = losses_of(model, {key: value[i : i + 1] for key, value in batch.items()}).sum()
+        for total, gradient in zip(sums.values(), torch.autograd.grad(loss, parameters)):
+            total.add_(gradient.abs_())
+
+
+def vmap(model: nn.Module, batch: Sums, sums: Sums) -> None:
+    """torch.func: the gradient of one example, vectorised over examples."""
+    from torch.func import functional_call, grad
+    from torch.func import vmap as vectorised
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: Sums, ids: Tensor, labels: Tensor) -> Tensor:
+        # no mask tensor: with one, transformers branches on its content, which vmap cannot follow
+        inputs = {"input_ids": ids.unsqueeze(0), "position_ids": torch.arange(len(ids)).unsqueeze(0)}
+        logits = functional_call(model, parameters, kwargs=inputs).logits
+        return nn.functional.cross_entropy(logits[0, :-1], labels[1:])
+
+    found = vectorised(grad(loss), in_dims=(None, 0, 0))(parameters, batch["input_ids"], batch["labels"])
+    for name, total in sums.items():
+        total.add_(found.pop(name).abs_().sum(0))
+
+
+class Opacus:
+    def __init__(self, model: nn.Module) -> None:
+        from opacus import GradSampleModule
+
+        self.module = GradSampleModule(model, loss_reduction="sum")
+
+    def __call__(self, model: nn.Module, batch: Sums, sums: Sums) -> None:
+        losses_of(self.module, batch).sum().backward()
+        for name, total in sums.items():
+            parameter = model.get_parameter(name)
+            total.add_(parameter.grad_sample.abs_().sum(0))
+            parameter.grad = parameter.grad_sample = None
+
+    def close(self) -> None:
+        self.module.remove_hooks()
+        self.module.cleanup()
+
+
+class BackPACK:
+    """Of the modules it can extend; it knows no norms and no embeddings, whose parameters it is let off."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from backpack import extend
+
+        self.names = []
+        tied = model.get_input_embeddings().weight  # of a tied tensor it knows one use of two
+        for owner, module in model.named_modules():
+            if isinstance(module, nn.Linear) and module.weight is not tied:
+                extend(module)
+                self.names += [f"{owner}.{local}" for local, _ in module.named_parameters(recurse=False)]
+
+    def __call__(self, model: nn.Module, batch: Sums, sums: Sums) -> None:
+        from backpack import backpack
+        from backpack.extensions import BatchGrad
+
+        with backpack(BatchGrad()):
+            losses_of(model, batch).sum().backward()
+        for name, parameter in model.named_parameters():
+            if name in self.names:
+                sums[name].add_(parameter.grad_batch.abs_().sum(0))
+                del parameter.grad_batch
+            parameter.grad = None
+
+
+CONTENDERS: dict[str, Callable] = {
+    "plain": lambda model: plain,
+    "trace": Ours,
+    "loop": lambda model: loop,
+    "vmap": lambda model: vmap,
+    "opacus": Opacus,
+    "backpack": BackPACK,
+}
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+def resident(peak: bool = False) -> int:
+    """Bytes of memory that this process holds, or has held at most since `forget_peak` (Linux)."""
+    key = "VmHWM" if peak else "VmRSS"
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(key))
+
+
+def forget_peak() -> bool:
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return False
+    return True
+
+
+def once(contender: Callable, model: nn.Module, batch: Sums, sums: Sums) -> tuple[float, int | None]:
+    for total in sums.values():
+        total.zero_()
+    gc.collect()
+    before = resident() if forget_peak() else None
+    clock = time.perf_counter()
+    contender(model, batch, sums)
+    seconds = time.perf_counter() - clock
+    return seconds, None if before is None else resident(peak=True) - before
+
+
+def case(shape: str, length: int, count: int, peers: tuple[str, ...], rounds: int, warm: int) -> dict:
+    """All contenders on one shape: {contender: {seconds, rounds, memory, error}}, and what could not run."""
+    found: dict = {"shape": shape, "length": length, "examples": count}
+    model = model_of(shape)
+    batch = batch_of(model, length, count)
+    found["parameters"] = sum(p.numel() for p in model.parameters())
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    loop(model, batch, sums)
+    reference = {name: total.clone() for name, total in sums.items()}
+    times: dict[str, list[float]] = {}
+    memory: dict[str, list[int]] = {}
+    errors: dict[str, float] = {}
+    # libraries leave hooks in a model, so each has one of its own
+    models = {name: model if name in ("plain", "trace", "loop", "vmap") else model_of(shape) for name in
+              ("plain", "trace", *peers)}  # fmt: skip
+    ready: dict[str, Callable] = {}
+    for name, own in models.items():
+        try:
+            ready[name] = CONTENDERS[name](own)
+            once(ready[name], own, batch, sums)
+        except (ImportError, RuntimeError, NotImplementedError, AttributeError, ValueError) as problem:
+            ready.pop(name, None)
+            found.setdefault("failed", {})[name] = f"{type(problem).__name__}: {str(problem).splitlines()[0][:200]}"
+            continue
+        if name != "plain":
+            covered = getattr(ready[name], "names", list(sums))
+            errors[name] = max(
+                float((sums[n] - reference[n]).abs().max() / reference[n].abs().max().clamp(min=1e-30)) for n in covered
+            )
+    for number in range(rounds + warm):
+        for name, contender in ready.items():
+            seconds, peak = once(contender, models[name], batch, sums)
+            if number >= warm:
+                times.setdefault(name, []).append(seconds)
+                if peak is not None:
+                    memory.setdefault(name, []).append(peak)
+    for name in ready:
+        found[name] = {
+            "seconds": statistics.median(times[name]),
+            "rounds": times[name],
+            "memory": statistics.median(memory[name]) if name in memory else None,
+            "error": errors.get(name),
+        }
+    return found
+
+
+def table(cases: list[dict]) -> str:
+    lines = ["| model | parameters | length | examples | contender | seconds | over plain | extra memory, MB | over "
+             "plain | largest relative error |", "|---" * 10 + "|"]  # fmt: skip
+    for found in cases:
+        head = f"| {found['shape']} | {found['parameters']:,} | {found['length']} | {found['examples']} "
+        floor = found["plain"]
+        for name in CONTENDERS:
+            if name in found:
+                row = found[name]
+                megabytes = "–" if row["memory"] is None else f"{row['memory'] / 1e6:.0f}"
+                more = "–" if row["memory"] is None else f"{row['memory'] / floor['memory']:.2f}"
+                error = "–" if row["error"] is None else f"{row['error']:.1e}"
+                lines.append(
+                    f"{head}| {name} | {row['seconds']:.3f} | {row['seconds'] / floor['seconds']:.2f} | {megabytes} | "
+                    f"{more} | {error} |"
+                )
+            elif name in found.get("failed", {}):
+                lines.append(f"{head}| {name} | could not run: {found['failed'][name]} | | | | |")
+    return "\n".join(lines)
+
+
+def headline(found: dict) -> dict[str, float | str | None]:
+    seconds = {name: found[name]["seconds"] for name in CONTENDERS if name in found}
+    peers = {name: seconds[name] for name in ("vmap", "opacus", "backpack") if name in seconds}
+    best = min(peers, key=lambda name: peers[name]) if peers else None
+    memory = [found[name]["memory"] for name in ("trace", "plain")]
+    return {
+        "shape": f"{found['shape']}, length {found['length']}, {found['examples']} examples",
+        "trace_over_plain": round(seconds["trace"] / seconds["plain"], 3),
+        "memory_over_plain": None if None in memory else round(memory[0] / memory[1], 3),
+        "loop_over_trace": round(seconds["loop"] / seconds["trace"], 3),
+        "best_peer": best,
+        "best_peer_over_trace": round(peers[best] / seconds["trace"], 3) if best else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the headline shape alone, without peers")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm", type=int, default=1, help="rounds that are not counted")
+    parser.add_argument("--only", help="cases whose shape is this")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/trace_cost.json"))
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    cases = [(*HEADLINE, ("loop",))] if options.quick else CASES
+    if options.only:
+        cases = [c for c in cases if c[0] == options.only]
+    about = metadata() | {"threads": torch.get_num_threads()}
+    print(
+        f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads; torch {about['versions']['torch']}, "
+        f"{about['platform']}\n"
+    )
+    rows = []
+    for shape, length, count, peers in cases:
+        with contextlib.redirect_stdout(None):
+            rows.append(case(shape, length, count, peers, options.rounds, options.warm))
+        gc.collect()
+        if not options.quick:
+            write_json(options.out, {"cases": rows, **about})
+    print(table(rows))
+    print(json.dumps(headline(rows[0])))
+
+
+if __name__ == "__main__":
+    main()
