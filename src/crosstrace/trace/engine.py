@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 from crosstrace.errors import UserError
 from crosstrace.losses import example_losses
-from crosstrace.trace.rules import RULES, Call, Rule, Unfit, fold, is_lookup, reduce, sum_dtype
+from crosstrace.trace.modules import RULES
+from crosstrace.trace.rules import Call, Rule, Unfit, fold, is_lookup, main_output, reduce, sum_dtype
 
 Batch = Mapping[str, Tensor]
 Way = list[list[str]]  # a parameter's uses in order, each [module, local name, rule]; empty: no use, no gradient
@@ -41,7 +42,6 @@ AGREES = {
     torch.float16: (0.05, 0.002),
     torch.bfloat16: (0.15, 0.02),
 }
-BY_NAME = {rule.name: rule for rule in RULES}
 
 
 class Engine:
@@ -67,6 +67,7 @@ class Engine:
             own = {local: names[id(p)] for local, p in module._parameters.items() if p is not None}
             if own:
                 self._owners[owner] = own
+        self._adopted = False
         embedding = _embeddings(model, "input")
         self._head = _embeddings(model, "output")
         self._explicit_positions = any(  # learned positions looked up once for the whole batch mix its examples
@@ -86,7 +87,10 @@ class Engine:
             UserError: the batch lacks a tensor, or an example lacks a target.
         """
         batch = self._checked(batch)
+        by_name = {rule.name: rule for rule in RULES}
         with _undisturbed(self.model):
+            if not self._adopted:
+                self._adopt(batch)
             if self.probed < min(2, len(batch["labels"])):
                 self._probe(batch)
             missing = set(self.parameters)
@@ -96,7 +100,7 @@ class Engine:
                 if way is None or [[call.name, local] for call, local in calls] != [use[:2] for use in way]:
                     return  # called otherwise than when it was probed
                 try:
-                    uses = [BY_NAME[rule](call, local) for (call, local), (_, _, rule) in zip(calls, way)]
+                    uses = [by_name[rule](call, local) for (call, local), (_, _, rule) in zip(calls, way)]
                 except Unfit:
                     return
                 missing.discard(name)
@@ -146,14 +150,17 @@ class Engine:
         def recorder(owner: str) -> Callable[..., None]:
             def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 own = self._owners[owner]
-                rows = len(output) if isinstance(output, Tensor) and output.requires_grad else 0
-                if rows not in (shape[0], shape[0] * shape[1]):
+                place = main_output(output, (shape[0], shape[0] * shape[1]))
+                if place is None:
                     opaque.update(own.values())
                     return
+                output = tree_leaves(output)[place]
+                rows = len(output)
                 flat = None if rows == shape[0] else shape
                 tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-                only = tensors[0] if len(tensors) == 1 and len(tensors[0]) == rows else None
+                only = tensors[0] if len(tensors) == 1 and tensors[0].shape[:1] == (rows,) else None
                 call = Call(owner, module, args, kwargs, only, output, output.grad_fn, flat)
+                call.place, call.locals = place, tuple(own)
                 recorded.append(call)
                 for local, name in own.items():
                     calls[name].append((call, local))
@@ -221,6 +228,33 @@ class Engine:
 
     # ---- the plan
 
+    def _adopt(self, batch: Batch) -> None:
+        """Give parameters to the closest module around whose calls show them example by example.
+
+        Not so a module whose parameters are used without calling it (Mamba's convolution), or which sees the
+        tokens of several examples mixed (an expert that is a module of its own).
+        """
+        pair = {key: value[:2] for key, value in batch.items()}
+        rows = (len(pair["labels"]), pair["labels"].numel())
+        apart: dict[str, bool] = {}
+        with ExitStack() as hooks:
+            for name, module in self.model.named_modules():
+
+                def note(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                    apart[name] = apart.get(name, True) and main_output(output, rows) is not None
+
+                hooks.callback(module.register_forward_hook(note).remove)
+            self._losses(pair, only_targets=True)
+        for owner in [owner for owner in self._owners if not apart.get(owner)]:
+            around = owner
+            while around and not apart.get(around):
+                around = around.rpartition(".")[0]
+            if around:  # not the whole model
+                own = self._owners.setdefault(around, {})
+                for local, name in self._owners.pop(owner).items():
+                    own[f"{owner[len(around) + 1 :]}.{local}"] = name
+        self._adopted = True
+
     def _probe(self, batch: Batch) -> None:
         """Choose each parameter's way: the first that is right for the longest and the shortest example."""
         lengths = batch["attention_mask"].sum(1)
@@ -238,13 +272,16 @@ class Engine:
             expected = [gradients[name] for gradients in alone]
             if not any(g is not None and bool(g.any()) for g in expected):
                 return  # zero tells nothing about a rule
-            ways = list(itertools.product(*(list(_fitting(call, local)) for call, local in calls)))
-            misfits = [_misfit(uses, expected, self.parameters[name]) for uses in ways]
-            bar = max(4 * min(misfits, default=1.0), 0.3)  # a wrong rule may nearly pass in half precision
-            for uses, misfit in zip(ways, misfits):
-                if misfit <= min(bar, 1.0):
-                    self.plan[name] = [[call.name, local, use.name] for (call, local), use in zip(calls, uses)]
-                    return
+            if self.parameters[name].dim() == 0 and len(calls) > 1:
+                return  # uses are added by rows, and a number has none
+            for rules in (RULES[:-1], RULES):
+                ways = list(itertools.product(*(list(_fitting(call, local, rules)) for call, local in calls)))
+                misfits = [_misfit(uses, expected, self.parameters[name]) for uses in ways]
+                bar = max(4 * min(misfits, default=1.0), 0.3)  # a wrong rule may nearly pass in half precision
+                for uses, misfit in zip(ways, misfits):
+                    if misfit <= min(bar, 1.0):
+                        self.plan[name] = [[call.name, local, use.name] for (call, local), use in zip(calls, uses)]
+                        return
 
         self._backward({key: value[pair] for key, value in batch.items()}, deliver)
         self.probed = len(pair)
@@ -316,10 +353,11 @@ class Engine:
         return {key: value.to(device) for key, value in batch.items()}
 
 
-def _fitting(call: Call, local: str) -> Iterator[Rule]:
-    for rule in RULES:
+def _fitting(call: Call, local: str, rules: Sequence[type[Rule]]) -> Iterator[Rule]:
+    for rule in rules:
         try:
-            yield rule(call, local)
+            if rule.nested or "." not in local:
+                yield rule(call, local)
         except Unfit:
             continue
 

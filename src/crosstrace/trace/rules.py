@@ -15,13 +15,13 @@ Shapes: B examples, T positions, O and I outputs and inputs, c examples of a blo
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 # Elements of a block: 1 MB in float32, a core's L2 cache (measured: less is slower, more no faster).
 BLOCK = 1 << 18
@@ -43,18 +43,22 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     input: Tensor | None  # the call's only tensor argument; None if it has none or several
-    output: Tensor
+    output: Tensor  # of a tuple, the first tensor with a gradient and a row (or T rows) per example
     node: Any  # autograd's node whose gradient e is
     flat: tuple[int, int] | None = None  # (B, T) where the module saw [B·T, …], else it saw [B, …]
     e: Tensor | None = None
     waiting: set[str] = field(default_factory=set)  # parameters whose gradient still needs this call
+    place: int = 0  # of `output` among all that the module gave
+    locals: tuple[str, ...] = ()  # the module's names of all parameters this call is recorded for
+    kept: dict[Any, Any] = field(default_factory=dict)  # what a rule found for several of them at once
 
     def __post_init__(self) -> None:
-        self._versions = [x._version if x is not None else 0 for x in (self.input, self.output)]
+        self._versions = [x._version for x in self._tensors()]
+        self._output_version = self.output._version
 
     def clear(self) -> None:
         """Let go of all tensors."""
-        self.args, self.kwargs = (), {}
+        self.args, self.kwargs, self.kept = (), {}, {}
         self.input, self.output, self.node, self.e = None, torch.empty(0), None, None
 
     def gradient(self) -> Tensor:
@@ -64,13 +68,30 @@ class Call:
 
     def tensor(self) -> Tensor:
         """The only tensor argument as the module saw it, detached and unchanged since the call."""
-        if self.input is None or self.input._version != self._versions[0]:
+        if self.input is None:
             raise Unfit
+        self.tensors()
         return self.input.detach()
+
+    def tensors(self) -> list[Tensor]:
+        """All tensor arguments in order, detached and unchanged since the call."""
+        tensors = self._tensors()
+        if [x._version for x in tensors] != self._versions:
+            raise Unfit
+        return [x.detach() for x in tensors]
+
+    def arguments(self, change: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """args and kwargs with every tensor changed."""
+        self.tensors()
+        swap = lambda x: change(x) if isinstance(x, Tensor) else x
+        return tree_map(swap, self.args), tree_map(swap, self.kwargs)
+
+    def _tensors(self) -> list[Tensor]:
+        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
 
     def result(self) -> Tensor | None:
         """What the module gave, detached; None if it has been changed in place since."""
-        return self.output.detach() if self.output._version == self._versions[1] else None
+        return self.output.detach() if self.output._version == self._output_version else None
 
     def by_example(self, x: Tensor) -> Tensor:
         """What the module saw or gave, as [B, …]."""
@@ -79,9 +100,8 @@ class Call:
     def again(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """The module's output for another input and other parameters."""
         swap = lambda value: x if value is self.input else value
-        return torch.func.functional_call(
-            self.module, parameters, tree_map(swap, self.args), tree_map(swap, self.kwargs)
-        )
+        args, kwargs = tree_map(swap, self.args), tree_map(swap, self.kwargs)
+        return tree_leaves(torch.func.functional_call(self.module, parameters, args, kwargs))[self.place]
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -98,6 +118,7 @@ class Rule:
 
     name: str
     batch: int  # B
+    nested = False  # whether `local` may name a parameter of a module inside, e.g. "conv1d.weight"
 
     def __init__(self, call: Call, local: str) -> None:
         raise NotImplementedError
@@ -283,15 +304,12 @@ class Replay(Rule):
         _put(out, self.grads[examples, rows], beta)
 
 
-RULES: tuple[type[Rule], ...] = (
-    Linear,
-    TransposedLinear,
-    Embedding,
-    Shift,
-    Gain,
-    Scale,
-    Replay,
-)  # cheapest first
+def main_output(output: Any, rows: Container[int]) -> int | None:
+    """Place, among the leaves of a module's output, of the first tensor with a gradient and so many rows."""
+    for place, x in enumerate(tree_leaves(output)):
+        if isinstance(x, Tensor) and x.requires_grad and x.dim() and len(x) in rows:
+            return place
+    return None
 
 
 def is_lookup(node: Any) -> bool:

@@ -1,0 +1,351 @@
+"""Rules for modules that multiply in other ways than a linear layer, and the list of all rules.
+
+`Convolution` and `ChannelShift` serve nn.Conv1d, `Experts` the three-dimensional parameters of
+mixture-of-experts layers, and `Alone` whatever has no rule of its own. How to add one: docs/rules.md.
+
+What is not known here: two- and three-dimensional convolutions, experts behind a norm of their own, and modules
+whose examples see each other; `Alone` or, in the end, the engine's general path serves those.
+
+Shapes: as in rules.py; K taps of a filter, E experts, N = B·T tokens, P pairs of a token and one of its experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from crosstrace.trace.rules import (
+    Call,
+    Embedding,
+    Gain,
+    Linear,
+    Replay,
+    Rule,
+    Scale,
+    Shift,
+    TransposedLinear,
+    Unfit,
+    _put,
+    fold,
+    sum_dtype,
+)
+
+
+class ChannelShift(Shift):
+    """g_i = Σ_t e_it of y [B, O, T] = … + b: the bias of a convolution."""
+
+    name = "channel shift"
+
+    def __init__(self, call: Call, local: str) -> None:
+        e = call.gradient()
+        if e.dim() < 3:
+            raise Unfit
+        self._keep(e.movedim(1, -1), getattr(call.module, local))
+
+
+class Convolution(Rule):
+    """g_i[o, c, k] = Σ_t e_i[o, t] x_i[c, stride·t + dilation·k] of nn.Conv1d, c a channel of o's group."""
+
+    name = "convolution"
+
+    def __init__(self, call: Call, local: str) -> None:
+        module = call.module
+        if not isinstance(module, nn.Conv1d) or local != "weight":
+            raise Unfit
+        x, e = call.by_example(call.tensor()), call.gradient()
+        if x.dim() != 3 or e.dim() != 3 or x.shape[1] != module.in_channels or e.shape[1] != module.out_channels:
+            raise Unfit
+        (taps,), (stride,), (dilation,) = module.kernel_size, module.stride, module.dilation
+        span = dilation * (taps - 1) + 1  # what one output sees
+        if module.padding == "same":
+            padding = ((span - 1) // 2, span - 1 - (span - 1) // 2)
+        else:
+            padding = (0, 0) if module.padding == "valid" else (int(module.padding[0]),) * 2
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = nn.functional.pad(x.to(e.dtype), padding, mode=mode)
+        if x.shape[-1] < span:
+            raise Unfit
+        seen = x.unfold(-1, span, stride)[..., ::dilation]  # [B, I, T, K], a view
+        if seen.shape[2] != e.shape[2]:
+            raise Unfit
+        self.batch, self.e = len(e), e
+        self.high = module.out_channels // module.groups  # rows of the parameter in one group
+        self.seen = seen.unflatten(1, (module.groups, -1))  # [B, groups, I / groups, T, K]
+
+    def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
+        top = rows.start
+        while top < rows.stop:  # as many whole groups at once as there are, else the part of one
+            whole = (rows.stop - top) // self.high if top % self.high == 0 else 0
+            groups = max(1, whole)
+            height = self.high if whole else min(self.high - top % self.high, rows.stop - top)
+            bottom = top + groups * height
+            first = top // self.high
+            left = self.e[examples, top:bottom].unflatten(1, (groups, height))
+            right = self.seen[examples, first : first + groups].transpose(2, 3).flatten(3)  # [c, groups, T, …]
+            value = left @ right
+            part = out[:, top - rows.start : bottom - rows.start]
+            _put(part, value.view(part.shape), beta)
+            top = bottom
+
+
+class Experts(Rule):
+    """The expert layers of transformers 5: g_i[x] = Σ left ⊗ right over example i's tokens that x serves.
+
+    The module's way from its input to the products is taken again (up projection, its own gate, routing
+    weights) for the pairs (token, expert) that the gradient reaches. Pairs are sorted by expert and example,
+    so that an expert costs only the examples routed to it.
+    """
+
+    name = "experts"
+
+    def __init__(self, call: Call, local: str) -> None:
+        module, own = call.module, call.module._parameters
+        up_name = "gate_up_proj" if "gate_up_proj" in own else "up_proj"
+        up_weight, down_weight = own.get(up_name), own.get("down_proj")
+        if up_weight is None or down_weight is None or up_weight.dim() != 3 or down_weight.dim() != 3:
+            raise Unfit
+        known = (up_name, "down_proj", f"{up_name}_bias", "down_proj_bias")
+        if any(p is not None and name not in known for name, p in own.items()):
+            raise Unfit
+        if local not in known or getattr(module, "has_post_expert_norm", False):
+            raise Unfit
+        up_bias, down_bias = own.get(f"{up_name}_bias"), own.get("down_proj_bias")
+        hidden, index, share = self._arguments(call)
+        e = call.gradient().flatten(0, -2)  # [N, H]
+        count, width = len(up_weight), hidden.shape[-1]
+        if e.shape != hidden.shape:
+            raise Unfit
+        transposed = getattr(module, "is_transposed", up_weight.shape[2] != width)
+        up, down = up_weight.detach(), down_weight.detach()
+        if not transposed:
+            up, down = up.transpose(1, 2), down.transpose(1, 2)  # [E, H, …] and [E, I, H], as y = x W
+        if up.shape[1] != width or down.shape[2] != width:
+            raise Unfit
+
+        self.batch, self.count = call.flat[0] if call.flat else len(hidden), count
+        reached = (e.abs().amax(-1, keepdim=True) != 0) & (index < count) & (share != 0)  # (E: no expert here)
+        token, slot = reached.nonzero(as_tuple=True)
+        expert, example = index[token, slot], token // (len(hidden) // self.batch)
+        order = (expert * self.batch + example).argsort(stable=True)
+        token, slot, self.expert, self.example = token[order], slot[order], expert[order], example[order]
+        x, weight = hidden[token], share[token, slot].unsqueeze(-1)
+        d = e[token] * weight.to(e.dtype)  # the gradient of the down projection's output [P, H]
+
+        a = x.new_empty(len(x), up.shape[2])
+        for number, rows in self._groups():
+            torch.matmul(x[rows], up[number], out=a[rows])
+        if up_bias is not None:
+            a += up_bias.detach()[self.expert]
+        z, back = torch.func.vjp(_gate(module, up_name), a)[:2]
+        if z.shape != (len(x), down.shape[1]):
+            raise Unfit
+        if local.startswith("down"):
+            left, right = z.to(e.dtype), d
+        else:
+            dz = torch.empty_like(z)
+            for number, rows in self._groups():
+                torch.matmul(d[rows].to(z.dtype), down[number].t(), out=dz[rows])
+            left, right = x.to(e.dtype), back(dz)[0].to(e.dtype)
+        if local.endswith("_bias"):
+            if (up_bias if local.startswith(up_name) else down_bias) is None:
+                raise Unfit
+            self.left, self.right, self.flat = right, right.new_ones(len(right), 1), True
+        else:
+            self.left, self.right, self.flat = (left, right, False) if transposed else (right, left, False)
+
+    def _arguments(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [N, H], the numbers of their experts [N, k] and the weights of these [N, k]."""
+        tensors = call.tensors()
+        indices = [x for x in tensors if not x.is_floating_point()]
+        if len(tensors) != 3 or len(indices) != 1 or any(x.dim() != 2 for x in tensors):
+            raise Unfit
+        shares = [x for x in tensors if x.is_floating_point() and x.shape == indices[0].shape]
+        hidden = [x for x in tensors if x.is_floating_point() and x.shape != indices[0].shape]
+        if len(shares) != 1 or len(hidden) != 1:
+            raise Unfit
+        return hidden[0], indices[0], shares[0]
+
+    def _groups(self, chosen: Tensor | None = None) -> Iterator[tuple[int, slice]]:
+        """Each expert that has pairs (of the `chosen`), with its slice of them."""
+        expert = self.expert if chosen is None else self.expert[chosen]
+        sizes = torch.bincount(expert, minlength=self.count).tolist()
+        start = 0
+        for number, size in enumerate(sizes):
+            if size:
+                yield number, slice(start, start + size)
+            start += size
+
+    def _of(self, examples: slice) -> Tensor:
+        """The pairs that belong to `examples`, in order."""
+        wanted = torch.zeros(self.batch, dtype=torch.bool, device=self.example.device)
+        wanted[examples] = True
+        return wanted[self.example].nonzero().squeeze(1)
+
+    def _matrix(self, sums: Tensor) -> Tensor:
+        return sums.unsqueeze(-1) if self.flat else sums
+
+    def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
+        if beta == 0:
+            out.zero_()
+        block = self._matrix(out)
+        for place, i in enumerate(range(self.batch)[examples]):
+            pairs = self._of(slice(i, i + 1))
+            left, right = self.left[pairs], self.right[pairs]
+            for number, own in self._groups(pairs):
+                if rows.start <= number < rows.stop:
+                    block[place, number - rows.start].addmm_(left[own].t(), right[own])
+
+    def total(self, out: Tensor, examples: slice) -> None:
+        pairs = self._of(examples)
+        for number, own in self._groups(pairs):
+            self._matrix(out)[number].addmm_(self.left[pairs[own]].t(), self.right[pairs[own]])
+
+    def reduce(self, sums: dict[str, Tensor], examples: slice) -> None:
+        """Expert by expert, over the examples routed to it alone."""
+        pairs = self._of(examples)
+        for number, own in self._groups(pairs):
+            chosen = pairs[own]
+            routed = _Routed(self.left[chosen], self.right[chosen], self.example[chosen])
+            routed.reduce({name: self._matrix(total)[number] for name, total in sums.items()}, slice(None))
+
+
+class _Routed(Rule):
+    """One expert's pairs, sorted by example: a batch of the examples that occur, filled up with zeros."""
+
+    def __init__(self, left: Tensor, right: Tensor, example: Tensor) -> None:
+        _, place, sizes = torch.unique_consecutive(example, return_inverse=True, return_counts=True)
+        self.batch = len(sizes)
+        position = torch.arange(len(example), device=example.device) - (sizes.cumsum(0) - sizes)[place]
+        longest = int(sizes.max())
+        self.left = left.new_zeros(self.batch, longest, left.shape[1])
+        self.right = right.new_zeros(self.batch, longest, right.shape[1])
+        self.left[place, position], self.right[place, position] = left, right
+
+    def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
+        left = self.left[examples, :, rows].transpose(1, 2)
+        torch.baddbmm(out, left, self.right[examples], beta=beta, out=out)
+
+
+def _gate(module: Any, up_name: str) -> Callable[[Tensor], Tensor]:
+    """The module's own function from the up projection [P, 2I] (or [P, I]) to the down projection's input."""
+    if up_name == "gate_up_proj" and hasattr(module, "_apply_gate"):
+        return module._apply_gate
+    if not hasattr(module, "act_fn"):
+        raise Unfit
+    if up_name == "up_proj":
+        return module.act_fn
+
+    def gate(a: Tensor) -> Tensor:
+        gate, up = a.chunk(2, dim=-1)
+        return module.act_fn(gate) * up
+
+    return gate
+
+
+class Alone(Rule):
+    """The module is run again for one example at a time: any parameter of any module that keeps examples apart.
+
+    A tensor argument with a row (or T rows) per example is cut, any other is taken as shared by all examples.
+    That is a guess, which a later batch may refute (T = B by chance), so one example must first give the
+    recorded output again. One run serves all parameters of the call: the others' sums are kept until asked for.
+    A tensor with several uses has to be run again for each of its blocks.
+    """
+
+    name = "alone"
+    nested = True
+
+    def __init__(self, call: Call, local: str) -> None:
+        if not call.name:
+            raise Unfit  # the whole model: the general path does the same
+        self.call, self.local = call, local
+        self.batch, self.height = call.flat or (len(call.output), 1)
+        if "fits" not in call.kept:
+            call.kept["fits"] = self._fits()
+        if not call.kept["fits"]:
+            raise Unfit
+
+    def _fits(self) -> bool:
+        """Whether the example with the largest gradient gives the recorded output again."""
+        y, e = self.call.result(), self.call.e
+        if y is None or e is None:
+            return False
+        i = int(e.flatten(1).abs().amax(1).argmax()) // self.height
+        rows = self._rows(i)
+        try:
+            again = self._run(i).detach()
+        except (Unfit, RuntimeError, ValueError, TypeError, IndexError):  # it does not like one example alone
+            return False
+        y, reached = y[rows], e[rows] != 0  # elsewhere, e.g. at padding, it may give anything
+        if again.shape != y.shape:
+            return False
+        difference, scale = (torch.where(reached, x, 0).norm() for x in (again - y, y))
+        return bool(difference <= torch.finfo(y.dtype).eps ** 0.25 * scale)
+
+    def _rows(self, i: int) -> slice:
+        return slice(i * self.height, (i + 1) * self.height)
+
+    def _run(self, i: int) -> Tensor:
+        def cut(x: Tensor) -> Tensor:
+            x = x.detach()
+            if x.dim() and len(x) == self.batch * self.height:
+                return x[self._rows(i)]
+            return x[i : i + 1] if x.dim() and len(x) == self.batch else x
+
+        args, kwargs = self.call.arguments(cut)
+        with torch.enable_grad():
+            return tree_leaves(self.call.module(*args, **kwargs))[self.call.place]
+
+    def _gradients(self, i: int, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
+        assert self.call.e is not None
+        return torch.autograd.grad(self._run(i), parameters, self.call.e[self._rows(i)], allow_unused=True)
+
+    def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
+        parameter = self.call.module.get_parameter(self.local)
+        for place, i in enumerate(range(self.batch)[examples]):
+            (gradient,) = self._gradients(i, [parameter])
+            _put(out[place], torch.zeros_like(out[place]) if gradient is None else gradient[rows], beta)
+
+    def total(self, out: Tensor, examples: slice) -> None:
+        self.reduce({"sum": out}, examples)
+
+    def reduce(self, sums: dict[str, Tensor], examples: slice) -> None:
+        found = self.call.kept.setdefault((examples.start, examples.stop, examples.step, *sums), {})
+        if self.local not in found:
+            found.update(self._sums(list(sums), examples))
+        for name, total in found.pop(self.local).items():
+            sums[name].add_(total)
+
+    def _sums(self, wanted: list[str], examples: slice) -> dict[str, dict[str, Tensor]]:
+        """Of all the call's parameters."""
+        own = {local: self.call.module.get_parameter(local) for local in self.call.locals}
+        sums = {
+            local: {name: torch.zeros_like(p, dtype=sum_dtype(p.dtype)) for name in wanted} for local, p in own.items()
+        }
+        for i in range(self.batch)[examples]:
+            for (local, p), gradient in zip(own.items(), self._gradients(i, list(own.values()))):
+                if gradient is not None:  # (a copy: it may be e itself, and a block is used up)
+                    fold(gradient.to(sum_dtype(p.dtype), copy=True).unsqueeze(0), sums[local])
+        return sums
+
+    def magnitude(self) -> Rule:
+        return self  # autograd's own gradient: as rounded as what it is compared with
+
+
+# Cheapest first; the last is tried only where no other is right.
+RULES: list[type[Rule]] = [
+    Linear,
+    TransposedLinear,
+    Embedding,
+    Shift,
+    ChannelShift,
+    Gain,
+    Scale,
+    Convolution,
+    Experts,
+    Replay,
+    Alone,
+]

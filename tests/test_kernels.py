@@ -1,0 +1,287 @@
+"""The Triton kernel against a plain sum in float64.
+
+The tests of its logic run in Triton's interpreter, which needs no GPU but must be switched on before Triton is
+imported: one test runs this file again in a process where it is on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from crosstrace.trace import kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(
+    INTERPRETED or not torch.cuda.is_available() or importlib.util.find_spec("triton") is None,
+    reason="needs a CUDA device and triton",
+)
+ALL = kernels.MEASURES
+SUBSETS = [names for n in (1, 2, 3) for names in itertools.combinations(ALL, n)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FOLDS: dict[str, Callable[[Tensor], Tensor]] = {"sum": lambda g: g, "abs": torch.abs, "square": torch.square}
+
+
+def factors(b: int, t: int, r: int, k: int, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+    return tuple(torch.randn(b, t, n).to(device, dtype) for n in (r, k))
+
+
+def zeros(left: Tensor, right: Tensor, names=ALL) -> dict[str, Tensor]:
+    return {name: torch.zeros(left.shape[2], right.shape[2], device=left.device) for name in names}
+
+
+def expected(left: Tensor, right: Tensor, examples: slice, lengths: Tensor | None = None) -> dict[str, Tensor]:
+    """One example after the other, in float64."""
+    sums = {name: torch.zeros(left.shape[2], right.shape[2], dtype=torch.float64, device=left.device) for name in ALL}
+    for b in range(len(left))[examples]:
+        stop = left.shape[1] if lengths is None else int(lengths[b])
+        g = torch.einsum("tr,tk->rk", left[b, :stop].double(), right[b, :stop].double())
+        for name, fold in FOLDS.items():
+            sums[name] += fold(g)
+    return sums
+
+
+def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 3e-6) -> None:
+    """To float32's rounding whatever the factors' dtype: products of half-precision numbers are exact."""
+    assert got
+    for name, value in got.items():
+        scale = float(want[name].abs().max())
+        assert float((value.double() - want[name]).abs().max()) <= tolerance * max(scale, 1e-30), name
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the one that starts the interpreter's process")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_the_kernel_in_the_interpreter():
+    arguments = ["-p", "no:cacheprovider", "-p", "no:xdist", "-k", "interpreter_", "-rs", "-x", __file__]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-m", "pytest", *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+
+# ---- in the interpreter's process: blocks of 16 rows, 32 columns and 16 positions
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes",
+    [(3, 5, 17, 33), (3, 1, 17, 33), (1, 16, 16, 32), (2, 17, 5, 7), (2, 40, 50, 70), (2, 3, 1, 1), (1, 2, 145, 33)],
+)
+def test_interpreter_equals_the_plain_sum(sizes, dtype):
+    left, right = factors(*sizes, dtype)
+    sums = zeros(left, right)
+    assert kernels.available(left)
+    kernels.per_example_sums(left, right, sums, slice(None))
+    assert_close(sums, expected(left, right, slice(None)))
+
+
+@interpreted
+@pytest.mark.parametrize("names", SUBSETS)
+def test_interpreter_any_subset_of_the_sums(names):
+    left, right = factors(3, 5, 17, 33)
+    sums = zeros(left, right, names)
+    kernels.per_example_sums(left, right, sums, slice(None))
+    assert tuple(sums) == names
+    assert_close(sums, expected(left, right, slice(None)))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "share", [slice(0, None, 2), slice(1, None, 2), slice(1, 4), slice(-1, None), slice(4, 0, -2), slice(5, None)]
+)
+def test_interpreter_a_share_of_the_batch(share):
+    left, right = factors(5, 6, 17, 33)
+    sums = zeros(left, right)
+    kernels.per_example_sums(left, right, sums, share)
+    assert_close(sums, expected(left, right, share))
+
+
+@interpreted
+@pytest.mark.parametrize("t", [9, 40])
+@pytest.mark.parametrize("share", [slice(None), slice(1, None, 2)])
+def test_interpreter_lengths_and_padding_that_is_not_read(t, share):
+    left, right = factors(5, t, 17, 33, torch.bfloat16)
+    lengths = torch.tensor([t, 1, 0, t // 2, t - 1], dtype=torch.int32)
+    for b, length in enumerate(lengths.tolist()):
+        left[b, length:], right[b, length:] = float("nan"), float("inf")
+    sums = zeros(left, right)
+    kernels.per_example_sums(left, right, sums, share, lengths)
+    assert_close(sums, expected(left, right, share, lengths))
+
+
+@interpreted
+def test_interpreter_lengths_beyond_the_factors_read_nothing_more():
+    left, right = factors(2, 9, 17, 33)
+    sums = zeros(left, right)
+    padded_left, padded_right = (torch.nn.functional.pad(x, (0, 0, 0, 9), value=float("nan")) for x in (left, right))
+    lengths = torch.tensor([9, 18], dtype=torch.int32)
+    kernels.per_example_sums(padded_left[:, :9], padded_right[:, :9], sums, slice(None), lengths)
+    assert_close(sums, expected(left, right, slice(None)))
+
+
+@interpreted
+@pytest.mark.parametrize("t", [5, 40])
+def test_interpreter_strides(t):
+    left, right = torch.randn(17, t, 3).permute(2, 1, 0), torch.randn(6, 2 * t, 70)[::2, ::2, 3:69:2]
+    assert not left.is_contiguous() and not right.is_contiguous()
+    sums = {name: torch.zeros(33, 17).t() for name in ALL}
+    kernels.per_example_sums(left, right, sums, slice(None))
+    assert_close(sums, expected(left, right, slice(None)))
+
+
+@interpreted
+def test_interpreter_adds_to_part_of_a_larger_tensor_and_nothing_beside():
+    left, right = factors(3, 5, 17, 33)
+    whole = {name: torch.full((20, 40), 7.0) for name in ALL}
+    kernels.per_example_sums(left, right, {name: x[2:19, 3:36] for name, x in whole.items()}, slice(None))
+    for name, want in expected(left, right, slice(None)).items():
+        assert_close({name: whole[name][2:19, 3:36]}, {name: want + 7})
+        whole[name][2:19, 3:36] = 7.0
+        assert bool((whole[name] == 7).all()), name
+
+
+@interpreted
+def test_interpreter_shares_add_up_and_calls_repeat_bit_for_bit():
+    left, right = factors(5, 20, 17, 33, torch.bfloat16)
+    runs = []
+    for _ in range(2):
+        sums = zeros(left, right)
+        for first in range(2):
+            kernels.per_example_sums(left, right, sums, slice(first, None, 2))
+        runs.append(sums)
+    assert_close(runs[0], expected(left, right, slice(None)))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in ALL)
+
+
+@interpreted
+def test_interpreter_agrees_with_the_plain_twin():
+    from crosstrace.trace import rules
+
+    left, right = factors(5, 6, 17, 33)
+    linear = rules.Linear.__new__(rules.Linear)
+    linear.left, linear.right, linear.batch = left, right, len(left)
+    got, want = zeros(left, right), zeros(left, right)
+    kernels.per_example_sums(left, right, got, slice(None, None, 2))
+    rules._blocks([linear], want, slice(None, None, 2), len(left))
+    assert_close(got, {name: x.double() for name, x in want.items()})
+
+
+@interpreted
+def test_interpreter_nothing_to_add():
+    sums = zeros(*factors(2, 3, 4, 5))
+    kernels.per_example_sums(*factors(2, 3, 4, 5), {}, slice(None))
+    kernels.per_example_sums(*factors(2, 0, 4, 5), sums, slice(None))
+    kernels.per_example_sums(*factors(2, 3, 4, 5), sums, slice(2, 2))
+    assert not any(bool(x.any()) for x in sums.values())
+
+
+# ---- without the kernel
+
+
+def test_available_says_no_to_what_it_cannot_take():
+    assert not kernels.available(torch.zeros(1, dtype=torch.float64))
+    assert kernels.available(torch.zeros(1)) == INTERPRETED
+
+
+def test_what_is_wrong_is_named():
+    left, right = factors(2, 3, 4, 5)
+    call = lambda left=left, right=right, sums=None, lengths=None, **more: kernels.per_example_sums(
+        left, right, zeros(*factors(2, 3, 4, 5)) if sums is None else sums, slice(None), lengths, **more
+    )
+    with pytest.raises(ValueError, match=r"\[2, 3, 4\] and \[2, 2, 5\]"):
+        call(right=right[:, :2])
+    with pytest.raises(ValueError, match="float64"):
+        call(left.double(), right.double())
+    with pytest.raises(ValueError, match="bfloat16"):
+        call(left.bfloat16())
+    with pytest.raises(ValueError, match="unknown sum 'net'"):
+        call(sums={"net": torch.zeros(4, 5)})
+    with pytest.raises(ValueError, match=r"expected torch.float32 \[4, 5\]"):
+        call(sums={"abs": torch.zeros(5, 4)})
+    with pytest.raises(ValueError, match="strides"):
+        call(sums={"abs": torch.zeros(4, 5), "sum": torch.zeros(5, 4).t()})
+    with pytest.raises(ValueError, match=r"lengths are torch.int64 \[2\]"):
+        call(lengths=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="precision 'fast'"):
+        call(precision="fast")
+
+
+def test_a_factor_is_copied_only_where_its_offsets_pass_32_bits():
+    near = torch.zeros(2, 3, 4)
+    far = torch.empty_strided((1, 3, 2), (1, 1, 2**31), device="meta")
+    assert kernels._near(near) is near
+    assert kernels._near(near.transpose(1, 2)).stride() == (12, 1, 4)
+    assert kernels._near(far).stride() == (6, 2, 1)
+
+
+def test_lengths_are_tuned_for_in_few_sizes():
+    assert [kernels._tuned_length(t) for t in (1, 16, 17, 33, 64, 100, 5000)] == [16, 16, 32, 64, 64, 128, 128]
+
+
+@pytest.mark.parametrize("names", SUBSETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_few_tilings_are_tried_that_fit_the_gpu(names, dtype):
+    configs = [
+        SimpleNamespace(kwargs={"BLOCK_R": r, "BLOCK_K": k, "BLOCK_T": t}, num_warps=warps, num_stages=stages)
+        for r, k, t, warps, stages in kernels.TILINGS
+    ]
+    wanted = {name.upper(): name in names for name in ALL}
+    for positions in (1, 20, 64, 300):
+        arguments = {"left": torch.zeros(1, dtype=dtype), "tuned_length": kernels._tuned_length(positions)}
+        tried = kernels._promising(configs, arguments, grid=None, warmup=False, **wanted)
+        assert tried
+        for config in tried:
+            r, k, t = config.kwargs.values()
+            # of 255 registers a thread, 65536 a multiprocessor; and of 227 KB of shared memory
+            assert (1 + len(names)) * r * k <= 32 * config.num_warps * 168 and 32 * config.num_warps * 255 <= 65536
+            assert config.num_stages * t * (r + k) * dtype.itemsize <= 227 * 1024
+            assert t < 2 * max(16, positions)
+
+
+# ---- on a GPU
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32x3")]
+)
+@pytest.mark.parametrize("names", [("abs",), ALL])
+def test_gpu_equals_the_plain_sum(dtype, precision, names):
+    left, right = factors(8, 64, 2048, 512, dtype, "cuda")
+    want = expected(left, right, slice(None))
+    runs = []
+    for _ in range(2):  # the first call tunes, which must leave no trace in the sums
+        sums = zeros(left, right, names)
+        kernels.per_example_sums(left, right, sums, slice(None), precision=precision)
+        runs.append(sums)
+        assert_close(sums, want, 2e-5)
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in names)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("t", [1, 40, 150])
+def test_gpu_edges_lengths_shares_and_strides(dtype, t):
+    left, right = factors(5, t, 131, 77, dtype, "cuda")
+    left, right = left[:, :, 1:], right.transpose(1, 2).contiguous().transpose(1, 2)
+    lengths = torch.tensor([t, 1, 0, t // 2, t - 1], dtype=torch.int32, device="cuda")
+    for b, length in enumerate(lengths.tolist()):
+        left[b, length:], right[b, length:] = float("nan"), float("inf")
+    sums = {name: torch.ones_like(x) for name, x in zeros(left, right).items()}
+    want = expected(left, right, slice(1, None, 2), lengths)
+    kernels.per_example_sums(left, right, sums, slice(1, None, 2), lengths)
+    assert_close(sums, {name: x + 1 for name, x in want.items()}, 2e-5)
