@@ -126,7 +126,9 @@ def _chain(run: Run, experiment: Experiment, name: str, chain: Sequence[str], pr
         "train": teach, "eval": test, "trace": take_traces, "analyze": analyze, "intervene": intervene
     }  # fmt: skip
     if name == "base":
-        stages = {"eval": test} | ({"trace": examine} if experiment.trace.check else {})
+        stages = {"eval": test}
+        if experiment.trace.check:
+            stages["trace"] = examine
     torch.set_num_threads(experiment.threads)
     for stage in chain:
         if stage not in stages:
