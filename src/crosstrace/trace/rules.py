@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-# Elements of a block: 1 MB in float32, a core's L2 cache (measured: less is slower, more no faster).
+# Elements of one example's tile, 4 MB in float32: with 64 positions a matmul of fewer rows is slower than what the
+# cache saves (benchmarks/tiles.py). Several examples share a block only where their tiles are small.
+TILE = 1 << 20
 BLOCK = 1 << 18
-TILE = 1 << 15  # elements of one example's tile: several examples share a block, as one matmul each is slow
-ROWS = 64  # fewest rows of a tile: a thinner matmul is slow
+ROWS = 64  # fewest rows of a tile
 REPLAYED = 1 << 16  # largest parameter whose per-example gradients may all be held at once
 
 
@@ -341,6 +342,15 @@ def reduce(uses: Sequence[Rule], parameter: Tensor, examples: slice, wanted: Seq
 
 def fold(block: Tensor, sums: dict[str, Tensor]) -> None:
     """Add the gradients in block [c, …] to the sums […]. The block is used up."""
+    if len(block) == 1:  # nothing to add up first
+        (block,) = block
+        if "sum" in sums:
+            sums["sum"].add_(block)
+        if "abs" in sums:
+            sums["abs"].add_(block.abs_())
+        if "square" in sums:
+            sums["square"].addcmul_(block, block)
+        return
     if "sum" in sums:
         sums["sum"].add_(block.sum(0))
     if "abs" in sums:
