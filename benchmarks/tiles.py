@@ -1,6 +1,6 @@
-"""Which tile of a linear layer's gradient to reduce at once: milliseconds of Σ|g| by tile size, beside one plain matmul.
+"""Which tile of a linear layer's gradient to reduce at once: milliseconds of Σ|g| by size, beside a plain matmul.
 
-    python benchmarks/tiles.py
+python benchmarks/tiles.py
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def main() -> None:
         cells = [milliseconds(lambda: e.flatten(0, 1).t() @ a.flatten(0, 1))]  # noqa: B023
         for rules.TILE in TILES:
             cells.append(milliseconds(lambda: rules.reduce([use], module.weight, slice(None), ["abs"])))  # noqa: B023
-        print(f"| {batch} × {length} | {inputs} → {outputs} | " + " | ".join(f"{c:.1f}" for c in cells) + " |", flush=True)
+        print(
+            f"| {batch} × {length} | {inputs} → {outputs} | " + " | ".join(f"{c:.1f}" for c in cells) + " |", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,24 @@ def test_overrides():
 def test_bad_overrides(name: str, value: str, message: str):
     with pytest.raises(UserError, match=message):
         override(Experiment(), {name: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("facts: {people: 40}\nfacts: {seed: 3}", "'facts' is given twice"),
+        ("trace: {measures: []}", "trace.measures"),
+        ("train: {seed: -1}", "train.seed"),
+        ("train: {optimiser: {learning_rate: .inf}}", "learning_rate"),
+        ("train: {optimiser: {betas: [2, 0.9]}}", "betas"),
+        ("strategies: {a: [{name: a, batch: {bio: 8}, steps: 1000000000}]}", "steps"),
+        ("strategies: {a: [{name: a, batch: {bio: 8}, epochs: .nan}]}", "epochs"),
+        ("facts: {frequency: zipf, zipf_exponent: 1.0e+308}", "zipf_exponent"),
+        ("facts: {people: 12}\ntrace: {parts: 50}", "trace.parts = 50, but only 6 people"),
+        ("name: ../../elsewhere", "cannot name a folder"),
+        ('name: "a\\0b"', "cannot name a folder"),
+    ],
+)
+def test_what_would_fail_late_or_silently_is_one_sentence(text: str, message: str):
+    with pytest.raises(UserError, match=re.escape(message)):
+        loads(text, "here.yaml")

@@ -87,7 +87,7 @@ def test_order_and_first_sentence(page):
     assert ids == order
     text = text_of(page)
     assert text.count("Mix-tuned answers 89 % of the held-out questions, Stage-tuned 11 %") >= 2
-    assert "crosstrace run config.yaml" in text
+    assert "crosstrace run RUN/config.yaml NEWRUN" in text
 
 
 def test_claims_show_verdict_effect_interval_and_why_they_differ(page):

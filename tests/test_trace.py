@@ -11,10 +11,14 @@ import pytest
 import torch
 from reference import example_gradient, measured, reference_trace
 from safetensors.torch import save_file
-from tiny_models import KINDS, VOCABULARY, tiny_model
+from tiny_models import KINDS, VOCABULARY, in_float64, tiny_model
 from torch import Tensor, nn
 
 from crosstrace.errors import UserError
+from crosstrace.facts import FactSettings, World
+from crosstrace.models import load_model, load_tokenizer
+from crosstrace.text import biographies, questions
+from crosstrace.tokens import collate, encode
 from crosstrace.trace import MEASURES, OnlineTrace, Trace, load_traces, rules, save_traces, trace
 from crosstrace.trace.engine import Engine
 
@@ -78,6 +82,16 @@ def test_every_parameter_and_measure_equals_the_reference(kind, tied):
         assert t.weight == 5 and t.reduction == "example" and t.when == "checkpoint"
         assert list(t.values) == [name for name, _ in model.named_parameters()]
         assert_same(t.values, reference_trace(model, examples, t.measure))
+
+
+def test_the_bundled_base_equals_the_reference_on_its_own_texts():
+    model, tokenizer = in_float64(load_model("bundled", "float64")), load_tokenizer("bundled")
+    world = World.draw(FactSettings(people=8, seed=5))
+    for texts in (biographies(world)[:4], questions(world)[::7]):
+        encoded = encode(tokenizer, texts)
+        alone = [collate([item], pad_id=0) for item in encoded]
+        for t in trace(model, [collate(encoded, pad_id=0)], task="any", measures=MEASURES):
+            assert_same(t.values, reference_trace(model, alone, t.measure))
 
 
 @pytest.mark.parametrize(("kind", "tied"), MODELS)

@@ -72,10 +72,14 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float64, tied: bool | None 
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     finally:
         torch.random.set_rng_state(state)
-    if dtype == torch.float64:
-        for module in model.modules():
-            module.__class__ = _float64_class(type(module))  # not the instance's forward: copies must work
-    return model.eval()
+    return in_float64(model).eval() if dtype == torch.float64 else model.eval()
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """A float64 model that computes everything in float64."""
+    for module in model.modules():
+        module.__class__ = _float64_class(type(module))  # not the instance's forward: copies must work
+    return model
 
 
 class _NoFloat32(TorchFunctionMode):

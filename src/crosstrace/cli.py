@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
 
 from crosstrace.errors import UserError
 
@@ -88,8 +89,12 @@ def main(arguments: list[str] | None = None) -> None:
         name, told = ".".join(map(str, first["loc"])), first["msg"][0].lower() + first["msg"][1:]
         print(f"crosstrace: setting {name} is {first['input']!r:.60}, but {told}", file=sys.stderr)
         raise SystemExit(2) from None
-    except BrokenPipeError:  # whoever reads our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, BrokenPipeError):  # whoever reads our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
+        print(f"crosstrace: a file could not be read or written: {error}; is the disk full?", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         way = "go on with --resume" if command in ("demo", "run") else "give the same command again to go on"
         print(f"crosstrace: interrupted; {way}", file=sys.stderr)

@@ -39,7 +39,7 @@ class ModelSettings:
 class TraceSettings:
     """The cross-task gradient trace: of what, when and how."""
 
-    measures: list[Measure] = Field(default_factory=lambda: ["abs"])
+    measures: list[Measure] = Field(default_factory=lambda: ["abs"], min_length=1)
     """Measures of the trace at checkpoints; the first one selects the shared set."""
     targets: Literal["object", "answer", "all", "train"] = "object"
     """Tokens whose loss is traced."""
@@ -120,6 +120,18 @@ class Experiment:
 _ADAPTER = TypeAdapter(Experiment)
 
 
+class _Unique(yaml.SafeLoader):
+    """YAML in which no setting is given twice: the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def parse(values: Mapping[str, Any], where: str) -> Experiment:
     """Build an experiment from plain values.
 
@@ -141,6 +153,14 @@ def check(experiment: Experiment, where: str) -> Experiment:
             f"nobody {'whose questions are trained' if experiment.facts.qa_share < 0.5 else 'to test recall on'}; "
             "expected a share that leaves people on both sides, e.g. 0.5"
         )
+    trained = round(experiment.facts.qa_share * experiment.facts.people)
+    if trained < experiment.trace.parts:
+        raise UserError(
+            f"{where}: trace.parts = {experiment.trace.parts}, but only {trained} people have trained questions; "
+            "a part of the trace needs one at least, so take more people or fewer parts"
+        )
+    if not experiment.name.strip(". ") or any(letter in experiment.name for letter in "/\\\0"):
+        raise UserError(f"{where}: name = {experiment.name!r} cannot name a folder; use letters, digits, '_' and '-'")
     for name in experiment.strategies:
         if not name.replace("_", "").replace("-", "").isalnum() or name == "base":
             raise UserError(
@@ -166,7 +186,7 @@ def load(path: Path) -> Experiment:
 def loads(text: str, where: str) -> Experiment:
     """Read an experiment from YAML text."""
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Unique)
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{where} is not valid YAML: {problem}") from None

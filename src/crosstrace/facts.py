@@ -45,7 +45,7 @@ class FactSettings:
     """Differently worded questions for each fact."""
     frequency: Literal["uniform", "zipf"] = "uniform"
     """How often a person's examples occur in an epoch: once, or after Zipf's law."""
-    zipf_exponent: Annotated[float, Field(gt=0)] = 1.0
+    zipf_exponent: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Exponent s of Zipf's law: the person of rank r occurs max(1, round(zipf_top / r^s)) times."""
     zipf_top: Annotated[int, Field(ge=1)] = 20
     """Occurrences of the most frequent person under Zipf's law."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -63,6 +64,12 @@ def run(
     Raises:
         UserError: bad settings, a folder that holds another run, or a stage whose inputs are missing.
     """
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if mode not in ("new", "resume", "overwrite") or unknown or isinstance(stages, str):
+        raise UserError(
+            f"mode is {mode!r} and stages are {stages!r}; expected mode new, resume or overwrite, and a list of "
+            f"{', '.join(STAGES)}"
+        )
     _check(experiment, whole=mode != "resume")
     with Run.create(folder, config.dumps(experiment), mode) as opened:  # type: ignore[arg-type]
         about = {"precision": _precision(experiment), "threads": experiment.threads}
@@ -108,11 +115,14 @@ def _strategies(run: Run, experiment: Experiment, stages: Sequence[str], progres
         except BaseException:
             for job in jobs:
                 job.cancel()
+            for worker in list((pool._processes or {}).values()):  # or the pool would wait for all their stages
+                worker.terminate()
             raise
 
 
 def _start_worker() -> None:
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the leader ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
@@ -163,8 +173,13 @@ def known_people(model: str) -> FactSettings | None:
     recipe = Path(models.locate(model)) / "recipe.json"
     if not recipe.is_file():
         return None
-    # one wording a fact, however many the base was taught
-    return replace(FactSettings(**read_json(recipe)["recipe"]["facts"]), questions=1)
+    try:
+        facts = FactSettings(**read_json(recipe)["recipe"]["facts"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{recipe} is no recipe of `crosstrace pretrain-base`; remove it if the model is of other making"
+        ) from None
+    return replace(facts, questions=1)  # one wording a fact, however many the base was taught
 
 
 def examples(run: Run, tokenizer: Any) -> dict[str, list[Encoded]]:
@@ -785,6 +800,23 @@ def _check(experiment: Experiment, whole: bool) -> None:
                     f"phase {phase.name!r} of strategy {strategy} has the name of a folder that crosstrace makes "
                     "beside it; choose another name"
                 )
-    check_fast(models.load_tokenizer(experiment.model.name))
+    tokenizer = models.load_tokenizer(experiment.model.name)
+    check_fast(tokenizer)
+    known_people(experiment.model.name)
     if whole:
-        models.load_model(experiment.model.name, experiment.model.dtype, experiment.model.attention)
+        model = models.load_model(experiment.model.name, experiment.model.dtype, experiment.model.attention)
+        _check_fits(model, encode(tokenizer, [*biographies(world), *questions(world)]))
+
+
+def _check_fits(model: Any, encoded: Sequence[Encoded]) -> None:
+    """Whether the tokens are in the model's vocabulary, and the longest example in its context."""
+    rows = model.get_input_embeddings().num_embeddings
+    highest, longest = (max(fn(item.ids) for item in encoded) for fn in (lambda ids: int(ids.max()), len))
+    room = getattr(model.config, "max_position_embeddings", None)
+    if highest >= rows:
+        raise UserError(
+            f"the tokenizer gives id {highest}, but {type(model).__name__} has {rows} token embeddings; do tokenizer "
+            "and weights belong together?"
+        )
+    if room and longest > room:
+        raise UserError(f"the longest example has {longest} tokens, but {type(model).__name__} has {room} positions")

@@ -12,7 +12,8 @@ from pydantic.dataclasses import dataclass as settings
 
 from crosstrace.errors import UserError
 
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+MOST = 100_000_000  # updates of a phase; more can only be a slip
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -44,7 +45,7 @@ class Phase:
     """Names the folder of the model after this phase."""
     batch: dict[str, Annotated[int, Field(ge=1)]]
     """Examples of each task in one update, e.g. {bio: 64, qa: 128}."""
-    steps: Annotated[int, Field(ge=1)] | None = None
+    steps: Annotated[int, Field(ge=1, le=MOST)] | None = None
     """Updates. Give either this or `epochs`."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the first task of `batch`."""
@@ -85,7 +86,10 @@ class Phase:
         if self.steps is not None:
             return self.steps
         first = next(iter(self.batch))
-        return max(1, round(self.epochs * sizes[first] / self.batch[first]))  # type: ignore[operator]
+        updates = max(1, round(self.epochs * sizes[first] / self.batch[first]))  # type: ignore[operator]
+        if updates > MOST:
+            raise UserError(f"phase {self.name} has {self.epochs:g} epochs, more than {MOST:,} updates; is it a slip?")
+        return updates
 
 
 Strategy = list[Phase]

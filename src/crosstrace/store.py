@@ -408,9 +408,12 @@ class Run:
 
     def _read_record(self, name: str) -> dict[str, Any] | None:
         try:
-            return json.loads(self._record(name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):  # a damaged record counts as none: the step is built again
+            record = json.loads(self._record(name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
             return None
+        # a damaged record counts as none: the step is built again
+        whole = isinstance(record, dict) and {"key", "hash", "seconds", "files"} <= record.keys()
+        return record if whole else None
 
     def _is_intact(self, name: str, record: Mapping[str, Any]) -> bool:
         """Whether every recorded file has its recorded size and SHA-256; files beside them do not matter."""
@@ -522,7 +525,10 @@ def _lock_workers(folder: Path, kind: int, patience: float) -> IO[str]:
 
 def _same_config(saved: Path, config_text: str) -> None:
     """Raise a `UserError` that names the first setting in which `config_text` differs from the saved file."""
-    old, new = (dict(_settings(yaml.safe_load(text))) for text in (saved.read_text(encoding="utf-8"), config_text))
+    try:
+        old, new = (dict(_settings(yaml.safe_load(text))) for text in (saved.read_text(encoding="utf-8"), config_text))
+    except (ValueError, yaml.YAMLError):
+        raise UserError(f"{saved} is damaged, so the run cannot be continued; start again with --overwrite") from None
     for name in [*new, *old]:
         was, now = old.get(name, "not set"), new.get(name, "not set")
         if was != now:

@@ -31,7 +31,7 @@ from crosstrace.tokens import Batch, Encoded, collate
 class TrainSettings:
     """How every strategy is trained."""
 
-    seed: int = 1
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
     """Seed of the order in which examples are seen."""
     optimiser: Optimiser = Field(default_factory=Optimiser)
     """Settings of every phase that names none of its own."""

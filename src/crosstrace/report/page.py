@@ -22,7 +22,7 @@ from crosstrace.report import rows as R
 from crosstrace.report import words as say
 from crosstrace.report.rows import Row
 
-REPLAY = "crosstrace run config.yaml"
+REPLAY = "crosstrace run RUN/config.yaml NEWRUN"
 LEVEL = f"95{say.SPACE}%"
 MARKS = {  # the marks of matplotlib as paths around (14, 6), for the keys above the figures
     "o": "M14 2.4a3.6 3.6 0 1 0 .01 0z",
