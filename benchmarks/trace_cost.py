@@ -6,7 +6,7 @@
 Every contender computes Σ_i |∂ℓ_i/∂θ| for every parameter from the same model (random weights), the same batch and the
 same loss, mean cross-entropy of each example's tokens; `plain` is an ordinary batched forward and backward, the floor.
 Contenders alternate, round after round, in one process; times are medians, memory is the peak of the resident set above
-what was there before (model, accumulators), errors are relative to the loop's result, the largest over parameters.
+what was there before (model, accumulators; zero where freed memory was still held), errors are relative to the loop's result, the largest over parameters.
 Prints a table, writes benchmarks/results/trace_cost.json, and ends with one line of JSON for the headline shape.
 """
 
@@ -127,7 +127,7 @@ class Opacus:
     def __init__(self, model: nn.Module) -> None:
         from opacus import GradSampleModule
 
-        self.module = GradSampleModule(model, loss_reduction="sum")
+        self.module = GradSampleModule(model, loss_reduction="sum").train()  # it looks away in evaluation mode
 
     def __call__(self, model: nn.Module, batch: Sums, sums: Sums) -> None:
         losses_of(self.module, batch).sum().backward()
@@ -263,7 +263,7 @@ def table(cases: list[dict]) -> str:
             if name in found:
                 row = found[name]
                 megabytes = "–" if row["memory"] is None else f"{row['memory'] / 1e6:.0f}"
-                more = "–" if row["memory"] is None else f"{row['memory'] / floor['memory']:.2f}"
+                more = f"{row['memory'] / floor['memory']:.2f}" if row["memory"] and floor["memory"] else "–"
                 error = "–" if row["error"] is None else f"{row['error']:.1e}"
                 lines.append(
                     f"{head}| {name} | {row['seconds']:.3f} | {row['seconds'] / floor['seconds']:.2f} | {megabytes} | "
@@ -282,7 +282,7 @@ def headline(found: dict) -> dict[str, float | str | None]:
     return {
         "shape": f"{found['shape']}, length {found['length']}, {found['examples']} examples",
         "trace_over_plain": round(seconds["trace"] / seconds["plain"], 3),
-        "memory_over_plain": None if None in memory else round(memory[0] / memory[1], 3),
+        "memory_over_plain": round(memory[0] / memory[1], 3) if all(memory) else None,
         "loop_over_trace": round(seconds["loop"] / seconds["trace"], 3),
         "best_peer": best,
         "best_peer_over_trace": round(peers[best] / seconds["trace"], 3) if best else None,
