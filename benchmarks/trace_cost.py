@@ -5,8 +5,9 @@
 
 Every contender computes Σ_i |∂ℓ_i/∂θ| for every parameter from the same model (random weights), the same batch and the
 same loss, mean cross-entropy of each example's tokens; `plain` is an ordinary batched forward and backward, the floor.
-Contenders alternate, round after round, in one process; times are medians, memory is the peak of the resident set above
-what was there before (model, accumulators; zero where freed memory was still held), errors are relative to the loop's result, the largest over parameters.
+Contenders alternate, round after round, in one process; times are medians, memory is the peak of the resident set
+above what was there before (model, accumulators; zero where freed memory was still held), errors are relative to the
+loop's result, the largest over parameters.
 Prints a table, writes benchmarks/results/trace_cost.json, and ends with one line of JSON for the headline shape.
 """
 
