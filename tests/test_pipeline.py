@@ -249,7 +249,7 @@ def test_a_kill_while_checkpoints_are_removed_loses_nothing(tmp_path: Path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "remove", half)
+        patch.setattr(pipeline, "remove_folder", half)
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(small, tmp_path / "run", quiet=True)
     with monkeypatch.context() as patch:

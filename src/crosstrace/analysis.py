@@ -28,6 +28,7 @@ from crosstrace.stats import (
     spearman,
     top_share,
 )
+from crosstrace.trace.trace import weighted_mean
 
 Parts = Mapping[str, Sequence[Mapping[str, Tensor]]]  # task -> part of the data -> tensor name -> values
 Weights = Mapping[str, Sequence[float]]  # task -> the weight (number of examples) of each part
@@ -181,12 +182,10 @@ def _means(
     for task, parts in strengths.items():
         weight = [1.0 if weights is None else float(weights[task][p]) for p in kept]
         means[task] = {}
-        for name in scope:  # in double and back, as Trace.combine does: the same sets, to the last parameter
-            first = parts[kept[0]][name]
-            mean = torch.zeros_like(first, dtype=torch.float64)
-            for w, p in zip(weight, kept):
-                mean.add_(parts[p][name].double(), alpha=w)
-            means[task][name] = (mean / sum(weight)).abs_().to(torch.promote_types(first.dtype, torch.float32))
+        for name in scope:
+            chosen = [parts[p][name] for p in kept]
+            wide = torch.promote_types(chosen[0].dtype, torch.float32)
+            means[task][name] = weighted_mean(chosen, weight).abs_().to(wide)
     return means
 
 

@@ -85,9 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"crosstrace: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except ValidationError as error:
-        first = error.errors()[0]
-        name, told = ".".join(map(str, first["loc"])), first["msg"][0].lower() + first["msg"][1:]
-        print(f"crosstrace: setting {name} is {first['input']!r:.60}, but {told}", file=sys.stderr)
+        from crosstrace.config import complaint
+
+        print(f"crosstrace: {complaint(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except (OSError, SafetensorError) as error:
         if isinstance(error, BrokenPipeError):  # whoever reads our output has seen enough
@@ -493,6 +493,7 @@ def pretrain(arguments: list[str]) -> None:
 
 def _pretrain_options(default: Any, words: _Words) -> Any:
     """What `pretrain-base` is told: its defaults, a recipe file if one was named, settings from the command line."""
+    from crosstrace.config import assign
     from crosstrace.store import read_json
 
     adapter = TypeAdapter(type(default))
@@ -509,14 +510,7 @@ def _pretrain_options(default: Any, words: _Words) -> Any:
     for name, text in words.changes().items():
         if name not in known:
             raise words.unknown(name, known)
-        *path, last = name.split(".")
-        at = values
-        for step in path:
-            at = at[step]
-        try:
-            at[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"--{name} {text}: the value is not valid YAML") from None
+        assign(values, name, text)
     return adapter.validate_python(values)
 
 

@@ -147,13 +147,7 @@ def parse(values: Mapping[str, Any], where: str) -> Experiment:
 
 def check(experiment: Experiment, where: str) -> Experiment:
     """What no single setting can tell: conditions between settings."""
-    if not 0 < round(experiment.facts.qa_share * experiment.facts.people) < experiment.facts.people:
-        raise UserError(
-            f"{where}: facts.qa_share = {experiment.facts.qa_share:g} of {experiment.facts.people} people leaves "
-            f"nobody {'whose questions are trained' if experiment.facts.qa_share < 0.5 else 'to test recall on'}; "
-            "expected a share that leaves people on both sides, e.g. 0.5"
-        )
-    trained = round(experiment.facts.qa_share * experiment.facts.people)
+    trained = people_on_both_sides(experiment.facts, where)
     if trained < experiment.trace.parts:
         raise UserError(
             f"{where}: trace.parts = {experiment.trace.parts}, but only {trained} people have trained questions; "
@@ -170,6 +164,22 @@ def check(experiment: Experiment, where: str) -> Experiment:
     if experiment.trace.checkpoints and not experiment.train.keep_checkpoints:
         raise UserError(f"{where}: trace.checkpoints needs train.keep_checkpoints: true, or there is none to trace")
     return experiment
+
+
+def people_on_both_sides(facts: FactSettings, where: str) -> int:
+    """How many people have trained questions.
+
+    Raises:
+        UserError: all or none of them.
+    """
+    trained = round(facts.qa_share * facts.people)
+    if not 0 < trained < facts.people:
+        raise UserError(
+            f"{where}: facts.qa_share = {facts.qa_share:g} of {facts.people} people leaves "
+            f"nobody {'whose questions are trained' if facts.qa_share < 0.5 else 'to test recall on'}; "
+            "expected a share that leaves people on both sides, e.g. 0.5"
+        )
+    return trained
 
 
 def load(path: Path) -> Experiment:
@@ -214,21 +224,30 @@ def override(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
     """
     values = plain(experiment)
     for name, text in settings.items():
-        at: Any = values
-        *path, last = name.split(".")
-        for step in path:
-            at = _descend(at, step, name)
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"--{name} {text}: the value is not valid YAML") from None
-        if isinstance(at, list):
-            at[_index(at, last, name)] = value
-        elif isinstance(at, dict):
-            at[last] = value
-        else:
-            raise UserError(f"--{name}: {'.'.join(path)} is a single value, so it has no setting {last!r}")
+        assign(values, name, text)
     return parse(values, "the command line")
+
+
+def assign(values: dict[str, Any], name: str, text: str) -> None:
+    """Set the value of a dotted name in plain values, in place; `text` is read as YAML.
+
+    Raises:
+        UserError: the text is not YAML, or the name leads into a single value or beyond a list.
+    """
+    at: Any = values
+    *path, last = name.split(".")
+    for step in path:
+        at = _descend(at, step, name)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--{name} {text}: the value is not valid YAML") from None
+    if isinstance(at, list):
+        at[_index(at, last, name)] = value
+    elif isinstance(at, dict):
+        at[last] = value
+    else:
+        raise UserError(f"--{name}: {'.'.join(path)} is a single value, so it has no setting {last!r}")
 
 
 def _descend(at: Any, step: str, name: str) -> Any:
@@ -257,9 +276,16 @@ def _sentence(error: ValidationError, where: str) -> str:
         close = difflib.get_close_matches(key, known, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"settings there are {', '.join(known)}"
         return f"{where}: unknown setting {name!r}; {hint}"
+    return f"{where}: {complaint(error)}"
+
+
+def complaint(error: ValidationError) -> str:
+    """pydantic's first problem: the setting, what it is, what it should be."""
+    first = error.errors()[0]
     found = repr(first.get("input"))
     found = found if len(found) < 60 else found[:57] + "..."
-    return f"{where}: setting {name} is {found}, but {first['msg'][0].lower()}{first['msg'][1:]}"
+    name = ".".join(str(part) for part in first["loc"])
+    return f"setting {name} is {found}, but {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 def _known_settings(parent: tuple[Any, ...]) -> list[str]:

@@ -29,11 +29,11 @@ from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings, World
 from crosstrace.losses import example_losses
 from crosstrace.models import pad_id, silent
-from crosstrace.results import _aligned
+from crosstrace.results import aligned
 from crosstrace.store import metadata
 from crosstrace.text import biographies, questions
 from crosstrace.tokens import Encoded, collate, encode
-from crosstrace.trace.engine import Batch, Engine, _undisturbed
+from crosstrace.trace.engine import Batch, Engine, undisturbed
 from crosstrace.trace.rules import sum_dtype
 
 Row = dict[str, Any]
@@ -112,7 +112,7 @@ class Diagnosis:
         return lines
 
     def __str__(self) -> str:
-        return "\n".join(self.summary()) + "\n\n" + _aligned(self.rows())
+        return "\n".join(self.summary()) + "\n\n" + aligned(self.rows())
 
     def _repr_html_(self) -> str:
         cells = lambda row, tag: "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in row) + "</tr>"
@@ -148,7 +148,7 @@ def diagnose(
         UserError: fewer than 2 examples, or the model cannot hold them or has no gradient in its dtype.
     """
     items = _examples(model, tokenizer, examples)
-    with _undisturbed(model), silent():
+    with undisturbed(model), silent():
         return _Examination(model, items, pad_id(tokenizer), kernels, yardstick).diagnosis(progress)
 
 

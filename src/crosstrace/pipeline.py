@@ -34,7 +34,7 @@ from crosstrace.progress import Progress
 from crosstrace.results import Results
 from crosstrace.shared import ParamSet, only_set, random_set, scope, select_each, shared
 from crosstrace.stats import mean_interval, wilson
-from crosstrace.store import Run, end_with_parent, metadata, read_json, remove, sha256_tree, write_json
+from crosstrace.store import Run, end_with_parent, metadata, read_json, remove_folder, sha256_tree, write_json
 from crosstrace.text import biographies, questions, read_jsonl, write_jsonl
 from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
@@ -224,7 +224,7 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
         folder.mkdir(exist_ok=True)
         if not (folder / "training.json").exists():
             learn(folder)
-        remove(folder / "checkpoints")
+        remove_folder(folder / "checkpoints")
 
     def learn(folder: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,12 +17,13 @@ from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass as settings
 
 from crosstrace import wording
+from crosstrace.config import people_on_both_sides
 from crosstrace.errors import UserError
 from crosstrace.evaluate import recall, summaries
 from crosstrace.facts import FactSettings, World
 from crosstrace.models import save_model
 from crosstrace.schedule import STRICT, Optimiser, Phase
-from crosstrace.store import read_json, replacing
+from crosstrace.store import read_json, remove_folder, replacing
 from crosstrace.text import biographies, questions
 from crosstrace.tokens import encode
 from crosstrace.train import RecallHistory, TrainSettings, train
@@ -207,7 +207,7 @@ def pretrain_base(
             json.dumps({"recipe": recipe, "recall": scores, "history": history.rows}, indent=1) + "\n"
         )
         (partial / "README.md").write_text(_card(model, options, scores))
-    shutil.rmtree(work)
+    remove_folder(work)
     return scores
 
 
@@ -229,13 +229,7 @@ def _check(options: PretrainSettings) -> None:
             f"heads is {options.heads} and kv_heads is {options.kv_heads}; each key/value head serves an equal number "
             f"of heads, so use a number of kv_heads that divides {options.heads}"
         )
-    people, share = options.facts.people, options.facts.qa_share
-    if not 0 < round(share * people) < people:
-        raise UserError(
-            f"facts.qa_share is {share:g} of {people} people, which leaves nobody "
-            f"{'whose questions are trained' if share < 0.5 else 'to test recall on'}; use a share that leaves people "
-            "on both sides, e.g. 0.5"
-        )
+    people_on_both_sides(options.facts, "the recipe")
 
 
 def _open_work(work: Path, recipe: dict[str, Any]) -> None:

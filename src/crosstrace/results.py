@@ -56,7 +56,7 @@ class Results(dict[str, Any]):
         return rows
 
     def __str__(self) -> str:
-        return "\n\n".join(_aligned(rows) for rows in (self.recall_rows(), self.claim_rows()) if len(rows) > 1)
+        return "\n\n".join(aligned(rows) for rows in (self.recall_rows(), self.claim_rows()) if len(rows) > 1)
 
     def _repr_html_(self) -> str:
         tables = []
@@ -71,6 +71,6 @@ class Results(dict[str, Any]):
         return "".join(tables) or "no results yet: they come with the stage <code>report</code>"
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

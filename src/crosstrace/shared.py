@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +23,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from crosstrace.errors import UserError
+from crosstrace.store import replacing
 
 HOW = ("global", "per_tensor", "mass")
 _FORMAT = "crosstrace.paramset/1"
@@ -114,7 +114,6 @@ class ParamSet:
 
     def save(self, path: str | os.PathLike[str], meta: Mapping[str, Any] | None = None) -> None:
         """Write the set as one safetensors file, one bit a parameter; `meta` is added to the set's own."""
-        path = Path(path)
         header = {
             "name": self.name,
             "shapes": {name: list(mask.shape) for name, mask in self.masks.items()},
@@ -122,9 +121,8 @@ class ParamSet:
             "meta": {**self.meta, **(meta or {})},
         }
         bits = {name: np.packbits(mask.cpu().numpy().ravel()) for name, mask in self.masks.items()}
-        partial = path.with_name(path.name + ".partial")
-        save_file(bits, partial, metadata={"format": _FORMAT, "header": json.dumps(header)})
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file(bits, partial, metadata={"format": _FORMAT, "header": json.dumps(header)})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> ParamSet:

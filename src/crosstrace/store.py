@@ -47,7 +47,7 @@ WORKERS_PATIENCE = 30.0  # seconds given to the workers of a killed process to n
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path beside `path` to write a file or a folder to: renamed at the end, removed on an exception.
 
     Whoever reads `path` sees the old content or the new, never a part of it.
@@ -100,14 +100,13 @@ def sha256_tree(path: str | Path) -> str:
     return _tree_hash(_contents(Path(path)))
 
 
-def remove(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
     """Delete a folder, if it is there; renamed first, so that a half-deleted one never passes for what it was."""
     doomed = folder.with_name(f"removed-{folder.name}")
-    for again in (doomed.exists(), folder.exists()):  # an earlier removal may have been interrupted
-        if again:
-            if not doomed.exists():
-                folder.rename(doomed)
-            shutil.rmtree(doomed)
+    _remove(doomed)  # an earlier removal may have been interrupted
+    if folder.exists():
+        folder.rename(doomed)
+        _remove(doomed)
 
 
 def end_with_parent(until: threading.Event | None = None) -> None:

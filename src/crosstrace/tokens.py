@@ -47,7 +47,7 @@ def check_fast(tokenizer: Any) -> None:
 def encode(tokenizer: Any, examples: Sequence[Example], groups: Mapping[str, int] | None = None) -> list[Encoded]:
     """Tokenize examples and find their targets.
 
-    Kinds of target (DESIGN.md): `object`, the object's tokens; `answer`, from the first object's token on with the
+    Kinds of target (docs/method.md): `object`, the object's tokens; `answer`, from the first object's token on with the
     end token (of a biography, its objects and the end); `all`, every token; `train`, what training predicts: the
     example's own targets and the end token. `groups` numbers the people; in order of appearance if not given.
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from crosstrace.losses import example_losses
 from crosstrace.models import pad_id, silent
 from crosstrace.schedule import STRICT, Optimiser, Phase, Strategy
-from crosstrace.store import remove
+from crosstrace.store import remove_folder
 from crosstrace.tokens import Batch, Encoded, collate
 
 
@@ -228,7 +228,7 @@ def _run_phase(
             if not options.keep_checkpoints:
                 for other in _checkpoints(home):
                     if other < state.global_step:
-                        remove(home / f"checkpoint-{other}")
+                        remove_folder(home / f"checkpoint-{other}")
 
     class Teacher(Trainer):
         """The Trainer, fed with one batch per task and minimising Σ_t w_t · mean over t's examples of ℓ_i."""
@@ -296,7 +296,7 @@ def _run_phase(
                 listener.load(_listener_folder(home, last, number))
         for other in _checkpoints(home, complete=False):
             # a checkpoint whose writing was interrupted
-            remove(home / f"checkpoint-{other}")
+            remove_folder(home / f"checkpoint-{other}")
         model.train()
         trainer.train(resume_from_checkpoint=str(home / f"checkpoint-{last}") if last else None)
         model.eval()

@@ -8,7 +8,6 @@ naming the command that adds it.
 from __future__ import annotations
 
 import math
-import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from crosstrace.report import figures as F
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
 from crosstrace.report.rows import Row
+from crosstrace.store import write_text
 
 REPLAY = "crosstrace run RUN/config.yaml NEWRUN"
 LEVEL = f"95{say.SPACE}%"
@@ -88,9 +88,9 @@ def write_report(results: Mapping[str, Any], folder: str | Path) -> Path:
     parts = [recall(results), training(results), overlap(results), places(results), centralization(results)]
     parts += [intervention(results, "ablate"), intervention(results, "graft")]
     for plot in (block for section in parts for block in section.blocks if isinstance(block, Plot)):
-        _write(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
+        write_text(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
     page = folder / "index.html"
-    _write(page, _render(results, parts))
+    write_text(page, _render(results, parts))
     return page
 
 
@@ -678,10 +678,3 @@ def _first(rows: Sequence[Row]) -> Row:
 def _top(rows: Iterable[Row]) -> float:
     shares = (say.number(v) for r in rows for v in r.get("values", [r.get("share")]))
     return max((v for v in shares if math.isfinite(v)), default=0.0)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(partial, path)

@@ -88,7 +88,7 @@ class Engine:
         """
         batch = self._checked(batch)
         by_name = {rule.name: rule for rule in RULES}
-        with _undisturbed(self.model):
+        with undisturbed(self.model):
             if not self._adopted:
                 self._adopt(batch)
             if self.probed < min(2, len(batch["labels"])):
@@ -394,7 +394,7 @@ def _embeddings(model: nn.Module, which: str) -> nn.Module | None:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """No dropout, no autocast, gradients for every parameter; all put back afterwards."""
     # accelerate (under a Trainer with bf16 or fp16) puts a forward on the model that turns autocast on again
     wrapped, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")

@@ -29,8 +29,8 @@ from crosstrace.trace.rules import (
     Shift,
     TransposedLinear,
     Unfit,
-    _put,
     fold,
+    put,
     sum_dtype,
 )
 
@@ -88,7 +88,7 @@ class Convolution(Rule):
             right = self.seen[examples, first : first + groups].transpose(2, 3).flatten(3)  # [c, groups, T, …]
             value = left @ right
             part = out[:, top - rows.start : bottom - rows.start]
-            _put(part, value.view(part.shape), beta)
+            put(part, value.view(part.shape), beta)
             top = bottom
 
 
@@ -307,7 +307,7 @@ class Alone(Rule):
         parameter = self.call.module.get_parameter(self.local)
         for place, i in enumerate(range(self.batch)[examples]):
             (gradient,) = self._gradients(i, [parameter])
-            _put(out[place], torch.zeros_like(out[place]) if gradient is None else gradient[rows], beta)
+            put(out[place], torch.zeros_like(out[place]) if gradient is None else gradient[rows], beta)
 
     def total(self, out: Tensor, examples: slice) -> None:
         self.reduce({"sum": out}, examples)

@@ -239,7 +239,7 @@ class Shift(Rule):
         return sums if self.divisor is None else sums.div_(self.divisor)
 
     def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
-        _put(out, self._gradients(examples)[:, rows], beta)
+        put(out, self._gradients(examples)[:, rows], beta)
 
     def total(self, out: Tensor, examples: slice) -> None:
         out.add_(self._gradients(examples).sum(0))
@@ -302,7 +302,7 @@ class Replay(Rule):
         self.batch, self.grads = len(x), grads.to(sum_dtype(grads.dtype))
 
     def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
-        _put(out, self.grads[examples, rows], beta)
+        put(out, self.grads[examples, rows], beta)
 
 
 def main_output(output: Any, rows: Container[int]) -> int | None:
@@ -342,21 +342,13 @@ def reduce(uses: Sequence[Rule], parameter: Tensor, examples: slice, wanted: Seq
 
 def fold(block: Tensor, sums: dict[str, Tensor]) -> None:
     """Add the gradients in block [c, …] to the sums […]. The block is used up."""
-    if len(block) == 1:  # nothing to add up first
-        (block,) = block
-        if "sum" in sums:
-            sums["sum"].add_(block)
-        if "abs" in sums:
-            sums["abs"].add_(block.abs_())
-        if "square" in sums:
-            sums["square"].addcmul_(block, block)
-        return
+    merge = lambda x: x[0] if len(x) == 1 else x.sum(0)  # one example's is not copied
     if "sum" in sums:
-        sums["sum"].add_(block.sum(0))
+        sums["sum"].add_(merge(block))
     if "abs" in sums:
-        sums["abs"].add_(block.abs_().sum(0))
+        sums["abs"].add_(merge(block.abs_()))
     if "square" in sums:
-        sums["square"].add_(block.square_().sum(0))
+        sums["square"].add_(merge(block.square_()))
 
 
 def _blocks(uses: Sequence[Rule], sums: dict[str, Tensor], examples: slice, batch: int) -> None:
@@ -381,7 +373,7 @@ def _blocks(uses: Sequence[Rule], sums: dict[str, Tensor], examples: slice, batc
             fold(block, tile)
 
 
-def _put(out: Tensor, value: Tensor, beta: int) -> None:
+def put(out: Tensor, value: Tensor, beta: int) -> None:
     out.copy_(value) if beta == 0 else out.add_(value)  # not beta · out: fresh scratch may hold NaN
 
 

@@ -18,7 +18,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from crosstrace.errors import UserError
+from crosstrace.store import replacing
 from crosstrace.trace.engine import Batch, Engine
 from crosstrace.trace.rules import sum_dtype
 
@@ -82,16 +82,14 @@ class Trace:
                     )
             if {n: v.shape for n, v in other.values.items()} != {n: v.shape for n, v in first.values.items()}:
                 raise UserError("traces to combine have different parameters; are they of different models?")
-        weight = sum(t.weight for t in traces)
-        values = {}
-        for name, value in first.values.items():
-            total = torch.zeros_like(value, dtype=torch.float64)
-            for t in traces:
-                total.add_(t.values[name].double(), alpha=t.weight)
-            values[name] = (total / weight).to(value.dtype)
+        weights = [t.weight for t in traces]
+        values = {
+            name: weighted_mean([t.values[name] for t in traces], weights).to(value.dtype)
+            for name, value in first.values.items()
+        }
         shared = {k: v for k, v in first.meta.items() if all(t.meta.get(k) == v for t in traces)}
         meta = shared | {"combined": len(traces)}
-        return Trace(first.task, first.measure, first.reduction, first.when, values, weight, meta)
+        return Trace(first.task, first.measure, first.reduction, first.when, values, sum(weights), meta)
 
     def _repr_html_(self) -> str:
         """Share of the whole strength per kind of tensor and layer, for notebooks."""
@@ -110,21 +108,23 @@ class Trace:
         return f"<table><caption>{html.escape(title)}</caption><tr><th></th>{head}</tr>{body}</table>"
 
 
+def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ_p w_p v_p / Σ_p w_p in float64, for tensors of one shape."""
+    total = torch.zeros_like(values[0], dtype=torch.float64)
+    for value, weight in zip(values, weights):
+        total.add_(value.double(), alpha=weight)
+    return total / sum(weights)
+
+
 def save_traces(path: str | os.PathLike[str], traces: Sequence[Trace]) -> None:
     """Write traces to one safetensors file: tensors "<number>/<parameter>", headers as JSON in its metadata.
 
-    The file appears whole or not at all: it is written beside `path` and renamed.
+    The file appears whole or not at all.
     """
-    path = Path(path)
     headers = [{k: v for k, v in vars(t).items() if k != "values"} | {"names": list(t.values)} for t in traces]
     tensors = {f"{i}/{n}": v.detach().cpu().contiguous() for i, t in enumerate(traces) for n, v in t.values.items()}
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with replacing(path) as partial:
         save_file(tensors, partial, metadata={"format": _FORMAT, "traces": json.dumps(headers)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_traces(path: str | os.PathLike[str]) -> list[Trace]:
