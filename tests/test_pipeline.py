@@ -169,7 +169,7 @@ def test_killed_and_resumed_ends_with_the_same_numbers(whole: Path, tmp_path: Pa
         "--quiet",
         "--resume",
     ]
-    waits = [7.0, 10.0]
+    waits = [5.0, 7.0, 10.0]
     for wait in waits:
         process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
         try:
@@ -177,7 +177,11 @@ def test_killed_and_resumed_ends_with_the_same_numbers(whole: Path, tmp_path: Pa
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
-        time.sleep(0.5)
+        until = time.monotonic() + 15  # by then its workers have ended too, also those that had just begun
+        with pytest.raises(ProcessLookupError):
+            while time.monotonic() < until:
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     killed, expected = numbers(folder), numbers(whole)
     assert killed["run"].pop("jobs") == 2 and expected["run"].pop("jobs") == 1

@@ -103,7 +103,10 @@ def _strategies(run: Run, experiment: Experiment, stages: Sequence[str], progres
     # a process each: thread pools of one process would share the interpreter, and results must not depend on
     # how many run at once
     with ProcessPoolExecutor(
-        min(experiment.jobs, len(names)), mp_context=get_context("spawn"), initializer=_start_worker
+        min(experiment.jobs, len(names)),
+        mp_context=get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(os.getpid(),),
     ) as pool:
         jobs = [
             pool.submit(_work, run.folder, experiment, name, chain, progress.quiet, position)
@@ -120,8 +123,8 @@ def _strategies(run: Run, experiment: Experiment, stages: Sequence[str], progres
             raise
 
 
-def _start_worker() -> None:
-    end_with_parent()
+def _start_worker(leader: int) -> None:
+    end_with_parent(leader)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the leader ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

@@ -109,9 +109,13 @@ def remove_folder(folder: Path) -> None:
         _remove(doomed)
 
 
-def end_with_parent(until: threading.Event | None = None) -> None:
-    """End this process within a second of its parent's end, however that ended, unless `until` is set before."""
-    parent, until = os.getppid(), until or threading.Event()
+def end_with_parent(parent: int, until: threading.Event | None = None) -> None:
+    """End this process within a second of its parent's end, however that ended, unless `until` is set before.
+
+    Args:
+        parent: process id, as the parent gave it: it may be gone before its child asks.
+    """
+    until = until or threading.Event()
 
     def watch() -> None:
         while not until.wait(0.25):
@@ -274,7 +278,7 @@ class Run:
         """
         folder = Path(folder).expanduser().resolve()
         ended = threading.Event()
-        end_with_parent(ended)
+        end_with_parent(os.getppid(), ended)
         run = cls(folder, _lock_workers(folder, fcntl.LOCK_SH, WORKERS_PATIENCE))
         run._ended = ended
         with suppress(UserError):
