@@ -75,6 +75,8 @@ def main() -> None:
         for name, look in (("trace", "o-"), ("plain", "s--")):
             ax.loglog(x, [row[name] for row in rows], look, color="#0072b2" if name == "trace" else "0.45", label=name)
         ax.set_xlabel({"length": "tokens an example", "examples": "examples in a batch"}.get(moved, moved))
+        ax.set_xticks(x, [f"{v / 1e6:.0f} M" if v >= 1e6 else f"{v:g}" for v in x])
+        ax.set_xticks([], minor=True)
         ax.grid(color="0.92")
     figure.axes[0].set_ylabel("seconds a batch")
     figure.axes[0].legend(frameon=False)

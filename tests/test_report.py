@@ -358,3 +358,22 @@ def browser(profile: Path):
     options.add_argument(f"--user-data-dir={profile}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     return webdriver.Chrome(options=options, service=webdriver.chrome.service.Service(server))
+
+
+def test_maps_of_units_are_of_a_fraction_that_reaches_them(tmp_path):
+    results = small()
+    for name, rows in results["units"].items():
+        neurons = [row for row in rows if row["unit"] == "neuron"]
+        results["units"][name] = rows + [row | {"fraction": 0.2} for row in neurons]
+        for row in neurons:
+            if name == "mixed":
+                row["values"] = [[0.0 for _ in line] for line in row["values"]]
+    text = text_of(report.write_report(results, tmp_path / "some")).replace(words.SPACE, " ")
+    assert "each MLP neuron that the shared set of ρ = 20 % holds" in text
+    assert "At ρ = 5 % some model's holds none of them" in text
+    assert "each query head that the shared set of ρ = 5 % holds" in text
+    for rows in results["units"].values():
+        for row in rows:
+            row["values"] = [[0.0 for _ in line] for line in row["values"]]
+    text = text_of(report.write_report(results, tmp_path / "none")).replace(words.SPACE, " ")
+    assert "Mix-tuned's shared set holds nothing here" in text and "densest in MLP neuron" not in text

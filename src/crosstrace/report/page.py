@@ -303,7 +303,8 @@ def places(results: Mapping) -> Section:
         )
     for unit in R.distinct(units, "unit"):
         own = R.where(units, unit=unit)
-        at = R.headline(own)
+        at = R.headline(_reached(own)) or R.headline(own)
+        later = "" if at == R.headline(own) else f" At {_rho(R.headline(own))} some model's holds none of them."
         own_at = R.where(own, fraction=at)
         slug = re.sub(r"\W+", "_", unit)
         panels = []
@@ -326,7 +327,7 @@ def places(results: Mapping) -> Section:
                 )
                 or say.unit(unit).capitalize() + ".",
                 f"Per cent of the parameters of each {one} that the shared set of {_rho(at)} holds; all "
-                f"panels have one scale.{folded}",
+                f"panels have one scale.{folded}{later}",
                 [],
                 panels,
                 own,
@@ -479,9 +480,25 @@ def _densest(
         cells = [(n, v) for n, v in cells if math.isfinite(v)]
         if cells:
             name, best = max(cells, key=lambda cell: cell[1])
+            if best == 0:
+                parts.append(f"{say.model(s)}'s shared set holds nothing here")
+                continue
             middle = f" ({median} {say.percent(statistics.median(v for _, v in cells))})" if median else ""
             parts.append(f"{say.model(s)}'s shared set is densest in {name}, {say.percent(best)}{middle}")
     return f"{say.when(first or '')}: {'; '.join(parts)}." if parts else ""
+
+
+def _reached(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the fractions at which every model's shared set, at every time, holds some of the units."""
+    empty = set()
+    for fraction in R.distinct(rows, "fraction"):
+        found: dict[tuple, float] = {}
+        for r in R.where(rows, fraction=fraction):
+            place = (r["strategy"], r["when"])
+            found[place] = max([found.get(place, 0.0), *(v for v in map(say.number, r["values"]) if v > 0)])
+        if not all(found.values()):
+            empty.add(fraction)
+    return [r for r in rows if r["fraction"] not in empty]
 
 
 def _claims(results: Mapping) -> tuple[list[str], list[dict]]:
