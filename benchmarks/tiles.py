@@ -36,10 +36,10 @@ def main() -> None:
         module = nn.Linear(inputs, outputs, bias=False)
         a, e = torch.randn(batch, length, inputs), torch.randn(batch, length, outputs)
         call = rules.Call("layer", module, (a,), {}, a, e, None, e=e)
-        use = rules.Linear(call, "weight")
+        use, total = rules.Linear(call, "weight"), torch.zeros_like(module.weight)
         cells = [milliseconds(lambda: e.flatten(0, 1).t() @ a.flatten(0, 1))]  # noqa: B023
         for rules.TILE in TILES:
-            cells.append(milliseconds(lambda: rules.reduce([use], module.weight, slice(None), ["abs"])))  # noqa: B023
+            cells.append(milliseconds(lambda: rules.reduce([use], {"abs": total}, slice(None))))  # noqa: B023
         print(
             f"| {batch} × {length} | {inputs} → {outputs} | " + " | ".join(f"{c:.1f}" for c in cells) + " |", flush=True
         )

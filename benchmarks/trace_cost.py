@@ -91,10 +91,10 @@ class Ours:
     """The engine keeps its plan from the first batch, as it does over a data set."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.engine = Engine(model, ["abs"])
+        self.engine = Engine(model)
 
     def __call__(self, model: nn.Module, batch: Sums, sums: Sums) -> None:
-        self.engine.run(batch, [slice(None)], lambda name, share, found: sums[name].add_(found["abs"]))
+        self.engine.run(batch, [slice(None)], lambda name, share: contextlib.nullcontext({"abs": sums[name]}))
 
 
 def loop(model: nn.Module, batch: Sums, sums: Sums) -> None:

@@ -90,7 +90,8 @@ def test_convolution_rule_by_itself(settings):
     (expected,) = zip(
         *(torch.autograd.grad(module(x[i : i + 1]), [module.weight], call.e[i : i + 1]) for i in range(5))
     )
-    got = reduce([modules.Convolution(call, "weight")], module.weight, slice(0, 5, 2), ["abs", "sum"])
+    got = {name: torch.zeros_like(module.weight) for name in ("abs", "sum")}
+    reduce([modules.Convolution(call, "weight")], got, slice(0, 5, 2))
     torch.testing.assert_close(got["abs"], torch.stack(expected)[::2].abs().sum(0), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got["sum"], torch.stack(expected)[::2].sum(0), rtol=1e-12, atol=1e-12)
 

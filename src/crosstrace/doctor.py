@@ -232,7 +232,7 @@ class _Examination:
     def __init__(self, model: Any, items: Sequence[Encoded], padding: int, kernels: Sequence[str], yardstick: bool):
         self.model = model
         self.parameters = dict(model.named_parameters())
-        self.engine = Engine(model, ["abs"])  # refuses dtypes without gradient
+        self.engine = Engine(model)  # refuses dtypes without gradient
         device = next(iter(self.parameters.values())).device
         self.device = str(device)
         on_device = lambda batch: {key: value.to(device) for key, value in batch.items()}
@@ -320,11 +320,15 @@ class _Examination:
         """The fast trace of all examples, padded into one batch, against the reference loop's."""
         scales = _scales(self.total)
 
-        def receive(name: str, number: int, sums: dict[str, Tensor]) -> None:
+        @contextmanager
+        def into(name: str, number: int) -> Iterator[dict[str, Tensor]]:
+            theta = self.engine.parameters[name]
+            sums = {"abs": torch.zeros_like(theta, dtype=sum_dtype(theta.dtype))}
+            yield sums
             self.trace.gradient(name, sums["abs"], self.total.get(name), scales.get(name, 0.0))
 
         try:
-            self.engine.run(self.padded["right"], [slice(None)], receive)
+            self.engine.run(self.padded["right"], [slice(None)], into)
         except UserError as why:
             self.trace.errors[""] = math.inf, math.inf
             return [str(why)]

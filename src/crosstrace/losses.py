@@ -20,16 +20,8 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         losses [B, T-1] in nats (0 where there is no target) and the mask [B, T-1] of targets.
     """
-    wanted = labels[:, 1:]
-    losses = F.cross_entropy(
-        logits[:, :-1].transpose(1, 2).float()
-        if logits.dtype in (torch.float16, torch.bfloat16)
-        else logits[:, :-1].transpose(1, 2),
-        wanted,
-        ignore_index=-100,
-        reduction="none",
-    )
-    return losses, wanted != -100
+    wanted = next_tokens(labels)
+    return _cross_entropies(logits, wanted)[:, :-1], wanted[:, :-1] != -100
 
 
 def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -38,8 +30,18 @@ def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         ValueError: an example has no target token, so that its loss is undefined.
     """
-    losses, targets = token_losses(logits, labels)
-    count = targets.sum(1)
+    return aligned_losses(logits, next_tokens(labels))
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """What each position is to predict, [B, T]: the label of the token after it; -100 at the last."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def aligned_losses(logits: Tensor, wanted: Tensor) -> Tensor:
+    """ℓ_i [B] as `example_losses`, of logits [B, K, V] whose position k predicts the token wanted[:, k], [B, K]."""
+    losses = _cross_entropies(logits, wanted)
+    count = (wanted != -100).sum(1)
     if bool((count == 0).any()):
         row = int((count == 0).nonzero()[0])
         raise ValueError(
@@ -47,3 +49,11 @@ def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
             "every label is -100 (or only the first token, which nothing predicts, is a target)"
         )
     return losses.sum(1) / count
+
+
+def _cross_entropies(logits: Tensor, wanted: Tensor) -> Tensor:
+    """[B, K]; 0 where nothing is wanted. The logits are not sliced or transposed: they are what is large here."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="none")
+    return losses.view(wanted.shape)

@@ -15,7 +15,7 @@ import inspect
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,13 +24,13 @@ from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
 from crosstrace.errors import UserError
-from crosstrace.losses import example_losses
+from crosstrace.losses import aligned_losses, next_tokens
 from crosstrace.trace.modules import RULES
 from crosstrace.trace.rules import Call, Rule, Unfit, fold, is_lookup, main_output, reduce, sum_dtype
 
 Batch = Mapping[str, Tensor]
 Way = list[list[str]]  # a parameter's uses in order, each [module, local name, rule]; empty: no use, no gradient
-Receive = Callable[[str, int, dict[str, Tensor]], None]
+Into = Callable[[str, int], AbstractContextManager[dict[str, Tensor]]]
 
 # Largest difference (Frobenius norm) between a rule and autograd that rounding explains, relative to the
 # gradient and to the sum of its terms' absolute values: what cancels exactly in theory (a key's bias under
@@ -49,12 +49,10 @@ class Engine:
 
     Args:
         model: any module that maps input_ids [B, T] (and attention_mask, position_ids) to logits [B, T, V].
-        wanted: which sums, of "sum" Σg, "abs" Σ|g|, "square" Σg².
     """
 
-    def __init__(self, model: nn.Module, wanted: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.wanted = list(wanted)
         self.parameters = dict(model.named_parameters())
         self.plan: dict[str, Way | None] = {}  # per parameter; None: no rule, one example at a time
         self.probed = 0  # examples the plan was tried on
@@ -74,14 +72,16 @@ class Engine:
             isinstance(m, nn.Embedding) and m is not embedding for m in model.modules()
         )
 
-    def run(self, batch: Batch, shares: Sequence[slice], receive: Receive) -> None:
+    def run(self, batch: Batch, shares: Sequence[slice], into: Into) -> None:
         """Trace one batch.
 
         Args:
             batch: input_ids, attention_mask, labels [B, T]; position_ids [B, T] where padding is on the left.
             shares: disjoint slices of the batch's examples, each summed by itself.
-            receive: called once per parameter and share as (parameter, number of the share, {wanted: Σ over
-                the share's examples}); nothing is divided by the number of examples.
+            into: called once per parameter and share as (parameter, number of the share); gives a context whose
+                value are the tensors that the share's sums are added to: of "sum" Σg, "abs" Σ|g| and "square" Σg²
+                those wanted, of the parameter's shape and the dtype `sum_dtype`. Nothing is divided by the number
+                of examples. Leaving the context says that they are complete.
 
         Raises:
             UserError: the batch lacks a tensor, or an example lacks a target.
@@ -105,13 +105,14 @@ class Engine:
                     return
                 missing.discard(name)
                 for number, share in enumerate(shares):
-                    receive(name, number, reduce(uses, self.parameters[name], share, self.wanted))
+                    with into(name, number) as sums:
+                        reduce(uses, sums, share)
 
             if any(way is not None for way in self.plan.values()):
                 idle = [name for name, way in self.plan.items() if way == []]
                 self._backward(batch, deliver, idle)
             if missing:
-                self._one_by_one(batch, shares, sorted(missing), receive)
+                self._one_by_one(batch, shares, sorted(missing), into)
 
     def coverage(self) -> dict[str, float]:
         """Share of the parameters per rule ("a+b": tied, two uses; "general": one example at a time)."""
@@ -124,7 +125,9 @@ class Engine:
 
     # ---- one batched pass
 
-    def _backward(self, batch: Batch, deliver: Callable[..., None], idle: Sequence[str] = ()) -> None:
+    def _backward(
+        self, batch: Batch, deliver: Callable[..., None], idle: Sequence[str] = (), probing: bool = False
+    ) -> None:
         """One forward and backward; `deliver(parameter, its calls)` as soon as all its calls have their e.
 
         A parameter is not delivered if one of its calls can't be told apart by example or does not reach the
@@ -136,6 +139,7 @@ class Engine:
         sources: list[Call] = []
         opaque: set[str] = set()
         shape = (batch["labels"].shape[0], batch["labels"].shape[1])
+        reading = set(self._owners) if probing else self._reading()
 
         def arrived(call: Call, e: Tensor) -> None:
             call.e = e
@@ -159,8 +163,9 @@ class Engine:
                 flat = None if rows == shape[0] else shape
                 tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
                 only = tensors[0] if len(tensors) == 1 and tensors[0].shape[:1] == (rows,) else None
-                call = Call(owner, module, args, kwargs, only, output, output.grad_fn, flat)
-                call.place, call.locals = place, tuple(own)
+                kept = output if owner in reading else None
+                call = Call(owner, module, args, kwargs, only, kept, output.grad_fn, flat, rows=rows, place=place)
+                call.locals = tuple(own)
                 recorded.append(call)
                 for local, name in own.items():
                     calls[name].append((call, local))
@@ -203,21 +208,22 @@ class Engine:
             for call in recorded:  # an output's hook holds its call: a cycle that no collector sees
                 call.clear()
 
+    def _reading(self) -> set[str]:
+        """Modules whose outputs some rule of the plan reads."""
+        reads = {rule.name for rule in RULES if rule.reads_output}
+        return {owner for way in self.plan.values() for owner, _, rule in way or () if rule in reads}
+
     # ---- the general path
 
-    def _one_by_one(self, batch: Batch, shares: Sequence[slice], names: Sequence[str], receive: Receive) -> None:
+    def _one_by_one(self, batch: Batch, shares: Sequence[slice], names: Sequence[str], into: Into) -> None:
         """One example after the other, its gradients restricted to `names`."""
         for number, share in enumerate(shares):
-            sums = {
-                name: {w: torch.zeros_like(p, dtype=sum_dtype(p.dtype)) for w in self.wanted}
-                for name, p in ((name, self.parameters[name]) for name in names)
-            }
-            for i in range(len(batch["labels"]))[share]:
-                for name, gradient in zip(names, self._alone(batch, i, names)):
-                    if gradient is not None:
-                        fold(gradient.to(sum_dtype(gradient.dtype), copy=True).unsqueeze(0), sums[name])
-            for name in names:
-                receive(name, number, sums[name])
+            with ExitStack() as open_sums:
+                sums = {name: open_sums.enter_context(into(name, number)) for name in names}
+                for i in range(len(batch["labels"]))[share]:
+                    for name, gradient in zip(names, self._alone(batch, i, names)):
+                        if gradient is not None:
+                            fold(gradient.to(sum_dtype(gradient.dtype), copy=True).unsqueeze(0), sums[name])
 
     def _alone(self, batch: Batch, i: int, names: Sequence[str]) -> tuple[Tensor | None, ...]:
         """∂ℓ_i/∂θ of the named parameters, of example i by itself and without its padding."""
@@ -283,7 +289,7 @@ class Engine:
                         self.plan[name] = [[call.name, local, use.name] for (call, local), use in zip(calls, uses)]
                         return
 
-        self._backward({key: value[pair] for key, value in batch.items()}, deliver)
+        self._backward({key: value[pair] for key, value in batch.items()}, deliver, probing=True)
         self.probed = len(pair)
 
     # ---- the loss
@@ -322,13 +328,8 @@ class Engine:
                 hooks.callback(self._head.register_forward_pre_hook(gather).remove)
             output = self.model(**inputs)
         logits = output if isinstance(output, Tensor) else output.logits
-        if gathered:  # position k predicts wanted[:, k]; the loss shifts by one
-            wanted = labels[:, 1:].gather(1, positions)
-            logits, labels = (
-                nn.functional.pad(logits, (0, 0, 0, 1)),
-                nn.functional.pad(wanted, (1, 0), value=-100),
-            )
-        return example_losses(logits, labels)
+        wanted = next_tokens(labels)
+        return aligned_losses(logits, wanted.gather(1, positions) if gathered else wanted)
 
     def _checked(self, batch: Batch) -> dict[str, Tensor]:
         """The batch on the model's device, its shapes checked."""
@@ -364,14 +365,14 @@ def _fitting(call: Call, local: str, rules: Sequence[type[Rule]]) -> Iterator[Ru
 
 def _misfit(uses: Sequence[Rule], expected: Sequence[Tensor | None], parameter: Tensor) -> float:
     """Largest difference between the uses' gradients and the expected, in units of what rounding explains."""
-    like = torch.zeros_like(parameter, dtype=sum_dtype(parameter.dtype))
+    zeros = torch.zeros_like(parameter, dtype=sum_dtype(parameter.dtype))
     relative, terms = AGREES[parameter.dtype]
     worst = 0.0
     for i, gradient in enumerate(expected):
-        gradient = like if gradient is None else gradient.to(like.dtype)
-        got, bound = (
-            reduce(u, like, slice(i, i + 1), ["sum"])["sum"] for u in (uses, [use.magnitude() for use in uses])
-        )
+        gradient = zeros if gradient is None else gradient.to(zeros.dtype)
+        got, bound = zeros.clone(), zeros.clone()
+        reduce(uses, {"sum": got}, slice(i, i + 1))
+        reduce([use.magnitude() for use in uses], {"sum": bound}, slice(i, i + 1))
         allowed = relative * gradient.norm() + terms * bound.norm()
         difference = (got - gradient).norm()
         worst = max(worst, float(difference / allowed) if float(difference) > 0 else 0.0)

@@ -51,6 +51,7 @@ class Convolution(Rule):
     """g_i[o, c, k] = Σ_t e_i[o, t] x_i[c, stride·t + dilation·k] of nn.Conv1d, c a channel of o's group."""
 
     name = "convolution"
+    reads_output = False
 
     def __init__(self, call: Call, local: str) -> None:
         module = call.module
@@ -101,6 +102,7 @@ class Experts(Rule):
     """
 
     name = "experts"
+    reads_output = False
 
     def __init__(self, call: Call, local: str) -> None:
         module, own = call.module, call.module._parameters
@@ -262,7 +264,7 @@ class Alone(Rule):
         if not call.name:
             raise Unfit  # the whole model: the general path does the same
         self.call, self.local = call, local
-        self.batch, self.height = call.flat or (len(call.output), 1)
+        self.batch, self.height = call.flat or (call.rows, 1)
         if "fits" not in call.kept:
             call.kept["fits"] = self._fits()
         if not call.kept["fits"]:

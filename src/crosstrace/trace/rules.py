@@ -44,23 +44,24 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     input: Tensor | None  # the call's only tensor argument; None if it has none or several
-    output: Tensor  # of a tuple, the first tensor with a gradient and a row (or T rows) per example
+    output: Tensor | None  # of a tuple, the first tensor with a gradient and a row (or T rows) per example
     node: Any  # autograd's node whose gradient e is
     flat: tuple[int, int] | None = None  # (B, T) where the module saw [B·T, …], else it saw [B, …]
     e: Tensor | None = None
     waiting: set[str] = field(default_factory=set)  # parameters whose gradient still needs this call
+    rows: int = 0  # of the output: B, or B·T
     place: int = 0  # of `output` among all that the module gave
     locals: tuple[str, ...] = ()  # the module's names of all parameters this call is recorded for
     kept: dict[Any, Any] = field(default_factory=dict)  # what a rule found for several of them at once
 
     def __post_init__(self) -> None:
         self._versions = [x._version for x in self._tensors()]
-        self._output_version = self.output._version
+        self._output_version = None if self.output is None else self.output._version
 
     def clear(self) -> None:
         """Let go of all tensors."""
         self.args, self.kwargs, self.kept = (), {}, {}
-        self.input, self.output, self.node, self.e = None, torch.empty(0), None, None
+        self.input, self.output, self.node, self.e = None, None, None, None
 
     def gradient(self) -> Tensor:
         """e [B, …], in the dtype of the sums."""
@@ -91,8 +92,8 @@ class Call:
         return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
 
     def result(self) -> Tensor | None:
-        """What the module gave, detached; None if it has been changed in place since."""
-        return self.output.detach() if self.output._version == self._output_version else None
+        """What the module gave, detached; None if it was changed in place since, or is not kept (`reads_output`)."""
+        return None if self.output is None or self.output._version != self._output_version else self.output.detach()
 
     def by_example(self, x: Tensor) -> Tensor:
         """What the module saw or gave, as [B, …]."""
@@ -119,6 +120,7 @@ class Rule:
 
     name: str
     batch: int  # B
+    reads_output = True  # whether `call.result()` is asked for: only then is the module's output kept
     nested = False  # whether `local` may name a parameter of a module inside, e.g. "conv1d.weight"
 
     def __init__(self, call: Call, local: str) -> None:
@@ -149,6 +151,7 @@ class Linear(Rule):
     """g_i = e_iᵀ a_i of y = a Wᵀ (+ b), W [O, I]; the rows of the parameter are the left factor's columns."""
 
     name = "linear"
+    reads_output = False
     transposed = False
 
     def __init__(self, call: Call, local: str) -> None:
@@ -179,6 +182,7 @@ class Embedding(Rule):
     """g_i has e_it added to row ids_it; the ids are those that autograd saved, whatever the module got."""
 
     name = "embedding"
+    reads_output = False
 
     def __init__(self, call: Call, local: str) -> None:
         weight = getattr(call.module, local)
@@ -223,6 +227,7 @@ class Shift(Rule):
     """g_i = Σ_t e_it of y = … + b: a bias."""
 
     name = "shift"
+    reads_output = False
 
     def __init__(self, call: Call, local: str) -> None:
         self._keep(call.gradient(), getattr(call.module, local))
@@ -268,6 +273,7 @@ class Gain(Scale):
     """The same for y = w ⊙ d(x), an RMSNorm's weight: g_i = (Σ_t e_it y_it) / w, since y is there already."""
 
     name = "gain"
+    reads_output = True
 
     def __init__(self, call: Call, local: str) -> None:
         if sum(p is not None for p in call.module._parameters.values()) > 1:
@@ -284,6 +290,7 @@ class Replay(Rule):
     """The module is run again per example (vmap) and differentiated: any small parameter of any module."""
 
     name = "replay"
+    reads_output = False
 
     def __init__(self, call: Call, local: str) -> None:
         x, parameter = call.tensor(), getattr(call.module, local).detach()
@@ -317,27 +324,22 @@ def is_lookup(node: Any) -> bool:
     return node is not None and node.name() == "EmbeddingBackward0"
 
 
-def reduce(uses: Sequence[Rule], parameter: Tensor, examples: slice, wanted: Sequence[str]) -> dict[str, Tensor]:
-    """Sums over `examples` of the per-example gradients of one parameter.
+def reduce(uses: Sequence[Rule], sums: dict[str, Tensor], examples: slice) -> None:
+    """Add the sums over `examples` of the per-example gradients of one parameter.
 
     Args:
-        uses: all uses of the parameter in the batch, added before the absolute value; none: zeros.
-        parameter: gives shape, device and dtype (half precision sums in float32).
+        uses: all uses of the parameter in the batch, added before the absolute value; none: nothing to add.
+        sums: what is added to: "sum" Σg, "abs" Σ|g| and "square" Σg², those that are wanted, each of the
+            parameter's shape, in `sum_dtype` of the parameter's.
         examples: which of the batch.
-        wanted: of "sum" Σg, "abs" Σ|g| and "square" Σg².
-
-    Returns:
-        One tensor of the parameter's shape for each of `wanted`.
     """
-    sums = {name: torch.zeros_like(parameter, dtype=sum_dtype(parameter.dtype)) for name in wanted}
-    if list(wanted) == ["sum"]:
+    if list(sums) == ["sum"]:
         for use in uses:
             use.total(sums["sum"], examples)
     elif len(uses) == 1:
         uses[0].reduce(sums, examples)
     elif uses:
         _blocks(uses, sums, examples, uses[0].batch)
-    return sums
 
 
 def fold(block: Tensor, sums: dict[str, Tensor]) -> None:
@@ -383,7 +385,9 @@ def _occupied(left: Tensor, right: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
     T' is the most that any example of the batch has; where that saves little, nothing is moved.
     """
     left, right, e = (x.unsqueeze(1).flatten(1, -2) for x in (left, right, e))
-    occupied = e.abs().amax(-1) != 0
+    if int((e[..., :8] != 0).any(-1).sum(1).max()) > 0.8 * e.shape[1]:
+        return left, right  # few columns tell it: no need to read all of them
+    occupied = (e != 0).any(-1)
     longest = int(occupied.sum(1).max())
     if longest > 0.8 * occupied.shape[1]:
         return left, right

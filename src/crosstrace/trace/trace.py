@@ -16,7 +16,8 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,18 +179,17 @@ def trace(
         UserError: an unknown measure, fewer examples than parts, or a batch that can't be traced.
     """
     _check(measures, parts, ("example",))
-    engine = Engine(model, _wanted(measures, ("example",)))
+    engine = Engine(model)
     means = [[_Mean(engine.parameters, measure, "example") for _ in range(parts)] for measure in measures]
     seen = 0
     for batch in batches:
         batch, chosen, shares = _by_part(batch, parts, seen)
         sizes = [share.stop - share.start for share in shares]
 
-        def receive(name: str, number: int, sums: dict[str, Tensor], chosen=chosen, sizes=sizes) -> None:
-            for row in means:
-                row[chosen[number]].add(name, sums, engine.parameters[name], sizes[number])
+        def into(name: str, number: int, chosen: list[int] = chosen) -> AbstractContextManager[dict[str, Tensor]]:
+            return _open(name, engine.parameters[name], [row[chosen[number]] for row in means])
 
-        engine.run(batch, shares, receive)
+        engine.run(batch, shares, into)
         for row in means:
             for part, size in zip(chosen, sizes):
                 row[part].weight += size
@@ -234,7 +234,7 @@ class OnlineTrace:
         lr_weighted: bool = False,
     ) -> None:
         _check(measures, parts, reductions)
-        self._engine = Engine(model, _wanted(measures, reductions))
+        self._engine = Engine(model)
         self._settings = {
             "tasks": list(tasks),
             "measures": list(measures),
@@ -278,23 +278,23 @@ class OnlineTrace:
                        for m in measures if "step" in reductions]  # fmt: skip
             of_part = [[self._means[f"{task}/example/{m}/{part}"] for m in measures if "example" in reductions]
                        for part in chosen]  # fmt: skip
-            whole: dict[str, Tensor] = {}
+            whole: dict[str, Tensor] = {}  # Σg over the step
 
-            def receive(
-                name: str, number: int, sums: dict[str, Tensor],
-                of_step=of_step, of_part=of_part, sizes=sizes, count=count, whole=whole,
-            ) -> None:  # fmt: skip
+            @contextmanager
+            def into(
+                name: str, number: int, of_step=of_step, of_part=of_part, last=len(sizes) - 1, count=count, whole=whole
+            ) -> Iterator[dict[str, Tensor]]:
                 theta = self._engine.parameters[name]
-                for mean in of_part[number]:
-                    mean.add(name, sums, theta, sizes[number], factor)
-                if of_step:
-                    whole[name] = sums["sum"] if number == 0 else whole[name] + sums["sum"]
-                    if number == len(sizes) - 1:
-                        total = {"sum": whole.pop(name)}
-                        for mean in of_step:
-                            mean.add(name, total, theta, count, factor)
+                with _open(name, theta, of_part[number], factor, also=("sum",) if of_step else ()) as sums:
+                    yield sums
+                    if of_step:
+                        whole[name] = sums["sum"].clone() if number == 0 < last else whole.get(name, 0) + sums["sum"]
+                if of_step and number == last:
+                    total = whole.pop(name)
+                    for mean in of_step:
+                        mean.add_step(name, total / count, theta, factor)
 
-            self._engine.run(batch, shares, receive)
+            self._engine.run(batch, shares, into)
             for mean in of_step:
                 mean.weight += factor
             for means, size in zip(of_part, sizes):
@@ -366,20 +366,45 @@ class _Mean:
         self.total = {n: torch.zeros_like(p, dtype=sum_dtype(p.dtype)) for n, p in parameters.items()}
         self.weight = 0.0
 
-    def add(self, name: str, sums: dict[str, Tensor], theta: Tensor, count: int, factor: float = 1.0) -> None:
-        """Add a batch of `count` examples: its sums Σg, Σ|g|, Σg² (those wanted) at the parameter theta."""
-        if self.reduction == "example":
-            value = sums[_SUM_OF[self.measure]]
-        else:
-            mean = sums["sum"] / count
-            value = mean if self.measure == "net" else mean.square() if self.measure == "square" else mean.abs()
+    def add(self, name: str, value: Tensor, theta: Tensor, factor: float) -> None:
+        """Add the sum that the measure is made of, taken at the parameter theta."""
         if self.measure == "taylor":
             value = value * theta.detach().abs()
         self.total[name].add_(value, alpha=factor)
 
+    def add_step(self, name: str, gradient: Tensor, theta: Tensor, factor: float) -> None:
+        """Add a step's mean gradient."""
+        if self.measure in ("abs", "taylor"):
+            gradient = gradient.abs()
+        elif self.measure == "square":
+            gradient = gradient.square()
+        self.add(name, gradient, theta, factor)
+
     def trace(self, task: str, when: str, meta: dict[str, Any]) -> Trace:
         values = {name: (total / self.weight).cpu() for name, total in self.total.items()}
         return Trace(task, self.measure, self.reduction, when, values, self.weight, meta)
+
+
+@contextmanager
+def _open(
+    name: str, theta: Tensor, means: Sequence[_Mean], factor: float = 1.0, also: Sequence[str] = ()
+) -> Iterator[dict[str, Tensor]]:
+    """The sums that `means` need of the parameter `name`, and those of `also`, for the engine to add to.
+
+    Where a sum is all that one mean wants, it is the mean's own accumulator: no copy.
+    """
+    users: dict[str, list[_Mean]] = {key: [] for key in also}
+    for mean in means:
+        users.setdefault(_SUM_OF[mean.measure], []).append(mean)
+    sums = {}
+    for key, fed in users.items():
+        direct = len(fed) == 1 and key not in also and fed[0].measure != "taylor" and factor == 1.0
+        sums[key] = fed[0].total[name] if direct else torch.zeros_like(theta, dtype=sum_dtype(theta.dtype))
+    yield sums
+    for key, fed in users.items():
+        for mean in fed:
+            if sums[key] is not mean.total[name]:
+                mean.add(name, sums[key], theta, factor)
 
 
 def _by_part(batch: Batch, parts: int, seen: int) -> tuple[Batch, list[int], list[slice]]:
@@ -397,12 +422,6 @@ def _by_part(batch: Batch, parts: int, seen: int) -> tuple[Batch, list[int], lis
     if len(shares) > 1:
         rest = {key: value[order.to(value.device)] for key, value in rest.items()}
     return rest, chosen.tolist(), shares
-
-
-def _wanted(measures: Sequence[str], reductions: Sequence[str]) -> list[str]:
-    """Which sums the engine must take; `step` lives on Σg alone."""
-    wanted = {_SUM_OF[measure] for measure in measures if "example" in reductions}
-    return sorted(wanted | ({"sum"} if "step" in reductions else set()))
 
 
 def _check(measures: Sequence[str], parts: int, reductions: Sequence[str]) -> None:
