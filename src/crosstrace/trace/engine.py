@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.utils._pytree import tree_leaves
 
 from crosstrace.errors import UserError
 from crosstrace.losses import aligned_losses, next_tokens
 from crosstrace.trace.modules import RULES
-from crosstrace.trace.rules import Call, Rule, Unfit, fold, is_lookup, main_output, reduce, sum_dtype
+from crosstrace.trace.recording import Recording, Uses
+from crosstrace.trace.rules import Call, Rule, Unfit, fold, main_output, reduce, sum_dtype
 
 Batch = Mapping[str, Tensor]
 Way = list[list[str]]  # a parameter's uses in order, each [module, local name, rule]; empty: no use, no gradient
@@ -60,11 +60,11 @@ class Engine:
             if p.dtype not in AGREES:
                 raise UserError(f"parameter {name!r} is {p.dtype}, which has no gradient; load the model unquantised")
         names = {id(p): name for name, p in self.parameters.items()}
-        self._owners: dict[str, dict[str, str]] = {}  # module -> local name -> canonical (a tied tensor's first)
+        self.owners: dict[str, dict[str, str]] = {}  # module -> local name -> canonical (a tied tensor's first)
         for owner, module in model.named_modules():
             own = {local: names[id(p)] for local, p in module._parameters.items() if p is not None}
             if own:
-                self._owners[owner] = own
+                self.owners[owner] = own
         self._adopted = False
         embedding = _embeddings(model, "input")
         self._head = _embeddings(model, "output")
@@ -86,33 +86,42 @@ class Engine:
         Raises:
             UserError: the batch lacks a tensor, or an example lacks a target.
         """
-        batch = self._checked(batch)
-        by_name = {rule.name: rule for rule in RULES}
+        batch = self.checked(batch)
         with undisturbed(self.model):
-            if not self._adopted:
-                self._adopt(batch)
-            if self.probed < min(2, len(batch["labels"])):
-                self._probe(batch)
+            self._plan(batch)
             missing = set(self.parameters)
 
-            def deliver(name: str, calls: list[tuple[Call, str]]) -> None:
-                way = self.plan[name]
-                if way is None or [[call.name, local] for call, local in calls] != [use[:2] for use in way]:
-                    return  # called otherwise than when it was probed
-                try:
-                    uses = [by_name[rule](call, local) for (call, local), (_, _, rule) in zip(calls, way)]
-                except Unfit:
+            def deliver(name: str, uses: Uses) -> None:
+                rules = self.rules(name, uses)
+                if rules is None:
                     return
                 missing.discard(name)
                 for number, share in enumerate(shares):
                     with into(name, number) as sums:
-                        reduce(uses, sums, share)
+                        reduce(rules, sums, share)
 
             if any(way is not None for way in self.plan.values()):
                 idle = [name for name, way in self.plan.items() if way == []]
                 self._backward(batch, deliver, idle)
             if missing:
                 self._one_by_one(batch, shares, sorted(missing), into)
+
+    def plan_for(self, batch: Batch) -> None:
+        """Find each parameter's rule now, on this batch, if it is not known yet; `run` does so by itself."""
+        batch = self.checked(batch)
+        with undisturbed(self.model):
+            self._plan(batch)
+
+    def rules(self, name: str, uses: Uses) -> list[Rule] | None:
+        """The planned rules of a parameter's recorded uses; None if there are none that fit these."""
+        way = self.plan[name]
+        if way is None or [[call.name, local] for call, local in uses] != [use[:2] for use in way]:
+            return None  # called otherwise than when it was probed
+        by_name = {rule.name: rule for rule in RULES}
+        try:
+            return [by_name[rule](call, local) for (call, local), (_, _, rule) in zip(uses, way)]
+        except Unfit:
+            return None
 
     def coverage(self) -> dict[str, float]:
         """Share of the parameters per rule ("a+b": tied, two uses; "general": one example at a time)."""
@@ -126,64 +135,17 @@ class Engine:
     # ---- one batched pass
 
     def _backward(
-        self, batch: Batch, deliver: Callable[..., None], idle: Sequence[str] = (), probing: bool = False
+        self, batch: Batch, deliver: Callable[[str, Uses], None], idle: Sequence[str] = (), probing: bool = False
     ) -> None:
-        """One forward and backward; `deliver(parameter, its calls)` as soon as all its calls have their e.
+        """One forward and backward, recorded (see `Recording` for which parameters are delivered).
 
-        A parameter is not delivered if one of its calls can't be told apart by example or does not reach the
-        loss. The parameters `idle` are expected to have no gradient; those that have none are delivered
-        without calls.
+        The parameters `idle` are expected to have no gradient; those that have none are delivered without calls.
         """
-        calls: dict[str, list[tuple[Call, str]]] = defaultdict(list)
-        recorded: list[Call] = []
-        sources: list[Call] = []
-        opaque: set[str] = set()
+        reading = set(self.owners) if probing else self.reading()
         shape = (batch["labels"].shape[0], batch["labels"].shape[1])
-        reading = set(self._owners) if probing else self._reading()
-
-        def arrived(call: Call, e: Tensor) -> None:
-            call.e = e
-            for name in list(call.waiting):
-                if all(c.e is not None for c, _ in calls[name]):
-                    deliver(name, calls[name])
-                    for c, _ in calls.pop(name):
-                        c.waiting.discard(name)
-                        if not c.waiting:  # free the activations before the backward goes on
-                            c.clear()
-
-        def recorder(owner: str) -> Callable[..., None]:
-            def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                own = self._owners[owner]
-                place = main_output(output, (shape[0], shape[0] * shape[1]))
-                if place is None:
-                    opaque.update(own.values())
-                    return
-                output = tree_leaves(output)[place]
-                rows = len(output)
-                flat = None if rows == shape[0] else shape
-                tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-                only = tensors[0] if len(tensors) == 1 and tensors[0].shape[:1] == (rows,) else None
-                kept = output if owner in reading else None
-                call = Call(owner, module, args, kwargs, only, kept, output.grad_fn, flat, rows=rows, place=place)
-                call.locals = tuple(own)
-                recorded.append(call)
-                for local, name in own.items():
-                    calls[name].append((call, local))
-                    call.waiting.add(name)
-                if any(x.requires_grad for x in tensors):
-                    # A hook set now sees the gradient of this output, whatever is done to it in place later.
-                    output.register_hook(lambda e: arrived(call, e))
-                else:
-                    call.node = _lookup(output.grad_fn)
-                    sources.append(call)
-
-            return record
-
+        recording = Recording(self.owners, shape, deliver, reading)
         try:
-            with ExitStack() as hooks:
-                for owner in self._owners:
-                    hook = self.model.get_submodule(owner).register_forward_hook(recorder(owner), with_kwargs=True)
-                    hooks.callback(hook.remove)
+            with recording.watching(self.model):
                 losses = self._losses(batch, only_targets=True)
             wrong = (~losses.isfinite()).nonzero()
             if len(wrong):
@@ -191,24 +153,21 @@ class Engine:
                     f"the loss of example {int(wrong[0])} of a batch to trace is not a finite number; has "
                     "training diverged, or does the attention kernel fail on padding in this dtype?"
                 )
-            for name in opaque:
-                for call, _ in calls.pop(name, []):
-                    call.waiting.discard(name)
             # The model's first calls are where the backward ends; on the way there it passes all others.
+            sources = recording.sources
             ends = [GradientEdge(call.node, 0) for call in sources] + [self.parameters[name] for name in idle]
             # (torch's stubs do not know a list of both.)
             found = torch.autograd.grad(losses.sum(), ends, allow_unused=True) if ends else ()  # pyright: ignore
             for call, e in zip(sources, found):
                 if e is not None:
-                    arrived(call, e)
+                    recording.arrived(call, e)
             for name, gradient in zip(idle, found[len(sources) :]):
                 if gradient is None:
                     deliver(name, [])
         finally:
-            for call in recorded:  # an output's hook holds its call: a cycle that no collector sees
-                call.clear()
+            recording.close()
 
-    def _reading(self) -> set[str]:
+    def reading(self) -> set[str]:
         """Modules whose outputs some rule of the plan reads."""
         reads = {rule.name for rule in RULES if rule.reads_output}
         return {owner for way in self.plan.values() for owner, _, rule in way or () if rule in reads}
@@ -234,6 +193,12 @@ class Engine:
 
     # ---- the plan
 
+    def _plan(self, batch: Batch) -> None:
+        if not self._adopted:
+            self._adopt(batch)
+        if self.probed < min(2, len(batch["labels"])):
+            self._probe(batch)
+
     def _adopt(self, batch: Batch) -> None:
         """Give parameters to the closest module around whose calls show them example by example.
 
@@ -251,13 +216,13 @@ class Engine:
 
                 hooks.callback(module.register_forward_hook(note).remove)
             self._losses(pair, only_targets=True)
-        for owner in [owner for owner in self._owners if not apart.get(owner)]:
+        for owner in [owner for owner in self.owners if not apart.get(owner)]:
             around = owner
             while around and not apart.get(around):
                 around = around.rpartition(".")[0]
             if around:  # not the whole model
-                own = self._owners.setdefault(around, {})
-                for local, name in self._owners.pop(owner).items():
+                own = self.owners.setdefault(around, {})
+                for local, name in self.owners.pop(owner).items():
                     own[f"{owner[len(around) + 1 :]}.{local}"] = name
         self._adopted = True
 
@@ -274,7 +239,7 @@ class Engine:
             if all(gradients[name] is None for gradients in alone):
                 self.plan[name] = []
 
-        def deliver(name: str, calls: list[tuple[Call, str]]) -> None:
+        def deliver(name: str, calls: Uses) -> None:
             expected = [gradients[name] for gradients in alone]
             if not any(g is not None and bool(g.any()) for g in expected):
                 return  # zero tells nothing about a rule
@@ -331,7 +296,7 @@ class Engine:
         wanted = next_tokens(labels)
         return aligned_losses(logits, wanted.gather(1, positions) if gathered else wanted)
 
-    def _checked(self, batch: Batch) -> dict[str, Tensor]:
+    def checked(self, batch: Batch) -> dict[str, Tensor]:
         """The batch on the model's device, its shapes checked."""
         lacking = [key for key in ("input_ids", "attention_mask", "labels") if key not in batch]
         if lacking:
@@ -377,16 +342,6 @@ def _misfit(uses: Sequence[Rule], expected: Sequence[Tensor | None], parameter: 
         difference = (got - gradient).norm()
         worst = max(worst, float(difference / allowed) if float(difference) > 0 else 0.0)
     return worst
-
-
-def _lookup(node: Any) -> Any:
-    """The embedding lookup behind a module's output (Gemma scales it afterwards), else its own node."""
-    hop = node
-    for _ in range(4):
-        if hop is None or is_lookup(hop):
-            break
-        hop = hop.next_functions[0][0] if hop.next_functions else None
-    return hop if is_lookup(hop) else node
 
 
 def _embeddings(model: nn.Module, which: str) -> nn.Module | None:

@@ -52,6 +52,7 @@ class Call:
     rows: int = 0  # of the output: B, or B·T
     place: int = 0  # of `output` among all that the module gave
     locals: tuple[str, ...] = ()  # the module's names of all parameters this call is recorded for
+    order: Tensor | None = None  # [B]: which example of the batch is which of the rules'; None: as they come
     kept: dict[Any, Any] = field(default_factory=dict)  # what a rule found for several of them at once
 
     def __post_init__(self) -> None:
@@ -72,28 +73,42 @@ class Call:
         """The only tensor argument as the module saw it, detached and unchanged since the call."""
         if self.input is None:
             raise Unfit
-        self.tensors()
-        return self.input.detach()
+        self._check_unchanged()
+        return self.arranged(self.input)
 
     def tensors(self) -> list[Tensor]:
-        """All tensor arguments in order, detached and unchanged since the call."""
-        tensors = self._tensors()
-        if [x._version for x in tensors] != self._versions:
-            raise Unfit
-        return [x.detach() for x in tensors]
+        """All tensor arguments, detached and unchanged since the call."""
+        self._check_unchanged()
+        return [self.arranged(x) for x in self._tensors()]
 
     def arguments(self, change: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """args and kwargs with every tensor changed."""
-        self.tensors()
-        swap = lambda x: change(x) if isinstance(x, Tensor) else x
+        self._check_unchanged()
+        swap = lambda x: change(self.arranged(x)) if isinstance(x, Tensor) else x
         return tree_map(swap, self.args), tree_map(swap, self.kwargs)
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """A tensor of the call, detached, with the rules' order of examples; one without rows for them as it is."""
+        x = x.detach()
+        if self.order is None or x.dim() == 0:
+            return x
+        count = len(self.order)
+        if len(x) == count:
+            return x[self.order]
+        whole = self.flat is not None and len(x) == self.rows
+        return x.unflatten(0, (count, -1))[self.order].flatten(0, 1) if whole else x
+
+    def _check_unchanged(self) -> None:
+        if [x._version for x in self._tensors()] != self._versions:
+            raise Unfit
 
     def _tensors(self) -> list[Tensor]:
         return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
 
     def result(self) -> Tensor | None:
         """What the module gave, detached; None if it was changed in place since, or is not kept (`reads_output`)."""
-        return None if self.output is None or self.output._version != self._output_version else self.output.detach()
+        kept = self.output is not None and self.output._version == self._output_version
+        return self.arranged(self.output) if self.output is not None and kept else None
 
     def by_example(self, x: Tensor) -> Tensor:
         """What the module saw or gave, as [B, …]."""
@@ -188,7 +203,7 @@ class Embedding(Rule):
         weight = getattr(call.module, local)
         if not is_lookup(call.node) or weight.dim() != 2 or call.node._saved_scale_grad_by_freq:
             raise Unfit
-        ids, e = call.node._saved_indices, call.gradient()
+        ids, e = call.arranged(call.node._saved_indices), call.gradient()
         if ids.shape != e.shape[:-1] or ids.dim() < 2 or e.shape[-1] != weight.shape[1]:
             raise Unfit
         padding = getattr(call.module, "padding_idx", None)

@@ -19,6 +19,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -206,11 +208,8 @@ def trace(
     return [mean.trace(task, "checkpoint", meta | {"part": p}) for row in means for p, mean in enumerate(row)]
 
 
-class OnlineTrace:
-    """Traces accumulated over the steps of a training.
-
-    Call `step` before each update with the step's batches. It runs its own forward and backward (the trace's
-    targets differ from the training's) and leaves the model, its gradients and the random state alone.
+class Accumulated:
+    """What every online trace has: the means of all tasks, reductions, measures and parts, and their state.
 
     Args:
         model: the model in training.
@@ -252,56 +251,48 @@ class OnlineTrace:
         }
         self._whole = True  # no step was interrupted half-way
 
-    def step(self, batches: Mapping[str, Batch], lr: float = 1.0) -> None:
-        """Add one training step: each task's batch, at the parameters before the update.
+    @property
+    def _parts(self) -> int:
+        """Parts that a batch is cut into: for "step" whole steps are parts."""
+        return self._settings["parts"] if "example" in self._settings["reductions"] else 1
 
-        Args:
-            batches: per task; a task without examples in this step is left out.
-            lr: the step's learning rate; counts only if `lr_weighted`.
+    def _factor(self, lr: float) -> float:
+        return float(lr) if self._settings["lr_weighted"] else 1.0
 
-        Raises:
-            UserError: a task that was not announced, or a batch that can't be traced.
-        """
-        self._check_whole()
-        unknown = [task for task in batches if task not in self._steps]
-        if unknown:
-            raise UserError(f"task {unknown[0]!r} is not one of those announced: {', '.join(self._steps)}")
-        factor = float(lr) if self._settings["lr_weighted"] else 1.0
-        self._whole = False
-        reductions, measures = self._settings["reductions"], self._settings["measures"]
-        parts = self._settings["parts"] if "example" in reductions else 1
-        for task, batch in batches.items():
-            batch, chosen, shares = _by_part(batch, parts, 0)
-            sizes = [share.stop - share.start for share in shares]
-            count = sum(sizes)
-            of_step = [self._means[f"{task}/step/{m}/{self._steps[task] % self._settings['parts']}"]
-                       for m in measures if "step" in reductions]  # fmt: skip
-            of_part = [[self._means[f"{task}/example/{m}/{part}"] for m in measures if "example" in reductions]
-                       for part in chosen]  # fmt: skip
-            whole: dict[str, Tensor] = {}  # Σg over the step
+    def _of_part(self, task: str, part: int) -> list[_Mean]:
+        wanted = self._settings["measures"] if "example" in self._settings["reductions"] else []
+        return [self._means[f"{task}/example/{measure}/{part}"] for measure in wanted]
 
-            @contextmanager
-            def into(
-                name: str, number: int, of_step=of_step, of_part=of_part, last=len(sizes) - 1, count=count, whole=whole
-            ) -> Iterator[dict[str, Tensor]]:
-                theta = self._engine.parameters[name]
-                with _open(name, theta, of_part[number], factor, also=("sum",) if of_step else ()) as sums:
-                    yield sums
-                    if of_step:
-                        whole[name] = sums["sum"].clone() if number == 0 < last else whole.get(name, 0) + sums["sum"]
-                if of_step and number == last:
-                    total = whole.pop(name)
-                    for mean in of_step:
-                        mean.add_step(name, total / count, theta, factor)
+    def _of_step(self, task: str) -> list[_Mean]:
+        wanted = self._settings["measures"] if "step" in self._settings["reductions"] else []
+        part = self._steps[task] % self._settings["parts"]
+        return [self._means[f"{task}/step/{measure}/{part}"] for measure in wanted]
 
-            self._engine.run(batch, shares, into)
-            for mean in of_step:
-                mean.weight += factor
-            for means, size in zip(of_part, sizes):
-                for mean in means:
-                    mean.weight += factor * size
-            self._steps[task] += 1
-        self._whole = True
+    def _open(
+        self, task: str, part: int, name: str, gradients: dict[str, Tensor], factor: float
+    ) -> AbstractContextManager[dict[str, Tensor]]:
+        """Where the engine adds the sums of examples of one task and part; Σg of the step goes to `gradients`."""
+        theta = self._engine.parameters[name]
+        also = {}
+        if "step" in self._settings["reductions"]:
+            if name not in gradients:
+                gradients[name] = torch.zeros_like(theta, dtype=sum_dtype(theta.dtype))
+            also["sum"] = gradients[name]
+        return _open(name, theta, self._of_part(task, part), factor, also)
+
+    def _add_step(self, task: str, name: str, gradient: Tensor, factor: float) -> None:
+        """Add a step's mean gradient of one parameter."""
+        for mean in self._of_step(task):
+            mean.add_step(name, gradient, self._engine.parameters[name], factor)
+
+    def _count(self, task: str, sizes: Iterable[tuple[int, int]], factor: float) -> None:
+        """All of a step's sums of a task are there, of so many examples for each part."""
+        for mean in self._of_step(task):
+            mean.weight += factor
+        for part, size in sizes:
+            for mean in self._of_part(task, part):
+                mean.weight += factor * size
+        self._steps[task] += 1
 
     def traces(self) -> list[Trace]:
         """The traces so far, by task, reduction, measure, part; parts without a step yet are left out."""
@@ -358,6 +349,51 @@ class OnlineTrace:
             )
 
 
+class OnlineTrace(Accumulated):
+    """Traces accumulated over the steps of a training, by a forward and backward of their own.
+
+    Call `step` before each update with the step's batches: the trace's targets may differ from the training's. The
+    model, its gradients and the random state are left alone. See `Accumulated` for the arguments; `TrainingTrace`
+    shares the training's own backward instead.
+    """
+
+    def step(self, batches: Mapping[str, Batch], lr: float = 1.0) -> None:
+        """Add one training step: each task's batch, at the parameters before the update.
+
+        Args:
+            batches: per task; a task without examples in this step is left out.
+            lr: the step's learning rate; counts only if `lr_weighted`.
+
+        Raises:
+            UserError: a task that was not announced, or a batch that can't be traced; nothing is added then.
+        """
+        self._check_whole()
+        unknown = [task for task in batches if task not in self._steps]
+        if unknown:
+            raise UserError(f"task {unknown[0]!r} is not one of those announced: {', '.join(self._steps)}")
+        for batch in batches.values():
+            self._engine.checked({key: value for key, value in batch.items() if key != "group"})
+        factor = self._factor(lr)
+        self._whole = False
+        for task, batch in batches.items():
+            batch, chosen, shares = _by_part(batch, self._parts, 0)
+            sizes = [share.stop - share.start for share in shares]
+            add = partial(self._add, task, chosen, sum(sizes), {}, factor)
+            self._engine.run(batch, shares, add)
+            self._count(task, zip(chosen, sizes), factor)
+        self._whole = True
+
+    @contextmanager
+    def _add(
+        self, task: str, chosen: list[int], count: int, gradients: dict[str, Tensor], factor: float,
+        name: str, number: int,
+    ) -> Iterator[dict[str, Tensor]]:  # fmt: skip
+        with self._open(task, chosen[number], name, gradients, factor) as sums:
+            yield sums
+        if name in gradients and number == len(chosen) - 1:
+            self._add_step(task, name, gradients.pop(name).div_(count), factor)
+
+
 class _Mean:
     """A weighted mean of one measure by one reduction: Σ so far per parameter, and the weight it is over."""
 
@@ -387,24 +423,34 @@ class _Mean:
 
 @contextmanager
 def _open(
-    name: str, theta: Tensor, means: Sequence[_Mean], factor: float = 1.0, also: Sequence[str] = ()
+    name: str,
+    theta: Tensor,
+    means: Sequence[_Mean],
+    factor: float = 1.0,
+    also: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Iterator[dict[str, Tensor]]:
     """The sums that `means` need of the parameter `name`, and those of `also`, for the engine to add to.
 
-    Where a sum is all that one mean wants, it is the mean's own accumulator: no copy.
+    Where a sum is all that one of them wants, it is the accumulator itself: no copy.
     """
     users: dict[str, list[_Mean]] = {key: [] for key in also}
     for mean in means:
         users.setdefault(_SUM_OF[mean.measure], []).append(mean)
     sums = {}
     for key, fed in users.items():
-        direct = len(fed) == 1 and key not in also and fed[0].measure != "taylor" and factor == 1.0
-        sums[key] = fed[0].total[name] if direct else torch.zeros_like(theta, dtype=sum_dtype(theta.dtype))
+        if not fed:
+            sums[key] = also[key]
+        elif len(fed) == 1 and key not in also and fed[0].measure != "taylor" and factor == 1.0:
+            sums[key] = fed[0].total[name]
+        else:
+            sums[key] = torch.zeros_like(theta, dtype=sum_dtype(theta.dtype))
     yield sums
     for key, fed in users.items():
         for mean in fed:
             if sums[key] is not mean.total[name]:
                 mean.add(name, sums[key], theta, factor)
+        if fed and key in also:
+            also[key].add_(sums[key])
 
 
 def _by_part(batch: Batch, parts: int, seen: int) -> tuple[Batch, list[int], list[slice]]:

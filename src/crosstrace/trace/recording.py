@@ -1,0 +1,125 @@
+"""What one forward of a batch leaves for the rules: every module's calls and, from the backward, their gradients e.
+
+`Engine` records forwards of its own, `TrainingTrace` those of somebody else's training. Nothing here knows rules,
+losses or sums; who records says what is done with a parameter whose calls all have their e.
+
+Shapes: B examples, T positions.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from crosstrace.trace.rules import Call, is_lookup, main_output
+
+Uses = Sequence[tuple[Call, str]]  # a parameter's calls in order, each with the module's own name of the parameter
+Replace = Callable[[Call, Tensor], Tensor]
+
+
+class Recording:
+    """The calls of one forward.
+
+    Args:
+        owners: per module, its local name of each parameter to its canonical one.
+        shape: (B, T) of the batch.
+        deliver: called as (parameter, its uses) once all of them have their e. A parameter is not delivered if one
+            of its calls can't be told apart by example or does not reach the loss. The calls are cleared afterwards.
+        reading: the modules whose outputs are kept for the rules.
+        order: which example of the batch each row of a call's tensors is to be, [B]; None: as they come.
+        replace: may give another tensor of the same values for a call's output, of a module whose only output it is.
+    """
+
+    def __init__(
+        self,
+        owners: Mapping[str, Mapping[str, str]],
+        shape: tuple[int, int],
+        deliver: Callable[[str, Uses], None],
+        reading: set[str],
+        order: Tensor | None = None,
+        replace: Replace | None = None,
+    ) -> None:
+        self.owners, self.shape, self.deliver, self.reading, self.order = owners, shape, deliver, reading, order
+        self.replace = replace
+        self.calls: list[Call] = []
+        self.sources: list[Call] = []  # those whose inputs need no gradient: the model's first
+        self.of: dict[str, list[tuple[Call, str]]] = defaultdict(list)
+        self.hidden: set[str] = set()  # parameters of a call whose output does not show the examples
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Record the calls made meanwhile."""
+        with ExitStack() as hooks:
+            for owner in self.owners:
+                module = model.get_submodule(owner)
+                hooks.callback(module.register_forward_hook(partial(self.record, owner), with_kwargs=True).remove)
+            yield
+        self.settle()
+
+    def record(self, owner: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        """Note a call; gives the tensor to put in the place of its output, if any."""
+        own, count = self.owners[owner], self.shape[0]
+        place = main_output(output, (count, count * self.shape[1]))
+        if place is None:
+            self.hidden.update(own.values())
+            return None
+        result = tree_leaves(output)[place]
+        rows = len(result)
+        flat = None if rows == count else self.shape
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        only = tensors[0] if len(tensors) == 1 and tensors[0].shape[:1] == (rows,) else None
+        kept = result if owner in self.reading else None
+        call = Call(owner, module, args, kwargs, only, kept, result.grad_fn, flat, rows=rows, place=place)
+        call.order, call.locals = self.order, tuple(own)
+        self.calls.append(call)
+        for local, name in own.items():
+            self.of[name].append((call, local))
+            call.waiting.add(name)
+        if not any(x.requires_grad for x in tensors):
+            call.node = _lookup(result.grad_fn)
+            self.sources.append(call)
+            return None
+        other = self.replace(call, result) if self.replace is not None and result is output else result
+        # A hook set now sees the gradient of this output, whatever is done to it in place later.
+        other.register_hook(lambda e: self.arrived(call, e))
+        return other if other is not result else None
+
+    def settle(self) -> None:
+        """The forward is over: parameters with a call that hides its examples are not delivered."""
+        for name in self.hidden:
+            for call, _ in self.of.pop(name, []):
+                call.waiting.discard(name)
+
+    def arrived(self, call: Call, e: Tensor) -> None:
+        """The gradient of a call's output is there."""
+        call.e = call.arranged(e)
+        for name in list(call.waiting):
+            uses = self.of[name]
+            if all(c.e is not None for c, _ in uses):
+                self.deliver(name, uses)
+                del self.of[name]
+                for c, _ in uses:
+                    c.waiting.discard(name)
+                    if not c.waiting:  # free the activations before the backward goes on
+                        c.clear()
+
+    def close(self) -> None:
+        """Let go of all tensors: an output's hook holds its call, a cycle that no collector sees."""
+        for call in self.calls:
+            call.clear()
+
+
+def _lookup(node: Any) -> Any:
+    """The embedding lookup behind a module's output (Gemma scales it afterwards), else its own node."""
+    hop = node
+    for _ in range(4):
+        if hop is None or is_lookup(hop):
+            break
+        hop = hop.next_functions[0][0] if hop.next_functions else None
+    return hop if is_lookup(hop) else node
