@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from crosstrace.shared import ParamSet, scope, select
     from crosstrace.text import biographies, questions
     from crosstrace.tokens import batches, encode
-    from crosstrace.trace import OnlineTrace, Trace
+    from crosstrace.trace import OnlineTrace, Trace, TrainingTrace
+    from crosstrace.trace.callback import TraceCallback
 
 _HOME = {
     "config": ["Experiment"],
@@ -34,14 +35,15 @@ _HOME = {
     "shared": ["ParamSet", "scope", "select"],
     "text": ["biographies", "questions"],
     "tokens": ["batches", "encode"],
-    "trace": ["OnlineTrace", "Trace"],
+    "trace": ["OnlineTrace", "Trace", "TrainingTrace"],
+    "trace.callback": ["TraceCallback"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: RUF022  (in the order in which an experiment uses them)
     "Experiment", "run", "Results", "FactSettings", "World", "biographies", "questions", "load_model", "load_tokenizer",
-    "encode", "batches", "recall", "Trace", "OnlineTrace", "ParamSet", "scope", "select", "ablated", "grafted",
-    "UserError",
+    "encode", "batches", "recall", "Trace", "OnlineTrace", "TrainingTrace", "TraceCallback", "ParamSet", "scope", "select",
+    "ablated", "grafted", "UserError",
 ]  # fmt: skip
 
 
@@ -49,3 +51,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULE:
         return getattr(import_module(f"crosstrace.{_MODULE[name]}"), name)
     raise AttributeError(f"module 'crosstrace' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

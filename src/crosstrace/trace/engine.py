@@ -51,9 +51,9 @@ class Engine:
         model: any module that maps input_ids [B, T] (and attention_mask, position_ids) to logits [B, T, V].
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, trained: bool = False) -> None:
         self.model = model
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad or not trained}
         self.plan: dict[str, Way | None] = {}  # per parameter; None: no rule, one example at a time
         self.probed = 0  # examples the plan was tried on
         for name, p in self.parameters.items():
@@ -62,7 +62,7 @@ class Engine:
         names = {id(p): name for name, p in self.parameters.items()}
         self.owners: dict[str, dict[str, str]] = {}  # module -> local name -> canonical (a tied tensor's first)
         for owner, module in model.named_modules():
-            own = {local: names[id(p)] for local, p in module._parameters.items() if p is not None}
+            own = {local: names[id(p)] for local, p in module._parameters.items() if id(p) in names}
             if own:
                 self.owners[owner] = own
         self._adopted = False
@@ -104,7 +104,7 @@ class Engine:
                 idle = [name for name, way in self.plan.items() if way == []]
                 self._backward(batch, deliver, idle)
             if missing:
-                self._one_by_one(batch, shares, sorted(missing), into)
+                self.one_by_one(batch, shares, sorted(missing), into)
 
     def plan_for(self, batch: Batch) -> None:
         """Find each parameter's rule now, on this batch, if it is not known yet; `run` does so by itself."""
@@ -174,7 +174,7 @@ class Engine:
 
     # ---- the general path
 
-    def _one_by_one(self, batch: Batch, shares: Sequence[slice], names: Sequence[str], into: Into) -> None:
+    def one_by_one(self, batch: Batch, shares: Sequence[slice], names: Sequence[str], into: Into) -> None:
         """One example after the other, its gradients restricted to `names`."""
         for number, share in enumerate(shares):
             with ExitStack() as open_sums:

@@ -258,6 +258,7 @@ class Alone(Rule):
     """
 
     name = "alone"
+    reruns = True
     nested = True
 
     def __init__(self, call: Call, local: str) -> None:
@@ -303,7 +304,8 @@ class Alone(Rule):
 
     def _gradients(self, i: int, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
         assert self.call.e is not None
-        return torch.autograd.grad(self._run(i), parameters, self.call.e[self._rows(i)], allow_unused=True)
+        output = self._run(i)
+        return torch.autograd.grad(output, parameters, self.call.e[self._rows(i)].to(output.dtype), allow_unused=True)
 
     def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
         parameter = self.call.module.get_parameter(self.local)

@@ -14,13 +14,15 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from crosstrace.trace.rules import Call, is_lookup, main_output
+from crosstrace.trace.rules import Call, is_lookup, main_output, sum_dtype
 
 Uses = Sequence[tuple[Call, str]]  # a parameter's calls in order, each with the module's own name of the parameter
 Replace = Callable[[Call, Tensor], Tensor]
+UNSCALED = torch.ones(())  # a mark: e is already what the rules are to see
 
 
 class Recording:
@@ -33,6 +35,7 @@ class Recording:
             of its calls can't be told apart by example or does not reach the loss. The calls are cleared afterwards.
         reading: the modules whose outputs are kept for the rules.
         order: which example of the batch each row of a call's tensors is to be, [B]; None: as they come.
+        scale: what e is multiplied by, of each row in that order, [B]; None: not known yet, see `rescale`.
         replace: may give another tensor of the same values for a call's output, of a module whose only output it is.
     """
 
@@ -43,13 +46,16 @@ class Recording:
         deliver: Callable[[str, Uses], None],
         reading: set[str],
         order: Tensor | None = None,
+        scale: Tensor | None = UNSCALED,
         replace: Replace | None = None,
     ) -> None:
         self.owners, self.shape, self.deliver, self.reading, self.order = owners, shape, deliver, reading, order
-        self.replace = replace
+        self.scale, self.replace = scale, replace
+        self.early: list[tuple[Call, Tensor]] = []  # what arrived before the scale
         self.calls: list[Call] = []
         self.sources: list[Call] = []  # those whose inputs need no gradient: the model's first
         self.of: dict[str, list[tuple[Call, str]]] = defaultdict(list)
+        self.blind = False  # a call was made without gradients
         self.hidden: set[str] = set()  # parameters of a call whose output does not show the examples
 
     @contextmanager
@@ -67,6 +73,7 @@ class Recording:
         own, count = self.owners[owner], self.shape[0]
         place = main_output(output, (count, count * self.shape[1]))
         if place is None:
+            self.blind |= not torch.is_grad_enabled()
             self.hidden.update(own.values())
             return None
         result = tree_leaves(output)[place]
@@ -98,7 +105,13 @@ class Recording:
 
     def arrived(self, call: Call, e: Tensor) -> None:
         """The gradient of a call's output is there."""
+        if self.scale is None:
+            self.early.append((call, e))
+            return
         call.e = call.arranged(e)
+        if self.scale is not UNSCALED:
+            rows = call.by_example(call.e.to(sum_dtype(e.dtype)))
+            call.e = (rows * self.scale.to(rows).view(-1, *[1] * (rows.dim() - 1))).view(call.e.shape)
         for name in list(call.waiting):
             uses = self.of[name]
             if all(c.e is not None for c, _ in uses):
@@ -109,8 +122,16 @@ class Recording:
                     if not c.waiting:  # free the activations before the backward goes on
                         c.clear()
 
+    def rescale(self, scale: Tensor) -> None:
+        """What e is multiplied by, [B] in the rules' order, is known from now on."""
+        self.scale = scale
+        early, self.early = self.early, []
+        for call, e in early:
+            self.arrived(call, e)
+
     def close(self) -> None:
         """Let go of all tensors: an output's hook holds its call, a cycle that no collector sees."""
+        self.early.clear()
         for call in self.calls:
             call.clear()
 

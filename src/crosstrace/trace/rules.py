@@ -136,6 +136,7 @@ class Rule:
     name: str
     batch: int  # B
     reads_output = True  # whether `call.result()` is asked for: only then is the module's output kept
+    reruns = False  # whether it runs the module again, dropout and all
     nested = False  # whether `local` may name a parameter of a module inside, e.g. "conv1d.weight"
 
     def __init__(self, call: Call, local: str) -> None:
@@ -306,6 +307,7 @@ class Replay(Rule):
 
     name = "replay"
     reads_output = False
+    reruns = True
 
     def __init__(self, call: Call, local: str) -> None:
         x, parameter = call.tensor(), getattr(call.module, local).detach()
@@ -313,7 +315,7 @@ class Replay(Rule):
             raise Unfit
 
         def gradient(x: Tensor, e: Tensor) -> Tensor:
-            again = lambda w: call.again(x.unsqueeze(0), {local: w})
+            again = lambda w: call.again(x.unsqueeze(0), {local: w}).to(e.dtype)
             return torch.func.vjp(again, parameter)[1](e.unsqueeze(0))[0]
 
         assert call.e is not None

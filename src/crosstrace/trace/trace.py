@@ -221,6 +221,7 @@ class Accumulated:
             all of training, whose gradients shrink as it goes; for "step", a task's step number s counts for part
             s % parts.
         lr_weighted: weight each step by its learning rate.
+        trained: leave out frozen parameters.
     """
 
     def __init__(
@@ -231,9 +232,10 @@ class Accumulated:
         reductions: Sequence[str] = REDUCTIONS,
         parts: int = 1,
         lr_weighted: bool = False,
+        trained: bool = False,
     ) -> None:
         _check(measures, parts, reductions)
-        self._engine = Engine(model)
+        self._engine = Engine(model, trained)
         self._settings = {
             "tasks": list(tasks),
             "measures": list(measures),

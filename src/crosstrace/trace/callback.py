@@ -1,0 +1,99 @@
+"""`TraceCallback`: traces from an existing transformers Trainer in two lines. It only adapts `TrainingTrace`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from crosstrace.errors import UserError
+from crosstrace.store import read_json, write_json
+from crosstrace.trace.trace import REDUCTIONS, Trace
+from crosstrace.trace.training import TrainingTrace
+
+_STATE = "crosstrace"
+
+
+class TraceCallback(TrainerCallback):
+    """Traces tasks while a `transformers.Trainer` trains them, from its own backward.
+
+        tracing = TraceCallback(["bio", "qa"])
+        trainer.add_callback(tracing)
+
+    The data set has a column `task`, the number of each example's task in that list (and `group` for `parts`);
+    `TrainingArguments` needs remove_unused_columns=False. Gradient accumulation, clipping and mixed precision are as
+    in any training. Checkpoints of the Trainer carry the trace's state, and a resumed training goes on with it.
+
+    Args:
+        tasks, measures, reductions, parts, lr_weighted, reuse: as in `TrainingTrace`.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        measures: Sequence[str] = ("abs",),
+        reductions: Sequence[str] = ("example",),
+        parts: int = 1,
+        lr_weighted: bool = False,
+        *,
+        reuse: bool = False,
+    ) -> None:
+        unknown = [name for name in reductions if name not in REDUCTIONS]
+        if unknown:
+            raise UserError(f"unknown reduction {unknown[0]!r}; expected of {', '.join(REDUCTIONS)}")
+        self._arguments = (list(tasks), measures, reductions, parts, lr_weighted)
+        self._reuse = reuse
+        self.trace: TrainingTrace | None = None
+
+    def traces(self) -> list[Trace]:
+        """The traces so far (see `TrainingTrace.traces`).
+
+        Raises:
+            UserError: nothing has been trained yet.
+        """
+        if self.trace is None:
+            raise UserError("nothing has been trained yet; the traces are there once Trainer.train has begun")
+        return self.trace.traces()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.remove_unused_columns:
+            raise UserError(
+                "the Trainer removes columns that the model does not know, and with them 'task'; set "
+                "remove_unused_columns=False in its TrainingArguments"
+            )
+        if self.trace is not None:
+            self.trace.__exit__()
+        self.trace = TrainingTrace(kwargs["model"], *self._arguments, reuse=self._reuse)
+        if state.global_step:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            header, tensors = folder / f"{_STATE}.json", folder / f"{_STATE}.safetensors"
+            if not (header.is_file() and tensors.is_file()):
+                raise UserError(
+                    f"{folder} has no {header.name} and {tensors.name}; expected a checkpoint that was saved with this "
+                    "callback, or the trace would lack the steps before it"
+                )
+            self.trace.load_state_dict({"header": read_json(header), "tensors": load_file(tensors)})
+        self.trace.__enter__()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trace is not None
+        self.trace.begin(kwargs["optimizer"].param_groups[0]["lr"])
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trace is not None
+        self.trace.end()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trace is not None
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if folder.is_dir() and state.is_world_process_zero:
+            saved = self.trace.state_dict()
+            save_file({k: v.contiguous() for k, v in saved["tensors"].items()}, folder / f"{_STATE}.safetensors")
+            write_json(folder / f"{_STATE}.json", saved["header"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trace is not None:
+            self.trace.__exit__()
