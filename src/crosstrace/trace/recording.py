@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from crosstrace.trace.rules import Call, is_lookup, main_output, sum_dtype
 
 Uses = Sequence[tuple[Call, str]]  # a parameter's calls in order, each with the module's own name of the parameter
-Replace = Callable[[Call, Tensor], Tensor]
+Replace = Callable[[Call, Tensor], Tensor | None]
 UNSCALED = torch.ones(())  # a mark: e is already what the rules are to see
 
 
@@ -36,7 +36,8 @@ class Recording:
         reading: the modules whose outputs are kept for the rules.
         order: which example of the batch each row of a call's tensors is to be, [B]; None: as they come.
         scale: what e is multiplied by, of each row in that order, [B]; None: not known yet, see `rescale`.
-        replace: may give another tensor of the same values for a call's output, of a module whose only output it is.
+        replace: may give another tensor of the same values for a call's output, whose own backward then calls
+            `arrived`; None leaves the output as it is.
     """
 
     def __init__(
@@ -92,10 +93,11 @@ class Recording:
             call.node = _lookup(result.grad_fn)
             self.sources.append(call)
             return None
-        other = self.replace(call, result) if self.replace is not None and result is output else result
-        # A hook set now sees the gradient of this output, whatever is done to it in place later.
-        other.register_hook(lambda e: self.arrived(call, e))
-        return other if other is not result else None
+        other = self.replace(call, result) if self.replace is not None and result is output else None
+        if other is None:  # else its own backward tells what arrives
+            # A hook set now sees the gradient of this output, whatever is done to it in place later.
+            result.register_hook(lambda e: self.arrived(call, e))
+        return other
 
     def settle(self) -> None:
         """The forward is over: parameters with a call that hides its examples are not delivered."""
@@ -108,10 +110,7 @@ class Recording:
         if self.scale is None:
             self.early.append((call, e))
             return
-        call.e = call.arranged(e)
-        if self.scale is not UNSCALED:
-            rows = call.by_example(call.e.to(sum_dtype(e.dtype)))
-            call.e = (rows * self.scale.to(rows).view(-1, *[1] * (rows.dim() - 1))).view(call.e.shape)
+        self.rescaled(call, e)
         for name in list(call.waiting):
             uses = self.of[name]
             if all(c.e is not None for c, _ in uses):
@@ -121,6 +120,14 @@ class Recording:
                     c.waiting.discard(name)
                     if not c.waiting:  # free the activations before the backward goes on
                         c.clear()
+
+    def rescaled(self, call: Call, e: Tensor) -> None:
+        """Note e as the rules are to see it."""
+        assert self.scale is not None
+        call.e = call.arranged(e)
+        if self.scale is not UNSCALED:
+            rows = call.by_example(call.e.to(sum_dtype(e.dtype)))
+            call.e = (rows * self.scale.to(rows).view(-1, *[1] * (rows.dim() - 1))).view(call.e.shape)
 
     def rescale(self, scale: Tensor) -> None:
         """What e is multiplied by, [B] in the rules' order, is known from now on."""

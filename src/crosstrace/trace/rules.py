@@ -341,7 +341,13 @@ def is_lookup(node: Any) -> bool:
     return node is not None and node.name() == "EmbeddingBackward0"
 
 
-def reduce(uses: Sequence[Rule], sums: dict[str, Tensor], examples: slice) -> None:
+def reduce(
+    uses: Sequence[Rule],
+    sums: dict[str, Tensor],
+    examples: slice,
+    weighted: Tensor | None = None,
+    weights: Sequence[float] = (),
+) -> None:
     """Add the sums over `examples` of the per-example gradients of one parameter.
 
     Args:
@@ -349,8 +355,12 @@ def reduce(uses: Sequence[Rule], sums: dict[str, Tensor], examples: slice) -> No
         sums: what is added to: "sum" Σg, "abs" Σ|g| and "square" Σg², those that are wanted, each of the
             parameter's shape, in `sum_dtype` of the parameter's.
         examples: which of the batch.
+        weighted: where given, Σ_i w_i g_i of the same products is added to it.
+        weights: w_i of all examples of the batch.
     """
-    if list(sums) == ["sum"]:
+    if weighted is not None:
+        _blocks(uses, sums, examples, uses[0].batch, weighted, weights)
+    elif list(sums) == ["sum"]:
         for use in uses:
             use.total(sums["sum"], examples)
     elif len(uses) == 1:
@@ -370,7 +380,14 @@ def fold(block: Tensor, sums: dict[str, Tensor]) -> None:
         sums["square"].add_(merge(block.square_()))
 
 
-def _blocks(uses: Sequence[Rule], sums: dict[str, Tensor], examples: slice, batch: int) -> None:
+def _blocks(
+    uses: Sequence[Rule],
+    sums: dict[str, Tensor],
+    examples: slice,
+    batch: int,
+    weighted: Tensor | None = None,
+    weights: Sequence[float] = (),
+) -> None:
     """Fold the added uses into the sums, block by block: `c` examples times `r` rows of the parameter."""
     like = next(iter(sums.values()))
     row = max(1, like[0].numel())
@@ -389,6 +406,9 @@ def _blocks(uses: Sequence[Rule], sums: dict[str, Tensor], examples: slice, batc
             block = scratch[: n * height * row].view(n, height, *like.shape[1:])
             for beta, use in enumerate(uses):
                 use.product(block, chosen, rows, min(beta, 1))
+            if weighted is not None:
+                for gradient, weight in zip(block, weights[chosen]):
+                    weighted[rows].add_(gradient, alpha=weight)
             fold(block, tile)
 
 

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from crosstrace.errors import UserError
 from crosstrace.losses import next_tokens
 from crosstrace.trace.engine import Batch, undisturbed
+from crosstrace.trace.modules import Linear, TransposedLinear
 from crosstrace.trace.recording import Recording, Uses
-from crosstrace.trace.rules import reduce
+from crosstrace.trace.rules import Call, reduce
 from crosstrace.trace.trace import Accumulated
 
 COLUMNS = ("task", "group", "loss_weight", "loss_labels")  # of a batch, for the trace alone: the model never sees them
@@ -45,6 +46,7 @@ class _Pass:
     order: Tensor | None  # [B] of the training's rows
     missing: set[str]  # parameters not traced yet
     recording: Recording
+    wanted: dict[Call, Tensor] = field(default_factory=dict)  # a linear layer's weight gradient, to be filled
     factor: Tensor | None = None  # what the training multiplied its loss with, once its backward has begun
     hooks: ExitStack = field(default_factory=ExitStack)
 
@@ -218,7 +220,8 @@ class TrainingTrace(Accumulated):
         missing = {name for name, way in engine.plan.items() if way != []}
         done = _Pass(batch, shares, weights, moved, missing, None)  # pyright: ignore[reportArgumentType]
         deliver = lambda name, uses: self._deliver(done, name, uses)
-        done.recording = Recording(engine.owners, tuple(ids.shape), deliver, engine.reading(), moved, None)
+        replace = (lambda call, result: self._shared(done, call, result)) if self._reuse else None
+        done.recording = Recording(engine.owners, tuple(ids.shape), deliver, engine.reading(), moved, None, replace)
         done.hooks.enter_context(done.recording.watching(engine.model))
         return done
 
@@ -285,16 +288,42 @@ class TrainingTrace(Accumulated):
         scale = done.factor * done.weights
         done.recording.rescale(torch.where(scale == 0, 0, 1 / scale))
 
+    def _shared(self, done: _Pass, call: Call, result: Tensor) -> Tensor | None:
+        """For a linear layer's output: the same, its weight's gradient to come from the trace's products."""
+        weight: Any = getattr(call.module, "weight", None)
+        bias = getattr(call.module, "bias", None)
+        own = self._engine.owners[call.name]
+        if call.input is None or "weight" not in own or not set(own) <= {"weight", "bias"}:
+            return None
+        way = self._engine.plan[own["weight"]] or []
+        kinds = {Linear.name: False, TransposedLinear.name: True}
+        if len(way) != 1 or way[0][2] not in kinds or not weight.dtype == call.input.dtype == result.dtype:
+            return None  # another module, a tied weight, or autocast
+
+        def gradient(e: Tensor) -> Tensor:
+            assert call.input is not None
+            inputs = call.input.detach().flatten(0, -2)
+            total = done.wanted[call] = torch.zeros_like(weight)
+            done.recording.arrived(call, e)
+            if done.wanted.pop(call, None) is not None:  # its calls were others than planned
+                e = e.flatten(0, -2)
+                total = inputs.t() @ e if kinds[way[0][2]] else e.t() @ inputs
+            return total
+
+        return _Shared.apply(result.detach(), call.input, weight, bias, kinds[way[0][2]], gradient)
+
     def _deliver(self, done: _Pass, name: str, uses: Uses) -> None:
         with torch.autocast(done.weights.device.type, enabled=False):
             rules = self._engine.rules(name, uses)
             if rules is None:
                 done.missing.add(name)
                 return
+            total = done.wanted.pop(uses[0][0], None) if uses and uses[0][1] == "weight" else None
+            weights = [] if total is None or done.factor is None else (done.factor * done.weights).tolist()
             state = torch.get_rng_state() if any(rule.reruns for rule in rules) else None
             for task, part, share in done.shares:
                 with self._open(task, part, name, self._gradients.setdefault(task, {}), self._step_factor) as sums:
-                    reduce(rules, sums, share)
+                    reduce(rules, sums, share, total, weights)
             if state is not None:
                 torch.set_rng_state(state)
         done.missing.discard(name)
@@ -317,3 +346,26 @@ class TrainingTrace(Accumulated):
         with undisturbed(engine.model):
             engine.one_by_one(done.batch, [share for _, _, share in done.shares], names, into)
         self._active = active
+
+
+class _Shared(torch.autograd.Function):
+    """y = x Wᵀ + b (transposed: x W + b), computed already; in the backward `gradient` gives that of W from y's.
+
+    It saves no tensor of its own: within a checkpointed block their number must not change.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, gradient: Any):
+        ctx.weight, ctx.version, ctx.transposed, ctx.gradient = weight, weight._version, transposed, gradient
+        ctx.mark_dirty(y)  # y itself, not a view of it: what follows may change it in place
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, e: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.weight._version != ctx.version:
+            raise RuntimeError("a weight was changed between the forward and the backward of a step")
+        weight = ctx.weight.detach()
+        of_x = e @ (weight.t() if ctx.transposed else weight) if ctx.needs_input_grad[1] else None
+        of_bias = e.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+        of_weight = ctx.gradient(e) if ctx.needs_input_grad[2] else None
+        return None, of_x, of_weight, of_bias, None, None
