@@ -41,10 +41,10 @@ class ChannelShift(Shift):
     name = "channel shift"
 
     def __init__(self, call: Call, local: str) -> None:
-        e = call.gradient()
+        e = call.raw_gradient()
         if e.dim() < 3:
             raise Unfit
-        self._keep(e.movedim(1, -1), getattr(call.module, local))
+        self._keep(call, e.movedim(1, -1), getattr(call.module, local))
 
 
 class Convolution(Rule):
@@ -273,8 +273,8 @@ class Alone(Rule):
 
     def _fits(self) -> bool:
         """Whether the example with the largest gradient gives the recorded output again."""
-        y, e = self.call.result(), self.call.e
-        if y is None or e is None:
+        y, e = self.call.result(), self._gradient()
+        if y is None:
             return False
         i = int(e.flatten(1).abs().amax(1).argmax()) // self.height
         rows = self._rows(i)
@@ -287,6 +287,11 @@ class Alone(Rule):
             return False
         difference, scale = (torch.where(reached, x, 0).norm() for x in (again - y, y))
         return bool(difference <= torch.finfo(y.dtype).eps ** 0.25 * scale)
+
+    def _gradient(self) -> Tensor:
+        """e as the module gave its output, [B, …] or [B·T, …]."""
+        e = self.call.gradient()
+        return e if self.call.flat is None else e.flatten(0, 1)
 
     def _rows(self, i: int) -> slice:
         return slice(i * self.height, (i + 1) * self.height)
@@ -303,9 +308,9 @@ class Alone(Rule):
             return tree_leaves(self.call.module(*args, **kwargs))[self.call.place]
 
     def _gradients(self, i: int, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
-        assert self.call.e is not None
         output = self._run(i)
-        return torch.autograd.grad(output, parameters, self.call.e[self._rows(i)].to(output.dtype), allow_unused=True)
+        e = self._gradient()[self._rows(i)].to(output.dtype)
+        return torch.autograd.grad(output, parameters, e, allow_unused=True)
 
     def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
         parameter = self.call.module.get_parameter(self.local)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from crosstrace.trace.rules import Call, is_lookup, main_output, sum_dtype
+from crosstrace.trace.rules import Arrangement, Call, is_lookup, main_output
 
 Uses = Sequence[tuple[Call, str]]  # a parameter's calls in order, each with the module's own name of the parameter
 Replace = Callable[[Call, Tensor], Tensor | None]
-UNSCALED = torch.ones(())  # a mark: e is already what the rules are to see
+AS_IT_IS = Arrangement()
 
 
 class Recording:
@@ -34,8 +34,7 @@ class Recording:
         deliver: called as (parameter, its uses) once all of them have their e. A parameter is not delivered if one
             of its calls can't be told apart by example or does not reach the loss. The calls are cleared afterwards.
         reading: the modules whose outputs are kept for the rules.
-        order: which example of the batch each row of a call's tensors is to be, [B]; None: as they come.
-        scale: what e is multiplied by, of each row in that order, [B]; None: not known yet, see `rescale`.
+        arrangement: how rows become the rules' examples; None: not known yet, see `arrange`.
         replace: may give another tensor of the same values for a call's output, whose own backward then calls
             `arrived`; None leaves the output as it is.
     """
@@ -46,13 +45,12 @@ class Recording:
         shape: tuple[int, int],
         deliver: Callable[[str, Uses], None],
         reading: set[str],
-        order: Tensor | None = None,
-        scale: Tensor | None = UNSCALED,
+        arrangement: Arrangement | None = AS_IT_IS,
         replace: Replace | None = None,
     ) -> None:
-        self.owners, self.shape, self.deliver, self.reading, self.order = owners, shape, deliver, reading, order
-        self.scale, self.replace = scale, replace
-        self.early: list[tuple[Call, Tensor]] = []  # what arrived before the scale
+        self.owners, self.shape, self.deliver, self.reading = owners, shape, deliver, reading
+        self.arrangement, self.replace = arrangement, replace
+        self.early: list[tuple[Call, Tensor]] = []  # what arrived before the arrangement
         self.calls: list[Call] = []
         self.sources: list[Call] = []  # those whose inputs need no gradient: the model's first
         self.of: dict[str, list[tuple[Call, str]]] = defaultdict(list)
@@ -84,7 +82,7 @@ class Recording:
         only = tensors[0] if len(tensors) == 1 and tensors[0].shape[:1] == (rows,) else None
         kept = result if owner in self.reading else None
         call = Call(owner, module, args, kwargs, only, kept, result.grad_fn, flat, rows=rows, place=place)
-        call.order, call.locals = self.order, tuple(own)
+        call.locals = tuple(own)
         self.calls.append(call)
         for local, name in own.items():
             self.of[name].append((call, local))
@@ -107,10 +105,10 @@ class Recording:
 
     def arrived(self, call: Call, e: Tensor) -> None:
         """The gradient of a call's output is there."""
-        if self.scale is None:
+        if self.arrangement is None:
             self.early.append((call, e))
             return
-        self.rescaled(call, e)
+        call.e, call.arrangement = e.detach(), self.arrangement
         for name in list(call.waiting):
             uses = self.of[name]
             if all(c.e is not None for c, _ in uses):
@@ -121,17 +119,9 @@ class Recording:
                     if not c.waiting:  # free the activations before the backward goes on
                         c.clear()
 
-    def rescaled(self, call: Call, e: Tensor) -> None:
-        """Note e as the rules are to see it."""
-        assert self.scale is not None
-        call.e = call.arranged(e)
-        if self.scale is not UNSCALED:
-            rows = call.by_example(call.e.to(sum_dtype(e.dtype)))
-            call.e = (rows * self.scale.to(rows).view(-1, *[1] * (rows.dim() - 1))).view(call.e.shape)
-
-    def rescale(self, scale: Tensor) -> None:
-        """What e is multiplied by, [B] in the rules' order, is known from now on."""
-        self.scale = scale
+    def arrange(self, arrangement: Arrangement) -> None:
+        """The arrangement is known from now on."""
+        self.arrangement = arrangement
         early, self.early = self.early, []
         for call, e in early:
             self.arrived(call, e)

@@ -35,6 +35,29 @@ class Unfit(Exception):
     """A rule does not know this use of the parameter."""
 
 
+class Arrangement:
+    """How the rows of a training's tensors become the rules' examples.
+
+    Args:
+        order: [B], the row that is the rules' example 0, 1, …; None: as they come.
+        scale: [B], what e is multiplied by for each of these examples; None: nothing.
+    """
+
+    def __init__(self, order: Tensor | None = None, scale: Tensor | None = None) -> None:
+        self.order, self.scale = order, scale
+        # (of one example at a time Python's numbers are much faster)
+        self.places: list[int] | None = None if order is None else order.tolist()
+        self.factors: list[float] | None = None if scale is None else scale.tolist()
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x [B, …] in the rules' order."""
+        return x if self.order is None else x[self.order]
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """x [B, …], made of e and in the rules' order, multiplied."""
+        return x if self.scale is None else x * self.scale.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
 @dataclass(eq=False)
 class Call:
     """One call of a module that owns parameters: what went in and out and, once the backward is there, e."""
@@ -52,7 +75,7 @@ class Call:
     rows: int = 0  # of the output: B, or B·T
     place: int = 0  # of `output` among all that the module gave
     locals: tuple[str, ...] = ()  # the module's names of all parameters this call is recorded for
-    order: Tensor | None = None  # [B]: which example of the batch is which of the rules'; None: as they come
+    arrangement: Arrangement = field(default_factory=Arrangement)
     kept: dict[Any, Any] = field(default_factory=dict)  # what a rule found for several of them at once
 
     def __post_init__(self) -> None:
@@ -66,15 +89,23 @@ class Call:
 
     def gradient(self) -> Tensor:
         """e [B, …], in the dtype of the sums."""
-        assert self.e is not None
-        return self.by_example(self.e.to(sum_dtype(self.e.dtype)))
+        return self.arrangement.scaled(self.arrangement.rows(self.raw_gradient()))
 
     def tensor(self) -> Tensor:
         """The only tensor argument as the module saw it, detached and unchanged since the call."""
+        return self.arranged(self.raw_tensor())
+
+    def raw_gradient(self) -> Tensor:
+        """`gradient` with rows and scale of the training, for a rule that heeds `arrangement` itself: no copy."""
+        assert self.e is not None
+        return self.by_example(self.e.to(sum_dtype(self.e.dtype)))
+
+    def raw_tensor(self) -> Tensor:
+        """`tensor` with the rows of the training."""
         if self.input is None:
             raise Unfit
         self._check_unchanged()
-        return self.arranged(self.input)
+        return self.input.detach()
 
     def tensors(self) -> list[Tensor]:
         """All tensor arguments, detached and unchanged since the call."""
@@ -89,14 +120,13 @@ class Call:
 
     def arranged(self, x: Tensor) -> Tensor:
         """A tensor of the call, detached, with the rules' order of examples; one without rows for them as it is."""
-        x = x.detach()
-        if self.order is None or x.dim() == 0:
+        x, order = x.detach(), self.arrangement.order
+        if order is None or x.dim() == 0:
             return x
-        count = len(self.order)
-        if len(x) == count:
-            return x[self.order]
+        if len(x) == len(order):
+            return x[order]
         whole = self.flat is not None and len(x) == self.rows
-        return x.unflatten(0, (count, -1))[self.order].flatten(0, 1) if whole else x
+        return x.unflatten(0, (len(order), -1))[order].flatten(0, 1) if whole else x
 
     def _check_unchanged(self) -> None:
         if [x._version for x in self._tensors()] != self._versions:
@@ -107,8 +137,12 @@ class Call:
 
     def result(self) -> Tensor | None:
         """What the module gave, detached; None if it was changed in place since, or is not kept (`reads_output`)."""
-        kept = self.output is not None and self.output._version == self._output_version
-        return self.arranged(self.output) if self.output is not None and kept else None
+        y = self.raw_result()
+        return None if y is None else self.arranged(y)
+
+    def raw_result(self) -> Tensor | None:
+        """`result` with the rows of the training."""
+        return None if self.output is None or self.output._version != self._output_version else self.output.detach()
 
     def by_example(self, x: Tensor) -> Tensor:
         """What the module saw or gave, as [B, …]."""
@@ -171,20 +205,33 @@ class Linear(Rule):
     transposed = False
 
     def __init__(self, call: Call, local: str) -> None:
-        a, e, weight = call.by_example(call.tensor()), call.gradient(), getattr(call.module, local)
+        a, e, weight = call.by_example(call.raw_tensor()), call.raw_gradient(), getattr(call.module, local)
         left, right = (a, e) if self.transposed else (e, a)
         if weight.shape != (left.shape[-1], right.shape[-1]) or a.shape[:-1] != e.shape[:-1] or a.dim() < 2:
             raise Unfit
         self.batch = len(e)
         self.left, self.right = _occupied(left.to(e.dtype), right.to(e.dtype), e)
+        self.arrangement = call.arrangement
 
     def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
-        left = self.left[examples, :, rows].transpose(1, 2)
-        torch.baddbmm(out, left, self.right[examples], beta=beta, out=out)
+        if len(out) == 1:  # a large tile: rows and scale cost nothing here
+            places, factors = self.arrangement.places, self.arrangement.factors
+            row = examples.start if places is None else places[examples.start]
+            alpha = 1.0 if factors is None else factors[examples.start]
+            torch.addmm(out[0], self.left[row, :, rows].t(), self.right[row], beta=beta, alpha=alpha, out=out[0])
+            return
+        left, right = self._chosen(examples)
+        torch.baddbmm(out, left[..., rows].transpose(1, 2), right, beta=beta, out=out)
 
     def total(self, out: Tensor, examples: slice) -> None:
-        left, right = self.left[examples].flatten(0, 1), self.right[examples].flatten(0, 1)
+        left, right = (x.flatten(0, 1) for x in self._chosen(examples))
         out.addmm_(left.t(), right)
+
+    def _chosen(self, examples: slice) -> tuple[Tensor, Tensor]:
+        order, scale = self.arrangement.order, self.arrangement.scale
+        rows = examples if order is None else order[examples]
+        left = self.left[rows]
+        return left if scale is None else left * scale[examples].to(left.dtype).view(-1, 1, 1), self.right[rows]
 
 
 class TransposedLinear(Linear):
@@ -246,17 +293,22 @@ class Shift(Rule):
     reads_output = False
 
     def __init__(self, call: Call, local: str) -> None:
-        self._keep(call.gradient(), getattr(call.module, local))
+        self._keep(call, call.raw_gradient(), getattr(call.module, local))
 
-    def _keep(self, terms: Tensor, parameter: Tensor, divisor: Tensor | None = None) -> None:
+    def _keep(self, call: Call, terms: Tensor, parameter: Tensor, divisor: Tensor | None = None) -> None:
+        """The terms of the sums over t, [B, …, O], made of tensors with the rows and scale of the training."""
         if terms.dim() < 2 or parameter.shape != terms.shape[-1:]:
             raise Unfit
         self.batch = len(terms)
         self.terms = terms.unsqueeze(1).flatten(1, -2)  # [B, T, O], also where the call had no T
         self.divisor = divisor  # of the sums over t, [O]
+        self.arrangement = call.arrangement
 
     def _gradients(self, examples: slice) -> Tensor:
-        sums = self.terms[examples].sum(1)
+        if self.arrangement.order is None and self.arrangement.scale is None:
+            sums = self.terms[examples].sum(1)
+        else:
+            sums = self.arrangement.scaled(self.arrangement.rows(self.terms.sum(1)))[examples].clone()
         return sums if self.divisor is None else sums.div_(self.divisor)
 
     def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
@@ -275,14 +327,14 @@ class Scale(Shift):
     name = "scale"
 
     def __init__(self, call: Call, local: str) -> None:
-        x, e, weight = call.tensor(), call.gradient(), getattr(call.module, local).detach()
+        x, e, weight = call.raw_tensor(), call.raw_gradient(), getattr(call.module, local).detach()
         if weight.shape != e.shape[-1:]:
             raise Unfit
         d = torch.func.jvp(lambda w: call.again(x, {local: w}), (weight,), (torch.ones_like(weight),))[1]
         d = call.by_example(d.to(e.dtype))
         if d.shape != e.shape:
             raise Unfit
-        self._keep(d * e, weight)
+        self._keep(call, d * e, weight)
 
 
 class Gain(Scale):
@@ -294,12 +346,12 @@ class Gain(Scale):
     def __init__(self, call: Call, local: str) -> None:
         if sum(p is not None for p in call.module._parameters.values()) > 1:
             raise Unfit  # a bias is in y
-        weight, y = getattr(call.module, local).detach(), call.result()
+        weight, y = getattr(call.module, local).detach(), call.raw_result()
         if y is None or bool((weight.abs() < 1e-6).any()):  # no d from this y
             super().__init__(call, local)
             return
-        e = call.gradient()
-        self._keep(call.by_example(y.to(e.dtype)) * e, weight, weight.to(e.dtype))
+        e = call.raw_gradient()
+        self._keep(call, call.by_example(y.to(e.dtype)) * e, weight, weight.to(e.dtype))
 
 
 class Replay(Rule):
@@ -318,9 +370,8 @@ class Replay(Rule):
             again = lambda w: call.again(x.unsqueeze(0), {local: w}).to(e.dtype)
             return torch.func.vjp(again, parameter)[1](e.unsqueeze(0))[0]
 
-        assert call.e is not None
         try:
-            grads = torch.vmap(gradient)(x, call.e)
+            grads = torch.vmap(gradient)(x, call.gradient())
         except RuntimeError as why:  # what vmap cannot trace, e.g. a branch on the data
             raise Unfit from why
         self.batch, self.grads = len(x), grads.to(sum_dtype(grads.dtype))

@@ -28,7 +28,7 @@ from crosstrace.losses import next_tokens
 from crosstrace.trace.engine import Batch, undisturbed
 from crosstrace.trace.modules import Linear, TransposedLinear
 from crosstrace.trace.recording import Recording, Uses
-from crosstrace.trace.rules import Call, reduce
+from crosstrace.trace.rules import Arrangement, Call, reduce
 from crosstrace.trace.trace import Accumulated
 
 COLUMNS = ("task", "group", "loss_weight", "loss_labels")  # of a batch, for the trace alone: the model never sees them
@@ -221,7 +221,7 @@ class TrainingTrace(Accumulated):
         done = _Pass(batch, shares, weights, moved, missing, None)  # pyright: ignore[reportArgumentType]
         deliver = lambda name, uses: self._deliver(done, name, uses)
         replace = (lambda call, result: self._shared(done, call, result)) if self._reuse else None
-        done.recording = Recording(engine.owners, tuple(ids.shape), deliver, engine.reading(), moved, None, replace)
+        done.recording = Recording(engine.owners, tuple(ids.shape), deliver, engine.reading(), None, replace)
         done.hooks.enter_context(done.recording.watching(engine.model))
         return done
 
@@ -286,7 +286,7 @@ class TrainingTrace(Accumulated):
         """The backward has begun, and what the loss was multiplied with is known."""
         done.factor = factor.detach().double()
         scale = done.factor * done.weights
-        done.recording.rescale(torch.where(scale == 0, 0, 1 / scale))
+        done.recording.arrange(Arrangement(done.order, torch.where(scale == 0, 0, 1 / scale)))
 
     def _shared(self, done: _Pass, call: Call, result: Tensor) -> Tensor | None:
         """For a linear layer's output: the same, its weight's gradient to come from the trace's products."""
