@@ -562,3 +562,16 @@ def test_bad_settings_are_told_in_one_sentence():
         model.get_input_embeddings().weight.fill_(float("nan"))
     with pytest.raises(UserError, match="finite"):
         trace(model, [pad(make_examples(2))], task="qa")
+
+
+def test_a_bad_batch_does_not_spoil_what_was_traced():
+    model = tiny_model("llama")
+    examples = make_examples(4)
+    online = OnlineTrace(model, ["bio", "qa"])
+    online.step({"qa": pad(examples)})
+    bad = pad(examples)
+    bad["labels"] = torch.full_like(bad["labels"], -100)
+    with pytest.raises(UserError, match="no target"):
+        online.step({"bio": pad(examples), "qa": bad})
+    (found,) = {t.task: t.weight for t in online.traces() if t.reduction == "example"}.items()
+    assert found == ("qa", 4)

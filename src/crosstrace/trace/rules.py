@@ -218,7 +218,8 @@ class Linear(Rule):
             places, factors = self.arrangement.places, self.arrangement.factors
             row = examples.start if places is None else places[examples.start]
             alpha = 1.0 if factors is None else factors[examples.start]
-            torch.addmm(out[0], self.left[row, :, rows].t(), self.right[row], beta=beta, alpha=alpha, out=out[0])
+            out = out[0]
+            torch.addmm(out, self.left[row][:, rows].t(), self.right[row], beta=beta, alpha=alpha, out=out)
             return
         left, right = self._chosen(examples)
         torch.baddbmm(out, left[..., rows].transpose(1, 2), right, beta=beta, out=out)
@@ -422,13 +423,16 @@ def reduce(
 
 def fold(block: Tensor, sums: dict[str, Tensor]) -> None:
     """Add the gradients in block [c, …] to the sums […]. The block is used up."""
-    merge = lambda x: x[0] if len(x) == 1 else x.sum(0)  # one example's is not copied
+    single = len(block) == 1  # one example's is not copied
+    block = block[0] if single else block
     if "sum" in sums:
-        sums["sum"].add_(merge(block))
+        sums["sum"].add_(block if single else block.sum(0))
     if "abs" in sums:
-        sums["abs"].add_(merge(block.abs_()))
+        block.abs_()
+        sums["abs"].add_(block if single else block.sum(0))
     if "square" in sums:
-        sums["square"].add_(merge(block.square_()))
+        block.square_()
+        sums["square"].add_(block if single else block.sum(0))
 
 
 def _blocks(
@@ -451,15 +455,17 @@ def _blocks(
         rows = slice(top, min(top + r, len(like)))
         height = rows.stop - rows.start
         tile = {name: total[rows] for name, total in sums.items()}
+        weighted_tile = None if weighted is None else weighted[rows]
+        blocks = scratch[: c * height * row].view(c, height, *like.shape[1:])
         for done in range(0, count, c):
             n = min(c, count - done)
             chosen = slice(start + done * step, start + (done + n - 1) * step + 1, step)
-            block = scratch[: n * height * row].view(n, height, *like.shape[1:])
+            block = blocks[:n]
             for beta, use in enumerate(uses):
                 use.product(block, chosen, rows, min(beta, 1))
-            if weighted is not None:
-                for gradient, weight in zip(block, weights[chosen]):
-                    weighted[rows].add_(gradient, alpha=weight)
+            if weighted_tile is not None:
+                for k in range(n):
+                    weighted_tile.add_(block[k], alpha=weights[chosen.start + k * step])
             fold(block, tile)
 
 
