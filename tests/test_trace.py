@@ -552,7 +552,7 @@ def test_bad_settings_are_told_in_one_sentence():
         trace(model, [], task="qa", measures=("l1",))
     with pytest.raises(UserError, match="parts is 0"):
         trace(model, [], task="qa", parts=0)
-    with pytest.raises(UserError, match="0 examples"):
+    with pytest.raises(UserError, match="no example"):
         trace(model, [], task="qa")
     with pytest.raises(UserError, match="reduction"):
         OnlineTrace(model, ["qa"], reductions=("batch",))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
@@ -28,7 +28,7 @@ class TraceCallback(TrainerCallback):
     in any training. Checkpoints of the Trainer carry the trace's state, and a resumed training goes on with it.
 
     Args:
-        tasks, measures, reductions, parts, lr_weighted, reuse: as in `TrainingTrace`.
+        tasks, measures, reductions, parts, lr_weighted, where, reuse: as in `TrainingTrace`.
     """
 
     def __init__(
@@ -38,13 +38,14 @@ class TraceCallback(TrainerCallback):
         reductions: Sequence[str] = ("example",),
         parts: int = 1,
         lr_weighted: bool = False,
+        where: Literal["device", "cpu"] = "device",
         *,
         reuse: bool = False,
     ) -> None:
         unknown = [name for name in reductions if name not in REDUCTIONS]
         if unknown:
             raise UserError(f"unknown reduction {unknown[0]!r}; expected of {', '.join(REDUCTIONS)}")
-        self._arguments = (list(tasks), measures, reductions, parts, lr_weighted)
+        self._arguments = (list(tasks), measures, reductions, parts, lr_weighted, where)
         self._reuse = reuse
         self.trace: TrainingTrace | None = None
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.autograd.graph import GradientEdge
 
 from crosstrace.errors import UserError
 from crosstrace.losses import aligned_losses, next_tokens
+from crosstrace.trace.memory import Estimate, Plan, Where, estimate
 from crosstrace.trace.modules import RULES
 from crosstrace.trace.recording import Recording, Uses
 from crosstrace.trace.rules import Call, Rule, Unfit, fold, main_output, reduce, sum_dtype
@@ -31,6 +33,8 @@ from crosstrace.trace.rules import Call, Rule, Unfit, fold, main_output, reduce,
 Batch = Mapping[str, Tensor]
 Way = list[list[str]]  # a parameter's uses in order, each [module, local name, rule]; empty: no use, no gradient
 Into = Callable[[str, int], AbstractContextManager[dict[str, Tensor]]]
+
+PROBED = 1 << 28  # parameters whose gradients of two examples are held at once while rules are tried
 
 # Largest difference (Frobenius norm) between a rule and autograd that rounding explains, relative to the
 # gradient and to the sum of its terms' absolute values: what cancels exactly in theory (a key's bias under
@@ -51,20 +55,20 @@ class Engine:
         model: any module that maps input_ids [B, T] (and attention_mask, position_ids) to logits [B, T, V].
     """
 
-    def __init__(self, model: nn.Module, trained: bool = False) -> None:
+    def __init__(self, model: nn.Module, names: Collection[str] | None = None) -> None:
         self.model = model
-        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad or not trained}
+        self.parameters = {n: p for n, p in model.named_parameters() if names is None or n in names}
         self.plan: dict[str, Way | None] = {}  # per parameter; None: no rule, one example at a time
         self.probed = 0  # examples the plan was tried on
         for name, p in self.parameters.items():
             if p.dtype not in AGREES:
                 raise UserError(f"parameter {name!r} is {p.dtype}, which has no gradient; load the model unquantised")
-        names = {id(p): name for name, p in self.parameters.items()}
+        known = {id(p): name for name, p in self.parameters.items()}
         self.owners: dict[str, dict[str, str]] = {}  # module -> local name -> canonical (a tied tensor's first)
         for owner, module in model.named_modules():
-            own = {local: names[id(p)] for local, p in module._parameters.items() if id(p) in names}
-            if own:
-                self.owners[owner] = own
+            if any(p is not None for p in module._parameters.values()):  # without one of ours it may be a first call
+                own = module._parameters.items()
+                self.owners[owner] = {local: known[id(p)] for local, p in own if id(p) in known}
         self._adopted = False
         embedding = _embeddings(model, "input")
         self._head = _embeddings(model, "output")
@@ -135,18 +139,26 @@ class Engine:
     # ---- one batched pass
 
     def _backward(
-        self, batch: Batch, deliver: Callable[[str, Uses], None], idle: Sequence[str] = (), probing: bool = False
+        self,
+        batch: Batch,
+        deliver: Callable[[str, Uses], None],
+        idle: Sequence[str] = (),
+        probed: Collection[str] | None = None,
     ) -> None:
         """One forward and backward, recorded (see `Recording` for which parameters are delivered).
 
         The parameters `idle` are expected to have no gradient; those that have none are delivered without calls.
+        While probing, only those `probed` are recorded, with all that a rule may ask for.
         """
-        reading = set(self.owners) if probing else self.reading()
+        owners, reading = self.owners, self.reading()
+        if probed is not None:
+            owners = {o: {local: n for local, n in own.items() if n in probed} for o, own in owners.items()}
+            reading = set(owners)
         shape = (batch["labels"].shape[0], batch["labels"].shape[1])
-        recording = Recording(self.owners, shape, deliver, reading)
+        recording = Recording(owners, shape, deliver, reading)
         try:
             with recording.watching(self.model):
-                losses = self._losses(batch, only_targets=True)
+                losses = self.losses(batch, only_targets=True)
             wrong = (~losses.isfinite()).nonzero()
             if len(wrong):
                 raise UserError(
@@ -188,7 +200,7 @@ class Engine:
         """∂ℓ_i/∂θ of the named parameters, of example i by itself and without its padding."""
         own = batch["attention_mask"][i].bool()
         example = {key: value[i : i + 1, own] for key, value in batch.items()}
-        loss = self._losses(example, only_targets=False).sum()
+        loss = self.losses(example, only_targets=False).sum()
         return torch.autograd.grad(loss, [self.parameters[name] for name in names], allow_unused=True)
 
     # ---- the plan
@@ -215,7 +227,7 @@ class Engine:
                     apart[name] = apart.get(name, True) and main_output(output, rows) is not None
 
                 hooks.callback(module.register_forward_hook(note).remove)
-            self._losses(pair, only_targets=True)
+            self.losses(pair, only_targets=True)
         for owner in [owner for owner in self.owners if not apart.get(owner)]:
             around = owner
             while around and not apart.get(around):
@@ -232,9 +244,26 @@ class Engine:
         pair = sorted({int(lengths.argmax()), int(lengths.argmin())})
         if len(pair) == 1 and len(lengths) > 1:
             pair.append((pair[0] + 1) % len(lengths))
-        names = list(self.parameters)
+        self.plan = dict.fromkeys(self.parameters)
+        for names in self._portions():
+            self._try_rules(batch, pair, names)
+        self.probed = len(pair)
+
+    def _portions(self) -> Iterator[list[str]]:
+        """The parameters, in order, so many at once that their gradients need little memory."""
+        portion: list[str] = []
+        size = 0
+        for name, p in self.parameters.items():
+            if portion and size + p.numel() > PROBED:
+                yield portion
+                portion, size = [], 0
+            portion.append(name)
+            size += p.numel()
+        if portion:
+            yield portion
+
+    def _try_rules(self, batch: Batch, pair: list[int], names: list[str]) -> None:
         alone = [dict(zip(names, self._alone(batch, i, names))) for i in pair]
-        self.plan = dict.fromkeys(names)
         for name in names:
             if all(gradients[name] is None for gradients in alone):
                 self.plan[name] = []
@@ -254,12 +283,11 @@ class Engine:
                         self.plan[name] = [[call.name, local, use.name] for (call, local), use in zip(calls, uses)]
                         return
 
-        self._backward({key: value[pair] for key, value in batch.items()}, deliver, probing=True)
-        self.probed = len(pair)
+        self._backward({key: value[pair] for key, value in batch.items()}, deliver, probed=set(names))
 
     # ---- the loss
 
-    def _losses(self, batch: Batch, only_targets: bool) -> Tensor:
+    def losses(self, batch: Batch, only_targets: bool) -> Tensor:
         """ℓ [B]; with `only_targets`, logits are computed at the positions that predict a target alone."""
         inputs = {
             "input_ids": batch["input_ids"],
@@ -295,6 +323,14 @@ class Engine:
         logits = output if isinstance(output, Tensor) else output.logits
         wanted = next_tokens(labels)
         return aligned_losses(logits, wanted.gather(1, positions) if gathered else wanted)
+
+    def memory(
+        self, batches: Sequence[Batch], sums: int, where: Where = "auto", passes: int | None = None
+    ) -> tuple[Plan, Estimate]:
+        """What a trace of these batches will need, and how it is best taken (see `memory.estimate`)."""
+        batches = [self.checked(batch) for batch in batches]
+        with undisturbed(self.model):
+            return estimate(self.model, partial(self.losses, only_targets=True), batches, sums, where, passes)
 
     def checked(self, batch: Batch) -> dict[str, Tensor]:
         """The batch on the model's device, its shapes checked."""

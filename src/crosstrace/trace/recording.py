@@ -70,6 +70,9 @@ class Recording:
     def record(self, owner: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
         """Note a call; gives the tensor to put in the place of its output, if any."""
         own, count = self.owners[owner], self.shape[0]
+        first = not any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves((args, kwargs)))
+        if not own and not first:
+            return None
         place = main_output(output, (count, count * self.shape[1]))
         if place is None:
             self.blind |= not torch.is_grad_enabled()
@@ -87,7 +90,7 @@ class Recording:
         for local, name in own.items():
             self.of[name].append((call, local))
             call.waiting.add(name)
-        if not any(x.requires_grad for x in tensors):
+        if first:
             call.node = _lookup(result.grad_fn)
             self.sources.append(call)
             return None

@@ -16,12 +16,12 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from crosstrace.errors import UserError
 from crosstrace.store import replacing
 from crosstrace.trace.engine import Batch, Engine
+from crosstrace.trace.memory import Estimate, Where
 from crosstrace.trace.rules import sum_dtype
 
 MEASURES = ("abs", "square", "taylor", "net")
@@ -160,6 +161,9 @@ def trace(
     task: str,
     measures: Sequence[str] = ("abs",),
     parts: int = 1,
+    where: Where = "auto",
+    passes: int | None = None,
+    tell: Callable[[Estimate], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Trace]:
     """Trace a task at a checkpoint: exact per example, whatever the batches' size, order and padding.
@@ -172,7 +176,11 @@ def trace(
         measures: of MEASURES; several cost little more than one.
         parts: examples of group g count for part g % parts, so that intervals can be taken over disjoint parts of
             the data; where a batch has no group, each example is one of its own.
-        progress: called after each batch with the number of its examples.
+        where: the sums are kept on the "device" of the model, on the "cpu", or ("auto") on the device where they fit in
+            a few passes, else on the CPU. The trace is the same.
+        passes: over the data, each for one group of parameters alone; None: as few as fit.
+        tell: called before the trace begins with the memory that it needs.
+        progress: called after each batch (of the last pass) with the number of its examples.
 
     Returns:
         measures × parts traces with reduction "example", all parts of the first measure first.
@@ -181,31 +189,58 @@ def trace(
         UserError: an unknown measure, fewer examples than parts, or a batch that can't be traced.
     """
     _check(measures, parts, ("example",))
-    engine = Engine(model)
-    means = [[_Mean(engine.parameters, measure, "example") for _ in range(parts)] for measure in measures]
+    batches = list(batches)
+    if not batches:
+        raise UserError(f"task {task!r} has no example to trace; expected at least one batch")
+    whole = Engine(model)
+    rows = [{key: value for key, value in batch.items() if key != "group"} for batch in batches]
+    plan, needed = whole.memory(rows, len(measures) * parts, where, passes)
+    if tell is not None:
+        tell(needed)
+    found = [Trace(task, measure, "example", "checkpoint", {}, 0.0) for measure in measures for _ in range(parts)]
+    coverage: dict[str, float] = defaultdict(float)
+    for names in plan.groups:
+        engine = whole if len(plan.groups) == 1 else Engine(model, set(names))
+        means = [[_Mean(engine.parameters, m, "example", plan.device) for m in measures] for _ in range(parts)]
+        _one_pass(engine, batches, means, progress if names is plan.groups[-1] else None)
+        empty = sum(mean.weight == 0 for mean, *_ in means)
+        if empty:
+            raise UserError(
+                f"the {sum(len(row['labels']) for row in rows)} examples of task {task!r} to trace leave {empty} of "
+                f"{parts} parts empty; expected examples of at least as many groups (people) as parts, so trace more "
+                "or ask for fewer parts"
+            )
+        share = sum(p.numel() for p in engine.parameters.values()) / needed.parameters
+        for label, of_group in engine.coverage().items():
+            coverage[label] += share * of_group
+        for number, one in enumerate(found):
+            mean = means[number % parts][number // parts]
+            one.weight = mean.weight
+            one.values |= mean.finished()
+    meta = _facts(whole) | {"coverage": dict(coverage), "parts": parts, "memory": asdict(needed)}
+    for number, one in enumerate(found):
+        one.meta = meta | {"part": number % parts}
+    return found
+
+
+def _one_pass(
+    engine: Engine, batches: Sequence[Batch], means: list[list[_Mean]], progress: Callable[[int], None] | None
+) -> None:
+    """Add all batches to each part's means."""
     seen = 0
     for batch in batches:
-        batch, chosen, shares = _by_part(batch, parts, seen)
-        sizes = [share.stop - share.start for share in shares]
+        batch, chosen, shares = _by_part(batch, len(means), seen)
 
         def into(name: str, number: int, chosen: list[int] = chosen) -> AbstractContextManager[dict[str, Tensor]]:
-            return _open(name, engine.parameters[name], [row[chosen[number]] for row in means])
+            return _open(name, engine.parameters[name], means[chosen[number]])
 
         engine.run(batch, shares, into)
-        for row in means:
-            for part, size in zip(chosen, sizes):
-                row[part].weight += size
-        seen += sum(sizes)
+        for part, share in zip(chosen, shares):
+            for mean in means[part]:
+                mean.weight += share.stop - share.start
+        seen += len(batch["labels"])
         if progress is not None:
-            progress(sum(sizes))
-    empty = sum(mean.weight == 0 for mean in means[0])
-    if empty:
-        raise UserError(
-            f"the {seen} examples of task {task!r} to trace leave {empty} of {parts} parts empty; expected examples "
-            "of at least as many groups (people) as parts, so trace more or ask for fewer parts"
-        )
-    meta = _facts(engine) | {"parts": parts}
-    return [mean.trace(task, "checkpoint", meta | {"part": p}) for row in means for p, mean in enumerate(row)]
+            progress(len(batch["labels"]))
 
 
 class Accumulated:
@@ -221,7 +256,8 @@ class Accumulated:
             all of training, whose gradients shrink as it goes; for "step", a task's step number s counts for part
             s % parts.
         lr_weighted: weight each step by its learning rate.
-        trained: leave out frozen parameters.
+        where: the sums are kept on the "device" of the model or on the "cpu".
+        names: the parameters to trace; None: all.
     """
 
     def __init__(
@@ -232,10 +268,12 @@ class Accumulated:
         reductions: Sequence[str] = REDUCTIONS,
         parts: int = 1,
         lr_weighted: bool = False,
-        trained: bool = False,
+        where: Literal["device", "cpu"] = "device",
+        names: Collection[str] | None = None,
     ) -> None:
         _check(measures, parts, reductions)
-        self._engine = Engine(model, trained)
+        self._engine = Engine(model, names)
+        device = torch.device("cpu") if where == "cpu" else None
         self._settings = {
             "tasks": list(tasks),
             "measures": list(measures),
@@ -245,7 +283,7 @@ class Accumulated:
         }
         self._steps = dict.fromkeys(self._settings["tasks"], 0)
         self._means = {
-            f"{task}/{reduction}/{measure}/{part}": _Mean(self._engine.parameters, measure, reduction)
+            f"{task}/{reduction}/{measure}/{part}": _Mean(self._engine.parameters, measure, reduction, device)
             for task in self._steps
             for reduction in reductions
             for measure in measures
@@ -399,16 +437,24 @@ class OnlineTrace(Accumulated):
 class _Mean:
     """A weighted mean of one measure by one reduction: Σ so far per parameter, and the weight it is over."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], measure: str, reduction: str) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], measure: str, reduction: str, device: torch.device | None = None
+    ) -> None:
         self.measure, self.reduction = measure, reduction
-        self.total = {n: torch.zeros_like(p, dtype=sum_dtype(p.dtype)) for n, p in parameters.items()}
+        self.total = {n: torch.zeros(p.shape, dtype=sum_dtype(p.dtype), device=device or p.device)
+                      for n, p in parameters.items()}  # fmt: skip
         self.weight = 0.0
+
+    def takes(self, theta: Tensor, factor: float) -> bool:
+        """Whether the engine may add its sum right here: nothing is to be done with it, and it is at hand."""
+        here = next(iter(self.total.values())).device == theta.device
+        return self.measure != "taylor" and factor == 1.0 and here
 
     def add(self, name: str, value: Tensor, theta: Tensor, factor: float) -> None:
         """Add the sum that the measure is made of, taken at the parameter theta."""
         if self.measure == "taylor":
             value = value * theta.detach().abs()
-        self.total[name].add_(value, alpha=factor)
+        self.total[name].add_(value.to(self.total[name].device), alpha=factor)
 
     def add_step(self, name: str, gradient: Tensor, theta: Tensor, factor: float) -> None:
         """Add a step's mean gradient."""
@@ -417,6 +463,10 @@ class _Mean:
         elif self.measure == "square":
             gradient = gradient.square()
         self.add(name, gradient, theta, factor)
+
+    def finished(self) -> dict[str, Tensor]:
+        """The mean, on the CPU. The sums are used up: there may be no room for both."""
+        return {name: self.total.pop(name).div_(self.weight).cpu() for name in list(self.total)}
 
     def trace(self, task: str, when: str, meta: dict[str, Any]) -> Trace:
         values = {name: (total / self.weight).cpu() for name, total in self.total.items()}
@@ -442,7 +492,7 @@ def _open(
     for key, fed in users.items():
         if not fed:
             sums[key] = also[key]
-        elif len(fed) == 1 and key not in also and fed[0].measure != "taylor" and factor == 1.0:
+        elif len(fed) == 1 and key not in also and fed[0].takes(theta, factor):
             sums[key] = fed[0].total[name]
         else:
             sums[key] = torch.zeros_like(theta, dtype=sum_dtype(theta.dtype))

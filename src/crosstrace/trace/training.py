@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class TrainingTrace(Accumulated):
     dropout. Frozen parameters are left out.
 
     Args:
-        model, tasks, measures, parts, lr_weighted: as in `Accumulated`.
+        model, tasks, measures, parts, lr_weighted, where: as in `Accumulated`.
         reductions: "example" by default; "step" needs a sum of gradients of the model's size for each task.
         reuse: let the training have the weight gradients of linear layers from the products that the trace makes,
             rather than multiply twice. That is much cheaper, and equal but for rounding: the sum over examples is
@@ -85,10 +85,12 @@ class TrainingTrace(Accumulated):
         reductions: Sequence[str] = ("example",),
         parts: int = 1,
         lr_weighted: bool = False,
+        where: Literal["device", "cpu"] = "device",
         *,
         reuse: bool = False,
     ) -> None:
-        super().__init__(model, tasks, measures, reductions, parts, lr_weighted, trained=True)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__(model, tasks, measures, reductions, parts, lr_weighted, where, trained)
         self._reuse = reuse
         self._hooks = ExitStack()
         self._active = False  # within a step
