@@ -130,10 +130,11 @@ def test_a_broken_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong(self, out, examples, rows, beta):
         right(self, out, examples, rows, beta)
-        out.mul_(1.01)
+        if self.batch > 2:  # what is wrong in a batch of two, the engine's own probe finds
+            out.mul_(1.01)
 
     monkeypatch.setattr(rules.Linear, "product", wrong)
-    problem, found = inexact(patient(), examples=2, yardstick=False)
+    problem, found = inexact(patient(), examples=3, yardstick=False)
     assert problem.startswith("the fast trace of ") and "(rule: linear)" in problem and "1 %" in problem
     (row,) = [row for row in found.checks if row["ok"] is False]
     assert row["check"] == "trace" and row["worst"] in problem

@@ -12,7 +12,6 @@ The engine knows the model, the loss and its batches; it knows neither tasks nor
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -27,25 +26,12 @@ from crosstrace.errors import UserError
 from crosstrace.losses import aligned_losses, next_tokens
 from crosstrace.trace.memory import Estimate, Plan, Where, estimate
 from crosstrace.trace.modules import RULES
+from crosstrace.trace.probe import AGREES, Trial, Way, hollow, pair_of, settled
 from crosstrace.trace.recording import Recording, Uses
-from crosstrace.trace.rules import Call, Rule, Unfit, fold, main_output, reduce, sum_dtype
+from crosstrace.trace.rules import Rule, Unfit, fold, main_output, reduce, sum_dtype
 
 Batch = Mapping[str, Tensor]
-Way = list[list[str]]  # a parameter's uses in order, each [module, local name, rule]; empty: no use, no gradient
 Into = Callable[[str, int], AbstractContextManager[dict[str, Tensor]]]
-
-PROBED = 1 << 28  # parameters whose gradients of two examples are held at once while rules are tried
-
-# Largest difference (Frobenius norm) between a rule and autograd that rounding explains, relative to the
-# gradient and to the sum of its terms' absolute values: what cancels exactly in theory (a key's bias under
-# softmax) is noise of the latter's size. Half precision differs that much between an example alone and in a
-# batch; float64 is wider than need be because transformers computes norms and softmax in float32 even then.
-AGREES = {
-    torch.float64: (1e-6, 1e-12),
-    torch.float32: (1e-3, 1e-5),
-    torch.float16: (0.05, 0.002),
-    torch.bfloat16: (0.15, 0.02),
-}
 
 
 class Engine:
@@ -106,7 +92,8 @@ class Engine:
 
             if any(way is not None for way in self.plan.values()):
                 idle = [name for name, way in self.plan.items() if way == []]
-                self._backward(batch, deliver, idle)
+                with self._backward(batch, deliver, idle):
+                    pass
             if missing:
                 self.one_by_one(batch, shares, sorted(missing), into)
 
@@ -138,24 +125,21 @@ class Engine:
 
     # ---- one batched pass
 
+    @contextmanager
     def _backward(
         self,
         batch: Batch,
         deliver: Callable[[str, Uses], None],
         idle: Sequence[str] = (),
-        probed: Collection[str] | None = None,
-    ) -> None:
+        keep: bool = False,
+    ) -> Iterator[None]:
         """One forward and backward, recorded (see `Recording` for which parameters are delivered).
 
-        The parameters `idle` are expected to have no gradient; those that have none are delivered without calls.
-        While probing, only those `probed` are recorded, with all that a rule may ask for.
+        The parameters `idle` are expected to have no gradient; those that have none are delivered without calls. With
+        `keep`, the calls and all that a rule may ask for are held until the context is left.
         """
-        owners, reading = self.owners, self.reading()
-        if probed is not None:
-            owners = {o: {local: n for local, n in own.items() if n in probed} for o, own in owners.items()}
-            reading = set(owners)
         shape = (batch["labels"].shape[0], batch["labels"].shape[1])
-        recording = Recording(owners, shape, deliver, reading)
+        recording = Recording(self.owners, shape, deliver, set(self.owners) if keep else self.reading(), keep=keep)
         try:
             with recording.watching(self.model):
                 losses = self.losses(batch, only_targets=True)
@@ -176,6 +160,7 @@ class Engine:
             for name, gradient in zip(idle, found[len(sources) :]):
                 if gradient is None:
                     deliver(name, [])
+            yield
         finally:
             recording.close()
 
@@ -240,50 +225,46 @@ class Engine:
 
     def _probe(self, batch: Batch) -> None:
         """Choose each parameter's way: the first that is right for the longest and the shortest example."""
-        lengths = batch["attention_mask"].sum(1)
-        pair = sorted({int(lengths.argmax()), int(lengths.argmin())})
-        if len(pair) == 1 and len(lengths) > 1:
-            pair.append((pair[0] + 1) % len(lengths))
+        pair = pair_of(batch["attention_mask"])
         self.plan = dict.fromkeys(self.parameters)
-        for names in self._portions():
-            self._try_rules(batch, pair, names)
+        uses: dict[str, Uses] = {}
+        reached: set[str] = set()
+        with self._backward({key: value[pair] for key, value in batch.items()}, uses.__setitem__, keep=True):
+            for rules in (RULES[:-1], RULES):
+                left = {name: of for name, of in uses.items() if not self.plan[name]}
+                trials = {name: Trial(self.parameters[name], of, rules) for name, of in left.items()}
+                for place, i in enumerate(pair if trials else ()):
+                    reached |= self._compare(batch, i, place, trials)
+                self.plan |= settled(trials)
+        for name in self.parameters:
+            if name not in reached and name not in uses:
+                gradients = [self._alone(batch, i, [name])[0] for i in pair]
+                if all(gradient is None for gradient in gradients):
+                    self.plan[name] = []
         self.probed = len(pair)
 
-    def _portions(self) -> Iterator[list[str]]:
-        """The parameters, in order, so many at once that their gradients need little memory."""
-        portion: list[str] = []
-        size = 0
-        for name, p in self.parameters.items():
-            if portion and size + p.numel() > PROBED:
-                yield portion
-                portion, size = [], 0
-            portion.append(name)
-            size += p.numel()
-        if portion:
-            yield portion
+    def _compare(self, batch: Batch, i: int, place: int, trials: Mapping[str, Trial]) -> set[str]:
+        """Judge the trials by example i alone; gives the parameters that it has a gradient of."""
+        reached: set[str] = set()
+        judging = False
 
-    def _try_rules(self, batch: Batch, pair: list[int], names: list[str]) -> None:
-        alone = [dict(zip(names, self._alone(batch, i, names))) for i in pair]
-        for name in names:
-            if all(gradients[name] is None for gradients in alone):
-                self.plan[name] = []
+        def judge(name: str, gradient: Tensor) -> Tensor | None:
+            nonlocal judging
+            if judging:  # a rule's own backward
+                return None
+            judging = True
+            reached.add(name)
+            trials[name].judge(place, gradient)
+            judging = False
+            return hollow(gradient)  # gradients come one by one, and none is kept
 
-        def deliver(name: str, calls: Uses) -> None:
-            expected = [gradients[name] for gradients in alone]
-            if not any(g is not None and bool(g.any()) for g in expected):
-                return  # zero tells nothing about a rule
-            if self.parameters[name].dim() == 0 and len(calls) > 1:
-                return  # uses are added by rows, and a number has none
-            for rules in (RULES[:-1], RULES):
-                ways = list(itertools.product(*(list(_fitting(call, local, rules)) for call, local in calls)))
-                misfits = [_misfit(uses, expected, self.parameters[name]) for uses in ways]
-                bar = max(4 * min(misfits, default=1.0), 0.3)  # a wrong rule may nearly pass in half precision
-                for uses, misfit in zip(ways, misfits):
-                    if misfit <= min(bar, 1.0):
-                        self.plan[name] = [[call.name, local, use.name] for (call, local), use in zip(calls, uses)]
-                        return
-
-        self._backward({key: value[pair] for key, value in batch.items()}, deliver, probed=set(names))
+        with ExitStack() as hooks:
+            for name in trials:
+                hooks.callback(self.parameters[name].register_hook(partial(judge, name)).remove)
+            self._alone(batch, i, list(trials))
+        for name in trials.keys() - reached:
+            trials[name].judge(place, None)
+        return reached
 
     # ---- the loss
 
@@ -353,31 +334,6 @@ class Engine:
             )
         device = next(iter(self.parameters.values())).device
         return {key: value.to(device) for key, value in batch.items()}
-
-
-def _fitting(call: Call, local: str, rules: Sequence[type[Rule]]) -> Iterator[Rule]:
-    for rule in rules:
-        try:
-            if rule.nested or "." not in local:
-                yield rule(call, local)
-        except Unfit:
-            continue
-
-
-def _misfit(uses: Sequence[Rule], expected: Sequence[Tensor | None], parameter: Tensor) -> float:
-    """Largest difference between the uses' gradients and the expected, in units of what rounding explains."""
-    zeros = torch.zeros_like(parameter, dtype=sum_dtype(parameter.dtype))
-    relative, terms = AGREES[parameter.dtype]
-    worst = 0.0
-    for i, gradient in enumerate(expected):
-        gradient = zeros if gradient is None else gradient.to(zeros.dtype)
-        got, bound = zeros.clone(), zeros.clone()
-        reduce(uses, {"sum": got}, slice(i, i + 1))
-        reduce([use.magnitude() for use in uses], {"sum": bound}, slice(i, i + 1))
-        allowed = relative * gradient.norm() + terms * bound.norm()
-        difference = (got - gradient).norm()
-        worst = max(worst, float(difference / allowed) if float(difference) > 0 else 0.0)
-    return worst
 
 
 def _embeddings(model: nn.Module, which: str) -> nn.Module | None:

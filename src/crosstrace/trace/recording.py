@@ -37,6 +37,7 @@ class Recording:
         arrangement: how rows become the rules' examples; None: not known yet, see `arrange`.
         replace: may give another tensor of the same values for a call's output, whose own backward then calls
             `arrived`; None leaves the output as it is.
+        keep: hold all calls until `close`.
     """
 
     def __init__(
@@ -47,9 +48,10 @@ class Recording:
         reading: set[str],
         arrangement: Arrangement | None = AS_IT_IS,
         replace: Replace | None = None,
+        keep: bool = False,
     ) -> None:
         self.owners, self.shape, self.deliver, self.reading = owners, shape, deliver, reading
-        self.arrangement, self.replace = arrangement, replace
+        self.arrangement, self.replace, self.keep = arrangement, replace, keep
         self.early: list[tuple[Call, Tensor]] = []  # what arrived before the arrangement
         self.calls: list[Call] = []
         self.sources: list[Call] = []  # those whose inputs need no gradient: the model's first
@@ -119,7 +121,7 @@ class Recording:
                 del self.of[name]
                 for c, _ in uses:
                     c.waiting.discard(name)
-                    if not c.waiting:  # free the activations before the backward goes on
+                    if not c.waiting and not self.keep:  # free the activations before the backward goes on
                         c.clear()
 
     def arrange(self, arrangement: Arrangement) -> None:

@@ -397,6 +397,7 @@ def reduce(
     uses: Sequence[Rule],
     sums: dict[str, Tensor],
     examples: slice,
+    totals: bool = True,
     weighted: Tensor | None = None,
     weights: Sequence[float] = (),
 ) -> None:
@@ -407,12 +408,13 @@ def reduce(
         sums: what is added to: "sum" Σg, "abs" Σ|g| and "square" Σg², those that are wanted, each of the
             parameter's shape, in `sum_dtype` of the parameter's.
         examples: which of the batch.
+        totals: where "sum" is all that is wanted, it may be had without work per example.
         weighted: where given, Σ_i w_i g_i of the same products is added to it.
         weights: w_i of all examples of the batch.
     """
     if weighted is not None:
         _blocks(uses, sums, examples, uses[0].batch, weighted, weights)
-    elif list(sums) == ["sum"]:
+    elif totals and list(sums) == ["sum"]:
         for use in uses:
             use.total(sums["sum"], examples)
     elif len(uses) == 1:

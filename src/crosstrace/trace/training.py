@@ -325,7 +325,7 @@ class TrainingTrace(Accumulated):
             state = torch.get_rng_state() if any(rule.reruns for rule in rules) else None
             for task, part, share in done.shares:
                 with self._open(task, part, name, self._gradients.setdefault(task, {}), self._step_factor) as sums:
-                    reduce(rules, sums, share, total, weights)
+                    reduce(rules, sums, share, weighted=total, weights=weights)
             if state is not None:
                 torch.set_rng_state(state)
         done.missing.discard(name)
