@@ -235,6 +235,10 @@ def test_only_trained_parameters_and_examples_with_targets():
         (lambda batch: batch.update(task=torch.full((4,), 2)), "from 0 to 1"),
         (lambda batch: batch.pop("labels"), "labels or, where"),
         (lambda batch: batch.update(loss_weight=torch.ones(4)), "labels or, where"),
+        (lambda batch: batch.update(labels=batch["input_ids"].clone()), "count padding"),
+        (lambda batch: batch.update(task=[0, 1]), "has shape"),
+        (lambda batch: batch.update(task=[0.5, 1, 0, 0]), "from 0 to 1"),
+        (lambda batch: batch.update(group=torch.zeros(4, 1)), "has shape"),
     ],
 )
 def test_bad_batches_are_told(change, message):
@@ -279,6 +283,111 @@ def test_nothing_is_left_behind():
         model(**batch)
     assert fingerprint(model)[0] != before[0] and model.train() is model
     assert fingerprint(model) == before
+
+
+class Adapted(nn.Linear):
+    """A linear layer whose forward does more than its name says."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, bias=False, dtype=torch.float64)
+        self.low = nn.Linear(width, width, bias=False, dtype=torch.float64)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + self.low(input)
+
+
+class Small(nn.Module):
+    """A parameter of the whole model's own, and a linear layer that may be more than one."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(53, 8), nn.Linear(8, 53)
+        self.shift = nn.Parameter(torch.randn(8))
+        self.linear = linear
+        self.double()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.out(torch.tanh(self.linear(self.embed(input_ids)) + self.shift))
+        if labels is None:
+            return logits
+        count = (labels[:, 1:] != -100).sum(1)
+        loss = (example_losses(logits, labels) * count).sum() / count.sum()
+        return type("Output", (), {"logits": logits, "loss": loss})()
+
+
+@pytest.mark.parametrize("how", ["subclass", "hook", "patch", "plain"])
+def test_only_plain_linear_layers_share_their_products(how):
+    torch.manual_seed(0)
+    model = Small(Adapted(8) if how == "subclass" else nn.Linear(8, 8))
+    if how == "hook":
+        model.linear.register_forward_hook(lambda module, args, output: output + 2 * args[0])
+    if how == "patch":
+        inner = model.linear.forward
+        model.linear.forward = lambda x: inner(x) + 2 * x
+    batch = mixed(with_tasks(make_examples(6)))
+    plain = {k: v for k, v in batch.items() if k != "task"}
+    model(**plain).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    with TrainingTrace(model, TASKS, reuse=True) as tracing, tracing.step():
+        model(**batch).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-10, atol=1e-14)
+    for found in tracing.traces():
+        mine = of_task(with_tasks(make_examples(6)), TASKS.index(found.task))
+        assert_same(found.values, reference_trace(model, mine, "abs"))
+
+
+def test_positions_looked_up_once_for_all_examples_have_a_rule():
+    model = tiny_model("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).train()
+    examples = with_tasks(make_examples(5))
+    with TrainingTrace(model, TASKS) as tracing, tracing.step():
+        model(**mixed(examples)).loss.backward()
+    assert tracing.late == 0
+    for found in tracing.traces():
+        assert_same(found.values, reference_trace(model, of_task(examples, TASKS.index(found.task)), "abs"))
+
+
+def test_a_model_in_evaluation_mode_is_traced_too():
+    model = tiny_model("llama")
+    with TrainingTrace(model, TASKS) as tracing, tracing.step():
+        model(**mixed(with_tasks(make_examples(4)))).loss.backward()
+    assert {t.task: t.weight for t in tracing.traces()} == {"bio": 3, "qa": 1}
+
+
+@pytest.mark.parametrize("wrong", ["tokens", "rows", "zero"])
+def test_losses_that_are_no_mean_over_examples_are_told(wrong):
+    model = calm(tiny_model("llama")).train()
+    batch = mixed(with_tasks(make_examples(6)))
+    if wrong == "rows":
+        batch["labels"][1] = -100
+    with TrainingTrace(model, TASKS) as tracing:
+        tracing.begin()
+        output = model(**batch)
+        if wrong == "zero":
+            loss = output.loss * 0
+        elif wrong == "rows":
+            loss = output.loss + 0.1 * output.logits[1].square().mean()
+        else:
+            kept = batch["labels"][:, 1:].flatten()
+            each = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), kept, reduction="none")
+            loss = (each * (1 + torch.arange(len(each)) % batch["labels"].shape[1])).sum() / (kept != -100).sum()
+        with pytest.raises(
+            UserError, match="multiplies its loss" if wrong == "zero" else "weighted mean over examples"
+        ):
+            loss.backward()
+
+
+def test_a_training_after_an_interrupted_one():
+    model = calm(tiny_model("llama")).train()
+    batch = mixed(with_tasks(make_examples(4)))
+    first = TrainingTrace(model, TASKS)
+    first.__enter__()
+    first.begin()
+    with TrainingTrace(model, TASKS) as tracing, tracing.step():
+        model(**batch).loss.backward()
+    assert len(tracing.traces()) == 2
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 # ---------------------------------------------------------------------------------------------- the Trainer
@@ -384,3 +493,19 @@ def test_a_trainer_that_drops_columns_is_told(tmp_path):
         trainer.train()
     with pytest.raises(UserError, match="nothing has been trained"):
         TraceCallback(TASKS).traces()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Of unknown length: an epoch's last update may lack batches."""
+
+    def __iter__(self):
+        return iter(Rows(with_tasks(make_examples(9))).rows)
+
+
+def test_an_epoch_that_ends_within_an_update(tmp_path):
+    model = calm(tiny_model("llama"))
+    tracing = TraceCallback(TASKS)
+    trainer = trainer_of(model, tmp_path, [tracing])
+    trainer.train_dataset = Stream()
+    trainer.train()
+    assert sum(t.weight for t in tracing.traces()) > 18

@@ -65,8 +65,7 @@ class TraceCallback(TrainerCallback):
                 "the Trainer removes columns that the model does not know, and with them 'task'; set "
                 "remove_unused_columns=False in its TrainingArguments"
             )
-        if self.trace is not None:
-            self.trace.__exit__()
+        self.close()
         self.trace = TrainingTrace(kwargs["model"], *self._arguments, reuse=self._reuse)
         if state.global_step:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -81,6 +80,8 @@ class TraceCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trace is not None
+        if self.trace.stepping:  # the last accumulation of an epoch was not complete: the Trainer goes on with it
+            return
         self.trace.begin(kwargs["optimizer"].param_groups[0]["lr"])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -94,6 +95,11 @@ class TraceCallback(TrainerCallback):
             saved = self.trace.state_dict()
             save_file({k: v.contiguous() for k, v in saved["tensors"].items()}, folder / f"{_STATE}.safetensors")
             write_json(folder / f"{_STATE}.json", saved["header"])
+
+    def close(self) -> None:
+        """Listen no longer: after a training that was interrupted, before the model is used otherwise."""
+        if self.trace is not None:
+            self.trace.__exit__()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trace is not None:

@@ -114,6 +114,11 @@ class Engine:
         except Unfit:
             return None
 
+    def planned(self, name: str) -> list[type[Rule]]:
+        """The rules that serve a parameter."""
+        names = [rule for _, _, rule in self.plan[name] or ()]
+        return [rule for rule in RULES if rule.name in names]
+
     def coverage(self) -> dict[str, float]:
         """Share of the parameters per rule ("a+b": tied, two uses; "general": one example at a time)."""
         sizes: dict[str, int] = defaultdict(int)

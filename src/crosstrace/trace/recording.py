@@ -60,10 +60,12 @@ class Recording:
         self.hidden: set[str] = set()  # parameters of a call whose output does not show the examples
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Record the calls made meanwhile."""
+    def watching(self, model: nn.Module, root: bool = True) -> Iterator[None]:
+        """Record the calls made meanwhile; not those of the whole model unless `root`."""
         with ExitStack() as hooks:
             for owner in self.owners:
+                if not owner and not root:
+                    continue
                 module = model.get_submodule(owner)
                 hooks.callback(module.register_forward_hook(partial(self.record, owner), with_kwargs=True).remove)
             yield
@@ -75,6 +77,11 @@ class Recording:
         first = not any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves((args, kwargs)))
         if not own and not first:
             return None
+        spread = None
+        if count > 1 and isinstance(output, Tensor) and output.requires_grad and output.shape[:1] == (1,):
+            # One row for all examples, as positions are looked up: their gradients meet in what broadcasts it.
+            output = spread = output.expand(count, *output.shape[1:])
+            first = False
         place = main_output(output, (count, count * self.shape[1]))
         if place is None:
             self.blind |= not torch.is_grad_enabled()
@@ -86,7 +93,8 @@ class Recording:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         only = tensors[0] if len(tensors) == 1 and tensors[0].shape[:1] == (rows,) else None
         kept = result if owner in self.reading else None
-        call = Call(owner, module, args, kwargs, only, kept, result.grad_fn, flat, rows=rows, place=place)
+        node = result.grad_fn if spread is None else result.grad_fn.next_functions[0][0]
+        call = Call(owner, module, args, kwargs, only, kept, node, flat, rows=rows, place=place)
         call.locals = tuple(own)
         self.calls.append(call)
         for local, name in own.items():
@@ -96,11 +104,11 @@ class Recording:
             call.node = _lookup(result.grad_fn)
             self.sources.append(call)
             return None
-        other = self.replace(call, result) if self.replace is not None and result is output else None
+        other = self.replace(call, result) if self.replace is not None and result is output and spread is None else None
         if other is None:  # else its own backward tells what arrives
             # A hook set now sees the gradient of this output, whatever is done to it in place later.
             result.register_hook(lambda e: self.arrived(call, e))
-        return other
+        return spread if other is None else other
 
     def settle(self) -> None:
         """The forward is over: parameters with a call that hides its examples are not delivered."""

@@ -253,6 +253,8 @@ class Embedding(Rule):
         if not is_lookup(call.node) or weight.dim() != 2 or call.node._saved_scale_grad_by_freq:
             raise Unfit
         ids, e = call.arranged(call.node._saved_indices), call.gradient()
+        if len(ids) == 1 != len(e):
+            ids = ids.expand(len(e), *ids.shape[1:])  # looked up once for all examples
         if ids.shape != e.shape[:-1] or ids.dim() < 2 or e.shape[-1] != weight.shape[1]:
             raise Unfit
         padding = getattr(call.module, "padding_idx", None)
@@ -326,6 +328,7 @@ class Scale(Shift):
     """g_i = Σ_t e_it d_it of y = w ⊙ d(x) + c(x), any norm's weight; d is ∂y/∂w in the direction of ones."""
 
     name = "scale"
+    reruns = True
 
     def __init__(self, call: Call, local: str) -> None:
         x, e, weight = call.raw_tensor(), call.raw_gradient(), getattr(call.module, local).detach()

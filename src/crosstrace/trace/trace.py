@@ -201,6 +201,7 @@ def trace(
     coverage: dict[str, float] = defaultdict(float)
     for names in plan.groups:
         engine = whole if len(plan.groups) == 1 else Engine(model, set(names))
+        engine.plan_for(rows[0])  # before the sums are there: it needs memory of its own
         means = [[_Mean(engine.parameters, m, "example", plan.device) for m in measures] for _ in range(parts)]
         _one_pass(engine, batches, means, progress if names is plan.groups[-1] else None)
         empty = sum(mean.weight == 0 for mean, *_ in means)

@@ -15,25 +15,30 @@ What is not known here: examples packed into one row, and losses that mix exampl
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from crosstrace.errors import UserError
 from crosstrace.losses import next_tokens
 from crosstrace.trace.engine import Batch, undisturbed
 from crosstrace.trace.modules import Linear, TransposedLinear
 from crosstrace.trace.recording import Recording, Uses
-from crosstrace.trace.rules import Arrangement, Call, reduce
+from crosstrace.trace.rules import Arrangement, Call, reduce, sum_dtype
 from crosstrace.trace.trace import Accumulated
 
 COLUMNS = ("task", "group", "loss_weight", "loss_labels")  # of a batch, for the trace alone: the model never sees them
 # How far the logits' gradient may be from Σ_i w_i ∂ℓ_i, relative to its norm: rounding, and dtype of the logits.
-AGREES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.05}
+AGREES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.02}
+CHECKED = 16  # examples of a batch whose targets are looked at for that
+_LISTENING: WeakKeyDictionary[nn.Module, TrainingTrace] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -45,8 +50,10 @@ class _Pass:
     weights: Tensor  # [B] w_i up to a factor common to all; 0: no target, in no share
     order: Tensor | None  # [B] of the training's rows
     missing: set[str]  # parameters not traced yet
+    others: list[str]  # tensors that the model got besides the batch
     recording: Recording
     wanted: dict[Call, Tensor] = field(default_factory=dict)  # a linear layer's weight gradient, to be filled
+    unseen: bool = False  # the logits' gradient is to be checked and has not come
     factor: Tensor | None = None  # what the training multiplied its loss with, once its backward has begun
     hooks: ExitStack = field(default_factory=ExitStack)
 
@@ -98,16 +105,35 @@ class TrainingTrace(Accumulated):
         self._passes: list[_Pass] = []
         self._gradients: dict[str, dict[str, Tensor]] = {}  # per task, Σg of the step
         self._step_factor = 1.0
+        self._checked = 0  # passes whose loss was checked
+        self._late_numel = self._passed = 0  # parameters (a pass) computed one example at a time; passes
 
     def __enter__(self) -> TrainingTrace:
         model = self._engine.model
+        other = _LISTENING.get(model)
+        if other is not None and other is not self:  # of a training that was interrupted
+            other.__exit__()
+        _LISTENING[model] = self
         self._hooks.callback(model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True).remove)
-        self._hooks.callback(model.register_forward_hook(self._after).remove)
+        self._hooks.callback(model.register_forward_hook(self._after, with_kwargs=True).remove)
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._forget()
         self._hooks.close()
+        if _LISTENING.get(self._engine.model) is self:
+            del _LISTENING[self._engine.model]
+
+    @property
+    def late(self) -> float:
+        """Share of the parameters computed one example at a time at the end of steps, over all passes so far."""
+        whole = sum(p.numel() for p in self._engine.parameters.values())
+        return self._late_numel / (whole * self._passed) if self._passed else 0.0
+
+    @property
+    def stepping(self) -> bool:
+        """Whether a step has begun and not ended."""
+        return not self._whole
 
     @contextmanager
     def step(self, lr: float = 1.0) -> Iterator[None]:
@@ -135,6 +161,12 @@ class TrainingTrace(Accumulated):
         for done in self._passes:
             if done.factor is None:
                 continue  # a forward without a backward
+            if done.unseen:
+                raise UserError(
+                    "the training's backward does not pass through the logits that its model gives, so its loss can't "
+                    "be checked; expected a loss made of them"
+                )
+            self._passed += 1
             self._late(done)
             for task, part, share in done.shares:
                 of_task = sizes.setdefault(task, {})
@@ -162,16 +194,18 @@ class TrainingTrace(Accumulated):
         if self._now is not None:  # its forward failed, and a new one is tried
             self._now.hooks.close()
             self._now = None
-        if self._active and module.training and torch.is_grad_enabled():
+        if self._active and torch.is_grad_enabled():
             self._now = self._started(args, kwargs, columns)
         return args, kwargs
 
     def _started(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], columns: dict[str, Tensor]) -> _Pass | None:
         """Record the forward that begins; None if no example has a target."""
         ids = kwargs.get("input_ids", args[0] if args else None)
+        if isinstance(ids, Tensor):
+            columns = {name: torch.as_tensor(value, device=ids.device) for name, value in columns.items()}
         labels = columns.get("loss_labels", kwargs.get("labels"))
         found = ", ".join(repr(name) for name in (*kwargs, *columns)) or "nothing by name"
-        if ids is None or ids.dim() != 2:
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
             raise UserError(f"the training's forward got {found}; the trace expects input_ids [examples, positions]")
         if labels is None or ("loss_labels" in columns) != ("loss_weight" in columns):
             raise UserError(
@@ -181,16 +215,31 @@ class TrainingTrace(Accumulated):
         if "task" not in columns:
             raise UserError(
                 f"the training's batch has {found}, but no column 'task' with the number of each example's task; "
-                "with transformers' Trainer set remove_unused_columns=False, or it takes the column away"
+                "with transformers' Trainer set remove_unused_columns=False, or it takes the column away (or has a "
+                "training been interrupted whose trace still listens? leave its context, or close its callback)"
             )
-        task, known = columns["task"].to(ids.device).long(), list(self._steps)
-        if task.shape != ids.shape[:1] or bool(((task < 0) | (task >= len(known))).any()):
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        for name, value in (*columns.items(), ("labels", labels), ("attention_mask", mask)):
+            shape = ids.shape if name in ("labels", "loss_labels", "attention_mask") else ids.shape[:1]
+            if value.shape != shape:
+                raise UserError(
+                    f"{name!r} of the training's batch has shape {list(value.shape)}; expected {list(shape)}, as "
+                    f"input_ids is {list(ids.shape)}"
+                )
+        task, known = columns["task"].long(), list(self._steps)
+        if bool(((task < 0) | (task >= len(known)) | (task != columns["task"])).any()):
             raise UserError(
-                f"column 'task' is {task.tolist() if task.numel() < 9 else list(task.shape)}; expected, for each of "
-                f"{len(ids)} examples, a number from 0 to {len(known) - 1} ({', '.join(known)})"
+                f"column 'task' is {columns['task'].tolist()[:8]}; expected for each of {len(ids)} examples a number "
+                f"from 0 to {len(known) - 1} ({', '.join(known)})"
+            )
+        if bool(((labels[:, 1:] != -100) & (mask[:, 1:] == 0)).any()):
+            raise UserError(
+                "the training's labels count padding (positions where attention_mask is 0) as targets; expected -100 "
+                "there, or the model is taught to predict padding and an example's loss depends on its batch"
             )
         targets = (next_tokens(labels) != -100).sum(1)
-        group = columns.get("group", torch.arange(len(ids))).to(ids.device)
+        group = columns.get("group", torch.arange(len(ids), device=ids.device)).long()
         parts = self._parts
         key = torch.where(targets > 0, task * parts + group % parts, len(known) * parts)  # without a target: last
         order = key.argsort(stable=True)
@@ -199,15 +248,13 @@ class TrainingTrace(Accumulated):
             return None
 
         if "loss_weight" in columns:
-            weights = columns["loss_weight"].to(ids.device).double().masked_fill(targets == 0, 0)[order]
+            weights = columns["loss_weight"].double().masked_fill(targets == 0, 0)[order]
             if bool((weights[: len(kept)] == 0).any()):
                 raise UserError("the loss_weight of an example with labels is 0; expected its labels to be -100 then")
         else:
             total = kwargs.get("num_items_in_batch")
             weights = targets[order].double() / (targets.sum() if total is None else float(total))
-        mask = kwargs.get("attention_mask")
-        whole = {"input_ids": ids, "labels": labels, "position_ids": kwargs.get("position_ids")}
-        whole["attention_mask"] = torch.ones_like(ids) if mask is None else mask
+        whole = {"input_ids": ids, "attention_mask": mask, "labels": labels, "position_ids": kwargs.get("position_ids")}
         batch = {name: value[kept] for name, value in whole.items() if value is not None and value.shape == ids.shape}
         shares, start = [], 0
         for number, size in zip(*(x.tolist() for x in key[kept].unique_consecutive(return_counts=True))):
@@ -220,17 +267,23 @@ class TrainingTrace(Accumulated):
         self._active = True
         moved = None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
         missing = {name for name, way in engine.plan.items() if way != []}
-        done = _Pass(batch, shares, weights, moved, missing, None)  # pyright: ignore[reportArgumentType]
+        known = {"input_ids", "attention_mask", "position_ids", "labels", "num_items_in_batch"}
+        others = sorted(name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in known)
+        done = _Pass(batch, shares, weights, moved, missing, others, None)  # pyright: ignore[reportArgumentType]
         deliver = lambda name, uses: self._deliver(done, name, uses)
         replace = (lambda call, result: self._shared(done, call, result)) if self._reuse else None
-        done.recording = Recording(engine.owners, tuple(ids.shape), deliver, engine.reading(), None, replace)
-        done.hooks.enter_context(done.recording.watching(engine.model))
+        done.recording = Recording(
+            engine.owners, (ids.shape[0], ids.shape[1]), deliver, engine.reading(), None, replace
+        )
+        done.hooks.enter_context(done.recording.watching(engine.model, root=False))
         return done
 
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         done, self._now = self._now, None
         if done is None:
             return
+        if "" in done.recording.owners:  # the whole model, whose own hooks are being called right now
+            done.recording.record("", module, args, kwargs, output)
         done.hooks.close()
         self._passes.append(done)
         if done.recording.blind:
@@ -258,35 +311,56 @@ class TrainingTrace(Accumulated):
     # ---- the training's backward
 
     def _check_loss(self, done: _Pass, logits: Tensor) -> None:
-        """See to it that the gradient of the logits is Σ_i w_i ∂ℓ_i, by one target of each example."""
-        labels, rows = done.batch["labels"], torch.arange(len(done.batch["labels"]), device=logits.device)
-        wanted = next_tokens(labels)
-        targets = wanted != -100
-        place = targets.to(torch.uint8).argmax(1)
-        there = rows if done.order is None else done.order[: len(rows)]
-        expected = logits.detach()[there, place].double().softmax(-1)
-        expected[rows, wanted[rows, place]] -= 1
-        share = done.weights[: len(rows)] / targets.sum(1)
-        expected *= share.unsqueeze(1)
+        """See to it that the gradient of the logits is Σ_i w_i ∂ℓ_i.
 
-        def check(e: Tensor) -> None:
-            got = e[there, place].double()
+        All positions without a target must have none; the first and the last target of some examples, others in every
+        batch, must have the one of the cross-entropy: all of the vocabulary is too much to look at each time.
+        """
+        wanted = next_tokens(done.batch["labels"])
+        targets = wanted != -100
+        count = len(wanted)
+        some = (torch.arange(min(CHECKED, count), device=logits.device) + CHECKED * self._checked) % count
+        self._checked += 1
+        span = torch.arange(wanted.shape[1], device=logits.device) * targets[some]
+        rows, place = some.repeat(2), torch.cat([targets[some].to(torch.uint8).argmax(1), span.argmax(1)])
+        there = rows if done.order is None else done.order[rows]
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        expected = logits.detach()[there, place].to(wide).softmax(-1)
+        expected[torch.arange(len(rows), device=rows.device), wanted[rows, place]] -= 1
+        share = (done.weights[rows] / targets.sum(1)[rows]).unsqueeze(1)
+        expected *= share
+        empty = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+        empty[slice(0, count) if done.order is None else done.order[:count]] = ~targets
+        done.unseen = True
+
+        def check(gradients: Sequence[Tensor]) -> None:
+            e, done.unseen = gradients[0], False
+            got = e[there, place].to(wide)
             if done.factor is None:
-                self._begun(done, (got * expected).sum() / expected.square().sum().clamp(min=1e-300))
+                self._begun(done, (got * expected).sum() / expected.square().sum())
             assert done.factor is not None
-            noise = 8 * torch.finfo(e.dtype).eps * share.norm() * done.factor.abs()
-            if bool((got - done.factor * expected).norm() > AGREES[e.dtype] * got.norm() + noise):
+            apart = (got - done.factor.to(wide) * expected).norm(dim=1)
+            noise = 2 * torch.finfo(e.dtype).eps * (share.squeeze(1) * done.factor).abs()
+            right = bool((apart <= AGREES[e.dtype] * got.norm(dim=1) + noise).all())
+            if not right or bool((e[..., :8].abs().amax(-1) * empty).any()):
                 raise UserError(
                     "the training's loss is not the weighted mean over examples that the trace takes it for (label "
                     "smoothing, another loss, or other weights?); expected the mean cross-entropy of the labels, or "
                     "the columns loss_labels and loss_weight that say how it differs"
                 )
 
-        logits.register_hook(check)
+        node: Any = logits.grad_fn
+        while node.name() == "ToCopyBackward0":  # accelerate gives a float32 copy, which the loss is not made of
+            node = node.next_functions[0][0]
+        node.register_prehook(check)
 
     def _begun(self, done: _Pass, factor: Tensor) -> None:
         """The backward has begun, and what the loss was multiplied with is known."""
         done.factor = factor.detach().double()
+        if not bool(done.factor.isfinite()) or not bool(done.factor):
+            raise UserError(
+                f"the training multiplies its loss with {float(done.factor)}; expected a finite factor, not 0"
+            )
         scale = done.factor * done.weights
         done.recording.arrange(Arrangement(done.order, torch.where(scale == 0, 0, 1 / scale)))
 
@@ -295,7 +369,7 @@ class TrainingTrace(Accumulated):
         weight: Any = getattr(call.module, "weight", None)
         bias = getattr(call.module, "bias", None)
         own = self._engine.owners[call.name]
-        if call.input is None or "weight" not in own or not set(own) <= {"weight", "bias"}:
+        if call.input is None or "weight" not in own or not _plain(call.module):
             return None
         way = self._engine.plan[own["weight"]] or []
         kinds = {Linear.name: False, TransposedLinear.name: True}
@@ -303,42 +377,55 @@ class TrainingTrace(Accumulated):
             return None  # another module, a tied weight, or autocast
 
         def gradient(e: Tensor) -> Tensor:
-            assert call.input is not None
+            if call.input is None:
+                raise RuntimeError("a second backward through one forward can't be traced with reuse=True")
             inputs = call.input.detach().flatten(0, -2)
-            total = done.wanted[call] = torch.zeros_like(weight)
+            total = done.wanted[call] = torch.zeros_like(weight, dtype=sum_dtype(weight.dtype))
             done.recording.arrived(call, e)
             if done.wanted.pop(call, None) is not None:  # its calls were others than planned
                 e = e.flatten(0, -2)
                 total = inputs.t() @ e if kinds[way[0][2]] else e.t() @ inputs
-            return total
+            return total.to(weight.dtype)
 
         return _Shared.apply(result.detach(), call.input, weight, bias, kinds[way[0][2]], gradient)
 
     def _deliver(self, done: _Pass, name: str, uses: Uses) -> None:
-        with torch.autocast(done.weights.device.type, enabled=False):
+        device = done.weights.device
+        with ExitStack() as apart:
+            apart.enter_context(torch.autocast(device.type, enabled=False))
+            if any(rule.reruns for rule in self._engine.planned(name)):  # the training's random numbers are its own
+                apart.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
             rules = self._engine.rules(name, uses)
             if rules is None:
                 done.missing.add(name)
                 return
             total = done.wanted.pop(uses[0][0], None) if uses and uses[0][1] == "weight" else None
             weights = [] if total is None or done.factor is None else (done.factor * done.weights).tolist()
-            state = torch.get_rng_state() if any(rule.reruns for rule in rules) else None
             for task, part, share in done.shares:
                 with self._open(task, part, name, self._gradients.setdefault(task, {}), self._step_factor) as sums:
                     reduce(rules, sums, share, weighted=total, weights=weights)
-            if state is not None:
-                torch.set_rng_state(state)
         done.missing.discard(name)
 
     def _late(self, done: _Pass) -> None:
         """What no rule served, one example at a time."""
-        engine = self._engine
-        unforeseen = {
-            name for name, way in engine.plan.items() if way == [] and engine.parameters[name].grad is not None
-        }
-        names = sorted(done.missing | unforeseen)
+        engine, recording = self._engine, done.recording
+        names = []
+        for name, way in engine.plan.items():
+            called = name in recording.of or name in recording.hidden
+            if way == [] or (way is not None and name in done.missing and not called):
+                # no gradient, as was planned, or of a module that this forward left out; or a use that no call shows
+                if engine.parameters[name].grad is not None and way == []:
+                    names.append(name)
+            elif name in done.missing:
+                names.append(name)
         if not names:
             return
+        if done.others:
+            raise UserError(
+                f"parameter {names[0]!r} has no rule, and the model got {done.others[0]!r}, which it would not get "
+                "where one example at a time is traced; expected input_ids, attention_mask and position_ids only"
+            )
+        self._late_numel += sum(engine.parameters[name].numel() for name in names)
 
         def into(name: str, number: int) -> AbstractContextManager[dict[str, Tensor]]:
             task, part, _ = done.shares[number]
@@ -348,6 +435,17 @@ class TrainingTrace(Accumulated):
         with undisturbed(engine.model):
             engine.one_by_one(done.batch, [share for _, _, share in done.shares], names, into)
         self._active = active
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether a module computes x Wᵀ + b (Conv1D: x W + b) and nothing else: no subclass's forward, patch or hook."""
+    from transformers.pytorch_utils import Conv1D
+
+    if "forward" in vars(module) or module._forward_pre_hooks or len(module._forward_hooks) > 1:
+        return False  # (one is the recording's)
+    if not set(module._parameters) <= {"weight", "bias"}:
+        return False
+    return inspect.unwrap(type(module).forward) in (nn.Linear.forward, Conv1D.forward)
 
 
 class _Shared(torch.autograd.Function):
@@ -363,6 +461,7 @@ class _Shared(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, e: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.weight._version != ctx.version:
             raise RuntimeError("a weight was changed between the forward and the backward of a step")
