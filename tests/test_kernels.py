@@ -16,9 +16,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_trace import make_examples, pad
+from tiny_models import tiny_model
 from torch import Tensor
 
-from crosstrace.trace import kernels
+from crosstrace.trace import kernels, trace
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
@@ -171,11 +173,32 @@ def test_interpreter_agrees_with_the_plain_twin():
 
     left, right = factors(5, 6, 17, 33)
     linear = rules.Linear.__new__(rules.Linear)
-    linear.left, linear.right, linear.batch = left, right, len(left)
+    linear.left, linear.right, linear.batch, linear.arrangement = left, right, len(left), rules.Arrangement()
     got, want = zeros(left, right), zeros(left, right)
     kernels.per_example_sums(left, right, got, slice(None, None, 2))
     rules._blocks([linear], want, slice(None, None, 2), len(left))
     assert_close(got, {name: x.double() for name, x in want.items()})
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interpreter_serves_the_engine(dtype, monkeypatch):
+    """A whole model's trace with the kernel and without; in parts, so that shares are taken."""
+    model = tiny_model("gpt_neox", dtype)
+    called = []
+    inner = kernels.per_example_sums
+    monkeypatch.setattr(kernels, "per_example_sums", lambda *a, **k: (called.append(a[0].dtype), inner(*a, **k)))
+    data = [pad(make_examples(4))]
+    with_kernel = trace(model, data, task="qa", measures=("abs", "square"), parts=2)
+    assert set(called) == {dtype}
+    monkeypatch.setattr(kernels, "available", lambda tensor: False)
+    called.clear()
+    without = trace(model, data, task="qa", measures=("abs", "square"), parts=2)
+    assert not called
+    for a, b in zip(with_kernel, without, strict=True):
+        for name, value in a.values.items():
+            scale = float(b.values[name].abs().max())
+            assert float((value - b.values[name]).abs().max()) <= 1e-5 * max(scale, 1e-20), name
 
 
 @interpreted
@@ -285,3 +308,17 @@ def test_gpu_edges_lengths_shares_and_strides(dtype, t):
     want = expected(left, right, slice(1, None, 2), lengths)
     kernels.per_example_sums(left, right, sums, slice(1, None, 2), lengths)
     assert_close(sums, {name: x + 1 for name, x in want.items()}, 2e-5)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_traces_as_the_cpu_does(dtype):
+    model = tiny_model("llama", dtype)
+    data = [pad(make_examples(6))]
+    (expected_trace,) = trace(model, data, task="qa")
+    (got,) = trace(model.cuda(), data, task="qa")
+    for name, value in got.values.items():
+        scale = float(expected_trace.values[name].abs().max())
+        tolerance = 1e-3 if dtype == torch.float32 else 0.1
+        assert float((value - expected_trace.values[name]).abs().max()) <= tolerance * max(scale, 1e-20), name

@@ -57,11 +57,11 @@ tl: Any = None  # triton.language, once the kernel is built: a kernel finds name
 
 def available(tensor: Tensor) -> bool:
     """Whether `per_example_sums` takes factors like this: its dtype, and a GPU with Triton or its interpreter."""
-    if tensor.dtype not in DTYPES or importlib.util.find_spec("triton") is None:
+    if tensor.dtype not in DTYPES or not (tensor.is_cuda or _interpreting()) or not _installed():
         return False
     if _interpreting():
         return True
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (8, 0)  # older: no bfloat16
+    return torch.cuda.get_device_capability(tensor.device) >= (8, 0)  # older: no bfloat16
 
 
 def per_example_sums(
@@ -251,6 +251,11 @@ def _kernel() -> tuple[Any, Any]:
         **kept,
     )
     return tuned(kernel), triton.cdiv
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _promising(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:

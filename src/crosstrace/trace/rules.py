@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from crosstrace.trace import kernels
+
 # Elements of one example's tile, 4 MB in float32: with 64 positions a matmul of fewer rows is slower than what the
 # cache saves (benchmarks/tiles.py). Several examples share a block only where their tiles are small.
 TILE = 1 << 20
@@ -48,6 +50,11 @@ class Arrangement:
         # (of one example at a time Python's numbers are much faster)
         self.places: list[int] | None = None if order is None else order.tolist()
         self.factors: list[float] | None = None if scale is None else scale.tolist()
+
+    @property
+    def untouched(self) -> bool:
+        """Whether rows and e are as they come."""
+        return self.order is None and self.scale is None
 
     def rows(self, x: Tensor) -> Tensor:
         """x [B, …] in the rules' order."""
@@ -205,13 +212,17 @@ class Linear(Rule):
     transposed = False
 
     def __init__(self, call: Call, local: str) -> None:
-        a, e, weight = call.by_example(call.raw_tensor()), call.raw_gradient(), getattr(call.module, local)
+        assert call.e is not None
+        a, e, weight = call.by_example(call.raw_tensor()), call.by_example(call.e), getattr(call.module, local)
         left, right = (a, e) if self.transposed else (e, a)
         if weight.shape != (left.shape[-1], right.shape[-1]) or a.shape[:-1] != e.shape[:-1] or a.dim() < 2:
             raise Unfit
         self.batch = len(e)
-        self.left, self.right = _occupied(left.to(e.dtype), right.to(e.dtype), e)
         self.arrangement = call.arrangement
+        self.kernel = a.dtype == e.dtype and self.arrangement.untouched and kernels.available(e)
+        if not self.kernel:  # which takes half precision as it is
+            left, right = left.to(sum_dtype(e.dtype)), right.to(sum_dtype(e.dtype))
+        self.left, self.right = _occupied(left, right, e)
 
     def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
         if len(out) == 1:  # a large tile: rows and scale cost nothing here
@@ -219,20 +230,28 @@ class Linear(Rule):
             row = examples.start if places is None else places[examples.start]
             alpha = 1.0 if factors is None else factors[examples.start]
             out = out[0]
-            torch.addmm(out, self.left[row][:, rows].t(), self.right[row], beta=beta, alpha=alpha, out=out)
+            left, right = self.left[row][:, rows].t().to(out.dtype), self.right[row].to(out.dtype)
+            torch.addmm(out, left, right, beta=beta, alpha=alpha, out=out)
             return
-        left, right = self._chosen(examples)
+        left, right = self._chosen(examples, out.dtype)
         torch.baddbmm(out, left[..., rows].transpose(1, 2), right, beta=beta, out=out)
 
     def total(self, out: Tensor, examples: slice) -> None:
-        left, right = (x.flatten(0, 1) for x in self._chosen(examples))
+        left, right = (x.flatten(0, 1) for x in self._chosen(examples, out.dtype))
         out.addmm_(left.t(), right)
 
-    def _chosen(self, examples: slice) -> tuple[Tensor, Tensor]:
+    def reduce(self, sums: dict[str, Tensor], examples: slice) -> None:
+        """On a GPU in one kernel, in which a product never leaves the registers."""
+        if self.kernel and all(total.dtype == torch.float32 for total in sums.values()):
+            kernels.per_example_sums(self.left, self.right, sums, examples)
+        else:
+            super().reduce(sums, examples)
+
+    def _chosen(self, examples: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         order, scale = self.arrangement.order, self.arrangement.scale
         rows = examples if order is None else order[examples]
-        left = self.left[rows]
-        return left if scale is None else left * scale[examples].to(left.dtype).view(-1, 1, 1), self.right[rows]
+        left, right = self.left[rows].to(dtype), self.right[rows].to(dtype)
+        return left if scale is None else left * scale[examples].to(dtype).view(-1, 1, 1), right
 
 
 class TransposedLinear(Linear):
@@ -308,7 +327,7 @@ class Shift(Rule):
         self.arrangement = call.arrangement
 
     def _gradients(self, examples: slice) -> Tensor:
-        if self.arrangement.order is None and self.arrangement.scale is None:
+        if self.arrangement.untouched:
             sums = self.terms[examples].sum(1)
         else:
             sums = self.arrangement.scaled(self.arrangement.rows(self.terms.sum(1)))[examples].clone()
