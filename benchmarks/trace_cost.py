@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from crosstrace.losses import example_losses
 from crosstrace.models import load_model
 from crosstrace.store import metadata, write_json
+from crosstrace.trace import TrainingTrace
 from crosstrace.trace.engine import Engine
 
 Sums = dict[str, Tensor]
@@ -254,6 +255,83 @@ def case(shape: str, length: int, count: int, peers: tuple[str, ...], rounds: in
     return found
 
 
+def own_texts(rounds: int, warm: int) -> dict:
+    """The default experiment's own texts, objects as targets: an ordinary pass over padded batches, and the trace.
+
+    The pass takes the texts as they come and has logits everywhere; the trace sorts them by length and has logits only
+    where a target is to be predicted. Both as the experiment does it, 64 texts at once.
+    """
+    from crosstrace.config import Experiment
+    from crosstrace.facts import World
+    from crosstrace.models import load_tokenizer
+    from crosstrace.text import biographies, questions
+    from crosstrace.tokens import batches, encode
+
+    model, tokenizer, world = load_model("bundled"), load_tokenizer("bundled"), World.draw(Experiment().facts)
+    encoded = [encode(tokenizer, texts) for texts in (biographies(world), questions(world))]
+    kept = ("input_ids", "attention_mask", "labels")
+    padded, sorted_ = (
+        [{k: b[k] for k in kept} for items in encoded for b in batches(items, 64, pad_id=0, by_length=by_length)]
+        for by_length in (False, True)
+    )
+    contender = Ours(model)
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    work = {"plain": (plain, padded), "trace": (contender, sorted_)}
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(rounds + warm):
+        for name, (pass_, data) in work.items():
+            clock = time.perf_counter()
+            for batch in data:
+                pass_(model, batch, sums)
+            if number >= warm:
+                times[name].append(time.perf_counter() - clock)
+    found = {name: {"seconds": statistics.median(rounds), "rounds": rounds} for name, rounds in times.items()}
+    return {"examples": sum(len(items) for items in encoded), **found}
+
+
+def online(shape: str, length: int, count: int, rounds: int, warm: int) -> dict:
+    """A step of mixed training (AdamW, clipping), without a trace and with: both tasks' from the same backward.
+
+    `online` leaves the training's gradients as they are, bit for bit; `online, reuse` lets the training take those of
+    linear layers from the trace's products.
+    """
+    model = model_of(shape).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    batch, task = batch_of(model, length, count), torch.arange(count) % 2
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    tracing = {
+        "online": TrainingTrace(model, ["bio", "qa"]),
+        "online, reuse": TrainingTrace(model, ["bio", "qa"], reuse=True),
+    }
+
+    def step(name: str) -> None:
+        if name == "plain":
+            model(**batch).loss.backward()
+        else:
+            with tracing[name] as trace, trace.step():
+                model(**batch, task=task).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    times: dict[str, list[float]] = {}
+    for number in range(rounds + warm):
+        for name in ("plain", *tracing):
+            clock = time.perf_counter()
+            step(name)
+            if number >= warm:
+                times.setdefault(name, []).append(time.perf_counter() - clock)
+    found = {name: {"seconds": statistics.median(own), "rounds": own} for name, own in times.items()}
+    return {"shape": shape, "length": length, "examples": count, **found}
+
+
+def overhead(found: dict, name: str) -> float:
+    """Share of a step that the trace adds, median over rounds: each beside the plain step of its round."""
+    return statistics.median(a / b for a, b in zip(found[name]["rounds"], found["plain"]["rounds"])) - 1
+
+
 def table(cases: list[dict]) -> str:
     lines = ["| model | parameters | length | examples | contender | seconds | over plain | extra memory, MB | over "
              "plain | largest relative error |", "|---" * 10 + "|"]  # fmt: skip
@@ -275,7 +353,7 @@ def table(cases: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def headline(found: dict) -> dict[str, float | str | None]:
+def headline(found: dict, steps: dict, texts: dict) -> dict[str, float | str | None]:
     seconds = {name: found[name]["seconds"] for name in CONTENDERS if name in found}
     peers = {name: seconds[name] for name in ("vmap", "opacus", "backpack") if name in seconds}
     best = min(peers, key=lambda name: peers[name]) if peers else None
@@ -287,6 +365,9 @@ def headline(found: dict) -> dict[str, float | str | None]:
         "loop_over_trace": round(seconds["loop"] / seconds["trace"], 3),
         "best_peer": best,
         "best_peer_over_trace": round(peers[best] / seconds["trace"], 3) if best else None,
+        "online_overhead": round(overhead(steps, "online, reuse"), 3),
+        "online_overhead_same_bits": round(overhead(steps, "online"), 3),
+        "own_texts_trace_over_plain": round(texts["trace"]["seconds"] / texts["plain"]["seconds"], 3),
     }
 
 
@@ -316,7 +397,20 @@ def main() -> None:
         if not options.quick:
             write_json(options.out, {"cases": rows, **about})
     print(table(rows))
-    print(json.dumps(headline(rows[0])))
+    with contextlib.redirect_stdout(None):
+        steps = online(*(HEADLINE if not options.only else cases[0][:3]), options.rounds + 2, options.warm + 1)
+        texts = own_texts(options.rounds, options.warm)
+    for name in ("online", "online, reuse"):
+        print(
+            f"\na step of training, {name}: {100 * overhead(steps, name):+.1f} % of {steps['plain']['seconds']:.3f} s"
+        )
+    print(
+        f"\nthe default experiment's {texts['examples']} texts: {texts['trace']['seconds']:.2f} s traced, "
+        f"{texts['plain']['seconds']:.2f} s for a plain pass over padded batches\n"
+    )
+    if not options.quick:
+        write_json(options.out, {"cases": rows, "online": steps, "own_texts": texts, **about})
+    print(json.dumps(headline(rows[0], steps, texts)))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from crosstrace.trace import kernels
 # Elements of one example's tile, 4 MB in float32: with 64 positions a matmul of fewer rows is slower than what the
 # cache saves (benchmarks/tiles.py). Several examples share a block only where their tiles are small.
 TILE = 1 << 20
-BLOCK = 1 << 18
+BLOCK = 1 << 20
 ROWS = 64  # fewest rows of a tile
 REPLAYED = 1 << 16  # largest parameter whose per-example gradients may all be held at once
 
@@ -241,8 +241,17 @@ class Linear(Rule):
         out.addmm_(left.t(), right)
 
     def reduce(self, sums: dict[str, Tensor], examples: slice) -> None:
-        """On a GPU in one kernel, in which a product never leaves the registers."""
-        if self.kernel and all(total.dtype == torch.float32 for total in sums.values()):
+        """On a GPU in one kernel, in which a product never leaves the registers.
+
+        Where every example has one position (of a single target, in the layers after the last attention), its gradient
+        is e aᵀ: |e aᵀ| = |e| |a|ᵀ, so that one product over the batch gives Σ|g|, and another Σg².
+        """
+        if self.left.shape[1] == 1:
+            left, right = (x.squeeze(1) for x in self._chosen(examples, next(iter(sums.values())).dtype))
+            for name, total in sums.items():
+                change = {"sum": lambda x: x, "abs": torch.abs, "square": torch.square}[name]
+                total.addmm_(change(left).t(), change(right))
+        elif self.kernel and all(total.dtype == torch.float32 for total in sums.values()):
             kernels.per_example_sums(self.left, self.right, sums, examples)
         else:
             super().reduce(sums, examples)
@@ -509,5 +518,6 @@ def _occupied(left: Tensor, right: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
     longest = int(occupied.sum(1).max())
     if longest > 0.8 * occupied.shape[1]:
         return left, right
-    kept = occupied.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest].unsqueeze(-1)
-    return left.take_along_dim(kept, 1), right.take_along_dim(kept, 1)
+    kept = occupied.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+    kept = (kept + torch.arange(len(kept), device=kept.device).unsqueeze(1) * occupied.shape[1]).flatten()
+    return tuple(x.flatten(0, 1)[kept].view(len(x), longest, -1) for x in (left, right))
