@@ -393,7 +393,10 @@ def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress)
                     found = trace(
                         model, _trace_batches(items, experiment, tokenizer), task=task,
                         measures=options.measures, parts=options.parts, progress=update.add,
+                        tell=lambda needed, task=task: progress.note(f"{name}, {task}: {needed}"),
                     )  # fmt: skip
+                served = found[0].meta["coverage"].items()
+                progress.note(f"{name}, {task}: " + ", ".join(f"{rule} {100 * share:.3g} %" for rule, share in served))
                 for item in found:
                     item.meta |= {"targets": options.targets}
                 save_traces(folder / when / f"{task}.safetensors", found)

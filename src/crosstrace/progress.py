@@ -33,6 +33,13 @@ class Progress:
         with bar:
             yield Bar(bar)
 
+    def note(self, text: str) -> None:
+        """Say something that a stage found out, unless quiet."""
+        if not self.quiet:
+            from tqdm import tqdm
+
+            tqdm.write(f"    {text}", file=sys.stderr)
+
     def done(self, label: str, seconds: float | None = None) -> None:
         """Say that a stage is complete, unless quiet."""
         if self.quiet:

@@ -520,4 +520,5 @@ def _occupied(left: Tensor, right: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         return left, right
     kept = occupied.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
     kept = (kept + torch.arange(len(kept), device=kept.device).unsqueeze(1) * occupied.shape[1]).flatten()
-    return tuple(x.flatten(0, 1)[kept].view(len(x), longest, -1) for x in (left, right))
+    left, right = (x.flatten(0, 1)[kept].view(len(x), longest, -1) for x in (left, right))
+    return left, right

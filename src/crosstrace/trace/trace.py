@@ -18,7 +18,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
@@ -218,7 +218,7 @@ def trace(
             mean = means[number % parts][number // parts]
             one.weight = mean.weight
             one.values |= mean.finished()
-    meta = _facts(whole) | {"coverage": dict(coverage), "parts": parts, "memory": asdict(needed)}
+    meta = _facts(whole) | {"coverage": dict(coverage), "parts": parts, "memory": asdict(replace(needed, free=None))}
     for number, one in enumerate(found):
         one.meta = meta | {"part": number % parts}
     return found
