@@ -136,7 +136,7 @@ def test_a_target_behind_left_padding_is_predicted_by_nothing():
 
 
 def test_blocks_smaller_than_a_parameter(monkeypatch):
-    monkeypatch.setattr(rules, "BLOCK", 700)
+    monkeypatch.setattr(rules, "SMALL", 150)
     monkeypatch.setattr(rules, "TILE", 200)
     monkeypatch.setattr(rules, "ROWS", 5)
     model = tiny_model("llama", tied=True)
@@ -575,3 +575,12 @@ def test_a_bad_batch_does_not_spoil_what_was_traced():
         online.step({"bio": pad(examples), "qa": bad})
     (found,) = {t.task: t.weight for t in online.traces() if t.reduction == "example"}.items()
     assert found == ("qa", 4)
+
+
+def test_packed_rows_are_told():
+    batch = pad(make_examples(3))
+    length = batch["input_ids"].shape[1]
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["position_ids"] = (torch.arange(length) % 3).expand(3, -1)
+    with pytest.raises(UserError, match="several examples are packed"):
+        trace(tiny_model("llama"), [batch], task="qa")

@@ -330,6 +330,12 @@ class Engine:
                     f"batch tensor {key!r} has shape {list(value.shape)}; expected [examples, positions] "
                     f"like input_ids, which has {list(shape)}"
                 )
+        both = (batch["attention_mask"][:, 1:] != 0) & (batch["attention_mask"][:, :-1] != 0)
+        if "position_ids" in batch and bool((batch["position_ids"].diff(dim=1).lt(0) & both).any()):
+            raise UserError(
+                "position_ids of a batch to trace begin anew within a row, so several examples are packed into it; "
+                "expected one example a row"
+            )
         targets = (batch["labels"][:, 1:] != -100) & (batch["attention_mask"][:, :-1] != 0)
         if not bool(targets.any(1).all()):
             row = int((~targets.any(1)).nonzero()[0])

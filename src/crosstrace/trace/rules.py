@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from crosstrace.trace import kernels
 
 # Elements of one example's tile, 4 MB in float32: with 64 positions a matmul of fewer rows is slower than what the
-# cache saves (benchmarks/tiles.py). Several examples share a block only where their tiles are small.
+# cache saves (benchmarks/tiles.py). Several examples share a block of that size only where their tiles are small.
 TILE = 1 << 20
-BLOCK = 1 << 20
+SMALL = 1 << 16
 ROWS = 64  # fewest rows of a tile
 REPLAYED = 1 << 16  # largest parameter whose per-example gradients may all be held at once
 
@@ -482,7 +482,7 @@ def _blocks(
     r = min(len(like), max(ROWS, TILE // row))
     start, stop, step = examples.indices(batch)
     count = len(range(start, stop, step))
-    c = max(1, min(count, BLOCK // (r * row)))
+    c = max(1, min(count, TILE // (r * row))) if r * row <= SMALL else 1
     scratch = like.new_empty(c * r * row)
     for top in range(0, len(like), r):
         rows = slice(top, min(top + r, len(like)))

@@ -267,8 +267,8 @@ class TrainingTrace(Accumulated):
         self._active = True
         moved = None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
         missing = {name for name, way in engine.plan.items() if way != []}
-        known = {"input_ids", "attention_mask", "position_ids", "labels", "num_items_in_batch"}
-        others = sorted(name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in known)
+        given = {"input_ids", "attention_mask", "position_ids", "labels", "num_items_in_batch"}
+        others = sorted(name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in given)
         done = _Pass(batch, shares, weights, moved, missing, others, None)  # pyright: ignore[reportArgumentType]
         deliver = lambda name, uses: self._deliver(done, name, uses)
         replace = (lambda call, result: self._shared(done, call, result)) if self._reuse else None
