@@ -229,9 +229,8 @@ class Linear(Rule):
             places, factors = self.arrangement.places, self.arrangement.factors
             row = examples.start if places is None else places[examples.start]
             alpha = 1.0 if factors is None else factors[examples.start]
-            out = out[0]
-            left, right = self.left[row][:, rows].t().to(out.dtype), self.right[row].to(out.dtype)
-            torch.addmm(out, left, right, beta=beta, alpha=alpha, out=out)
+            left, right = (x[row : row + 1].to(out.dtype) for x in (self.left, self.right))
+            torch.baddbmm(out, left[..., rows].transpose(1, 2), right, beta=beta, alpha=alpha, out=out)
             return
         left, right = self._chosen(examples, out.dtype)
         torch.baddbmm(out, left[..., rows].transpose(1, 2), right, beta=beta, out=out)
