@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,10 +15,15 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_quick_example(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    quick, two_lines = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    space: dict = {"__name__": "readme"}
+    exec(compile(quick, "README.md", "exec"), space)
     printed = capsys.readouterr().out
     assert "overlap" in printed and "exact_match" in printed
+    space["trainer"] = trainer = SimpleNamespace(callbacks=[])
+    trainer.add_callback = trainer.callbacks.append
+    exec(compile(two_lines, "README.md", "exec"), space)
+    assert [type(callback).__name__ for callback in trainer.callbacks] == ["TraceCallback"]
 
 
 def test_named_commands_and_files_exist() -> None:
