@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from crosstrace import claims, config, models
 from crosstrace.analysis import centralization_rows, density_map, overlap_rows, similarity_rows
@@ -274,13 +273,10 @@ class OnlineListener:
         pass
 
     def save(self, folder: Path) -> None:
-        state = self.trace.state_dict()
-        save_file({k: v.contiguous() for k, v in state["tensors"].items()}, folder / "trace.safetensors")
-        write_json(folder / "trace.json", state["header"])
+        self.trace.save(folder / "trace")
 
     def load(self, folder: Path) -> None:
-        header = read_json(folder / "trace.json")
-        self.trace.load_state_dict({"header": header, "tensors": load_file(folder / "trace.safetensors")})
+        self.trace.load(folder / "trace")
 
     def traces(self) -> dict[str, list[Trace]]:
         by_task: dict[str, list[Trace]] = {}

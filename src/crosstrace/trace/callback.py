@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from crosstrace.errors import UserError
-from crosstrace.store import read_json, write_json
-from crosstrace.trace.trace import REDUCTIONS, Trace
+from crosstrace.trace.trace import Trace, check_settings
 from crosstrace.trace.training import TrainingTrace
 
 _STATE = "crosstrace"
@@ -42,9 +40,7 @@ class TraceCallback(TrainerCallback):
         *,
         reuse: bool = False,
     ) -> None:
-        unknown = [name for name in reductions if name not in REDUCTIONS]
-        if unknown:
-            raise UserError(f"unknown reduction {unknown[0]!r}; expected of {', '.join(REDUCTIONS)}")
+        check_settings(measures, parts, reductions)
         self._arguments = (list(tasks), measures, reductions, parts, lr_weighted, where)
         self._reuse = reuse
         self.trace: TrainingTrace | None = None
@@ -68,14 +64,14 @@ class TraceCallback(TrainerCallback):
         self.close()
         self.trace = TrainingTrace(kwargs["model"], *self._arguments, reuse=self._reuse)
         if state.global_step:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            header, tensors = folder / f"{_STATE}.json", folder / f"{_STATE}.safetensors"
-            if not (header.is_file() and tensors.is_file()):
+            stem = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _STATE
+            lacking = [ending for ending in (".json", ".safetensors") if not stem.with_suffix(ending).is_file()]
+            if lacking:
                 raise UserError(
-                    f"{folder} has no {header.name} and {tensors.name}; expected a checkpoint that was saved with this "
+                    f"{stem.parent} has no {_STATE}{lacking[0]}; expected a checkpoint that was saved with this "
                     "callback, or the trace would lack the steps before it"
                 )
-            self.trace.load_state_dict({"header": read_json(header), "tensors": load_file(tensors)})
+            self.trace.load(stem)
         self.trace.__enter__()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -92,9 +88,7 @@ class TraceCallback(TrainerCallback):
         assert self.trace is not None
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir() and state.is_world_process_zero:
-            saved = self.trace.state_dict()
-            save_file({k: v.contiguous() for k, v in saved["tensors"].items()}, folder / f"{_STATE}.safetensors")
-            write_json(folder / f"{_STATE}.json", saved["header"])
+            self.trace.save(folder / _STATE)
 
     def close(self) -> None:
         """Listen no longer: after a training that was interrupted, before the model is used otherwise."""

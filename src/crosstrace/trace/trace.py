@@ -20,16 +20,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from crosstrace.errors import UserError
-from crosstrace.store import replacing
+from crosstrace.store import read_json, replacing, write_json
 from crosstrace.trace.engine import Batch, Engine
 from crosstrace.trace.memory import Estimate, Where
 from crosstrace.trace.rules import sum_dtype
@@ -188,7 +189,7 @@ def trace(
     Raises:
         UserError: an unknown measure, fewer examples than parts, or a batch that can't be traced.
     """
-    _check(measures, parts, ("example",))
+    check_settings(measures, parts, ("example",))
     batches = list(batches)
     if not batches:
         raise UserError(f"task {task!r} has no example to trace; expected at least one batch")
@@ -272,7 +273,7 @@ class Accumulated:
         where: Literal["device", "cpu"] = "device",
         names: Collection[str] | None = None,
     ) -> None:
-        _check(measures, parts, reductions)
+        check_settings(measures, parts, reductions)
         self._engine = Engine(model, names)
         device = torch.device("cpu") if where == "cpu" else None
         self._settings = {
@@ -381,6 +382,17 @@ class Accumulated:
             for name, total in mean.total.items():
                 total.copy_(tensors[f"{key}/{name}"])
         self._whole = True
+
+    def save(self, stem: Path) -> None:
+        """Write the state as <stem>.safetensors and <stem>.json."""
+        state = self.state_dict()
+        save_file({k: v.contiguous() for k, v in state["tensors"].items()}, stem.with_suffix(".safetensors"))
+        write_json(stem.with_suffix(".json"), state["header"])
+
+    def load(self, stem: Path) -> None:
+        """Take over what `save` wrote; raises as `load_state_dict`."""
+        header, tensors = read_json(stem.with_suffix(".json")), load_file(stem.with_suffix(".safetensors"))
+        self.load_state_dict({"header": header, "tensors": tensors})
 
     def _check_whole(self) -> None:
         if not self._whole:
@@ -523,7 +535,7 @@ def _by_part(batch: Batch, parts: int, seen: int) -> tuple[Batch, list[int], lis
     return rest, chosen.tolist(), shares
 
 
-def _check(measures: Sequence[str], parts: int, reductions: Sequence[str]) -> None:
+def check_settings(measures: Sequence[str], parts: int, reductions: Sequence[str]) -> None:
     for what, given, known in (("measure", measures, MEASURES), ("reduction", reductions, REDUCTIONS)):
         unknown = [name for name in given if name not in known]
         if unknown or not given:
