@@ -28,8 +28,9 @@ from crosstrace.trace import kernels
 # Elements of one example's tile, 4 MB in float32: with 64 positions a matmul of fewer rows is slower than what the
 # cache saves (benchmarks/tiles.py). Several examples share a block of that size only where their tiles are small.
 TILE = 1 << 20
-SMALL = 1 << 16
+SMALL = 1 << 17
 ROWS = 64  # fewest rows of a tile
+COLUMNS = 1024  # of a linear layer's tile, at least: products of few long rows are slow (10240 -> 2560: 260 ms, 197 so)
 REPLAYED = 1 << 16  # largest parameter whose per-example gradients may all be held at once
 
 
@@ -253,7 +254,12 @@ class Linear(Rule):
         elif self.kernel and all(total.dtype == torch.float32 for total in sums.values()):
             kernels.per_example_sums(self.left, self.right, sums, examples)
         else:
-            super().reduce(sums, examples)
+            parts = max(1, self.right.shape[-1] // COLUMNS)
+            columns = zip(*(total.chunk(parts, -1) for total in sums.values()))
+            for right, totals in zip(self.right.chunk(parts, -1), columns):
+                part = copy.copy(self)
+                part.right = right
+                _blocks([part], dict(zip(sums, totals)), examples, self.batch)
 
     def _chosen(self, examples: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         order, scale = self.arrangement.order, self.arrangement.scale
@@ -463,8 +469,10 @@ def fold(block: Tensor, sums: dict[str, Tensor]) -> None:
         block.abs_()
         sums["abs"].add_(block if single else block.sum(0))
     if "square" in sums:
-        block.square_()
-        sums["square"].add_(block if single else block.sum(0))
+        if single:
+            sums["square"].addcmul_(block, block)
+        else:
+            sums["square"].add_(block.square_().sum(0))
 
 
 def _blocks(
