@@ -21,6 +21,7 @@ from crosstrace.text import biographies, questions
 from crosstrace.tokens import collate, encode
 from crosstrace.trace import MEASURES, OnlineTrace, Trace, load_traces, rules, save_traces, trace
 from crosstrace.trace.engine import Engine
+from crosstrace.trace.packed import unpacked
 
 MODELS = [(kind, None) for kind in KINDS] + [("llama", True), ("gpt_neox", True), ("gpt2", False)]
 # What the general path may serve; everything else must have a rule, or tracing is slow.
@@ -577,10 +578,60 @@ def test_a_bad_batch_does_not_spoil_what_was_traced():
     assert found == ("qa", 4)
 
 
-def test_packed_rows_are_told():
-    batch = pad(make_examples(3))
-    length = batch["input_ids"].shape[1]
+def pack(examples: Sequence[dict[str, Tensor]], padding: int = 0) -> dict[str, Tensor]:
+    """The examples one after the other in one row, as DataCollatorWithFlattening packs them."""
+    row = {key: torch.cat([e[key] for e in examples], 1) for key in ("input_ids", "labels")}
+    row["position_ids"] = torch.cat([torch.arange(e["input_ids"].shape[1]) for e in examples]).unsqueeze(0)
+    if padding:
+        row["attention_mask"] = torch.ones_like(row["input_ids"])
+        row = {key: torch.nn.functional.pad(value, (0, padding)) for key, value in row.items()}
+    return row
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba", "bloom"])
+def test_packed_rows_give_the_same_trace(kind):
+    model, examples = tiny_model(kind), make_examples(7)
+    (expected,) = trace(model, [pad(examples)], task="qa")
+    for packed in ([pack(examples)], [pack(examples[:3], padding=5), pack(examples[3:6]), pad(examples[6:])]):
+        (found,) = trace(model, packed, task="qa")
+        assert found.weight == 7
+        for name, value in expected.values.items():
+            torch.testing.assert_close(found.values[name], value, rtol=1e-10, atol=1e-13)
+    online = OnlineTrace(model, ["qa"])
+    online.step({"qa": pack(examples)})
+    (found,) = [t for t in online.traces() if t.reduction == "example"]
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-10, atol=1e-13)
+
+
+def test_packed_examples_count_for_their_groups():
+    model, examples = tiny_model("llama"), make_examples(6)
+    groups = [0, 1, 1, 0, 0, 1]
+    apart = pad(examples) | {"group": torch.tensor(groups)}
+    packed = pack(examples, padding=2)
+    lengths = torch.tensor([e["input_ids"].shape[1] for e in examples])
+    packed["group"] = torch.nn.functional.pad(torch.tensor(groups).repeat_interleave(lengths), (0, 2)).unsqueeze(0)
+    for one, other in zip(trace(model, [packed], task="qa", parts=2), trace(model, [apart], task="qa", parts=2)):
+        assert one.weight == other.weight == 3
+        torch.testing.assert_close(one.values, other.values, rtol=1e-10, atol=1e-13)
+
+
+def test_unpacked_batches_are_no_larger_than_the_packed_one():
+    examples = make_examples(9)
+    packed = pack(examples)
+    made = unpacked(packed, by_length=True)
+    assert len(made) > 1 and all(batch["input_ids"].numel() <= packed["input_ids"].numel() for batch in made)
+    rows = [
+        batch["input_ids"][i][batch["attention_mask"][i] != 0].tolist()
+        for batch in made
+        for i in range(len(batch["labels"]))
+    ]
+    assert sorted(rows) == sorted(e["input_ids"][0].tolist() for e in examples)
+    padded = pad(examples, "left")
+    assert unpacked(padded)[0].keys() == padded.keys() and unpacked(padded)[0]["input_ids"] is padded["input_ids"]
+
+
+def test_packed_rows_are_told_by_the_engine():
+    batch = pack(make_examples(3))
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    batch["position_ids"] = (torch.arange(length) % 3).expand(3, -1)
     with pytest.raises(UserError, match="several examples are packed"):
-        trace(tiny_model("llama"), [batch], task="qa")
+        Engine(tiny_model("llama")).checked(batch)

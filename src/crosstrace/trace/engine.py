@@ -334,7 +334,7 @@ class Engine:
         if "position_ids" in batch and bool((batch["position_ids"].diff(dim=1).lt(0) & both).any()):
             raise UserError(
                 "position_ids of a batch to trace begin anew within a row, so several examples are packed into it; "
-                "expected one example a row"
+                "expected one example a row (`unpacked` makes it so)"
             )
         targets = (batch["labels"][:, 1:] != -100) & (batch["attention_mask"][:, :-1] != 0)
         if not bool(targets.any(1).all()):

@@ -33,6 +33,7 @@ from crosstrace.errors import UserError
 from crosstrace.store import read_json, replacing, write_json
 from crosstrace.trace.engine import Batch, Engine
 from crosstrace.trace.memory import Estimate, Where
+from crosstrace.trace.packed import unpacked
 from crosstrace.trace.rules import sum_dtype
 
 MEASURES = ("abs", "square", "taylor", "net")
@@ -172,7 +173,7 @@ def trace(
     Args:
         model: left as it was found: mode, flags, `.grad`, hooks, random state.
         batches: dicts of input_ids, attention_mask, labels [B, T]; position_ids too under left padding; and, for
-            `parts`, group [B].
+            `parts`, group [B]. Examples packed into one row are taken apart where position_ids begin anew.
         task: its name in the result.
         measures: of MEASURES; several cost little more than one.
         parts: examples of group g count for part g % parts, so that intervals can be taken over disjoint parts of
@@ -190,7 +191,7 @@ def trace(
         UserError: an unknown measure, fewer examples than parts, or a batch that can't be traced.
     """
     check_settings(measures, parts, ("example",))
-    batches = list(batches)
+    batches = [part for batch in batches for part in unpacked(batch, by_length=True)]
     if not batches:
         raise UserError(f"task {task!r} has no example to trace; expected at least one batch")
     whole = Engine(model)
@@ -424,6 +425,7 @@ class OnlineTrace(Accumulated):
         unknown = [task for task in batches if task not in self._steps]
         if unknown:
             raise UserError(f"task {unknown[0]!r} is not one of those announced: {', '.join(self._steps)}")
+        batches = {task: unpacked(batch)[0] for task, batch in batches.items()}
         for batch in batches.values():
             self._engine.checked({key: value for key, value in batch.items() if key != "group"})
         factor = self._factor(lr)
