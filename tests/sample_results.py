@@ -19,7 +19,10 @@ TEXTS = {
 
 
 def sample_results(
-    strategies: Sequence[str] = ("two_stage", "mixed"), interventions: bool = True, seed: int = 0
+    strategies: Sequence[str] = ("two_stage", "mixed"),
+    interventions: bool = True,
+    seed: int = 0,
+    mechanism: bool = True,
 ) -> dict[str, Any]:
     """Results after the schema of the pipeline; `mixed` gets the paper's picture, all others the opposite."""
     rng = random.Random(seed)
@@ -121,6 +124,11 @@ def sample_results(
                 }
             }
             for s in strategies
+        }
+    if mechanism:
+        results["mechanism"] = {
+            "gradients": {m: _gradients(m, skill.get(m, 0.0)) for m in ("base", *strategies)},
+            "representations": {m: _representations(skill.get(m, 0.0)) for m in ("base", *strategies)},
         }
     return json.loads(json.dumps(results))  # as it comes back from the file
 
@@ -257,6 +265,38 @@ def _interventions(rng: random.Random, kind: str, skill: float) -> list[dict[str
                     }
                 rows.append(row)
     return rows
+
+
+def _ends(**values: float) -> dict[str, float]:
+    """Each value with an interval around it."""
+    return {f"{k}{end}": v + d for k, v in values.items() for end, d in (("", 0), ("_low", -0.02), ("_high", 0.02))}
+
+
+def _gradients(model: str, skill: float) -> list[dict[str, Any]]:
+    sets: list[dict[str, Any]] = [{"group": "all", "label": "all"}]
+    sets += [{"group": "layer", "label": layer} for layer in _layers()]
+    times = () if model == "base" else ("online", "final")
+    for when in times:
+        labels = ("shared", "rest", "random", "random", "random_per_tensor", "random_per_tensor")
+        sets += [{"group": g, "label": g, "when": when, "fraction": 0.05} for g in labels]
+    numbers = {"same": 0.1 + 0.4 * skill, "relation": 0.05, "person": 0.08, "other": 0.01, "first": 0.2 + 0.7 * skill}
+    return [
+        {"part": part, **place, "size": 1000, "facts": 96, "people": 16, "chance_first": 1 / 48}
+        | _ends(excess=numbers["same"] - numbers["relation"], **numbers)
+        for part in ("qa_id", "qa_ood")
+        for place in sets
+    ]
+
+
+def _representations(skill: float) -> list[dict[str, Any]]:
+    return [
+        {"part": part, "place": place, "layer": layer, "mrr": 0.3, "answer_top1": 0.4, "cka_shuffled": 0.05}
+        | {"chance_top1": 0.01, "chance_mrr": 0.05, "facts": 96, "people": 16}
+        | _ends(same=0.5, relation=0.4, person=0.1, other=-0.01, excess=0.1, cka=0.3, top1=skill * layer / LAYERS)
+        for part in ("qa_id", "qa_ood")
+        for place in ("subject", "relation", "answer")
+        for layer in range(LAYERS + 1)
+    ]
 
 
 def _claims() -> list[dict[str, Any]]:

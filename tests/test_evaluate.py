@@ -95,8 +95,8 @@ def test_log_probability_and_objects_of_biographies_by_a_plain_loop():
         with torch.no_grad():
             chances = model(item.ids[None]).logits[0].log_softmax(-1)
         single = len(item.mentions) == 1
-        for mention, tokens in zip(item.example.mentions, item.mentions):
-            places = tokens.nonzero()[:, 0].tolist() + ([len(item.ids) - 1] if single else [])
+        for mention, own in zip(item.example.mentions, item.mentions):
+            places = own.object.nonzero()[:, 0].tolist() + ([len(item.ids) - 1] if single else [])
             guesses = [int(chances[place - 1].argmax()) == int(item.ids[place]) for place in places]
             logprob = sum(float(chances[place - 1, item.ids[place]]) for place in places)
             expected.append((all(guesses), guesses[0], logprob, mention.relation, item.example.person, mention.fact))

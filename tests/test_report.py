@@ -23,11 +23,13 @@ from crosstrace.report import words
 CSVS = [
     "ablate",
     "centralization",
+    "gradients",
     "graft",
     "history",
     "map",
     "overlap",
     "recall",
+    "representations",
     "units_neuron",
     "units_query_head",
 ]
@@ -83,7 +85,8 @@ def test_writes_the_page_a_csv_beside_each_figure_and_nothing_else(page):
 def test_order_and_first_sentence(page):
     html = page.read_text(encoding="utf-8")
     ids = re.findall(r'<section id="(\w+)"', html)
-    order = ["answer", "recall", "training", "shared", "where", "centralization", "ablate", "graft", "how"]
+    order = ["answer", "recall", "training", "shared", "where", "centralization", "ablate", "graft"]
+    order += ["gradients", "representations", "how"]
     assert ids == order
     text = text_of(page)
     assert text.count("Mix-tuned answers 89 % of the held-out questions, Stage-tuned 11 %") >= 2
@@ -138,7 +141,7 @@ def test_figures_follow_the_pages_colours(page):
     assert not re.search(r"#[0-9a-f]{6}\b", drawn)
 
 
-@pytest.mark.parametrize("part", [*OPTIONAL, "interventions", "run"])
+@pytest.mark.parametrize("part", [*OPTIONAL, "interventions", "mechanism", "run"])
 def test_a_missing_part_is_left_out(part, tmp_path):
     lesser = {"differences", "coverage", "seconds", "versions"}
     results = {k: v for k, v in small(("mixed",)).items() if k != part and k not in lesser}
@@ -146,6 +149,8 @@ def test_a_missing_part_is_left_out(part, tmp_path):
     if part == "interventions":
         assert text.count("crosstrace intervene RUN adds this") == 2
         assert not (tmp_path / "ablate.csv").exists()
+    if part == "mechanism":
+        assert text.count("crosstrace mechanism RUN adds this") == 2
     if part == "recall":
         assert "crosstrace eval RUN adds this" in text
     if part == "claims":
@@ -154,7 +159,7 @@ def test_a_missing_part_is_left_out(part, tmp_path):
 
 def test_empty_results_still_make_a_page(tmp_path):
     text = text_of(report.write_report({}, tmp_path))
-    for command in ("eval", "train", "analyze", "intervene"):
+    for command in ("eval", "train", "analyze", "intervene", "mechanism"):
         assert f"crosstrace {command} RUN" in text
     assert [p.name for p in tmp_path.iterdir()] == ["index.html"]
 
@@ -233,9 +238,9 @@ def test_each_figure_stands_alone():
 
     results = sample_results()
     names = [n for n in report.__all__ if n.startswith("figure_")]
-    assert len(names) == 8
+    assert len(names) == 10
     for name in names:
-        figure = getattr(report, name)(results)
+        figure = getattr(report, name)(results, **({"place": "subject"} if name == "figure_depth" else {}))
         assert isinstance(figure, Figure) and figure.axes
     chosen = report.figure_intervention(results, kind="graft", strategy="two_stage", when="final", test="qa_id")
     assert "Stage-tuned, final checkpoint" in [t.get_text() for t in chosen.texts]

@@ -13,6 +13,7 @@ model with another geometry still has layers and kinds, but no heads or neurons:
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -135,16 +136,36 @@ class Anatomy:
                 + (f"; they run from '{labels[0]}' to '{labels[-1]}'" if labels else ": its geometry is not known")
             )
         wanted = labels.index(label)
-        masks = {}
-        for name in self.shapes if scope is None else scope:
-            mask = torch.zeros(self.shapes[name], dtype=torch.bool)
-            axis, index = self._index[unit].get(name, (None, torch.tensor(-1)))
-            if axis is None:
-                mask.fill_(bool(index == wanted))
-            else:
-                mask.movedim(axis, 0)[index == wanted] = True
-            masks[name] = mask
+        nowhere = None, torch.tensor(-1)
+        masks = {
+            name: self._mask(name, *self._index[unit].get(name, nowhere), wanted).clone()
+            for name in (self.shapes if scope is None else scope)
+        }
         return ParamSet(masks, label)
+
+    def parts(self, unit: str, scope: Sequence[str] | None = None) -> dict[str, ParamSet]:
+        """Label -> the parameters (in scope; default: all) of each unit that has any, for what looks at many units.
+
+        A set leaves out the tensors that its unit has no part of, and takes no memory of its own.
+        """
+        self._known(unit)
+        labels, masks = self.units(unit), defaultdict(dict)
+        for name in self.shapes if scope is None else scope:
+            axis, index = self._index[unit].get(name, (None, torch.tensor(-1)))
+            for number in index.unique().tolist():
+                if number >= 0:
+                    masks[labels[number]][name] = self._mask(name, axis, index, number)
+        return {label: ParamSet(masks[label], label) for label in labels if label in masks}
+
+    def _mask(self, name: str, axis: int | None, index: Tensor, wanted: int) -> Tensor:
+        """Where a tensor belongs to one unit: a view that is expanded along the other axes."""
+        shape = self.shapes[name]
+        along = index == wanted
+        return (
+            along.expand(shape)
+            if axis is None
+            else along.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
+        )
 
     def axes(self, unit: str) -> tuple[list[str], list[str]]:
         """Labels of the rows (layers) and columns (heads, neurons, kinds) of `grid`."""

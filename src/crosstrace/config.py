@@ -96,8 +96,26 @@ class InterventionSettings:
 
 
 @settings(frozen=True, config=STRICT)
+class MechanismSettings:
+    """How the taught models recall: which analyses, on how many facts."""
+
+    run: bool = True
+    """Analyse the mechanism at all."""
+    parts: list[Literal["gradients", "representations"]] = Field(
+        default_factory=lambda: ["gradients", "representations"], min_length=1
+    )
+    """Which analyses: consistency of a fact's two formats in gradients, and in hidden states."""
+    facts: Annotated[int, Field(ge=4)] = 192
+    """Facts that are analysed, in distribution and out of distribution each; of whole people."""
+    together: Annotated[int, Field(ge=2)] = 48
+    """Facts whose gradients are compared with each other at once."""
+    draws: Annotated[int, Field(ge=1)] = 2
+    """Random sets, of each kind, that the shared set is compared with."""
+
+
+@settings(frozen=True, config=STRICT)
 class Experiment:
-    """A whole experiment: teach, test, trace, share, intervene, report."""
+    """A whole experiment: teach, test, trace, share, intervene, explain, report."""
 
     name: str = "demo"
     """Names the run folder where none is given, and the report."""
@@ -111,6 +129,7 @@ class Experiment:
     trace: TraceSettings = Field(default_factory=TraceSettings)
     analysis: AnalysisSettings = Field(default_factory=AnalysisSettings)
     interventions: InterventionSettings = Field(default_factory=InterventionSettings)
+    mechanism: MechanismSettings = Field(default_factory=MechanismSettings)
     jobs: Annotated[int, Field(ge=1)] = 2
     """Strategies that are worked on at once, each in a process of its own."""
     threads: Annotated[int, Field(ge=1)] = 1

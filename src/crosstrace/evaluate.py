@@ -102,7 +102,7 @@ def recall(model: Any, tokenizer: Any, encoded: Sequence[Encoded], batch_size: i
 
 def answers(item: Encoded) -> list[np.ndarray]:
     """For each mention, the positions whose prediction is judged: one before each of the answer's tokens."""
-    masks = [item.targets["answer"]] if len(item.example.mentions) == 1 else item.mentions
+    masks = [item.targets["answer"]] if len(item.example.mentions) == 1 else [m.object for m in item.mentions]
     positions = [np.flatnonzero(mask.numpy()) - 1 for mask in masks]
     if any(places[0] < 0 for places in positions):
         raise UserError(

@@ -6,6 +6,7 @@ one output, so a killed run goes on where it stopped and every stage can be run 
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -25,6 +26,7 @@ from crosstrace import claims, config, models
 from crosstrace.analysis import centralization_rows, density_map, overlap_rows, similarity_rows
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
+from crosstrace.consistency import FactPair, fact_pairs, gradient_consistency, representation_consistency
 from crosstrace.errors import UserError
 from crosstrace.evaluate import Recall, recall, summaries
 from crosstrace.facts import FactSettings, World
@@ -39,7 +41,7 @@ from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
 from crosstrace.train import Listener, RecallHistory, train
 
-STAGES = ("data", "train", "eval", "trace", "analyze", "intervene", "report")
+STAGES = ("data", "train", "eval", "trace", "analyze", "intervene", "mechanism", "report")
 TASKS = ("bio", "qa")
 
 
@@ -91,8 +93,8 @@ def run(
 
 def _strategies(run: Run, experiment: Experiment, stages: Sequence[str], progress: Progress) -> None:
     """The base's evaluation and every strategy's own chain of stages, `jobs` of them at once."""
-    chain = [stage for stage in ("train", "eval", "trace", "analyze", "intervene") if stage in stages]
-    names = [*experiment.strategies, *(["base"] if {"eval", "trace"} & {*chain} else [])]
+    chain = [stage for stage in STAGES[1:-1] if stage in stages]
+    names = [*experiment.strategies, *(["base"] if {"eval", "trace", "mechanism"} & {*chain} else [])]
     if not chain:
         return
     if experiment.jobs == 1:
@@ -135,17 +137,19 @@ def _work(folder: Path, experiment: Experiment, name: str, chain: Sequence[str],
 
 def _chain(run: Run, experiment: Experiment, name: str, chain: Sequence[str], progress: Progress) -> None:
     stages: dict[str, Callable[[Run, Experiment, str, Progress], object]] = {
-        "train": teach, "eval": test, "trace": take_traces, "analyze": analyze, "intervene": intervene
+        "train": teach, "eval": test, "trace": take_traces, "analyze": analyze, "intervene": intervene,
+        "mechanism": explain,
     }  # fmt: skip
     if name == "base":
-        stages = {"eval": test}
+        stages = {"eval": test, "mechanism": explain}
         if experiment.trace.check:
             stages["trace"] = examine
     torch.set_num_threads(experiment.threads)
     for stage in chain:
         if stage not in stages:
             continue
-        if stage == "intervene" and not experiment.interventions.run and len(chain) > 1:
+        wanted = {"intervene": experiment.interventions.run, "mechanism": experiment.mechanism.run}
+        if not wanted.get(stage, True) and len(chain) > 1:
             continue  # unless it was asked for by name
         stages[stage](run, experiment, name, progress)
         progress.done(f"{name}: {stage}")
@@ -626,6 +630,91 @@ def _accuracy(part: str, answers: list[list[int]]) -> dict[str, float]:
     return {part: mean, f"{part}_low": low, f"{part}_high": high}
 
 
+# ------------------------------------------------------------------------------- mechanism
+
+
+def explain(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+    """How the base or a taught model recalls: mechanism/<model>/<part>.json."""
+    options = experiment.mechanism
+    shared_sets = [] if name == "base" else [f"shared/{name}"]
+    key = {
+        "mechanism": {k: v for k, v in asdict(options).items() if k not in ("run", "parts")},
+        "embeddings": experiment.analysis.embeddings, "model": _inputs(run, experiment, name),
+        "threads": experiment.threads, **run.inputs("data", *shared_sets),
+    }  # fmt: skip
+
+    def gradients(path: Path) -> None:
+        tokenizer, model = models.load_tokenizer(experiment.model.name), load(run, experiment, name)
+        sets = _sets_to_explain(run, experiment, name, model)
+        rows: list[dict[str, Any]] = []
+        asked = _facts_to_explain(run, experiment, tokenizer)
+        with progress.bar(f"{name}: gradients", len(asked)) as update:
+            for part, pairs in asked.items():
+                psets = {str(number): pset for number, (_, pset) in enumerate(sets)}
+                found = gradient_consistency(
+                    model, pairs, psets, pad_id=models.pad_id(tokenizer), together=options.together
+                )
+                about = [{"part": part, **place} for place, _ in sets]
+                rows += [place | {k: v for k, v in row.items() if k != "set"} for place, row in zip(about, found)]
+                update.add(1)
+        write_json(path, rows)
+
+    def representations(path: Path) -> None:
+        tokenizer, model = models.load_tokenizer(experiment.model.name), load(run, experiment, name)
+        rows: list[dict[str, Any]] = []
+        for part, pairs in _facts_to_explain(run, experiment, tokenizer).items():
+            found = representation_consistency(model, pairs, pad_id=models.pad_id(tokenizer))
+            rows += [{"part": part} | row for row in found]
+        write_json(path, rows)
+
+    makers = {"gradients": gradients, "representations": representations}
+    for part in options.parts:
+        run.stage(f"mechanism/{name}/{part}.json", key, makers[part])
+
+
+def _facts_to_explain(run: Run, experiment: Experiment, tokenizer: Any) -> dict[str, list[FactPair]]:
+    """Some facts of whole people, both formats of each: of those whose questions are trained, and of the others."""
+    parts = examples(run, tokenizer)
+    found = {}
+    for part in ("qa_id", "qa_ood"):
+        pairs = fact_pairs(parts["bio"], parts[part])
+        people = list(dict.fromkeys(pair.person for pair in pairs))
+        random.Random(f"explain/{part}").shuffle(people)
+        chosen: list[FactPair] = []
+        for person in people:
+            own = [pair for pair in pairs if pair.person == person]
+            if len(chosen) + len(own) > experiment.mechanism.facts and chosen:
+                break
+            chosen += own
+        found[part] = chosen
+    return found
+
+
+SetsToExplain = list[tuple[dict[str, Any], ParamSet]]  # what the set is, and the set
+
+
+def _sets_to_explain(run: Run, experiment: Experiment, name: str, model: Any) -> SetsToExplain:
+    """What gradients are compared over: all in scope, each layer, kind and head, and of a taught model the shared set of
+    each time, its complement, and random sets of its size."""
+    in_scope, anatomy = scope(model, experiment.analysis.embeddings), Anatomy(model)
+    whole = ParamSet({n: torch.ones((), dtype=torch.bool).expand(anatomy.shapes[n]) for n in in_scope})
+    found: SetsToExplain = [({"group": "all", "label": "all"}, whole)]
+    for unit in ("layer", "kind", "query_head"):
+        found += [({"group": unit, "label": label}, pset) for label, pset in anatomy.parts(unit, in_scope).items()]
+    fraction = min(experiment.analysis.central_fractions, key=lambda f: abs(math.log(f / 0.05)))
+    files = [] if name == "base" else sorted(run.path(f"shared/{name}").glob(f"*-{fraction:g}-shared.safetensors"))
+    for file in files:
+        when, pset = file.name.partition("-")[0], ParamSet.load(file)
+        place = {"when": when, "fraction": fraction}
+        sets = {"shared": [pset], "rest": [whole - pset]}
+        draws = [zlib.crc32(f"explain/{name}/{when}/{draw}".encode()) for draw in range(experiment.mechanism.draws)]
+        sets["random"] = [random_set(pset, seed) for seed in draws]
+        sets["random_per_tensor"] = [random_set(pset, seed, within="tensor") for seed in draws]
+        for label, psets in sets.items():
+            found += [({"group": label, "label": label, **place}, own) for own in psets if own.size]
+    return found
+
+
 # ------------------------------------------------------------------------------- conclude and report
 
 
@@ -637,6 +726,11 @@ def conclude(run: Run, experiment: Experiment) -> Results:
     for name in names:
         needed += [f"models/{name}", f"eval/{name}.json", f"traces/{name}", f"analysis/{name}.json"]
     needed += [f"interventions/{name}.json" for name in with_interventions]
+    mechanism = {
+        part: [n for n in ("base", *names) if run.path(f"mechanism/{n}/{part}.json").exists()]
+        for part in experiment.mechanism.parts
+    }
+    needed += [f"mechanism/{name}/{part}.json" for part, found in mechanism.items() for name in found]
     needed += ["doctor.json"] if experiment.trace.check else []
     key = {"inputs": run.inputs(*needed), "experiment": config.plain(experiment)}
 
@@ -656,6 +750,10 @@ def conclude(run: Run, experiment: Experiment) -> Results:
             name: {kind: [_without_answers(row) for row in found[kind]] for kind in ("ablate", "graft")}
             | {"untouched": found["untouched"]}
             for name, found in interventions.items()
+        }
+        results["mechanism"] = {
+            part: {name: read_json(run.path(f"mechanism/{name}/{part}.json")) for name in found}
+            for part, found in mechanism.items()
         }
         judged = claims.judge(results, evals, interventions, experiment.analysis.central_fractions)
         results["claims"], results["differences"] = judged
@@ -690,6 +788,7 @@ def _seconds(run: Run) -> dict[str, float]:
         "shared": "analyze",
         "analysis": "analyze",
         "interventions": "intervene",
+        "mechanism": "mechanism",
     }
     found: dict[str, float] = {}
     for step, seconds in run.seconds().items():

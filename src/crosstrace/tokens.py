@@ -7,7 +7,7 @@ whether a space belongs to a token. It knows nothing of models.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,17 @@ IGNORE = -100
 
 
 @dataclass(frozen=True)
+class Places:
+    """Which of a text's tokens word one fact: masks [T] of its subject, the words of its relation, and its object."""
+
+    subject: Tensor
+    relation: Tensor
+    object: Tensor
+
+
+@dataclass(frozen=True)
 class Encoded:
-    """An example's tokens: `ids` [T], which of them are targets [T] of each kind, and each mention's object [T].
+    """An example's tokens: `ids` [T], which of them are targets [T] of each kind, and where each mention stands.
 
     Examples of one `group` are about one person: whatever needs independent parts of the data keeps them together.
     """
@@ -31,8 +40,16 @@ class Encoded:
     example: Example
     ids: Tensor
     targets: dict[str, Tensor]
-    mentions: tuple[Tensor, ...]
+    mentions: tuple[Places, ...]
     group: int = 0
+
+    def about(self, number: int) -> Encoded:
+        """The example up to the object of one of its mentions, its only target: what states that one fact."""
+        place = self.mentions[number]
+        end = int(place.object.nonzero().max()) + 1
+        cut = Places(place.subject[:end], place.relation[:end], place.object[:end])
+        example = replace(self.example, mentions=(self.example.mentions[number],))
+        return Encoded(example, self.ids[:end], {"object": cut.object}, (cut,), self.group)
 
 
 def check_fast(tokenizer: Any) -> None:
@@ -64,12 +81,17 @@ def encode(tokenizer: Any, examples: Sequence[Example], groups: Mapping[str, int
         end = tokenizer.eos_token_id
         if end is not None and ids[-1] != end:
             ids, offsets = [*ids, end], [*offsets, (0, 0)]
-        mentions = tuple(_tokens_of([mention.object], offsets) for mention in example.mentions)
-        objects = torch.stack(mentions).any(0) if mentions else torch.zeros(len(ids), dtype=torch.bool)
+        mentions = tuple(
+            Places(*(_tokens_of(spans, offsets) for spans in ([m.subject], m.relation_words, [m.object])))
+            for m in example.mentions
+        )
+        objects = torch.zeros(len(ids), dtype=torch.bool)
+        for places in mentions:
+            objects |= places.object
         ends = torch.zeros(len(ids), dtype=torch.bool)
         ends[-1] = end is not None
-        for mention, tokens in zip(example.mentions, mentions):
-            if not tokens.any():
+        for mention, places in zip(example.mentions, mentions):
+            if not places.object.any():
                 start, stop = mention.object
                 raise UserError(
                     f"example {example.id}: no token covers the object {example.text[start:stop]!r} at characters "

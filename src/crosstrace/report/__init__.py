@@ -2,6 +2,8 @@
 
 from crosstrace.report.figures import (
     figure_centralization,
+    figure_depth,
+    figure_gradients,
     figure_history,
     figure_intervention,
     figure_map,
@@ -14,6 +16,8 @@ from crosstrace.report.page import write_report
 
 __all__ = [
     "figure_centralization",
+    "figure_depth",
+    "figure_gradients",
     "figure_history",
     "figure_intervention",
     "figure_map",

@@ -300,6 +300,57 @@ def figure_intervention(
     return _finish(fig, ax, legend)
 
 
+@_figure
+def figure_gradients(results: Mapping, *, part: str | None = None, legend: bool = True) -> Figure:
+    """How much closer the gradients of a fact's two formats are than those of two people's: over all parameters in
+    scope, the shared set, its complement and random sets, every model's."""
+    rows = R.mechanism_rows(results, "gradients")
+    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"))), None)
+    rows = [
+        {**r, "set": say.explained(r), "value": r["excess"], "low": r["excess_low"], "high": r["excess_high"]}
+        for r in R.where(rows, part=part)
+        if r["group"] in say.EXPLAINED
+    ]
+    rows = _needed(rows, f"gradient consistency of {part}")
+    groups = R.distinct(rows, "set")
+    fig, ax = _panel(
+        say.test(part or ""), "cosine, same fact minus same relation", height=90 + 40 * len(groups), left=168
+    )
+    _dots(ax, rows, groups, groups, "set", _models(rows, results), "value")
+    ends = [say.number(r[k]) for r in rows for k in ("value", "low", "high")]
+    known = [v for v in ends if math.isfinite(v)] or [0.0]
+    span = max(max(known), 0.05) - min(*known, 0.0)
+    ax.set_xlim(min(*known, 0.0) - 0.04 * span, max(max(known), 0.05) + 0.04 * span)
+    ax.xaxis.set_major_locator(_ticker().MaxNLocator(5))
+    ax.xaxis.set_major_formatter(lambda v, _: say.decimal(v))
+    ax.axvline(0, color=INK, lw=1, alpha=0.5)
+    return _finish(fig, ax, legend)
+
+
+@_figure
+def figure_depth(
+    results: Mapping, *, place: str, value: str = "top1", part: str | None = None, legend: bool = True
+) -> Figure:
+    """One number of the hidden states' consistency at one place of the text over the layers, every model's."""
+    rows = R.where(R.mechanism_rows(results, "representations"), place=place)
+    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"))), None)
+    rows = _needed(R.where(rows, part=part), f"representation consistency at the {place}")
+    fig, ax = _panel(f"{say.place(place)}, {say.test(part or '').lower()}", say.STATES[value], below="layer")
+    for name, look in _models(rows, results).items():
+        own = [{**r, "low": r.get(f"{value}_low"), "high": r.get(f"{value}_high")} for r in R.where(rows, model=name)]
+        _curve(ax, own, "layer", value, look, say.model(name))
+    chance = "chance_top1" if value == "top1" else "cka_shuffled" if value == "cka" else ""
+    if chance:
+        level = sorted({(r["layer"], say.number(r.get(chance))) for r in R.where(rows, model=rows[0]["model"])})
+        ax.plot(*zip(*level), color=CHANCE.color, ls=CHANCE.dash, lw=CHANCE.width, label="chance")
+    if value != "top1":
+        ax.yaxis.set_major_formatter(lambda v, _: say.decimal(v, 1))
+    lowest = min((say.number(r.get(f"{value}_low")) for r in rows), default=0.0)
+    ax.set_ylim(min(-0.03, 1.1 * lowest if math.isfinite(lowest) else 0.0), 1.04)
+    ax.xaxis.set_major_locator(_ticker().MaxNLocator(6, integer=True))
+    return _finish(fig, ax, legend)
+
+
 def untouched(results: Mapping, strategy: str | None, test: str | None) -> tuple[float, float]:
     """Exact match of the strategy's model and of the base, as they are, on the questions that the interventions were
     asked; NaN where not tested."""

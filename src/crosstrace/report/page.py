@@ -11,70 +11,20 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from crosstrace.report import figures as F
+from crosstrace.report import mechanism
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
+from crosstrace.report.blocks import Cell, Plot, Section, Table, key
 from crosstrace.report.rows import Row
 from crosstrace.store import write_text
 
 REPLAY = "crosstrace run RUN/config.yaml NEWRUN"
 LEVEL = f"95{say.SPACE}%"
-MARKS = {  # the marks of matplotlib as paths around (14, 6), for the keys above the figures
-    "o": "M14 2.4a3.6 3.6 0 1 0 .01 0z",
-    "s": "M10.8 2.8h6.4v6.4h-6.4z",
-    "^": "M14 1.8l4.2 7.4H9.8z",
-    "v": "M14 10.2L9.8 2.8h8.4z",
-    "D": "M14 1.4L18.6 6 14 10.6 9.4 6z",
-    "P": "M12.6 2h2.8v2.6H18v2.8h-2.6V10h-2.8V7.4H10V4.6h2.6z",
-    "X": "M10.3 4.3L12.3 2.3 14 4l1.7-1.7 2 2L16 6l1.7 1.7-2 2L14 8l-1.7 1.7-2-2L12 6z",
-}
-
-
-@dataclass
-class Cell:
-    """A table's cell: the number, and below it, smaller, its interval or count."""
-
-    main: str
-    sub: str = ""
-
-
-@dataclass
-class Table:
-    head: Sequence[Cell | str]
-    rows: Sequence[Sequence[Cell | str]]
-    title: str
-    folded: bool = False  # shown on request, for numbers that a figure beside it already draws
-    kind: str = "table"
-
-
-@dataclass
-class Plot:
-    """A figure: its finding in one sentence, how to read it, its key, its panels and the rows of its CSV."""
-
-    name: str
-    finding: str
-    details: str
-    key: Sequence[Mapping[str, str]]
-    panels: Sequence[str]
-    rows: Sequence[Row]
-    also: str = ""  # findings after the first
-    folded: Sequence[str] = ()  # panels shown on request
-    folded_title: str = ""
-    kind: str = "plot"
-
-
-@dataclass
-class Section:
-    id: str
-    title: str
-    blocks: list[Table | Plot] = field(default_factory=list)
-    absent: str = ""  # what was not run; replaces everything else
-    command: str = ""
 
 
 def write_report(results: Mapping[str, Any], folder: str | Path) -> Path:
@@ -87,6 +37,7 @@ def write_report(results: Mapping[str, Any], folder: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     parts = [recall(results), training(results), overlap(results), places(results), centralization(results)]
     parts += [intervention(results, "ablate"), intervention(results, "graft")]
+    parts += [mechanism.gradients(results), mechanism.representations(results)]
     for plot in (block for section in parts for block in section.blocks if isinstance(block, Plot)):
         write_text(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
     page = folder / "index.html"
@@ -116,7 +67,7 @@ def recall(results: Mapping) -> Section:
             or "Exact match on every test.",
             f"Exact match of the greedy answer; lines are {LEVEL} Wilson intervals. Held out (OOD) are "
             "questions about people whose questions were never trained, although their biographies were.",
-            _key((say.model(m), look) for m, look in F.strategy_looks(results).items() if m in models),
+            key((say.model(m), look) for m, look in F.strategy_looks(results).items() if m in models),
             panels,
             rows,
         )
@@ -185,7 +136,7 @@ def training(results: Mapping) -> Section:
             "history",
             finding or "Recall over training.",
             "Updates are counted over all phases; a dotted vertical is where a strategy changes phase.",
-            _key((say.model(s), F.strategy_looks(results)[s]) for s in names),
+            key((say.model(s), F.strategy_looks(results)[s]) for s in names),
             [
                 F.to_svg(
                     F.figure_history(results, test=t, legend=False),
@@ -223,7 +174,7 @@ def overlap(results: Mapping) -> Section:
             "Each task selects its strongest fraction ρ of the parameters in scope; those selected for every "
             "task are shared. Bands are intervals by jackknife over disjoint parts of the data; chance is "
             "the overlap of independent sets.",
-            _key([*((say.model(s), F.strategy_looks(results)[s]) for s in names), ("chance", F.CHANCE)]),
+            key([*((say.model(s), F.strategy_looks(results)[s]) for s in names), ("chance", F.CHANCE)]),
             [
                 F.to_svg(
                     F.figure_overlap(results, when=w, reduction=red, legend=False),
@@ -358,7 +309,7 @@ def centralization(results: Mapping) -> Section:
             sentences[0] or "How unevenly the shared set is spread.",
             f"Shared set of {_rho(at)}. Pale bars: the range of random sets of the same size. Further right "
             "is more centralized.",
-            _key((say.model(s), F.strategy_looks(results)[s]) for s in names),
+            key((say.model(s), F.strategy_looks(results)[s]) for s in names),
             [
                 F.to_svg(
                     F.figure_centralization(results, when=w, fraction=at, legend=False),
@@ -426,7 +377,7 @@ def intervention(results: Mapping, kind: str) -> Section:
             + ("" if ablate else "The tuned values of the selected parameters are put into the base. ")
             + f"Controls have the size of the shared set; bands are {LEVEL} intervals, over seeds where a "
             f"control has more than one, else over questions; {_asked(rows)}.",
-            _key([*((say.pset(n), look) for n, look in F.set_looks(rows).items()), *lines]),
+            key([*((say.pset(n), look) for n, look in F.set_looks(rows).items()), *lines]),
             panels,
             rows,
             also=" ".join(also),
@@ -634,20 +585,6 @@ def _render(results: Mapping, sections: Sequence[Section]) -> str:
         lists=lists,
         replay=REPLAY,
     )
-
-
-def _key(entries: Iterable[tuple[str, F.Look]]) -> list[dict[str, str]]:
-    dashes = {"-": "", "--": "6 4", ":": "2 3"}
-    return [
-        {
-            "label": label,
-            "color": F.VARIABLES[look.color],
-            "dash": dashes[look.dash],
-            "width": str(look.width),
-            "mark": MARKS.get(look.mark, ""),
-        }
-        for label, look in entries
-    ]
 
 
 def _models(results: Mapping) -> list[str]:

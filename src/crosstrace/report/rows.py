@@ -111,6 +111,12 @@ def intervention_rows(results: Mapping, kind: str) -> list[Row]:
     return rows
 
 
+def mechanism_rows(results: Mapping, part: str) -> list[Row]:
+    """{model, part (which questions), …} of one analysis of the mechanism, the base's first."""
+    found = (results.get("mechanism") or {}).get(part) or {}
+    return [{"model": m, **row} for m in ["base", *strategies(results)] for row in found.get(m) or []]
+
+
 def strategies(results: Mapping) -> list[str]:
     """Every strategy that any part of the results names, the known ones first: also the order of colours."""
     keys = ("training", "history", "shared", "similarity", "centralization", "maps", "units", "interventions")

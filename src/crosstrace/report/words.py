@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 DASH = "–"
 SPACE = "\u202f"  # narrow, non-breaking: between a number and its unit
@@ -25,6 +25,23 @@ TESTS = {
 }
 SETS = {"shared": "shared set", "random": "random", "random_per_tensor": "random, same count per tensor"}
 WHENS = {"online": "Online trace", "final": "Final checkpoint", "training": "Training"}
+PLACES = {
+    "subject": "End of the subject",
+    "relation": "End of the relation",
+    "answer": "Before the object",
+}
+STATES = {
+    "top1": "own fact found first among all, by cosine",
+    "cka": "linear CKA of the two formats",
+    "excess": "cosine, same fact minus same relation",
+}
+EXPLAINED = {
+    "all": "all in scope",
+    "shared": "shared set",
+    "rest": "all but the shared set",
+    "random": "random",
+    "random_per_tensor": "random, per tensor",
+}
 UNITS = {
     "query_head": "query heads",
     "kv_head": "key/value heads",
@@ -128,6 +145,16 @@ def pset(name: str) -> str:
 def when(name: str, reduction: str | None = None) -> str:
     """When a trace was taken, with its reduction where a figure shows more than one."""
     return WHENS.get(name, spoken(name)) + (f", mean of {reduction}s" if reduction else "")
+
+
+def place(name: str) -> str:
+    return PLACES.get(name, spoken(name))
+
+
+def explained(row: Mapping[str, object]) -> str:
+    """A set of parameters whose gradients are compared, with the time of the trace that it is of."""
+    name = EXPLAINED.get(str(row["group"]), str(row.get("label")))
+    return f"{name}, {row['when']}" if row.get("when") else name
 
 
 def unit(name: str) -> str:

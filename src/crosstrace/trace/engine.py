@@ -28,9 +28,10 @@ from crosstrace.trace.memory import Estimate, Plan, Where, estimate
 from crosstrace.trace.modules import RULES
 from crosstrace.trace.probe import AGREES, Trial, Way, hollow, pair_of, settled
 from crosstrace.trace.recording import Recording, Uses
-from crosstrace.trace.rules import Rule, Unfit, fold, main_output, reduce, sum_dtype
+from crosstrace.trace.rules import Held, Rule, Unfit, fold, main_output, reduce, sum_dtype
 
 Batch = Mapping[str, Tensor]
+HELD = 1 << 26  # most elements of per-example gradients that are held at once for parameters without a rule
 Into = Callable[[str, int], AbstractContextManager[dict[str, Tensor]]]
 
 
@@ -77,25 +78,61 @@ class Engine:
             UserError: the batch lacks a tensor, or an example lacks a target.
         """
         batch = self.checked(batch)
+
+        def add(name: str, rules: list[Rule]) -> None:
+            for number, share in enumerate(shares):
+                with into(name, number) as sums:
+                    reduce(rules, sums, share)
+
         with undisturbed(self.model):
-            self._plan(batch)
-            missing = set(self.parameters)
-
-            def deliver(name: str, uses: Uses) -> None:
-                rules = self.rules(name, uses)
-                if rules is None:
-                    return
-                missing.discard(name)
-                for number, share in enumerate(shares):
-                    with into(name, number) as sums:
-                        reduce(rules, sums, share)
-
-            if any(way is not None for way in self.plan.values()):
-                idle = [name for name, way in self.plan.items() if way == []]
-                with self._backward(batch, deliver, idle):
-                    pass
+            missing = self._visit(batch, add)
             if missing:
                 self.one_by_one(batch, shares, sorted(missing), into)
+
+    def visit(self, batch: Batch, use: Callable[[str, list[Rule]], None]) -> None:
+        """Give each parameter's rules, which hold a batch's per-example gradients, to `use`: for more than sums.
+
+        Args:
+            batch: as in `run`.
+            use: called once per parameter with the rules of all its uses, whose products add up to the gradients; none
+                where the parameter has no gradient. A parameter that no rule serves comes as one that holds them.
+
+        Raises:
+            UserError: as `run`.
+        """
+        batch = self.checked(batch)
+        with undisturbed(self.model):
+            missing = sorted(self._visit(batch, use), key=lambda name: self.parameters[name].numel())
+            count = len(batch["labels"])
+            while missing:
+                size, names = HELD, []
+                while missing and (not names or self.parameters[missing[0]].numel() * count <= size):
+                    names.append(missing.pop(0))
+                    size -= self.parameters[names[-1]].numel() * count
+                held = {name: _zeros(self.parameters[name], count) for name in names}
+                for i in range(count):
+                    for name, gradient in zip(names, self._alone(batch, i, names)):
+                        if gradient is not None:
+                            held[name][i] = gradient
+                for name in names:
+                    use(name, [Held(held.pop(name))])
+
+    def _visit(self, batch: dict[str, Tensor], use: Callable[[str, list[Rule]], None]) -> set[str]:
+        """One batched pass; gives the parameters that no rule served."""
+        self._plan(batch)
+        missing = set(self.parameters)
+
+        def deliver(name: str, uses: Uses) -> None:
+            rules = self.rules(name, uses)
+            if rules is not None:
+                missing.discard(name)
+                use(name, rules)
+
+        if any(way is not None for way in self.plan.values()):
+            idle = [name for name, way in self.plan.items() if way == []]
+            with self._backward(batch, deliver, idle):
+                pass
+        return missing
 
     def plan_for(self, batch: Batch) -> None:
         """Find each parameter's rule now, on this batch, if it is not known yet; `run` does so by itself."""
@@ -345,6 +382,10 @@ class Engine:
             )
         device = next(iter(self.parameters.values())).device
         return {key: value.to(device) for key, value in batch.items()}
+
+
+def _zeros(parameter: Tensor, count: int) -> Tensor:
+    return parameter.new_zeros((count, *parameter.shape), dtype=sum_dtype(parameter.dtype))
 
 
 def _embeddings(model: nn.Module, which: str) -> nn.Module | None:

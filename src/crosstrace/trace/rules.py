@@ -261,6 +261,22 @@ class Linear(Rule):
                 part.right = right
                 _blocks([part], dict(zip(sums, totals)), examples, self.batch)
 
+    def gram(self) -> Tensor | None:
+        """⟨g_i, g_j⟩ [B, B] in float64, by Σ_{t,s} (e_it · e_js)(a_it · a_js); None where `product` is cheaper."""
+        left, right = self._chosen(slice(None), sum_dtype(self.left.dtype))
+        count, length, width = left.shape
+        height = right.shape[-1]
+        if count * length**2 * (width + height) >= (length + count) * width * height:
+            return None
+        every = [x.flatten(0, 1).t() for x in (left, right)]
+        step = max(1, TILE // (count * length**2))
+        rows = []
+        for top in range(0, count, step):
+            pairs = left[top : top + step].flatten(0, 1) @ every[0]
+            pairs *= right[top : top + step].flatten(0, 1) @ every[1]
+            rows.append(pairs.double().view(-1, length, count, length).sum((1, 3)))
+        return torch.cat(rows)
+
     def _chosen(self, examples: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         order, scale = self.arrangement.order, self.arrangement.scale
         rows = examples if order is None else order[examples]
@@ -391,7 +407,19 @@ class Gain(Scale):
         self._keep(call, call.by_example(y.to(e.dtype)) * e, weight, weight.to(e.dtype))
 
 
-class Replay(Rule):
+class Held(Rule):
+    """All per-example gradients [B, …], as they are."""
+
+    name = "held"
+
+    def __init__(self, grads: Tensor) -> None:
+        self.batch, self.grads = len(grads), grads if grads.dim() > 1 else grads.unsqueeze(1)  # a number has one row
+
+    def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
+        put(out, self.grads[examples, rows], beta)
+
+
+class Replay(Held):
     """The module is run again per example (vmap) and differentiated: any small parameter of any module."""
 
     name = "replay"
@@ -411,10 +439,7 @@ class Replay(Rule):
             grads = torch.vmap(gradient)(x, call.gradient())
         except RuntimeError as why:  # what vmap cannot trace, e.g. a branch on the data
             raise Unfit from why
-        self.batch, self.grads = len(x), grads.to(sum_dtype(grads.dtype))
-
-    def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
-        put(out, self.grads[examples, rows], beta)
+        super().__init__(grads.to(sum_dtype(grads.dtype)))
 
 
 def main_output(output: Any, rows: Container[int]) -> int | None:

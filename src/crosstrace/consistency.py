@@ -1,0 +1,329 @@
+"""Consistency: is one fact the same thing to a model in both of its formats? In gradients, and in hidden states.
+
+A cosine between the formats means nothing by itself, so each comes with those of pairs that are no pair: another
+person's fact of the same relation, another fact of the same person, and another fact of another person. Formulas are in
+docs/method.md.
+
+Takes a model, pairs of encoded texts and ParamSets; it knows no strategies, and draws nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from crosstrace.errors import UserError
+from crosstrace.models import evaluating
+from crosstrace.shared import ParamSet
+from crosstrace.stats import cluster_bootstrap, jackknife
+from crosstrace.tokens import Encoded, collate
+from crosstrace.trace.products import gradient_products
+
+PAIRINGS = ("same", "relation", "person", "other")
+PLACES = ("subject", "relation", "answer")
+Row = dict[str, Any]
+_SEED = 0  # of the bootstraps and shuffles
+_SHUFFLES = 20
+_PARTS = 8  # groups of people that CKA's jackknife leaves out in turn
+
+
+@dataclass(frozen=True)
+class FactPair:
+    """One fact, stored by one text and recalled by another; each text ends with the fact's object, its only target.
+
+    Attributes:
+        answer: relation and object: what two people may have in common.
+    """
+
+    fact: str
+    relation: str
+    person: str
+    answer: tuple[str, str]
+    stored: Encoded
+    recalled: Encoded
+
+
+def fact_pairs(stored: Sequence[Encoded], recalled: Sequence[Encoded]) -> list[FactPair]:
+    """Every fact that both formats word, in the order in which it is stored; of several texts the first of each.
+
+    Raises:
+        UserError: no fact has both formats.
+    """
+    firsts: list[dict[str, tuple[Encoded, int]]] = []
+    for items in (stored, recalled):
+        found: dict[str, tuple[Encoded, int]] = {}
+        for item in items:
+            for number, mention in enumerate(item.example.mentions):
+                found.setdefault(mention.fact, (item, number))
+        firsts.append(found)
+    pairs = []
+    for fact, (item, number) in firsts[0].items():
+        if fact not in firsts[1]:
+            continue
+        other, place = firsts[1][fact]
+        mention = item.example.mentions[number]
+        start, stop = mention.object
+        answer = (mention.relation, item.example.text[start:stop])
+        pairs.append(
+            FactPair(fact, mention.relation, item.example.person, answer, item.about(number), other.about(place))
+        )
+    if not pairs:
+        raise UserError(
+            f"none of the {len(firsts[0])} facts that are stored is recalled by another text; consistency compares the "
+            "two formats of one fact, so the texts must be about the same facts"
+        )
+    return pairs
+
+
+# ------------------------------------------------------------------------------- gradients
+
+
+def gradient_consistency(
+    model: nn.Module, pairs: Sequence[FactPair], sets: Mapping[str, ParamSet], *, pad_id: int, together: int = 48
+) -> list[Row]:
+    """Cosine of the gradients of a fact's two formats, and of formats of different facts, over sets of parameters.
+
+    g = ∂ℓ/∂θ of the mean cross-entropy of the object's tokens, in the text that stores the fact up to there and in the
+    one that recalls it. cos_S(g_i, g_j) = ⟨g_i, g_j⟩_S / (‖g_i‖_S ‖g_j‖_S), from exact inner products.
+
+    Args:
+        sets: by label, e.g. one of all parameters, of a layer, a shared set, its complement.
+        pad_id: of the tokenizer.
+        together: facts that are compared with each other, and traced in one batch of twice as many texts; whole
+            people as far as they fit.
+
+    Returns:
+        a row for each set: set, size; same, relation, person, other: mean cosine of each pairing, with
+        `<pairing>_low` and `<pairing>_high`; excess: same − relation, with its interval; first: share of the facts
+        whose own cosine is the largest of their group's, chance_first; facts, people. Intervals are 95 % cluster
+        bootstraps over people; None where nothing is defined.
+    """
+    values: dict[str, dict[str, list[np.ndarray]]] = {label: {} for label in sets}
+    people: list[str] = []
+    chance: list[float] = []
+    groups = list(_groups(pairs, together))
+    batches = [
+        collate([pair.stored for pair in group] + [pair.recalled for pair in group], pad_id=pad_id) for group in groups
+    ]
+    for group, found in zip(groups, gradient_products(model, batches, sets)):
+        n = len(group)
+        pairing = _pairings(group)
+        for label, products in found.items():
+            norms = products.diagonal().sqrt()
+            cosine = (products / (norms.unsqueeze(1) * norms))[:n, n:].cpu().numpy()
+            for name in PAIRINGS:
+                values[label].setdefault(name, []).append(_row_means(cosine, pairing == name))
+            own = cosine.diagonal()[:, None]
+            first = np.where(np.isnan(own[:, 0]), np.nan, (cosine <= own).all(1))
+            values[label].setdefault("first", []).append(first)
+        people += [pair.person for pair in group]
+        chance += [1 / n] * n
+    rows = []
+    for label, of in values.items():
+        flat = {name: np.concatenate(parts) for name, parts in of.items()}
+        row: Row = {"set": label, "size": sets[label].size}
+        for name in PAIRINGS:
+            row |= _mean(name, flat[name], people)
+        row |= _mean("excess", flat["same"] - flat["relation"], people)
+        row |= _mean("first", flat["first"], people)
+        row |= {"chance_first": float(np.mean(chance)), "facts": len(people), "people": len(set(people))}
+        rows.append(row)
+    return rows
+
+
+def _groups(pairs: Sequence[FactPair], most: int) -> Iterator[list[FactPair]]:
+    """Cut into groups of at most so many facts, people whole where one fits."""
+    if most < 2:
+        raise UserError(f"together is {most}; expected at least 2 facts to compare with each other")
+    by_person: dict[str, list[FactPair]] = {}
+    for pair in pairs:
+        by_person.setdefault(pair.person, []).append(pair)
+    group: list[FactPair] = []
+    for own in by_person.values():
+        if group and len(group) + len(own) > most:
+            yield group
+            group = []
+        group += own
+        while len(group) > most:
+            yield group[:most]
+            group = group[most:]
+    if group:
+        yield group
+
+
+def _pairings(pairs: Sequence[FactPair]) -> np.ndarray:
+    """Which of PAIRINGS the stored fact i and the recalled fact j are, [n, n]."""
+    relation = np.array([[a.relation == b.relation for b in pairs] for a in pairs])
+    person = np.array([[a.person == b.person for b in pairs] for a in pairs])
+    kinds = np.where(relation, "relation", np.where(person, "person", "other")).astype("<U8")
+    kinds[relation & person] = ""  # the same fact, or a person's second object of one relation
+    np.fill_diagonal(kinds, "same")
+    return kinds
+
+
+# ------------------------------------------------------------------------------- hidden states
+
+
+def representation_consistency(
+    model: nn.Module,
+    pairs: Sequence[FactPair],
+    *,
+    pad_id: int,
+    other: nn.Module | None = None,
+    batch_size: int = 64,
+) -> list[Row]:
+    """Hidden states of a fact's two formats, layer by layer, where its subject ends, its relation ends, and where its
+    object is predicted (`answer`: the token before the object).
+
+    The states of each format are centred over the facts; where all are the same, as those of a question mark's
+    embedding, nothing is defined. cosine and the baselines as in `gradient_consistency`; cka is
+    linear CKA, ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖) (Kornblith et al. 2019); in retrieval the state of the text that recalls a fact
+    looks for that fact among all that are stored, by cosine.
+
+    Args:
+        other: the model that reads the texts which recall, where it is not the same: of as many layers and as wide.
+
+    Returns:
+        a row for each place and layer (0: the embeddings; the last is after the final norm): place, layer; same,
+        relation, person, other, excess as above, with intervals; cka, cka_low, cka_high (jackknife over groups of
+        people) and cka_shuffled, the mean over facts paired at random; top1 (with its interval), mrr: the own fact is
+        found first, mean reciprocal rank, with ties counted against it; answer_top1: what is found first has the same
+        relation and object; chance_top1, chance_mrr; facts, people. A place that some fact's text does not have is
+        left out for that fact.
+    """
+    pairing = _pairings(pairs)
+    stored = _states(model, [pair.stored for pair in pairs], pad_id, batch_size)
+    recalled = _states(other or model, [pair.recalled for pair in pairs], pad_id, batch_size)
+    rows = []
+    for place in PLACES:
+        there = np.array([place in a and place in b for a, b in zip(stored, recalled)])
+        if there.sum() < 2:
+            continue
+        chosen = [pair for pair, has in zip(pairs, there) if has]
+        kinds = pairing[there][:, there]
+        x, y = (
+            torch.stack([state[place] for state, has in zip(states, there) if has], 1) for states in (stored, recalled)
+        )  # [layers, facts, width]
+        for layer, (a, b) in enumerate(zip(x, y)):
+            rows.append({"place": place, "layer": layer} | _alike(a, b, chosen, kinds))
+    return rows
+
+
+def _alike(stored: Tensor, recalled: Tensor, pairs: Sequence[FactPair], kinds: np.ndarray) -> Row:
+    """What `representation_consistency` says of one place and layer; states [facts, width] in float64."""
+    people = [pair.person for pair in pairs]
+    a, b = _centred(stored), _centred(recalled)
+    cosine = ((a @ b.t()) / (a.norm(dim=1).unsqueeze(1) * b.norm(dim=1))).numpy()
+    row: Row = {}
+    found = {name: _row_means(cosine, kinds == name) for name in PAIRINGS}
+    for name, values in found.items():
+        row |= _mean(name, values, people)
+    row |= _mean("excess", found["same"] - found["relation"], people)
+
+    order = {person: number for number, person in enumerate(dict.fromkeys(people))}
+    parts = min(_PARTS, len(order))
+    part = np.array([order[person] % parts for person in people])
+    split = [np.flatnonzero(part == number) for number in range(parts)]
+    estimate = jackknife(lambda kept: cka(*(z[np.concatenate(kept)] for z in (a, b))), split)
+    row |= {f"cka{end}": _finite(value) for end, value in zip(("", "_low", "_high"), estimate)}
+    shuffle = torch.Generator().manual_seed(_SEED)
+    mixed = [cka(a, b[torch.randperm(len(b), generator=shuffle)]) for _ in range(_SHUFFLES)]
+    row["cka_shuffled"] = _finite(float(np.mean(mixed)))
+
+    # of the recalled fact j, the stored fact i: ranks over i, ties counted against the own
+    own = cosine.diagonal()
+    defined = ~np.isnan(cosine).any(0)
+    rank = np.where(defined, (cosine >= own).sum(0), np.nan)
+    answers = [pair.answer for pair in pairs]
+    nearest = np.where(defined, np.nan_to_num(cosine, nan=-np.inf).argmax(0), 0)
+    hit = np.array([answers[i] == answer for i, answer in zip(nearest, answers)], dtype=float)
+    row |= _mean("top1", np.where(defined, rank == 1, np.nan), people)
+    row |= _mean("answer_top1", np.where(defined, hit, np.nan), people)
+    row["mrr"] = _finite(float(np.nanmean(1 / rank))) if defined.any() else None
+    n = len(pairs)
+    row |= {"chance_top1": 1 / n, "chance_mrr": sum(1 / k for k in range(1, n + 1)) / n}
+    return row | {"facts": n, "people": len(order)}
+
+
+def _centred(states: Tensor) -> Tensor:
+    """States minus their mean; what differs from it by rounding only (the same token in all texts) is 0."""
+    apart = states - states.mean(0)
+    return apart.masked_fill((apart.norm(dim=1) <= 1e-5 * states.norm(dim=1)).unsqueeze(1), 0)
+
+
+def cka(x: Tensor, y: Tensor) -> float:
+    """Linear centred kernel alignment of two sets of states [n, width] of the same n things; NaN if one is constant.
+
+    ‖XᵀY‖_F² / (‖XᵀX‖_F ‖YᵀY‖_F) of the centred states, in [0, 1] (Kornblith et al. 2019, arXiv 1905.00414).
+    """
+    x, y = (z - z.mean(0) for z in (x, y))
+    scale = float((x.t() @ x).norm() * (y.t() @ y).norm())
+    return float((x.t() @ y).square().sum()) / scale if scale else math.nan
+
+
+def _states(model: nn.Module, items: Sequence[Encoded], pad_id: int, batch_size: int) -> list[dict[str, Tensor]]:
+    """Per text, place -> the hidden states [layers + 1, width] there, float64 on the CPU."""
+    device = next(model.parameters()).device
+    found: dict[int, dict[str, Tensor]] = {}
+    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collate([items[i] for i in chosen], pad_id=pad_id)
+            inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+            states = getattr(model(**inputs, output_hidden_states=True), "hidden_states", None)
+            if states is None:
+                raise UserError(
+                    f"{type(model).__name__} gives no hidden_states, which representation consistency compares; "
+                    "expected a transformers model that honours output_hidden_states"
+                )
+            together = torch.stack([state.detach() for state in states], 1)  # [B, layers + 1, T, width]
+            for row, i in enumerate(chosen):
+                at = places(items[i])
+                found[i] = {place: together[row, :, token].double().cpu() for place, token in at.items()}
+    return [found[i] for i in range(len(items))]
+
+
+def places(item: Encoded) -> dict[str, int]:
+    """Where a text about one fact has its last token of the subject, of the relation's words, and the token that
+    predicts the object; those that it has."""
+    mention = item.mentions[0]
+    found = {}
+    for place, mask in (("subject", mention.subject), ("relation", mention.relation)):
+        if mask.any():
+            found[place] = int(mask.nonzero().max())
+    before = int(mention.object.nonzero().min()) - 1
+    if before >= 0:
+        found["answer"] = before
+    return found
+
+
+# ------------------------------------------------------------------------------- numbers
+
+
+def _row_means(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Mean of each row's chosen values [n]; NaN where there is none, or one of them is."""
+    count = where.sum(1)
+    sums = np.where(where, values, 0).sum(1)
+    return np.divide(sums, count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def _mean(name: str, values: np.ndarray, people: Sequence[str]) -> Row:
+    """A mean over facts with its interval over people; facts without a value are left out."""
+    kept = ~np.isnan(values)
+    if not kept.any():
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    chosen = values[kept].astype(float)
+    clusters = [person for person, keep in zip(people, kept) if keep]
+    mean, low, high = cluster_bootstrap(chosen, np.zeros_like(chosen), clusters, seed=_SEED)
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

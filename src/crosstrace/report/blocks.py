@@ -1,0 +1,75 @@
+"""What a section of the page is made of; page.html.j2 says how it looks. No text, no numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from crosstrace.report import figures as F
+from crosstrace.report.rows import Row
+
+MARKS = {  # the marks of matplotlib as paths around (14, 6), for the keys above the figures
+    "o": "M14 2.4a3.6 3.6 0 1 0 .01 0z",
+    "s": "M10.8 2.8h6.4v6.4h-6.4z",
+    "^": "M14 1.8l4.2 7.4H9.8z",
+    "v": "M14 10.2L9.8 2.8h8.4z",
+    "D": "M14 1.4L18.6 6 14 10.6 9.4 6z",
+    "P": "M12.6 2h2.8v2.6H18v2.8h-2.6V10h-2.8V7.4H10V4.6h2.6z",
+    "X": "M10.3 4.3L12.3 2.3 14 4l1.7-1.7 2 2L16 6l1.7 1.7-2 2L14 8l-1.7 1.7-2-2L12 6z",
+}
+
+
+@dataclass
+class Cell:
+    """A table's cell: the number, and below it, smaller, its interval or count."""
+
+    main: str
+    sub: str = ""
+
+
+@dataclass
+class Table:
+    head: Sequence[Cell | str]
+    rows: Sequence[Sequence[Cell | str]]
+    title: str
+    folded: bool = False  # shown on request, for numbers that a figure beside it already draws
+    kind: str = "table"
+
+
+@dataclass
+class Plot:
+    """A figure: its finding in one sentence, how to read it, its key, its panels and the rows of its CSV."""
+
+    name: str
+    finding: str
+    details: str
+    key: Sequence[Mapping[str, str]]
+    panels: Sequence[str]
+    rows: Sequence[Row]
+    also: str = ""  # findings after the first
+    folded: Sequence[str] = ()  # panels shown on request
+    folded_title: str = ""
+    kind: str = "plot"
+
+
+@dataclass
+class Section:
+    id: str
+    title: str
+    blocks: list[Table | Plot] = field(default_factory=list)
+    absent: str = ""  # what was not run; replaces everything else
+    command: str = ""
+
+
+def key(entries: Iterable[tuple[str, F.Look]]) -> list[dict[str, str]]:
+    dashes = {"-": "", "--": "6 4", ":": "2 3"}
+    return [
+        {
+            "label": label,
+            "color": F.VARIABLES[look.color],
+            "dash": dashes[look.dash],
+            "width": str(look.width),
+            "mark": MARKS.get(look.mark, ""),
+        }
+        for label, look in entries
+    ]

@@ -1,0 +1,100 @@
+"""Inner products of per-example gradients: exact, and no gradient of the whole model is ever held.
+
+Restricted to a set of parameters S, ⟨g_i, g_j⟩_S = Σ_{p∈S} g_ip g_jp adds up over the parameters of the model, so each
+contributes as soon as a batched backward has passed it: the gradients of all examples on a tile of it, multiplied with
+one another. For a whole linear layer with few tokens, g_i = Σ_t e_it a_itᵀ is not formed either:
+⟨g_i, g_j⟩ = Σ_{t,s} (e_it · e_js)(a_it · a_js).
+
+Nothing is known here of facts or formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from crosstrace.errors import UserError
+from crosstrace.shared import ParamSet
+from crosstrace.trace.engine import Batch, Engine
+from crosstrace.trace.rules import Linear, Rule
+
+BLOCK = 1 << 23  # elements of the gradients of all examples on one tile of a parameter
+
+
+def gradient_products(
+    model: nn.Module, batches: Iterable[Batch], sets: Mapping[str, ParamSet]
+) -> Iterator[dict[str, Tensor]]:
+    """⟨g_i, g_j⟩ of all pairs of examples of each batch, restricted to each set of parameters.
+
+    Args:
+        model: left as it was found.
+        batches: as for `trace`; examples are compared within a batch.
+        sets: by label; a set need not have a mask for every parameter, those it lacks are outside.
+
+    Yields:
+        for each batch label -> [B, B] float64, on the model's device. The diagonal holds squared norms.
+
+    Raises:
+        UserError: no set, a set of another model, or a batch that can't be traced.
+    """
+    parameters = dict(model.named_parameters())
+    if not sets:
+        raise UserError("gradient products need at least one set of parameters to be taken over")
+    wanted: dict[str, dict[str, Tensor | None]] = {}  # parameter -> label -> its mask; None: all of it
+    for label, pset in sets.items():
+        for name, mask in pset.masks.items():
+            if name not in parameters or parameters[name].shape != mask.shape:
+                raise UserError(
+                    f"set {label!r} has '{name}' with shape {list(mask.shape)}, which the model does not have; was the "
+                    "set made for another model?"
+                )
+            if bool(mask.any()):
+                whole = bool(mask.all())
+                wanted.setdefault(name, {})[label] = None if whole else mask.to(parameters[name].device)
+    engine = Engine(model, set(wanted))
+    for batch in batches:
+        rows = {key: value for key, value in batch.items() if key != "group"}
+        count = len(rows["labels"]) if "labels" in rows else 0
+        device = next(iter(parameters.values())).device
+        found = {label: torch.zeros(count, count, dtype=torch.float64, device=device) for label in sets}
+
+        def add(name: str, rules: list[Rule], found: dict[str, Tensor] = found) -> None:
+            if rules:
+                _add(rules, parameters[name], wanted[name], found)
+
+        engine.visit(rows, add)
+        yield found
+
+
+def _add(rules: list[Rule], parameter: Tensor, wanted: Mapping[str, Tensor | None], found: dict[str, Tensor]) -> None:
+    """Add one parameter's share of the products to every set that holds some of it."""
+    whole = [label for label, mask in wanted.items() if mask is None]
+    partly = {label: mask for label, mask in wanted.items() if mask is not None}
+    if not partly and len(rules) == 1 and isinstance(rules[0], Linear):
+        gram = rules[0].gram()
+        if gram is not None:
+            for label in whole:
+                found[label] += gram
+            return
+    count = rules[0].batch
+    shape = parameter.shape or (1,)
+    row = parameter.numel() // shape[0]
+    height = max(1, BLOCK // (count * row))
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    for top in range(0, shape[0], height):
+        rows = slice(top, min(top + height, shape[0]))
+        block = torch.empty(count, rows.stop - top, *shape[1:], dtype=wide, device=parameter.device)
+        for number, rule in enumerate(rules):
+            rule.product(block, slice(0, count), rows, min(number, 1))
+        flat = block.flatten(1)
+        if whole:
+            gram = (flat @ flat.t()).double()
+            for label in whole:
+                found[label] += gram
+        for label, mask in partly.items():
+            chosen = mask[rows].flatten() if parameter.dim() else mask.flatten()
+            if bool(chosen.any()):
+                some = flat[:, chosen]
+                found[label] += (some @ some.t()).double()
