@@ -33,6 +33,7 @@ train: {precision: float32, checkpoint_every: 4, recall_every: 3, recall_example
 trace: {measures: [abs, net], every: 2, parts: 2}
 analysis: {fractions: [0.01, 0.05, 0.2], central_fractions: [0.05], draws: 4}
 interventions: {fractions: [0.05], seeds: 2, questions: 12}
+mechanism: {facts: 12, together: 12, draws: 1}
 jobs: 1
 """
 experiment = config.loads(SMALL, "SMALL")
@@ -91,6 +92,26 @@ def test_results_hold_what_they_promise(whole: Path) -> None:
     assert results["training"]["two_stage"]["updates"] == 12
     assert "mixed" in str(results) and "<table>" in results._repr_html_()
     assert (whole / "report" / "index.html").stat().st_size > 10_000
+
+
+def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
+    found = Results.read(whole)["mechanism"]
+    assert set(found) == {"gradients", "representations"}
+    for rows in found.values():
+        assert set(rows) == {"base", "two_stage", "mixed"}
+        assert {row["part"] for row in rows["mixed"]} == {"qa_id", "qa_ood"}
+    groups = {row["group"] for row in found["gradients"]["mixed"]}
+    assert groups == {"all", "layer", "kind", "query_head", "shared", "rest", "random", "random_per_tensor"}
+    for when in ("online", "final"):
+        size = {
+            row["group"]: row["size"]
+            for row in found["gradients"]["mixed"] if row.get("when") == when and row["part"] == "qa_id"
+        }  # fmt: skip
+        (whole_size,) = {row["size"] for row in found["gradients"]["mixed"] if row["group"] == "all"}
+        pset = ParamSet.load(whole / f"shared/mixed/{when}-0.05-shared.safetensors")
+        assert size["shared"] == size["random"] == size["random_per_tensor"] == pset.size
+        assert size["rest"] == whole_size - pset.size
+    assert all(row["facts"] == 12 and row["people"] == 2 for row in found["gradients"]["base"])
 
 
 def test_saved_parts_agree_with_the_results(whole: Path) -> None:

@@ -694,8 +694,8 @@ SetsToExplain = list[tuple[dict[str, Any], ParamSet]]  # what the set is, and th
 
 
 def _sets_to_explain(run: Run, experiment: Experiment, name: str, model: Any) -> SetsToExplain:
-    """What gradients are compared over: all in scope, each layer, kind and head, and of a taught model the shared set of
-    each time, its complement, and random sets of its size."""
+    """What gradients are compared over: all in scope, each layer, kind and head, and of a taught model the shared set
+    of each time, its complement, and random sets of its size."""
     in_scope, anatomy = scope(model, experiment.analysis.embeddings), Anatomy(model)
     whole = ParamSet({n: torch.ones((), dtype=torch.bool).expand(anatomy.shapes[n]) for n in in_scope})
     found: SetsToExplain = [({"group": "all", "label": "all"}, whole)]

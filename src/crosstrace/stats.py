@@ -126,8 +126,10 @@ def cluster_bootstrap(
     sums, items = np.bincount(member, difference), np.bincount(member)
     rng = np.random.default_rng(seed)
     even = np.full(len(sums), 1 / len(sums))
-    times = (rng.multinomial(len(sums), even) for _ in range(draws))
-    means = np.array([t @ sums / (t @ items) for t in times])
+    at_once = max(1, 1_000_000 // len(sums))
+    sizes = [min(at_once, draws - done) for done in range(0, draws, at_once)]
+    times = (rng.multinomial(len(sums), even, size) for size in sizes)
+    means = np.concatenate([t @ sums / (t @ items) for t in times])
     low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
     return Interval(float(difference.mean()), float(low), float(high))
 

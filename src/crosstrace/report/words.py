@@ -38,7 +38,7 @@ STATES = {
 EXPLAINED = {
     "all": "all in scope",
     "shared": "shared set",
-    "rest": "all but the shared set",
+    "rest": "the rest",
     "random": "random",
     "random_per_tensor": "random, per tensor",
 }
