@@ -32,7 +32,7 @@ def main() -> None:
     print("|---" * (3 + len(TILES)) + "|")
     for batch, length, inputs, outputs in [
         (32, 64, 512, 2048), (32, 64, 2048, 512), (32, 16, 512, 2048), (32, 16, 2048, 512), (8, 256, 512, 2048),
-        (64, 64, 128, 352),
+        (64, 64, 128, 352), (64, 9, 128, 352),
     ]:  # fmt: skip
         module = nn.Linear(inputs, outputs, bias=False)
         a, e = torch.randn(batch, length, inputs), torch.randn(batch, length, outputs)

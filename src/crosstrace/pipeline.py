@@ -43,6 +43,7 @@ from crosstrace.train import Listener, RecallHistory, train
 
 STAGES = ("data", "train", "eval", "trace", "analyze", "intervene", "mechanism", "report")
 TASKS = ("bio", "qa")
+WHENS = ("online", "final", "checkpoints")  # of traces
 
 
 def run(
@@ -444,7 +445,7 @@ WhenTraces = dict[tuple[str, str], dict[str, list[Trace]]]
 def read_traces(folder: Path, measure: str) -> WhenTraces:
     """(when, reduction) -> task -> the parts of its trace by one measure."""
     found: WhenTraces = {}
-    for when in ("online", "final", "checkpoints"):
+    for when in WHENS:
         for file in sorted((folder / when).glob("*.safetensors")):
             for item in load_traces(file):
                 if item.measure == measure:
@@ -702,9 +703,11 @@ def _sets_to_explain(run: Run, experiment: Experiment, name: str, model: Any) ->
     for unit in ("layer", "kind", "query_head"):
         found += [({"group": unit, "label": label}, pset) for label, pset in anatomy.parts(unit, in_scope).items()]
     fraction = min(experiment.analysis.central_fractions, key=lambda f: abs(math.log(f / 0.05)))
-    files = [] if name == "base" else sorted(run.path(f"shared/{name}").glob(f"*-{fraction:g}-shared.safetensors"))
-    for file in files:
-        when, pset = file.name.partition("-")[0], ParamSet.load(file)
+    for when in WHENS:
+        file = run.path(f"shared/{name}") / f"{when}-{fraction:g}-shared.safetensors"
+        if name == "base" or not file.exists():
+            continue
+        pset = ParamSet.load(file)
         place = {"when": when, "fraction": fraction}
         sets = {"shared": [pset], "rest": [whole - pset]}
         draws = [zlib.crc32(f"explain/{name}/{when}/{draw}".encode()) for draw in range(experiment.mechanism.draws)]

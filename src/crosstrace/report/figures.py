@@ -335,7 +335,7 @@ def figure_depth(
     rows = R.where(R.mechanism_rows(results, "representations"), place=place)
     part = part or next(iter(R.held_out_first(R.distinct(rows, "part"))), None)
     rows = _needed(R.where(rows, part=part), f"representation consistency at the {place}")
-    fig, ax = _panel(f"{say.place(place)}, {say.test(part or '').lower()}", say.STATES[value], below="layer")
+    fig, ax = _panel(say.place(place), f"{say.test(part or '')}: {say.STATES[value]}", below="layer")
     for name, look in _models(rows, results).items():
         own = [{**r, "low": r.get(f"{value}_low"), "high": r.get(f"{value}_high")} for r in R.where(rows, model=name)]
         _curve(ax, own, "layer", value, look, say.model(name))

@@ -31,9 +31,9 @@ PLACES = {
     "answer": "Before the object",
 }
 STATES = {
-    "top1": "own fact found first among all, by cosine",
-    "cka": "linear CKA of the two formats",
-    "excess": "cosine, same fact minus same relation",
+    "top1": "own fact found first",
+    "cka": "linear CKA",
+    "excess": "cosine beyond same relation",
 }
 EXPLAINED = {
     "all": "all in scope",
