@@ -72,6 +72,7 @@ class Anatomy:
         # unit -> name -> (axis, for every place along it the unit's index or -1); axis None: the whole tensor
         self._index: dict[str, dict[str, tuple[int | None, Tensor]]] = {unit: {} for unit in UNITS}
         self._cells: dict[str, list[tuple[int, int]]] = {unit: [] for unit in UNITS}  # (layer, column)
+        self._sites: dict[str, dict[str, Tensor]] = {unit: {} for unit in UNITS}  # module -> index along its input
         self._kinds: list[str] = []
 
         for path, module in model.named_modules():
@@ -166,6 +167,15 @@ class Anatomy:
             if axis is None
             else along.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
         )
+
+    def sites(self, unit: str) -> dict[str, Tensor]:
+        """Where the units' activations are: module path -> for every column of its input the unit's number or -1.
+
+        A head's is what it reads from its values, before the output projection mixes the heads; a neuron's is what
+        goes into the down projection. Empty where the geometry is not known, and for units that are no such nodes.
+        """
+        self._known(unit)
+        return dict(self._sites[unit])
 
     def axes(self, unit: str) -> tuple[list[str], list[str]]:
         """Labels of the rows (layers) and columns (heads, neurons, kinds) of `grid`."""
@@ -312,7 +322,9 @@ class Anatomy:
         index = torch.where(ids >= 0, ids + first, -1)
         weight, bias = module.weight, getattr(module, "bias", None)
         self._index[unit][self._name[id(weight)]] = _axis(module, side), index
-        if side == "out" and bias is not None:
+        if side == "in":
+            self._sites[unit][self._name[id(weight)].removesuffix(".weight")] = index
+        elif bias is not None:
             self._index[unit][self._name[id(bias)]] = 0, index
 
 

@@ -1,0 +1,333 @@
+"""Circuit: which attention heads and MLP neurons the recall of a fact goes through.
+
+A node is a head's reading of its values (what goes into the output projection) or a neuron's activation (what goes into
+the down projection). Ablating a node puts its mean over texts in its place, at every position. Importance is measured
+by attribution, with integrated gradients on the node's activation, and for single nodes by real ablation; whether the
+important nodes suffice, and whether they are needed, by keeping and by ablating the top ones. Formulas: docs/method.md.
+
+Takes a model, encoded texts and an Anatomy; it knows no strategies, and draws nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import Tensor, nn
+
+from crosstrace.anatomy import Anatomy
+from crosstrace.errors import UserError
+from crosstrace.evaluate import Recall, recall
+from crosstrace.losses import example_losses
+from crosstrace.models import evaluating, pad_id
+from crosstrace.shared import ParamSet
+from crosstrace.stats import mean_interval
+from crosstrace.tokens import Batch, Encoded, batches
+
+NODES = ("query_head", "neuron")
+CRITICAL = 0.1  # share of the nodes that count as critical, where a yes or no is needed
+Row = dict[str, Any]
+_SEED = 0
+
+
+def node_means(
+    model: nn.Module, batches: Sequence[Batch], anatomy: Anatomy, units: Sequence[str] = NODES
+) -> dict[str, Tensor]:
+    """Mean of every node's activation over all tokens of the texts: module path -> [width], float64.
+
+    Raises:
+        UserError: the model's heads and neurons are not known (see `Anatomy`), or there is no text.
+    """
+    sites = _sites(anatomy, units)
+    sums = {site: torch.zeros((), dtype=torch.float64) for site in sites}
+    count = 0
+
+    def add(site: str, x: Tensor, mask: Tensor) -> None:
+        sums[site] = sums[site].to(x.device) + x.double().flatten(0, -2)[mask.flatten() != 0].sum(0)
+
+    with evaluating(model):
+        for batch in batches:
+            batch = _here(model, batch)
+            with ExitStack() as hooks:
+                for site in sites:
+                    read = lambda module, args, site=site, mask=batch["attention_mask"]: add(site, args[0], mask)
+                    hooks.callback(model.get_submodule(site).register_forward_pre_hook(read).remove)
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            count += int(batch["attention_mask"].sum())
+    if not count:
+        raise UserError("the nodes' means need at least one text")
+    return {site: total / count for site, total in sums.items()}
+
+
+@contextmanager
+def nodes_ablated(
+    model: nn.Module, anatomy: Anatomy, nodes: Mapping[str, Sequence[int]], means: Mapping[str, Tensor]
+) -> Iterator[nn.Module]:
+    """The model with some nodes at their means, at every position; as it was afterwards.
+
+    Args:
+        nodes: unit -> numbers of its nodes, as `anatomy.units(unit)` lists them.
+        means: as `node_means` gives them.
+    """
+    columns: dict[str, Tensor] = {}
+    for unit, numbers in nodes.items():
+        wanted = torch.as_tensor(list(numbers), dtype=torch.long)
+        for site, index in anatomy.sites(unit).items():
+            columns[site] = columns.get(site, torch.zeros(len(index), dtype=torch.bool)) | torch.isin(index, wanted)
+    with ExitStack() as hooks:
+        for site, chosen in columns.items():
+            if not chosen.any():
+                continue
+            module = model.get_submodule(site)
+            device = next(module.parameters()).device
+            put = partial(_put, chosen.to(device), means[site].to(device))
+            hooks.callback(module.register_forward_pre_hook(put).remove)
+        yield model
+
+
+def _put(chosen: Tensor, mean: Tensor, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (torch.where(chosen, mean.to(args[0].dtype), args[0]), *args[1:])
+
+
+def attribution(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    anatomy: Anatomy,
+    means: Mapping[str, Tensor],
+    units: Sequence[str] = NODES,
+    steps: int = 8,
+) -> tuple[dict[str, np.ndarray], list[Row]]:
+    """How much of the answers' log-probability each node carries, by integrated gradients on its activation.
+
+    For the nodes a of one module, with ā their means and F_i = −ℓ_i as a function of that module's input alone,
+
+        A_a = mean_i Σ_t (a_it − ā) · ∫₀¹ ∂F_i/∂a_it at ā + α (a_i − ā) dα        (Sundararajan et al. 2017)
+
+    by Gauss-Legendre quadrature. The nodes of a module sum to F_i − F_i with all of them ablated.
+
+    Args:
+        batches: labels are the answers whose mean log-probability is F.
+        steps: points of the quadrature; each costs a forward and backward per module.
+
+    Returns:
+        per unit the attributions [n_units] in nats, and for each module a row {module, sum, drop}: what its nodes sum
+        to, and what ablating all of them does take away, for the check that they agree.
+    """
+    sites = _sites(anatomy, units)
+    points, weights = np.polynomial.legendre.leggauss(steps)
+    points, weights = (points + 1) / 2, weights / 2
+    found = {unit: np.zeros(len(anatomy.units(unit))) for unit in units}
+    totals = {site: torch.zeros(()) for site in sites}
+    drops = dict.fromkeys(sites, 0.0)
+    count = 0
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        try:
+            for p in frozen:  # the graph begins at the nodes
+                p.requires_grad_(False)
+            for batch in batches:
+                batch = _here(model, batch)
+                mask = batch["attention_mask"].unsqueeze(-1)
+                whole = -_losses(model, batch).sum()
+                for site in sites:
+                    gradient, drop = _integrated(model, batch, site, means[site], points, weights)
+                    drops[site] += float(whole - drop)
+                    value = (gradient * mask).double().sum((0, 1)).cpu()
+                    totals[site] = totals[site] + value
+                count += len(batch["labels"])
+        finally:
+            for p in frozen:
+                p.requires_grad_(True)
+    if not count:
+        raise UserError("attribution needs at least one text")
+    rows = []
+    for unit in units:
+        for site, index in anatomy.sites(unit).items():
+            value = (totals[site] / count).numpy()
+            of = index.numpy()
+            np.add.at(found[unit], of[of >= 0], value[of >= 0])
+            rows.append({"module": site, "sum": float(value.sum()), "drop": drops[site] / count})
+    return found, rows
+
+
+def _integrated(
+    model: nn.Module, batch: Batch, site: str, mean: Tensor, points: np.ndarray, weights: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """(a − ā) · ∫ ∂ΣF/∂a [B, T, width] of one module's input, and ΣF with the mean in its place."""
+    module = model.get_submodule(site)
+    total: Tensor | None = None
+    inner: dict[str, Tensor] = {}
+
+    def run(alpha: float) -> Tensor:
+        def change(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x = args[0].detach()
+            start = mean.to(x.device, x.dtype).expand_as(x)
+            inner["apart"] = x - start
+            inner["at"] = (start + alpha * inner["apart"]).requires_grad_()
+            return (inner["at"], *args[1:])
+
+        with module.register_forward_pre_hook(change):
+            return -_losses(model, batch).sum()
+
+    for point, weight in zip(points, weights):
+        value = run(float(point))
+        (gradient,) = torch.autograd.grad(value, inner["at"])
+        total = gradient * weight if total is None else total + gradient * weight
+    assert total is not None
+    return (total * inner["apart"]).detach(), run(0.0).detach()
+
+
+def single_ablations(
+    model: nn.Module,
+    tokenizer: Any,
+    items: Sequence[Encoded],
+    anatomy: Anatomy,
+    means: Mapping[str, Tensor],
+    unit: str,
+    numbers: Sequence[int],
+) -> list[Row]:
+    """What each of some nodes takes away by itself: rows {unit, node, drop (of the answers' mean log-probability, in
+    nats a token), exact_match} with the node ablated."""
+    before = _answered(recall(model, tokenizer, items), items)
+    rows = []
+    for number in numbers:
+        with nodes_ablated(model, anatomy, {unit: [number]}, means):
+            after = recall(model, tokenizer, items)
+        rows.append(
+            {
+                "unit": unit,
+                "node": anatomy.units(unit)[number],
+                "drop": float(np.mean(before - _answered(after, items))),
+                "exact_match": float(after.exact.mean()),
+            }
+        )
+    return rows
+
+
+def curve(
+    model: nn.Module,
+    tokenizer: Any,
+    items: Sequence[Encoded],
+    anatomy: Anatomy,
+    means: Mapping[str, Tensor],
+    scores: np.ndarray,
+    unit: str,
+    fractions: Sequence[float] = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0),
+    seeds: int = 3,
+) -> list[Row]:
+    """Faithfulness and completeness: recall with the top nodes of a unit kept and all others ablated, and with the top
+    nodes ablated and all others kept; beside random nodes, as many.
+
+    Args:
+        scores: [n_units], the nodes' importance; the highest are the top.
+        fractions: of the unit's nodes; 0 keeps (ablates) none.
+        seeds: random orders of the nodes.
+
+    Returns:
+        rows {unit, kind ("keep" or "ablate"), order ("top" or "random"), fraction, nodes, exact_match, logprob (mean a
+        token, nats)}, for "random" the mean over seeds with exact_match_low and exact_match_high.
+    """
+    total = len(scores)
+    orders = {"top": [np.argsort(-scores, kind="stable")]}
+    orders["random"] = [np.random.default_rng([_SEED, seed]).permutation(total) for seed in range(seeds)]
+    rows = []
+    for kind in ("keep", "ablate"):
+        for name, each in orders.items():
+            for fraction in fractions:
+                count = round(fraction * total)
+                found = []
+                for order in each:
+                    nodes = order[count:] if kind == "keep" else order[:count]
+                    with nodes_ablated(model, anatomy, {unit: nodes.tolist()}, means):
+                        result = recall(model, tokenizer, items)
+                    found.append((float(result.exact.mean()), float(_answered(result, items).mean())))
+                exact, low, high = mean_interval([e for e, _ in found])
+                row: Row = {"unit": unit, "kind": kind, "order": name, "fraction": fraction, "nodes": count}
+                row |= {"exact_match": exact, "logprob": float(np.mean([logprob for _, logprob in found]))}
+                if len(found) > 1:
+                    row |= {"exact_match_low": max(0.0, low), "exact_match_high": min(1.0, high)}
+                rows.append(row)
+    return rows
+
+
+def smallest(rows: Sequence[Row], share: float = 0.9) -> int | None:
+    """The fewest top nodes of a `curve` that keep `share` of the recall with all of them; None if none do."""
+    kept = [row for row in rows if row["kind"] == "keep" and row["order"] == "top"]
+    whole = max(kept, key=lambda row: row["nodes"])["exact_match"] if kept else 0.0
+    enough = [row["nodes"] for row in kept if row["exact_match"] >= share * whole]
+    return min(enough, default=None) if whole else None
+
+
+def agreement(scores: np.ndarray, pset: ParamSet, anatomy: Anatomy, unit: str, permutations: int = 10_000) -> Row:
+    """Are the nodes that matter those that hold the set's parameters?
+
+    Importance |score| against the share of each node's parameters that the set holds: Spearman's correlation, and the
+    area under the ROC curve of that share telling the critical nodes (the top tenth by importance) from the others,
+    each with a permutation test that deals the shares out anew (two-sided).
+
+    Returns:
+        {unit, nodes, critical, spearman, spearman_p, auc, auc_p}; None where the set holds nothing of these nodes, or
+        of all the same share.
+    """
+    sizes = anatomy.sizes(unit, list(pset.masks))
+    has = sizes > 0
+    share = anatomy.count(pset, unit)[has] / sizes[has]
+    weight = np.abs(scores)[has]
+    critical = np.zeros(len(weight), dtype=bool)
+    critical[np.argsort(-weight, kind="stable")[: max(1, round(CRITICAL * len(weight)))]] = True
+    row: Row = {"unit": unit, "nodes": int(has.sum()), "critical": int(critical.sum())}
+    if len(weight) < 3 or np.ptp(share) == 0 or np.ptp(weight) == 0:
+        return row | dict.fromkeys(("spearman", "spearman_p", "auc", "auc_p"))
+
+    # Both statistics are sums over ranks, so that of all permutations each is one matrix product.
+    held, target, m = rankdata(share), rankdata(weight), critical.sum()
+    draw = np.random.default_rng(_SEED)
+    dealt = np.stack([held, *(draw.permutation(held) for _ in range(permutations))])
+    spearman = (dealt - held.mean()) @ (target - target.mean())
+    spearman /= np.linalg.norm(held - held.mean()) * np.linalg.norm(target - target.mean())
+    auc = (dealt[:, critical].sum(1) - m * (m + 1) / 2) / (m * (~critical).sum())
+    extreme = lambda values: float((np.abs(values) >= abs(values[0]) - 1e-12).mean())  # the found one counts
+    return row | {
+        "spearman": float(spearman[0]),
+        "spearman_p": extreme(spearman),
+        "auc": float(auc[0]),
+        "auc_p": extreme(auc - 0.5),
+    }
+
+
+def answer_batches(items: Sequence[Encoded], tokenizer: Any, size: int = 64) -> list[Batch]:
+    """The texts with their answers as labels, shortest first, for `node_means` and `attribution`."""
+    return list(batches(items, size, "answer", pad_id=pad_id(tokenizer), by_length=True))
+
+
+def _answered(found: Recall, items: Sequence[Encoded]) -> np.ndarray:
+    """Log-probability a token of every answer; questions only, which have one answer each."""
+    tokens = np.array([int(item.targets["answer"].sum()) for item in items])
+    if len(tokens) != len(found.logprob):
+        raise UserError("circuits are of questions with one answer each; a text with several facts was given")
+    return found.logprob / tokens
+
+
+def _losses(model: nn.Module, batch: Batch) -> Tensor:
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return example_losses(output.logits, batch["labels"])
+
+
+def _here(model: nn.Module, batch: Batch) -> Batch:
+    device = next(model.parameters()).device
+    return {name: value.to(device) for name, value in batch.items() if name != "group"}
+
+
+def _sites(anatomy: Anatomy, units: Sequence[str]) -> list[str]:
+    found = [site for unit in units for site in anatomy.sites(unit)]
+    if not found:
+        raise UserError(
+            f"the model has no {' and no '.join(units)} whose place is known; circuits need a model whose geometry "
+            "crosstrace can read (docs/method.md, Centralization)"
+        )
+    return found
