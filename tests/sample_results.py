@@ -128,6 +128,7 @@ def sample_results(
     if mechanism:
         results["mechanism"] = {
             "gradients": {m: _gradients(m, skill.get(m, 0.0)) for m in ("base", *strategies)},
+            "circuit": {m: _circuit(skill.get(m, 0.0)) for m in ("base", *strategies)},
             "representations": {m: _representations(skill.get(m, 0.0)) for m in ("base", *strategies)},
         }
     return json.loads(json.dumps(results))  # as it comes back from the file
@@ -286,6 +287,26 @@ def _gradients(model: str, skill: float) -> list[dict[str, Any]]:
         for part in ("qa_id", "qa_ood")
         for place in sets
     ]
+
+
+def _circuit(skill: float) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {"heads": [], "modules": [], "alone": [], "curves": [], "agreement": []}
+    for part in ("qa_id", "qa_ood"):
+        found["modules"].append({"part": part, "module": "layers.0.mlp.down_proj", "sum": 1.02, "drop": 1.0})
+        for unit, total, name in (("query_head", LAYERS * HEADS, "H"), ("neuron", LAYERS * NEURONS, "N")):
+            place = {"part": part, "unit": unit}
+            found["alone"].append(place | {"attribution": 1.2, "node": f"L1.{name}2", "drop": 1.1, "exact_match": 0.1})
+            tested = {"spearman": 0.4, "spearman_p": 0.03, "auc": 0.8, "auc_p": 0.02, "nodes": total, "critical": 1}
+            found["agreement"] += [place | {"when": when} | tested for when in ("online", "final")]
+            found["curves"] += [
+                place
+                | {"kind": kind, "order": order, "fraction": f, "nodes": round(f * total), "logprob": -1.0}
+                | _ends(exact_match=skill * (f if kind == "keep" else 1 - f))
+                for kind in ("keep", "ablate")
+                for order in ("top", "random")
+                for f in (0.0, 0.25, 0.5, 1.0)
+            ]
+    return found
 
 
 def _representations(skill: float) -> list[dict[str, Any]]:

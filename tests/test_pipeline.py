@@ -33,7 +33,7 @@ train: {precision: float32, checkpoint_every: 4, recall_every: 3, recall_example
 trace: {measures: [abs, net], every: 2, parts: 2}
 analysis: {fractions: [0.01, 0.05, 0.2], central_fractions: [0.05], draws: 4}
 interventions: {fractions: [0.05], seeds: 2, questions: 12}
-mechanism: {facts: 12, together: 12, draws: 1}
+mechanism: {facts: 12, together: 12, draws: 1, questions: 8, steps: 2, alone: 2, seeds: 1}
 jobs: 1
 """
 experiment = config.loads(SMALL, "SMALL")
@@ -96,9 +96,11 @@ def test_results_hold_what_they_promise(whole: Path) -> None:
 
 def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
     found = Results.read(whole)["mechanism"]
-    assert set(found) == {"gradients", "representations"}
-    for rows in found.values():
+    assert set(found) == {"gradients", "representations", "circuit"}
+    for part, rows in found.items():
         assert set(rows) == {"base", "two_stage", "mixed"}
+        if part == "circuit":
+            continue
         assert {row["part"] for row in rows["mixed"]} == {"qa_id", "qa_ood"}
     groups = {row["group"] for row in found["gradients"]["mixed"]}
     assert groups == {"all", "layer", "kind", "query_head", "shared", "rest", "random", "random_per_tensor"}
@@ -112,6 +114,12 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
         assert size["shared"] == size["random"] == size["random_per_tensor"] == pset.size
         assert size["rest"] == whole_size - pset.size
     assert all(row["facts"] == 12 and row["people"] == 2 for row in found["gradients"]["base"])
+    for name, parts in (("base", {"a_ood"}), ("mixed", {"qa_id", "qa_ood"})):
+        whole_circuit = found["circuit"][name]
+        assert {row["part"] for row in whole_circuit["curves"]} == parts
+        assert {row["unit"] for row in whole_circuit["alone"]} == {"query_head", "neuron"}
+        assert len(whole_circuit["heads"]) == len(parts) and len(whole_circuit["modules"]) == 6 * len(parts)
+    assert {row["when"] for row in found["circuit"]["mixed"]["agreement"]} == {"online", "final"}
 
 
 def test_saved_parts_agree_with_the_results(whole: Path) -> None:

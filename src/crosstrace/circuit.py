@@ -225,7 +225,7 @@ def curve(
 
     Args:
         scores: [n_units], the nodes' importance; the highest are the top.
-        fractions: of the unit's nodes; 0 keeps (ablates) none.
+        fractions: of the unit's nodes, to whole nodes; 0 keeps (ablates) none.
         seeds: random orders of the nodes.
 
     Returns:
@@ -238,8 +238,7 @@ def curve(
     rows = []
     for kind in ("keep", "ablate"):
         for name, each in orders.items():
-            for fraction in fractions:
-                count = round(fraction * total)
+            for count in sorted({round(fraction * total) for fraction in fractions}):
                 found = []
                 for order in each:
                     nodes = order[count:] if kind == "keep" else order[:count]
@@ -247,7 +246,7 @@ def curve(
                         result = recall(model, tokenizer, items)
                     found.append((float(result.exact.mean()), float(_answered(result, items).mean())))
                 exact, low, high = mean_interval([e for e, _ in found])
-                row: Row = {"unit": unit, "kind": kind, "order": name, "fraction": fraction, "nodes": count}
+                row: Row = {"unit": unit, "kind": kind, "order": name, "fraction": count / total, "nodes": count}
                 row |= {"exact_match": exact, "logprob": float(np.mean([logprob for _, logprob in found]))}
                 if len(found) > 1:
                     row |= {"exact_match_low": max(0.0, low), "exact_match_high": min(1.0, high)}

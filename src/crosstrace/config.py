@@ -101,16 +101,24 @@ class MechanismSettings:
 
     run: bool = True
     """Analyse the mechanism at all."""
-    parts: list[Literal["gradients", "representations"]] = Field(
-        default_factory=lambda: ["gradients", "representations"], min_length=1
+    parts: list[Literal["gradients", "representations", "circuit"]] = Field(
+        default_factory=lambda: ["gradients", "representations", "circuit"], min_length=1
     )
-    """Which analyses: consistency of a fact's two formats in gradients, and in hidden states."""
+    """Which analyses: consistency of a fact's two formats in gradients and in hidden states; heads and neurons."""
     facts: Annotated[int, Field(ge=4)] = 192
     """Facts that are analysed, in distribution and out of distribution each; of whole people."""
     together: Annotated[int, Field(ge=2)] = 48
     """Facts whose gradients are compared with each other at once."""
     draws: Annotated[int, Field(ge=1)] = 2
     """Random sets, of each kind, that the shared set is compared with."""
+    questions: Annotated[int, Field(ge=2)] = 96
+    """Questions of each kind that the circuit is of."""
+    steps: Annotated[int, Field(ge=1)] = 8
+    """Points at which a gradient is taken on the way from a node's mean to its activation."""
+    alone: Annotated[int, Field(ge=0)] = 16
+    """Nodes of each kind, the most important ones, that are ablated one by one."""
+    seeds: Annotated[int, Field(ge=1)] = 3
+    """Random orders of the nodes that the important ones are compared with."""
 
 
 @settings(frozen=True, config=STRICT)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from crosstrace import claims, config, models
+from crosstrace import circuit, claims, config, models
 from crosstrace.analysis import centralization_rows, density_map, overlap_rows, similarity_rows
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
@@ -668,7 +668,43 @@ def explain(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
             rows += [{"part": part} | row for row in found]
         write_json(path, rows)
 
-    makers = {"gradients": gradients, "representations": representations}
+    def circuits(path: Path) -> None:
+        tokenizer, model = models.load_tokenizer(experiment.model.name), load(run, experiment, name)
+        anatomy = Anatomy(model)
+        units = [unit for unit in circuit.NODES if anatomy.sites(unit)]
+        parts = examples(run, tokenizer)
+        # the base knows nobody of the run's world, but people of its own
+        asked = ["a_ood"] if name == "base" else ["qa_id", "qa_ood"]
+        psets = {} if name == "base" else dict(_shared_to_explain(run, experiment, name))
+        found: dict[str, list[Any]] = {"heads": [], "modules": [], "alone": [], "curves": [], "agreement": []}
+        if not units:
+            progress.note(f"{name}: no circuit, since the geometry of {type(model).__name__} is not known")
+            asked = []
+        with progress.bar(f"{name}: circuit", len(asked)) as update:
+            for part in (part for part in asked if part in parts):
+                items, place = _sample(parts[part], options.questions), {"part": part}
+                data = circuit.answer_batches(items, tokenizer)
+                means = circuit.node_means(model, data, anatomy, units)
+                scores, modules = circuit.attribution(model, data, anatomy, means, units, options.steps)
+                found["modules"] += [place | row for row in modules]
+                for unit in units:
+                    values = scores[unit]
+                    if unit == "query_head":
+                        rows, columns = anatomy.axes(unit)
+                        grid = anatomy.grid(values, unit).tolist()
+                        found["heads"].append(place | {"rows": rows, "columns": columns, "values": grid})
+                    top = (-values).argsort(kind="stable")[: options.alone].tolist()
+                    alone = circuit.single_ablations(model, tokenizer, items, anatomy, means, unit, top)
+                    found["alone"] += [place | {"attribution": float(values[i])} | row for i, row in zip(top, alone)]
+                    curve = circuit.curve(model, tokenizer, items, anatomy, means, values, unit, seeds=options.seeds)
+                    found["curves"] += [place | row for row in curve]
+                    for when, pset in psets.items():
+                        agrees = circuit.agreement(values, pset, anatomy, unit)
+                        found["agreement"].append(place | {"when": when} | agrees)
+                update.add(1)
+        write_json(path, found)
+
+    makers = {"gradients": gradients, "representations": representations, "circuit": circuits}
     for part in options.parts:
         run.stage(f"mechanism/{name}/{part}.json", key, makers[part])
 
@@ -691,6 +727,13 @@ def _facts_to_explain(run: Run, experiment: Experiment, tokenizer: Any) -> dict[
     return found
 
 
+def _shared_to_explain(run: Run, experiment: Experiment, name: str) -> list[tuple[str, ParamSet]]:
+    """The shared set of each time, at the fraction nearest to 5 %."""
+    fraction = min(experiment.analysis.central_fractions, key=lambda f: abs(math.log(f / 0.05)))
+    files = {when: run.path(f"shared/{name}") / f"{when}-{fraction:g}-shared.safetensors" for when in WHENS}
+    return [(when, ParamSet.load(file)) for when, file in files.items() if file.exists()]
+
+
 SetsToExplain = list[tuple[dict[str, Any], ParamSet]]  # what the set is, and the set
 
 
@@ -702,13 +745,8 @@ def _sets_to_explain(run: Run, experiment: Experiment, name: str, model: Any) ->
     found: SetsToExplain = [({"group": "all", "label": "all"}, whole)]
     for unit in ("layer", "kind", "query_head"):
         found += [({"group": unit, "label": label}, pset) for label, pset in anatomy.parts(unit, in_scope).items()]
-    fraction = min(experiment.analysis.central_fractions, key=lambda f: abs(math.log(f / 0.05)))
-    for when in WHENS:
-        file = run.path(f"shared/{name}") / f"{when}-{fraction:g}-shared.safetensors"
-        if name == "base" or not file.exists():
-            continue
-        pset = ParamSet.load(file)
-        place = {"when": when, "fraction": fraction}
+    for when, pset in _shared_to_explain(run, experiment, name) if name != "base" else ():
+        place = {"when": when, "fraction": pset.meta["fraction"]}
         sets = {"shared": [pset], "rest": [whole - pset]}
         draws = [zlib.crc32(f"explain/{name}/{when}/{draw}".encode()) for draw in range(experiment.mechanism.draws)]
         sets["random"] = [random_set(pset, seed) for seed in draws]

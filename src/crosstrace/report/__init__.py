@@ -2,6 +2,7 @@
 
 from crosstrace.report.figures import (
     figure_centralization,
+    figure_circuit,
     figure_depth,
     figure_gradients,
     figure_history,
@@ -16,6 +17,7 @@ from crosstrace.report.page import write_report
 
 __all__ = [
     "figure_centralization",
+    "figure_circuit",
     "figure_depth",
     "figure_gradients",
     "figure_history",

@@ -72,6 +72,12 @@ class Look:
 CHANCE = Look(GREY, dash=":", width=1.5)
 TUNED, UNTUNED = Look(INK, dash=":", width=1.2), Look(INK, dash="--", width=1.0)
 MARKS = ("o", "s", "^", "D", "v", "P")
+CIRCUIT = {  # what is done to which nodes
+    ("keep", "top"): Look(SERIES[0], "o"),
+    ("keep", "random"): Look(SERIES[0], "", "--"),
+    ("ablate", "top"): Look(SERIES[1], "s"),
+    ("ablate", "random"): Look(SERIES[1], "", "--"),
+}
 
 
 def strategy_looks(results: Mapping) -> dict[str, Look]:
@@ -348,6 +354,34 @@ def figure_depth(
     lowest = min((say.number(r.get(f"{value}_low")) for r in rows), default=0.0)
     ax.set_ylim(min(-0.03, 1.1 * lowest if math.isfinite(lowest) else 0.0), 1.04)
     ax.xaxis.set_major_locator(_ticker().MaxNLocator(6, integer=True))
+    return _finish(fig, ax, legend)
+
+
+@_figure
+def figure_circuit(
+    results: Mapping, *, model: str | None = None, unit: str | None = None, part: str | None = None, legend: bool = True
+) -> Figure:
+    """Exact match with the top nodes kept and with the top nodes ablated, beside random nodes, as many."""
+    rows = R.circuit_rows(results, "curves")
+    model = model or next((m for m in reversed(R.distinct(rows, "model"))), None)
+    rows = R.where(rows, model=model)
+    unit = unit or next(iter(R.distinct(rows, "unit")), None)
+    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"))), None)
+    rows = _needed(R.where(rows, unit=unit, part=part), f"circuit of {model}")
+    fig, ax = _panel(
+        f"{say.model(model or '')}, {say.unit(unit or '')}",
+        f"{say.test(part or '')}: exact match",
+        below=f"share of the {say.unit(unit or '')} kept or ablated",
+    )
+    for (kind, order), look in CIRCUIT.items():
+        own = [
+            {**r, "low": r.get("exact_match_low"), "high": r.get("exact_match_high")}
+            for r in R.where(rows, kind=kind, order=order)
+        ]
+        _curve(ax, own, "fraction", "exact_match", look, say.curve(kind, order))
+    ax.set_ylim(-0.02, 1.04)
+    ax.xaxis.set_major_locator(_ticker().MultipleLocator(0.25))
+    ax.xaxis.set_major_formatter(lambda v, _: say.percent(v))
     return _finish(fig, ax, legend)
 
 

@@ -104,6 +104,96 @@ def representations(results: Mapping) -> Section:
     return section
 
 
+def circuit(results: Mapping) -> Section:
+    """Which heads and neurons recall goes through, and whether they hold the shared parameters."""
+    section = Section("circuit", "The circuit of recall", command="mechanism")
+    rows = R.circuit_rows(results, "curves")
+    if not rows:
+        section.absent = "No circuit was looked for"
+        return section
+    units, models = R.distinct(rows, "unit"), R.distinct(rows, "model")
+    sentences = []
+    for unit in units:
+        found = []
+        for model in (m for m in models if m != "base"):
+            own = R.where(rows, model=model, unit=unit)
+            part = R.held_out_first(R.distinct(own, "part"))[0]
+            fewest, whole = _fewest(R.where(own, part=part))
+            if fewest is not None:
+                found.append(f"{say.model(model)} {say.plain(fewest)} of {say.plain(whole)} {say.unit(unit)}")
+        if found:
+            sentences.append(f"Nine tenths of its recall of {say.answered(part)} are kept by {say.listing(found)}.")
+    panels = [
+        F.to_svg(
+            F.figure_circuit(results, model=model, unit=unit, part=part, legend=False),
+            f"circuit-{model}-{unit}-{part}",
+            f"{say.model(model)}, {say.unit(unit)}, {say.test(part)}",
+        )
+        for unit in units
+        for model in models
+        for part in R.held_out_first(R.distinct(R.where(rows, model=model), "part"))
+    ]
+    section.blocks.append(
+        Plot(
+            "circuit",
+            sentences[0] if sentences else "Heads and neurons in the order of their importance.",
+            "Nodes in the order of their attribution (integrated gradients of the answer's log-probability on the "
+            "node's activation): the top ones are kept and all others of their kind put to their mean, or the top ones "
+            "are; random nodes beside them, mean and 95 % interval over draws. The base is asked about the people it "
+            "was pretrained on.",
+            key((say.curve(*which), look) for which, look in F.CIRCUIT.items()),
+            panels,
+            rows,
+            also=" ".join(sentences[1:]),
+        )
+    )
+    agreement = [r for r in R.circuit_rows(results, "agreement") if r.get("auc") is not None]
+    if agreement:
+        body = [
+            [
+                say.model(r["model"]),
+                say.test(r["part"]),
+                say.unit(r["unit"]),
+                say.when(r["when"]),
+                Cell(say.decimal(r["spearman"]), f"p = {say.decimal(r['spearman_p'], 3)}"),
+                Cell(say.decimal(r["auc"]), f"p = {say.decimal(r['auc_p'], 3)}"),
+            ]
+            for r in agreement
+        ]
+        head = ["Model", "Questions", "Nodes", "Shared set", "Spearman", "ROC-AUC"]
+        section.blocks.append(
+            Table(head, body, "Do the nodes that matter hold the shared parameters? Permutation tests")
+        )
+    body = [
+        [
+            say.model(r["model"]),
+            say.test(r["part"]),
+            r["node"],
+            say.decimal(r["attribution"], 3),
+            say.decimal(r["drop"], 3),
+            say.percent(r["exact_match"]),
+        ]
+        for r in R.circuit_rows(results, "alone")
+    ]
+    head = ["Model", "Questions", "Node", "Attribution, nats", "Drop when ablated, nats", "Exact match then"]
+    section.blocks.append(Table(head, body, "The most important nodes, ablated one by one", True))
+    body = [
+        [say.model(r["model"]), say.test(r["part"]), r["module"], say.decimal(r["sum"], 3), say.decimal(r["drop"], 3)]
+        for r in R.circuit_rows(results, "modules")
+    ]
+    head = ["Model", "Questions", "Module", "Sum of attributions, nats", "Drop with all ablated, nats"]
+    section.blocks.append(Table(head, body, "Completeness: what a module's nodes sum to", True))
+    return section
+
+
+def _fewest(rows: list[Row]) -> tuple[int | None, int]:
+    """The fewest top nodes that keep nine tenths of the recall with all of them, and how many there are."""
+    kept = R.where(rows, kind="keep", order="top")
+    last = max(kept, key=lambda r: r["nodes"])
+    enough = [r["nodes"] for r in kept if r["exact_match"] >= 0.9 * last["exact_match"]]
+    return (min(enough) if last["exact_match"] else None), last["nodes"]
+
+
 def _panels(results: Mapping, places: list[str], parts: list[str], value: str) -> list[str]:
     return [
         F.to_svg(

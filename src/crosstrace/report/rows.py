@@ -117,6 +117,12 @@ def mechanism_rows(results: Mapping, part: str) -> list[Row]:
     return [{"model": m, **row} for m in ["base", *strategies(results)] for row in found.get(m) or []]
 
 
+def circuit_rows(results: Mapping, part: str) -> list[Row]:
+    """{model, part (which questions), …} of one table of the circuits: heads, modules, alone, curves or agreement."""
+    found = (results.get("mechanism") or {}).get("circuit") or {}
+    return [{"model": m, **row} for m in ["base", *strategies(results)] for row in (found.get(m) or {}).get(part) or []]
+
+
 def strategies(results: Mapping) -> list[str]:
     """Every strategy that any part of the results names, the known ones first: also the order of colours."""
     keys = ("training", "history", "shared", "similarity", "centralization", "maps", "units", "interventions")

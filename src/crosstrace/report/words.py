@@ -157,6 +157,11 @@ def explained(row: Mapping[str, object]) -> str:
     return f"{name}, {row['when']}" if row.get("when") else name
 
 
+def curve(kind: str, order: str) -> str:
+    """A line of a circuit's figure: "top kept", "random ablated"."""
+    return f"{order} {'kept' if kind == 'keep' else 'ablated'}"
+
+
 def unit(name: str) -> str:
     return UNITS.get(name, spoken(name))
 
