@@ -6,7 +6,7 @@ knows nothing of why a set was selected, and measures nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,11 +30,7 @@ def replaced(model: nn.Module, pset: ParamSet, source: Mapping[str, Tensor] | No
     """
     parameters = dict(model.named_parameters())
     touched = [name for name, count in pset.counts().items() if count]
-    for name in touched:
-        _check(name, pset.masks[name], parameters, "the model")
-        if source is not None:
-            _check(name, pset.masks[name], source, "the values to put in")
-
+    check_values(pset, touched, parameters, source)
     saved: list[tuple[Tensor, Tensor, Tensor]] = []  # data, mask, the bits to put back
     try:
         for name in touched:
@@ -71,6 +67,16 @@ def grafted(model: nn.Module, pset: ParamSet, tuned: Mapping[str, Tensor]) -> It
     """Grafting: the fine-tuned values of the selected parameters are put into the base `model`."""
     with replaced(model, pset, tuned):
         yield model
+
+
+def check_values(
+    pset: ParamSet, names: Sequence[str], parameters: Mapping[str, Tensor], source: Mapping[str, Tensor] | None
+) -> None:
+    """Raise a UserError unless the model and the source have these tensors of the set, in its shapes."""
+    for name in names:
+        _check(name, pset.masks[name], parameters, "the model")
+        if source is not None:
+            _check(name, pset.masks[name], source, "the values to put in")
 
 
 def _check(name: str, mask: Tensor, tensors: Mapping[str, Tensor], where: str) -> None:

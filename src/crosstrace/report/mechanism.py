@@ -37,7 +37,10 @@ def gradients(results: Mapping) -> Section:
             "have the size of the shared one. Alike gradients are no wonder where the two texts have words in common, "
             "which is why the base is shown.",
             key((say.model(m), look) for m, look in _looks(results, rows).items()),
-            [F.to_svg(F.figure_gradients(results, part=p, legend=False), f"gradients-{p}", say.test(p)) for p in parts],
+            [
+                F.to_svg(F.figure_gradients(results, part=p, legend=False), f"gradients-{i}", say.test(p))
+                for i, p in enumerate(parts)
+            ],
             rows,
         )
     )
@@ -126,12 +129,12 @@ def circuit(results: Mapping) -> Section:
     panels = [
         F.to_svg(
             F.figure_circuit(results, model=model, unit=unit, part=part, legend=False),
-            f"circuit-{model}-{unit}-{part}",
+            f"circuit-{i}-{j}-{k}",
             f"{say.model(model)}, {say.unit(unit)}, {say.test(part)}",
         )
-        for unit in units
-        for model in models
-        for part in R.held_out_first(R.distinct(R.where(rows, model=model), "part"))
+        for i, unit in enumerate(units)
+        for j, model in enumerate(models)
+        for k, part in enumerate(R.held_out_first(R.distinct(R.where(rows, model=model), "part")))
     ]
     section.blocks.append(
         Plot(
@@ -198,11 +201,11 @@ def _panels(results: Mapping, places: list[str], parts: list[str], value: str) -
     return [
         F.to_svg(
             F.figure_depth(results, place=place, part=part, value=value, legend=False),
-            f"states-{value}-{place}-{part}",
+            f"states-{value}-{i}-{j}",
             f"{say.STATES[value]}, {say.place(place)}, {say.test(part)}",
         )
-        for place in places
-        for part in parts
+        for i, place in enumerate(places)
+        for j, part in enumerate(parts)
     ]
 
 
