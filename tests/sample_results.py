@@ -129,6 +129,7 @@ def sample_results(
         results["mechanism"] = {
             "gradients": {m: _gradients(m, skill.get(m, 0.0)) for m in ("base", *strategies)},
             "circuit": {m: _circuit(skill.get(m, 0.0)) for m in ("base", *strategies)},
+            "positions": {s: _positions(skill[s]) for s in strategies},
             "representations": {m: _representations(skill.get(m, 0.0)) for m in ("base", *strategies)},
         }
     return json.loads(json.dumps(results))  # as it comes back from the file
@@ -307,6 +308,18 @@ def _circuit(skill: float) -> dict[str, list[dict[str, Any]]]:
                 for f in (0.0, 0.25, 0.5, 1.0)
             ]
     return found
+
+
+def _positions(skill: float) -> list[dict[str, Any]]:
+    choices = [[], ["subject"], ["last"], ["subject", "last"], ["subject", "relation", "last", "rest"]]
+    return [
+        {"part": part, "component": component, "places": places, "n": 96, "logprob": -1.0, "exact_match": value}
+        | {"low": value - 0.05, "high": value + 0.05}
+        for part in ("qa_id", "qa_ood")
+        for component in ("all", "attention", "mlp")
+        for places in choices
+        for value in [skill * len(places) / 4]
+    ]
 
 
 def _representations(skill: float) -> list[dict[str, Any]]:

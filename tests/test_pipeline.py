@@ -96,9 +96,9 @@ def test_results_hold_what_they_promise(whole: Path) -> None:
 
 def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
     found = Results.read(whole)["mechanism"]
-    assert set(found) == {"gradients", "representations", "circuit"}
+    assert set(found) == {"gradients", "representations", "circuit", "positions"}
     for part, rows in found.items():
-        assert set(rows) == {"base", "two_stage", "mixed"}
+        assert set(rows) == {"base", "two_stage", "mixed"} - ({"base"} if part == "positions" else set())
         if part == "circuit":
             continue
         assert {row["part"] for row in rows["mixed"]} == {"qa_id", "qa_ood"}
@@ -120,6 +120,17 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
         assert {row["unit"] for row in whole_circuit["alone"]} == {"query_head", "neuron"}
         assert len(whole_circuit["heads"]) == len(parts) and len(whole_circuit["modules"]) == 6 * len(parts)
     assert {row["when"] for row in found["circuit"]["mixed"]["agreement"]} == {"online", "final"}
+    ends = {
+        len(row["places"]): row["exact_match"]
+        for row in found["positions"]["mixed"]
+        if row["part"] == "qa_id" and row["component"] == "all"
+    }
+    words = load_tokenizer("bundled")
+    with Run.create(whole, config.dumps(experiment), "resume") as opened:
+        items = pipeline._sample(pipeline.examples(opened, words)["qa_id"], experiment.mechanism.questions)
+        for name, count in (("base", 0), ("mixed", 4)):  # nowhere it is the base, everywhere the tuned model
+            model = pipeline.load(opened, experiment, name)
+            assert ends[count] == recall(model, words, items).summary()["exact_match"]
 
 
 def test_saved_parts_agree_with_the_results(whole: Path) -> None:

@@ -29,6 +29,7 @@ CSVS = [
     "history",
     "map",
     "overlap",
+    "positions",
     "recall",
     "representations",
     "units_neuron",
@@ -87,7 +88,7 @@ def test_order_and_first_sentence(page):
     html = page.read_text(encoding="utf-8")
     ids = re.findall(r'<section id="(\w+)"', html)
     order = ["answer", "recall", "training", "shared", "where", "centralization", "ablate", "graft"]
-    order += ["gradients", "representations", "circuit", "how"]
+    order += ["gradients", "representations", "circuit", "positions", "how"]
     assert ids == order
     text = text_of(page)
     assert text.count("Mix-tuned answers 89 % of the held-out questions, Stage-tuned 11 %") >= 2
@@ -151,7 +152,7 @@ def test_a_missing_part_is_left_out(part, tmp_path):
         assert text.count("crosstrace intervene RUN adds this") == 2
         assert not (tmp_path / "ablate.csv").exists()
     if part == "mechanism":
-        assert text.count("crosstrace mechanism RUN adds this") == 3
+        assert text.count("crosstrace mechanism RUN adds this") == 4
     if part == "recall":
         assert "crosstrace eval RUN adds this" in text
     if part == "claims":
@@ -239,7 +240,7 @@ def test_each_figure_stands_alone():
 
     results = sample_results()
     names = [n for n in report.__all__ if n.startswith("figure_")]
-    assert len(names) == 11
+    assert len(names) == 12
     for name in names:
         figure = getattr(report, name)(results, **({"place": "subject"} if name == "figure_depth" else {}))
         assert isinstance(figure, Figure) and figure.axes

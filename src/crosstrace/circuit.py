@@ -100,7 +100,7 @@ def attribution(
     anatomy: Anatomy,
     means: Mapping[str, Tensor],
     units: Sequence[str] = NODES,
-    steps: int = 8,
+    steps: int = 16,
 ) -> tuple[dict[str, np.ndarray], list[Row]]:
     """How much of the answers' log-probability each node carries, by integrated gradients on its activation.
 

@@ -101,10 +101,11 @@ class MechanismSettings:
 
     run: bool = True
     """Analyse the mechanism at all."""
-    parts: list[Literal["gradients", "representations", "circuit"]] = Field(
-        default_factory=lambda: ["gradients", "representations", "circuit"], min_length=1
+    parts: list[Literal["gradients", "representations", "circuit", "positions"]] = Field(
+        default_factory=lambda: ["gradients", "representations", "circuit", "positions"], min_length=1
     )
-    """Which analyses: consistency of a fact's two formats in gradients and in hidden states; heads and neurons."""
+    """Which analyses: consistency of a fact's two formats in gradients and in hidden states; heads and neurons; tuned
+    weights at some tokens only."""
     facts: Annotated[int, Field(ge=4)] = 192
     """Facts that are analysed, in distribution and out of distribution each; of whole people."""
     together: Annotated[int, Field(ge=2)] = 48
@@ -112,8 +113,8 @@ class MechanismSettings:
     draws: Annotated[int, Field(ge=1)] = 2
     """Random sets, of each kind, that the shared set is compared with."""
     questions: Annotated[int, Field(ge=2)] = 96
-    """Questions of each kind that the circuit is of."""
-    steps: Annotated[int, Field(ge=1)] = 8
+    """Questions of each kind that the circuit is of, and that are asked with tuned weights at some tokens only."""
+    steps: Annotated[int, Field(ge=1)] = 16
     """Points at which a gradient is taken on the way from a node's mean to its activation."""
     alone: Annotated[int, Field(ge=0)] = 16
     """Nodes of each kind, the most important ones, that are ablated one by one."""

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from crosstrace import circuit, claims, config, models
+from crosstrace import circuit, claims, config, models, positions
 from crosstrace.analysis import centralization_rows, density_map, overlap_rows, similarity_rows
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
@@ -704,8 +704,30 @@ def explain(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
                 update.add(1)
         write_json(path, found)
 
-    makers = {"gradients": gradients, "representations": representations, "circuit": circuits}
+    def at_positions(path: Path) -> None:
+        tokenizer, base = models.load_tokenizer(experiment.model.name), load(run, experiment, "base")
+        values = snapshot(load(run, experiment, name))
+        parts, rows = examples(run, tokenizer), []
+        psets = positions.components(Anatomy(base))
+        with progress.bar(f"{name}: positions", 2 * len(psets) * len(positions.CHOICES)) as update:
+            for part in ("qa_id", "qa_ood"):
+                items = _sample(parts[part], options.questions)
+                for component, pset in psets.items():
+                    for places in positions.CHOICES:
+                        where = positions.at_places(items, places)
+                        with positions.grafted_at(base, pset, values, where):
+                            found = recall(base, tokenizer, items).summary()
+                        place = {"part": part, "component": component, "places": list(places)}
+                        rows.append(place | {k: found[k] for k in ("exact_match", "low", "high", "n", "logprob")})
+                        update.add(1)
+        write_json(path, rows)
+
+    makers: dict[str, Callable[[Path], None]] = {
+        "gradients": gradients, "representations": representations, "circuit": circuits, "positions": at_positions
+    }  # fmt: skip
     for part in options.parts:
+        if part == "positions" and name == "base":
+            continue  # it is what the tuned weights are put into
         run.stage(f"mechanism/{name}/{part}.json", key, makers[part])
 
 

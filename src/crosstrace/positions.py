@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from crosstrace.anatomy import Anatomy
 from crosstrace.errors import UserError
 from crosstrace.intervene import check_values
 from crosstrace.models import evaluating
@@ -23,6 +24,11 @@ from crosstrace.shared import ParamSet
 from crosstrace.tokens import Encoded
 
 PLACES = ("subject", "relation", "last", "rest")
+# where the tuned weights are: alone, together, and everywhere but there
+CHOICES: tuple[tuple[str, ...], ...] = (
+    (), ("subject",), ("relation",), ("last",), ("subject", "relation"), ("subject", "last"), ("relation", "last"),
+    ("relation", "last", "rest"), ("subject", "relation", "rest"), PLACES,
+)  # fmt: skip
 Positions = Callable[[Tensor], Tensor]  # input_ids [B, T] -> bool [B, T]
 
 
@@ -145,6 +151,22 @@ def grafted_at(
         yield model
 
 
+def components(anatomy: Anatomy) -> dict[str, ParamSet]:
+    """The sets whose tuned values are put in: every parameter, those of attention, those of the MLPs (with experts and
+    routers)."""
+    belongs: dict[str, Callable[[str], bool]] = {
+        "all": lambda kind: True,
+        "attention": lambda kind: kind.startswith("attention."),
+        "mlp": lambda kind: kind.startswith("mlp.") or kind in ("experts", "router"),
+    }
+    masks = {n: torch.ones((), dtype=torch.bool).expand(shape) for n, shape in anatomy.shapes.items()}
+    found = {
+        name: ParamSet({n: mask for n, mask in masks.items() if wanted(anatomy.kind[n])}, name)
+        for name, wanted in belongs.items()
+    }
+    return {name: pset for name, pset in found.items() if pset.masks}
+
+
 def _token_axes(model: nn.Module, modules: Sequence[nn.Module]) -> dict[int, list[int]]:
     """Along which axis of its outputs each module has the tokens: seen from texts of two lengths.
 
@@ -171,8 +193,8 @@ def _token_axes(model: nn.Module, modules: Sequence[nn.Module]) -> dict[int, lis
             sizes = [(short[i], long[i]) for i in changed]
             if short and sizes != [(5, 7)] and (sizes, changed) != ([(10, 14)], [0]):
                 raise UserError(
-                    f"a {type(module).__name__} gives {list(short)} for two texts of 5 tokens, in which tokens can't be "
-                    "told apart; grafting at positions expects one output for each token"
+                    f"a {type(module).__name__} gives {list(short)} for two texts of 5 tokens, in which tokens can't "
+                    "be told apart; grafting at positions expects one output for each token"
                 )
             axes[id(module)].append(changed[0] if changed else 0)
     return axes

@@ -385,6 +385,24 @@ def figure_circuit(
     return _finish(fig, ax, legend)
 
 
+@_figure
+def figure_positions(
+    results: Mapping, *, part: str | None = None, component: str = "all", legend: bool = True
+) -> Figure:
+    """Exact match of the base with tuned weights at some tokens of the question only, every strategy's."""
+    rows = R.where(R.mechanism_rows(results, "positions"), component=component)
+    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"))), None)
+    rows = [{**r, "where": say.places(r["places"])} for r in R.where(rows, part=part)]
+    rows = _needed(rows, f"grafting at positions on {part}")
+    groups = R.distinct(rows, "where")
+    fig, ax = _panel(
+        say.test(part or ""), f"exact match, tuned: {say.COMPONENTS.get(component, component)}",
+        height=90 + 30 * len(groups), left=168,
+    )  # fmt: skip
+    _dots(ax, rows, groups, groups, "where", _models(rows, results), "exact_match")
+    return _finish(fig, ax, legend)
+
+
 def untouched(results: Mapping, strategy: str | None, test: str | None) -> tuple[float, float]:
     """Exact match of the strategy's model and of the base, as they are, on the questions that the interventions were
     asked; NaN where not tested."""

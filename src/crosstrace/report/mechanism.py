@@ -189,6 +189,48 @@ def circuit(results: Mapping) -> Section:
     return section
 
 
+def positions(results: Mapping) -> Section:
+    """At which tokens of a question are the tuned weights needed, and at which do they suffice?"""
+    section = Section("positions", "Tuned weights at some tokens only", command="mechanism")
+    rows = R.mechanism_rows(results, "positions")
+    if not rows:
+        section.absent = "Tuned weights were not grafted at positions"
+        return section
+    parts, components = R.held_out_first(R.distinct(rows, "part")), R.distinct(rows, "component")
+    sentences = []
+    for model in R.distinct(rows, "model"):
+        own = {tuple(r["places"]): r["exact_match"] for r in R.where(rows, model=model, part=parts[0], component="all")}
+        ends = [own.get(("subject",)), own.get(("last",)), own.get(("subject", "relation", "last", "rest"))]
+        if None not in ends:
+            sentences.append(
+                f"{say.model(model)} answers {say.percent(ends[0])} of the {say.answered(parts[0])} with its tuned "
+                f"weights at the subject alone, {say.percent(ends[1])} with them at the last token alone, "
+                f"{say.percent(ends[2])} with them everywhere."
+            )
+    section.blocks.append(
+        Plot(
+            "positions",
+            sentences[0] if sentences else "Recall with tuned weights at some tokens.",
+            "The base's weights are replaced by the tuned ones while the chosen tokens of the question are computed; "
+            "all other tokens keep the base's. Last: the token that predicts the answer, and the answer's own. Lines "
+            "are 95 % Wilson intervals.",
+            key((say.model(m), look) for m, look in _looks(results, rows).items()),
+            [
+                F.to_svg(
+                    F.figure_positions(results, part=part, component=component, legend=False),
+                    f"positions-{i}-{j}",
+                    f"{say.test(part)}, {say.COMPONENTS.get(component, component)}",
+                )
+                for i, component in enumerate(components)
+                for j, part in enumerate(parts)
+            ],
+            [{**r, "places": "+".join(r["places"])} for r in rows],
+            also=" ".join(sentences[1:]),
+        )
+    )
+    return section
+
+
 def _fewest(rows: list[Row]) -> tuple[int | None, int]:
     """The fewest top nodes that keep nine tenths of the recall with all of them, and how many there are."""
     kept = R.where(rows, kind="keep", order="top")

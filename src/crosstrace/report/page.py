@@ -37,7 +37,8 @@ def write_report(results: Mapping[str, Any], folder: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     parts = [recall(results), training(results), overlap(results), places(results), centralization(results)]
     parts += [intervention(results, "ablate"), intervention(results, "graft")]
-    parts += [mechanism.gradients(results), mechanism.representations(results), mechanism.circuit(results)]
+    parts += [mechanism.gradients(results), mechanism.representations(results)]
+    parts += [mechanism.circuit(results), mechanism.positions(results)]
     for plot in (block for section in parts for block in section.blocks if isinstance(block, Plot)):
         write_text(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
     page = folder / "index.html"

@@ -30,6 +30,16 @@ PLACES = {
     "relation": "End of the relation",
     "answer": "Before the object",
 }
+TOKENS = {
+    (): "no token (base)",
+    ("subject",): "subject",
+    ("relation",): "relation",
+    ("last",): "last",
+    ("relation", "last", "rest"): "all but the subject",
+    ("subject", "relation", "rest"): "all but the last",
+    ("subject", "relation", "last", "rest"): "all tokens",
+}
+COMPONENTS = {"all": "all weights", "attention": "attention", "mlp": "MLPs"}
 STATES = {
     "top1": "own fact found first",
     "cka": "linear CKA",
@@ -149,6 +159,11 @@ def when(name: str, reduction: str | None = None) -> str:
 
 def place(name: str) -> str:
     return PLACES.get(name, spoken(name))
+
+
+def places(names: Sequence[str]) -> str:
+    """The tokens that have tuned weights."""
+    return TOKENS.get(tuple(names), " + ".join(map(spoken, names)))
 
 
 def explained(row: Mapping[str, object]) -> str:
