@@ -189,14 +189,15 @@ def known_people(model: str) -> FactSettings | None:
     return replace(facts, questions=1)  # one wording a fact, however many the base was taught
 
 
-def examples(run: Run, tokenizer: Any) -> dict[str, list[Encoded]]:
-    """The run's examples by part: bio, qa_id, qa_ood and, where there is one, a_ood.
+def examples(run: Run, tokenizer: Any, known: bool = False) -> dict[str, list[Encoded]]:
+    """The run's examples by part: bio, qa_id, qa_ood and, if asked for and there is one, a_ood: about the people whom
+    the base knows.
 
     All examples of a person are of one group, the unit that the traces' parts are made of; people whose questions are
     trained are numbered first, so that they spread evenly over the parts, as all people do.
     """
     texts = {"bio": read_jsonl(run.path("data/bio.jsonl")), "qa": read_jsonl(run.path("data/qa.jsonl"))}
-    if run.path("data/a_qa.jsonl").exists():
+    if known and run.path("data/a_qa.jsonl").exists():
         texts["a_ood"] = read_jsonl(run.path("data/a_qa.jsonl"))
     people = dict.fromkeys(item.person for split in ("id", "ood") for item in texts["bio"] if item.split == split)
     groups = {person: number for number, person in enumerate(people)}
@@ -354,7 +355,9 @@ def test(run: Run, experiment: Experiment, name: str, progress: Progress) -> Non
     def make(path: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)
         model = load(run, experiment, name)
-        results = {part: recall(model, tokenizer, items) for part, items in examples(run, tokenizer).items()}
+        results = {
+            part: recall(model, tokenizer, items) for part, items in examples(run, tokenizer, known=True).items()
+        }
         answers = {part: _bits(result) for part, result in results.items() if part != "a_ood"}
         people = {part: result.person for part, result in results.items() if part != "a_ood"}
         write_json(path, {"summary": summaries(results), "answers": answers, "people": people})
@@ -672,7 +675,7 @@ def explain(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
         tokenizer, model = models.load_tokenizer(experiment.model.name), load(run, experiment, name)
         anatomy = Anatomy(model)
         units = [unit for unit in circuit.NODES if anatomy.sites(unit)]
-        parts = examples(run, tokenizer)
+        parts = examples(run, tokenizer, known=name == "base")
         # the base knows nobody of the run's world, but people of its own
         asked = ["a_ood"] if name == "base" else ["qa_id", "qa_ood"]
         psets = {} if name == "base" else dict(_shared_to_explain(run, experiment, name))
