@@ -291,12 +291,15 @@ def _gradients(model: str, skill: float) -> list[dict[str, Any]]:
 
 
 def _circuit(skill: float) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {"heads": [], "modules": [], "alone": [], "curves": [], "agreement": []}
+    found: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("heads", "modules", "alone", "curves", "kept", "agreement")
+    }
     for part in ("qa_id", "qa_ood"):
         found["modules"].append({"part": part, "module": "layers.0.mlp.down_proj", "sum": 1.02, "drop": 1.0})
         for unit, total, name in (("query_head", LAYERS * HEADS, "H"), ("neuron", LAYERS * NEURONS, "N")):
             place = {"part": part, "unit": unit}
             found["alone"].append(place | {"attribution": 1.2, "node": f"L1.{name}2", "drop": 1.1, "exact_match": 0.1})
+            found["kept"].append(place | {"nodes": total // 2, "of": total, "exact_match": skill})
             tested = {"spearman": 0.4, "spearman_p": 0.03, "auc": 0.8, "auc_p": 0.02, "nodes": total, "critical": 1}
             found["agreement"] += [place | {"when": when} | tested for when in ("online", "final")]
             found["curves"] += [
@@ -325,7 +328,14 @@ def _positions(skill: float) -> list[dict[str, Any]]:
 def _representations(skill: float) -> list[dict[str, Any]]:
     return [
         {"part": part, "place": place, "layer": layer, "mrr": 0.3, "answer_top1": 0.4, "cka_shuffled": 0.05}
-        | {"chance_top1": 0.01, "chance_mrr": 0.05, "facts": 96, "people": 16}
+        | {
+            "chance_top1": 0.01,
+            "chance_mrr": 0.05,
+            "chance_relation": 0.06,
+            "chance_person": 0.17,
+            "facts": 96,
+            "people": 16,
+        }
         | _ends(same=0.5, relation=0.4, person=0.1, other=-0.01, excess=0.1, cka=0.3, top1=skill * layer / LAYERS)
         for part in ("qa_id", "qa_ood")
         for place in ("subject", "relation", "answer")

@@ -122,3 +122,28 @@ def test_recall_works_within_and_bad_input_is_told():
         grafted_at(mamba, everything(mamba), other, at_places(items, PLACES)),
     ):
         pass
+
+
+class Borrowed(nn.Module):
+    """Uses a layer's weight without calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_model("llama", vocab_size=len(WORDS), max_position_embeddings=128)
+        self.extra = nn.Linear(len(WORDS), len(WORDS), dtype=torch.float64)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor):
+        output = self.inner(input_ids=input_ids, attention_mask=attention_mask)
+        output.logits = nn.functional.linear(output.logits, self.extra.weight, self.extra.bias)
+        return output
+
+
+def test_parameters_that_are_used_without_their_module_are_told():
+    model = Borrowed()
+    tuned = {name: p.detach() + 0.5 for name, p in model.named_parameters()}
+    with pytest.raises(UserError, match="without calling"):
+        with grafted_at(model, everything(model), tuned, at_places(asked(4), PLACES)):
+            pass
+    inner = ParamSet({n: m for n, m in everything(model).masks.items() if n.startswith("inner.")})
+    with grafted_at(model, inner, tuned, at_places(asked(4), PLACES)):
+        pass

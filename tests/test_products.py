@@ -114,5 +114,8 @@ def test_nothing_is_left_behind_and_sets_of_other_models_are_told():
     assert torch.equal(state, torch.random.get_rng_state())
     with pytest.raises(UserError, match="made for another model"):
         list(gradient_products(tiny_model("gpt2"), [pad(make_examples(3))], sets))
+    empty = ParamSet({name: torch.zeros_like(mask) for name, mask in sets["all"].masks.items()})
+    with pytest.raises(UserError, match="is empty"):
+        list(gradient_products(model, [pad(make_examples(3))], {"none": empty}))
     with pytest.raises(UserError, match="at least one set"):
         list(gradient_products(model, [pad(make_examples(3))], {}))

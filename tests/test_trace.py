@@ -603,6 +603,12 @@ def test_packed_rows_give_the_same_trace(kind):
     torch.testing.assert_close(found.values, expected.values, rtol=1e-10, atol=1e-13)
 
 
+def test_what_else_a_collator_packs_is_dropped():
+    packed = pack(make_examples(4)) | {"cu_seq_lens_q": torch.arange(5), "max_length_q": 9}
+    (made,) = unpacked(packed)
+    assert set(made) == {"input_ids", "labels", "position_ids", "attention_mask"} and len(made["labels"]) == 4
+
+
 def test_packed_examples_count_for_their_groups():
     model, examples = tiny_model("llama"), make_examples(6)
     groups = [0, 1, 1, 0, 0, 1]

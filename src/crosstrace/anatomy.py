@@ -84,7 +84,9 @@ class Anatomy:
                     self.kind[name] = "embedding" if role == "input" else "unembedding"
         config = getattr(model, "config", None)
         config = config.get_text_config() if config is not None else None
-        for _, module in model.named_modules():
+        # of a model that sees too, only what reads text has the heads that the text's config tells of
+        decoder = getattr(model, "get_decoder", lambda: None)()
+        for module in (decoder if isinstance(decoder, nn.Module) else model).modules():
             children = dict(module.named_children())
             for families, reader in ((_ATTENTION, self._attention), (_MLP, self._mlp)):
                 family = next((f for f in families if children.keys() >= set(f.values())), None)

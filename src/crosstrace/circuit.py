@@ -32,6 +32,8 @@ from crosstrace.tokens import Batch, Encoded, batches
 NODES = ("query_head", "neuron")
 CRITICAL = 0.1  # share of the nodes that count as critical, where a yes or no is needed
 Row = dict[str, Any]
+COMPLETE = 0.01  # how far a module's attributions may be from what they should sum to
+MOST = 128  # points of the quadrature
 _SEED = 0
 
 
@@ -75,8 +77,11 @@ def nodes_ablated(
         means: as `node_means` gives them.
     """
     columns: dict[str, Tensor] = {}
+    _sites(anatomy, list(nodes))
     for unit, numbers in nodes.items():
-        wanted = torch.as_tensor(list(numbers), dtype=torch.long)
+        wanted, count = torch.as_tensor(list(numbers), dtype=torch.long), len(anatomy.units(unit))
+        if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < count:
+            raise UserError(f"nodes {list(numbers)[:8]} of {unit} were given; expected numbers from 0 to {count - 1}")
         for site, index in anatomy.sites(unit).items():
             columns[site] = columns.get(site, torch.zeros(len(index), dtype=torch.bool)) | torch.isin(index, wanted)
     with ExitStack() as hooks:
@@ -108,78 +113,81 @@ def attribution(
 
         A_a = mean_i Σ_t (a_it − ā) · ∫₀¹ ∂F_i/∂a_it at ā + α (a_i − ā) dα        (Sundararajan et al. 2017)
 
-    by Gauss-Legendre quadrature. The nodes of a module sum to F_i − F_i with all of them ablated.
+    by Gauss-Legendre quadrature. The nodes of a module sum to F_i − F_i with all of them ablated; where they do not to
+    a per cent, the points are doubled.
 
     Args:
         batches: labels are the answers whose mean log-probability is F.
-        steps: points of the quadrature; each costs a forward and backward per module.
+        steps: points of the quadrature to begin with; each costs a forward and backward per module.
 
     Returns:
-        per unit the attributions [n_units] in nats, and for each module a row {module, sum, drop}: what its nodes sum
-        to, and what ablating all of them does take away, for the check that they agree.
+        per unit the attributions [n_units] in nats, and for each module a row {module, sum, drop, steps}: what its
+        nodes sum to, what ablating all of them does take away, and the points that it took. They differ by more than a
+        per cent where even MOST points are too few: where something jumps on the way, as a router's choice does.
     """
     sites = _sites(anatomy, units)
-    points, weights = np.polynomial.legendre.leggauss(steps)
-    points, weights = (points + 1) / 2, weights / 2
     found = {unit: np.zeros(len(anatomy.units(unit))) for unit in units}
-    totals = {site: torch.zeros(()) for site in sites}
-    drops = dict.fromkeys(sites, 0.0)
-    count = 0
+    rows = []
     frozen = [p for p in model.parameters() if p.requires_grad]
+    data = [_here(model, batch) for batch in batches]
+    if not data:
+        raise UserError("attribution needs at least one text")
+    count = sum(len(batch["labels"]) for batch in data)
     with evaluating(model), torch.inference_mode(False), torch.enable_grad():
         try:
             for p in frozen:  # the graph begins at the nodes
                 p.requires_grad_(False)
-            for batch in batches:
-                batch = _here(model, batch)
-                mask = batch["attention_mask"].unsqueeze(-1)
-                whole = -_losses(model, batch).sum()
-                for site in sites:
-                    gradient, drop = _integrated(model, batch, site, means[site], points, weights)
-                    drops[site] += float(whole - drop)
-                    value = (gradient * mask).double().sum((0, 1)).cpu()
-                    totals[site] = totals[site] + value
-                count += len(batch["labels"])
+            whole = sum(-float(_losses(model, batch).detach().sum()) for batch in data) / count
+            for site in sites:
+                left = (
+                    sum(float(_on_the_way(model, batch, site, means[site], 0.0)[0].detach()) for batch in data) / count
+                )
+                drop, points = whole - left, steps
+                while True:
+                    value = torch.stack([_integrated(model, batch, site, means[site], points) for batch in data]).sum(0)
+                    value /= count
+                    apart = abs(float(value.sum()) - drop)
+                    if apart <= COMPLETE * abs(drop) + 1e-4 or 2 * points > MOST:
+                        break
+                    points *= 2
+                rows.append({"module": site, "sum": float(value.sum()), "drop": drop, "steps": points})
+                for unit in units:
+                    index = anatomy.sites(unit).get(site)
+                    if index is not None:
+                        own = index.numpy()
+                        np.add.at(found[unit], own[own >= 0], value.numpy()[own >= 0])
         finally:
             for p in frozen:
                 p.requires_grad_(True)
-    if not count:
-        raise UserError("attribution needs at least one text")
-    rows = []
-    for unit in units:
-        for site, index in anatomy.sites(unit).items():
-            value = (totals[site] / count).numpy()
-            of = index.numpy()
-            np.add.at(found[unit], of[of >= 0], value[of >= 0])
-            rows.append({"module": site, "sum": float(value.sum()), "drop": drops[site] / count})
     return found, rows
 
 
-def _integrated(
-    model: nn.Module, batch: Batch, site: str, mean: Tensor, points: np.ndarray, weights: np.ndarray
-) -> tuple[Tensor, Tensor]:
-    """(a − ā) · ∫ ∂ΣF/∂a [B, T, width] of one module's input, and ΣF with the mean in its place."""
-    module = model.get_submodule(site)
+def _integrated(model: nn.Module, batch: Batch, site: str, mean: Tensor, steps: int) -> Tensor:
+    """Σ over texts and tokens of (a − ā) · ∫ ∂ΣF/∂a [width] of one module's input, float64 on the CPU."""
     total: Tensor | None = None
+    for point, weight in zip(*np.polynomial.legendre.leggauss(steps)):  # on [−1, 1]
+        value, at, apart = _on_the_way(model, batch, site, mean, float(point + 1) / 2)
+        (gradient,) = torch.autograd.grad(value, at)
+        term = (gradient.double() * apart.double()).flatten(0, -2).sum(0) * float(weight) / 2
+        total = term if total is None else total + term
+    assert total is not None
+    return total.cpu()
+
+
+def _on_the_way(model: nn.Module, batch: Batch, site: str, mean: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    """ΣF with a module's input at ā + α (a − ā), that input, and a − ā."""
     inner: dict[str, Tensor] = {}
 
-    def run(alpha: float) -> Tensor:
-        def change(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = args[0].detach()
-            start = mean.to(x.device, x.dtype).expand_as(x)
-            inner["apart"] = x - start
-            inner["at"] = (start + alpha * inner["apart"]).requires_grad_()
-            return (inner["at"], *args[1:])
+    def change(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0].detach()
+        start = mean.to(x.device, x.dtype).expand_as(x)
+        inner["apart"] = x - start
+        inner["at"] = (start + alpha * inner["apart"]).requires_grad_()
+        return (inner["at"], *args[1:])
 
-        with module.register_forward_pre_hook(change):
-            return -_losses(model, batch).sum()
-
-    for point, weight in zip(points, weights):
-        value = run(float(point))
-        (gradient,) = torch.autograd.grad(value, inner["at"])
-        total = gradient * weight if total is None else total + gradient * weight
-    assert total is not None
-    return (total * inner["apart"]).detach(), run(0.0).detach()
+    with model.get_submodule(site).register_forward_pre_hook(change):
+        value = -_losses(model, batch).sum()
+    return value, inner["at"], inner["apart"]
 
 
 def single_ablations(
@@ -256,10 +264,13 @@ def curve(
 
 def smallest(rows: Sequence[Row], share: float = 0.9) -> int | None:
     """The fewest top nodes of a `curve` that keep `share` of the recall with all of them; None if none do."""
-    kept = [row for row in rows if row["kind"] == "keep" and row["order"] == "top"]
-    whole = max(kept, key=lambda row: row["nodes"])["exact_match"] if kept else 0.0
-    enough = [row["nodes"] for row in kept if row["exact_match"] >= share * whole]
-    return min(enough, default=None) if whole else None
+    kept = sorted((r for r in rows if r["kind"] == "keep" and r["order"] == "top"), key=lambda row: -row["nodes"])
+    fewest = None
+    for row in kept:  # from all nodes down, as long as it is enough
+        if not row["exact_match"] or row["exact_match"] < share * kept[0]["exact_match"]:
+            break
+        fewest = row["nodes"]
+    return fewest
 
 
 def agreement(scores: np.ndarray, pset: ParamSet, anatomy: Anatomy, unit: str, permutations: int = 10_000) -> Row:
@@ -283,13 +294,15 @@ def agreement(scores: np.ndarray, pset: ParamSet, anatomy: Anatomy, unit: str, p
     if len(weight) < 3 or np.ptp(share) == 0 or np.ptp(weight) == 0:
         return row | dict.fromkeys(("spearman", "spearman_p", "auc", "auc_p"))
 
-    # Both statistics are sums over ranks, so that of all permutations each is one matrix product.
+    # Both statistics are sums over ranks.
     held, target, m = rankdata(share), rankdata(weight), critical.sum()
+    held_norm, target_norm = (np.linalg.norm(x - x.mean()) for x in (held, target))
     draw = np.random.default_rng(_SEED)
-    dealt = np.stack([held, *(draw.permutation(held) for _ in range(permutations))])
-    spearman = (dealt - held.mean()) @ (target - target.mean())
-    spearman /= np.linalg.norm(held - held.mean()) * np.linalg.norm(target - target.mean())
-    auc = (dealt[:, critical].sum(1) - m * (m + 1) / 2) / (m * (~critical).sum())
+    spearman, auc = np.empty(permutations + 1), np.empty(permutations + 1)
+    for number in range(permutations + 1):
+        dealt = draw.permutation(held) if number else held
+        spearman[number] = (dealt - held.mean()) @ (target - target.mean()) / (held_norm * target_norm)
+        auc[number] = (dealt[critical].sum() - m * (m + 1) / 2) / (m * (~critical).sum())
     extreme = lambda values: float((np.abs(values) >= abs(values[0]) - 1e-12).mean())  # the found one counts
     return row | {
         "spearman": float(spearman[0]),
@@ -324,9 +337,10 @@ def _here(model: nn.Module, batch: Batch) -> Batch:
 
 def _sites(anatomy: Anatomy, units: Sequence[str]) -> list[str]:
     found = [site for unit in units for site in anatomy.sites(unit)]
-    if not found:
+    unknown = [unit for unit in units if not anatomy.sites(unit)]
+    if unknown:
         raise UserError(
-            f"the model has no {' and no '.join(units)} whose place is known; circuits need a model whose geometry "
+            f"the model has no {unknown[0]} whose place is known; circuits need a model whose geometry "
             "crosstrace can read (docs/method.md, Centralization)"
         )
     return found

@@ -115,7 +115,7 @@ class MechanismSettings:
     questions: Annotated[int, Field(ge=2)] = 96
     """Questions of each kind that the circuit is of, and that are asked with tuned weights at some tokens only."""
     steps: Annotated[int, Field(ge=1)] = 16
-    """Points at which a gradient is taken on the way from a node's mean to its activation."""
+    """Points on the way from a node's mean to its activation at which a gradient is taken, at first."""
     alone: Annotated[int, Field(ge=0)] = 16
     """Nodes of each kind, the most important ones, that are ablated one by one."""
     seeds: Annotated[int, Field(ge=1)] = 3

@@ -28,6 +28,7 @@ from crosstrace.trace.products import gradient_products
 PAIRINGS = ("same", "relation", "person", "other")
 PLACES = ("subject", "relation", "answer")
 Row = dict[str, Any]
+TIE = 1e-9  # cosines that differ by less are equal: of the same states, in another order of summation
 _SEED = 0  # of the bootstraps and shuffles
 _SHUFFLES = 20
 _PARTS = 8  # groups of people that CKA's jackknife leaves out in turn
@@ -120,7 +121,7 @@ def gradient_consistency(
             for name in PAIRINGS:
                 values[label].setdefault(name, []).append(_row_means(cosine, pairing == name))
             own = cosine.diagonal()[:, None]
-            first = np.where(np.isnan(own[:, 0]), np.nan, (cosine <= own).all(1))
+            first = np.where(np.isnan(own[:, 0]), np.nan, (cosine <= own + TIE).all(1))
             values[label].setdefault("first", []).append(first)
         people += [pair.person for pair in group]
         chance += [1 / n] * n
@@ -192,10 +193,11 @@ def representation_consistency(
     Returns:
         a row for each place and layer (0: the embeddings; the last is after the final norm): place, layer; same,
         relation, person, other, excess as above, with intervals; cka, cka_low, cka_high (jackknife over groups of
-        people) and cka_shuffled, the mean over facts paired at random; top1 (with its interval), mrr: the own fact is
-        found first, mean reciprocal rank, with ties counted against it; answer_top1: what is found first has the same
-        relation and object; chance_top1, chance_mrr; facts, people. A place that some fact's text does not have is
-        left out for that fact.
+        people) and cka_shuffled, the mean over facts paired at random within their relation; top1 (with interval), mrr:
+        the own fact is found first, mean reciprocal rank, with ties counted against it; answer_top1: what is found
+        first has the same relation and object; chance_top1, chance_mrr, and the top1 of who knows the relation (the
+        person) alone, chance_relation (chance_person); facts, people. A fact without a place in one of its texts is
+        left out there.
     """
     pairing = _pairings(pairs)
     stored = _states(model, [pair.stored for pair in pairs], pad_id, batch_size)
@@ -232,14 +234,21 @@ def _alike(stored: Tensor, recalled: Tensor, pairs: Sequence[FactPair], kinds: n
     split = [np.flatnonzero(part == number) for number in range(parts)]
     estimate = jackknife(lambda kept: cka(*(z[np.concatenate(kept)] for z in (a, b))), split)
     row |= {f"cka{end}": _finite(value) for end, value in zip(("", "_low", "_high"), estimate)}
-    shuffle = torch.Generator().manual_seed(_SEED)
-    mixed = [cka(a, b[torch.randperm(len(b), generator=shuffle)]) for _ in range(_SHUFFLES)]
+    draw = np.random.default_rng(_SEED)
+    relations = np.array([pair.relation for pair in pairs])
+    mixed = []
+    for _ in range(_SHUFFLES):
+        other = np.arange(len(pairs))
+        for relation in np.unique(relations):
+            own = np.flatnonzero(relations == relation)
+            other[own] = draw.permutation(own)
+        mixed.append(cka(a, b[torch.from_numpy(other)]))
     row["cka_shuffled"] = _finite(float(np.mean(mixed)))
 
     # of the recalled fact j, the stored fact i: ranks over i, ties counted against the own
     own = cosine.diagonal()
     defined = ~np.isnan(cosine).any(0)
-    rank = np.where(defined, (cosine >= own).sum(0), np.nan)
+    rank = np.where(defined, (cosine >= own - TIE).sum(0), np.nan)
     answers = [pair.answer for pair in pairs]
     nearest = np.where(defined, np.nan_to_num(cosine, nan=-np.inf).argmax(0), 0)
     hit = np.array([answers[i] == answer for i, answer in zip(nearest, answers)], dtype=float)
@@ -248,6 +257,8 @@ def _alike(stored: Tensor, recalled: Tensor, pairs: Sequence[FactPair], kinds: n
     row["mrr"] = _finite(float(np.nanmean(1 / rank))) if defined.any() else None
     n = len(pairs)
     row |= {"chance_top1": 1 / n, "chance_mrr": sum(1 / k for k in range(1, n + 1)) / n}
+    for name, of in (("relation", [pair.relation for pair in pairs]), ("person", people)):
+        row[f"chance_{name}"] = len(set(of)) / n  # the mean of 1 / (facts of the own relation, person)
     return row | {"facts": n, "people": len(order)}
 
 
@@ -262,9 +273,15 @@ def cka(x: Tensor, y: Tensor) -> float:
 
     ‖XᵀY‖_F² / (‖XᵀX‖_F ‖YᵀY‖_F) of the centred states, in [0, 1] (Kornblith et al. 2019, arXiv 1905.00414).
     """
-    x, y = (z - z.mean(0) for z in (x, y))
-    scale = float((x.t() @ x).norm() * (y.t() @ y).norm())
-    return float((x.t() @ y).square().sum()) / scale if scale else math.nan
+    x, y = (_gram(z) for z in (x, y))
+    scale = float(x.norm() * y.norm())
+    return float((x * y).sum()) / scale if scale else math.nan
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Inner products of the centred states [n, n]: ‖XᵀY‖² = Σ (XXᵀ ∘ YYᵀ), and things are fewer than they are wide."""
+    x = x - x.mean(0)
+    return x @ x.t()
 
 
 def _states(model: nn.Module, items: Sequence[Encoded], pad_id: int, batch_size: int) -> list[dict[str, Tensor]]:
@@ -291,13 +308,15 @@ def _states(model: nn.Module, items: Sequence[Encoded], pad_id: int, batch_size:
 
 
 def places(item: Encoded) -> dict[str, int]:
-    """Where a text about one fact has its last token of the subject, of the relation's words, and the token that
-    predicts the object; those that it has."""
+    """Where a text about one fact has its last token of the subject, of the relation's words (if the subject comes
+    before), and the token that predicts the object; those that it has."""
     mention = item.mentions[0]
     found = {}
     for place, mask in (("subject", mention.subject), ("relation", mention.relation)):
         if mask.any():
             found[place] = int(mask.nonzero().max())
+    if found.get("relation", 0) < found.get("subject", 0):
+        del found["relation"]  # "What is the birthplace of Ada?": nothing there knows of whom
     before = int(mention.object.nonzero().min()) - 1
     if before >= 0:
         found["answer"] = before

@@ -679,10 +679,13 @@ def explain(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
         # the base knows nobody of the run's world, but people of its own
         asked = ["a_ood"] if name == "base" else ["qa_id", "qa_ood"]
         psets = {} if name == "base" else dict(_shared_to_explain(run, experiment, name))
-        found: dict[str, list[Any]] = {"heads": [], "modules": [], "alone": [], "curves": [], "agreement": []}
-        if not units:
-            progress.note(f"{name}: no circuit, since the geometry of {type(model).__name__} is not known")
-            asked = []
+        found: dict[str, list[Any]] = {
+            table: [] for table in ("heads", "modules", "alone", "curves", "kept", "agreement")
+        }
+        for unit in circuit.NODES:
+            if unit not in units:
+                progress.note(f"{name}: no {unit} of {type(model).__name__} is in the circuit: its place is not known")
+        asked = asked if units else []
         with progress.bar(f"{name}: circuit", len(asked)) as update:
             for part in (part for part in asked if part in parts):
                 items, place = _sample(parts[part], options.questions), {"part": part}
@@ -701,6 +704,9 @@ def explain(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
                     found["alone"] += [place | {"attribution": float(values[i])} | row for i, row in zip(top, alone)]
                     curve = circuit.curve(model, tokenizer, items, anatomy, means, values, unit, seeds=options.seeds)
                     found["curves"] += [place | row for row in curve]
+                    recalled = max(curve, key=lambda row: (row["kind"] == "keep", row["nodes"]))["exact_match"]
+                    kept = {"nodes": circuit.smallest(curve), "of": len(values), "exact_match": recalled}
+                    found["kept"].append(place | {"unit": unit} | kept)
                     for when, pset in psets.items():
                         agrees = circuit.agreement(values, pset, anatomy, unit)
                         found["agreement"].append(place | {"when": when} | agrees)
@@ -713,16 +719,19 @@ def explain(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
         parts, rows = examples(run, tokenizer), []
         psets = positions.components(Anatomy(base))
         with progress.bar(f"{name}: positions", 2 * len(psets) * len(positions.CHOICES)) as update:
-            for part in ("qa_id", "qa_ood"):
-                items = _sample(parts[part], options.questions)
-                for component, pset in psets.items():
-                    for places in positions.CHOICES:
-                        where = positions.at_places(items, places)
-                        with positions.grafted_at(base, pset, values, where):
-                            found = recall(base, tokenizer, items).summary()
-                        place = {"part": part, "component": component, "places": list(places)}
-                        rows.append(place | {k: found[k] for k in ("exact_match", "low", "high", "n", "logprob")})
-                        update.add(1)
+            for component, pset in psets.items():
+                try:
+                    for part in ("qa_id", "qa_ood"):
+                        items = _sample(parts[part], options.questions)
+                        for places in positions.CHOICES:
+                            where = positions.at_places(items, places)
+                            with positions.grafted_at(base, pset, values, where):
+                                found = recall(base, tokenizer, items).summary()
+                            place = {"part": part, "component": component, "places": list(places)}
+                            rows.append(place | {k: found[k] for k in ("exact_match", "low", "high", "n", "logprob")})
+                            update.add(1)
+                except UserError as why:  # a model whose weights can't be told apart by token
+                    progress.note(f"{name}: nothing of {component} is grafted at positions, since {why}")
         write_json(path, rows)
 
     makers: dict[str, Callable[[Path], None]] = {

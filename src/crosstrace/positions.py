@@ -111,11 +111,12 @@ def grafted_at(
             )
         if own:
             owners.append((path, module, own))
+    current: list[Positions] = [lambda ids: torch.ones_like(ids, dtype=torch.bool)]
     now: list[Tensor] = []  # the tokens of the forward that is going on
     busy = False
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        now[:] = [positions(kwargs["input_ids"] if "input_ids" in kwargs else args[0])]
+        now[:] = [current[0](kwargs["input_ids"] if "input_ids" in kwargs else args[0])]
 
     def choose(own: dict[str, Tensor], module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         nonlocal busy
@@ -143,12 +144,31 @@ def grafted_at(
         return torch.where(mask.view(*mask.shape, *[1] * (base.dim() - mask.dim())), grafted, base)
 
     axes = _token_axes(model, [module for _, module, _ in owners])
+    owners = [owner for owner in owners if axes[id(owner[1])]]  # the others are not called, as those for images
     with ExitStack() as hooks:
         hooks.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
         for _, module, own in owners:
             hook = lambda module, args, kwargs, output, own=own: choose(own, module, args, kwargs, output)
             hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        busy = True  # the model as it is, with the values that are to be put in
+        wanted = _probe(model, mixed)
+        busy = False
+        found = _probe(model, {})  # put in at all tokens
+        current[0] = positions
+        if not torch.allclose(found, wanted, rtol=0.05, atol=0.05 * float(wanted.std())):
+            raise UserError(
+                f"{type(model).__name__} uses some of its parameters without calling the modules that they belong to, "
+                "so they can't be grafted at positions; expected modules that are called"
+            )
         yield model
+
+
+def _probe(model: nn.Module, values: dict[str, Tensor]) -> Tensor:
+    """Logits of two short texts, with other values of some parameters."""
+    ids = torch.zeros(2, 5, dtype=torch.long, device=next(model.parameters()).device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with evaluating(model):
+        return torch.func.functional_call(model, values, kwargs=inputs).logits
 
 
 def components(anatomy: Anatomy) -> dict[str, ParamSet]:

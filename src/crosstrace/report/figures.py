@@ -345,10 +345,12 @@ def figure_depth(
     for name, look in _models(rows, results).items():
         own = [{**r, "low": r.get(f"{value}_low"), "high": r.get(f"{value}_high")} for r in R.where(rows, model=name)]
         _curve(ax, own, "layer", value, look, say.model(name))
-    chance = "chance_top1" if value == "top1" else "cka_shuffled" if value == "cka" else ""
+    chance = {"top1": ("chance_relation", "chance_person"), "cka": ("cka_shuffled",)}.get(value, ())
     if chance:
-        level = sorted({(r["layer"], say.number(r.get(chance))) for r in R.where(rows, model=rows[0]["model"])})
-        ax.plot(*zip(*level), color=CHANCE.color, ls=CHANCE.dash, lw=CHANCE.width, label="chance")
+        level = sorted(
+            (r["layer"], max(say.number(r.get(name)) for name in chance)) for r in R.where(rows, model=rows[0]["model"])
+        )
+        ax.plot(*zip(*level), color=CHANCE.color, ls=CHANCE.dash, lw=CHANCE.width, label="no fact known")
     if value != "top1":
         ax.yaxis.set_major_formatter(lambda v, _: say.decimal(v, 1))
     lowest = min((say.number(r.get(f"{value}_low")) for r in rows), default=0.0)

@@ -10,6 +10,7 @@ from crosstrace.report import words as say
 from crosstrace.report.blocks import Cell, Plot, Section, Table, key
 from crosstrace.report.rows import Row
 
+WORTH = 0.2  # recall below which nobody asks which nodes keep it
 BOTH = "The text that stores a fact and the one that recalls it, each up to the fact's object"
 
 
@@ -79,9 +80,15 @@ def representations(results: Mapping) -> Section:
             "representations",
             f"{say.test(parts[0])}, {say.place(places[0]).lower()}: {finding}" if finding else "Hidden states.",
             f"{BOTH}: the hidden state of the question looks for its own fact among those of all stored facts, by "
-            "centred cosine, at three places of the text. Layer 0 are the embeddings. Bands are 95 % intervals, "
-            "resampled by person.",
-            key([*((say.model(m), look) for m, look in _looks(results, rows).items()), ("chance", F.CHANCE)]),
+            "centred cosine, at three places of the text; of the relation, only where the subject comes before (in the "
+            "bundled biographies it ends right before the object). Layer 0 are the embeddings. Bands are 95 % "
+            "intervals, resampled by person.",
+            key(
+                [
+                    *((say.model(m), look) for m, look in _looks(results, rows).items()),
+                    ("knowing the relation or the person alone", F.CHANCE),
+                ]
+            ),
             _panels(results, places, parts, "top1"),
             rows,
             folded=[*_panels(results, places, parts, "cka"), *_panels(results, places, parts, "excess")],
@@ -121,11 +128,14 @@ def circuit(results: Mapping) -> Section:
         for model in (m for m in models if m != "base"):
             own = R.where(rows, model=model, unit=unit)
             part = R.held_out_first(R.distinct(own, "part"))[0]
-            fewest, whole = _fewest(R.where(own, part=part))
-            if fewest is not None:
-                found.append(f"{say.model(model)} {say.plain(fewest)} of {say.plain(whole)} {say.unit(unit)}")
+            for r in R.where(R.circuit_rows(results, "kept"), model=model, unit=unit, part=part):
+                if r["nodes"] is not None and r["exact_match"] >= WORTH:
+                    found.append(
+                        f"{say.model(model)} keeps nine tenths of its recall of {say.answered(part)} "
+                        f"({say.percent(r['exact_match'])}) with {r['nodes']:,} of {r['of']:,} {say.unit(unit)}"
+                    )
         if found:
-            sentences.append(f"Nine tenths of its recall of {say.answered(part)} are kept by {say.listing(found)}.")
+            sentences.append("; ".join(found) + ".")
     panels = [
         F.to_svg(
             F.figure_circuit(results, model=model, unit=unit, part=part, legend=False),
@@ -204,7 +214,7 @@ def positions(results: Mapping) -> Section:
         if None not in ends:
             sentences.append(
                 f"{say.model(model)} answers {say.percent(ends[0])} of the {say.answered(parts[0])} with its tuned "
-                f"weights at the subject alone, {say.percent(ends[1])} with them at the last token alone, "
+                f"weights at the subject alone, {say.percent(ends[1])} with them from the question's last token on, "
                 f"{say.percent(ends[2])} with them everywhere."
             )
     section.blocks.append(
@@ -229,14 +239,6 @@ def positions(results: Mapping) -> Section:
         )
     )
     return section
-
-
-def _fewest(rows: list[Row]) -> tuple[int | None, int]:
-    """The fewest top nodes that keep nine tenths of the recall with all of them, and how many there are."""
-    kept = R.where(rows, kind="keep", order="top")
-    last = max(kept, key=lambda r: r["nodes"])
-    enough = [r["nodes"] for r in kept if r["exact_match"] >= 0.9 * last["exact_match"]]
-    return (min(enough) if last["exact_match"] else None), last["nodes"]
 
 
 def _panels(results: Mapping, places: list[str], parts: list[str], value: str) -> list[str]:

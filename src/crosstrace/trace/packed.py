@@ -29,6 +29,8 @@ def unpacked(batch: Mapping[str, Tensor], by_length: bool = False) -> list[dict[
     if ids is None or positions is None or positions.shape != ids.shape or ids.dim() != 2:
         return [dict(batch)]  # whoever traces it says what is wrong, if anything
     mask = batch.get("attention_mask")
+    if mask is not None and mask.shape != ids.shape:
+        return [dict(batch)]
     there = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
     row, place = there.nonzero(as_tuple=True)
     first = torch.ones_like(row, dtype=torch.bool)
@@ -36,9 +38,11 @@ def unpacked(batch: Mapping[str, Tensor], by_length: bool = False) -> list[dict[
     if len(row[first].unique()) == int(first.sum()):
         return [dict(batch)]
 
-    whole = dict(batch, attention_mask=there.long())
-    if "group" in whole and whole["group"].dim() == 1:
-        whole["group"] = whole["group"].unsqueeze(1).expand_as(ids)
+    given = {**batch, "attention_mask": there.long()}
+    if "group" in given and given["group"].dim() == 1:
+        given["group"] = given["group"].unsqueeze(1).expand_as(ids)
+    # what else packing leaves, such as the lengths that some attention kernels want, is of no use any more
+    whole = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.shape == ids.shape}
     lengths = first.nonzero().flatten().diff(append=torch.tensor([len(row)], device=row.device)).tolist()
     apart = {name: value[row, place].split(lengths) for name, value in whole.items()}
     chosen: list[list[int]] = [[]]

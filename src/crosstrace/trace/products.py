@@ -52,7 +52,9 @@ def gradient_products(
                 )
             if bool(mask.any()):
                 whole = bool(mask.all())
-                wanted.setdefault(name, {})[label] = None if whole else mask.to(parameters[name].device)
+                wanted.setdefault(name, {})[label] = None if whole else mask
+    if not wanted:
+        raise UserError("every set of parameters that gradient products were asked over is empty")
     engine = Engine(model, set(wanted))
     for batch in batches:
         rows = {key: value for key, value in batch.items() if key != "group"}
@@ -94,7 +96,7 @@ def _add(rules: list[Rule], parameter: Tensor, wanted: Mapping[str, Tensor | Non
             for label in whole:
                 found[label] += gram
         for label, mask in partly.items():
-            chosen = mask[rows].flatten() if parameter.dim() else mask.flatten()
+            chosen = (mask[rows] if parameter.dim() else mask).flatten().to(flat.device)
             if bool(chosen.any()):
                 some = flat[:, chosen]
                 found[label] += (some @ some.t()).double()
