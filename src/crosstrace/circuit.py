@@ -10,9 +10,9 @@ Takes a model, encoded texts and an Anatomy; it knows no strategies, and draws n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -90,7 +90,7 @@ def nodes_ablated(
                 continue
             module = model.get_submodule(site)
             device = next(module.parameters()).device
-            put = partial(_put, chosen.to(device), means[site].to(device))
+            put = functools.partial(_put, chosen.to(device), means[site].to(device))
             hooks.callback(module.register_forward_pre_hook(put).remove)
         yield model
 
@@ -243,16 +243,19 @@ def curve(
     total = len(scores)
     orders = {"top": [np.argsort(-scores, kind="stable")]}
     orders["random"] = [np.random.default_rng([_SEED, seed]).permutation(total) for seed in range(seeds)]
+
+    @functools.cache
+    def without(nodes: frozenset[int]) -> tuple[float, float]:  # all and none are asked for in every order
+        with nodes_ablated(model, anatomy, {unit: sorted(nodes)}, means):
+            result = recall(model, tokenizer, items)
+        return float(result.exact.mean()), float(_answered(result, items).mean())
+
     rows = []
     for kind in ("keep", "ablate"):
         for name, each in orders.items():
             for count in sorted({round(fraction * total) for fraction in fractions}):
-                found = []
-                for order in each:
-                    nodes = order[count:] if kind == "keep" else order[:count]
-                    with nodes_ablated(model, anatomy, {unit: nodes.tolist()}, means):
-                        result = recall(model, tokenizer, items)
-                    found.append((float(result.exact.mean()), float(_answered(result, items).mean())))
+                ablated = [order[count:] if kind == "keep" else order[:count] for order in each]
+                found = [without(frozenset(nodes.tolist())) for nodes in ablated]
                 exact, low, high = mean_interval([e for e, _ in found])
                 row: Row = {"unit": unit, "kind": kind, "order": name, "fraction": count / total, "nodes": count}
                 row |= {"exact_match": exact, "logprob": float(np.mean([logprob for _, logprob in found]))}

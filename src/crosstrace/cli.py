@@ -45,7 +45,7 @@ Any stage by itself, on the folder of a run:
   crosstrace trace RUN                 gradient traces at the final checkpoint
   crosstrace analyze RUN               shared sets: size, overlap, centralization
   crosstrace intervene RUN             ablate and graft the shared set and its controls
-  crosstrace mechanism RUN             how the models recall: consistency of a fact's two formats
+  crosstrace mechanism RUN             how the models recall: consistency, circuit, grafting at tokens
   crosstrace report RUN                judge the claims, write results.json and report/index.html
 
 And:
@@ -533,7 +533,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "trace": _stage("trace", "Gradient traces at the final checkpoint of every strategy."),
     "analyze": _stage("analyze", "Shared sets of every strategy: size, overlap, centralization."),
     "intervene": _stage("intervene", "Ablate and graft the shared set and its controls."),
-    "mechanism": _stage("mechanism", "How the models recall: consistency of a fact's two formats."),
+    "mechanism": _stage("mechanism", "How the models recall: consistency, circuit, grafting at tokens."),
     "report": _stage("report", "Judge the claims, write results.json and report/index.html."),
     "settings": settings,
     "doctor": doctor,

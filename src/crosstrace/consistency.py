@@ -300,10 +300,12 @@ def _states(model: nn.Module, items: Sequence[Encoded], pad_id: int, batch_size:
                     f"{type(model).__name__} gives no hidden_states, which representation consistency compares; "
                     "expected a transformers model that honours output_hidden_states"
                 )
-            together = torch.stack([state.detach() for state in states], 1)  # [B, layers + 1, T, width]
-            for row, i in enumerate(chosen):
-                at = places(items[i])
-                found[i] = {place: together[row, :, token].double().cpu() for place, token in at.items()}
+            at = [places(items[i]) for i in chosen]
+            tokens = torch.tensor([[own.get(place, 0) for place in PLACES] for own in at], device=device)
+            rows = torch.arange(len(chosen), device=device).unsqueeze(1)
+            picked = torch.stack([state[rows, tokens] for state in states]).double().cpu()  # [layers + 1, B, places, …]
+            for row, (i, own) in enumerate(zip(chosen, at)):
+                found[i] = {place: picked[:, row, PLACES.index(place)] for place in own}
     return [found[i] for i in range(len(items))]
 
 

@@ -14,8 +14,10 @@ import signal
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import asdict, replace
-from itertools import islice, zip_longest
+from functools import cache
+from itertools import islice, product, zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -647,11 +649,16 @@ def explain(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
         "threads": experiment.threads, **run.inputs("data", *shared_sets),
     }  # fmt: skip
 
+    # read once, and only if some part is still to be made
+    tokenizer_of = cache(lambda: models.load_tokenizer(experiment.model.name))
+    model_of = cache(lambda: load(run, experiment, name))
+    parts_of = cache(lambda: examples(run, tokenizer_of(), known=name == "base"))
+
     def gradients(path: Path) -> None:
-        tokenizer, model = models.load_tokenizer(experiment.model.name), load(run, experiment, name)
+        tokenizer, model = tokenizer_of(), model_of()
         sets = _sets_to_explain(run, experiment, name, model)
         rows: list[dict[str, Any]] = []
-        asked = _facts_to_explain(run, experiment, tokenizer)
+        asked = _facts_to_explain(parts_of(), options.facts)
         with progress.bar(f"{name}: gradients", len(asked)) as update:
             for part, pairs in asked.items():
                 psets = {str(number): pset for number, (_, pset) in enumerate(sets)}
@@ -664,18 +671,16 @@ def explain(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
         write_json(path, rows)
 
     def representations(path: Path) -> None:
-        tokenizer, model = models.load_tokenizer(experiment.model.name), load(run, experiment, name)
         rows: list[dict[str, Any]] = []
-        for part, pairs in _facts_to_explain(run, experiment, tokenizer).items():
-            found = representation_consistency(model, pairs, pad_id=models.pad_id(tokenizer))
+        for part, pairs in _facts_to_explain(parts_of(), options.facts).items():
+            found = representation_consistency(model_of(), pairs, pad_id=models.pad_id(tokenizer_of()))
             rows += [{"part": part} | row for row in found]
         write_json(path, rows)
 
     def circuits(path: Path) -> None:
-        tokenizer, model = models.load_tokenizer(experiment.model.name), load(run, experiment, name)
+        tokenizer, model, parts = tokenizer_of(), model_of(), parts_of()
         anatomy = Anatomy(model)
         units = [unit for unit in circuit.NODES if anatomy.sites(unit)]
-        parts = examples(run, tokenizer, known=name == "base")
         # the base knows nobody of the run's world, but people of its own
         asked = ["a_ood"] if name == "base" else ["qa_id", "qa_ood"]
         psets = {} if name == "base" else dict(_shared_to_explain(run, experiment, name))
@@ -714,24 +719,27 @@ def explain(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
         write_json(path, found)
 
     def at_positions(path: Path) -> None:
-        tokenizer, base = models.load_tokenizer(experiment.model.name), load(run, experiment, "base")
-        values = snapshot(load(run, experiment, name))
-        parts, rows = examples(run, tokenizer), []
+        tokenizer, parts, base = tokenizer_of(), parts_of(), load(run, experiment, "base")
+        values = {parameter: value.detach() for parameter, value in model_of().named_parameters()}
+        rows: list[dict[str, Any]] = []
         psets = positions.components(Anatomy(base))
         with progress.bar(f"{name}: positions", 2 * len(psets) * len(positions.CHOICES)) as update:
             for component, pset in psets.items():
-                try:
-                    for part in ("qa_id", "qa_ood"):
+                where: list[positions.Positions] = []  # the choice of tokens that is asked about
+                with ExitStack() as graft:
+                    try:
+                        chosen = lambda ids, where=where: where[-1](ids)
+                        graft.enter_context(positions.grafted_at(base, pset, values, chosen))
+                    except UserError as why:  # a model whose weights can't be told apart by token
+                        progress.note(f"{name}: nothing of {component} is grafted at positions, since {why}")
+                        continue
+                    for part, places in product(("qa_id", "qa_ood"), positions.CHOICES):
                         items = _sample(parts[part], options.questions)
-                        for places in positions.CHOICES:
-                            where = positions.at_places(items, places)
-                            with positions.grafted_at(base, pset, values, where):
-                                found = recall(base, tokenizer, items).summary()
-                            place = {"part": part, "component": component, "places": list(places)}
-                            rows.append(place | {k: found[k] for k in ("exact_match", "low", "high", "n", "logprob")})
-                            update.add(1)
-                except UserError as why:  # a model whose weights can't be told apart by token
-                    progress.note(f"{name}: nothing of {component} is grafted at positions, since {why}")
+                        where.append(positions.at_places(items, places))
+                        found = recall(base, tokenizer, items).summary()
+                        place = {"part": part, "component": component, "places": list(places)}
+                        rows.append(place | {k: found[k] for k in ("exact_match", "low", "high", "n", "logprob")})
+                        update.add(1)
         write_json(path, rows)
 
     makers: dict[str, Callable[[Path], None]] = {
@@ -743,9 +751,8 @@ def explain(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
         run.stage(f"mechanism/{name}/{part}.json", key, makers[part])
 
 
-def _facts_to_explain(run: Run, experiment: Experiment, tokenizer: Any) -> dict[str, list[FactPair]]:
+def _facts_to_explain(parts: Mapping[str, list[Encoded]], number: int) -> dict[str, list[FactPair]]:
     """Some facts of whole people, both formats of each: of those whose questions are trained, and of the others."""
-    parts = examples(run, tokenizer)
     found = {}
     for part in ("qa_id", "qa_ood"):
         pairs = fact_pairs(parts["bio"], parts[part])
@@ -754,7 +761,7 @@ def _facts_to_explain(run: Run, experiment: Experiment, tokenizer: Any) -> dict[
         chosen: list[FactPair] = []
         for person in people:
             own = [pair for pair in pairs if pair.person == person]
-            if len(chosen) + len(own) > experiment.mechanism.facts and chosen:
+            if len(chosen) + len(own) > number and chosen:
                 break
             chosen += own
         found[part] = chosen

@@ -85,7 +85,8 @@ def grafted_at(
 
     Args:
         tuned: name -> the values to put in.
-        positions: of every forward's input_ids [B, T] the tokens [B, T] that get them.
+        positions: of every forward's input_ids [B, T] the tokens [B, T] that get them. It may answer otherwise later
+            on: entering costs a copy of the selected tensors and four short forwards, another choice of tokens nothing.
 
     Raises:
         UserError: a tensor of the set is missing or has another shape; a module that mixes positions within itself
@@ -100,7 +101,7 @@ def grafted_at(
         p, mask = parameters[name].detach(), pset.masks[name].to(parameters[name].device)
         mixed[name] = torch.where(mask, tuned[name].detach().to(p.device, p.dtype), p)
 
-    owners: list[tuple[str, nn.Module, dict[str, Tensor]]] = []
+    owners: list[tuple[nn.Module, dict[str, Tensor]]] = []
     for path, module in model.named_modules():
         own = {local: mixed[names[id(p)]] for local, p in module._parameters.items()
                if p is not None and names[id(p)] in mixed}  # fmt: skip
@@ -110,7 +111,7 @@ def grafted_at(
                 "mix positions; grafting at positions expects parameters in linear layers, embeddings, norms, experts"
             )
         if own:
-            owners.append((path, module, own))
+            owners.append((module, own))
     current: list[Positions] = [lambda ids: torch.ones_like(ids, dtype=torch.bool)]
     now: list[Tensor] = []  # the tokens of the forward that is going on
     busy = False
@@ -143,11 +144,11 @@ def grafted_at(
                 base, grafted = (x.expand(len(where), *x.shape[1:]) for x in (base, grafted))
         return torch.where(mask.view(*mask.shape, *[1] * (base.dim() - mask.dim())), grafted, base)
 
-    axes = _token_axes(model, [module for _, module, _ in owners])
-    owners = [owner for owner in owners if axes[id(owner[1])]]  # the others are not called, as those for images
+    axes = _token_axes(model, [module for module, _ in owners])
+    owners = [owner for owner in owners if axes[id(owner[0])]]  # the others are not called, as those for images
     with ExitStack() as hooks:
         hooks.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        for _, module, own in owners:
+        for module, own in owners:
             hook = lambda module, args, kwargs, output, own=own: choose(own, module, args, kwargs, output)
             hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         busy = True  # the model as it is, with the values that are to be put in

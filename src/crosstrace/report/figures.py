@@ -364,7 +364,7 @@ def figure_circuit(
     results: Mapping, *, model: str | None = None, unit: str | None = None, part: str | None = None, legend: bool = True
 ) -> Figure:
     """Exact match with the top nodes kept and with the top nodes ablated, beside random nodes, as many."""
-    rows = R.circuit_rows(results, "curves")
+    rows = R.mechanism_rows(results, "circuit", "curves")
     model = model or next((m for m in reversed(R.distinct(rows, "model"))), None)
     rows = R.where(rows, model=model)
     unit = unit or next(iter(R.distinct(rows, "unit")), None)

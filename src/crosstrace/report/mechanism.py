@@ -1,8 +1,8 @@
-"""The page's sections on how the taught models recall: consistency of a fact's two formats."""
+"""The page's sections on how the models recall: consistency of a fact's two formats, circuit, grafting at tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from crosstrace.report import figures as F
 from crosstrace.report import rows as R
@@ -10,6 +10,7 @@ from crosstrace.report import words as say
 from crosstrace.report.blocks import Cell, Plot, Section, Table, key
 from crosstrace.report.rows import Row
 
+Columns = dict[str, Callable[[Row], Cell | str]]  # a table's heads, and what they say of a row
 WORTH = 0.2  # recall below which nobody asks which nodes keep it
 BOTH = "The text that stores a fact and the one that recalls it, each up to the fact's object"
 
@@ -45,19 +46,16 @@ def gradients(results: Mapping) -> Section:
             rows,
         )
     )
-    for part in parts:
-        body = [
-            [
-                say.model(r["model"]),
-                say.explained(r) if r["group"] in say.EXPLAINED else f"{say.spoken(r['group'])} {r['label']}",
-                say.plain(r.get("size")),
-                *(_cell(r, name) for name in ("same", "relation", "person", "other")),
-                Cell(say.percent(r.get("first")), f"chance {say.percent(r.get('chance_first'))}"),
-            ]
-            for r in R.where(rows, part=part)
-        ]
-        head = ["Model", "Parameters", "Size", "Same fact", "Same relation", "Same person", "Neither", "Own is highest"]
-        section.blocks.append(Table(head, body, f"{say.test(part)}: every set in numbers", True))
+    columns = {
+        "Model": _model,
+        "Parameters": lambda r: (
+            say.explained(r) if r["group"] in say.EXPLAINED else f"{say.spoken(r['group'])} {r['label']}"
+        ),
+        "Size": lambda r: say.plain(r.get("size")),
+        **COSINES,
+        "Own is highest": lambda r: Cell(say.percent(r.get("first")), f"chance {say.percent(r.get('chance_first'))}"),
+    }
+    section.blocks += [_table(f"{say.test(p)}: every set in numbers", R.where(rows, part=p), columns) for p in parts]
     return section
 
 
@@ -95,29 +93,23 @@ def representations(results: Mapping) -> Section:
             folded_title="Linear CKA, and cosine beyond that of another person's fact",
         )
     )
-    for part in parts:
-        body = [
-            [
-                say.model(r["model"]),
-                say.place(r["place"]),
-                say.plain(r["layer"]),
-                *(_cell(r, name) for name in ("same", "relation", "person", "other")),
-                Cell(say.decimal(r.get("cka")), f"shuffled {say.decimal(r.get('cka_shuffled'))}"),
-                Cell(say.percent(r.get("top1")), f"right object {say.percent(r.get('answer_top1'))}"),
-                Cell(say.decimal(r.get("mrr")), f"chance {say.decimal(r.get('chance_mrr'))}"),
-            ]
-            for r in R.where(rows, part=part)
-        ]
-        head = ["Model", "Place", "Layer", "Same fact", "Same relation", "Same person", "Neither", "CKA",
-                "Found first", "Reciprocal rank"]  # fmt: skip
-        section.blocks.append(Table(head, body, f"{say.test(part)}: every layer in numbers", True))
+    columns = {
+        "Model": _model,
+        "Place": lambda r: say.place(r["place"]),
+        "Layer": lambda r: say.plain(r["layer"]),
+        **COSINES,
+        "CKA": lambda r: Cell(say.decimal(r.get("cka")), f"shuffled {say.decimal(r.get('cka_shuffled'))}"),
+        "Found first": lambda r: Cell(say.percent(r.get("top1")), f"right object {say.percent(r.get('answer_top1'))}"),
+        "Reciprocal rank": lambda r: Cell(say.decimal(r.get("mrr")), f"chance {say.decimal(r.get('chance_mrr'))}"),
+    }
+    section.blocks += [_table(f"{say.test(p)}: every layer in numbers", R.where(rows, part=p), columns) for p in parts]
     return section
 
 
 def circuit(results: Mapping) -> Section:
     """Which heads and neurons recall goes through, and whether they hold the shared parameters."""
     section = Section("circuit", "The circuit of recall", command="mechanism")
-    rows = R.circuit_rows(results, "curves")
+    rows = R.mechanism_rows(results, "circuit", "curves")
     if not rows:
         section.absent = "No circuit was looked for"
         return section
@@ -128,7 +120,7 @@ def circuit(results: Mapping) -> Section:
         for model in (m for m in models if m != "base"):
             own = R.where(rows, model=model, unit=unit)
             part = R.held_out_first(R.distinct(own, "part"))[0]
-            for r in R.where(R.circuit_rows(results, "kept"), model=model, unit=unit, part=part):
+            for r in R.where(R.mechanism_rows(results, "circuit", "kept"), model=model, unit=unit, part=part):
                 if r["nodes"] is not None and r["exact_match"] >= WORTH:
                     found.append(
                         f"{say.model(model)} keeps nine tenths of its recall of {say.answered(part)} "
@@ -160,42 +152,34 @@ def circuit(results: Mapping) -> Section:
             also=" ".join(sentences[1:]),
         )
     )
-    agreement = [r for r in R.circuit_rows(results, "agreement") if r.get("auc") is not None]
+    agreement = [r for r in R.mechanism_rows(results, "circuit", "agreement") if r.get("auc") is not None]
+    asked: Columns = {"Model": _model, "Questions": lambda r: say.test(r["part"])}
+    tested = lambda name, r: Cell(say.decimal(r[name]), f"p = {say.decimal(r[f'{name}_p'], 3)}")
+    nats = lambda name: lambda r: say.decimal(r[name], 3)
     if agreement:
-        body = [
-            [
-                say.model(r["model"]),
-                say.test(r["part"]),
-                say.unit(r["unit"]),
-                say.when(r["when"]),
-                Cell(say.decimal(r["spearman"]), f"p = {say.decimal(r['spearman_p'], 3)}"),
-                Cell(say.decimal(r["auc"]), f"p = {say.decimal(r['auc_p'], 3)}"),
-            ]
-            for r in agreement
-        ]
-        head = ["Model", "Questions", "Nodes", "Shared set", "Spearman", "ROC-AUC"]
-        section.blocks.append(
-            Table(head, body, "Do the nodes that matter hold the shared parameters? Permutation tests")
-        )
-    body = [
-        [
-            say.model(r["model"]),
-            say.test(r["part"]),
-            r["node"],
-            say.decimal(r["attribution"], 3),
-            say.decimal(r["drop"], 3),
-            say.percent(r["exact_match"]),
-        ]
-        for r in R.circuit_rows(results, "alone")
-    ]
-    head = ["Model", "Questions", "Node", "Attribution, nats", "Drop when ablated, nats", "Exact match then"]
-    section.blocks.append(Table(head, body, "The most important nodes, ablated one by one", True))
-    body = [
-        [say.model(r["model"]), say.test(r["part"]), r["module"], say.decimal(r["sum"], 3), say.decimal(r["drop"], 3)]
-        for r in R.circuit_rows(results, "modules")
-    ]
-    head = ["Model", "Questions", "Module", "Sum of attributions, nats", "Drop with all ablated, nats"]
-    section.blocks.append(Table(head, body, "Completeness: what a module's nodes sum to", True))
+        columns = asked | {
+            "Nodes": lambda r: say.unit(r["unit"]),
+            "Shared set": lambda r: say.when(r["when"]),
+            "Spearman": lambda r: tested("spearman", r),
+            "ROC-AUC": lambda r: tested("auc", r),
+        }
+        title = "Do the nodes that matter hold the shared parameters? Permutation tests"
+        section.blocks.append(_table(title, agreement, columns, folded=False))
+    columns = asked | {
+        "Node": lambda r: r["node"],
+        "Attribution, nats": nats("attribution"),
+        "Drop when ablated, nats": nats("drop"),
+        "Exact match then": lambda r: say.percent(r["exact_match"]),
+    }
+    alone = R.mechanism_rows(results, "circuit", "alone")
+    section.blocks.append(_table("The most important nodes, ablated one by one", alone, columns))
+    columns = asked | {
+        "Module": lambda r: r["module"],
+        "Sum of attributions, nats": nats("sum"),
+        "Drop with all ablated, nats": nats("drop"),
+    }
+    modules = R.mechanism_rows(results, "circuit", "modules")
+    section.blocks.append(_table("Completeness: what a module's nodes sum to", modules, columns))
     return section
 
 
@@ -258,5 +242,24 @@ def _looks(results: Mapping, rows: list[Row]) -> dict[str, F.Look]:
     return {m: look for m, look in F.strategy_looks(results).items() if m in found}
 
 
-def _cell(row: Row, name: str) -> Cell:
-    return Cell(say.decimal(row.get(name)), say.interval(row.get(f"{name}_low"), row.get(f"{name}_high"), say.decimal))
+def _table(title: str, rows: Sequence[Row], columns: Columns, folded: bool = True) -> Table:
+    """A table of the rows: per column its head and what it says of a row."""
+    return Table(list(columns), [[cell(r) for cell in columns.values()] for r in rows], title, folded)
+
+
+def _model(row: Row) -> str:
+    return say.model(row["model"])
+
+
+def _cosine(name: str) -> Callable[[Row], Cell]:
+    """A pairing's mean cosine with its interval."""
+    bounds = lambda r: say.interval(r.get(f"{name}_low"), r.get(f"{name}_high"), say.decimal)
+    return lambda r: Cell(say.decimal(r.get(name)), bounds(r))
+
+
+COSINES: Columns = {
+    "Same fact": _cosine("same"),
+    "Same relation": _cosine("relation"),
+    "Same person": _cosine("person"),
+    "Neither": _cosine("other"),
+}

@@ -111,16 +111,12 @@ def intervention_rows(results: Mapping, kind: str) -> list[Row]:
     return rows
 
 
-def mechanism_rows(results: Mapping, part: str) -> list[Row]:
-    """{model, part (which questions), …} of one analysis of the mechanism, the base's first."""
+def mechanism_rows(results: Mapping, part: str, table: str = "") -> list[Row]:
+    """{model, part (which questions), …} of one analysis of the mechanism, the base's first; of one that has several
+    tables (the circuit's heads, modules, alone, curves, kept and agreement), of the one named."""
     found = (results.get("mechanism") or {}).get(part) or {}
-    return [{"model": m, **row} for m in ["base", *strategies(results)] for row in found.get(m) or []]
-
-
-def circuit_rows(results: Mapping, part: str) -> list[Row]:
-    """{model, part (which questions), …} of one table of the circuits: heads, modules, alone, curves or agreement."""
-    found = (results.get("mechanism") or {}).get("circuit") or {}
-    return [{"model": m, **row} for m in ["base", *strategies(results)] for row in (found.get(m) or {}).get(part) or []]
+    own = {m: (rows or {}).get(table) if table else rows for m, rows in found.items()}
+    return [{"model": m, **row} for m in ["base", *strategies(results)] for row in own.get(m) or []]
 
 
 def strategies(results: Mapping) -> list[str]:

@@ -45,13 +45,7 @@ STATES = {
     "cka": "linear CKA",
     "excess": "cosine beyond same relation",
 }
-EXPLAINED = {
-    "all": "all in scope",
-    "shared": "shared set",
-    "rest": "the rest",
-    "random": "random",
-    "random_per_tensor": "random, per tensor",
-}
+EXPLAINED = {"all": "all in scope", "rest": "the rest", **SETS, "random_per_tensor": "random, per tensor"}
 UNITS = {
     "query_head": "query heads",
     "kv_head": "key/value heads",

@@ -318,7 +318,9 @@ class Alone(Rule):
         parameter = self.call.module.get_parameter(self.local)
         for place, i in enumerate(range(self.batch)[examples]):
             (gradient,) = self._gradients(i, [parameter])
-            put(out[place], torch.zeros_like(out[place]) if gradient is None else _rows_of(gradient)[rows], beta)
+            put(
+                out[place], torch.zeros_like(out[place]) if gradient is None else torch.atleast_1d(gradient)[rows], beta
+            )
 
     def total(self, out: Tensor, examples: slice) -> None:
         self.reduce({"sum": out}, examples)
@@ -347,11 +349,6 @@ class Alone(Rule):
 
 
 # Cheapest first; the last is tried only where no other is right.
-def _rows_of(x: Tensor) -> Tensor:
-    """x with rows; a number is one."""
-    return x if x.dim() else x.unsqueeze(0)
-
-
 RULES: list[type[Rule]] = [
     Linear,
     TransposedLinear,

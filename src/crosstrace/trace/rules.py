@@ -263,11 +263,11 @@ class Linear(Rule):
 
     def gram(self) -> Tensor | None:
         """⟨g_i, g_j⟩ [B, B] in float64, by Σ_{t,s} (e_it · e_js)(a_it · a_js); None where `product` is cheaper."""
-        left, right = self._chosen(slice(None), sum_dtype(self.left.dtype))
-        count, length, width = left.shape
-        height = right.shape[-1]
+        count, length, width = self.left.shape
+        height = self.right.shape[-1]
         if count * length**2 * (width + height) >= (length + count) * width * height:
             return None
+        left, right = self._chosen(slice(None), sum_dtype(self.left.dtype))
         every = [x.flatten(0, 1).t() for x in (left, right)]
         step = max(1, TILE // (count * length**2))
         rows = []
