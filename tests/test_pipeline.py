@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crosstrace import config, pipeline
+from crosstrace import config, material, pipeline
 from crosstrace.errors import UserError
 from crosstrace.evaluate import recall
 from crosstrace.models import load_tokenizer
@@ -127,9 +127,9 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
     }
     words = load_tokenizer("bundled")
     with Run.create(whole, config.dumps(experiment), "resume") as opened:
-        items = pipeline._sample(pipeline.examples(opened, words)["qa_id"], experiment.mechanism.questions)
+        items = material.sample(material.examples(opened, words)["qa_id"], experiment.mechanism.questions)
         for name, count in (("base", 0), ("mixed", 4)):  # nowhere it is the base, everywhere the tuned model
-            model = pipeline.load(opened, experiment, name)
+            model = material.load(opened, experiment, name)
             assert ends[count] == recall(model, words, items).summary()["exact_match"]
 
 
@@ -167,7 +167,7 @@ def test_an_intervention_gives_what_editing_by_hand_gives(whole: Path) -> None:
                 parameter.copy_(torch.where(both.masks[name], originals[name], parameter))
     with Run.create(whole, None, "resume") as run:
         tokenizer = load_tokenizer("bundled")
-        asked = pipeline._sample(pipeline.examples(run, tokenizer)["qa_ood"], 12)
+        asked = material.sample(material.examples(run, tokenizer)["qa_ood"], 12)
     expected = recall(tuned, tokenizer, asked).exact
     found = json.loads((whole / "interventions/mixed.json").read_text())["ablate"]
     row = next(row for row in found if row["when"] == "final" and row["set"] == "shared")
@@ -258,14 +258,14 @@ def test_checkpoints_are_traced_each_and_in_the_mean(tmp_path: Path) -> None:
 
 def test_a_sample_has_as_many_of_each_relation(whole: Path) -> None:
     with Run.create(whole, None, "resume") as run:
-        parts = pipeline.examples(run, load_tokenizer("bundled"))
+        parts = material.examples(run, load_tokenizer("bundled"))
     for number in (12, 20, 48):
-        chosen = pipeline._sample(parts["qa_ood"], number)
+        chosen = material.sample(parts["qa_ood"], number)
         counts = Counter(item.example.mentions[0].relation for item in chosen)
         assert len(chosen) == number and len(counts) == 6 and max(counts.values()) - min(counts.values()) <= 1
         assert len({item.example.person for item in chosen}) > number / 6
-        assert chosen == pipeline._sample(parts["qa_ood"], number)
-    assert len(pipeline._sample(parts["qa_ood"], 10_000)) == len(parts["qa_ood"])
+        assert chosen == material.sample(parts["qa_ood"], number)
+    assert len(material.sample(parts["qa_ood"], 10_000)) == len(parts["qa_ood"])
     groups = {item.example.person: item.group for item in parts["bio"]}
     assert sorted(groups.values()) == list(range(32))
     assert all(groups[item.example.person] == item.group < 16 for item in parts["qa_id"])

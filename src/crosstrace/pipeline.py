@@ -6,46 +6,50 @@ one output, so a killed run goes on where it stopped and every stage can be run 
 
 from __future__ import annotations
 
-import math
 import os
-import random
 import shutil
 import signal
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
-from dataclasses import asdict, replace
-from functools import cache
-from itertools import islice, product, zip_longest
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from crosstrace import circuit, claims, config, models, positions
+from crosstrace import claims, config, models
 from crosstrace.analysis import centralization_rows, density_map, overlap_rows, similarity_rows
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
-from crosstrace.consistency import FactPair, fact_pairs, gradient_consistency, representation_consistency
 from crosstrace.errors import UserError
 from crosstrace.evaluate import Recall, recall, summaries
-from crosstrace.facts import FactSettings, World
+from crosstrace.facts import World
 from crosstrace.intervene import ablated, grafted, snapshot
+from crosstrace.material import (
+    WHENS,
+    examples,
+    known_people,
+    load,
+    model_inputs,
+    model_key,
+    sample,
+    training_examples,
+)
+from crosstrace.mechanism import explain
 from crosstrace.progress import Progress
 from crosstrace.results import Results
 from crosstrace.shared import ParamSet, only_set, random_set, scope, select_each, shared
 from crosstrace.stats import mean_interval, wilson
-from crosstrace.store import Run, end_with_parent, metadata, read_json, remove_folder, sha256_tree, write_json
-from crosstrace.text import biographies, questions, read_jsonl, write_jsonl
+from crosstrace.store import Run, end_with_parent, metadata, read_json, remove_folder, write_json
+from crosstrace.text import biographies, questions, write_jsonl
 from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
 from crosstrace.train import Listener, RecallHistory, train
 
 STAGES = ("data", "train", "eval", "trace", "analyze", "intervene", "mechanism", "report")
 TASKS = ("bio", "qa")
-WHENS = ("online", "final", "checkpoints")  # of traces
 
 
 def run(
@@ -177,45 +181,6 @@ def make_data(run: Run, experiment: Experiment) -> None:
     run.stage("data", key, make)
 
 
-def known_people(model: str) -> FactSettings | None:
-    """The people that a base made by `crosstrace pretrain-base` was taught; None for any other model."""
-    recipe = Path(models.locate(model)) / "recipe.json"
-    if not recipe.is_file():
-        return None
-    try:
-        facts = FactSettings(**read_json(recipe)["recipe"]["facts"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{recipe} is no recipe of `crosstrace pretrain-base`; remove it if the model is of other making"
-        ) from None
-    return replace(facts, questions=1)  # one wording a fact, however many the base was taught
-
-
-def examples(run: Run, tokenizer: Any, known: bool = False) -> dict[str, list[Encoded]]:
-    """The run's examples by part: bio, qa_id, qa_ood and, if asked for and there is one, a_ood: about the people whom
-    the base knows.
-
-    All examples of a person are of one group, the unit that the traces' parts are made of; people whose questions are
-    trained are numbered first, so that they spread evenly over the parts, as all people do.
-    """
-    texts = {"bio": read_jsonl(run.path("data/bio.jsonl")), "qa": read_jsonl(run.path("data/qa.jsonl"))}
-    if known and run.path("data/a_qa.jsonl").exists():
-        texts["a_ood"] = read_jsonl(run.path("data/a_qa.jsonl"))
-    people = dict.fromkeys(item.person for split in ("id", "ood") for item in texts["bio"] if item.split == split)
-    groups = {person: number for number, person in enumerate(people)}
-    parts = {name: encode(tokenizer, items, groups) for name, items in texts.items()}
-    qa = parts.pop("qa")
-    return parts | {
-        "qa_id": [item for item in qa if item.example.split == "id"],
-        "qa_ood": [item for item in qa if item.example.split == "ood"],
-    }
-
-
-def training_examples(parts: Mapping[str, list[Encoded]]) -> dict[str, list[Encoded]]:
-    """What is trained and traced of each task: every biography, and the questions of the ID people."""
-    return {"bio": parts["bio"], "qa": parts["qa_id"]}
-
-
 # ------------------------------------------------------------------------------- teach
 
 
@@ -225,7 +190,7 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
     phases = experiment.strategies[name]
     watched = {"targets", "online", "every", "lr_weighted", "parts"}
     key = {
-        "model": _model_key(experiment), "train": asdict(options), "phases": [asdict(phase) for phase in phases],
+        "model": model_key(experiment), "train": asdict(options), "phases": [asdict(phase) for phase in phases],
         "trace": {k: v for k, v in asdict(tracing).items() if k in watched}, "measure": tracing.measures[0],
         "threads": experiment.threads, "bf16": _precision(experiment) == "bf16", **run.inputs("data"),
     }  # fmt: skip
@@ -296,8 +261,8 @@ class OnlineListener:
 
 def _few(tokenizer: Any, parts: Mapping[str, list[Encoded]], number: int) -> Callable[[Any], dict[str, Any]]:
     """A quick measurement of recall on some questions, and on biographies with about as many objects."""
-    chosen = {name: _sample(parts[name], number) for name in ("qa_id", "qa_ood")}
-    chosen["bio"] = _sample(parts["bio"], max(1, number // len(parts["bio"][0].example.mentions)))
+    chosen = {name: sample(parts[name], number) for name in ("qa_id", "qa_ood")}
+    chosen["bio"] = sample(parts["bio"], max(1, number // len(parts["bio"][0].example.mentions)))
 
     def measure(model: Any) -> dict[str, Any]:
         found = {name: recall(model, tokenizer, items).summary() for name, items in chosen.items()}
@@ -306,16 +271,6 @@ def _few(tokenizer: Any, parts: Mapping[str, list[Encoded]], number: int) -> Cal
         }
 
     return measure
-
-
-def _sample(items: Sequence[Encoded], number: int) -> list[Encoded]:
-    """`number` of the examples, as many of each relation as can be, at random but always the same, in their order."""
-    by_relation: dict[str, list[int]] = {}
-    for index, item in enumerate(items):
-        by_relation.setdefault("+".join(mention.relation for mention in item.example.mentions), []).append(index)
-    draws = {key: random.Random(f"sample/{key}").sample(found, len(found)) for key, found in by_relation.items()}
-    turns = (index for turn in zip_longest(*draws.values()) for index in turn if index is not None)
-    return [items[index] for index in sorted(islice(turns, number))]
 
 
 def _keep_models(folder: Path, tokenizer: Any, phases: Sequence[str], checkpoints: bool) -> None:
@@ -334,25 +289,12 @@ def _keep_models(folder: Path, tokenizer: Any, phases: Sequence[str], checkpoint
             tokenizer.save_pretrained(target)
 
 
-def model_folder(run: Run, experiment: Experiment, name: str) -> str:
-    """Where a model of the run lies: the base, or a strategy's model after its last phase."""
-    if name == "base":
-        return experiment.model.name
-    return str(run.path(f"models/{name}") / experiment.strategies[name][-1].name)
-
-
-def load(run: Run, experiment: Experiment, name: str) -> Any:
-    """The base or a taught model of the run, ready for use."""
-    place = model_folder(run, experiment, name)
-    return models.load_model(place, experiment.model.dtype, experiment.model.attention)
-
-
 # ------------------------------------------------------------------------------- test
 
 
 def test(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """Recall of the base or of a taught model: eval/<model>.json, with every single answer."""
-    key = {"model": _inputs(run, experiment, name), "threads": experiment.threads, **run.inputs("data")}
+    key = {"model": model_inputs(run, experiment, name), "threads": experiment.threads, **run.inputs("data")}
 
     def make(path: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)
@@ -377,7 +319,7 @@ def _bits(result: Recall) -> str:
 def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """The trace at the final checkpoint (and at kept ones): traces/<strategy>/<when>/<task>.safetensors."""
     options = experiment.trace
-    key = {"trace": asdict(options), "model": _inputs(run, experiment, name), **run.inputs("data")}
+    key = {"trace": asdict(options), "model": model_inputs(run, experiment, name), **run.inputs("data")}
 
     def make(folder: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)
@@ -394,7 +336,7 @@ def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress)
         for when, place in places.items():
             model = models.load_model(str(place), experiment.model.dtype, experiment.model.attention)
             for task, items in trained.items():
-                items = _sample(items, options.examples) if options.examples else items
+                items = sample(items, options.examples) if options.examples else items
                 with progress.bar(f"{name}: trace {task}", len(items)) as update:
                     found = trace(
                         model, _trace_batches(items, experiment, tokenizer), task=task,
@@ -424,7 +366,7 @@ def examine(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
         with progress.bar("doctor") as update:
             write_json(path, asdict(diagnose(model, tokenizer, kernels=kernels, progress=update)))
 
-    run.stage("doctor.json", {"model": _model_key(experiment), "threads": experiment.threads}, make)
+    run.stage("doctor.json", {"model": model_key(experiment), "threads": experiment.threads}, make)
 
 
 def _trace_batches(items: list[Encoded], experiment: Experiment, tokenizer: Any):
@@ -562,7 +504,7 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
     def make(path: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)
         parts = examples(run, tokenizer)
-        asked = {part: _sample(parts[part], options.questions) for part in ("qa_id", "qa_ood")}
+        asked = {part: sample(parts[part], options.questions) for part in ("qa_id", "qa_ood")}
         base, tuned = load(run, experiment, "base"), load(run, experiment, name)
         base_values, tuned_values = snapshot(base), snapshot(tuned)
         in_scope = scope(base, experiment.analysis.embeddings)
@@ -634,167 +576,6 @@ def _accuracy(part: str, answers: list[list[int]]) -> dict[str, float]:
         mean = rates[0]
         low, high = wilson(sum(answers[0]), len(answers[0]))
     return {part: mean, f"{part}_low": low, f"{part}_high": high}
-
-
-# ------------------------------------------------------------------------------- mechanism
-
-
-def explain(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
-    """How the base or a taught model recalls: mechanism/<model>/<part>.json."""
-    options = experiment.mechanism
-    shared_sets = [] if name == "base" else [f"shared/{name}"]
-    key = {
-        "mechanism": {k: v for k, v in asdict(options).items() if k not in ("run", "parts")},
-        "embeddings": experiment.analysis.embeddings, "model": _inputs(run, experiment, name),
-        "threads": experiment.threads, **run.inputs("data", *shared_sets),
-    }  # fmt: skip
-
-    # read once, and only if some part is still to be made
-    tokenizer_of = cache(lambda: models.load_tokenizer(experiment.model.name))
-    model_of = cache(lambda: load(run, experiment, name))
-    parts_of = cache(lambda: examples(run, tokenizer_of(), known=name == "base"))
-
-    def gradients(path: Path) -> None:
-        tokenizer, model = tokenizer_of(), model_of()
-        sets = _sets_to_explain(run, experiment, name, model)
-        rows: list[dict[str, Any]] = []
-        asked = _facts_to_explain(parts_of(), options.facts)
-        with progress.bar(f"{name}: gradients", len(asked)) as update:
-            for part, pairs in asked.items():
-                psets = {str(number): pset for number, (_, pset) in enumerate(sets)}
-                found = gradient_consistency(
-                    model, pairs, psets, pad_id=models.pad_id(tokenizer), together=options.together
-                )
-                about = [{"part": part, **place} for place, _ in sets]
-                rows += [place | {k: v for k, v in row.items() if k != "set"} for place, row in zip(about, found)]
-                update.add(1)
-        write_json(path, rows)
-
-    def representations(path: Path) -> None:
-        rows: list[dict[str, Any]] = []
-        for part, pairs in _facts_to_explain(parts_of(), options.facts).items():
-            found = representation_consistency(model_of(), pairs, pad_id=models.pad_id(tokenizer_of()))
-            rows += [{"part": part} | row for row in found]
-        write_json(path, rows)
-
-    def circuits(path: Path) -> None:
-        tokenizer, model, parts = tokenizer_of(), model_of(), parts_of()
-        anatomy = Anatomy(model)
-        units = [unit for unit in circuit.NODES if anatomy.sites(unit)]
-        # the base knows nobody of the run's world, but people of its own
-        asked = ["a_ood"] if name == "base" else ["qa_id", "qa_ood"]
-        psets = {} if name == "base" else dict(_shared_to_explain(run, experiment, name))
-        found: dict[str, list[Any]] = {
-            table: [] for table in ("heads", "modules", "alone", "curves", "kept", "agreement")
-        }
-        for unit in circuit.NODES:
-            if unit not in units:
-                progress.note(f"{name}: no {unit} of {type(model).__name__} is in the circuit: its place is not known")
-        asked = asked if units else []
-        with progress.bar(f"{name}: circuit", len(asked)) as update:
-            for part in (part for part in asked if part in parts):
-                items, place = _sample(parts[part], options.questions), {"part": part}
-                data = circuit.answer_batches(items, tokenizer)
-                means = circuit.node_means(model, data, anatomy, units)
-                scores, modules = circuit.attribution(model, data, anatomy, means, units, options.steps)
-                found["modules"] += [place | row for row in modules]
-                for unit in units:
-                    values = scores[unit]
-                    if unit == "query_head":
-                        rows, columns = anatomy.axes(unit)
-                        grid = anatomy.grid(values, unit).tolist()
-                        found["heads"].append(place | {"rows": rows, "columns": columns, "values": grid})
-                    top = (-values).argsort(kind="stable")[: options.alone].tolist()
-                    alone = circuit.single_ablations(model, tokenizer, items, anatomy, means, unit, top)
-                    found["alone"] += [place | {"attribution": float(values[i])} | row for i, row in zip(top, alone)]
-                    curve = circuit.curve(model, tokenizer, items, anatomy, means, values, unit, seeds=options.seeds)
-                    found["curves"] += [place | row for row in curve]
-                    recalled = max(curve, key=lambda row: (row["kind"] == "keep", row["nodes"]))["exact_match"]
-                    kept = {"nodes": circuit.smallest(curve), "of": len(values), "exact_match": recalled}
-                    found["kept"].append(place | {"unit": unit} | kept)
-                    for when, pset in psets.items():
-                        agrees = circuit.agreement(values, pset, anatomy, unit)
-                        found["agreement"].append(place | {"when": when} | agrees)
-                update.add(1)
-        write_json(path, found)
-
-    def at_positions(path: Path) -> None:
-        tokenizer, parts, base = tokenizer_of(), parts_of(), load(run, experiment, "base")
-        values = {parameter: value.detach() for parameter, value in model_of().named_parameters()}
-        rows: list[dict[str, Any]] = []
-        psets = positions.components(Anatomy(base))
-        with progress.bar(f"{name}: positions", 2 * len(psets) * len(positions.CHOICES)) as update:
-            for component, pset in psets.items():
-                where: list[positions.Positions] = []  # the choice of tokens that is asked about
-                with ExitStack() as graft:
-                    try:
-                        chosen = lambda ids, where=where: where[-1](ids)
-                        graft.enter_context(positions.grafted_at(base, pset, values, chosen))
-                    except UserError as why:  # a model whose weights can't be told apart by token
-                        progress.note(f"{name}: nothing of {component} is grafted at positions, since {why}")
-                        continue
-                    for part, places in product(("qa_id", "qa_ood"), positions.CHOICES):
-                        items = _sample(parts[part], options.questions)
-                        where.append(positions.at_places(items, places))
-                        found = recall(base, tokenizer, items).summary()
-                        place = {"part": part, "component": component, "places": list(places)}
-                        rows.append(place | {k: found[k] for k in ("exact_match", "low", "high", "n", "logprob")})
-                        update.add(1)
-        write_json(path, rows)
-
-    makers: dict[str, Callable[[Path], None]] = {
-        "gradients": gradients, "representations": representations, "circuit": circuits, "positions": at_positions
-    }  # fmt: skip
-    for part in options.parts:
-        if part == "positions" and name == "base":
-            continue  # it is what the tuned weights are put into
-        run.stage(f"mechanism/{name}/{part}.json", key, makers[part])
-
-
-def _facts_to_explain(parts: Mapping[str, list[Encoded]], number: int) -> dict[str, list[FactPair]]:
-    """Some facts of whole people, both formats of each: of those whose questions are trained, and of the others."""
-    found = {}
-    for part in ("qa_id", "qa_ood"):
-        pairs = fact_pairs(parts["bio"], parts[part])
-        people = list(dict.fromkeys(pair.person for pair in pairs))
-        random.Random(f"explain/{part}").shuffle(people)
-        chosen: list[FactPair] = []
-        for person in people:
-            own = [pair for pair in pairs if pair.person == person]
-            if len(chosen) + len(own) > number and chosen:
-                break
-            chosen += own
-        found[part] = chosen
-    return found
-
-
-def _shared_to_explain(run: Run, experiment: Experiment, name: str) -> list[tuple[str, ParamSet]]:
-    """The shared set of each time, at the fraction nearest to 5 %."""
-    fraction = min(experiment.analysis.central_fractions, key=lambda f: abs(math.log(f / 0.05)))
-    files = {when: run.path(f"shared/{name}") / f"{when}-{fraction:g}-shared.safetensors" for when in WHENS}
-    return [(when, ParamSet.load(file)) for when, file in files.items() if file.exists()]
-
-
-SetsToExplain = list[tuple[dict[str, Any], ParamSet]]  # what the set is, and the set
-
-
-def _sets_to_explain(run: Run, experiment: Experiment, name: str, model: Any) -> SetsToExplain:
-    """What gradients are compared over: all in scope, each layer, kind and head, and of a taught model the shared set
-    of each time, its complement, and random sets of its size."""
-    in_scope, anatomy = scope(model, experiment.analysis.embeddings), Anatomy(model)
-    whole = ParamSet({n: torch.ones((), dtype=torch.bool).expand(anatomy.shapes[n]) for n in in_scope})
-    found: SetsToExplain = [({"group": "all", "label": "all"}, whole)]
-    for unit in ("layer", "kind", "query_head"):
-        found += [({"group": unit, "label": label}, pset) for label, pset in anatomy.parts(unit, in_scope).items()]
-    for when, pset in _shared_to_explain(run, experiment, name) if name != "base" else ():
-        place = {"when": when, "fraction": pset.meta["fraction"]}
-        sets = {"shared": [pset], "rest": [whole - pset]}
-        draws = [zlib.crc32(f"explain/{name}/{when}/{draw}".encode()) for draw in range(experiment.mechanism.draws)]
-        sets["random"] = [random_set(pset, seed) for seed in draws]
-        sets["random_per_tensor"] = [random_set(pset, seed, within="tensor") for seed in draws]
-        for label, psets in sets.items():
-            found += [({"group": label, "label": label, **place}, own) for own in psets if own.size]
-    return found
 
 
 # ------------------------------------------------------------------------------- conclude and report
@@ -934,17 +715,6 @@ def _without_answers(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------- keys and checks
-
-
-def _model_key(experiment: Experiment) -> dict[str, Any]:
-    """The base's settings and, of a local one, its content."""
-    place = Path(models.locate(experiment.model.name))
-    content = sha256_tree(place) if place.is_dir() else str(place)
-    return asdict(experiment.model) | {"content": content}
-
-
-def _inputs(run: Run, experiment: Experiment, name: str) -> Any:
-    return _model_key(experiment) if name == "base" else run.inputs(f"models/{name}")
 
 
 def _precision(experiment: Experiment) -> str:

@@ -1,0 +1,96 @@
+"""What the stages of a run read: its examples, its models, and the keys that say what those depend on.
+
+It makes nothing and measures nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+from crosstrace import models
+from crosstrace.config import Experiment
+from crosstrace.errors import UserError
+from crosstrace.facts import FactSettings
+from crosstrace.store import Run, read_json, sha256_tree
+from crosstrace.text import read_jsonl
+from crosstrace.tokens import Encoded, encode
+
+WHENS = ("online", "final", "checkpoints")  # of traces
+
+
+def known_people(model: str) -> FactSettings | None:
+    """The people that a base made by `crosstrace pretrain-base` was taught; None for any other model."""
+    recipe = Path(models.locate(model)) / "recipe.json"
+    if not recipe.is_file():
+        return None
+    try:
+        facts = FactSettings(**read_json(recipe)["recipe"]["facts"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{recipe} is no recipe of `crosstrace pretrain-base`; remove it if the model is of other making"
+        ) from None
+    return replace(facts, questions=1)  # one wording a fact, however many the base was taught
+
+
+def examples(run: Run, tokenizer: Any, known: bool = False) -> dict[str, list[Encoded]]:
+    """The run's examples by part: bio, qa_id, qa_ood and, if asked for and there is one, a_ood: about the people whom
+    the base knows.
+
+    All examples of a person are of one group, the unit that the traces' parts are made of; people whose questions are
+    trained are numbered first, so that they spread evenly over the parts, as all people do.
+    """
+    texts = {"bio": read_jsonl(run.path("data/bio.jsonl")), "qa": read_jsonl(run.path("data/qa.jsonl"))}
+    if known and run.path("data/a_qa.jsonl").exists():
+        texts["a_ood"] = read_jsonl(run.path("data/a_qa.jsonl"))
+    people = dict.fromkeys(item.person for split in ("id", "ood") for item in texts["bio"] if item.split == split)
+    groups = {person: number for number, person in enumerate(people)}
+    parts = {name: encode(tokenizer, items, groups) for name, items in texts.items()}
+    qa = parts.pop("qa")
+    return parts | {
+        "qa_id": [item for item in qa if item.example.split == "id"],
+        "qa_ood": [item for item in qa if item.example.split == "ood"],
+    }
+
+
+def training_examples(parts: Mapping[str, list[Encoded]]) -> dict[str, list[Encoded]]:
+    """What is trained and traced of each task: every biography, and the questions of the ID people."""
+    return {"bio": parts["bio"], "qa": parts["qa_id"]}
+
+
+def sample(items: Sequence[Encoded], number: int) -> list[Encoded]:
+    """`number` of the examples, as many of each relation as can be, at random but always the same, in their order."""
+    by_relation: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        by_relation.setdefault("+".join(mention.relation for mention in item.example.mentions), []).append(index)
+    draws = {key: random.Random(f"sample/{key}").sample(found, len(found)) for key, found in by_relation.items()}
+    turns = (index for turn in zip_longest(*draws.values()) for index in turn if index is not None)
+    return [items[index] for index in sorted(islice(turns, number))]
+
+
+def model_folder(run: Run, experiment: Experiment, name: str) -> str:
+    """Where a model of the run lies: the base, or a strategy's model after its last phase."""
+    if name == "base":
+        return experiment.model.name
+    return str(run.path(f"models/{name}") / experiment.strategies[name][-1].name)
+
+
+def load(run: Run, experiment: Experiment, name: str) -> Any:
+    """The base or a taught model of the run, ready for use."""
+    place = model_folder(run, experiment, name)
+    return models.load_model(place, experiment.model.dtype, experiment.model.attention)
+
+
+def model_key(experiment: Experiment) -> dict[str, Any]:
+    """The base's settings and, of a local one, its content."""
+    place = Path(models.locate(experiment.model.name))
+    content = sha256_tree(place) if place.is_dir() else str(place)
+    return asdict(experiment.model) | {"content": content}
+
+
+def model_inputs(run: Run, experiment: Experiment, name: str) -> Any:
+    return model_key(experiment) if name == "base" else run.inputs(f"models/{name}")

@@ -1,0 +1,236 @@
+"""How the base and the taught models of a run recall: the stage `mechanism`, one part after the other.
+
+Each part is a function below: it takes one model of the run with what can be asked about it, calls one module of the
+library, and returns what is saved as mechanism/<model>/<part>.json. No science here.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+import torch
+
+from crosstrace import circuit, models, positions
+from crosstrace.anatomy import Anatomy
+from crosstrace.config import Experiment
+from crosstrace.consistency import FactPair, fact_pairs, gradient_consistency, representation_consistency
+from crosstrace.errors import UserError
+from crosstrace.evaluate import recall
+from crosstrace.material import WHENS, examples, load, model_inputs, sample
+from crosstrace.progress import Progress
+from crosstrace.shared import ParamSet, random_set, scope
+from crosstrace.store import Run, write_json
+from crosstrace.tokens import Encoded
+
+Row = dict[str, Any]
+
+
+def explain(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+    """How the base or a taught model recalls: mechanism/<model>/<part>.json."""
+    options = experiment.mechanism
+    shared_sets = [] if name == "base" else [f"shared/{name}"]
+    key = {
+        "mechanism": {k: v for k, v in asdict(options).items() if k not in ("run", "parts")},
+        "embeddings": experiment.analysis.embeddings, "model": model_inputs(run, experiment, name),
+        "threads": experiment.threads, **run.inputs("data", *shared_sets),
+    }  # fmt: skip
+    asked = Asked(run, experiment, name, progress)
+    for part in options.parts:
+        if name == "base" and part in WITHOUT_BASE:
+            continue
+        make = lambda path, part=part: write_json(path, PARTS[part](asked))
+        run.stage(f"mechanism/{name}/{part}.json", key, make)
+
+
+@dataclass
+class Asked:
+    """One model of a run and what it is asked; everything is read when first needed, and once."""
+
+    run: Run
+    experiment: Experiment
+    name: str
+    progress: Progress
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return models.load_tokenizer(self.experiment.model.name)
+
+    @cached_property
+    def model(self) -> Any:
+        return load(self.run, self.experiment, self.name)
+
+    @cached_property
+    def parts(self) -> dict[str, list[Encoded]]:
+        return examples(self.run, self.tokenizer, known=self.name == "base")
+
+    @cached_property
+    def questions(self) -> dict[str, list[Encoded]]:
+        """Some questions of each kind that the model may know the answer of: the base knows nobody of the run's world,
+        but people of its own."""
+        kinds = ("a_ood",) if self.name == "base" else ("qa_id", "qa_ood")
+        return {part: sample(self.parts[part], self.options.questions) for part in kinds if part in self.parts}
+
+    @cached_property
+    def facts(self) -> dict[str, list[FactPair]]:
+        """Some facts of whole people, both formats of each: of those whose questions are trained, and of the others."""
+        found = {}
+        for part in ("qa_id", "qa_ood"):
+            pairs = fact_pairs(self.parts["bio"], self.parts[part])
+            people = list(dict.fromkeys(pair.person for pair in pairs))
+            random.Random(f"explain/{part}").shuffle(people)
+            chosen: list[FactPair] = []
+            for person in people:
+                own = [pair for pair in pairs if pair.person == person]
+                if len(chosen) + len(own) > self.options.facts and chosen:
+                    break
+                chosen += own
+            found[part] = chosen
+        return found
+
+    @cached_property
+    def shared(self) -> list[tuple[str, ParamSet]]:
+        """A taught model's shared set of each time, at the fraction nearest to 5 %."""
+        if self.name == "base":
+            return []
+        fraction = min(self.experiment.analysis.central_fractions, key=lambda f: abs(math.log(f / 0.05)))
+        home = self.run.path(f"shared/{self.name}")
+        files = {when: home / f"{when}-{fraction:g}-shared.safetensors" for when in WHENS}
+        return [(when, ParamSet.load(file)) for when, file in files.items() if file.exists()]
+
+    @property
+    def options(self) -> Any:
+        return self.experiment.mechanism
+
+    @property
+    def pad_id(self) -> int:
+        return models.pad_id(self.tokenizer)
+
+    def bar(self, label: str, total: int) -> Any:
+        return self.progress.bar(f"{self.name}: {label}", total)
+
+    def note(self, text: str) -> None:
+        self.progress.note(f"{self.name}: {text}")
+
+
+def gradients(asked: Asked) -> list[Row]:
+    """Consistency of a fact's two formats in gradients, over many sets of parameters."""
+    sets = _sets(asked)
+    psets = {str(number): pset for number, (_, pset) in enumerate(sets)}
+    rows: list[Row] = []
+    with asked.bar("gradients", len(asked.facts)) as update:
+        for part, pairs in asked.facts.items():
+            found = gradient_consistency(
+                asked.model, pairs, psets, pad_id=asked.pad_id, together=asked.options.together
+            )
+            about = [{"part": part, **place} for place, _ in sets]
+            rows += [place | {k: v for k, v in row.items() if k != "set"} for place, row in zip(about, found)]
+            update.add(1)
+    return rows
+
+
+def representations(asked: Asked) -> list[Row]:
+    """Consistency of a fact's two formats in hidden states."""
+    rows: list[Row] = []
+    for part, pairs in asked.facts.items():
+        rows += [{"part": part} | row for row in representation_consistency(asked.model, pairs, pad_id=asked.pad_id)]
+    return rows
+
+
+def circuits(asked: Asked) -> dict[str, list[Row]]:
+    """Heads and neurons that recall goes through, and whether they hold the shared parameters."""
+    model, tokenizer, options = asked.model, asked.tokenizer, asked.options
+    anatomy, psets = Anatomy(model), dict(asked.shared)
+    units = [unit for unit in circuit.NODES if anatomy.sites(unit)]
+    found: dict[str, list[Any]] = {table: [] for table in ("heads", "modules", "alone", "curves", "kept", "agreement")}
+    for unit in circuit.NODES:
+        if unit not in units:
+            asked.note(f"no {unit} of {type(model).__name__} is in the circuit: its place is not known")
+    questions = asked.questions if units else {}
+    with asked.bar("circuit", len(questions)) as update:
+        for part, items in questions.items():
+            place = {"part": part}
+            data = circuit.answer_batches(items, tokenizer)
+            means = circuit.node_means(model, data, anatomy, units)
+            scores, modules = circuit.attribution(model, data, anatomy, means, units, options.steps)
+            found["modules"] += [place | row for row in modules]
+            for unit in units:
+                values = scores[unit]
+                if unit == "query_head":
+                    rows, columns = anatomy.axes(unit)
+                    grid = anatomy.grid(values, unit).tolist()
+                    found["heads"].append(place | {"rows": rows, "columns": columns, "values": grid})
+                top = (-values).argsort(kind="stable")[: options.alone].tolist()
+                alone = circuit.single_ablations(model, tokenizer, items, anatomy, means, unit, top)
+                found["alone"] += [place | {"attribution": float(values[i])} | row for i, row in zip(top, alone)]
+                curve = circuit.curve(model, tokenizer, items, anatomy, means, values, unit, seeds=options.seeds)
+                found["curves"] += [place | row for row in curve]
+                recalled = max(curve, key=lambda row: (row["kind"] == "keep", row["nodes"]))["exact_match"]
+                kept = {"nodes": circuit.smallest(curve), "of": len(values), "exact_match": recalled}
+                found["kept"].append(place | {"unit": unit} | kept)
+                for when, pset in psets.items():
+                    agrees = circuit.agreement(values, pset, anatomy, unit)
+                    found["agreement"].append(place | {"when": when} | agrees)
+            update.add(1)
+    return found
+
+
+def at_positions(asked: Asked) -> list[Row]:
+    """Recall of the base with the tuned weights of some components at some tokens."""
+    base = load(asked.run, asked.experiment, "base")
+    values = {parameter: value.detach() for parameter, value in asked.model.named_parameters()}
+    rows: list[Row] = []
+    psets = positions.components(Anatomy(base))
+    with asked.bar("positions", 2 * len(psets) * len(positions.CHOICES)) as update:
+        for component, pset in psets.items():
+            where: list[positions.Positions] = []  # the choice of tokens that is asked about
+            with ExitStack() as graft:
+                try:
+                    chosen = lambda ids, where=where: where[-1](ids)
+                    graft.enter_context(positions.grafted_at(base, pset, values, chosen))
+                except UserError as why:  # a model whose weights can't be told apart by token
+                    asked.note(f"nothing of {component} is grafted at positions, since {why}")
+                    continue
+                for (part, items), places in product(asked.questions.items(), positions.CHOICES):
+                    where.append(positions.at_places(items, places))
+                    found = recall(base, asked.tokenizer, items).summary()
+                    place = {"part": part, "component": component, "places": list(places)}
+                    rows.append(place | {k: found[k] for k in ("exact_match", "low", "high", "n", "logprob")})
+                    update.add(1)
+    return rows
+
+
+def _sets(asked: Asked) -> list[tuple[dict[str, Any], ParamSet]]:
+    """What gradients are compared over, and what it is: all in scope, each layer, kind and head, and of a taught model
+    the shared set of each time, its complement, and random sets of its size."""
+    model = asked.model
+    in_scope, anatomy = scope(model, asked.experiment.analysis.embeddings), Anatomy(model)
+    whole = ParamSet({n: torch.ones((), dtype=torch.bool).expand(anatomy.shapes[n]) for n in in_scope})
+    found: list[tuple[dict[str, Any], ParamSet]] = [({"group": "all", "label": "all"}, whole)]
+    for unit in ("layer", "kind", "query_head"):
+        found += [({"group": unit, "label": label}, pset) for label, pset in anatomy.parts(unit, in_scope).items()]
+    for when, pset in asked.shared:
+        place = {"when": when, "fraction": pset.meta["fraction"]}
+        sets = {"shared": [pset], "rest": [whole - pset]}
+        draws = [zlib.crc32(f"explain/{asked.name}/{when}/{draw}".encode()) for draw in range(asked.options.draws)]
+        sets["random"] = [random_set(pset, seed) for seed in draws]
+        sets["random_per_tensor"] = [random_set(pset, seed, within="tensor") for seed in draws]
+        for label, psets in sets.items():
+            found += [({"group": label, "label": label, **place}, own) for own in psets if own.size]
+    return found
+
+
+PARTS: Mapping[str, Callable[[Asked], Any]] = {
+    "gradients": gradients,
+    "representations": representations,
+    "circuit": circuits,
+    "positions": at_positions,
+}
+WITHOUT_BASE: Sequence[str] = ("positions",)  # it is what the tuned weights are put into
