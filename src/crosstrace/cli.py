@@ -31,12 +31,14 @@ DEMO = Path("runs/demo")
 _BEGIN = """  --resume       go on with an existing run: skip what is complete and unchanged
   --overwrite    replace an existing run
   --quiet        print no progress"""
+_BEGIN_STUDY = _BEGIN.replace("run:", "study:").replace("an existing run", "an existing study")
 
 _HELP = f"""crosstrace: does a fine-tuning recipe teach knowledge or rote memory, and in which parameters does it live?
 
 The whole experiment:
   crosstrace demo [RUN]                the embedded default, in runs/demo unless RUN is given
   crosstrace run CONFIG [RUN]          any experiment, in runs/<name> unless RUN is given
+  crosstrace study CONFIG [STUDY]      one experiment over a grid of settings and seeds, in runs/<name>
 
 Any stage by itself, on the folder of a run:
   crosstrace data RUN --config CONFIG  draw the facts and write the examples; begins the run
@@ -304,6 +306,35 @@ def _run(experiment: Any, folder: Path, words: _Words) -> None:
     print(f"\nreport   {folder / 'report' / 'index.html'}\nresults  {folder / 'results.json'}")
 
 
+def study(arguments: list[str]) -> None:
+    """One experiment over a grid of settings and seeds."""
+    from crosstrace import config, study
+
+    words = _split("study", arguments, ("resume", "overwrite", "quiet"))
+    if "help" in words.flags:
+        about = (
+            "Run one experiment over a grid of settings and seeds, as the file CONFIG says, in the folder STUDY or in "
+            "runs/<its name>: every run of its own, several at once, then one table and a report of them all."
+        )
+        return _print_help("crosstrace study CONFIG [STUDY] [OPTIONS]", about, _BEGIN_STUDY, study.StudySettings())
+    if not 1 <= len(words.names) <= 2:
+        raise UserError(
+            f"study takes a file and at most one folder, but {len(words.names)} names were given"
+            + (f": {', '.join(words.names)}" if words.names else "; e.g. crosstrace study examples/study-claims.yaml")
+        )
+    options = study.load(Path(words.names[0]))
+    words.only([item.name for item in fields(options)])
+    if words.settings:
+        values = study.plain(options)
+        for name, text in words.changes().items():
+            config.assign(values, name, config.value_of(name, text))
+        options = study.parse(values, "the command line")
+    folder = Path(words.names[1]) if len(words.names) == 2 else Path("runs") / options.name
+    results = study.run(options, folder, words.mode, quiet=words.quiet)
+    print(study.told(results))
+    print(f"\nreport   {folder / 'report' / 'index.html'}\ntable    {folder / 'table.csv'}")
+
+
 # ------------------------------------------------------------------------------- single stages
 
 
@@ -494,7 +525,7 @@ def pretrain(arguments: list[str]) -> None:
 
 def _pretrain_options(default: Any, words: _Words) -> Any:
     """What `pretrain-base` is told: its defaults, a recipe file if one was named, settings from the command line."""
-    from crosstrace.config import assign
+    from crosstrace.config import assign, value_of
     from crosstrace.store import read_json
 
     adapter = TypeAdapter(type(default))
@@ -511,7 +542,7 @@ def _pretrain_options(default: Any, words: _Words) -> Any:
     for name, text in words.changes().items():
         if name not in known:
             raise words.unknown(name, known)
-        assign(values, name, text)
+        assign(values, name, value_of(name, text))
     return adapter.validate_python(values)
 
 
@@ -527,6 +558,7 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "run": run,
+    "study": study,
     "data": data,
     "train": _stage("train", "Teach the base by every strategy, tracing as it learns."),
     "eval": _stage("eval", "Recall of the base and of every taught model."),

@@ -33,6 +33,16 @@ class ModelSettings:
     """Of the weights in memory, whatever the checkpoint holds."""
     attention: str = "eager"
     """The attention kernel, as transformers names it."""
+    random_init: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """Seed of random weights in place of the checkpoint's, which are taken if it is not given."""
+
+
+@settings(frozen=True, config=STRICT)
+class EvalSettings:
+    """Recall of the base and of every taught model."""
+
+    known: Annotated[int, Field(ge=1)] = 1800
+    """Questions about the people whom the base knows, at most, where it knows any."""
 
 
 @settings(frozen=True, config=STRICT)
@@ -135,6 +145,7 @@ class Experiment:
     )
     """Named lists of phases."""
     train: TrainSettings = Field(default_factory=TrainSettings)
+    eval: EvalSettings = Field(default_factory=EvalSettings)
     trace: TraceSettings = Field(default_factory=TraceSettings)
     analysis: AnalysisSettings = Field(default_factory=AnalysisSettings)
     interventions: InterventionSettings = Field(default_factory=InterventionSettings)
@@ -212,17 +223,26 @@ def people_on_both_sides(facts: FactSettings, where: str) -> int:
 
 def load(path: Path) -> Experiment:
     """Read an experiment from a YAML file; settings that it leaves out take their defaults."""
+    return parse(read_yaml(path, "examples/tiny.yaml"), str(path))
+
+
+def read_yaml(path: Path, example: str) -> dict[str, Any]:
+    """Settings from a YAML file; `example` is one that exists."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"config file {path} does not exist; expected a YAML file such as examples/tiny.yaml") from None
+        raise UserError(f"config file {path} does not exist; expected a YAML file such as {example}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read ({error}); expected YAML text in UTF-8") from None
-    return loads(text, str(path))
+    return _settings_in(text, str(path))
 
 
 def loads(text: str, where: str) -> Experiment:
     """Read an experiment from YAML text."""
+    return parse(_settings_in(text, where), where)
+
+
+def _settings_in(text: str, where: str) -> dict[str, Any]:
     try:
         values = yaml.load(text, _Unique)
     except yaml.YAMLError as error:
@@ -232,7 +252,7 @@ def loads(text: str, where: str) -> Experiment:
         values = {}
     if not isinstance(values, dict):
         raise UserError(f"{where} holds a {type(values).__name__}; expected settings, one `name: value` a line")
-    return parse(values, where)
+    return values
 
 
 def plain(experiment: Experiment) -> dict[str, Any]:
@@ -252,24 +272,32 @@ def override(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
     """
     values = plain(experiment)
     for name, text in settings.items():
-        assign(values, name, text)
+        assign(values, name, value_of(name, text))
     return parse(values, "the command line")
 
 
-def assign(values: dict[str, Any], name: str, text: str) -> None:
-    """Set the value of a dotted name in plain values, in place; `text` is read as YAML.
+def value_of(name: str, text: str) -> Any:
+    """The value of a setting on the command line, which is read as YAML.
 
     Raises:
-        UserError: the text is not YAML, or the name leads into a single value or beyond a list.
+        UserError: it is not YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--{name} {text}: the value is not valid YAML") from None
+
+
+def assign(values: dict[str, Any], name: str, value: Any) -> None:
+    """Set the value of a dotted name in plain values, in place.
+
+    Raises:
+        UserError: the name leads into a single value or beyond a list.
     """
     at: Any = values
     *path, last = name.split(".")
     for step in path:
         at = _descend(at, step, name)
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--{name} {text}: the value is not valid YAML") from None
     if isinstance(at, list):
         at[_index(at, last, name)] = value
     elif isinstance(at, dict):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstrace import models
-from crosstrace.config import Experiment
+from crosstrace.config import Experiment, ModelSettings
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
 from crosstrace.store import Run, read_json, sha256_tree
@@ -23,10 +23,10 @@ from crosstrace.tokens import Encoded, encode
 WHENS = ("online", "final", "checkpoints")  # of traces
 
 
-def known_people(model: str) -> FactSettings | None:
+def known_people(model: ModelSettings) -> FactSettings | None:
     """The people that a base made by `crosstrace pretrain-base` was taught; None for any other model."""
-    recipe = Path(models.locate(model)) / "recipe.json"
-    if not recipe.is_file():
+    recipe = Path(models.locate(model.name)) / "recipe.json"
+    if model.random_init is not None or not recipe.is_file():
         return None
     try:
         facts = FactSettings(**read_json(recipe)["recipe"]["facts"])
@@ -72,24 +72,26 @@ def sample(items: Sequence[Encoded], number: int) -> list[Encoded]:
     return [items[index] for index in sorted(islice(turns, number))]
 
 
-def model_folder(run: Run, experiment: Experiment, name: str) -> str:
-    """Where a model of the run lies: the base, or a strategy's model after its last phase."""
-    if name == "base":
-        return experiment.model.name
-    return str(run.path(f"models/{name}") / experiment.strategies[name][-1].name)
-
-
 def load(run: Run, experiment: Experiment, name: str) -> Any:
     """The base or a taught model of the run, ready for use."""
-    place = model_folder(run, experiment, name)
+    if name == "base":
+        return load_base(experiment)
+    place = str(run.path(f"models/{name}") / experiment.strategies[name][-1].name)
     return models.load_model(place, experiment.model.dtype, experiment.model.attention)
+
+
+def load_base(experiment: Experiment) -> Any:
+    """The model that every strategy starts from."""
+    options = experiment.model
+    return models.load_model(options.name, options.dtype, options.attention, options.random_init)
 
 
 def model_key(experiment: Experiment) -> dict[str, Any]:
     """The base's settings and, of a local one, its content."""
     place = Path(models.locate(experiment.model.name))
     content = sha256_tree(place) if place.is_dir() else str(place)
-    return asdict(experiment.model) | {"content": content}
+    given = {name: value for name, value in asdict(experiment.model).items() if value is not None}
+    return given | {"content": content}
 
 
 def model_inputs(run: Run, experiment: Experiment, name: str) -> Any:

@@ -68,13 +68,15 @@ def load_tokenizer(name: str) -> Any:
         ) from None
 
 
-def load_model(name: str, dtype: str = "float32", attention: str = "eager") -> Any:
+def load_model(name: str, dtype: str = "float32", attention: str = "eager", random_init: int | None = None) -> Any:
     """A causal language model in evaluation mode.
 
     Args:
         name: `bundled`, a folder or a hub name.
         dtype: of the weights in memory, whatever the checkpoint holds.
         attention: the attention kernel, as transformers names it (`eager`, `sdpa`, ...).
+        random_init: seed of random weights, drawn as the architecture's own initialisation does, in place of the
+            checkpoint's.
 
     Raises:
         UserError: there is no such model, or its weights cannot be read.
@@ -82,6 +84,8 @@ def load_model(name: str, dtype: str = "float32", attention: str = "eager") -> A
     from transformers import AutoModelForCausalLM
 
     place = locate(name)
+    if random_init is not None:
+        return _untrained(place, dtype, attention, random_init)
     try:
         with silent():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -106,6 +110,20 @@ def load_model(name: str, dtype: str = "float32", attention: str = "eager") -> A
             f"the weights in {place} lack {absent[0]} and {len(absent) - 1} other parameters of "
             f"{type(model).__name__}; expected all of them, so the folder is damaged or holds another kind of model"
         )
+    return model.eval()
+
+
+def _untrained(place: str, dtype: str, attention: str, seed: int) -> Any:
+    """A model of the checkpoint's architecture with random weights; the generators' states stay as they are."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(place)
+        with torch.random.fork_rng(), silent():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation=attention)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"no model could be made from the config in {place}: {_first_line(error)}") from None
     return model.eval()
 
 

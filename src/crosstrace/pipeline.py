@@ -32,6 +32,7 @@ from crosstrace.material import (
     examples,
     known_people,
     load,
+    load_base,
     model_inputs,
     model_key,
     sample,
@@ -78,7 +79,7 @@ def run(
             f"mode is {mode!r} and stages are {stages!r}; expected mode new, resume or overwrite, and a list of "
             f"{', '.join(STAGES)}"
         )
-    _check(experiment, whole=mode != "resume")
+    check(experiment, whole=mode != "resume")
     with Run.create(folder, config.dumps(experiment), mode) as opened:  # type: ignore[arg-type]
         about = {"precision": _precision(experiment), "threads": experiment.threads}
         write_json(opened.folder / "metadata.json", metadata() | about)
@@ -167,7 +168,7 @@ def _chain(run: Run, experiment: Experiment, name: str, chain: Sequence[str], pr
 
 def make_data(run: Run, experiment: Experiment) -> None:
     """Facts to examples: data/bio.jsonl, data/qa.jsonl and, for a base that knows a population A, data/a_qa.jsonl."""
-    known = known_people(experiment.model.name)
+    known = known_people(experiment.model)
     key = {"facts": asdict(experiment.facts), "known": asdict(known) if known else None}
 
     def make(folder: Path) -> None:
@@ -203,7 +204,7 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
 
     def learn(folder: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)
-        model = models.load_model(experiment.model.name, experiment.model.dtype, experiment.model.attention)
+        model = load_base(experiment)
         parts = examples(run, tokenizer)
         history = RecallHistory(_few(tokenizer, parts, options.recall_examples), options.recall_every)
         listeners: list[Listener] = [history]
@@ -294,14 +295,18 @@ def _keep_models(folder: Path, tokenizer: Any, phases: Sequence[str], checkpoint
 
 def test(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """Recall of the base or of a taught model: eval/<model>.json, with every single answer."""
-    key = {"model": model_inputs(run, experiment, name), "threads": experiment.threads, **run.inputs("data")}
+    key = {
+        "model": model_inputs(run, experiment, name), "known": experiment.eval.known, "threads": experiment.threads,
+        **run.inputs("data"),
+    }  # fmt: skip
 
     def make(path: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)
         model = load(run, experiment, name)
-        results = {
-            part: recall(model, tokenizer, items) for part, items in examples(run, tokenizer, known=True).items()
-        }
+        parts = examples(run, tokenizer, known=True)
+        if "a_ood" in parts:
+            parts["a_ood"] = sample(parts["a_ood"], experiment.eval.known)
+        results = {part: recall(model, tokenizer, items) for part, items in parts.items()}
         answers = {part: _bits(result) for part, result in results.items() if part != "a_ood"}
         people = {part: result.person for part, result in results.items() if part != "a_ood"}
         write_json(path, {"summary": summaries(results), "answers": answers, "people": people})
@@ -677,7 +682,7 @@ def _training(run: Run, name: str) -> dict[str, Any]:
 
 
 def _about(run: Run, experiment: Experiment, about: Mapping[str, Any]) -> dict[str, Any]:
-    model = models.load_model(experiment.model.name, experiment.model.dtype)
+    model = load_base(experiment)
     strategies = {
         name: "; then ".join(_phase_text(phase) for phase in phases) for name, phases in experiment.strategies.items()
     }
@@ -728,7 +733,7 @@ def _precision(experiment: Experiment) -> str:
 RESERVED = ("checkpoints", "online")  # what lies beside the phases in a strategy's folder
 
 
-def _check(experiment: Experiment, whole: bool) -> None:
+def check(experiment: Experiment, whole: bool) -> None:
     """What would otherwise fail only later, when an earlier run may already be gone or hours have passed.
 
     Args:
@@ -755,9 +760,9 @@ def _check(experiment: Experiment, whole: bool) -> None:
                 )
     tokenizer = models.load_tokenizer(experiment.model.name)
     check_fast(tokenizer)
-    known_people(experiment.model.name)
+    known_people(experiment.model)
     if whole:
-        model = models.load_model(experiment.model.name, experiment.model.dtype, experiment.model.attention)
+        model = load_base(experiment)
         _check_fits(model, encode(tokenizer, [*biographies(world), *questions(world)]))
 
 

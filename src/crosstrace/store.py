@@ -436,6 +436,8 @@ class Run:
     def _clean(self) -> None:
         """Remove every partial path, save the folders that a step asked to keep (inside those too)."""
         for base, folders, files in os.walk(self.folder):
+            # the runs of a study are cleared by those who go on with them
+            folders[:] = [entry for entry in folders if not Path(base, entry, "manifest", "RUN").is_file()]
             for entry in [entry for entry in [*folders, *files] if entry.startswith(PARTIAL)]:
                 step = (Path(base).relative_to(self.folder) / entry.removeprefix(PARTIAL)).as_posix()
                 if not self._started(step).exists():

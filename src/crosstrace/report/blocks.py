@@ -1,9 +1,12 @@
-"""What a section of the page is made of; page.html.j2 says how it looks. No text, no numbers."""
+"""What a section of a page is made of, and how a page is put together; the templates say how it looks. No text, no
+numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
 
 from crosstrace.report import figures as F
 from crosstrace.report.rows import Row
@@ -73,3 +76,23 @@ def key(entries: Iterable[tuple[str, F.Look]]) -> list[dict[str, str]]:
         }
         for label, look in entries
     ]
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from one of the templates beside this file, its style inside it."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from markupsafe import Markup
+
+    files = resources.files("crosstrace.report")
+    load = lambda name: (files / name).read_text(encoding="utf-8")
+    env = Environment(
+        loader=FunctionLoader(load),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    env.filters["firm"] = lambda text: text.replace("-", "\u2011")  # no line ends inside "Mix-tuned"
+    env.filters["drawn"] = Markup  # the figures' SVG, whose text to_svg has escaped
+    return env.get_template(template).render(css=Markup(load("page.css")), **values)

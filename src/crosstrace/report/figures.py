@@ -405,6 +405,33 @@ def figure_positions(
     return _finish(fig, ax, legend)
 
 
+@_figure
+def figure_levels(rows: Sequence[Row], title: str, looks: Mapping[str, Look], *, legend: bool = False) -> Figure:
+    """One measure's mean over seeds with its interval, of every strategy in every setting of a study."""
+    groups = R.distinct(_needed(list(rows), title), "group")
+    fig, ax = _panel(title, "mean over seeds, 95\u202f% intervals", height=90 + 34 * len(groups), left=168)
+    _dots(ax, rows, groups, [_short(g, 22) for g in groups], "group", looks, "mean")
+    return _finish(fig, ax, legend)
+
+
+@_figure
+def figure_scatter(
+    rows: Sequence[Row], x: str, y: str, title: str, looks: Mapping[str, Look], *, legend: bool = False
+) -> Figure:
+    """One measure against another, a mark for each row of a study's table."""
+    known = _needed([r for r in rows if r.get(x) is not None and r.get(y) is not None], title)
+    fig, ax = _panel(_short(title, 44), "exact match on held-out questions", below=title)
+    for name, look in looks.items():
+        own = R.where(known, strategy=name)
+        if own:
+            ax.plot(
+                [r[x] for r in own], [r[y] for r in own], look.mark, color=look.color, ms=6, mec=PAGE, mew=0.6,
+                label=say.model(name),
+            )  # fmt: skip
+    ax.set_ylim(-0.03, 1.04)
+    return _finish(fig, ax, legend)
+
+
 def untouched(results: Mapping, strategy: str | None, test: str | None) -> tuple[float, float]:
     """Exact match of the strategy's model and of the base, as they are, on the questions that the interventions were
     asked; NaN where not tested."""

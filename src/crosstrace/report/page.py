@@ -11,7 +11,6 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from crosstrace.report import figures as F
 from crosstrace.report import mechanism
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
-from crosstrace.report.blocks import Cell, Plot, Section, Table, key
+from crosstrace.report.blocks import Cell, Plot, Section, Table, key, render
 from crosstrace.report.rows import Row
 from crosstrace.store import write_text
 
@@ -545,21 +544,6 @@ def _flat(value: Any, form=say.plain, prefix: str = "") -> list[tuple[str, str]]
 
 
 def _render(results: Mapping, sections: Sequence[Section]) -> str:
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
-    from markupsafe import Markup
-
-    files = resources.files("crosstrace.report")
-    load = lambda name: (files / name).read_text(encoding="utf-8")
-    env = Environment(
-        loader=FunctionLoader(load),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    env.filters["firm"] = lambda text: text.replace("-", "\u2011")  # no line ends inside "Mix-tuned"
-    env.filters["drawn"] = Markup  # the figures' SVG, whose text to_svg has escaped
     run = results.get("run") or {}
     tests = R.held_out_first(R.distinct(R.where(R.recall_rows(results), relation=""), "test"))
     headline = (
@@ -572,8 +556,8 @@ def _render(results: Mapping, sections: Sequence[Section]) -> str:
         subject.append(f"seed {run['seed']}")
     whens, claims = _claims(results)
     tables, lists = _how(results)
-    return env.get_template("page.html.j2").render(
-        css=Markup(load("page.css")),
+    return render(
+        "page.html.j2",
         name=run.get("name") or "report",
         headline=headline.removesuffix(".") or "What the run found",
         subject=[str(s) for s in subject if s],

@@ -1,0 +1,241 @@
+"""A study's results.json and table in; one self-contained page and a CSV beside each figure out. No science here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from crosstrace.report import figures as F
+from crosstrace.report import rows as R
+from crosstrace.report import words as say
+from crosstrace.report.blocks import Cell, Plot, Section, Table, key, render
+from crosstrace.report.rows import Row
+from crosstrace.store import write_text
+
+DRAWN = (  # measure, title of its panel
+    ("recall.qa_ood", "Held-out questions"),
+    ("recall.qa_id", "Trained questions"),
+    ("overlap.online.example.0.05", "Overlap of the top 5 %, online"),
+    ("overlap.final.example.0.05", "Overlap of the top 5 %, at the end"),
+)
+SHARES = ("recall.", "overlap.", "states.qa_id.answer.top1")  # measures that are read as per cent
+SCATTERED = ("overlap.online.example.0.05", "overlap.online.example.0.01", "gradient.qa_id.excess", "logprob.qa_id")
+
+
+def write_study(results: Mapping[str, Any], rows: Sequence[Row], folder: str | Path) -> Path:
+    """Write `folder`/index.html and one CSV beside each of its figures; returns the page's path.
+
+    Args:
+        results: the study's results.json, as read.
+        rows: the study's table.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [recall(results), differences(results), claims(results), prediction(results, rows)]
+    for plot in (block for section in parts for block in section.blocks if isinstance(block, Plot)):
+        write_text(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
+    about = results["study"]
+    machine = results["machine"]
+    settings = about["settings"]
+    counts = [f"{about['runs']} runs", f"{len(settings)} setting{'s' if len(settings) > 1 else ''}"]
+    counts += [f"seeds {say.plain(about['seeds'])}", f"{about['hours']:.1f} hours of work"]
+    lists = [
+        ("Settings", [(name, _changes(changes)) for name, changes in settings.items()]),
+        ("Machine", [(say.spoken(k), say.plain(v)) for k, v in machine.items()]),
+        ("Most memory of a run", [("GiB", say.decimal(about["peak_gib"], 1))]),
+        ("Versions", [(k, say.plain(v)) for k, v in results["versions"].items()]),
+    ]
+    page = folder / "index.html"
+    text = render(
+        "study.html.j2",
+        name=about["name"],
+        headline=_headline(results),
+        subject=counts,
+        strategies=[(say.model(s), text) for s, text in about["strategies"].items()],
+        sections=parts,
+        failed=results["failed"],
+        lists=lists,
+    )
+    write_text(page, text)
+    return page
+
+
+def recall(results: Mapping) -> Section:
+    """The levels of recall and overlap, in every setting."""
+    section = Section("recall", "Recall and sharing, setting by setting")
+    rows = [{**r, "group": _label(r["setting"])} for r in results["levels"]]
+    looks, names = _looks(rows), [m for m, _ in DRAWN if R.where(rows, measure=m)]
+    titles = dict(DRAWN)
+    section.blocks.append(
+        Plot(
+            "levels",
+            _headline(results) + ".",
+            "A dot is the mean over seeds, its line Student's 95 % interval.",
+            key((say.model(s), look) for s, look in looks.items()),
+            [
+                F.to_svg(F.figure_levels(R.where(rows, measure=m), titles[m], looks), f"levels-{i}", titles[m])
+                for i, m in enumerate(names)
+            ],
+            [{k: v for k, v in r.items() if k != "group"} for r in rows],
+        )
+    )
+    strategies = R.distinct(rows, "strategy")
+    for m in names:
+        body = []
+        for setting in R.distinct(rows, "setting"):
+            cells = [R.where(rows, measure=m, setting=setting, strategy=s) for s in strategies]
+            body.append([_label(setting), *(_level(found[0]) if found else Cell(say.DASH) for found in cells)])
+        section.blocks.append(Table(["Setting", *map(say.model, strategies)], body, titles[m], m != names[0]))
+    return section
+
+
+def differences(results: Mapping) -> Section:
+    """The first strategy minus the second, paired by seed."""
+    a, b = (say.model(name) for name in results["study"]["compare"])
+    section = Section("differences", f"{a} minus {b}, paired by seed")
+    rows = results["differences"]
+    if not rows:
+        section.absent = f"No seed has both {a} and {b}"
+        return section
+    measures = R.distinct(rows, "measure")
+    for setting in R.distinct(rows, "setting"):
+        own = R.where(rows, setting=setting)
+        body = [
+            [_measure(r["measure"]), _level(r, sign=True), f"{r['above']} of {r['seeds']}"]
+            for m in measures
+            for r in R.where(own, measure=m)
+        ]
+        head = ["Measure", "Difference, mean over seeds", "Seeds above 0"]
+        section.blocks.append(Table(head, body, _label(setting), len(R.distinct(rows, "setting")) > 1))
+    return section
+
+
+def claims(results: Mapping) -> Section:
+    """How often each claim's verdict came out, in each setting."""
+    section = Section("claims", "The paper's claims, over runs")
+    rows = results["claims"]
+    if not rows:
+        section.absent = "No claims were tested: they compare the strategies mixed and two_stage"
+        return section
+    settings = R.distinct(rows, "setting")
+    body = []
+    for text, when in dict.fromkeys((r["text"], r["when"]) for r in rows):
+        cells = [R.where(rows, text=text, when=when, setting=s) for s in settings]
+        body.append(
+            [Cell(text, say.when(when)), *(_verdicts(found[0]) if found else Cell(say.DASH) for found in cells)]
+        )
+    title = "Runs in which each claim holds, does not hold, or is undecided; mean effect with its interval over seeds"
+    section.blocks.append(Table(["Claim", *map(_label, settings)], body, title))
+    return section
+
+
+def prediction(results: Mapping, rows: Sequence[Row]) -> Section:
+    """Which measures that ask no held-out question tell who answers those."""
+    section = Section("prediction", "What predicts held-out recall")
+    found = results["prediction"]
+    if not found or len(results["study"]["settings"]) < 4:
+        section.absent = "What predicts held-out recall needs at least four settings"
+        return section
+    ranked = sorted((r for r in found if r["right"] is not None), key=lambda r: -abs(r["right"] - 0.5))
+    best = ranked[0]
+    named = {r["measure"]: r["words"] for r in found}
+    looks = _looks(rows)
+    section.blocks.append(
+        Plot(
+            "prediction",
+            f"Of {best['pairs']} pairs of recipes on the same data, {best['words']} puts {say.percent(best['right'])} "
+            f"in the order of their held-out recall ({say.interval(best['right_low'], best['right_high'])}), farthest "
+            "from one half of all measures.",
+            "A dot is one model: one strategy, setting and seed. The vertical is its exact match on held-out "
+            "questions; no measure asks any of them. The best of many measures looks better than it is.",
+            key((say.model(s), look) for s, look in looks.items()),
+            [
+                F.to_svg(F.figure_scatter(rows, m, "recall.qa_ood", named[m], looks), f"scatter-{i}", named[m])
+                for i, m in enumerate(m for m in SCATTERED if m in named)
+            ],
+            [{k: v for k, v in r.items() if k != "strategies"} | _by_strategy(r) for r in found],
+        )
+    )
+    strategies = list(dict.fromkeys(s for r in found for s in r["strategies"]))
+    bounds = lambda r, name: say.interval(r[f"{name}_low"], r[f"{name}_high"], say.decimal)
+    body = [
+        [
+            r["words"],
+            Cell(say.percent(r["right"]), say.interval(r["right_low"], r["right_high"])),
+            Cell(say.decimal(r["within"], sign=True), bounds(r, "within")),
+            Cell(say.decimal(r["across"], sign=True), bounds(r, "across")),
+            *(say.decimal(r["strategies"].get(s), sign=True) for s in strategies),
+            say.plain(r["rows"]),
+        ]
+        for r in found
+    ]
+    head = [
+        "Measure",
+        "Pairs of recipes put right",
+        "ρ within settings",
+        "ρ over all",
+    ]
+    head += [f"ρ over {say.model(s)} alone" for s in strategies] + ["Models"]
+    title = "Rank correlation ρ of each measure with held-out recall, with intervals over settings"
+    section.blocks.append(Table(head, body, title))
+    return section
+
+
+def _headline(results: Mapping) -> str:
+    """The held-out recall of the two strategies that are compared, over settings."""
+    a, b = results["study"]["compare"]
+    rows = R.where(results["levels"], measure="recall.qa_ood")
+    parts = []
+    for name in (a, b):
+        values = [r["mean"] for r in R.where(rows, strategy=name)]
+        if values:
+            low, high = min(values), max(values)
+            told = say.percent(low) if len(values) == 1 else say.interval(low, high)
+            parts.append(f"{say.model(name)} answers {told} of the held-out questions")
+    return "; ".join(parts) or "What the runs found"
+
+
+def _looks(rows: Sequence[Row]) -> dict[str, F.Look]:
+    """A look for each strategy, the known ones as in a run's report."""
+    names = R.distinct(rows, "strategy")
+    return {s: look for s, look in F.strategy_looks({"recall": dict.fromkeys(names)}).items() if s in names}
+
+
+def _label(setting: str) -> str:
+    return say.spoken(setting).replace("+", ", ")
+
+
+def _measure(name: str) -> str:
+    from crosstrace.summary import PREDICTORS
+
+    tests = {"recall.qa_ood": "held-out questions", "recall.qa_id": "trained questions"}
+    tests |= {"recall.bio": "objects in biographies"}
+    return tests.get(name) or PREDICTORS.get(name, name)
+
+
+def _level(row: Row, sign: bool = False) -> Cell:
+    if row["measure"].startswith(SHARES) and not sign:
+        return Cell(say.percent(row["mean"]), say.interval(row["low"], row["high"]))
+    form = lambda value: say.decimal(value, 3, sign=sign)
+    return Cell(form(row["mean"]), say.interval(row["low"], row["high"], form))
+
+
+def _verdicts(row: Row) -> Cell:
+    """ "holds 4, does not hold 1", and the mean effect below."""
+    names = {"holds": "holds", "does_not_hold": "does not hold", "undecided": "undecided"}
+    told = ", ".join(f"{words} {row[name]}" for name, words in names.items() if row[name])
+    digits = 1 if row["unit"] == "percentage points" else 3
+    form = lambda value: say.decimal(value, digits, sign=True)
+    bounds = say.interval(row["effect_low"], row["effect_high"], form)
+    return Cell(
+        told, f"{form(row['effect'])} ({bounds}) {row['unit']}" if bounds else f"{form(row['effect'])} {row['unit']}"
+    )
+
+
+def _by_strategy(row: Row) -> Row:
+    return {f"across.{name}": value for name, value in row["strategies"].items()}
+
+
+def _changes(changes: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name} = {say.plain(value)}" for name, value in changes.items()) or "the common settings"

@@ -1,0 +1,459 @@
+"""A study: one experiment over a grid of settings and seeds, every run resumable, and one table of them all.
+
+A study's file names what all runs have in common, what varies, and the seeds. Each combination is a run of its own in
+STUDY/runs/<setting>/<seed>, several at once within a budget of cores and memory; a run that is complete is never made
+again. What the runs found becomes one row for each run and strategy (table.parquet, table.csv), from which
+`summary.py` takes intervals over seeds and asks which measures predict recall. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as settings
+
+from crosstrace import config
+from crosstrace.config import Experiment
+from crosstrace.errors import UserError
+from crosstrace.progress import Progress
+from crosstrace.schedule import STRICT
+from crosstrace.store import Run, end_with_parent, metadata, read_json, remove_folder, replacing, write_json, write_text
+
+Row = dict[str, Any]
+Scalar = bool | int | float | str
+Points = list[Scalar] | dict[str, dict[str, Any]]
+GIB = 2**30
+HEAVY = ("models", "traces", "shared", "data")  # what only a run that goes on needs
+POLL = 0.2  # seconds between looks at the running processes
+
+
+@settings(frozen=True, config=STRICT)
+class StudySettings:
+    """A grid of experiments."""
+
+    name: str = "study"
+    """Names the study's folder where none is given, and its report."""
+    experiment: dict[str, Any] = Field(default_factory=dict)
+    """Settings that all runs have in common, as in an experiment's file; the defaults for what it leaves out."""
+    vary: dict[str, Annotated[Points, Field(min_length=1)]] = Field(default_factory=dict)
+    """What varies, every combination of it: either a dotted setting with a list of values (facts.people: [250, 500]),
+    or any name with named points, each a few dotted settings (length: {short: {strategies.mixed.0.steps: 100}})."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(default_factory=lambda: [1, 2, 3])
+    """Seeds; every setting is run with each."""
+    seeded: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["facts.seed", "train.seed"])
+    """Dotted settings that take the seed."""
+    compare: tuple[str, str] = ("mixed", "two_stage")
+    """Two strategies whose difference is told, the first minus the second, paired by seed."""
+    keep: Literal["results", "all"] = "results"
+    """What stays of a finished run: its results and report, or its models and traces as well."""
+    cores: Annotated[int, Field(ge=1)] | None = None
+    """Cores that all runs together may use; those of the machine if not given. A run uses jobs × threads."""
+    memory: Annotated[float, Field(gt=0)] | None = None
+    """GiB that all runs together may use; unbounded if not given. What a run needs is known once one has ended, so the
+    first runs alone."""
+
+
+_ADAPTER = TypeAdapter(StudySettings)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a study: where it stands in the grid, and its experiment."""
+
+    label: str
+    points: dict[str, str]
+    seed: int
+    experiment: Experiment
+
+    @property
+    def setting(self) -> str:
+        """The points that it shares with the same setting's other seeds."""
+        return self.label.rpartition("/")[0]
+
+
+def load(path: Path) -> StudySettings:
+    """Read a study from a YAML file."""
+    values = config.read_yaml(path, "examples/study-claims.yaml")
+    return parse(values, str(path))
+
+
+def parse(values: Mapping[str, Any], where: str) -> StudySettings:
+    """Build a study from plain values.
+
+    Raises:
+        UserError: a key is unknown or a value unfit.
+    """
+    try:
+        study = _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {config.complaint(error)}") from None
+    if not study.name.strip(". ") or any(letter in study.name for letter in "/\\\0"):
+        raise UserError(f"{where}: name = {study.name!r} cannot name a folder; use letters, digits, '_' and '-'")
+    if len(set(study.seeds)) < len(study.seeds):
+        raise UserError(f"{where}: a seed is given twice in seeds = {study.seeds}; each is one run of every setting")
+    return study
+
+
+def plain(study: StudySettings) -> dict[str, Any]:
+    """The study as plain values, ready for YAML or JSON."""
+    return _ADAPTER.dump_python(study, mode="json", exclude_none=True)
+
+
+def plan(study: StudySettings, where: str = "the study") -> list[Planned]:
+    """Every run of a study, all settings of one seed before those of the next.
+
+    Raises:
+        UserError: an experiment of the grid is unfit, or two points cannot be told apart by their folders.
+    """
+    axes = [_points(name, points, where) for name, points in study.vary.items()]
+    common = config.plain(config.parse(study.experiment, f"{where}: experiment"))
+    runs = []
+    for seed, point in product(study.seeds, product(*axes)):
+        values = json.loads(json.dumps(common))
+        own = {name: value for _, changes in point for name, value in changes.items()}
+        label = "+".join(name for name, _ in point) or "default"
+        for name, value in (own | dict.fromkeys(study.seeded, seed)).items():
+            try:
+                config.assign(values, name, value)
+            except UserError as error:
+                raise UserError(f"{where}: {label}: {str(error).removeprefix('--')}") from None
+        values["name"] = f"{study.name}: {label}, seed {seed}".replace("/", "-")
+        experiment = config.parse(values, f"{where}: {label}")
+        missing = [name for name in study.compare if name not in experiment.strategies]
+        if missing:
+            raise UserError(
+                f"{where}: {label} has no strategy {missing[0]!r}, which the study compares; strategies are "
+                f"{', '.join(experiment.strategies)}, so change `compare`"
+            )
+        runs.append(Planned(f"{label}/{seed}", dict(zip(study.vary, (n for n, _ in point))), seed, experiment))
+    if len({run.label for run in runs}) < len(runs):
+        raise UserError(f"{where}: two points of the grid have one name; give each its own")
+    return runs
+
+
+def _points(axis: str, points: Points, where: str) -> list[tuple[str, dict[str, Any]]]:
+    """The named points of an axis."""
+    if isinstance(points, dict):
+        named = list(points.items())
+    else:
+        named = [(f"{axis.rpartition('.')[2]}={value}", {axis: value}) for value in points]
+    for name, _ in named:
+        if not re.fullmatch(r"[\w=,-][\w=,. -]*", name):
+            raise UserError(f"{where}: point {name!r} of {axis} cannot name a folder; use letters, digits, '_' and '-'")
+    return named
+
+
+# ------------------------------------------------------------------------------- running
+
+
+def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = False) -> dict[str, Any]:
+    """Make every run of a study that is not complete, then its table, findings and report.
+
+    Args:
+        study: the grid and its budget.
+        folder: the study's folder.
+        mode: `new` (an existing study is an error), `resume` or `overwrite`. A resumed study may have other seeds and
+            settings than before: what is complete and still asked for stays.
+        quiet: no progress on stderr.
+
+    Returns:
+        the findings, as STUDY/results.json holds them.
+
+    Raises:
+        UserError: bad settings, a folder that holds something else, or runs that failed (the others were made).
+    """
+    from crosstrace import pipeline
+    from crosstrace.report.study import write_study
+
+    runs = plan(study)
+    seen = set()
+    for planned in runs:
+        if planned.setting not in seen:  # what would otherwise fail after hours
+            pipeline.check(planned.experiment, whole=True)
+            seen.add(planned.setting)
+    with Run.create(folder, yaml.safe_dump({"study": study.name}), mode) as opened:  # type: ignore[arg-type]
+        text = yaml.safe_dump(plain(study), sort_keys=False, allow_unicode=True)
+        write_text(opened.folder / "study.yaml", text)
+        write_json(opened.folder / "metadata.json", metadata())
+        failed = _make(opened, runs, study, Progress(quiet))
+        done = [run for run in runs if opened.complete(_step(run), _key(run))]
+        if not done:
+            raise UserError(f"no run of the study was made: {failed[0] if failed else 'there is none'}")
+        reports = [read_json(opened.path(_step(planned))) for planned in done]
+        rows = [row for planned, report in zip(done, reports) for row in _rows(planned, report)]
+        results = _concluded(opened, study, done, reports, rows) | {"failed": failed}
+        # always anew: they cost seconds, and a later version of crosstrace may say more of the same runs
+        write_text(opened.folder / "table.csv", to_csv(rows))
+        with replacing(opened.folder / "table.parquet") as partial:
+            _to_parquet(rows, partial)
+        write_json(opened.folder / "results.json", results)
+        write_study(results, rows, opened.folder / "report")
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(runs)} runs failed, first {failed[0]}; the report is of the others, and the same "
+            "command with --resume tries them again"
+        )
+    return results
+
+
+def _concluded(
+    opened: Run, study: StudySettings, done: Sequence[Planned], reports: Sequence[Mapping[str, Any]], rows: list[Row]
+) -> dict[str, Any]:
+    """What results.json holds."""
+    from crosstrace import summary
+
+    judged = [(planned.setting, report["results"]["claims"]) for planned, report in zip(done, reports)]
+    machine = read_json(opened.folder / "metadata.json")
+    about = {
+        "name": study.name,
+        "runs": len(done),
+        "seeds": study.seeds,
+        "settings": {planned.setting: _described(planned, study) for planned in done},
+        "strategies": reports[0]["results"]["run"]["strategies"],
+        "compare": list(study.compare),
+        "hours": sum(report["seconds"] for report in reports) / 3600,
+        "peak_gib": max(report["peak_bytes"] for report in reports) / GIB,
+    }
+    found = summary.findings(rows, study.compare) | {"claims": summary.claims_over_runs(judged)}
+    machine["git"] = reports[0]["results"]["run"]["git"]  # the runs' own, not that of who adds them up
+    kept = ("cpu", "cores", "device", "platform", "git")
+    about_machine = {"machine": {name: machine[name] for name in kept}, "versions": machine["versions"]}
+    return {"schema": 1, "study": about, **found, **about_machine}
+
+
+def _described(planned: Planned, study: StudySettings) -> dict[str, Any]:
+    """What a setting changes, by dotted name."""
+    changes: dict[str, Any] = {}
+    for axis, point in planned.points.items():
+        changes |= dict(_points(axis, study.vary[axis], study.name))[point]
+    return changes
+
+
+def _step(planned: Planned) -> str:
+    return f"results/{planned.label}.json"
+
+
+def _key(planned: Planned) -> dict[str, Any]:
+    """What a run's results depend on; how many of its strategies are worked on at once is no part of it."""
+    from crosstrace.material import model_key
+
+    values = config.plain(planned.experiment)
+    return {
+        "experiment": {k: v for k, v in values.items() if k not in ("jobs", "name")},
+        "model": model_key(planned.experiment),
+    }
+
+
+@dataclass
+class _Running:
+    """A run that a process of its own is making."""
+
+    planned: Planned
+    process: Any
+    began: float
+    peak: int = 0  # bytes of memory, its own and its workers'
+
+
+def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: Progress) -> list[str]:
+    """Make what is not complete, as many at once as the budget allows; returns what failed and why."""
+    waiting = [planned for planned in runs if not opened.complete(_step(planned), _key(planned))]
+    cores = study.cores or len(os.sched_getaffinity(0))
+    expected = max((read_json(opened.path(_step(p)))["peak_bytes"] for p in runs if p not in waiting), default=0)
+    width = {planned.label: planned.experiment.jobs * planned.experiment.threads for planned in waiting}
+    for planned in waiting:
+        if width[planned.label] > cores:
+            raise UserError(
+                f"run {planned.label} uses {width[planned.label]} cores (jobs × threads), but the budget is {cores}; "
+                "set experiment.jobs: 1 and experiment.threads: 1, or give the study more cores"
+            )
+    if study.memory and expected > study.memory * GIB:
+        raise UserError(
+            f"a run of the study needed {expected / GIB:.1f} GiB, but the budget is {study.memory:g} GiB; give it more"
+        )
+    running: list[_Running] = []
+    failed: list[str] = []
+    done = len(runs) - len(waiting)
+    if done:
+        progress.done(f"{done} of {len(runs)} runs are complete", 0.0)
+    context = get_context("spawn")
+    try:
+        while waiting or running:
+            while waiting:
+                planned = waiting[0]
+                used = sum(width[item.planned.label] for item in running)
+                if running and used + width[planned.label] > cores:
+                    break
+                if study.memory and running:
+                    need = [max(item.peak, expected) for item in running]
+                    if not expected or sum(need) + expected > study.memory * GIB:
+                        break
+                home = opened.folder / "runs" / planned.label
+                process = context.Process(target=_work, args=(home, waiting.pop(0).experiment, os.getpid()))
+                process.start()
+                running.append(_Running(planned, process, time.time()))
+            time.sleep(POLL)
+            for item in list(running):
+                item.peak = max(item.peak, _memory(item.process.pid))
+                if item.process.is_alive():
+                    continue
+                running.remove(item)
+                planned, home = item.planned, opened.folder / "runs" / item.planned.label
+                if item.process.exitcode:
+                    failed.append(f"{planned.label}: {_why(home, item.process.exitcode)}")
+                    progress.note(failed[-1])
+                    continue
+                expected = max(expected, item.peak)
+                seconds = time.time() - item.began
+                _keep(opened, planned, home, item.peak, study.keep)
+                done += 1
+                progress.done(f"{planned.label} ({done} of {len(runs)})", seconds)
+    finally:
+        for item in running:
+            item.process.terminate()
+        for item in running:
+            item.process.join()
+    return failed
+
+
+def _work(home: Path, experiment: Experiment, leader: int) -> None:
+    """Make one run, in a process of its own that ends with the study's."""
+    end_with_parent(leader)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the leader ends its runs
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from crosstrace import pipeline
+
+    home.parent.mkdir(parents=True, exist_ok=True)
+    problem = home.with_name(f"{home.name}.failed")
+    problem.unlink(missing_ok=True)
+    try:
+        pipeline.run(experiment, home, "resume", quiet=True)
+    except UserError as error:
+        write_text(problem, str(error))
+        raise SystemExit(2) from None
+    except BaseException as error:
+        write_text(problem, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _why(home: Path, code: int) -> str:
+    problem = home.with_name(f"{home.name}.failed")
+    if problem.is_file():
+        return problem.read_text(encoding="utf-8").strip()
+    if code < 0:
+        return f"its process was ended by {signal.Signals(-code).name}; out of memory?"
+    return f"its process ended with exit code {code}"
+
+
+def _keep(opened: Run, planned: Planned, home: Path, peak: int, keep: str) -> None:
+    """Take a finished run's results into the study, and drop what nobody reads any more."""
+
+    def make(path: Path) -> None:
+        results = read_json(home / "results.json")
+        about = {"points": planned.points, "seed": planned.seed, "peak_bytes": peak}
+        write_json(path, about | {"seconds": sum(results["seconds"].values()), "results": results})
+
+    opened.stage(_step(planned), _key(planned), make)
+    if keep == "results":
+        for name in HEAVY:
+            remove_folder(home / name)
+
+
+def _memory(pid: int | None) -> int:
+    """Resident bytes of a process and all below it."""
+    import psutil
+
+    total = 0
+    try:
+        leader = psutil.Process(pid)
+        for process in [leader, *leader.children(recursive=True)]:
+            try:
+                total += process.memory_info().rss
+            except psutil.Error:
+                continue
+    except psutil.Error:
+        return 0
+    return total
+
+
+# ------------------------------------------------------------------------------- the table
+
+
+def _rows(planned: Planned, report: Mapping[str, Any]) -> list[Row]:
+    """One row for each strategy of a run: where it stands in the grid, and everything that was measured."""
+    from crosstrace.summary import measures
+
+    place: dict[str, Any] = {
+        "setting": planned.setting,
+        **{f"vary.{axis}": point for axis, point in planned.points.items()},
+    }
+    place["seed"] = planned.seed
+    results = report["results"]
+    return [place | {"strategy": name} | measures(results, name) for name in planned.experiment.strategies]
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every column that any row has, in order of appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """CSV; nothing is an empty cell, floats keep all their digits."""
+    out = io.StringIO()
+    names = columns(rows)
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([row.get(name) for name in names] for row in rows)
+    return out.getvalue()
+
+
+def _to_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    names = columns(rows)
+    pyarrow.parquet.write_table(pyarrow.table({name: [row.get(name) for row in rows] for name in names}), path)
+
+
+def told(results: Mapping[str, Any]) -> str:
+    """The findings as text: recall by setting, and what predicts it."""
+    from crosstrace.results import aligned
+
+    share = lambda row: (
+        f"{row['mean']:.3f}" + (f" [{row['low']:.3f}, {row['high']:.3f}]" if row["low"] is not None else "")
+    )
+    strategies = list(results["study"]["strategies"])
+    rows = [["exact match, held out", *strategies]]
+    for setting in results["study"]["settings"]:
+        own = {
+            r["strategy"]: r for r in results["levels"] if r["setting"] == setting and r["measure"] == "recall.qa_ood"
+        }
+        rows.append([setting, *(share(own[name]) if name in own else "–" for name in strategies)])
+    text = aligned(rows)
+    if len(results["study"]["settings"]) >= 4:
+        number = lambda value, form: "–" if value is None else format(value, form)
+        rows = [["predicts held-out recall", "pairs put right", "rho within settings", "rho over all"]]
+        for row in results["prediction"]:
+            rows.append(
+                [
+                    row["words"],
+                    number(row["right"], ".2f"),
+                    number(row["within"], "+.2f"),
+                    number(row["across"], "+.2f"),
+                ]
+            )
+        text += "\n\n" + aligned(rows)
+    return text

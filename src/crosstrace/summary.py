@@ -1,0 +1,236 @@
+"""What the runs of a study say together: intervals over seeds, paired differences, and what predicts recall.
+
+Plain rows in, plain rows out; it knows results.json and the study's table, and runs nothing. Formulas: docs/method.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from crosstrace.stats import mean_interval
+
+Row = dict[str, Any]
+OUTCOME = "recall.qa_ood"
+MARGIN = 0.05  # outcomes that differ by less are no order that a measure could tell
+_SEED = 0
+_DRAWS = 2000
+
+# Measures that need no question about people whose questions are not trained: the name of the column -> in words.
+PREDICTORS = {
+    "overlap.online.example.0.01": "overlap of the top 1 %, online",
+    "overlap.online.example.0.05": "overlap of the top 5 %, online",
+    "overlap.final.example.0.01": "overlap of the top 1 %, at the end",
+    "overlap.final.example.0.05": "overlap of the top 5 %, at the end",
+    "spearman.online.example": "rank correlation of the traces, online",
+    "spearman.final.example": "rank correlation of the traces, at the end",
+    "excess_gini.online.query_head.0.05": "centralization over heads, online",
+    "excess_gini.final.query_head.0.05": "centralization over heads, at the end",
+    "excess_gini.online.neuron.0.05": "centralization over neurons, online",
+    "excess_gini.final.neuron.0.05": "centralization over neurons, at the end",
+    "gradient.qa_id.excess": "gradient consistency, trained questions",
+    "states.qa_id.answer.top1": "retrieval from hidden states, trained questions",
+    "states.qa_id.answer.excess": "consistency of hidden states, trained questions",
+    "logprob.bio": "log-probability of the biographies' objects",
+    "logprob.qa_id": "log-probability of the trained answers",
+    "recall.a_ood": "recall about the base's own people",
+}
+HEADLINE = ("recall.qa_ood", "recall.qa_id", "recall.bio", "recall.a_ood", *list(PREDICTORS)[:13])
+
+
+def measures(results: Mapping[str, Any], strategy: str) -> Row:
+    """Everything that a run found of one strategy, under dotted names; what was not measured is left out.
+
+    recall, logprob .PART; updates; overlap.WHEN.REDUCTION.FRACTION; spearman, cosine .WHEN.REDUCTION;
+    excess_gini.WHEN.UNIT.FRACTION; ablate, graft .WHEN.FRACTION.SET.PART (exact match); gradient.PART.{same, excess,
+    first} over all parameters in scope; states.PART.PLACE.{top1, excess, cka} at the layer where each is highest;
+    circuit.PART.UNIT.kept (share of the nodes that keep nine tenths of the recall); positions.PART.PLACES (exact
+    match).
+    """
+    found: Row = {}
+    for part, cell in results["recall"][strategy].items():
+        if part != "relations":
+            found |= {f"recall.{part}": cell["exact_match"], f"logprob.{part}": cell["logprob"]}
+    found["updates"] = results["training"][strategy]["updates"]
+    for row in results["shared"][strategy]:
+        found[f"overlap.{row['when']}.{row['reduction']}.{row['fraction']:g}"] = row["overlap"]
+    for row in results["similarity"][strategy]:
+        for name in ("spearman", "cosine"):
+            found[f"{name}.{row['when']}.{row['reduction']}"] = row[name]
+    for row in results["centralization"][strategy]:
+        found[f"excess_gini.{row['when']}.{row['unit']}.{row['fraction']:g}"] = row["excess_gini"]
+    for kind in ("ablate", "graft"):
+        for row in (results["interventions"].get(strategy) or {}).get(kind) or []:
+            for part in ("qa_id", "qa_ood"):
+                found[f"{kind}.{row['when']}.{row['fraction']:g}.{row['set']}.{part}"] = row[part]
+    of = {part: tables.get(strategy) or {} for part, tables in results["mechanism"].items()}
+    for row in of.get("gradients", ()):
+        if row["group"] == "all":
+            found |= {f"gradient.{row['part']}.{name}": row[name] for name in ("same", "excess", "first")}
+    for row in of.get("representations", ()):
+        for name in ("top1", "excess", "cka"):
+            key = f"states.{row['part']}.{row['place']}.{name}"
+            found[key] = max((v for v in (found.get(key), row[name]) if v is not None), default=None)
+    for row in of["circuit"]["kept"] if of.get("circuit") else ():
+        found[f"circuit.{row['part']}.{row['unit']}.kept"] = row["nodes"] and row["nodes"] / row["of"]
+    for row in of.get("positions", ()):
+        if row["component"] == "all":
+            found[f"positions.{row['part']}.{'+'.join(row['places']) or 'none'}"] = row["exact_match"]
+    return found
+
+
+def findings(rows: Sequence[Row], compare: tuple[str, str]) -> Row:
+    """What the table says: {levels, differences, prediction}, lists of rows as the functions below give them."""
+    return {
+        "levels": levels(rows),
+        "differences": differences(rows, compare),
+        "prediction": prediction(rows),
+    }
+
+
+def levels(rows: Sequence[Row]) -> list[Row]:
+    """For each setting, strategy and headline measure its mean over seeds with Student's t interval."""
+    found = []
+    for setting, strategy in dict.fromkeys((row["setting"], row["strategy"]) for row in rows):
+        own = [row for row in rows if (row["setting"], row["strategy"]) == (setting, strategy)]
+        for name in HEADLINE:
+            values = _known(own, name)
+            if values:
+                found.append({"setting": setting, "strategy": strategy, "measure": name} | _over_seeds(values))
+    return found
+
+
+def differences(rows: Sequence[Row], compare: tuple[str, str]) -> list[Row]:
+    """For each setting and headline measure the first strategy minus the second, paired by seed: mean with Student's t
+    interval, and in how many seeds it is above 0."""
+    found = []
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        by = {(row["strategy"], row["seed"]): row for row in rows if row["setting"] == setting}
+        for name in HEADLINE:
+            pairs = [
+                (own.get(name), by.get((compare[1], seed), {}).get(name))
+                for (strategy, seed), own in by.items() if strategy == compare[0]
+            ]  # fmt: skip
+            values = [a - b for a, b in pairs if a is not None and b is not None]
+            if values:
+                above = sum(value > 0 for value in values)
+                found.append({"setting": setting, "measure": name} | _over_seeds(values) | {"above": above})
+    return found
+
+
+def prediction(rows: Sequence[Row]) -> list[Row]:
+    """How well each measure that asks no held-out question tells which models answer those.
+
+    Returns:
+        a row for each of PREDICTORS that was measured:
+        across: Spearman's correlation with held-out recall over all rows, with a 95 % percentile interval that
+            resamples whole settings (None for fewer than four settings);
+        within: its mean over settings of the correlation among a setting's rows (strategies and seeds), with Student's
+            t interval over settings;
+        strategies: {strategy: Spearman's correlation over the rows of that strategy alone};
+        right: of the pairs of strategies of one setting and seed whose recall differs by at least MARGIN, the share
+            that the measure puts in the right order (ties count half), with a percentile interval that resamples
+            settings; pairs: how many there are.
+    """
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    found = []
+    for name, words in PREDICTORS.items():
+        kept = [row for row in rows if row.get(name) is not None and row.get(OUTCOME) is not None]
+        if len(kept) < 3:
+            continue
+        by_setting = [[row for row in kept if row["setting"] == setting] for setting in settings]
+        by_setting = [own for own in by_setting if own]
+        row: Row = {"measure": name, "words": words, "rows": len(kept), "settings": len(by_setting)}
+        row["across"] = _spearman(kept, name)
+        row |= _resampled(
+            "across", by_setting, lambda own, name=name: _spearman([r for part in own for r in part], name)
+        )
+        each = [value for own in by_setting if (value := _spearman(own, name)) is not None]
+        row |= {f"within{end}": value for end, value in zip(("", "_low", "_high"), _interval(each))}
+        row["within_settings"] = len(each)
+        row["strategies"] = {
+            strategy: _spearman([r for r in kept if r["strategy"] == strategy], name)
+            for strategy in dict.fromkeys(r["strategy"] for r in kept)
+        }
+        scores = [_ordered(own, name) for own in by_setting]
+        share = lambda own: float(np.mean(flat)) if (flat := [s for part in own for s in part]) else None
+        row |= {"right": share(scores), "pairs": sum(map(len, scores))}
+        row |= _resampled("right", [own for own in scores if own], share)
+        found.append(row)
+    return found
+
+
+def claims_over_runs(runs: Sequence[tuple[str, Sequence[Row]]]) -> list[Row]:
+    """Each claim's verdicts, counted over the runs of a setting, and its effect's mean over them.
+
+    Args:
+        runs: the setting and the claims of each run.
+
+    Returns:
+        rows {setting, claim, text, when, unit, holds, does_not_hold, undecided, effect, effect_low, effect_high,
+        seeds}.
+    """
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for setting, claims in runs:
+        for claim in claims:
+            found.setdefault((setting, claim["text"], claim["when"]), []).append(claim)
+    rows = []
+    for (setting, text, when), claims in found.items():
+        verdicts = [claim["verdict"] for claim in claims]
+        row = {"setting": setting, "claim": claims[0]["claim"], "text": text, "when": when, "unit": claims[0]["unit"]}
+        row |= {name.replace(" ", "_"): verdicts.count(name) for name in ("holds", "does not hold", "undecided")}
+        effects = [claim["effect"] for claim in claims if claim["effect"] is not None]
+        mean, low, high = _interval(effects)
+        rows.append(row | {"effect": mean, "effect_low": low, "effect_high": high, "seeds": len(effects)})
+    return rows
+
+
+def _known(rows: Sequence[Row], name: str) -> list[float]:
+    return [row[name] for row in rows if row.get(name) is not None]
+
+
+def _over_seeds(values: Sequence[float]) -> Row:
+    mean, low, high = _interval(values)
+    return {"mean": mean, "low": low, "high": high, "seeds": len(values)}
+
+
+def _interval(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    """Mean and Student's t interval; None for what is undefined."""
+    if not values:
+        return None, None, None
+    mean, low, high = (value if math.isfinite(value) else None for value in mean_interval(values))
+    return mean, low, high
+
+
+def _spearman(rows: Sequence[Row], name: str) -> float | None:
+    """Spearman's correlation of a measure with the outcome; None for fewer than three rows or a constant one."""
+    x, y = (rankdata([row[key] for row in rows]) if rows else np.zeros(0) for key in (name, OUTCOME))
+    if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
+        return None
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _ordered(rows: Sequence[Row], name: str) -> list[float]:
+    """Of each pair of one seed's rows whose outcomes differ: 1 if the measure orders it so too, 0 if not, ½ if tied."""
+    scores = []
+    for a, b in combinations(rows, 2):
+        apart = a[OUTCOME] - b[OUTCOME]
+        if a["seed"] == b["seed"] and abs(apart) >= MARGIN:
+            scores.append(0.5 + 0.5 * float(np.sign((a[name] - b[name]) * apart)))
+    return scores
+
+
+def _resampled(name: str, settings: Sequence[Any], statistic: Any) -> Row:
+    """A 95 % percentile interval of a statistic of several settings; None for fewer than four."""
+    ends = (f"{name}_low", f"{name}_high")
+    if len(settings) < 4:
+        return dict.fromkeys(ends)
+    draw = np.random.default_rng(_SEED)
+    picks = draw.integers(len(settings), size=(_DRAWS, len(settings)))
+    values = [value for pick in picks if (value := statistic([settings[i] for i in pick])) is not None]
+    return dict(zip(ends, map(float, np.quantile(values, [0.025, 0.975])))) if values else dict.fromkeys(ends)
