@@ -48,6 +48,7 @@ Any stage by itself, on the folder of a run:
   crosstrace analyze RUN               shared sets: size, overlap, centralization
   crosstrace intervene RUN             ablate and graft the shared set and its controls
   crosstrace mechanism RUN             how the models recall: consistency, circuit, grafting at tokens
+  crosstrace retain RUN                train the taught models further: what they keep
   crosstrace report RUN                judge the claims, write results.json and report/index.html
 
 And:
@@ -566,6 +567,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "analyze": _stage("analyze", "Shared sets of every strategy: size, overlap, centralization."),
     "intervene": _stage("intervene", "Ablate and graft the shared set and its controls."),
     "mechanism": _stage("mechanism", "How the models recall: consistency, circuit, grafting at tokens."),
+    "retain": _stage("retain", "Train the taught models further, with and without replay: what they keep."),
     "report": _stage("report", "Judge the claims, write results.json and report/index.html."),
     "settings": settings,
     "doctor": doctor,

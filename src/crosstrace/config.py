@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
-from crosstrace.schedule import STRICT, Phase, mixed, two_stage
+from crosstrace.schedule import STRICT, Optimiser, Phase, mixed, two_stage
 from crosstrace.train import TrainSettings
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -111,11 +111,11 @@ class MechanismSettings:
 
     run: bool = True
     """Analyse the mechanism at all."""
-    parts: list[Literal["gradients", "representations", "circuit", "positions"]] = Field(
+    parts: list[Literal["gradients", "representations", "circuit", "positions", "dynamics"]] = Field(
         default_factory=lambda: ["gradients", "representations", "circuit", "positions"], min_length=1
     )
     """Which analyses: consistency of a fact's two formats in gradients and in hidden states; heads and neurons; tuned
-    weights at some tokens only."""
+    weights at some tokens only; and all of it at every kept checkpoint (`dynamics`, for train.keep_checkpoints)."""
     facts: Annotated[int, Field(ge=4)] = 192
     """Facts that are analysed, in distribution and out of distribution each; of whole people."""
     together: Annotated[int, Field(ge=2)] = 48
@@ -130,6 +130,38 @@ class MechanismSettings:
     """Nodes of each kind, the most important ones, that are ablated one by one."""
     seeds: Annotated[int, Field(ge=1)] = 3
     """Random orders of the nodes that the important ones are compared with."""
+    checkpoints: Annotated[int, Field(ge=2)] = 13
+    """Checkpoints that are looked at over training, the base and the last among them, at most."""
+
+
+@settings(frozen=True, config=STRICT)
+class RetentionSettings:
+    """Further training of the taught models: what they keep."""
+
+    run: bool = False
+    """Train further at all."""
+    people: Annotated[int, Field(ge=8)] = 250
+    """New people, whose biographies and questions are what is trained further."""
+    text: str | None = None
+    """A text file, one text a line, in place of new people."""
+    steps: Annotated[int, Field(ge=1)] = 100
+    """Updates."""
+    bio: Annotated[int, Field(ge=1)] = 64
+    """New biographies, or lines of text, in an update."""
+    qa: Annotated[int, Field(ge=0)] = 128
+    """Questions about new people in an update; 0 trains their biographies alone."""
+    replay_bio: Annotated[int, Field(ge=1)] = 8
+    """Taught biographies in an update, with replay."""
+    replay_qa: Annotated[int, Field(ge=1)] = 16
+    """Taught questions in an update, with replay."""
+    optimiser: Optimiser | None = None
+    """The optimiser; the training's own where not given."""
+    every: Annotated[int, Field(ge=1)] = 20
+    """Updates between measurements of recall."""
+    questions: Annotated[int, Field(ge=2)] = 200
+    """Questions of each kind that are asked, and examples of each task that are traced before and after."""
+    draws: Annotated[int, Field(ge=1)] = 2
+    """Random sets, of each kind, that the shared set is compared with."""
 
 
 @settings(frozen=True, config=STRICT)
@@ -150,6 +182,7 @@ class Experiment:
     analysis: AnalysisSettings = Field(default_factory=AnalysisSettings)
     interventions: InterventionSettings = Field(default_factory=InterventionSettings)
     mechanism: MechanismSettings = Field(default_factory=MechanismSettings)
+    retention: RetentionSettings = Field(default_factory=RetentionSettings)
     jobs: Annotated[int, Field(ge=1)] = 2
     """Strategies that are worked on at once, each in a process of its own."""
     threads: Annotated[int, Field(ge=1)] = 1

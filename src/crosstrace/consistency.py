@@ -130,9 +130,9 @@ def gradient_consistency(
         flat = {name: np.concatenate(parts) for name, parts in of.items()}
         row: Row = {"set": label, "size": sets[label].size}
         for name in PAIRINGS:
-            row |= _mean(name, flat[name], people)
-        row |= _mean("excess", flat["same"] - flat["relation"], people)
-        row |= _mean("first", flat["first"], people)
+            row |= mean_over_people(name, flat[name], people)
+        row |= mean_over_people("excess", flat["same"] - flat["relation"], people)
+        row |= mean_over_people("first", flat["first"], people)
         row |= {"chance_first": float(np.mean(chance)), "facts": len(people), "people": len(set(people))}
         rows.append(row)
     return rows
@@ -200,8 +200,8 @@ def representation_consistency(
         left out there.
     """
     pairing = _pairings(pairs)
-    stored = _states(model, [pair.stored for pair in pairs], pad_id, batch_size)
-    recalled = _states(other or model, [pair.recalled for pair in pairs], pad_id, batch_size)
+    stored = hidden_states(model, [pair.stored for pair in pairs], pad_id, batch_size)
+    recalled = hidden_states(other or model, [pair.recalled for pair in pairs], pad_id, batch_size)
     rows = []
     for place in PLACES:
         there = np.array([place in a and place in b for a, b in zip(stored, recalled)])
@@ -225,8 +225,8 @@ def _alike(stored: Tensor, recalled: Tensor, pairs: Sequence[FactPair], kinds: n
     row: Row = {}
     found = {name: _row_means(cosine, kinds == name) for name in PAIRINGS}
     for name, values in found.items():
-        row |= _mean(name, values, people)
-    row |= _mean("excess", found["same"] - found["relation"], people)
+        row |= mean_over_people(name, values, people)
+    row |= mean_over_people("excess", found["same"] - found["relation"], people)
 
     order = {person: number for number, person in enumerate(dict.fromkeys(people))}
     parts = min(_PARTS, len(order))
@@ -252,8 +252,8 @@ def _alike(stored: Tensor, recalled: Tensor, pairs: Sequence[FactPair], kinds: n
     answers = [pair.answer for pair in pairs]
     nearest = np.where(defined, np.nan_to_num(cosine, nan=-np.inf).argmax(0), 0)
     hit = np.array([answers[i] == answer for i, answer in zip(nearest, answers)], dtype=float)
-    row |= _mean("top1", np.where(defined, rank == 1, np.nan), people)
-    row |= _mean("answer_top1", np.where(defined, hit, np.nan), people)
+    row |= mean_over_people("top1", np.where(defined, rank == 1, np.nan), people)
+    row |= mean_over_people("answer_top1", np.where(defined, hit, np.nan), people)
     row["mrr"] = _finite(float(np.nanmean(1 / rank))) if defined.any() else None
     n = len(pairs)
     row |= {"chance_top1": 1 / n, "chance_mrr": sum(1 / k for k in range(1, n + 1)) / n}
@@ -284,7 +284,7 @@ def _gram(x: Tensor) -> Tensor:
     return x @ x.t()
 
 
-def _states(model: nn.Module, items: Sequence[Encoded], pad_id: int, batch_size: int) -> list[dict[str, Tensor]]:
+def hidden_states(model: nn.Module, items: Sequence[Encoded], pad_id: int, batch_size: int) -> list[dict[str, Tensor]]:
     """Per text, place -> the hidden states [layers + 1, width] there, float64 on the CPU."""
     device = next(model.parameters()).device
     found: dict[int, dict[str, Tensor]] = {}
@@ -297,7 +297,7 @@ def _states(model: nn.Module, items: Sequence[Encoded], pad_id: int, batch_size:
             states = getattr(model(**inputs, output_hidden_states=True), "hidden_states", None)
             if states is None:
                 raise UserError(
-                    f"{type(model).__name__} gives no hidden_states, which representation consistency compares; "
+                    f"{type(model).__name__} gives no hidden_states, which are read layer by layer; "
                     "expected a transformers model that honours output_hidden_states"
                 )
             at = [places(items[i]) for i in chosen]
@@ -335,7 +335,7 @@ def _row_means(values: np.ndarray, where: np.ndarray) -> np.ndarray:
     return np.divide(sums, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
-def _mean(name: str, values: np.ndarray, people: Sequence[str]) -> Row:
+def mean_over_people(name: str, values: np.ndarray, people: Sequence[str]) -> Row:
     """A mean over facts with its interval over people; facts without a value are left out."""
     kept = ~np.isnan(values)
     if not kept.any():

@@ -5,6 +5,7 @@ It makes nothing and measures nothing.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,6 +17,7 @@ from crosstrace import models
 from crosstrace.config import Experiment, ModelSettings
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
+from crosstrace.shared import ParamSet
 from crosstrace.store import Run, read_json, sha256_tree
 from crosstrace.text import read_jsonl
 from crosstrace.tokens import Encoded, encode
@@ -80,10 +82,30 @@ def load(run: Run, experiment: Experiment, name: str) -> Any:
     return models.load_model(place, experiment.model.dtype, experiment.model.attention)
 
 
+def checkpoints(run: Run, experiment: Experiment, name: str) -> list[tuple[int, str, Path]]:
+    """A strategy's kept checkpoints in the order of training: updates over all phases, phase, folder. The end of each
+    phase is always there."""
+    home, found, before = run.path(f"models/{name}"), [], 0
+    lengths = {phase["name"]: phase["updates"] for phase in read_json(home / "training.json")}
+    for phase in experiment.strategies[name]:
+        for place in (home / phase.name).glob("checkpoint-*"):
+            found.append((before + int(place.name.rpartition("-")[2]), phase.name, place))
+        before += lengths[phase.name]
+        found.append((before, phase.name, home / phase.name))
+    return sorted(found)
+
+
 def load_base(experiment: Experiment) -> Any:
     """The model that every strategy starts from."""
     options = experiment.model
     return models.load_model(options.name, options.dtype, options.attention, options.random_init)
+
+
+def shared_sets(run: Run, experiment: Experiment, name: str) -> list[tuple[str, ParamSet]]:
+    """A strategy's shared set of each time, at the fraction nearest to 5 %."""
+    fraction = min(experiment.analysis.central_fractions, key=lambda f: abs(math.log(f / 0.05)))
+    files = {when: run.path(f"shared/{name}") / f"{when}-{fraction:g}-shared.safetensors" for when in WHENS}
+    return [(when, ParamSet.load(file)) for when, file in files.items() if file.exists()]
 
 
 def model_key(experiment: Experiment) -> dict[str, Any]:

@@ -6,7 +6,6 @@ library, and returns what is saved as mechanism/<model>/<part>.json. No science 
 
 from __future__ import annotations
 
-import math
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,17 +13,27 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from crosstrace import circuit, models, positions
+from crosstrace import circuit, dynamics, models, positions
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
 from crosstrace.consistency import FactPair, fact_pairs, gradient_consistency, representation_consistency
 from crosstrace.errors import UserError
 from crosstrace.evaluate import recall
-from crosstrace.material import WHENS, examples, load, model_inputs, sample
+from crosstrace.material import (
+    checkpoints,
+    examples,
+    load,
+    load_base,
+    model_inputs,
+    sample,
+    shared_sets,
+    training_examples,
+)
 from crosstrace.progress import Progress
 from crosstrace.shared import ParamSet, random_set, scope
 from crosstrace.store import Run, write_json
@@ -97,13 +106,17 @@ class Asked:
 
     @cached_property
     def shared(self) -> list[tuple[str, ParamSet]]:
-        """A taught model's shared set of each time, at the fraction nearest to 5 %."""
-        if self.name == "base":
-            return []
-        fraction = min(self.experiment.analysis.central_fractions, key=lambda f: abs(math.log(f / 0.05)))
-        home = self.run.path(f"shared/{self.name}")
-        files = {when: home / f"{when}-{fraction:g}-shared.safetensors" for when in WHENS}
-        return [(when, ParamSet.load(file)) for when, file in files.items() if file.exists()]
+        """A taught model's shared set of each time; none of the base."""
+        return [] if self.name == "base" else shared_sets(self.run, self.experiment, self.name)
+
+    def load(self, folder: Path | None) -> Any:
+        """The model of a checkpoint; the base for None."""
+        options = self.experiment.model
+        return (
+            load_base(self.experiment)
+            if folder is None
+            else models.load_model(str(folder), options.dtype, options.attention)
+        )
 
     @property
     def options(self) -> Any:
@@ -207,6 +220,40 @@ def at_positions(asked: Asked) -> list[Row]:
     return rows
 
 
+def over_training(asked: Asked) -> dict[str, list[Row]]:
+    """Recall, overlap, consistency and circuit at every kept checkpoint, and in which order they came."""
+    experiment, options = asked.experiment, asked.options
+    places = checkpoints(asked.run, experiment, asked.name)
+    moments = [(0, "", None), *places]
+    if len(moments) > options.checkpoints:  # spread evenly, both ends among them
+        steps = (len(moments) - 1) / (options.checkpoints - 1)
+        moments = [moments[round(number * steps)] for number in range(options.checkpoints)]
+    if len(places) == len(experiment.strategies[asked.name]):
+        asked.note("only the ends of the phases are there to look at; train.keep_checkpoints keeps more")
+    trained = training_examples(asked.parts)
+    probe = dynamics.Probe(
+        questions=asked.questions,
+        stored=sample(asked.parts["bio"], max(1, options.questions // len(asked.parts["bio"][0].example.mentions))),
+        traced={task: sample(items, options.questions) for task, items in trained.items()},
+        facts=asked.facts,
+        scope=scope(asked.model, experiment.analysis.embeddings),
+        targets=experiment.trace.targets,
+        together=options.together,
+        steps=options.steps,
+    )
+    rows: list[Row] = []
+    last: dynamics.Moment | None = None
+    with asked.bar("dynamics", len(moments)) as update:
+        for number, phase, place in reversed(moments):  # the others are compared with the last
+            model = asked.load(place)
+            found = dynamics.measure(model, asked.tokenizer, probe, last)
+            last = last or found
+            rows.append({"update": number, "phase": phase} | found.measures)
+            update.add(1)
+    rows.reverse()
+    return {"rows": rows, "appearance": dynamics.appearance(rows)}
+
+
 def _sets(asked: Asked) -> list[tuple[dict[str, Any], ParamSet]]:
     """What gradients are compared over, and what it is: all in scope, each layer, kind and head, and of a taught model
     the shared set of each time, its complement, and random sets of its size."""
@@ -232,5 +279,6 @@ PARTS: Mapping[str, Callable[[Asked], Any]] = {
     "representations": representations,
     "circuit": circuits,
     "positions": at_positions,
+    "dynamics": over_training,
 }
-WITHOUT_BASE: Sequence[str] = ("positions",)  # it is what the tuned weights are put into
+WITHOUT_BASE: Sequence[str] = ("positions", "dynamics")  # it is where both begin

@@ -127,6 +127,13 @@ def _untrained(place: str, dtype: str, attention: str, seed: int) -> Any:
     return model.eval()
 
 
+def trains_in_bf16(precision: str) -> bool:
+    """Whether training multiplies in bf16: `auto` does where the processor has it."""
+    if precision != "auto":
+        return precision == "bf16"
+    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
+
+
 @contextmanager
 def silent():
     """Without transformers' own bars and notices: progress is shown once, by whoever called."""

@@ -41,6 +41,7 @@ from crosstrace.material import (
 from crosstrace.mechanism import explain
 from crosstrace.progress import Progress
 from crosstrace.results import Results
+from crosstrace.retention import new_material, retain
 from crosstrace.shared import ParamSet, only_set, random_set, scope, select_each, shared
 from crosstrace.stats import mean_interval, wilson
 from crosstrace.store import Run, end_with_parent, metadata, read_json, remove_folder, write_json
@@ -49,7 +50,7 @@ from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
 from crosstrace.train import Listener, RecallHistory, train
 
-STAGES = ("data", "train", "eval", "trace", "analyze", "intervene", "mechanism", "report")
+STAGES = ("data", "train", "eval", "trace", "analyze", "intervene", "mechanism", "retain", "report")
 TASKS = ("bio", "qa")
 
 
@@ -146,7 +147,7 @@ def _work(folder: Path, experiment: Experiment, name: str, chain: Sequence[str],
 def _chain(run: Run, experiment: Experiment, name: str, chain: Sequence[str], progress: Progress) -> None:
     stages: dict[str, Callable[[Run, Experiment, str, Progress], object]] = {
         "train": teach, "eval": test, "trace": take_traces, "analyze": analyze, "intervene": intervene,
-        "mechanism": explain,
+        "mechanism": explain, "retain": retain,
     }  # fmt: skip
     if name == "base":
         stages = {"eval": test, "mechanism": explain}
@@ -156,7 +157,10 @@ def _chain(run: Run, experiment: Experiment, name: str, chain: Sequence[str], pr
     for stage in chain:
         if stage not in stages:
             continue
-        wanted = {"intervene": experiment.interventions.run, "mechanism": experiment.mechanism.run}
+        wanted = {
+            "intervene": experiment.interventions.run, "mechanism": experiment.mechanism.run,
+            "retain": experiment.retention.run,
+        }  # fmt: skip
         if not wanted.get(stage, True) and len(chain) > 1:
             continue  # unless it was asked for by name
         stages[stage](run, experiment, name, progress)
@@ -599,6 +603,8 @@ def conclude(run: Run, experiment: Experiment) -> Results:
         for part in experiment.mechanism.parts
     }
     needed += [f"mechanism/{name}/{part}.json" for part, found in mechanism.items() for name in found]
+    retained = [name for name in names if run.path(f"retention/{name}").exists()]
+    needed += [f"retention/{name}" for name in retained]
     needed += ["doctor.json"] if experiment.trace.check else []
     key = {"inputs": run.inputs(*needed), "experiment": config.plain(experiment)}
 
@@ -623,6 +629,7 @@ def conclude(run: Run, experiment: Experiment) -> Results:
             part: {name: read_json(run.path(f"mechanism/{name}/{part}.json")) for name in found}
             for part, found in mechanism.items()
         }
+        results["retention"] = {name: read_json(run.path(f"retention/{name}") / "retention.json") for name in retained}
         judged = claims.judge(results, evals, interventions, experiment.analysis.central_fractions)
         results["claims"], results["differences"] = judged
         if experiment.trace.check:
@@ -657,6 +664,7 @@ def _seconds(run: Run) -> dict[str, float]:
         "analysis": "analyze",
         "interventions": "intervene",
         "mechanism": "mechanism",
+        "retention": "retain",
     }
     found: dict[str, float] = {}
     for step, seconds in run.seconds().items():
@@ -723,11 +731,8 @@ def _without_answers(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _precision(experiment: Experiment) -> str:
-    """The precision that training computes in: `auto` is bf16 where the processor multiplies it natively."""
-    if experiment.train.precision != "auto":
-        return experiment.train.precision
-    native = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if native else "float32"
+    """The precision that training computes in."""
+    return "bf16" if models.trains_in_bf16(experiment.train.precision) else "float32"
 
 
 RESERVED = ("checkpoints", "online")  # what lies beside the phases in a strategy's folder
@@ -761,6 +766,8 @@ def check(experiment: Experiment, whole: bool) -> None:
     tokenizer = models.load_tokenizer(experiment.model.name)
     check_fast(tokenizer)
     known_people(experiment.model)
+    if experiment.retention.run:
+        new_material(experiment, tokenizer)
     if whole:
         model = load_base(experiment)
         _check_fits(model, encode(tokenizer, [*biographies(world), *questions(world)]))

@@ -76,7 +76,7 @@ def _biographies(world: World, person: Person) -> list[Example]:
             patterns = biography_patterns(fact.relation)
             chosen = draw.randrange(len(patterns))
             subject = fact.subject if by_name or not mentions else person.pronoun
-            sentence, mention = _fill(patterns[chosen], fact, f"bio.{fact.relation}.{chosen}", subject, len(text))
+            sentence, mention = fill(patterns[chosen], fact, f"bio.{fact.relation}.{chosen}", subject, len(text))
             text += sentence + " "
             mentions.append(mention)
         text = text.rstrip()
@@ -101,7 +101,7 @@ def _questions(world: World, person: Person) -> list[Example]:
             )
         for index, chosen in enumerate(draw.sample(range(len(patterns)), settings.questions)):
             pattern = patterns[chosen] + " {object}"
-            text, mention = _fill(pattern, fact, f"qa.{fact.relation}.{chosen}", fact.subject, 0)
+            text, mention = fill(pattern, fact, f"qa.{fact.relation}.{chosen}", fact.subject, 0)
             split = "id" if person.in_distribution else "ood"
             examples.append(
                 Example(f"{fact.id}.qa.{index}", "qa", text, person.id, split, (mention.object,), (mention,),
@@ -110,7 +110,7 @@ def _questions(world: World, person: Person) -> list[Example]:
     return examples
 
 
-def _fill(pattern: str, fact: Fact, wording: str, subject: str, start: int) -> tuple[str, Mention]:
+def fill(pattern: str, fact: Fact, wording: str, subject: str, start: int) -> tuple[str, Mention]:
     """Fill a pattern; spans are offset by `start`, where the sentence begins in its text."""
     text, spans = "", {"subject": (0, 0), "object": (0, 0)}
     relation_words: list[Span] = []

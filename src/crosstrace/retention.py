@@ -1,0 +1,199 @@
+"""Retention: what becomes of taught facts, and of the shared parameters, when a taught model goes on learning.
+
+A taught model is trained further on other material (new people, or any text), with and without replay of what it was
+taught. Followed are recall of the taught facts against updates, how far the shared parameters move, what is shared
+afterwards, and whether putting the shared parameters alone back brings recall back. Formulas: docs/method.md.
+
+One function measures a drift on models and ParamSets; another is the stage `retain` of a run.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from crosstrace import models
+from crosstrace.config import Experiment
+from crosstrace.dynamics import shared_now
+from crosstrace.errors import UserError
+from crosstrace.evaluate import recall
+from crosstrace.facts import World
+from crosstrace.intervene import grafted, snapshot
+from crosstrace.material import examples, load, model_inputs, sample, shared_sets, training_examples
+from crosstrace.progress import Progress
+from crosstrace.schedule import Phase
+from crosstrace.shared import ParamSet, random_set, scope
+from crosstrace.store import Run, remove_folder, sha256_file, write_json
+from crosstrace.text import Example, biographies, questions
+from crosstrace.tokens import Encoded, encode
+from crosstrace.train import RecallHistory, train
+
+Row = dict[str, Any]
+ARMS = ("alone", "replay")
+OTHERS_SEED = 10_000  # added to the seed of the taught world
+
+
+def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+    """Train a taught model further, with and without replay: retention/<strategy>.json."""
+    options = experiment.retention
+    text = {"sha256": sha256_file(_text_file(options.text))} if options.text else {}
+    key = {
+        "retention": {k: v for k, v in asdict(options).items() if k != "run"} | text,
+        "train": asdict(experiment.train), "targets": experiment.trace.targets, "facts": asdict(experiment.facts),
+        "embeddings": experiment.analysis.embeddings, "threads": experiment.threads,
+        "bf16": models.trains_in_bf16(experiment.train.precision), "model": model_inputs(run, experiment, name),
+        **run.inputs("data", f"shared/{name}"),
+    }  # fmt: skip
+
+    def make(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        tokenizer = models.load_tokenizer(experiment.model.name)
+        parts = examples(run, tokenizer)
+        old = training_examples(parts)
+        new = new_material(experiment, tokenizer)
+        asked = {part: sample(parts[part], options.questions) for part in ("qa_id", "qa_ood")}
+        asked["bio"] = sample(parts["bio"], max(1, options.questions // len(parts["bio"][0].example.mentions)))
+        if "new_qa" in new:
+            asked["new"] = sample(new["new_qa"], options.questions)
+        psets = dict(shared_sets(run, experiment, name))
+        found: dict[str, list[Row]] = {table: [] for table in ("history", "moved", "shared", "repair")}
+        for arm in ARMS:
+            model = load(run, experiment, name)
+            taught = snapshot(model)
+            traced = {task: sample(items, options.questions) for task, items in old.items()}
+            before = shared_now(model, tokenizer, traced, scope(model, experiment.analysis.embeddings))
+            measure = lambda model: {part: _exact(model, tokenizer, items) for part, items in asked.items()}
+            history = RecallHistory(measure, options.every)
+            batch = {task: {"new_bio": options.bio, "new_qa": options.qa}.get(task, options.bio) for task in new}
+            counts = {"bio": options.replay_bio, "qa": options.replay_qa}
+            phase = Phase("new", batch, options.steps, replay=counts if arm == "replay" else {},
+                          optimiser=options.optimiser)  # fmt: skip
+            with progress.bar(f"{name}: retain, {arm}") as update:
+                train(
+                    model, tokenizer, [phase], new | old, folder / arm, experiment.train,
+                    bf16=models.trains_in_bf16(experiment.train.precision), trace_targets=experiment.trace.targets,
+                    listeners=[history], progress=update,
+                )  # fmt: skip
+            found["history"] += [{"arm": arm} | row for row in history.rows]
+            after = shared_now(model, tokenizer, traced, scope(model, experiment.analysis.embeddings))
+            found["shared"].append({"arm": arm} | _kept(before, after))
+            for when, pset in psets.items():
+                place = {"arm": arm, "when": when}
+                sets = {"shared": [pset]}
+                draws = [zlib.crc32(f"retain/{name}/{when}/{draw}".encode()) for draw in range(options.draws)]
+                sets["random"] = [random_set(pset, seed) for seed in draws]
+                sets["random_per_tensor"] = [random_set(pset, seed, within="tensor") for seed in draws]
+                found["moved"] += [place | row for row in moved(model, taught, sets)]
+                asks = {part: asked[part] for part in ("qa_id", "qa_ood")}
+                found["repair"] += [place | row for row in repaired(model, tokenizer, taught, sets, asks)]
+        write_json(folder / "retention.json", found)
+        for arm in ARMS:
+            remove_folder(folder / arm)
+
+    run.stage(f"retention/{name}", key, make, keep_partial=True)
+
+
+def new_material(experiment: Experiment, tokenizer: Any) -> dict[str, list[Encoded]]:
+    """What is trained after the taught: the lines of a text file, or biographies and questions of people whose names
+    no taught person has.
+
+    Raises:
+        UserError: the file holds no text, or too few people of other names are left.
+    """
+    options = experiment.retention
+    if options.text:
+        lines = [line.strip() for line in _text_file(options.text).read_text(encoding="utf-8").splitlines()]
+        texts = [
+            Example(f"text.{number}", "text", line, f"text.{number}", "id", ((0, len(line)),), ())
+            for number, line in enumerate(lines) if line
+        ]  # fmt: skip
+        if not texts:
+            raise UserError(f"retention.text = {options.text} holds no line of text; expected one text a line")
+        return {"text": encode(tokenizer, texts)}
+    facts = experiment.facts
+    names = {person.name for person in World.draw(facts).people}
+    drawn = World.draw(replace(facts, seed=facts.seed + OTHERS_SEED, people=options.people))
+    others = World(drawn.settings, tuple(person for person in drawn.people if person.name not in names))
+    material = {"new_bio": encode(tokenizer, biographies(others))}
+    if options.qa:
+        material["new_qa"] = encode(tokenizer, questions(others))
+    return material
+
+
+def _text_file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(f"retention.text = {name} is no file; expected a text file in UTF-8, one text a line")
+    return path
+
+
+def _exact(model: nn.Module, tokenizer: Any, items: Sequence[Encoded]) -> float | None:
+    return recall(model, tokenizer, items).summary()["exact_match"]
+
+
+def moved(model: nn.Module, before: Mapping[str, Tensor], sets: Mapping[str, Sequence[ParamSet]]) -> list[Row]:
+    """How much of the way that parameters went lies in some sets.
+
+    Args:
+        before: every parameter's earlier value.
+        sets: by label, one or several draws of the same size.
+
+    Returns:
+        a row {set, size, energy, lift} for each label, mean over its draws: energy = Σ_S Δ² / Σ Δ² over the tensors
+        that the sets cover, lift = energy / (|S| / number of those parameters): 1 where the way does not care for S.
+        None where nothing moved.
+    """
+    values = dict(model.named_parameters())
+    rows = []
+    for label, draws in sets.items():
+        energies = []
+        for pset in draws:
+            square = {name: (values[name].detach() - before[name]).double().square() for name in pset.masks}
+            total = sum(float(value.sum()) for value in square.values())
+            inside = sum(float(square[name][mask.to(square[name].device)].sum()) for name, mask in pset.masks.items())
+            energies.append(inside / total if total else None)
+        size, count = draws[0].size, sum(mask.numel() for mask in draws[0].masks.values())
+        known = [value for value in energies if value is not None]
+        energy = sum(known) / len(known) if known else None
+        lift = energy / (size / count) if energy is not None and size else None
+        rows.append({"set": label, "size": size, "energy": energy, "lift": lift})
+    return rows
+
+
+def repaired(
+    model: nn.Module,
+    tokenizer: Any,
+    taught: Mapping[str, Tensor],
+    sets: Mapping[str, Sequence[ParamSet]],
+    asked: Mapping[str, Sequence[Encoded]],
+) -> list[Row]:
+    """Recall of a model that drifted, as it is and with some sets' parameters put back to their taught values.
+
+    Returns:
+        rows {set, size, draws, PART: exact match}, mean over a label's draws; the set "none" is the model as it is.
+    """
+    rows: list[Row] = [{"set": "none", "size": 0, "draws": 1}]
+    rows[0] |= {part: _exact(model, tokenizer, items) for part, items in asked.items()}
+    for label, draws in sets.items():
+        scores: dict[str, list[float]] = {part: [] for part in asked}
+        for pset in draws:
+            with grafted(model, pset, taught):
+                for part, items in asked.items():
+                    scores[part].append(float(recall(model, tokenizer, items).exact.mean()))
+        row = {"set": label, "size": draws[0].size, "draws": len(draws)}
+        rows.append(row | {part: sum(values) / len(values) for part, values in scores.items()})
+    return rows
+
+
+def _kept(before: ParamSet, after: ParamSet) -> Row:
+    """What is left of a shared set: sizes, and the share of the earlier one that is still shared."""
+    return {
+        "before": before.size,
+        "after": after.size,
+        "still": (before & after).size / before.size if before.size else None,
+    }
