@@ -111,11 +111,20 @@ class MechanismSettings:
 
     run: bool = True
     """Analyse the mechanism at all."""
-    parts: list[Literal["gradients", "representations", "circuit", "positions", "dynamics"]] = Field(
-        default_factory=lambda: ["gradients", "representations", "circuit", "positions"], min_length=1
-    )
-    """Which analyses: consistency of a fact's two formats in gradients and in hidden states; heads and neurons; tuned
-    weights at some tokens only; and all of it at every kept checkpoint (`dynamics`, for train.keep_checkpoints)."""
+    parts: list[
+        Literal[
+            "gradients", "representations", "signature", "lens", "circuit", "positions", "transfer", "dynamics"
+        ]
+    ] = Field(
+        default_factory=lambda: [
+            "gradients", "representations", "signature", "lens", "circuit", "positions", "transfer"
+        ],
+        min_length=1,
+    )  # fmt: skip
+    """Which analyses: consistency of a fact's two formats in gradients and in hidden states; which input tokens an
+    answer is read off; how it comes about along the layers; heads and neurons, and what the heads attend to; tuned
+    weights at some tokens only; formats never trained; and recall, sharing, consistency and circuit at every kept
+    checkpoint (`dynamics`, of use with train.keep_checkpoints)."""
     facts: Annotated[int, Field(ge=4)] = 192
     """Facts that are analysed, in distribution and out of distribution each; of whole people."""
     together: Annotated[int, Field(ge=2)] = 48

@@ -18,15 +18,17 @@ from typing import Any
 
 import torch
 
-from crosstrace import circuit, dynamics, models, positions
+from crosstrace import circuit, dynamics, models, positions, transfer
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
 from crosstrace.consistency import FactPair, fact_pairs, gradient_consistency, representation_consistency
 from crosstrace.errors import UserError
 from crosstrace.evaluate import recall
+from crosstrace.facts import World
 from crosstrace.material import (
     checkpoints,
     examples,
+    known_people,
     load,
     load_base,
     model_inputs,
@@ -220,6 +222,18 @@ def at_positions(asked: Asked) -> list[Row]:
     return rows
 
 
+def transferred(asked: Asked) -> list[Row]:
+    """The taught facts in formats that were never trained."""
+    world, parts = World.draw(asked.experiment.facts), transfer.PARTS
+    if asked.name == "base":  # it knows nobody of the run's world, but people of its own
+        known = known_people(asked.experiment.model)
+        if known is None:
+            return []
+        world, parts = World.draw(known), ("qa_ood",)
+    rows = transfer.transfer(asked.model, asked.tokenizer, world, parts=parts, number=asked.options.questions)
+    return [row | {"part": "a_ood"} for row in rows] if asked.name == "base" else rows
+
+
 def over_training(asked: Asked) -> dict[str, list[Row]]:
     """Recall, overlap, consistency and circuit at every kept checkpoint, and in which order they came."""
     experiment, options = asked.experiment, asked.options
@@ -279,6 +293,7 @@ PARTS: Mapping[str, Callable[[Asked], Any]] = {
     "representations": representations,
     "circuit": circuits,
     "positions": at_positions,
+    "transfer": transferred,
     "dynamics": over_training,
 }
 WITHOUT_BASE: Sequence[str] = ("positions", "dynamics")  # it is where both begin

@@ -182,6 +182,11 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
     runs = plan(study)
     seen = set()
     for planned in runs:
+        if _width(planned) > _cores(study):
+            raise UserError(
+                f"run {planned.label} uses {_width(planned)} cores (jobs × threads), but the budget is "
+                f"{_cores(study)}; set experiment.jobs: 1 and experiment.threads: 1, or give the study more cores"
+            )
         if planned.setting not in seen:  # what would otherwise fail after hours
             pipeline.check(planned.experiment, whole=True)
             seen.add(planned.setting)
@@ -243,19 +248,37 @@ def _described(planned: Planned, study: StudySettings) -> dict[str, Any]:
     return changes
 
 
+def _cores(study: StudySettings) -> int:
+    return study.cores or len(os.sched_getaffinity(0))
+
+
+def _width(planned: Planned) -> int:
+    """Cores that a run uses."""
+    return planned.experiment.jobs * planned.experiment.threads
+
+
 def _step(planned: Planned) -> str:
     return f"results/{planned.label}.json"
 
 
 def _key(planned: Planned) -> dict[str, Any]:
-    """What a run's results depend on; how many of its strategies are worked on at once is no part of it."""
+    """What a run's results depend on: its settings that are not the defaults, so that a later version's new settings
+    make nothing anew. Its name, and how many of its strategies are worked on at once, are no part of it."""
     from crosstrace.material import model_key
 
-    values = config.plain(planned.experiment)
-    return {
-        "experiment": {k: v for k, v in values.items() if k not in ("jobs", "name")},
-        "model": model_key(planned.experiment),
-    }
+    own = _changed(config.plain(planned.experiment), config.plain(Experiment()))
+    own = {name: value for name, value in own.items() if name not in ("jobs", "name")}
+    return {"experiment": own, "model": model_key(planned.experiment)}
+
+
+def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not as by default."""
+    found = {}
+    for name, value in values.items():
+        default = defaults.get(name)
+        if value != default:
+            found[name] = _changed(value, default) if isinstance(value, dict) and isinstance(default, dict) else value
+    return found
 
 
 @dataclass
@@ -271,15 +294,8 @@ class _Running:
 def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: Progress) -> list[str]:
     """Make what is not complete, as many at once as the budget allows; returns what failed and why."""
     waiting = [planned for planned in runs if not opened.complete(_step(planned), _key(planned))]
-    cores = study.cores or len(os.sched_getaffinity(0))
+    cores = _cores(study)
     expected = max((read_json(opened.path(_step(p)))["peak_bytes"] for p in runs if p not in waiting), default=0)
-    width = {planned.label: planned.experiment.jobs * planned.experiment.threads for planned in waiting}
-    for planned in waiting:
-        if width[planned.label] > cores:
-            raise UserError(
-                f"run {planned.label} uses {width[planned.label]} cores (jobs × threads), but the budget is {cores}; "
-                "set experiment.jobs: 1 and experiment.threads: 1, or give the study more cores"
-            )
     if study.memory and expected > study.memory * GIB:
         raise UserError(
             f"a run of the study needed {expected / GIB:.1f} GiB, but the budget is {study.memory:g} GiB; give it more"
@@ -294,8 +310,8 @@ def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: 
         while waiting or running:
             while waiting:
                 planned = waiting[0]
-                used = sum(width[item.planned.label] for item in running)
-                if running and used + width[planned.label] > cores:
+                used = sum(_width(item.planned) for item in running)
+                if running and used + _width(planned) > cores:
                     break
                 if study.memory and running:
                     need = [max(item.peak, expected) for item in running]

@@ -6,20 +6,18 @@ Plain rows in, plain rows out; it knows results.json and the study's table, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
 
-from crosstrace.stats import mean_interval
+from crosstrace.stats import jackknife_interval, mean_interval
 
 Row = dict[str, Any]
 OUTCOME = "recall.qa_ood"
 MARGIN = 0.05  # outcomes that differ by less are no order that a measure could tell
-_SEED = 0
-_DRAWS = 2000
 
 # Measures that need no question about people whose questions are not trained: the name of the column -> in words.
 PREDICTORS = {
@@ -128,14 +126,14 @@ def prediction(rows: Sequence[Row]) -> list[Row]:
 
     Returns:
         a row for each of PREDICTORS that was measured:
-        across: Spearman's correlation with held-out recall over all rows, with a 95 % percentile interval that
-            resamples whole settings (None for fewer than four settings);
+        across: Spearman's correlation with held-out recall over all rows, with a 95 % jackknife interval over
+            settings (None for fewer than four settings);
         within: its mean over settings of the correlation among a setting's rows (strategies and seeds), with Student's
             t interval over settings;
         strategies: {strategy: Spearman's correlation over the rows of that strategy alone};
         right: of the pairs of strategies of one setting and seed whose recall differs by at least MARGIN, the share
-            that the measure puts in the right order (ties count half), with a percentile interval that resamples
-            settings; pairs: how many there are.
+            that the measure puts in the right order (ties count half), with a jackknife interval over settings; pairs:
+            how many there are.
     """
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     found = []
@@ -147,7 +145,7 @@ def prediction(rows: Sequence[Row]) -> list[Row]:
         by_setting = [own for own in by_setting if own]
         row: Row = {"measure": name, "words": words, "rows": len(kept), "settings": len(by_setting)}
         row["across"] = _spearman(kept, name)
-        row |= _resampled(
+        row |= _left_out(
             "across", by_setting, lambda own, name=name: _spearman([r for part in own for r in part], name)
         )
         each = [value for own in by_setting if (value := _spearman(own, name)) is not None]
@@ -160,7 +158,7 @@ def prediction(rows: Sequence[Row]) -> list[Row]:
         scores = [_ordered(own, name) for own in by_setting]
         share = lambda own: float(np.mean(flat)) if (flat := [s for part in own for s in part]) else None
         row |= {"right": share(scores), "pairs": sum(map(len, scores))}
-        row |= _resampled("right", [own for own in scores if own], share)
+        row |= _left_out("right", [own for own in scores if own], share)
         found.append(row)
     return found
 
@@ -225,12 +223,15 @@ def _ordered(rows: Sequence[Row], name: str) -> list[float]:
     return scores
 
 
-def _resampled(name: str, settings: Sequence[Any], statistic: Any) -> Row:
-    """A 95 % percentile interval of a statistic of several settings; None for fewer than four."""
+def _left_out(name: str, settings: Sequence[Any], statistic: Callable[[Sequence[Any]], float | None]) -> Row:
+    """A statistic's 95 % interval by a jackknife that leaves out one setting at a time, within what it can be; None for
+    fewer than four settings. (A bootstrap would draw settings twice, and their ties pull rank correlations to 0.)"""
     ends = (f"{name}_low", f"{name}_high")
-    if len(settings) < 4:
+    whole = statistic(settings)
+    others = [statistic([*settings[:i], *settings[i + 1 :]]) for i in range(len(settings))]
+    known = [value for value in others if value is not None]
+    if whole is None or len(known) < max(4, len(others)):
         return dict.fromkeys(ends)
-    draw = np.random.default_rng(_SEED)
-    picks = draw.integers(len(settings), size=(_DRAWS, len(settings)))
-    values = [value for pick in picks if (value := statistic([settings[i] for i in pick])) is not None]
-    return dict(zip(ends, map(float, np.quantile(values, [0.025, 0.975])))) if values else dict.fromkeys(ends)
+    _, low, high = jackknife_interval(whole, known)
+    least = -1.0 if name == "across" else 0.0
+    return dict(zip(ends, (max(least, low), min(1.0, high))))

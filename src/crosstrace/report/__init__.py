@@ -4,6 +4,7 @@ from crosstrace.report.figures import (
     figure_centralization,
     figure_circuit,
     figure_depth,
+    figure_dynamics,
     figure_gradients,
     figure_history,
     figure_intervention,
@@ -12,6 +13,8 @@ from crosstrace.report.figures import (
     figure_positions,
     figure_recall,
     figure_relations,
+    figure_retention,
+    figure_transfer,
     figure_units,
 )
 from crosstrace.report.page import write_report
@@ -20,6 +23,7 @@ __all__ = [
     "figure_centralization",
     "figure_circuit",
     "figure_depth",
+    "figure_dynamics",
     "figure_gradients",
     "figure_history",
     "figure_intervention",
@@ -28,6 +32,8 @@ __all__ = [
     "figure_positions",
     "figure_recall",
     "figure_relations",
+    "figure_retention",
+    "figure_transfer",
     "figure_units",
     "write_report",
 ]

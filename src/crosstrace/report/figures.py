@@ -432,6 +432,71 @@ def figure_scatter(
     return _finish(fig, ax, legend)
 
 
+@_figure
+def figure_transfer(results: Mapping, *, part: str | None = None, legend: bool = True) -> Figure:
+    """Share of the facts that each model gives or recognises in each format, beside chance."""
+    rows = [r for r in R.mechanism_rows(results, "transfer") if r["n"]]
+    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"))), None)
+    rows = _needed(R.where(rows, part=part), f"other formats of {part}")
+    rows = [{**r, "low": r["correct_low"], "high": r["correct_high"]} for r in rows]
+    formats = R.distinct(rows, "format")
+    fig, ax = _panel(say.test(part or ""), "share right", height=90 + 34 * len(formats), left=168)
+    labels = [say.FORMATS.get(name, say.spoken(name)) for name in formats]
+    _dots(ax, rows, formats, labels, "format", _models(rows, results), "correct")
+    for number, name in enumerate(formats):
+        level = R.where(rows, format=name)[0]["chance"]
+        ax.plot([level, level], [number - 0.42, number + 0.42], color=CHANCE.color, ls=CHANCE.dash, lw=CHANCE.width)
+    return _finish(fig, ax, legend)
+
+
+@_figure
+def figure_dynamics(results: Mapping, *, measure: str = "recall.qa_ood", legend: bool = True) -> Figure:
+    """One measure at every checkpoint, one line a strategy; a dotted vertical is a change of phase."""
+    rows = R.mechanism_rows(results, "dynamics", "rows")
+    rows = _needed([r for r in rows if r.get(measure) is not None], f"{measure} over checkpoints")
+    fig, ax = _panel(say.measured(measure).capitalize(), "at each checkpoint", below="updates")
+    for name, look in strategy_looks(results).items():
+        own = R.where(rows, model=name)
+        if own:
+            _curve(ax, own, "update", measure, look, say.model(name))
+            for before, after in itertools.pairwise(own[1:]):
+                if before["phase"] != after["phase"]:
+                    ax.axvline(before["update"], color=look.color, lw=1.2, ls=":")
+    ends = [say.number(r[measure]) for r in rows]
+    if min(ends) >= 0 and max(ends) <= 1:
+        ax.set_ylim(-0.02, 1.04)
+    elif max(map(abs, ends)) > 1:
+        ax.yaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
+    ax.xaxis.set_major_locator(_ticker().MaxNLocator(5, integer=True))
+    ax.xaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
+    return _finish(fig, ax, legend)
+
+
+def arm_look(results: Mapping, strategy: str, arm: str) -> Look:
+    """A strategy's look, dashed where taught examples are replayed."""
+    look = strategy_looks(results)[strategy]
+    return look if arm == "alone" else Look(look.color, look.mark, "--", look.width)
+
+
+@_figure
+def figure_retention(results: Mapping, *, part: str = "qa_ood", legend: bool = True) -> Figure:
+    """Recall of one kind of questions while a taught model learns other things, a line a strategy and way."""
+    found = results.get("retention") or {}
+    rows = [
+        {"strategy": s, **r} for s, own in found.items() for r in own["history"] if r.get(part) is not None
+    ]  # fmt: skip
+    rows = _needed(rows, f"recall of {part} under further training")
+    fig, ax = _panel(say.test(part), "exact match", below="updates of further training")
+    for strategy in R.strategies(results):
+        for arm in R.distinct(rows, "arm"):
+            own = R.where(rows, strategy=strategy, arm=arm)
+            label = f"{say.model(strategy)}, {say.ARMS[arm]}"
+            _curve(ax, own, "update", part, arm_look(results, strategy, arm), label)
+    ax.set_ylim(-0.02, 1.04)
+    ax.xaxis.set_major_locator(_ticker().MaxNLocator(5, integer=True))
+    return _finish(fig, ax, legend)
+
+
 def untouched(results: Mapping, strategy: str | None, test: str | None) -> tuple[float, float]:
     """Exact match of the strategy's model and of the base, as they are, on the questions that the interventions were
     asked; NaN where not tested."""

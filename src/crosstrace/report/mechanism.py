@@ -38,7 +38,7 @@ def gradients(results: Mapping) -> Section:
             "another person's fact of the same relation. Lines are 95 % intervals, resampled by person. Random sets "
             "have the size of the shared one. Alike gradients are no wonder where the two texts have words in common, "
             "which is why the base is shown.",
-            key((say.model(m), look) for m, look in _looks(results, rows).items()),
+            key((say.model(m), look) for m, look in looks_of(results, rows).items()),
             [
                 F.to_svg(F.figure_gradients(results, part=p, legend=False), f"gradients-{i}", say.test(p))
                 for i, p in enumerate(parts)
@@ -47,7 +47,7 @@ def gradients(results: Mapping) -> Section:
         )
     )
     columns = {
-        "Model": _model,
+        "Model": model_of,
         "Parameters": lambda r: (
             say.explained(r) if r["group"] in say.EXPLAINED else f"{say.spoken(r['group'])} {r['label']}"
         ),
@@ -55,7 +55,7 @@ def gradients(results: Mapping) -> Section:
         **COSINES,
         "Own is highest": lambda r: Cell(say.percent(r.get("first")), f"chance {say.percent(r.get('chance_first'))}"),
     }
-    section.blocks += [_table(f"{say.test(p)}: every set in numbers", R.where(rows, part=p), columns) for p in parts]
+    section.blocks += [table(f"{say.test(p)}: every set in numbers", R.where(rows, part=p), columns) for p in parts]
     return section
 
 
@@ -83,7 +83,7 @@ def representations(results: Mapping) -> Section:
             "intervals, resampled by person.",
             key(
                 [
-                    *((say.model(m), look) for m, look in _looks(results, rows).items()),
+                    *((say.model(m), look) for m, look in looks_of(results, rows).items()),
                     ("knowing the relation or the person alone", F.CHANCE),
                 ]
             ),
@@ -94,7 +94,7 @@ def representations(results: Mapping) -> Section:
         )
     )
     columns = {
-        "Model": _model,
+        "Model": model_of,
         "Place": lambda r: say.place(r["place"]),
         "Layer": lambda r: say.plain(r["layer"]),
         **COSINES,
@@ -102,7 +102,7 @@ def representations(results: Mapping) -> Section:
         "Found first": lambda r: Cell(say.percent(r.get("top1")), f"right object {say.percent(r.get('answer_top1'))}"),
         "Reciprocal rank": lambda r: Cell(say.decimal(r.get("mrr")), f"chance {say.decimal(r.get('chance_mrr'))}"),
     }
-    section.blocks += [_table(f"{say.test(p)}: every layer in numbers", R.where(rows, part=p), columns) for p in parts]
+    section.blocks += [table(f"{say.test(p)}: every layer in numbers", R.where(rows, part=p), columns) for p in parts]
     return section
 
 
@@ -153,7 +153,7 @@ def circuit(results: Mapping) -> Section:
         )
     )
     agreement = [r for r in R.mechanism_rows(results, "circuit", "agreement") if r.get("auc") is not None]
-    asked: Columns = {"Model": _model, "Questions": lambda r: say.test(r["part"])}
+    asked: Columns = {"Model": model_of, "Questions": lambda r: say.test(r["part"])}
     tested = lambda name, r: Cell(say.decimal(r[name]), f"p = {say.decimal(r[f'{name}_p'], 3)}")
     nats = lambda name: lambda r: say.decimal(r[name], 3)
     if agreement:
@@ -164,7 +164,7 @@ def circuit(results: Mapping) -> Section:
             "ROC-AUC": lambda r: tested("auc", r),
         }
         title = "Do the nodes that matter hold the shared parameters? Permutation tests"
-        section.blocks.append(_table(title, agreement, columns, folded=False))
+        section.blocks.append(table(title, agreement, columns, folded=False))
     columns = asked | {
         "Node": lambda r: r["node"],
         "Attribution, nats": nats("attribution"),
@@ -172,14 +172,14 @@ def circuit(results: Mapping) -> Section:
         "Exact match then": lambda r: say.percent(r["exact_match"]),
     }
     alone = R.mechanism_rows(results, "circuit", "alone")
-    section.blocks.append(_table("The most important nodes, ablated one by one", alone, columns))
+    section.blocks.append(table("The most important nodes, ablated one by one", alone, columns))
     columns = asked | {
         "Module": lambda r: r["module"],
         "Sum of attributions, nats": nats("sum"),
         "Drop with all ablated, nats": nats("drop"),
     }
     modules = R.mechanism_rows(results, "circuit", "modules")
-    section.blocks.append(_table("Completeness: what a module's nodes sum to", modules, columns))
+    section.blocks.append(table("Completeness: what a module's nodes sum to", modules, columns))
     return section
 
 
@@ -208,7 +208,7 @@ def positions(results: Mapping) -> Section:
             "The base's weights are replaced by the tuned ones while the chosen tokens of the question are computed; "
             "all other tokens keep the base's. Last: the token that predicts the answer, and the answer's own. Lines "
             "are 95 % Wilson intervals.",
-            key((say.model(m), look) for m, look in _looks(results, rows).items()),
+            key((say.model(m), look) for m, look in looks_of(results, rows).items()),
             [
                 F.to_svg(
                     F.figure_positions(results, part=part, component=component, legend=False),
@@ -237,17 +237,17 @@ def _panels(results: Mapping, places: list[str], parts: list[str], value: str) -
     ]
 
 
-def _looks(results: Mapping, rows: list[Row]) -> dict[str, F.Look]:
+def looks_of(results: Mapping, rows: list[Row]) -> dict[str, F.Look]:
     found = R.distinct(rows, "model")
     return {m: look for m, look in F.strategy_looks(results).items() if m in found}
 
 
-def _table(title: str, rows: Sequence[Row], columns: Columns, folded: bool = True) -> Table:
+def table(title: str, rows: Sequence[Row], columns: Columns, folded: bool = True) -> Table:
     """A table of the rows: per column its head and what it says of a row."""
     return Table(list(columns), [[cell(r) for cell in columns.values()] for r in rows], title, folded)
 
 
-def _model(row: Row) -> str:
+def model_of(row: Row) -> str:
     return say.model(row["model"])
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstrace.report import figures as F
-from crosstrace.report import mechanism
+from crosstrace.report import learning, mechanism
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
 from crosstrace.report.blocks import Cell, Plot, Section, Table, key, render
@@ -37,7 +37,8 @@ def write_report(results: Mapping[str, Any], folder: str | Path) -> Path:
     parts = [recall(results), training(results), overlap(results), places(results), centralization(results)]
     parts += [intervention(results, "ablate"), intervention(results, "graft")]
     parts += [mechanism.gradients(results), mechanism.representations(results)]
-    parts += [mechanism.circuit(results), mechanism.positions(results)]
+    parts += [mechanism.circuit(results), mechanism.positions(results), learning.transfer(results)]
+    parts += [learning.dynamics(results), learning.retention(results)]
     for plot in (block for section in parts for block in section.blocks if isinstance(block, Plot)):
         write_text(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
     page = folder / "index.html"

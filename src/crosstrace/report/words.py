@@ -22,6 +22,7 @@ TESTS = {
     "qa_id": "Questions, trained (ID)",
     "qa_ood": "Questions, held out (OOD)",
     "a_ood": "Population A, held out",
+    "new": "Questions about the new people",
 }
 SETS = {"shared": "shared set", "random": "random", "random_per_tensor": "random, same count per tensor"}
 WHENS = {"online": "Online trace", "final": "Final checkpoint", "training": "Training"}
@@ -44,6 +45,30 @@ STATES = {
     "top1": "own fact found first",
     "cka": "linear CKA",
     "excess": "cosine beyond same relation",
+}
+FORMATS = {
+    "asked": "the trained wording",
+    "wording": "another wording",
+    "cloze": "a statement to complete",
+    "choice": "one of four",
+    "pair": "one of two",
+    "true_statement": "true or false statement",
+    "yes_no": "yes or no",
+    "reversed": "from the facts to the name",
+}
+ARMS = {"alone": "on new material alone", "replay": "with replay"}
+PUT_BACK = {"none": "nothing"}
+MEASURED = {
+    "overlap": "overlap of the top 5\u202f%",
+    "spearman": "rank correlation of the traces",
+    "shared_of_last": "what is shared at the end",
+    "recall": "recall",
+    "gradient": "gradient consistency",
+    "states": "retrieval from hidden states",
+    "heads": "number of heads in use",
+    "neurons": "number of neurons in use",
+    "heads_as_last": "importance of heads, as at the end",
+    "neurons_as_last": "importance of neurons, as at the end",
 }
 EXPLAINED = {"all": "all in scope", "rest": "the rest", **SETS, "random_per_tensor": "random, per tensor"}
 UNITS = {
@@ -164,6 +189,13 @@ def explained(row: Mapping[str, object]) -> str:
     """A set of parameters whose gradients are compared, with the time of the trace that it is of."""
     name = EXPLAINED.get(str(row["group"]), str(row.get("label")))
     return f"{name}, {row['when']}" if row.get("when") else name
+
+
+def measured(name: str) -> str:
+    """A measure that is followed over training."""
+    kind, _, part = name.partition(".")
+    where = {"qa_id": ", trained", "qa_ood": ", held out", "bio": ", biographies"}
+    return MEASURED.get(kind, spoken(kind)) + where.get(part, "")
 
 
 def curve(kind: str, order: str) -> str:

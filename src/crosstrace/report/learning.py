@@ -1,0 +1,176 @@
+"""The page's sections on formats never trained, on the order in which things came, and on what further training
+leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from crosstrace.report import figures as F
+from crosstrace.report import rows as R
+from crosstrace.report import words as say
+from crosstrace.report.blocks import Cell, Plot, Section, Table, key
+from crosstrace.report.mechanism import Columns, looks_of, model_of, table
+
+FOLLOWED = ("recall.qa_ood", "recall.bio", "overlap", "shared_of_last", "gradient.qa_ood", "states.qa_ood",
+            "heads_as_last.qa_ood", "neurons_as_last.qa_ood")  # fmt: skip
+TOLD = ("recall.qa_ood", "overlap", "gradient.qa_ood", "heads_as_last.qa_ood")
+
+
+def transfer(results: Mapping) -> Section:
+    """Taught facts in formats that were never trained."""
+    section = Section("transfer", "Formats never trained", command="mechanism")
+    rows = [r for r in R.mechanism_rows(results, "transfer") if r["n"]]
+    if not rows:
+        section.absent = "No other formats were asked"
+        return section
+    parts = R.held_out_first(R.distinct(rows, "part"))
+    lead = next(p for p in parts if p != "a_ood" or len(parts) == 1)
+    sentences = []
+    for name in ("wording", "cloze", "reversed"):
+        found = [(say.model(r["model"]), say.number(r["correct"])) for r in R.where(rows, part=lead, format=name)]
+        sentence = say.compare([pair for pair in found if pair[0] != say.model("base")], "is right on", "")
+        if sentence:
+            sentences.append(f"{say.FORMATS[name].capitalize()}: {sentence}")
+    absent = {
+        r["format"]: r["absent"] for r in R.mechanism_rows(results, "transfer") if r["absent"] and r["part"] == lead
+    }
+    missing = "".join(f" Not asked: {say.FORMATS[name]} ({why})." for name, why in absent.items())
+    section.blocks.append(
+        Plot(
+            "transfer",
+            f"{say.test(lead)}. {sentences[0]}" if sentences else "Facts in other formats.",
+            "The same facts in every format. In the first three the model must give the answer; in the others it must "
+            "find the true one likelier than the false ones, so chance, the dotted mark, is high. A wording is new for "
+            "the fact, not for others; only the way back to the name is new altogether. The base is asked about its "
+            f"own people. Lines are 95 % intervals, resampled by person.{missing}",
+            key([*((say.model(m), look) for m, look in looks_of(results, rows).items()), ("chance", F.CHANCE)]),
+            [
+                F.to_svg(F.figure_transfer(results, part=p, legend=False), f"transfer-{i}", say.test(p))
+                for i, p in enumerate(parts)
+            ],
+            rows,
+            also=" ".join(sentences[1:]),
+        )
+    )
+    columns: Columns = {
+        "Model": model_of,
+        "Format": lambda r: say.FORMATS.get(r["format"], say.spoken(r["format"])),
+        "Right": lambda r: Cell(say.percent(r["correct"]), say.interval(r["correct_low"], r["correct_high"])),
+        "Chance": lambda r: say.percent(r["chance"]),
+        "Log-probability of the true one, nats": lambda r: say.decimal(r["logprob"]),
+        "n": lambda r: Cell(say.plain(r["n"]), f"{say.plain(r['people'])} people"),
+    }
+    section.blocks += [table(f"{say.test(p)}: every format in numbers", R.where(rows, part=p), columns) for p in parts]
+    return section
+
+
+def dynamics(results: Mapping) -> Section:
+    """In which order recall, sharing, consistency and the circuit came."""
+    section = Section("dynamics", "In which order it came")
+    rows = R.mechanism_rows(results, "dynamics", "rows")
+    order = R.mechanism_rows(results, "dynamics", "appearance")
+    if not rows:
+        section.absent = "No checkpoints were looked at: name dynamics in mechanism.parts, and set train.keep_checkpoints"
+        return section
+    names = R.distinct(rows, "model")
+    sentences = []
+    for name in names:
+        came = [r for r in R.where(order, model=name) if r["half"] is not None and r["measure"] in TOLD]
+        told = [f"{say.measured(r['measure'])} at update {round(r['half']):,}" for r in came]
+        if told:
+            sentences.append(f"{say.model(name)} was halfway in {say.listing(told)}.")
+    measures = [m for m in FOLLOWED if any(r.get(m) is not None for r in rows)]
+    section.blocks.append(
+        Plot(
+            "dynamics",
+            sentences[0] if sentences else "Measures over training.",
+            "Every measure is taken anew at each checkpoint on the same few examples; a dotted vertical is where a "
+            "strategy changes phase. Halfway is the first update at which a measure had made half of its way from the "
+            "base to the end of training; of a measure that came back on its way, nothing is said.",
+            key((say.model(s), F.strategy_looks(results)[s]) for s in names),
+            [
+                F.to_svg(F.figure_dynamics(results, measure=m, legend=False), f"dynamics-{i}", say.measured(m))
+                for i, m in enumerate(measures)
+            ],
+            rows,
+            also=" ".join(sentences[1:]),
+        )
+    )
+    form = lambda value: say.decimal(value, 3)
+    columns: Columns = {
+        "Model": model_of,
+        "Measure": lambda r: say.measured(r["measure"]),
+        "Base": lambda r: form(r["first"]),
+        "End of training": lambda r: form(r["last"]),
+        "A tenth of the way": lambda r: say.decimal(r["tenth"], 0),
+        "Half of the way": lambda r: say.decimal(r["half"], 0),
+    }
+    section.blocks.append(table("Every measure: at which update it had come how far", order, columns))
+    return section
+
+
+def retention(results: Mapping) -> Section:
+    """What is left of the taught facts, and of the shared set, after further training."""
+    section = Section("retention", "After further training", command="retain")
+    found = results.get("retention") or {}
+    rows = [{"strategy": s, **r} for s in R.strategies(results) for r in (found.get(s) or {}).get("history", ())]
+    if not rows:
+        section.absent = "The taught models were not trained further"
+        return section
+    names, arms = R.distinct(rows, "strategy"), R.distinct(rows, "arm")
+    end = max(r["update"] for r in rows)
+    sentences = []
+    for arm in arms:
+        last = {r["strategy"]: r for r in R.where(rows, arm=arm, update=end)}
+        told = [(say.model(s), say.number(last[s]["qa_ood"])) for s in names if s in last]
+        after = f" of the held-out questions after {end:,} updates {say.ARMS[arm]}"
+        sentences.append(say.compare(told, "still answers", after))
+    parts = [p for p in ("qa_ood", "qa_id", "bio", "new") if any(r.get(p) is not None for r in rows)]
+    section.blocks.append(
+        Plot(
+            "retention",
+            sentences[0],
+            "Each taught model is trained further on what retention.people or retention.text says, alone and with "
+            "taught examples replayed in every update.",
+            key((f"{say.model(s)}, {say.ARMS[a]}", F.arm_look(results, s, a)) for s in names for a in arms),
+            [
+                F.to_svg(F.figure_retention(results, part=p, legend=False), f"retention-{i}", say.test(p))
+                for i, p in enumerate(parts)
+            ],
+            rows,
+            also=" ".join(sentences[1:]),
+        )
+    )
+    own = lambda name: [{"strategy": s, **r} for s in names for r in found[s][name]]
+    columns: Columns = {
+        "Model": lambda r: say.model(r["strategy"]),
+        "Training": lambda r: say.ARMS[r["arm"]],
+        "Shared set": lambda r: say.when(r["when"]),
+        "Put back": lambda r: say.PUT_BACK.get(r["set"]) or say.pset(r["set"]),
+        "Held-out questions": lambda r: say.percent(r["qa_ood"]),
+        "Trained questions": lambda r: say.percent(r["qa_id"]),
+    }
+    title = "Recall after further training, with some parameters put back to their taught values"
+    section.blocks.append(table(title, own("repair"), columns, folded=False))
+    columns = {
+        "Model": lambda r: say.model(r["strategy"]),
+        "Training": lambda r: say.ARMS[r["arm"]],
+        "Shared set": lambda r: say.when(r["when"]),
+        "Set": lambda r: say.pset(r["set"]),
+        "Parameters": lambda r: say.plain(r["size"]),
+        "Share of the squared way": lambda r: say.percent(r["energy"]),
+        "Over its share of the parameters": lambda r: say.decimal(r["lift"]),
+    }
+    section.blocks.append(table("How far the sets' parameters moved", own("moved"), columns))
+    head = ["Model", "Training", "Shared before", "Shared after", "Still shared"]
+    body = [
+        [
+            say.model(r["strategy"]),
+            say.ARMS[r["arm"]],
+            *map(say.plain, (r["before"], r["after"])),
+            say.percent(r["still"]),
+        ]
+        for r in own("shared")
+    ]
+    section.blocks.append(Table(head, body, "The shared set of a trace of the taught material, before and after"))
+    return section

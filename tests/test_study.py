@@ -1,0 +1,194 @@
+"""A study: its grid, its budget, its table; runs that fail, and a study that is killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet
+import pytest
+import yaml
+
+from crosstrace import cli, study
+from crosstrace.errors import UserError
+
+EXPERIMENT = """
+facts: {people: 16}
+strategies:
+  two_stage: [{name: bio, batch: {bio: 4}, steps: 2}, {name: qa, batch: {qa: 4}, steps: 2}]
+  mixed: [{name: mixed, batch: {bio: 4, qa: 4}, steps: 2}]
+train: {precision: float32, recall_every: 0, recall_examples: 8}
+eval: {known: 24}
+trace: {parts: 2, every: 1, check: false}
+analysis: {fractions: [0.05], central_fractions: [0.05], draws: 2}
+interventions: {run: false}
+mechanism: {run: false}
+jobs: 1
+"""
+GRID = {
+    "name": "grid",
+    "experiment": yaml.safe_load(EXPERIMENT),
+    "vary": {"length": {"short": {}, "long": {"strategies.mixed.0.steps": 3}}},
+    "seeds": [1, 2],
+    "cores": 2,
+}
+
+
+def parsed(**changes) -> study.StudySettings:
+    return study.parse(GRID | changes, "the test")
+
+
+def file_of(folder: Path, values: dict) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def table(folder: Path) -> list[dict]:
+    with open(folder / "table.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_combination_is_a_run_seed_by_seed() -> None:
+    runs = study.plan(parsed(vary=GRID["vary"] | {"facts.people": [16, 24]}))
+    assert [run.label for run in runs[:4]] == ["short+people=16/1", "short+people=24/1", "long+people=16/1",
+                                               "long+people=24/1"]  # fmt: skip
+    assert len(runs) == 8 and [run.seed for run in runs] == [1] * 4 + [2] * 4
+    last = runs[-1].experiment
+    assert last.facts.people == 24 and last.facts.seed == last.train.seed == 2
+    assert last.strategies["mixed"][0].steps == 3 and runs[0].experiment.strategies["mixed"][0].steps == 2
+    assert runs[-1].setting == "long+people=24"
+    (alone,) = study.plan(parsed(vary={}, seeds=[7]))
+    assert alone.label == "default/7"
+    (random,) = study.plan(parsed(vary={}, seeds=[7], seeded=["facts.seed", "model.random_init"]))
+    assert random.experiment.model.random_init == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"sedes": [1]}, "sedes"),
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [1, 1]}, "a seed is given twice"),
+        ({"experiment": {"fcts": {}}}, "unknown setting 'fcts'"),
+        ({"vary": {"length": {"short": {"facts.peeple": 3}}}}, "unknown setting 'facts.peeple'"),
+        ({"vary": {"facts.people": [4]}}, "setting facts.people is 4"),
+        ({"vary": {"length": {"short": {"strategies.mixed.7.steps": 3}}}}, "no item of a list"),
+        ({"vary": {"length": {"../up": {}}}}, "cannot name a folder"),
+        ({"vary": {"length": {".hidden": {}}}}, "cannot name a folder"),
+        ({"vary": {"facts.people": [16, 16]}}, "one name"),
+        ({"vary": {"facts.people": []}}, "vary"),
+        ({"compare": ["mixed", "replay"]}, "no strategy 'replay'"),
+        ({"name": "a/b"}, "cannot name a folder"),
+        ({"cores": 0}, "cores"),
+        ({"memory": -1}, "memory"),
+    ],
+)
+def test_bad_studies_are_told_in_a_sentence(changes: dict, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        study.plan(parsed(**changes))
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [", "", "\x00"])
+def test_bad_files_end_the_command_with_a_sentence(tmp_path: Path, text: str, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    values = [] if text else ["--cores", "nothing"]  # an empty file is a study of the defaults
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["study", str(path), str(tmp_path / "out"), *values])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_wider_than_the_budget_is_refused(tmp_path: Path) -> None:
+    wide = parsed(experiment=GRID["experiment"] | {"jobs": 3})
+    with pytest.raises(UserError, match="uses 3 cores"):
+        study.run(wide, tmp_path / "wide", quiet=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study") / "whole"
+    study.run(parsed(), folder, quiet=True)
+    return folder
+
+
+def test_the_table_has_a_row_for_each_run_and_strategy(whole: Path) -> None:
+    rows = table(whole)
+    places = [(row["setting"], row["seed"], row["strategy"]) for row in rows]
+    assert len(places) == len(set(places)) == 8
+    assert {row["vary.length"] for row in rows} == {"short", "long"}
+    steps = {(row["setting"], row["strategy"]): row["updates"] for row in rows}
+    assert steps["long", "mixed"] == "3" and steps["short", "mixed"] == "2" and steps["long", "two_stage"] == "4"
+    columns = pyarrow.parquet.read_table(whole / "table.parquet").to_pydict()
+    for name, values in columns.items():
+        for row, value in zip(rows, values):
+            assert row[name] == ("" if value is None else str(value))
+    for row in rows:
+        results = json.loads((whole / "runs" / row["setting"] / row["seed"] / "results.json").read_text())
+        assert float(row["recall.bio"]) == results["recall"][row["strategy"]]["bio"]["exact_match"]
+
+
+def test_a_finished_study_keeps_results_and_reports(whole: Path) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    assert results["study"]["runs"] == 4 and results["failed"] == []
+    assert results["study"]["settings"] == {"short": {}, "long": {"strategies.mixed.0.steps": 3}}
+    assert {row["measure"] for row in results["differences"]} >= {"recall.qa_ood", "overlap.online.example.0.05"}
+    assert (whole / "report" / "index.html").stat().st_size > 10_000
+    run = whole / "runs" / "short" / "1"
+    assert (run / "report" / "index.html").is_file() and not (run / "models").exists()
+    assert "exact match, held out" in study.told(results)
+
+
+def test_a_finished_study_is_not_run_again_and_may_grow(whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (whole / "results").rglob("*.json")}
+    study.run(parsed(seeds=[1]), whole, "resume", quiet=True)
+    assert before == {path: path.stat().st_mtime_ns for path in (whole / "results").rglob("*.json")}
+    assert {row["seed"] for row in table(whole)} == {"1"}, "what is no longer asked for is not told"
+    study.run(parsed(), whole, "resume", quiet=True)
+    assert len(table(whole)) == 8
+    with pytest.raises(UserError, match="already holds"):
+        study.run(parsed(), whole, quiet=True)
+
+
+def test_a_failed_run_does_not_stop_the_others(tmp_path: Path, whole: Path) -> None:
+    folder = tmp_path / "failing"
+    short = parsed(vary={}, seeds=[1, 2])
+    place = folder / "runs" / "default" / "1"
+    place.mkdir(parents=True)
+    (place / "mine.txt").write_text("not a run")
+    for path in ("manifest/RUN", "config.yaml"):  # a study of that name that somebody put a file into
+        (folder / path).parent.mkdir(exist_ok=True)
+    (folder / "manifest" / "RUN").write_text('{"crosstrace": "x", "layout": 1}')
+    with pytest.raises(UserError, match=r"1 of 2 runs failed, first default/1: .* is not empty"):
+        study.run(short, folder, "resume", quiet=True)
+    assert (place / "mine.txt").read_text() == "not a run"
+    assert {row["seed"] for row in table(folder)} == {"2"}
+    (place / "mine.txt").unlink()
+    study.run(short, folder, "resume", quiet=True)
+    assert {row["seed"] for row in table(folder)} == {"1", "2"}
+
+
+def test_a_killed_study_goes_on_and_comes_to_the_same(tmp_path: Path, whole: Path) -> None:
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "crosstrace", "study", str(file_of(tmp_path, GRID)), str(folder), "--quiet"]
+    process = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, start_new_session=True)
+    until = time.monotonic() + 120
+    while not list(folder.glob("runs/*/*/models")) and time.monotonic() < until:
+        time.sleep(0.05)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert any("spawn" in " ".join(worker.cmdline()) for worker in workers if worker.is_running())
+    gone, alive = psutil.wait_procs(workers, timeout=10)
+    assert gone and not alive, "a killed study leaves nobody who still writes"
+    subprocess.run([*command, "--resume"], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True)
+    assert table(folder) == table(whole)

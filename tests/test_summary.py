@@ -1,0 +1,107 @@
+"""What a study says: intervals, paired differences and predictions on numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from sample_results import sample_results
+from scipy.stats import t as student
+
+from crosstrace import summary
+
+
+def row(setting: str, seed: int, strategy: str, outcome: float | None, value: float | None) -> dict:
+    return {
+        "setting": setting, "seed": seed, "strategy": strategy, "recall.qa_ood": outcome,
+        "gradient.qa_id.excess": value,
+    }  # fmt: skip
+
+
+def the(rows: list[dict], **wanted) -> dict:
+    (found,) = [r for r in rows if all(r[key] == value for key, value in wanted.items())]
+    return found
+
+
+def test_levels_are_means_over_seeds_with_students_interval() -> None:
+    rows = [row("a", seed, "mixed", value, None) for seed, value in enumerate([0.8, 0.9, 1.0])]
+    found = the(summary.levels(rows), measure="recall.qa_ood")
+    half = student.ppf(0.975, 2) * 0.1 / math.sqrt(3)
+    assert found["mean"] == pytest.approx(0.9) and found["seeds"] == 3
+    assert (found["low"], found["high"]) == pytest.approx((0.9 - half, 0.9 + half))
+    (single,) = summary.levels(rows[:1])
+    assert single["low"] is None and single["high"] is None, "one seed has no interval"
+    assert not [r for r in summary.levels(rows) if r["measure"] != "recall.qa_ood"], "what is unknown is left out"
+
+
+def test_differences_are_paired_by_seed() -> None:
+    rows = [row("a", 1, "mixed", 0.9, None), row("a", 2, "mixed", 0.5, None), row("a", 3, "mixed", 0.1, None)]
+    rows += [row("a", 2, "two_stage", 0.6, None), row("a", 1, "two_stage", 0.4, None)]  # in another order, one missing
+    found = the(summary.differences(rows, ("mixed", "two_stage")), measure="recall.qa_ood")
+    assert found["mean"] == pytest.approx((0.5 - 0.1) / 2) and found["seeds"] == 2 and found["above"] == 1
+
+
+def planted(good: float) -> list[dict]:
+    """Six settings of two strategies and two seeds: recall depends on the setting (d) and the strategy; the measure
+    follows the strategy by `good` and the setting backwards."""
+    rows = []
+    for d in range(6):
+        for seed in (1, 2):
+            for number, strategy in enumerate(("two_stage", "mixed")):
+                outcome = 0.05 * d + 0.4 * number + 0.001 * seed
+                rows.append(row(f"s{d}", seed, strategy, outcome, good * number - 10 * d + 0.0001 * good * seed))
+    return rows
+
+
+def test_a_measure_may_tell_recipes_apart_and_mislead_between_settings() -> None:
+    found = the(summary.prediction(planted(1.0)), measure="gradient.qa_id.excess")
+    assert found["rows"] == 24 and found["settings"] == 6 and found["pairs"] == 12
+    assert found["right"] == found["right_low"] == found["right_high"] == 1.0
+    assert found["within"] == pytest.approx(1.0), "the order of the four rows of each setting is right"
+    assert found["strategies"]["mixed"] < -0.9 and found["across"] < 0, "over settings it is backwards"
+    assert found["across_low"] <= found["across"] <= found["across_high"]
+    turned = the(summary.prediction(planted(-1.0)), measure="gradient.qa_id.excess")
+    assert turned["right"] == 0.0 and turned["within"] == pytest.approx(-1.0)
+
+
+def test_pairs_that_hardly_differ_say_nothing_and_ties_count_half() -> None:
+    rows = [row("a", 1, "x", 0.5, 1.0), row("a", 1, "y", 0.5 + summary.MARGIN / 2, 2.0), row("a", 1, "z", 0.9, 1.0)]
+    rows += [row("a", 2, "x", 0.1, 5.0)]  # of another seed: no pair
+    found = the(summary.prediction(rows), measure="gradient.qa_id.excess")
+    assert found["pairs"] == 2, "x and y differ by less than the margin"
+    assert found["right"] == pytest.approx((0.5 + 0.0) / 2), "x and z are tied, y and z the wrong way around"
+    assert found["right_low"] is None, "one setting has no interval over settings"
+
+
+def test_what_is_constant_or_unknown_predicts_nothing() -> None:
+    rows = [{**r, "gradient.qa_id.excess": 1.0} for r in planted(1.0)]
+    found = the(summary.prediction(rows), measure="gradient.qa_id.excess")
+    assert found["across"] is None and found["within"] is None and found["right"] == 0.5
+    assert found["across_low"] is None
+    unknown = [{**r, "gradient.qa_id.excess": None} for r in planted(1.0)]
+    assert summary.prediction(unknown) == []
+
+
+def test_claims_are_counted_over_runs() -> None:
+    claim = lambda verdict, effect: {
+        "claim": "recall", "text": "It does", "when": "training", "unit": "points", "verdict": verdict, "effect": effect
+    }  # fmt: skip
+    runs = [("a", [claim("holds", 2.0)]), ("a", [claim("does not hold", -1.0)]), ("a", [claim("undecided", None)])]
+    (found,) = summary.claims_over_runs(runs)
+    assert (found["holds"], found["does_not_hold"], found["undecided"]) == (1, 1, 1)
+    assert found["effect"] == pytest.approx(0.5) and found["seeds"] == 2
+
+
+def test_every_measure_of_a_run_is_found_by_name() -> None:
+    results = sample_results()
+    for strategy in results["run"]["strategies"]:
+        found = summary.measures(results, strategy)
+        assert found["recall.qa_ood"] == results["recall"][strategy]["qa_ood"]["exact_match"]
+        kinds = {name.partition(".")[0] for name in found}
+        assert {"recall", "logprob", "updates", "overlap", "spearman", "excess_gini", "ablate", "graft", "gradient",
+                "states"} <= kinds  # fmt: skip
+        best = max(
+            r["top1"] for r in results["mechanism"]["representations"][strategy]
+            if (r["part"], r["place"]) == ("qa_ood", "answer") and r["top1"] is not None
+        )  # fmt: skip
+        assert found["states.qa_ood.answer.top1"] == best
