@@ -131,7 +131,12 @@ def sample_results(
             "circuit": {m: _circuit(skill.get(m, 0.0)) for m in ("base", *strategies)},
             "positions": {s: _positions(skill[s]) for s in strategies},
             "representations": {m: _representations(skill.get(m, 0.0)) for m in ("base", *strategies)},
+            "signature": {m: _signature(skill.get(m, 0.0)) for m in ("base", *strategies)},
+            "lens": {m: _lens(skill.get(m, 0.0)) for m in ("base", *strategies)},
+            "transfer": {m: _transfer(skill.get(m, 0.0), m) for m in ("base", *strategies)},
+            "dynamics": {s: _dynamics(s, skill[s]) for s in strategies},
         }
+        results["retention"] = {s: _retention(skill[s]) for s in strategies}
     return json.loads(json.dumps(results))  # as it comes back from the file
 
 
@@ -274,6 +279,83 @@ def _ends(**values: float) -> dict[str, float]:
     return {f"{k}{end}": v + d for k, v in values.items() for end, d in (("", 0), ("_low", -0.02), ("_high", 0.02))}
 
 
+def _signature(skill: float) -> list[dict[str, Any]]:
+    rows = []
+    for part in ("qa_id", "qa_ood"):
+        for form in ("stored", "recalled"):
+            for number, group in enumerate(("subject", "relation", "facts", "object", "rest", "all")):
+                there = form == "stored" or group != "facts"
+                value = 0.1 + 0.3 * skill / (1 + number) if there else None
+                ends = _ends(attribution=5.0, share=value or 0.0, erased=2.0, erased_exact=0.5)
+                if not there:
+                    ends |= dict.fromkeys(("erased", "erased_low", "erased_high", "erased_exact"))
+                rows.append({"part": part, "format": form, "group": group, "tokens": 3.0 if there else 0.0} | ends)
+    return rows
+
+
+def _lens(skill: float) -> list[dict[str, Any]]:
+    return [
+        {"part": part, "format": form, "place": place, "layer": layer, "rank": 1.0 + 9 * (LAYERS - layer), "facts": 96}
+        | _ends(logprob=-5.0 + layer, top1=skill * layer / LAYERS, margin=0.5 * layer)
+        for part in ("qa_id", "qa_ood")
+        for form in ("stored", "recalled")
+        for place in ("subject", "answer")
+        for layer in range(LAYERS + 1)
+    ]
+
+
+def _transfer(skill: float, model: str) -> list[dict[str, Any]]:
+    rows = []
+    chances = {"asked": 0.02, "wording": 0.02, "cloze": 0.02, "choice": 0.25, "pair": 0.5, "true_statement": 0.5}
+    for part in ("a_ood",) if model == "base" else ("qa_id", "qa_ood"):
+        for name, chance in (chances | {"yes_no": 0.5, "reversed": 0.25}).items():
+            absent = "the tokenizer does not have all words of 'Is it true?'" if name == "yes_no" else None
+            row = {"part": part, "format": name, "chance": chance, "logprob": -1.0, "n": 96, "people": 90}
+            row |= _ends(correct=min(1.0, chance + 0.9 * skill)) | {"absent": absent}
+            if absent:
+                row |= dict.fromkeys(("correct", "correct_low", "correct_high", "chance", "logprob")) | {"n": 0}
+            rows.append(row)
+    return rows
+
+
+def _dynamics(strategy: str, skill: float) -> dict[str, list[dict[str, Any]]]:
+    last = 1000
+    rows = [
+        {
+            "update": update, "phase": "bio" if update <= 500 else "qa", "recall.qa_ood": skill * update / last,
+            "recall.bio": update / last, "overlap": 0.4 + 0.2 * update / last, "shared_of_last": update / last,
+            "gradient.qa_ood": None, "heads.qa_ood": 5.0 + update / last,
+        }
+        for update in range(0, last + 1, 250)
+    ]  # fmt: skip
+    order = [
+        {"measure": name, "first": rows[0][name], "last": rows[-1][name], "tenth": 100.0, "half": 500.0}
+        for name in ("recall.qa_ood", "recall.bio", "overlap")
+    ]
+    order.append({"measure": "gradient.qa_ood", "first": None, "last": None, "tenth": None, "half": None})
+    return {"rows": rows, "appearance": order}
+
+
+def _retention(skill: float) -> dict[str, list[dict[str, Any]]]:
+    arms, sets = ("alone", "replay"), ("shared", "random", "random_per_tensor")
+    return {
+        "history": [
+            {"arm": arm, "update": u, "phase": "new", "qa_id": 1 - u / 200, "qa_ood": skill * (1 - u / 200), "bio": 1.0,
+             "new": u / 100}
+            for arm in arms for u in (0, 50, 100)
+        ],
+        "moved": [
+            {"arm": arm, "when": "online", "set": name, "size": 100, "energy": 0.07, "lift": 1.4}
+            for arm in arms for name in sets
+        ],
+        "shared": [{"arm": arm, "before": 100, "after": 90, "still": 0.6} for arm in arms],
+        "repair": [
+            {"arm": arm, "when": "online", "set": name, "size": 100, "draws": 1, "qa_id": 0.6, "qa_ood": 0.5 * skill}
+            for arm in arms for name in ("none", *sets)
+        ],
+    }  # fmt: skip
+
+
 def _gradients(model: str, skill: float) -> list[dict[str, Any]]:
     sets: list[dict[str, Any]] = [{"group": "all", "label": "all"}]
     sets += [{"group": "layer", "label": layer} for layer in _layers()]
@@ -292,9 +374,13 @@ def _gradients(model: str, skill: float) -> list[dict[str, Any]]:
 
 def _circuit(skill: float) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("heads", "modules", "alone", "curves", "kept", "agreement")
+        name: [] for name in ("heads", "modules", "alone", "curves", "kept", "agreement", "attention")
     }
     for part in ("qa_id", "qa_ood"):
+        found["attention"] += [
+            {"part": part, "head": "L1.H2", "place": "answer", "group": group, "uniform": 0.2} | _ends(mass=0.2)
+            for group in ("subject", "relation", "first", "self", "rest")
+        ]
         found["modules"].append({"part": part, "module": "layers.0.mlp.down_proj", "sum": 1.02, "drop": 1.0})
         for unit, total, name in (("query_head", LAYERS * HEADS, "H"), ("neuron", LAYERS * NEURONS, "N")):
             place = {"part": part, "unit": unit}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from crosstrace import config, material, pipeline
 from crosstrace.errors import UserError
 from crosstrace.evaluate import recall
+from crosstrace.mechanism import PARTS, WITHOUT_BASE
 from crosstrace.models import load_tokenizer
 from crosstrace.results import Results
 from crosstrace.shared import ParamSet
@@ -33,7 +35,11 @@ train: {precision: float32, checkpoint_every: 4, recall_every: 3, recall_example
 trace: {measures: [abs, net], every: 2, parts: 2}
 analysis: {fractions: [0.01, 0.05, 0.2], central_fractions: [0.05], draws: 4}
 interventions: {fractions: [0.05], seeds: 2, questions: 12}
-mechanism: {facts: 12, together: 12, draws: 1, questions: 8, steps: 2, alone: 2, seeds: 1}
+mechanism:
+  {parts: [gradients, representations, signature, lens, circuit, positions, transfer, dynamics], facts: 12,
+   together: 12, draws: 1, questions: 8, steps: 2, alone: 2, seeds: 1, signature: 3}
+retention: {people: 24, steps: 4, bio: 4, qa: 8, replay_bio: 2, replay_qa: 4, every: 2, questions: 12, draws: 1}
+eval: {known: 300}
 jobs: 1
 """
 experiment = config.loads(SMALL, "SMALL")
@@ -96,12 +102,17 @@ def test_results_hold_what_they_promise(whole: Path) -> None:
 
 def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
     found = Results.read(whole)["mechanism"]
-    assert set(found) == {"gradients", "representations", "circuit", "positions"}
+    assert set(found) == set(PARTS)
     for part, rows in found.items():
-        assert set(rows) == {"base", "two_stage", "mixed"} - ({"base"} if part == "positions" else set())
-        if part == "circuit":
-            continue
-        assert {row["part"] for row in rows["mixed"]} == {"qa_id", "qa_ood"}
+        assert set(rows) == {"base", "two_stage", "mixed"} - ({"base"} if part in WITHOUT_BASE else set())
+        if part not in ("circuit", "dynamics"):
+            assert {row["part"] for row in rows["mixed"]} == {"qa_id", "qa_ood"}
+    for strategy, phases in (("mixed", [0, 6]), ("two_stage", [0, 6, 12])):
+        followed = found["dynamics"][strategy]
+        assert [row["update"] for row in followed["rows"]] == phases, "the base and the end of every phase"
+        assert {row["measure"] for row in followed["appearance"]} == set(followed["rows"][0]) - {"update", "phase"}
+    assert {row["part"] for row in found["transfer"]["base"]} == {"a_ood"}
+    assert all(row["incomplete"] == 0 for row in found["signature"]["mixed"] if row["group"] == "all")
     groups = {row["group"] for row in found["gradients"]["mixed"]}
     assert groups == {"all", "layer", "kind", "query_head", "shared", "rest", "random", "random_per_tensor"}
     for when in ("online", "final"):
@@ -301,3 +312,22 @@ def test_a_kill_while_checkpoints_are_removed_loses_nothing(tmp_path: Path, monk
         pipeline.run(small, tmp_path / "run", "resume", quiet=True)
     home = tmp_path / "run" / "models" / "mixed"
     assert {item.name for item in home.iterdir()} == {"history.json", "mixed", "online", "training.json"}
+
+
+def test_taught_models_are_trained_further_on_request(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "further"
+    shutil.copytree(whole, folder)
+    pipeline.run(experiment, folder, "resume", stages=["retain"], quiet=True)
+    pipeline.run(experiment, folder, "resume", stages=["report"], quiet=True)
+    found = Results.read(folder)["retention"]
+    assert set(found) == {"two_stage", "mixed"} and not Results.read(whole)["retention"]
+    for tables in found.values():
+        assert [(row["arm"], row["update"]) for row in tables["history"]] == [
+            (arm, update) for arm in ("alone", "replay") for update in (0, 2, 4)
+        ]
+        assert {row["set"] for row in tables["repair"]} == {"none", "shared", "random", "random_per_tensor"}
+        assert all(0 <= row["still"] <= 1 and row["before"] > 0 for row in tables["shared"])
+        for arm in ("alone", "replay"):  # as taught, whatever comes
+            assert tables["history"][0]["qa_id"] == next(r for r in tables["history"] if r["arm"] == arm)["qa_id"]
+    assert list((folder / "retention" / "mixed").iterdir()) == [folder / "retention" / "mixed" / "retention.json"]
+    assert 'id="retention"' in (folder / "report" / "index.html").read_text()

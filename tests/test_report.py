@@ -24,14 +24,19 @@ CSVS = [
     "ablate",
     "centralization",
     "circuit",
+    "dynamics",
     "gradients",
     "graft",
     "history",
+    "lens",
     "map",
     "overlap",
     "positions",
     "recall",
     "representations",
+    "retention",
+    "signature",
+    "transfer",
     "units_neuron",
     "units_query_head",
 ]
@@ -143,7 +148,7 @@ def test_figures_follow_the_pages_colours(page):
     assert not re.search(r"#[0-9a-f]{6}\b", drawn)
 
 
-@pytest.mark.parametrize("part", [*OPTIONAL, "interventions", "mechanism", "run"])
+@pytest.mark.parametrize("part", [*OPTIONAL, "interventions", "mechanism", "retention", "run"])
 def test_a_missing_part_is_left_out(part, tmp_path):
     lesser = {"differences", "coverage", "seconds", "versions"}
     results = {k: v for k, v in small(("mixed",)).items() if k != part and k not in lesser}
@@ -152,7 +157,9 @@ def test_a_missing_part_is_left_out(part, tmp_path):
         assert text.count("crosstrace intervene RUN adds this") == 2
         assert not (tmp_path / "ablate.csv").exists()
     if part == "mechanism":
-        assert text.count("crosstrace mechanism RUN adds this") == 4
+        assert text.count("crosstrace mechanism RUN adds this") == 7
+    if part == "retention":
+        assert "crosstrace retain RUN adds this" in text
     if part == "recall":
         assert "crosstrace eval RUN adds this" in text
     if part == "claims":
@@ -161,7 +168,7 @@ def test_a_missing_part_is_left_out(part, tmp_path):
 
 def test_empty_results_still_make_a_page(tmp_path):
     text = text_of(report.write_report({}, tmp_path))
-    for command in ("eval", "train", "analyze", "intervene", "mechanism"):
+    for command in ("eval", "train", "analyze", "intervene", "mechanism", "retain"):
         assert f"crosstrace {command} RUN" in text
     assert [p.name for p in tmp_path.iterdir()] == ["index.html"]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from crosstrace import circuit, dynamics, models, positions, transfer
+from crosstrace import circuit, dynamics, lens, models, positions, signature, transfer
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
 from crosstrace.consistency import FactPair, fact_pairs, gradient_consistency, representation_consistency
@@ -42,6 +42,7 @@ from crosstrace.store import Run, write_json
 from crosstrace.tokens import Encoded
 
 Row = dict[str, Any]
+HEADS = 4  # the most important ones, whose attention is told
 
 
 def explain(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
@@ -159,12 +160,39 @@ def representations(asked: Asked) -> list[Row]:
     return rows
 
 
+def input_signatures(asked: Asked) -> list[Row]:
+    """Off which tokens a fact is read, in both of its formats."""
+    rows: list[Row] = []
+    with asked.bar("signature", len(asked.facts)) as update:
+        for part, pairs in asked.facts.items():
+            few = random.Random(f"signature/{part}").sample(pairs, min(len(pairs), asked.options.signature))
+            found = signature.input_signature(asked.model, few, pad_id=asked.pad_id, steps=asked.options.steps)
+            rows += [{"part": part} | row for row in found]
+            update.add(1)
+    return rows
+
+
+def along_layers(asked: Asked) -> list[Row]:
+    """What the logit lens reads off the hidden states, in both formats of a fact."""
+    rows: list[Row] = []
+    for part, pairs in asked.facts.items():
+        for name in signature.FORMATS:
+            try:
+                found = lens.logit_lens(asked.model, [getattr(pair, name) for pair in pairs], pad_id=asked.pad_id)
+            except UserError as why:  # a model without a norm at its end
+                asked.note(f"no logit lens, since {why}")
+                return []
+            rows += [{"part": part, "format": name} | row for row in found]
+    return rows
+
+
 def circuits(asked: Asked) -> dict[str, list[Row]]:
     """Heads and neurons that recall goes through, and whether they hold the shared parameters."""
     model, tokenizer, options = asked.model, asked.tokenizer, asked.options
     anatomy, psets = Anatomy(model), dict(asked.shared)
     units = [unit for unit in circuit.NODES if anatomy.sites(unit)]
-    found: dict[str, list[Any]] = {table: [] for table in ("heads", "modules", "alone", "curves", "kept", "agreement")}
+    tables = ("heads", "modules", "alone", "curves", "kept", "agreement", "attention")
+    found: dict[str, list[Any]] = {table: [] for table in tables}
     for unit in circuit.NODES:
         if unit not in units:
             asked.note(f"no {unit} of {type(model).__name__} is in the circuit: its place is not known")
@@ -183,6 +211,8 @@ def circuits(asked: Asked) -> dict[str, list[Row]]:
                     grid = anatomy.grid(values, unit).tolist()
                     found["heads"].append(place | {"rows": rows, "columns": columns, "values": grid})
                 top = (-values).argsort(kind="stable")[: options.alone].tolist()
+                if unit == "query_head":
+                    found["attention"] += [place | row for row in _attended(asked, items, top[:HEADS])]
                 alone = circuit.single_ablations(model, tokenizer, items, anatomy, means, unit, top)
                 found["alone"] += [place | {"attribution": float(values[i])} | row for i, row in zip(top, alone)]
                 curve = circuit.curve(model, tokenizer, items, anatomy, means, values, unit, seeds=options.seeds)
@@ -195,6 +225,16 @@ def circuits(asked: Asked) -> dict[str, list[Row]]:
                     found["agreement"].append(place | {"when": when} | agrees)
             update.add(1)
     return found
+
+
+def _attended(asked: Asked, items: list[Encoded], heads: list[int]) -> list[Row]:
+    """What some heads attend to in some questions."""
+    about = [item.about(0) for item in items]
+    try:
+        return lens.attention_patterns(asked.model, about, heads, pad_id=asked.pad_id)
+    except UserError as why:  # a model that does not tell its attention
+        asked.note(f"no attention patterns, since {why}")
+        return []
 
 
 def at_positions(asked: Asked) -> list[Row]:
@@ -291,6 +331,8 @@ def _sets(asked: Asked) -> list[tuple[dict[str, Any], ParamSet]]:
 PARTS: Mapping[str, Callable[[Asked], Any]] = {
     "gradients": gradients,
     "representations": representations,
+    "signature": input_signatures,
+    "lens": along_layers,
     "circuit": circuits,
     "positions": at_positions,
     "transfer": transferred,

@@ -107,7 +107,10 @@ def new_material(experiment: Experiment, tokenizer: Any) -> dict[str, list[Encod
     """
     options = experiment.retention
     if options.text:
-        lines = [line.strip() for line in _text_file(options.text).read_text(encoding="utf-8").splitlines()]
+        try:
+            lines = [line.strip() for line in _text_file(options.text).read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"retention.text = {options.text} is not text in UTF-8 ({error})") from None
         texts = [
             Example(f"text.{number}", "text", line, f"text.{number}", "id", ((0, len(line)),), ())
             for number, line in enumerate(lines) if line

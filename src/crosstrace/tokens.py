@@ -35,6 +35,7 @@ class Encoded:
     """An example's tokens: `ids` [T], which of them are targets [T] of each kind, and where each mention stands.
 
     Examples of one `group` are about one person: whatever needs independent parts of the data keeps them together.
+    `context` is where the mentions stand that a text is no longer about, but still words.
     """
 
     example: Example
@@ -42,14 +43,15 @@ class Encoded:
     targets: dict[str, Tensor]
     mentions: tuple[Places, ...]
     group: int = 0
+    context: tuple[Places, ...] = ()
 
     def about(self, number: int) -> Encoded:
         """The example up to the object of one of its mentions, its only target: what states that one fact."""
-        place = self.mentions[number]
-        end = int(place.object.nonzero().max()) + 1
-        cut = Places(place.subject[:end], place.relation[:end], place.object[:end])
+        end = int(self.mentions[number].object.nonzero().max()) + 1
+        cut = [Places(p.subject[:end], p.relation[:end], p.object[:end]) for p in (*self.mentions, *self.context)]
+        own = cut.pop(number)
         example = replace(self.example, mentions=(self.example.mentions[number],))
-        return Encoded(example, self.ids[:end], {"object": cut.object}, (cut,), self.group)
+        return Encoded(example, self.ids[:end], {"object": own.object}, (own,), self.group, tuple(cut))
 
 
 def check_fast(tokenizer: Any) -> None:

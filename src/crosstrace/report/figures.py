@@ -433,6 +433,47 @@ def figure_scatter(
 
 
 @_figure
+def figure_signature(
+    results: Mapping, *, part: str | None = None, form: str = "recalled", value: str = "share", legend: bool = True
+) -> Figure:
+    """What each group of tokens carries of the object (`share` of the attribution, or the drop when `erased`)."""
+    rows = R.mechanism_rows(results, "signature")
+    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"))), None)
+    rows = [r for r in R.where(rows, part=part, format=form) if r["group"] != "all" and r.get(value) is not None]
+    rows = _needed(rows, f"input-level signature of {part}")
+    rows = [{**r, "low": r[f"{value}_low"], "high": r[f"{value}_high"]} for r in rows if r["tokens"]]
+    groups = R.distinct(rows, "group")
+    what = "share of the attribution" if value == "share" else "drop when erased, nats a token"
+    title = f"{say.FORMS[form].capitalize()}: {what}"
+    fig, ax = _panel(say.test(part or ""), title, height=90 + 34 * len(groups), left=168)
+    _dots(ax, rows, groups, [say.TOKEN_GROUPS[g] for g in groups], "group", _models(rows, results), value)
+    if value != "share":
+        ends = [say.number(r[k]) for r in rows for k in (value, "low", "high")]
+        known = [v for v in ends if math.isfinite(v)]
+        ax.set_xlim(min(0.0, *known) - 0.3, max(1.0, *known) + 0.3)
+        ax.xaxis.set_major_locator(_ticker().MaxNLocator(5))
+        ax.xaxis.set_major_formatter(lambda v, _: say.decimal(v, 0))
+    return _finish(fig, ax, legend)
+
+
+@_figure
+def figure_lens(
+    results: Mapping, *, part: str | None = None, place: str = "answer", form: str = "recalled", legend: bool = True
+) -> Figure:
+    """How often the object's first token is the first by the logit lens, over the layers, every model's."""
+    rows = R.where(R.mechanism_rows(results, "lens"), place=place, format=form)
+    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"))), None)
+    rows = _needed(R.where(rows, part=part), f"logit lens at the {place}")
+    fig, ax = _panel(say.place(place), f"{say.test(part or '')}: object first", below="layer")
+    for name, look in _models(rows, results).items():
+        own = [{**r, "low": r["top1_low"], "high": r["top1_high"]} for r in R.where(rows, model=name)]
+        _curve(ax, own, "layer", "top1", look, say.model(name))
+    ax.set_ylim(-0.03, 1.04)
+    ax.xaxis.set_major_locator(_ticker().MaxNLocator(6, integer=True))
+    return _finish(fig, ax, legend)
+
+
+@_figure
 def figure_transfer(results: Mapping, *, part: str | None = None, legend: bool = True) -> Figure:
     """Share of the facts that each model gives or recognises in each format, beside chance."""
     rows = [r for r in R.mechanism_rows(results, "transfer") if r["n"]]

@@ -70,7 +70,9 @@ def dynamics(results: Mapping) -> Section:
     rows = R.mechanism_rows(results, "dynamics", "rows")
     order = R.mechanism_rows(results, "dynamics", "appearance")
     if not rows:
-        section.absent = "No checkpoints were looked at: name dynamics in mechanism.parts, and set train.keep_checkpoints"
+        section.absent = (
+            "No checkpoints were looked at: mechanism.parts names no dynamics, which train.keep_checkpoints is for"
+        )
         return section
     names = R.distinct(rows, "model")
     sentences = []

@@ -37,6 +37,7 @@ def write_report(results: Mapping[str, Any], folder: str | Path) -> Path:
     parts = [recall(results), training(results), overlap(results), places(results), centralization(results)]
     parts += [intervention(results, "ablate"), intervention(results, "graft")]
     parts += [mechanism.gradients(results), mechanism.representations(results)]
+    parts += [mechanism.signature(results), mechanism.lens(results)]
     parts += [mechanism.circuit(results), mechanism.positions(results), learning.transfer(results)]
     parts += [learning.dynamics(results), learning.retention(results)]
     for plot in (block for section in parts for block in section.blocks if isinstance(block, Plot)):

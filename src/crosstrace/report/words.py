@@ -46,6 +46,17 @@ STATES = {
     "cka": "linear CKA",
     "excess": "cosine beyond same relation",
 }
+FORMS = {"stored": "biography", "recalled": "question"}
+TOKEN_GROUPS = {
+    "subject": "subject",
+    "relation": "relation",
+    "facts": "other facts",
+    "object": "object's earlier tokens",
+    "first": "first token",
+    "self": "itself",
+    "rest": "the rest",
+    "all": "all tokens",
+}
 FORMATS = {
     "asked": "the trained wording",
     "wording": "another wording",

@@ -1,0 +1,385 @@
+"""The input-level signature: integrated gradients against a plain loop, erasure against embeddings put in by hand, and
+models of which it is known off which tokens they read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_consistency import word_model, word_pairs
+from tiny_facts import tiny_world, tokenizer
+from tiny_models import tiny_model
+from torch import Tensor, nn
+
+from crosstrace.consistency import FactPair
+from crosstrace.errors import UserError
+from crosstrace.signature import (
+    ERASED,
+    FORMATS,
+    GROUPS,
+    embedding_baseline,
+    erasure,
+    input_attribution,
+    input_signature,
+    token_groups,
+)
+from crosstrace.text import Example, Mention, biographies
+from crosstrace.tokens import Encoded, encode
+
+KINDS = ["llama", "gpt_neox", "gpt2", "qwen3", "qwen3_moe", "opt", "gemma3"]
+
+
+@functools.cache
+def smooth_model(kind: str) -> nn.Module:
+    """All experts are chosen: a choice would jump on the way from the baseline."""
+    if kind == "qwen3_moe":
+        return tiny_model(kind, vocab_size=len(tokenizer("word")), num_experts_per_tok=4)
+    return word_model(kind)
+
+
+def texts(pairs: Sequence[FactPair]) -> list[Encoded]:
+    return [getattr(pair, name) for name in FORMATS for pair in pairs]
+
+
+def some_texts() -> list[Encoded]:
+    """Both formats, objects of one token and of several."""
+    chosen = texts([word_pairs()[i] for i in (0, 2, 5, 10)])
+    assert {int(item.targets["object"].sum()) for item in chosen} == {1, 2, 3}
+    return chosen
+
+
+def looked_up(model: nn.Module, item: Encoded) -> Tensor:
+    """What the embedding module gives for a text [T, width], scaled if it scales."""
+    with torch.no_grad():
+        return model.get_input_embeddings()(item.ids)
+
+
+def score(model: nn.Module, item: Encoded, embeddings: Tensor) -> tuple[Tensor, bool]:
+    """Mean log-probability of the object's tokens with these embeddings [T, width], and whether all are the argmax."""
+    logprob = model(inputs_embeds=embeddings.unsqueeze(0)).logits[0].log_softmax(-1)
+    at = [t for t, own in enumerate(item.targets["object"].tolist()) if own]
+    mean = sum(logprob[t - 1, item.ids[t]] for t in at) / len(at)
+    return mean, all(int(logprob[t - 1].argmax()) == int(item.ids[t]) for t in at)
+
+
+def integral(model: nn.Module, item: Encoded, baseline: Tensor, steps: int) -> Tensor:
+    """Integrated gradients of each token [T], one text and one point at a time; Captum's weights are float32."""
+    at = looked_up(model, item)
+    total = torch.zeros_like(at)
+    for point, weight in zip(*np.polynomial.legendre.leggauss(steps)):
+        here = (baseline + (1 + float(point)) / 2 * (at - baseline)).requires_grad_()
+        (gradient,) = torch.autograd.grad(score(model, item, here)[0], here)
+        total += float(np.float32(weight / 2)) * gradient
+    return (total * (at - baseline)).sum(-1)
+
+
+# ---- groups
+
+
+def biography(kind: str = "word") -> Encoded:
+    """A biography of three facts; what is no name, relation or object is a word of the template."""
+    text = "Today Ada Mae Brook was born in Lyon. She, then, studied at Ashford College. Her hobby is chess, of all."
+    span = lambda words: (text.index(words), text.index(words) + len(words))
+    mentions = (
+        Mention("city", "birth_city", "b", span("Ada Mae Brook"), (span("was born in"),), span("Lyon")),
+        Mention("school", "university", "b", span("She"), (span("studied"), span("at")), span("Ashford College")),
+        Mention("hobby", "hobby", "b", span("Her"), (span("hobby"),), span("chess")),
+    )
+    return encode(tokenizer(kind), [Example("ada", "bio", text, "P", "id", ((0, len(text)),), mentions)])[0]
+
+
+def test_groups_of_a_biography():
+    r, s, f, o, x = "relation", "subject", "facts", "object", "rest"
+    city = [x, s, s, s, r, r, r]
+    known = [x, s, s, s, f, f, f, f, x]  # up to the first full stop
+    school = [*known, s, x, x, x, r, r, o]
+    hobby = [*known, s, x, x, x, f, f, f, f, x, s, r, x]
+    for number, expected in enumerate((city, school, hobby)):
+        item = biography().about(number)
+        assert [GROUPS[g] for g in token_groups(item)] == expected
+        assert len(item.ids) == len(expected) + 1 and len(item.context) == 2
+    again = biography().about(2).about(0)  # what was left out stays known
+    assert torch.equal(token_groups(again), token_groups(biography().about(2)))
+    begun = token_groups(biography("bos").about(0))
+    assert GROUPS[begun[0]] == x and {GROUPS[g] for g in begun} >= {x, s, r}
+
+
+def test_groups_of_a_question():
+    """[Which company does] {subject} [work for]?"""
+    for pair in word_pairs():
+        words = tokenizer("word").convert_ids_to_tokens(pair.recalled.ids[:-1])
+        found = [GROUPS[g] for g in token_groups(pair.recalled)]
+        end = words.index("?")
+        assert found[end] == "rest" and set(found[:end]) == {"subject", "relation"}
+        assert found[:end].count("subject") == 3 and set(found[end + 1 :]) <= {"object"}
+        assert len(found) - end == int(pair.recalled.targets["object"].sum())
+
+
+@pytest.mark.parametrize("kind", ["word", "space", "spaceless", "bos"])
+def test_each_group_spells_its_own_mentions(kind):
+    own, spelled = tokenizer(kind), 0
+    squeeze = lambda words: "".join("".join(words).split()).lower()
+    for whole in encode(own, biographies(tiny_world(people=8)))[:2]:
+        text, mentions = whole.example.text, whole.example.mentions
+        for number, asked in enumerate(mentions):
+            cut, told = whole.about(number), mentions[:number]
+            spans = {
+                "subject": [m.subject for m in (*told, asked)],
+                "relation": asked.relation_words,
+                "facts": [span for m in told for span in (*m.relation_words, m.object)],
+            }
+            for name, expected in spans.items():
+                found = own.decode(cut.ids[:-1][token_groups(cut) == GROUPS.index(name)])
+                assert squeeze(found) == squeeze(text[slice(*span)] for span in expected)
+                spelled += bool(found)
+    assert spelled == 2 * (6 + 6 + 5)
+
+
+# ---- integrated gradients
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attribution_is_complete_and_equals_a_plain_loop(kind):
+    model, items = smooth_model(kind), some_texts()
+    baseline = embedding_baseline(model, items)
+    every = torch.cat([looked_up(model, item) for item in items])
+    torch.testing.assert_close(baseline, every.mean(0), rtol=1e-12, atol=1e-12)
+    assert torch.equal(embedding_baseline(model, items, "zeros"), torch.zeros_like(baseline))
+    found = input_attribution(model, items, baseline, pad_id=0, steps=8)
+    assert found.complete.all()
+    for number, item in enumerate(items):
+        ends = [score(model, item, x)[0] for x in (looked_up(model, item), baseline.expand(len(item.ids), -1))]
+        drop = float((ends[0] - ends[1]).detach())
+        assert found.drop[number] == pytest.approx(drop, abs=1e-10)
+        assert abs(float(found.tokens[number].sum()) - drop) <= 0.01 * abs(drop) + 1e-4 and abs(drop) > 1e-3
+    for number in (1, 5):  # a biography's and a question's, an object of more than one token
+        item = items[number]
+        assert int(item.targets["object"].sum()) > 1
+        expected = integral(model, item, baseline, int(found.steps[number]))
+        assert float(expected[-1]) == 0  # nothing is predicted from the last token
+        torch.testing.assert_close(found.tokens[number], expected[:-1], rtol=1e-8, atol=1e-8)
+        assert float(expected.abs().max()) > 1e-3
+
+
+def test_no_batch_and_no_order_changes_an_attribution():
+    model, items = smooth_model("gpt2"), some_texts()
+    baseline = embedding_baseline(model, items)
+    alone = input_attribution(model, items, baseline, pad_id=0, steps=5, batch_size=1)
+    for size, order in ((3, range(8)), (64, [5, 1, 7, 0, 3, 2, 6, 4])):
+        found = input_attribution(model, [items[i] for i in order], baseline, pad_id=3, steps=5, batch_size=size)
+        for place, i in enumerate(order):
+            torch.testing.assert_close(found.tokens[place], alone.tokens[i], rtol=1e-10, atol=1e-12)
+            assert found.steps[place] == alone.steps[i] and found.drop[place] == pytest.approx(alone.drop[i], abs=1e-12)
+
+
+def test_points_are_doubled_until_complete_and_what_stays_apart_is_told():
+    smooth, pairs = smooth_model("gpt2"), word_pairs()[:2]
+    items = texts(pairs)
+    baseline = embedding_baseline(smooth, items)
+    found = input_attribution(smooth, items, baseline, pad_id=0, steps=1)
+    assert found.complete.all() and found.steps.max() > 1
+    for number, item in enumerate(items):  # half as many would not have done
+        steps = int(found.steps[number])
+        half = float(integral(smooth, item, baseline, steps // 2).sum()) if steps > 1 else np.inf
+        assert abs(half - found.drop[number]) > 0.01 * abs(found.drop[number]) + 1e-4
+    jumping = input_attribution(Sensitive(sign=True), items, torch.zeros(6), pad_id=0, steps=128)
+    assert (jumping.steps == 256).all() and not jumping.complete.any()  # its gradient knows nothing of the jump
+    rows = input_signature(Sensitive(sign=True), pairs, pad_id=0, steps=256, baseline="zeros")
+    assert [row["incomplete"] for row in rows if row["group"] == "all"] == [2, 2]
+
+
+# ---- erasure
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_erasure_equals_embeddings_put_in_by_hand(kind):
+    model, items = word_model(kind), some_texts()
+    baseline = embedding_baseline(model, items)
+    logprob, exact = erasure(model, items, baseline, pad_id=0, batch_size=3)
+    for number, item in enumerate(items):
+        group = [GROUPS[g] for g in token_groups(item)] + ["last"]
+        for column, name in enumerate(ERASED):
+            gone = torch.tensor([own == name or (name == "all" and own != "last") for own in group])
+            if name != "none" and not gone.any():
+                assert np.isnan(logprob[number, column]) and np.isnan(exact[number, column])
+                continue
+            with torch.no_grad():
+                at = torch.where(gone.unsqueeze(1), baseline, looked_up(model, item))
+                expected, right = score(model, item, at)
+            assert logprob[number, column] == pytest.approx(float(expected), abs=1e-10)
+            assert exact[number, column] == right
+    assert (
+        np.isnan(logprob[4:, ERASED.index("facts")]).all() and not np.isnan(logprob[:, ERASED.index("subject")]).any()
+    )
+
+
+def test_exact_is_that_of_every_token_of_the_object():
+    """Objects that are what the model says: right as they are, and no longer once one token is wrong."""
+    model, item = word_model("llama"), some_texts()[0]
+    places = item.targets["object"].nonzero().flatten().tolist()
+    ids = item.ids.clone()
+    for place in places:
+        with torch.no_grad():
+            ids[place] = model(input_ids=ids[:place].unsqueeze(0)).logits[0, -1].argmax()
+    said = replace(item, ids=ids)
+    wrong = replace(item, ids=torch.cat([ids[:-1], (ids[-1:] + 1) % 50]))
+    _, exact = erasure(model, [said, wrong], embedding_baseline(model, [said]), pad_id=0)
+    assert len(places) > 1 and exact[:, 0].tolist() == [1, 0]
+
+
+# ---- planted
+
+
+class Sensitive(nn.Module):
+    """Logits that depend on the embeddings of some ids alone, at or before each token; all the rest is not read."""
+
+    def __init__(self, ids: Sequence[int] = range(5000), sign: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(len(tokenizer("word")), 6, dtype=torch.float64)
+        self.head = nn.Linear(6, len(tokenizer("word")), dtype=torch.float64)
+        self.read, self.sign = torch.tensor(list(ids)), sign
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        x = self.embedding(input_ids) * torch.isin(input_ids, self.read).unsqueeze(-1)
+        x = x.cumsum(1)
+        return SimpleNamespace(logits=self.head(x.sign() + 0 * x if self.sign else x.tanh()))
+
+
+def test_a_model_that_reads_names_alone_has_its_signature_on_the_subject():
+    pairs = word_pairs(2)
+    names = {int(i) for item in texts(pairs) for i in item.ids[item.mentions[0].subject]}
+    names |= {int(i) for item in texts(pairs) for m in item.context for i in item.ids[: len(m.subject)][m.subject]}
+    rows = input_signature(Sensitive(sorted(names)), pairs, pad_id=0)
+    assert [(row["format"], row["group"]) for row in rows] == [(f, g) for f in FORMATS for g in (*GROUPS, "all")]
+    for row in rows:
+        if row["group"] in ("subject", "all"):
+            assert row["share"] == pytest.approx(1) and abs(row["erased"]) > 0.01
+            assert row["attribution"] == pytest.approx(row["erased"], rel=0.02, abs=1e-4)
+        else:
+            assert row["share"] == row["attribution"] == 0 and row["erased"] in (0, None)
+    missing = [row for row in rows if row["erased"] is None]
+    assert [(row["format"], row["group"]) for row in missing] == [("recalled", "facts")]  # a question is of one fact
+    assert missing[0]["facts"] == missing[0]["people"] == missing[0]["tokens"] == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_without_attention_only_the_token_before_each_token_of_the_object_counts(kind):
+    model = tiny_model(kind, vocab_size=len(tokenizer("word")), max_position_embeddings=128)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "o_proj" in name or "attn.c_proj" in name:
+                p.zero_()
+    # one token: relation words end right before it in a biography, and the question mark in a question
+    pairs = [pair for pair in word_pairs() if int(pair.stored.targets["object"].sum()) == 1]
+    rows = {(row["format"], row["group"]): row for row in input_signature(model, pairs, pad_id=0, steps=8)}
+    assert len(pairs) == 15
+    for key, row in rows.items():
+        if key in (("stored", "relation"), ("recalled", "rest"), ("stored", "all"), ("recalled", "all")):
+            assert row["share"] == pytest.approx(1) and abs(row["erased"]) > 0.01
+        else:
+            assert row["share"] == pytest.approx(0, abs=1e-9) and (row["erased"] or 0) == pytest.approx(0, abs=1e-9)
+    assert rows["stored", "object"]["facts"] == 0
+
+
+# ---- rows
+
+
+def test_rows_are_means_over_texts_and_add_up():
+    model, pairs = word_model("qwen3"), word_pairs(3)
+    rows = input_signature(model, pairs, pad_id=0)
+    baseline = embedding_baseline(model, texts(pairs))
+    for name in FORMATS:
+        items = [getattr(pair, name) for pair in pairs]
+        found = input_attribution(model, items, baseline, pad_id=0)
+        logprob, exact = erasure(model, items, baseline, pad_id=0)
+        own = {row["group"]: row for row in rows if row["format"] == name}
+        sums = np.array([[float(t[token_groups(i) == g].sum()) for g in range(5)] for t, i in zip(found.tokens, items)])
+        for g, group in enumerate(GROUPS):
+            row, has = own[group], np.array([bool((token_groups(item) == g).any()) for item in items])
+            assert row["attribution"] == pytest.approx(sums[:, g].mean())
+            assert row["share"] == pytest.approx((np.abs(sums[:, g]) / np.abs(sums).sum(1)).mean())
+            assert row["tokens"] == pytest.approx(np.mean([int((token_groups(i) == g).sum()) for i in items]))
+            assert row["facts"] == has.sum() and row["people"] == (3 if has.any() else 0)
+            if has.any():
+                assert row["erased"] == pytest.approx((logprob[:, 0] - logprob[:, 1 + g])[has].mean())
+                assert row["erased_exact"] == pytest.approx(exact[has, 1 + g].mean())
+            for value in ("attribution", "share", "erased"):
+                if row[value] is not None:
+                    assert row[f"{value}_low"] <= row[value] <= row[f"{value}_high"]
+        total = own["all"]
+        assert sum(own[group]["attribution"] for group in GROUPS) == pytest.approx(total["attribution"])
+        assert sum(own[group]["share"] for group in GROUPS) == pytest.approx(1)
+        assert total["attribution"] == pytest.approx(total["erased"], rel=0.01, abs=1e-4)  # complete
+        assert total["logprob"] == pytest.approx(logprob[:, 0].mean()) and total["exact"] == exact[:, 0].mean()
+        assert total["incomplete"] == 0 and total["steps"] == found.steps.max() and total["facts"] == 18
+    assert own["subject"]["attribution_low"] < own["subject"]["attribution_high"]
+
+
+# ---- bad input, and what is left behind
+
+
+def test_bad_input_is_told():
+    model, items = word_model("llama"), some_texts()
+    baseline = embedding_baseline(model, items)
+    whole = encode(tokenizer("word"), biographies(tiny_world()))[:1]
+    begins = replace(items[0], mentions=(replace(items[0].mentions[0], object=torch.ones(len(items[0].ids)).bool()),))
+    longer = replace(items[0], mentions=(replace(items[0].mentions[0], object=items[0].mentions[0].subject),))
+    for item in (*whole, begins, longer):
+        for measure in (input_attribution, erasure):
+            with pytest.raises(UserError, match="about one fact, up to its object"):
+                measure(model, [items[0], item], baseline, pad_id=0)
+    with pytest.raises(UserError, match="steps is 0"):
+        input_attribution(model, items, baseline, pad_id=0, steps=0)
+    with pytest.raises(UserError, match="unknown baseline 'median'"):
+        embedding_baseline(model, items, "median")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="at least one text"):
+        input_signature(model, [], pad_id=0)
+    with pytest.raises(UserError, match="Linear tells no input embeddings"):
+        embedding_baseline(nn.Linear(2, 2), items)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_found(fails):
+    model = tiny_model("llama", vocab_size=len(tokenizer("word")), max_position_embeddings=128).train()
+    model.model.norm.eval()
+    frozen = [name for name, _ in model.named_parameters()][1:4]
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    modes = [module.training for module in model.modules()]
+    calls, failing = [], []
+
+    def count(module, args):
+        calls.append(torch.is_grad_enabled())
+        if len(calls) in failing:
+            raise RuntimeError("planted")
+
+    measures = (
+        lambda: input_signature(model, word_pairs()[:2], pad_id=0, steps=2),
+        lambda: erasure(model, some_texts(), torch.zeros(24), pad_id=0),
+    )
+    for measure in measures:
+        calls.clear()
+        with model.model.norm.register_forward_pre_hook(count):
+            if fails:
+                failing[:] = [2]
+                with pytest.raises(RuntimeError, match="planted"):
+                    measure()
+                assert len(calls) == 2
+            else:
+                measure()
+                assert len(calls) > 2
+        assert [module.training for module in model.modules()] == modes
+        assert [name for name, p in model.named_parameters() if not p.requires_grad] == frozen
+        assert all(p.grad is None and torch.equal(p, values[name]) for name, p in model.named_parameters())
+        assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
