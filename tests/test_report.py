@@ -93,7 +93,8 @@ def test_order_and_first_sentence(page):
     html = page.read_text(encoding="utf-8")
     ids = re.findall(r'<section id="(\w+)"', html)
     order = ["answer", "recall", "training", "shared", "where", "centralization", "ablate", "graft"]
-    order += ["gradients", "representations", "circuit", "positions", "how"]
+    order += ["gradients", "representations", "signature", "lens", "circuit", "positions", "transfer", "dynamics"]
+    order += ["retention", "how"]
     assert ids == order
     text = text_of(page)
     assert text.count("Mix-tuned answers 89 % of the held-out questions, Stage-tuned 11 %") >= 2
@@ -247,7 +248,7 @@ def test_each_figure_stands_alone():
 
     results = sample_results()
     names = [n for n in report.__all__ if n.startswith("figure_")]
-    assert len(names) == 12
+    assert len(names) == 17
     for name in names:
         figure = getattr(report, name)(results, **({"place": "subject"} if name == "figure_depth" else {}))
         assert isinstance(figure, Figure) and figure.axes

@@ -6,7 +6,7 @@ Plain rows in, plain rows out; it knows results.json and the study's table, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -38,7 +38,47 @@ PREDICTORS = {
     "logprob.qa_id": "log-probability of the trained answers",
     "recall.a_ood": "recall about the base's own people",
 }
-HEADLINE = ("recall.qa_ood", "recall.qa_id", "recall.bio", "recall.a_ood", *list(PREDICTORS)[:13])
+# What the differences between two strategies are told of first: the name of the column -> in words.
+HEADLINE = {
+    "recall.qa_ood": "recall, held-out questions",
+    "recall.qa_id": "recall, trained questions",
+    "recall.bio": "recall, biographies' objects",
+    **PREDICTORS,
+    "gradient.qa_ood.excess": "gradient consistency, held out",
+    "states.qa_ood.answer.top1": "retrieval from hidden states, held out",
+    "states.qa_ood.answer.excess": "consistency of hidden states, held out",
+    "signature.qa_ood.stored.asked": "read off subject and relation, biography, held out",
+    "signature.qa_ood.recalled.asked": "read off subject and relation, question, held out",
+    "signature.qa_ood.stored.facts": "read off other facts, biography, held out",
+    "erased.qa_ood.stored.facts": "drop without other facts, biography, held out (nats)",
+    "lens.qa_ood.recalled": "layer at which the object appears, held out",
+    "circuit.qa_id.query_head.kept": "share of heads that keep recall, trained",
+    "circuit.qa_id.neuron.kept": "share of neurons that keep recall, trained",
+    "positions.qa_ood.subject": "tuned weights at the subject alone, held out",
+    "positions.qa_ood.last": "tuned weights from the last token on, held out",
+    "positions.qa_ood.subject+last": "tuned weights at subject and last, held out",
+    "transfer.qa_ood.wording": "another wording, held out",
+    "transfer.qa_ood.cloze": "a statement to complete, held out",
+    "transfer.qa_ood.choice": "one of four, held out",
+    "transfer.qa_ood.reversed": "from the facts to the name, held out",
+    "half.recall.qa_ood": "update halfway: recall, held out",
+    "half.overlap": "update halfway: overlap of the top 5 %",
+    "half.gradient.qa_ood": "update halfway: gradient consistency, held out",
+    "half.heads_as_last.qa_ood": "update halfway: importance of heads as at the end",
+    "half.neurons_as_last.qa_ood": "update halfway: importance of neurons as at the end",
+    "retention.alone.qa_ood": "after further training: recall, held out",
+    "retention.alone.qa_id": "after further training: recall, trained",
+    "retention.replay.qa_ood": "after further training with replay: recall, held out",
+    "retention.replay.qa_id": "after further training with replay: recall, trained",
+    "still.alone": "after further training: shared set still shared",
+    "still.replay": "after further training with replay: shared set still shared",
+}
+
+
+SHARES = (  # measures between 0 and 1, which no interval leaves
+    "recall.", "overlap.", "states.qa_id.answer.top1", "states.qa_ood.answer.top1", "signature.", "circuit.",
+    "positions.", "transfer.", "retention.", "repair.", "still.",
+)  # fmt: skip
 
 
 def measures(results: Mapping[str, Any], strategy: str) -> Row:
@@ -48,7 +88,10 @@ def measures(results: Mapping[str, Any], strategy: str) -> Row:
     excess_gini.WHEN.UNIT.FRACTION; ablate, graft .WHEN.FRACTION.SET.PART (exact match); gradient.PART.{same, excess,
     first} over all parameters in scope; states.PART.PLACE.{top1, excess, cka} at the layer where each is highest;
     circuit.PART.UNIT.kept (share of the nodes that keep nine tenths of the recall); positions.PART.PLACES (exact
-    match).
+    match); signature.PART.FORMAT.GROUP (share of the attribution; `asked`: subject and relation), erased of the same
+    (drop in nats); lens.PART.FORMAT (layer at which the object is first for half as many texts as at the end);
+    transfer.PART.FORMAT (share right); half.MEASURE (update at which a measure was halfway); retention.ARM.PART (exact
+    match after further training), still.ARM, moved.ARM.WHEN.SET (lift), repair.ARM.WHEN.SET.PART (exact match).
     """
     found: Row = {}
     for part, cell in results["recall"][strategy].items():
@@ -76,9 +119,37 @@ def measures(results: Mapping[str, Any], strategy: str) -> Row:
             found[key] = max((v for v in (found.get(key), row[name]) if v is not None), default=None)
     for row in of["circuit"]["kept"] if of.get("circuit") else ():
         found[f"circuit.{row['part']}.{row['unit']}.kept"] = row["nodes"] and row["nodes"] / row["of"]
+    for row in of.get("signature", ()):
+        place = f"{row['part']}.{row['format']}"
+        if row["group"] != "all":
+            found[f"signature.{place}.{row['group']}"] = row["share"]
+            found[f"erased.{place}.{row['group']}"] = row["erased"]
+        if row["group"] in ("subject", "relation"):
+            key = f"signature.{place}.asked"
+            found[key] = (found.get(key) or 0.0) + (row["share"] or 0.0)
+    for part, form in dict.fromkeys((row["part"], row["format"]) for row in of.get("lens", ())):
+        tops = [
+            row["top1"] for row in of["lens"] if (row["part"], row["format"], row["place"]) == (part, form, "answer")
+        ]
+        found[f"lens.{part}.{form}"] = next((i for i, top in enumerate(tops) if top >= tops[-1] / 2 > 0), None)
+    for row in of.get("transfer", ()):
+        found[f"transfer.{row['part']}.{row['format']}"] = row["correct"]
+    for row in of["dynamics"]["appearance"] if of.get("dynamics") else ():
+        found[f"half.{row['measure']}"] = row["half"]
     for row in of.get("positions", ()):
         if row["component"] == "all":
             found[f"positions.{row['part']}.{'+'.join(row['places']) or 'none'}"] = row["exact_match"]
+    kept = (results.get("retention") or {}).get(strategy) or {}
+    for row in kept.get("history", ()):  # the last one stays
+        for part in ("qa_id", "qa_ood", "bio", "new"):
+            found[f"retention.{row['arm']}.{part}"] = row.get(part)
+    for row in kept.get("shared", ()):
+        found[f"still.{row['arm']}"] = row["still"]
+    for row in kept.get("moved", ()):
+        found[f"moved.{row['arm']}.{row['when']}.{row['set']}"] = row["lift"]
+    for row in kept.get("repair", ()):
+        for part in ("qa_id", "qa_ood"):
+            found[f"repair.{row['arm']}.{row['when']}.{row['set']}.{part}"] = row[part]
     return found
 
 
@@ -92,24 +163,27 @@ def findings(rows: Sequence[Row], compare: tuple[str, str]) -> Row:
 
 
 def levels(rows: Sequence[Row]) -> list[Row]:
-    """For each setting, strategy and headline measure its mean over seeds with Student's t interval."""
+    """For each setting, strategy and measure its mean over seeds with Student's t interval, of shares within 0 and 1."""
     found = []
     for setting, strategy in dict.fromkeys((row["setting"], row["strategy"]) for row in rows):
         own = [row for row in rows if (row["setting"], row["strategy"]) == (setting, strategy)]
-        for name in HEADLINE:
+        for name in _measured(own):
             values = _known(own, name)
             if values:
-                found.append({"setting": setting, "strategy": strategy, "measure": name} | _over_seeds(values))
+                row = {"setting": setting, "strategy": strategy, "measure": name} | _over_seeds(values)
+                if name.startswith(SHARES) and row["low"] is not None:
+                    row |= {"low": max(0.0, row["low"]), "high": min(1.0, row["high"])}
+                found.append(row)
     return found
 
 
 def differences(rows: Sequence[Row], compare: tuple[str, str]) -> list[Row]:
-    """For each setting and headline measure the first strategy minus the second, paired by seed: mean with Student's t
-    interval, and in how many seeds it is above 0."""
+    """For each setting and measure the first strategy minus the second, paired by seed: mean with Student's t interval,
+    and in how many seeds it is above 0."""
     found = []
     for setting in dict.fromkeys(row["setting"] for row in rows):
         by = {(row["strategy"], row["seed"]): row for row in rows if row["setting"] == setting}
-        for name in HEADLINE:
+        for name in _measured(by.values()):
             pairs = [
                 (own.get(name), by.get((compare[1], seed), {}).get(name))
                 for (strategy, seed), own in by.items() if strategy == compare[0]
@@ -186,6 +260,12 @@ def claims_over_runs(runs: Sequence[tuple[str, Sequence[Row]]]) -> list[Row]:
         mean, low, high = _interval(effects)
         rows.append(row | {"effect": mean, "effect_low": low, "effect_high": high, "seeds": len(effects)})
     return rows
+
+
+def _measured(rows: Iterable[Row]) -> list[str]:
+    """The columns of numbers that are no place in the grid."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if name not in ("setting", "seed", "strategy") and not name.startswith("vary.")]
 
 
 def _known(rows: Sequence[Row], name: str) -> list[float]:

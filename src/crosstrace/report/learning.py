@@ -120,18 +120,19 @@ def retention(results: Mapping) -> Section:
         section.absent = "The taught models were not trained further"
         return section
     names, arms = R.distinct(rows, "strategy"), R.distinct(rows, "arm")
+    fixed = ("strategy", "arm", "update", "phase", "when", "set", "size", "draws")
+    parts = R.held_out_first([k for k in dict.fromkeys(k for r in rows for k in r) if k not in fixed])
     end = max(r["update"] for r in rows)
     sentences = []
     for arm in arms:
         last = {r["strategy"]: r for r in R.where(rows, arm=arm, update=end)}
-        told = [(say.model(s), say.number(last[s]["qa_ood"])) for s in names if s in last]
-        after = f" of the held-out questions after {end:,} updates {say.ARMS[arm]}"
+        told = [(say.model(s), say.number(last[s].get(parts[0]))) for s in names if s in last]
+        after = f" of the {say.answered(parts[0])} after {end:,} updates {say.ARMS[arm]}"
         sentences.append(say.compare(told, "still answers", after))
-    parts = [p for p in ("qa_ood", "qa_id", "bio", "new") if any(r.get(p) is not None for r in rows)]
     section.blocks.append(
         Plot(
             "retention",
-            sentences[0],
+            sentences[0] or "Recall under further training.",
             "Each taught model is trained further on what retention.people or retention.text says, alone and with "
             "taught examples replayed in every update.",
             key((f"{say.model(s)}, {say.ARMS[a]}", F.arm_look(results, s, a)) for s in names for a in arms),
@@ -149,9 +150,9 @@ def retention(results: Mapping) -> Section:
         "Training": lambda r: say.ARMS[r["arm"]],
         "Shared set": lambda r: say.when(r["when"]),
         "Put back": lambda r: say.PUT_BACK.get(r["set"]) or say.pset(r["set"]),
-        "Held-out questions": lambda r: say.percent(r["qa_ood"]),
-        "Trained questions": lambda r: say.percent(r["qa_id"]),
     }
+    for part in R.held_out_first([k for k in own("repair")[0] if k not in fixed] if own("repair") else []):
+        columns[say.test(part)] = lambda r, part=part: say.percent(r[part])
     title = "Recall after further training, with some parameters put back to their taught values"
     section.blocks.append(table(title, own("repair"), columns, folded=False))
     columns = {

@@ -12,6 +12,7 @@ from crosstrace.report import words as say
 from crosstrace.report.blocks import Cell, Plot, Section, Table, key, render
 from crosstrace.report.rows import Row
 from crosstrace.store import write_text
+from crosstrace.summary import HEADLINE, SHARES
 
 DRAWN = (  # measure, title of its panel
     ("recall.qa_ood", "Held-out questions"),
@@ -19,7 +20,6 @@ DRAWN = (  # measure, title of its panel
     ("overlap.online.example.0.05", "Overlap of the top 5 %, online"),
     ("overlap.final.example.0.05", "Overlap of the top 5 %, at the end"),
 )
-SHARES = ("recall.", "overlap.", "states.qa_id.answer.top1")  # measures that are read as per cent
 SCATTERED = ("overlap.online.example.0.05", "overlap.online.example.0.01", "gradient.qa_id.excess", "logprob.qa_id")
 
 
@@ -98,15 +98,15 @@ def differences(results: Mapping) -> Section:
     if not rows:
         section.absent = f"No seed has both {a} and {b}"
         return section
-    measures = R.distinct(rows, "measure")
+    levels = results["levels"]
     for setting in R.distinct(rows, "setting"):
-        own = R.where(rows, setting=setting)
-        body = [
-            [_measure(r["measure"]), _level(r, sign=True), f"{r['above']} of {r['seeds']}"]
-            for m in measures
-            for r in R.where(own, measure=m)
-        ]
-        head = ["Measure", "Difference, mean over seeds", "Seeds above 0"]
+        body = []
+        for name, words in HEADLINE.items():
+            for r in R.where(rows, setting=setting, measure=name):
+                each = [R.where(levels, setting=setting, measure=name, strategy=s) for s in results["study"]["compare"]]
+                cells = [_level(found[0]) if found else Cell(say.DASH) for found in each]
+                body.append([words, *cells, _level(r, sign=True), f"{r['above']} of {r['seeds']}"])
+        head = ["Measure", a, b, "Difference", "Seeds above 0"]
         section.blocks.append(Table(head, body, _label(setting), len(R.distinct(rows, "setting")) > 1))
     return section
 
@@ -204,14 +204,6 @@ def _looks(rows: Sequence[Row]) -> dict[str, F.Look]:
 
 def _label(setting: str) -> str:
     return say.spoken(setting).replace("+", ", ")
-
-
-def _measure(name: str) -> str:
-    from crosstrace.summary import PREDICTORS
-
-    tests = {"recall.qa_ood": "held-out questions", "recall.qa_id": "trained questions"}
-    tests |= {"recall.bio": "objects in biographies"}
-    return tests.get(name) or PREDICTORS.get(name, name)
 
 
 def _level(row: Row, sign: bool = False) -> Cell:
