@@ -8,13 +8,17 @@ model with another geometry still has layers and kinds, but no heads or neurons:
     key/value head  its rows of K and V (and their biases); several query heads may share one
     head            all of these; only where every query head has its own keys and values
     neuron j        row j of the gate and up projections (and biases), column j of the down projection
+
+A LoRA adapter's parameters are of its projection's layer and kind. Rows of B belong where the rows of that projection
+do, and columns of A where its columns do; the axis along the rank belongs to no unit.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,6 +70,7 @@ class Anatomy:
     def __init__(self, model: nn.Module) -> None:
         named = dict(model.named_parameters())
         self._name = {id(p): name for name, p in named.items()}
+        self._path = {id(module): path for path, module in model.named_modules()}
         self.shapes = {name: p.shape for name, p in named.items()}
         self.layer = {name: _layer(name) for name in named}
         self.kind = dict.fromkeys(named, "other")
@@ -79,9 +84,9 @@ class Anatomy:
             self._simple_kinds(path, module)
         for role in ("input", "output"):
             module = getattr(model, f"get_{role}_embeddings", lambda: None)()
-            for name in self._names(module):
-                if self.kind[name] != "embedding":  # a tied unembedding is the embedding
-                    self.kind[name] = "embedding" if role == "input" else "unembedding"
+            for p in module.parameters() if module is not None else ():
+                if self.kind[self._name[id(p)]] != "embedding":  # a tied unembedding is the embedding
+                    self.kind[self._name[id(p)]] = "embedding" if role == "input" else "unembedding"
         config = getattr(model, "config", None)
         config = config.get_text_config() if config is not None else None
         # of a model that sees too, only what reads text has the heads that the text's config tells of
@@ -93,7 +98,7 @@ class Anatomy:
                 if family is not None:
                     reader({role: children[child] for role, child in family.items()}, config)
         self._whole_tensors()
-        del self._name
+        del self._name, self._path
 
     def units(self, unit: str) -> list[str]:
         """The unit's labels, by layer: "L1.H3", "L1.KV0", "L0.N17", "layers.1.mlp.up", "L2", "norm".
@@ -214,17 +219,16 @@ class Anatomy:
                 totals.index_add_(0, index.remainder(n + 1).view(-1), along(name, axis).expand(index.shape).view(-1))
         return totals[:n].numpy()
 
-    def _names(self, module: nn.Module | None) -> list[str]:
-        """Canonical names of a module's own parameters."""
-        own = module.parameters(recurse=False) if module is not None else ()
-        return [self._name[id(p)] for p in own]
+    def _names(self, module: nn.Module) -> list[str]:
+        """Canonical names of a module's own parameters, and of an adapter's on it."""
+        return [self._name[id(p)] for p in module.parameters(recurse=_plain(module) is not module)]
 
     def _simple_kinds(self, path: str, module: nn.Module) -> None:
         """The kinds that a module's class or path tells; attention and MLP follow from their families."""
         kind = None
         if "norm" in type(module).__name__.lower():
             kind = "norm"
-        elif isinstance(module, nn.Embedding):
+        elif isinstance(_plain(module), nn.Embedding):
             kind = "position"  # token embeddings are told apart afterwards, by identity
         elif re.search(r"(^|\.)(router|gate)$", path):
             kind = "router"
@@ -239,7 +243,7 @@ class Anatomy:
         for role, name in names:
             if self.kind[name] == "other":
                 self.kind[name] = f"{family}.{role}"
-        readable = names and all(isinstance(m, (nn.Linear, Conv1D)) for m in modules.values())
+        readable = names and all(isinstance(_plain(m), (nn.Linear, Conv1D)) for m in modules.values())
         return self.layer[names[0][1]] if readable else None
 
     def _attention(self, modules: Mapping[str, nn.Module], config) -> None:
@@ -322,12 +326,30 @@ class Anatomy:
     def _place(self, unit: str, module: nn.Module, side: str, first: int, ids: Tensor) -> None:
         """Say which unit each place along a projection's input or output side belongs to."""
         index = torch.where(ids >= 0, ids + first, -1)
-        weight, bias = module.weight, getattr(module, "bias", None)
-        self._index[unit][self._name[id(weight)]] = _axis(module, side), index
         if side == "in":
-            self._sites[unit][self._name[id(weight)].removesuffix(".weight")] = index
-        elif bias is not None:
-            self._index[unit][self._name[id(bias)]] = 0, index
+            self._sites[unit][self._path[id(module)]] = index
+        for p, axis in _along(module, side):
+            if p.shape[axis] == len(index):  # else a variant of LoRA that is laid out otherwise
+                self._index[unit][self._name[id(p)]] = axis, index
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """The module that an adapter (PEFT's) is put on, which its wrapper holds; of any other, itself."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def _along(module: nn.Module, side: str) -> Iterator[tuple[Tensor, int]]:
+    """The parameters of a projection, and of a LoRA adapter on it, that have an axis along one of its sides."""
+    plain: Any = _plain(module)
+    yield plain.weight, _axis(plain, side)
+    if side == "out" and getattr(plain, "bias", None) is not None:
+        yield plain.bias, 0
+    for part, axis in {"in": {"lora_A": 1}, "out": {"lora_B": 0, "lora_magnitude_vector": 0}}[side].items():
+        for adapter in getattr(module, part, nn.ModuleDict()).values():  # (B may have a bias; magnitudes are DoRA's)
+            for p in adapter.parameters():
+                yield p, axis
 
 
 def _axis(module: nn.Module, side: str) -> int:
@@ -336,9 +358,9 @@ def _axis(module: nn.Module, side: str) -> int:
 
 
 def _width(module: nn.Module, side: str) -> int:
-    weight = module.weight
+    weight = _plain(module).weight
     assert isinstance(weight, Tensor)
-    return weight.shape[_axis(module, side)]
+    return weight.shape[_axis(_plain(module), side)]
 
 
 def _layer(name: str) -> int | None:

@@ -24,7 +24,7 @@ from crosstrace.anatomy import Anatomy
 from crosstrace.errors import UserError
 from crosstrace.evaluate import Recall, recall
 from crosstrace.losses import example_losses
-from crosstrace.models import evaluating, pad_id
+from crosstrace.models import differentiating, evaluating, pad_id
 from crosstrace.shared import ParamSet
 from crosstrace.stats import mean_interval
 from crosstrace.tokens import Batch, Encoded, batches
@@ -128,37 +128,28 @@ def attribution(
     sites = _sites(anatomy, units)
     found = {unit: np.zeros(len(anatomy.units(unit))) for unit in units}
     rows = []
-    frozen = [p for p in model.parameters() if p.requires_grad]
     data = [_here(model, batch) for batch in batches]
     if not data:
         raise UserError("attribution needs at least one text")
     count = sum(len(batch["labels"]) for batch in data)
-    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
-        try:
-            for p in frozen:  # the graph begins at the nodes
-                p.requires_grad_(False)
-            whole = sum(-float(_losses(model, batch).detach().sum()) for batch in data) / count
-            for site in sites:
-                left = (
-                    sum(float(_on_the_way(model, batch, site, means[site], 0.0)[0].detach()) for batch in data) / count
-                )
-                drop, points = whole - left, steps
-                while True:
-                    value = torch.stack([_integrated(model, batch, site, means[site], points) for batch in data]).sum(0)
-                    value /= count
-                    apart = abs(float(value.sum()) - drop)
-                    if apart <= COMPLETE * abs(drop) + 1e-4 or 2 * points > MOST:
-                        break
-                    points *= 2
-                rows.append({"module": site, "sum": float(value.sum()), "drop": drop, "steps": points})
-                for unit in units:
-                    index = anatomy.sites(unit).get(site)
-                    if index is not None:
-                        own = index.numpy()
-                        np.add.at(found[unit], own[own >= 0], value.numpy()[own >= 0])
-        finally:
-            for p in frozen:
-                p.requires_grad_(True)
+    with differentiating(model):
+        whole = sum(-float(_losses(model, batch).detach().sum()) for batch in data) / count
+        for site in sites:
+            left = sum(float(_on_the_way(model, batch, site, means[site], 0.0)[0].detach()) for batch in data) / count
+            drop, points = whole - left, steps
+            while True:
+                value = torch.stack([_integrated(model, batch, site, means[site], points) for batch in data]).sum(0)
+                value /= count
+                apart = abs(float(value.sum()) - drop)
+                if apart <= COMPLETE * abs(drop) + 1e-4 or 2 * points > MOST:
+                    break
+                points *= 2
+            rows.append({"module": site, "sum": float(value.sum()), "drop": drop, "steps": points})
+            for unit in units:
+                index = anatomy.sites(unit).get(site)
+                if index is not None:
+                    own = index.numpy()
+                    np.add.at(found[unit], own[own >= 0], value.numpy()[own >= 0])
     return found, rows
 
 

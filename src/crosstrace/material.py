@@ -111,7 +111,10 @@ def shared_sets(run: Run, experiment: Experiment, name: str) -> list[tuple[str, 
 def model_key(experiment: Experiment) -> dict[str, Any]:
     """The base's settings and, of a local one, its content."""
     place = Path(models.locate(experiment.model.name))
-    content = sha256_tree(place) if place.is_dir() else str(place)
+    content: Any = sha256_tree(place) if place.is_dir() else str(place)
+    below = models.adapted_base(str(place))
+    if below is not None:
+        content = [content, sha256_tree(below) if Path(below).is_dir() else below]
     given = {name: value for name, value in asdict(experiment.model).items() if value is not None}
     return given | {"content": content}
 

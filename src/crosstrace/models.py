@@ -1,10 +1,13 @@
 """Causal language models and their tokenizers: the bundled base, a local folder or a hub name; saving.
 
-Weights are always read in a dtype that is named, from safetensors only. It knows nothing of tasks.
+Weights are always read in a dtype that is named, from safetensors only. A folder may hold a LoRA adapter in place of a
+model, which is merged into the base that it names. It knows nothing of tasks.
 """
 
 from __future__ import annotations
 
+import json
+import warnings
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +19,7 @@ from torch import nn
 from crosstrace.errors import UserError
 
 BUNDLED = "bundled"
+_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -40,7 +44,7 @@ def locate(name: str) -> str:
     folder = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file() and not _is_adapter(folder):
             raise UserError(
                 f"model folder {name} holds no config.json; expected a folder written by save_pretrained, so the path "
                 "probably names its parent or an unfinished download"
@@ -55,10 +59,13 @@ def locate(name: str) -> str:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer that belongs to a model."""
+    """The tokenizer that belongs to a model; of an adapter that has none in its folder, its base's."""
     from transformers import AutoTokenizer
 
     place = locate(name)
+    own = ("tokenizer.json", "tokenizer_config.json")
+    if _is_adapter(Path(place)) and not any((Path(place) / file).is_file() for file in own):
+        place = locate(_base_of(Path(place)))
     try:
         return AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
@@ -72,7 +79,7 @@ def load_model(name: str, dtype: str = "float32", attention: str = "eager", rand
     """A causal language model in evaluation mode.
 
     Args:
-        name: `bundled`, a folder or a hub name.
+        name: `bundled`, a folder or a hub name. Of a folder with a LoRA adapter, its base with the adapter merged.
         dtype: of the weights in memory, whatever the checkpoint holds.
         attention: the attention kernel, as transformers names it (`eager`, `sdpa`, ...).
         random_init: seed of random weights, drawn as the architecture's own initialisation does, in place of the
@@ -84,9 +91,14 @@ def load_model(name: str, dtype: str = "float32", attention: str = "eager", rand
     from transformers import AutoModelForCausalLM
 
     place = locate(name)
+    if _is_adapter(Path(place)):
+        if random_init is not None:
+            raise UserError(f"{place} holds an adapter, which fits no random weights; name its base for random_init")
+        return _adapted(Path(place), dtype, attention)
     if random_init is not None:
         return _untrained(place, dtype, attention, random_init)
     try:
+        _check_no_adapter(place)
         with silent():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 place,
@@ -111,6 +123,114 @@ def load_model(name: str, dtype: str = "float32", attention: str = "eager", rand
             f"{type(model).__name__}; expected all of them, so the folder is damaged or holds another kind of model"
         )
     return model.eval()
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / _ADAPTER).is_file()
+
+
+def _check_no_adapter(place: str) -> None:
+    """transformers would leave an adapter of the hub unmerged in the model, and unpickle its weights if need be."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if not Path(place).is_dir() and find_adapter_config_file(place) is not None:
+        raise UserError(f"{place} is an adapter on the hub; download it (`hf download {place}`) and name its folder")
+
+
+def _adapted(folder: Path, dtype: str, attention: str) -> Any:
+    """The base that a LoRA adapter's folder names, with the adapter merged into its weights."""
+    given, base = _adapter_config(folder), _base_of(folder)
+    if any(folder.glob("model*.safetensors")):
+        raise UserError(
+            f"{folder} holds both a model and {_ADAPTER}, so which of them is meant can't be told; move one elsewhere"
+        )
+    # PEFT imports the module that an adapter of Megatron's layers names
+    kind = "MEGATRON" if given.get("megatron_config") else given.get("peft_type")
+    if kind != "LORA":
+        raise UserError(
+            f"{folder} holds an adapter of the type {kind!r}; expected LORA, so merge it with PEFT and save the model"
+        )
+    if not (folder / _ADAPTER_WEIGHTS).is_file():
+        raise UserError(
+            f"adapter folder {folder} holds no {_ADAPTER_WEIGHTS}; expected what PEFT's save_pretrained writes (an "
+            "adapter_model.bin is a pickle, which may run code and is not read)"
+        )
+    try:
+        from peft import LoraConfig, PeftModel
+    except ImportError:
+        raise UserError(
+            f"{folder} holds a LoRA adapter, and peft, which reads it, is not installed; run "
+            "`pip install 'crosstrace[peft]'`"
+        ) from None
+    model = load_model(base, dtype, attention)
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tied = ends[1] is not None and ends[0].weight is ends[1].weight
+    try:
+        with silent(), warnings.catch_warnings(), torch.random.fork_rng():
+            warnings.simplefilter("ignore")
+            options = LoraConfig.from_pretrained(str(folder))
+            options.inference_mode = True
+            tuned = PeftModel(model, options)
+            adapted = [tuned.get_input_embeddings(), tuned.get_output_embeddings()] != ends
+            told = tuned.load_adapter(str(folder), "default", torch_device="cpu")
+            model = tuned.merge_and_unload()
+    except Exception as error:  # the config may hold anything, and PEFT trusts it
+        lines = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise UserError(
+            f"the adapter in {folder} does not fit its base {base}: {type(error).__name__}: {lines}; expected what "
+            "PEFT's save_pretrained writes"
+        ) from None
+    odd = [*(key for key in told.missing_keys if "lora_" in key), *told.unexpected_keys]
+    if odd:  # PEFT would go on without them
+        raise UserError(
+            f"the adapter in {folder} does not fit its base {base}: its weights lack, or the base has no place for, "
+            f"{odd[0]} and {len(odd) - 1} others; was it trained on another model?"
+        )
+    if tied and adapted:  # what is merged for one use would change the other
+        raise UserError(
+            f"the adapter in {folder} changes the embeddings or the unembedding, which are one tensor in its base "
+            f"{base}, so it can't be merged; expected an adapter of the layers in between"
+        )
+    model.name_or_path = model.config.name_or_path = str(folder)
+    return model.requires_grad_(True).eval()  # PEFT has frozen the base
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    try:
+        given = json.loads((folder / _ADAPTER).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / _ADAPTER} can't be read: {_first_line(error)}") from None
+    if not isinstance(given, dict):
+        raise UserError(f"{folder / _ADAPTER} holds no settings; expected what PEFT's save_pretrained writes")
+    return given
+
+
+def adapted_base(place: str) -> str | None:
+    """The folder or hub name of the base of an adapter's folder; None for any other model."""
+    return locate(_base_of(Path(place))) if _is_adapter(Path(place)) else None
+
+
+def _base_of(folder: Path) -> str:
+    """The model that an adapter's folder names as its base."""
+    given = _adapter_config(folder)
+    base, revision = given.get("base_model_name_or_path"), given.get("revision")
+    remedy = f"put its absolute path, 'bundled' or a hub name as base_model_name_or_path into {folder / _ADAPTER}"
+    if not isinstance(base, str) or not base:
+        raise UserError(f"the adapter in {folder} does not tell its base; {remedy}")
+    path = Path(base).expanduser()
+    if base != BUNDLED and not path.is_absolute() and (base.startswith(".") or path.is_dir()):
+        raise UserError(f"the adapter in {folder} names its base by the relative path {base}; {remedy}")
+    try:
+        place = locate(base)
+    except UserError as error:
+        raise UserError(f"the adapter in {folder} has no base to be put on: {error}; {remedy}") from None
+    if _is_adapter(Path(place)):
+        raise UserError(f"the adapter in {folder} names as its base {base}, an adapter itself; merge that one first")
+    if revision and not Path(place).is_dir():
+        raise UserError(
+            f"the adapter in {folder} is of the revision {revision!r} of {base}; download that revision, and {remedy}"
+        )
+    return base
 
 
 def _untrained(place: str, dtype: str, attention: str, seed: int) -> Any:
@@ -176,6 +296,21 @@ def evaluating(model: nn.Module):
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def differentiating(model: nn.Module):
+    """The model in evaluation mode, with gradients of what is put into it but not of its parameters; as it was
+    afterwards."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        try:
+            for p in learned:  # the graph begins at what is put in
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in learned:
+                p.requires_grad_(True)
 
 
 def _first_line(error: Exception) -> str:

@@ -11,7 +11,6 @@ Takes a model and encoded texts; it knows no strategies, and draws nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from crosstrace.circuit import COMPLETE
 from crosstrace.consistency import FactPair, mean_over_people
 from crosstrace.errors import UserError
 from crosstrace.losses import example_losses
-from crosstrace.models import evaluating
+from crosstrace.models import differentiating, evaluating
 from crosstrace.tokens import IGNORE, Batch, Encoded, collate
 
 GROUPS = ("subject", "relation", "facts", "object", "rest")
@@ -138,7 +137,7 @@ def input_attribution(
     tokens: dict[int, Tensor] = {}
     drop, taken = np.zeros(len(items)), np.zeros(len(items), dtype=int)
     left, points = list(range(len(items))), steps
-    with _frozen(model):
+    with differentiating(model):
         while left:
             for chosen, batch in _batches(model, items, left, max(1, batch_size // points), pad_id):
                 arguments = (batch["input_ids"], batch["attention_mask"], batch["labels"])
@@ -281,17 +280,3 @@ def _batches(
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, its graphs beginning at what is put into it; as it was afterwards."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
-        try:
-            for p in learned:
-                p.requires_grad_(False)
-            yield
-        finally:
-            for p in learned:
-                p.requires_grad_(True)

@@ -163,7 +163,7 @@ def findings(rows: Sequence[Row], compare: tuple[str, str]) -> Row:
 
 
 def levels(rows: Sequence[Row]) -> list[Row]:
-    """For each setting, strategy and measure its mean over seeds with Student's t interval, of shares within 0 and 1."""
+    """For each setting, strategy and measure its mean over seeds with Student's t interval; shares stay in [0, 1]."""
     found = []
     for setting, strategy in dict.fromkeys((row["setting"], row["strategy"]) for row in rows):
         own = [row for row in rows if (row["setting"], row["strategy"]) == (setting, strategy)]
