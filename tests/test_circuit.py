@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy.stats import mannwhitneyu, spearmanr
+from scipy.stats import mannwhitneyu, rankdata, spearmanr
 from tiny_facts import tiny_world, tokenizer
 from tiny_models import tiny_model
 from torch import nn
@@ -187,11 +187,17 @@ def test_agreement_is_that_of_scipy_and_finds_a_planted_set():
     assert row["spearman"] == pytest.approx(expected.statistic)
     critical = np.isin(np.arange(8), np.argsort(-np.abs(scores), kind="stable")[:1])
     assert row["auc"] == pytest.approx(mannwhitneyu(share[critical], share[~critical]).statistic / 7)
+    ranks = [[rankdata(x[layer]) - 2.5 for layer in (slice(4), slice(4, 8))] for x in (np.abs(scores), share)]
+    assert row["within"] == pytest.approx(np.corrcoef(*(np.concatenate(x) for x in ranks))[0, 1])
     assert row["nodes"] == 8 and row["critical"] == 1 and 0 < row["spearman_p"] <= 1
     held = anatomy.members("query_head", "L1.H3")
     importance = np.where(np.arange(8) == 7, 5.0, np.linspace(0, 1, 8))
     found = agreement(importance, held, anatomy, "query_head")
     assert found["auc"] == 1 and found["spearman"] > 0.5
+    assert found["within"] > 0 and found["within_p"] > 0.2, "three ties and one in one layer of two prove nothing"
+    layers = ParamSet({name: torch.full(p.shape, ".1." in name) for name, p in model.named_parameters()})
+    apart = agreement(np.where(np.arange(8) >= 4, 5.0, 1.0) + np.arange(8) % 3, layers, anatomy, "query_head")
+    assert apart["spearman"] > 0.8 and apart["within"] is None, "all between layers, nothing within"
     nothing = ParamSet({name: torch.zeros(p.shape, dtype=torch.bool) for name, p in model.named_parameters()})
     assert agreement(scores, nothing, anatomy, "query_head")["auc"] is None
 

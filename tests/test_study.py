@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from crosstrace import cli, study
+from crosstrace import cli, config, study
 from crosstrace.errors import UserError
 
 EXPERIMENT = """
@@ -192,3 +192,11 @@ def test_a_killed_study_goes_on_and_comes_to_the_same(tmp_path: Path, whole: Pat
     assert gone and not alive, "a killed study leaves nobody who still writes"
     subprocess.run([*command, "--resume"], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True)
     assert table(folder) == table(whole)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_example_can_be_read(path: Path) -> None:
+    if path.name.startswith("study-"):
+        assert study.plan(study.load(path))
+    else:
+        assert config.load(path).strategies

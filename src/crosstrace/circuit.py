@@ -272,11 +272,13 @@ def agreement(scores: np.ndarray, pset: ParamSet, anatomy: Anatomy, unit: str, p
 
     Importance |score| against the share of each node's parameters that the set holds: Spearman's correlation, and the
     area under the ROC curve of that share telling the critical nodes (the top tenth by importance) from the others,
-    each with a permutation test that deals the shares out anew (two-sided).
+    each with a permutation test that deals the shares out anew (two-sided). Both differ between layers for reasons of
+    their own, so the correlation is also that of ranks within each layer, less the layer's mean, and tested by dealing
+    the shares out within layers only.
 
     Returns:
-        {unit, nodes, critical, spearman, spearman_p, auc, auc_p}; None where the set holds nothing of these nodes, or
-        of all the same share.
+        {unit, nodes, critical, spearman, spearman_p, within, within_p, auc, auc_p}; None where the set holds nothing of
+        these nodes, or of all the same share (within: in every layer).
     """
     sizes = anatomy.sizes(unit, list(pset.masks))
     has = sizes > 0
@@ -286,9 +288,9 @@ def agreement(scores: np.ndarray, pset: ParamSet, anatomy: Anatomy, unit: str, p
     critical[np.argsort(-weight, kind="stable")[: max(1, round(CRITICAL * len(weight)))]] = True
     row: Row = {"unit": unit, "nodes": int(has.sum()), "critical": int(critical.sum())}
     if len(weight) < 3 or np.ptp(share) == 0 or np.ptp(weight) == 0:
-        return row | dict.fromkeys(("spearman", "spearman_p", "auc", "auc_p"))
+        return row | dict.fromkeys(("spearman", "spearman_p", "within", "within_p", "auc", "auc_p"))
 
-    # Both statistics are sums over ranks.
+    # All statistics are sums over ranks.
     held, target, m = rankdata(share), rankdata(weight), critical.sum()
     held_norm, target_norm = (np.linalg.norm(x - x.mean()) for x in (held, target))
     draw = np.random.default_rng(_SEED)
@@ -298,12 +300,37 @@ def agreement(scores: np.ndarray, pset: ParamSet, anatomy: Anatomy, unit: str, p
         spearman[number] = (dealt - held.mean()) @ (target - target.mean()) / (held_norm * target_norm)
         auc[number] = (dealt[critical].sum() - m * (m + 1) / 2) / (m * (~critical).sum())
     extreme = lambda values: float((np.abs(values) >= abs(values[0]) - 1e-12).mean())  # the found one counts
+    layer = np.array([label.partition(".")[0] for label in anatomy.units(unit)])[has]
+    within = _within(share, weight, layer, permutations, draw)
     return row | {
         "spearman": float(spearman[0]),
         "spearman_p": extreme(spearman),
+        "within": None if within is None else float(within[0]),
+        "within_p": None if within is None else extreme(within),
         "auc": float(auc[0]),
         "auc_p": extreme(auc - 0.5),
     }
+
+
+def _within(
+    share: np.ndarray, weight: np.ndarray, layer: np.ndarray, permutations: int, draw: np.random.Generator
+) -> np.ndarray | None:
+    """The correlation of ranks within layers, as found and with the shares dealt out anew within them
+    [permutations + 1]; None where either is the same in each layer."""
+    groups = [np.flatnonzero(layer == name) for name in np.unique(layer)]
+    held, target = (np.empty(len(share)) for _ in range(2))
+    for own in groups:
+        for ranks, values in ((held, share), (target, weight)):
+            ranks[own] = rankdata(values[own]) - (len(own) + 1) / 2
+    scale = np.linalg.norm(held) * np.linalg.norm(target)
+    if not scale:
+        return None
+    sums = np.zeros(permutations + 1)
+    for own in groups:
+        sums[0] += held[own] @ target[own]
+        for number in range(1, permutations + 1):
+            sums[number] += draw.permutation(held[own]) @ target[own]
+    return sums / scale
 
 
 def answer_batches(items: Sequence[Encoded], tokenizer: Any, size: int = 64) -> list[Batch]:

@@ -265,6 +265,7 @@ def circuit(results: Mapping) -> Section:
             "Nodes": lambda r: say.unit(r["unit"]),
             "Shared set": lambda r: say.when(r["when"]),
             "Spearman": lambda r: tested("spearman", r),
+            "Within layers": lambda r: tested("within", r) if r.get("within") is not None else say.DASH,
             "ROC-AUC": lambda r: tested("auc", r),
         }
         title = "Do the nodes that matter hold the shared parameters? Permutation tests"
