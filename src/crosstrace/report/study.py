@@ -20,7 +20,7 @@ DRAWN = (  # measure, title of its panel
     ("overlap.online.example.0.05", "Overlap of the top 5 %, online"),
     ("overlap.final.example.0.05", "Overlap of the top 5 %, at the end"),
 )
-SCATTERED = ("overlap.online.example.0.05", "overlap.online.example.0.01", "gradient.qa_id.excess", "logprob.qa_id")
+SCATTERED = ("overlap.online.example.0.05", "gradient.qa_id.excess", "states.qa_id.answer.excess", "logprob.bio")
 
 
 def write_study(results: Mapping[str, Any], rows: Sequence[Row], folder: str | Path) -> Path:
@@ -157,7 +157,6 @@ def prediction(results: Mapping, rows: Sequence[Row]) -> Section:
             [{k: v for k, v in r.items() if k != "strategies"} | _by_strategy(r) for r in found],
         )
     )
-    strategies = list(dict.fromkeys(s for r in found for s in r["strategies"]))
     bounds = lambda r, name: say.interval(r[f"{name}_low"], r[f"{name}_high"], say.decimal)
     body = [
         [
@@ -165,18 +164,12 @@ def prediction(results: Mapping, rows: Sequence[Row]) -> Section:
             Cell(say.percent(r["right"]), say.interval(r["right_low"], r["right_high"])),
             Cell(say.decimal(r["within"], sign=True), bounds(r, "within")),
             Cell(say.decimal(r["across"], sign=True), bounds(r, "across")),
-            *(say.decimal(r["strategies"].get(s), sign=True) for s in strategies),
+            say.listing(f"{say.model(s)} {say.decimal(v, sign=True)}" for s, v in r["strategies"].items()),
             say.plain(r["rows"]),
         ]
         for r in found
     ]
-    head = [
-        "Measure",
-        "Pairs of recipes put right",
-        "ρ within settings",
-        "ρ over all",
-    ]
-    head += [f"ρ over {say.model(s)} alone" for s in strategies] + ["Models"]
+    head = ["Measure", "Pairs of recipes put right", "ρ within settings", "ρ over all", "ρ over one alone", "Models"]
     title = "Rank correlation ρ of each measure with held-out recall, with intervals over settings"
     section.blocks.append(Table(head, body, title))
     return section
@@ -193,7 +186,10 @@ def _headline(results: Mapping) -> str:
             low, high = min(values), max(values)
             told = say.percent(low) if len(values) == 1 else say.interval(low, high)
             parts.append(f"{say.model(name)} answers {told} of the held-out questions")
-    return "; ".join(parts) or "What the runs found"
+    if not parts:
+        return "What the runs found"
+    settings = len(results["study"]["settings"])
+    return "; ".join(parts) + (f", over {settings} settings" if settings > 1 else "")
 
 
 def _looks(rows: Sequence[Row]) -> dict[str, F.Look]:
