@@ -154,7 +154,8 @@ def test_help_says_what_a_setting_is(capsys, monkeypatch, tmp_path: Path) -> Non
     printed = capsys.readouterr().out
     assert re.search(r"--facts\.people 77 +Number of people\.\n", printed)
     assert re.search(r"--facts\.order fixed .*One of\s+fixed,\s+permuted\.", printed)
-    assert max(map(len, printed.splitlines())) <= 90
+    # but for what is one word to a shell, which cannot be broken
+    assert all(len(line) <= 90 or re.fullmatch(r"  --[\w.]+ '\[.*\]'", line) for line in printed.splitlines())
 
 
 @pytest.mark.parametrize("stage", ["train", "eval", "trace", "analyze", "intervene", "report"])

@@ -25,7 +25,7 @@ def test_the_first_crossing_is_interpolated_between_checkpoints() -> None:
     rows = [{"update": u, "phase": "x", "a": a} for u, a in ((0, 0.2), (10, 0.2), (20, 0.6), (40, 1.2))]
     found = the(appearance(rows), "a")  # goes 1.0 up: a tenth at 0.3, half at 0.7
     assert found["tenth"] == pytest.approx(10 + 10 * 0.1 / 0.4) and found["half"] == pytest.approx(20 + 20 * 0.1 / 0.6)
-    assert (found["first"], found["last"]) == (0.2, 1.2)
+    assert (found["first"], found["last"]) == (0.2, 1.2) and found["after"] == 20
 
 
 def test_what_falls_is_followed_downwards_and_the_earliest_comes_first() -> None:

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from crosstrace import cli, config
+from crosstrace import cli, config, study
+from crosstrace.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,5 +38,10 @@ def test_named_commands_and_files_exist() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
 def test_examples_are_valid(path: Path) -> None:
+    if path.name.startswith("study-"):
+        with pytest.raises(UserError, match="is a study"):
+            config.load(path)
+        assert study.plan(study.load(path))
+        return
     experiment = config.load(path)
     assert config.loads(config.dumps(experiment), "dumped") == experiment

@@ -85,6 +85,9 @@ def test_every_combination_is_a_run_seed_by_seed() -> None:
         ({"vary": {"length": {".hidden": {}}}}, "cannot name a folder"),
         ({"vary": {"facts.people": [16, 16]}}, "one name"),
         ({"vary": {"facts.people": []}}, "vary"),
+        ({"vary": {"facts.seed": [7, 8]}}, "facts.seed is set by two"),
+        ({"vary": {"facts.people": [16], "x": {"a": {"facts.people": 24}}}}, "facts.people is set by two"),
+        ({"vary": {"x": {"a": {"facts": {"order": "permuted"}}}}}, "a whole section"),
         ({"compare": ["mixed", "replay"]}, "no strategy 'replay'"),
         ({"name": "a/b"}, "cannot name a folder"),
         ({"cores": 0}, "cores"),
@@ -106,6 +109,35 @@ def test_bad_files_end_the_command_with_a_sentence(tmp_path: Path, text: str, ca
         cli.main(["study", str(path), str(tmp_path / "out"), *values])
     told = capsys.readouterr().err
     assert ended.value.code == 2 and told.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_keys_tell_experiments_apart_and_not_their_names_or_jobs() -> None:
+    """What is complete is known by its key: a collision would pass one experiment's results for another's."""
+    default = {"two_stage": None, "mixed": None}
+    other = {"mixed": [{"name": "mixed", "batch": {"bio": 4, "qa": 4}, "steps": 2}]}
+
+    def key(experiment: dict, **changes) -> dict:
+        (planned,) = study.plan(parsed(experiment=experiment, vary={}, seeds=[1], **changes))
+        return study._key(planned)
+
+    whole = config.plain(config.Experiment())["strategies"]
+    assert key({}) == key({"jobs": 1, "name": "x"}) == key({"strategies": {n: whole[n] for n in default}})
+    keys = [key({}), key({"facts": {"people": 16}}), key({"strategies": {**whole, **other}}),
+            key({"strategies": {"mixed": whole["mixed"], "other": other["mixed"]}}, compare=["mixed", "other"]),
+            key({"strategies": {**whole, "other": other["mixed"]}}), key({"threads": 2})]  # fmt: skip
+    assert all(a != b for i, a in enumerate(keys) for b in keys[:i])
+
+
+def test_a_study_in_which_nobody_recalls_has_a_report(tmp_path: Path) -> None:
+    from crosstrace import summary
+    from crosstrace.report.study import prediction
+
+    rows = [
+        {"setting": f"s{d}", "seed": 1, "strategy": name, "recall.qa_ood": 0.0, "logprob.bio": -1.0 * d}
+        for d in range(5) for name in ("mixed", "two_stage")
+    ]  # fmt: skip
+    found = {"prediction": summary.prediction(rows), "study": {"settings": dict.fromkeys(r["setting"] for r in rows)}}
+    assert "nothing to predict" in prediction(found, rows).absent
 
 
 def test_a_run_that_is_wider_than_the_budget_is_refused(tmp_path: Path) -> None:
@@ -192,11 +224,3 @@ def test_a_killed_study_goes_on_and_comes_to_the_same(tmp_path: Path, whole: Pat
     assert gone and not alive, "a killed study leaves nobody who still writes"
     subprocess.run([*command, "--resume"], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True)
     assert table(folder) == table(whole)
-
-
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "examples").glob("*.yaml")), ids=lambda p: p.name)
-def test_every_example_can_be_read(path: Path) -> None:
-    if path.name.startswith("study-"):
-        assert study.plan(study.load(path))
-    else:
-        assert config.load(path).strategies

@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"crosstrace: a file could not be read or written: {error}; is the disk full?", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        way = "go on with --resume" if command in ("demo", "run") else "give the same command again to go on"
+        way = "go on with --resume" if command in ("demo", "run", "study") else "give the same command again to go on"
         print(f"crosstrace: interrupted; {way}", file=sys.stderr)
         raise SystemExit(130) from None
 

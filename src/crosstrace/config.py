@@ -268,7 +268,10 @@ def people_on_both_sides(facts: FactSettings, where: str) -> int:
 
 def load(path: Path) -> Experiment:
     """Read an experiment from a YAML file; settings that it leaves out take their defaults."""
-    return parse(read_yaml(path, "examples/tiny.yaml"), str(path))
+    values = read_yaml(path, "examples/tiny.yaml")
+    if {"experiment", "vary", "seeds"} & {*values}:
+        raise UserError(f"{path} is a study of many runs; give it to `crosstrace study`")
+    return parse(values, str(path))
 
 
 def read_yaml(path: Path, example: str) -> dict[str, Any]:

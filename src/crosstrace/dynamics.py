@@ -151,8 +151,9 @@ def appearance(rows: Sequence[Row], names: Sequence[str] | None = None) -> list[
         names: of the measures; all numbers if not given.
 
     Returns:
-        a row {measure, first, last, tenth, half} for each, those that were halfway earliest first: tenth and half are
-        updates, interpolated linearly between checkpoints, of the *first* crossing (a measure may fall back later);
+        a row {measure, first, last, tenth, half, after} for each, those that were halfway earliest first: tenth and half
+        are updates, interpolated linearly between checkpoints, of the *first* crossing (a measure may fall back later);
+        after: the last checkpoint before it was halfway. The order of measures with the same `after` is not known.
         None where one is unknown, or where the way is less than half of the measure's range: it then went elsewhere, or
         nowhere, and came back.
     """
@@ -166,20 +167,22 @@ def appearance(rows: Sequence[Row], names: Sequence[str] | None = None) -> list[
             "last": rows[-1].get(name),
             "tenth": None,
             "half": None,
+            "after": None,
         }
         span = np.ptp([value for _, value in known]) if known else 0.0
         if None not in (row["first"], row["last"]) and span and abs(row["last"] - row["first"]) >= HALF * span:
             way = [(update, (value - row["first"]) / (row["last"] - row["first"])) for update, value in known]
-            row |= {"tenth": _crossing(way, TENTH), "half": _crossing(way, HALF)}
+            (tenth, _), (half, after) = _crossing(way, TENTH), _crossing(way, HALF)
+            row |= {"tenth": tenth, "half": half, "after": after}
         found.append(row)
     return sorted(found, key=lambda row: math.inf if row["half"] is None else row["half"])
 
 
-def _crossing(way: Sequence[tuple[float, float]], level: float) -> float:
-    """Where a broken line from (0, 0), which ends at 1, first reaches a level."""
+def _crossing(way: Sequence[tuple[float, float]], level: float) -> tuple[float, float]:
+    """Where a broken line from (0, 0), which ends at 1, first reaches a level, and the last corner before."""
     for (x0, y0), (x1, y1) in pairwise(way):
         if y1 >= level:
-            return x0 + (x1 - x0) * (level - y0) / (y1 - y0)
+            return x0 + (x1 - x0) * (level - y0) / (y1 - y0), x0
     raise AssertionError("the last value is the whole way")
 
 

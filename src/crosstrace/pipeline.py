@@ -766,11 +766,11 @@ def check(experiment: Experiment, whole: bool) -> None:
     tokenizer = models.load_tokenizer(experiment.model.name)
     check_fast(tokenizer)
     known_people(experiment.model)
-    if experiment.retention.run:
-        new_material(experiment, tokenizer)
+    further = new_material(experiment, tokenizer) if experiment.retention.run else {}
     if whole:
         model = load_base(experiment)
-        _check_fits(model, encode(tokenizer, [*biographies(world), *questions(world)]))
+        encoded = encode(tokenizer, [*biographies(world), *questions(world)])
+        _check_fits(model, [*encoded, *(item for items in further.values() for item in items)])
 
 
 def _check_fits(model: Any, encoded: Sequence[Encoded]) -> None:

@@ -61,6 +61,7 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
         if "new_qa" in new:
             asked["new"] = sample(new["new_qa"], options.questions)
         psets = dict(shared_sets(run, experiment, name))
+        taught_tasks = {task for phase in experiment.strategies[name] for task in phase.composition()}
         found: dict[str, list[Row]] = {table: [] for table in ("history", "moved", "shared", "repair")}
         for arm in ARMS:
             model = load(run, experiment, name)
@@ -71,6 +72,7 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
             history = RecallHistory(measure, options.every)
             batch = {task: {"new_bio": options.bio, "new_qa": options.qa}.get(task, options.bio) for task in new}
             counts = {"bio": options.replay_bio, "qa": options.replay_qa}
+            counts = {task: count for task, count in counts.items() if task in taught_tasks}
             phase = Phase("new", batch, options.steps, replay=counts if arm == "replay" else {},
                           optimiser=options.optimiser)  # fmt: skip
             with progress.bar(f"{name}: retain, {arm}") as update:
@@ -156,9 +158,9 @@ def moved(model: nn.Module, before: Mapping[str, Tensor], sets: Mapping[str, Seq
     for label, draws in sets.items():
         energies = []
         for pset in draws:
-            square = {name: (values[name].detach() - before[name]).double().square() for name in pset.masks}
+            square = {name: (values[name].detach().cpu() - before[name].cpu()).double().square() for name in pset.masks}
             total = sum(float(value.sum()) for value in square.values())
-            inside = sum(float(square[name][mask.to(square[name].device)].sum()) for name, mask in pset.masks.items())
+            inside = sum(float(square[name][mask.cpu()].sum()) for name, mask in pset.masks.items())
             energies.append(inside / total if total else None)
         size, count = draws[0].size, sum(mask.numel() for mask in draws[0].masks.values())
         known = [value for value in energies if value is not None]

@@ -31,7 +31,17 @@ from crosstrace.config import Experiment
 from crosstrace.errors import UserError
 from crosstrace.progress import Progress
 from crosstrace.schedule import STRICT
-from crosstrace.store import Run, end_with_parent, metadata, read_json, remove_folder, replacing, write_json, write_text
+from crosstrace.store import (
+    Run,
+    end_with_parent,
+    metadata,
+    read_json,
+    remove_folder,
+    replacing,
+    sha256_file,
+    write_json,
+    write_text,
+)
 
 Row = dict[str, Any]
 Scalar = bool | int | float | str
@@ -124,7 +134,15 @@ def plan(study: StudySettings, where: str = "the study") -> list[Planned]:
     runs = []
     for seed, point in product(study.seeds, product(*axes)):
         values = json.loads(json.dumps(common))
-        own = {name: value for _, changes in point for name, value in changes.items()}
+        changes = [(name, value) for _, changes in point for name, value in changes.items()]
+        own = dict(changes)
+        _set_once([*(name for name, _ in changes), *study.seeded], where)
+        for name, value in changes:
+            if isinstance(value, dict):
+                raise UserError(
+                    f"{where}: {name} of a point is a whole section, which would lose its other settings; name each "
+                    f"setting, e.g. {name}.{next(iter(value), 'SETTING')}"
+                )
         label = "+".join(name for name, _ in point) or "default"
         for name, value in (own | dict.fromkeys(study.seeded, seed)).items():
             try:
@@ -143,6 +161,17 @@ def plan(study: StudySettings, where: str = "the study") -> list[Planned]:
     if len({run.label for run in runs}) < len(runs):
         raise UserError(f"{where}: two points of the grid have one name; give each its own")
     return runs
+
+
+def _set_once(names: Sequence[str], where: str) -> None:
+    """Raise a `UserError` if two of a run's changes are of one setting: one of them would be lost without a word."""
+    for number, name in enumerate(names):
+        for other in names[:number]:
+            if name == other or name.startswith(f"{other}.") or other.startswith(f"{name}."):
+                raise UserError(
+                    f"{where}: {name} is set by two of the study's axes and seeds (seeded: the settings that take the "
+                    "seed), so one would be lost; let it vary in one place"
+                )
 
 
 def _points(axis: str, points: Points, where: str) -> list[tuple[str, dict[str, Any]]]:
@@ -166,8 +195,9 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
     Args:
         study: the grid and its budget.
         folder: the study's folder.
-        mode: `new` (an existing study is an error), `resume` or `overwrite`. A resumed study may have other seeds and
-            settings than before: what is complete and still asked for stays.
+        mode: `new` (an existing study is an error), `resume` or `overwrite`. A resumed study may have more or fewer
+            seeds and points than before: what is complete and still asked for stays. A point or common setting that
+            means something else under its old name is refused run by run, since that would replace results.
         quiet: no progress on stderr.
 
     Returns:
@@ -249,7 +279,8 @@ def _described(planned: Planned, study: StudySettings) -> dict[str, Any]:
 
 
 def _cores(study: StudySettings) -> int:
-    return study.cores or len(os.sched_getaffinity(0))
+    here = getattr(os, "sched_getaffinity", None)  # not everywhere
+    return study.cores or (len(here(0)) if here else os.cpu_count() or 1)
 
 
 def _width(planned: Planned) -> int:
@@ -268,7 +299,9 @@ def _key(planned: Planned) -> dict[str, Any]:
 
     own = _changed(config.plain(planned.experiment), config.plain(Experiment()))
     own = {name: value for name, value in own.items() if name not in ("jobs", "name")}
-    return {"experiment": own, "model": model_key(planned.experiment)}
+    text = planned.experiment.retention.text
+    content = {"text": sha256_file(text)} if text and Path(text).is_file() else {}
+    return {"experiment": own, "model": model_key(planned.experiment), **content}
 
 
 def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -277,7 +310,8 @@ def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     for name, value in values.items():
         default = defaults.get(name)
         if value != default:
-            found[name] = _changed(value, default) if isinstance(value, dict) and isinstance(default, dict) else value
+            nested = isinstance(value, dict) and isinstance(default, dict) and name != "strategies"
+            found[name] = _changed(value, default or {}) if nested else value
     return found
 
 
@@ -296,7 +330,7 @@ def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: 
     waiting = [planned for planned in runs if not opened.complete(_step(planned), _key(planned))]
     cores = _cores(study)
     expected = max((read_json(opened.path(_step(p)))["peak_bytes"] for p in runs if p not in waiting), default=0)
-    if study.memory and expected > study.memory * GIB:
+    if waiting and study.memory and expected > study.memory * GIB:
         raise UserError(
             f"a run of the study needed {expected / GIB:.1f} GiB, but the budget is {study.memory:g} GiB; give it more"
         )
@@ -328,11 +362,15 @@ def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: 
                     continue
                 running.remove(item)
                 planned, home = item.planned, opened.folder / "runs" / item.planned.label
+                expected = max(expected, item.peak)
+                if study.memory and item.peak > study.memory * GIB:
+                    progress.note(
+                        f"{planned.label} used {item.peak / GIB:.1f} GiB, more than the budget of {study.memory:g} GiB"
+                    )
                 if item.process.exitcode:
                     failed.append(f"{planned.label}: {_why(home, item.process.exitcode)}")
                     progress.note(failed[-1])
                     continue
-                expected = max(expected, item.peak)
                 seconds = time.time() - item.began
                 _keep(opened, planned, home, item.peak, study.keep)
                 done += 1

@@ -77,7 +77,7 @@ HEADLINE = {
 
 SHARES = (  # measures between 0 and 1, which no interval leaves
     "recall.", "overlap.", "states.qa_id.answer.top1", "states.qa_ood.answer.top1", "signature.", "circuit.",
-    "positions.", "transfer.", "retention.", "repair.", "still.",
+    "positions.", "transfer.", "retention.", "repair.", "still.", "ablate.", "graft.",
 )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def measures(results: Mapping[str, Any], strategy: str) -> Row:
             found[f"erased.{place}.{row['group']}"] = row["erased"]
         if row["group"] in ("subject", "relation"):
             key = f"signature.{place}.asked"
-            found[key] = (found.get(key) or 0.0) + (row["share"] or 0.0)
+            found[key] = None if row["share"] is None else (found.get(key) or 0.0) + row["share"]
     for part, form in dict.fromkeys((row["part"], row["format"]) for row in of.get("lens", ())):
         tops = [
             row["top1"] for row in of["lens"] if (row["part"], row["format"], row["place"]) == (part, form, "answer")

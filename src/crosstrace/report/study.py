@@ -137,8 +137,12 @@ def prediction(results: Mapping, rows: Sequence[Row]) -> Section:
     if not found or len(results["study"]["settings"]) < 4:
         section.absent = "What predicts held-out recall needs at least four settings"
         return section
-    ranked = sorted((r for r in found if r["right"] is not None), key=lambda r: -abs(r["right"] - 0.5))
-    best = ranked[0]
+    most = max(r["pairs"] for r in found)
+    if not most:
+        section.absent = "No two recipes of one seed differ in held-out recall, so there is nothing to predict"
+        return section
+    # only those that say something of all pairs can be compared
+    best = max((r for r in found if r["pairs"] == most), key=lambda r: abs(r["right"] - 0.5))
     named = {r["measure"]: r["words"] for r in found}
     looks = _looks(rows)
     section.blocks.append(
@@ -161,8 +165,13 @@ def prediction(results: Mapping, rows: Sequence[Row]) -> Section:
     body = [
         [
             r["words"],
-            Cell(say.percent(r["right"]), say.interval(r["right_low"], r["right_high"])),
-            Cell(say.decimal(r["within"], sign=True), bounds(r, "within")),
+            Cell(
+                f"{say.percent(r['right'])} of {say.plain(r['pairs'])}", say.interval(r["right_low"], r["right_high"])
+            ),
+            Cell(
+                say.decimal(r["within"], sign=True),
+                f"{bounds(r, 'within')} {r['within_settings']} of {r['settings']}".strip(),
+            ),
             Cell(say.decimal(r["across"], sign=True), bounds(r, "across")),
             say.listing(f"{say.model(s)} {say.decimal(v, sign=True)}" for s, v in r["strategies"].items()),
             say.plain(r["rows"]),
