@@ -151,8 +151,8 @@ def appearance(rows: Sequence[Row], names: Sequence[str] | None = None) -> list[
         names: of the measures; all numbers if not given.
 
     Returns:
-        a row {measure, first, last, tenth, half, after} for each, those that were halfway earliest first: tenth and half
-        are updates, interpolated linearly between checkpoints, of the *first* crossing (a measure may fall back later);
+        a row {measure, first, last, tenth, half, after} for each, those that were halfway earliest first: tenth and
+        half are updates, interpolated linearly between checkpoints, of the *first* crossing (it may fall back later);
         after: the last checkpoint before it was halfway. The order of measures with the same `after` is not known.
         None where one is unknown, or where the way is less than half of the measure's range: it then went elsewhere, or
         nowhere, and came back.

@@ -136,13 +136,13 @@ def plan(study: StudySettings, where: str = "the study") -> list[Planned]:
         values = json.loads(json.dumps(common))
         changes = [(name, value) for _, changes in point for name, value in changes.items()]
         own = dict(changes)
-        _set_once([*(name for name, _ in changes), *study.seeded], where)
         for name, value in changes:
             if isinstance(value, dict):
                 raise UserError(
                     f"{where}: {name} of a point is a whole section, which would lose its other settings; name each "
                     f"setting, e.g. {name}.{next(iter(value), 'SETTING')}"
                 )
+        _set_once([*(name for name, _ in changes), *study.seeded], where)
         label = "+".join(name for name, _ in point) or "default"
         for name, value in (own | dict.fromkeys(study.seeded, seed)).items():
             try:
