@@ -203,7 +203,8 @@ def test_stages_by_themselves_give_the_same(whole: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match="models/"):
         pipeline.run(experiment, folder, "resume", stages=["trace"], quiet=True)
     for stage in pipeline.STAGES[1:]:
-        pipeline.run(experiment, folder, "resume", stages=[stage], quiet=True)
+        if stage != "retain":  # named, it runs whatever retention.run says, and a whole run leaves it out
+            pipeline.run(experiment, folder, "resume", stages=[stage], quiet=True)
     assert numbers(folder) == numbers(whole)
 
 

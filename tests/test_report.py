@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -53,8 +54,15 @@ OPTIONAL = (
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Path:
-    return report.write_report(sample_results(), tmp_path_factory.mktemp("run") / "report")
+def timed(tmp_path_factory) -> tuple[Path, float]:
+    start = time.process_time()
+    page = report.write_report(sample_results(), tmp_path_factory.mktemp("run") / "report")
+    return page, time.process_time() - start
+
+
+@pytest.fixture(scope="module")
+def page(timed) -> Path:
+    return timed[0]
 
 
 def text_of(page: Path) -> str:
@@ -255,6 +263,10 @@ def test_each_figure_stands_alone():
 def test_importing_the_report_does_not_import_matplotlib():
     code = "import sys, crosstrace.report; sys.exit('matplotlib' in sys.modules or 'jinja2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_it_is_quick(timed):
+    assert timed[1] < 12  # 3 s of an idle core; a busy machine is given room
 
 
 @pytest.mark.parametrize(

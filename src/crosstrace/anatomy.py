@@ -151,6 +151,10 @@ class Anatomy:
         }
         return ParamSet(masks, label)
 
+    def whole(self, scope: Sequence[str], name: str = "") -> ParamSet:
+        """All parameters in scope; the set takes no memory of its own."""
+        return ParamSet({n: torch.ones((), dtype=torch.bool).expand(self.shapes[n]) for n in scope}, name)
+
     def parts(self, unit: str, scope: Sequence[str] | None = None) -> dict[str, ParamSet]:
         """Label -> the parameters (in scope; default: all) of each unit that has any, for what looks at many units.
 

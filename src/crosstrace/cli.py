@@ -223,7 +223,9 @@ def _row(left: str, note: str, width: int) -> str:
     if len(left) <= 38 and width >= 80:
         return "\n".join(textwrap.wrap(note, width, initial_indent=f"  {left:38}  ", subsequent_indent=" " * 42,
                                        break_long_words=False)) or f"  {left}"  # fmt: skip
-    return "\n".join([f"  {left}", *textwrap.wrap(note, width, initial_indent=" " * 6, subsequent_indent=" " * 6)])
+    # a list in quotes may go on in the next line, for the shell as for YAML
+    setting = textwrap.wrap(left, width, initial_indent="  ", subsequent_indent=" " * 6, break_long_words=False)
+    return "\n".join([*setting, *textwrap.wrap(note, width, initial_indent=" " * 6, subsequent_indent=" " * 6)])
 
 
 def _word(value: Any) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from crosstrace.errors import UserError
 from crosstrace.models import evaluating
 from crosstrace.shared import ParamSet
-from crosstrace.stats import cluster_bootstrap, jackknife
+from crosstrace.stats import cluster_bootstrap, finite, jackknife
 from crosstrace.tokens import Encoded, collate
 from crosstrace.trace.products import gradient_products
 
@@ -233,7 +233,7 @@ def _alike(stored: Tensor, recalled: Tensor, pairs: Sequence[FactPair], kinds: n
     part = np.array([order[person] % parts for person in people])
     split = [np.flatnonzero(part == number) for number in range(parts)]
     estimate = jackknife(lambda kept: cka(*(z[np.concatenate(kept)] for z in (a, b))), split)
-    row |= {f"cka{end}": _finite(value) for end, value in zip(("", "_low", "_high"), estimate)}
+    row |= {f"cka{end}": finite(value) for end, value in zip(("", "_low", "_high"), estimate)}
     draw = np.random.default_rng(_SEED)
     relations = np.array([pair.relation for pair in pairs])
     mixed = []
@@ -243,7 +243,7 @@ def _alike(stored: Tensor, recalled: Tensor, pairs: Sequence[FactPair], kinds: n
             own = np.flatnonzero(relations == relation)
             other[own] = draw.permutation(own)
         mixed.append(cka(a, b[torch.from_numpy(other)]))
-    row["cka_shuffled"] = _finite(float(np.mean(mixed)))
+    row["cka_shuffled"] = finite(float(np.mean(mixed)))
 
     # of the recalled fact j, the stored fact i: ranks over i, ties counted against the own
     own = cosine.diagonal()
@@ -254,7 +254,7 @@ def _alike(stored: Tensor, recalled: Tensor, pairs: Sequence[FactPair], kinds: n
     hit = np.array([answers[i] == answer for i, answer in zip(nearest, answers)], dtype=float)
     row |= mean_over_people("top1", np.where(defined, rank == 1, np.nan), people)
     row |= mean_over_people("answer_top1", np.where(defined, hit, np.nan), people)
-    row["mrr"] = _finite(float(np.nanmean(1 / rank))) if defined.any() else None
+    row["mrr"] = finite(float(np.nanmean(1 / rank))) if defined.any() else None
     n = len(pairs)
     row |= {"chance_top1": 1 / n, "chance_mrr": sum(1 / k for k in range(1, n + 1)) / n}
     for name, of in (("relation", [pair.relation for pair in pairs]), ("person", people)):
@@ -344,7 +344,3 @@ def mean_over_people(name: str, values: np.ndarray, people: Sequence[str]) -> Ro
     clusters = [person for person, keep in zip(people, kept) if keep]
     mean, low, high = cluster_bootstrap(chosen, np.zeros_like(chosen), clusters, seed=_SEED)
     return {name: mean, f"{name}_low": low, f"{name}_high": high}
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

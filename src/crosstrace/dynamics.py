@@ -13,8 +13,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from crosstrace import circuit
@@ -23,7 +21,7 @@ from crosstrace.consistency import FactPair, gradient_consistency, representatio
 from crosstrace.evaluate import recall
 from crosstrace.models import pad_id
 from crosstrace.shared import ParamSet, select, shared
-from crosstrace.stats import effective_number, spearman
+from crosstrace.stats import effective_number, finite, rank_correlation, spearman
 from crosstrace.tokens import Encoded, batches
 from crosstrace.trace import trace
 
@@ -89,10 +87,10 @@ def measure(model: nn.Module, tokenizer: Any, probe: Probe, last: Moment | None 
     both, most = shared(sets), max(pset.size for pset in sets.values())
     found["overlap"] = both.size / most if most else None
     first, second, *_ = strengths.values()
-    found["spearman"] = _finite(spearman(first, second))
+    found["spearman"] = finite(spearman(first, second))
 
     anatomy = Anatomy(model)
-    whole = ParamSet({n: torch.ones((), dtype=torch.bool).expand(anatomy.shapes[n]) for n in probe.scope})
+    whole = anatomy.whole(probe.scope)
     for part, pairs in probe.facts.items():
         (row,) = gradient_consistency(model, pairs, {"all": whole}, pad_id=pad, together=probe.together)
         found[f"gradient.{part}"] = row["excess"]
@@ -109,13 +107,13 @@ def measure(model: nn.Module, tokenizer: Any, probe: Probe, last: Moment | None 
         for unit in units:
             name = {"query_head": "heads", "neuron": "neurons"}[unit]
             nodes[f"{name}.{part}"] = weight = np.abs(scores[unit])
-            found[f"{name}.{part}"] = _finite(effective_number(weight))
+            found[f"{name}.{part}"] = finite(effective_number(weight))
 
     end = last or Moment(found, both, nodes)
     found["shared_of_last"] = (both & end.shared).size / end.shared.size if end.shared.size else None
     for name, weight in nodes.items():
         unit, _, part = name.partition(".")
-        found[f"{unit}_as_last.{part}"] = _finite(float(np.corrcoef(rankdata(weight), rankdata(end.nodes[name]))[0, 1]))
+        found[f"{unit}_as_last.{part}"] = finite(rank_correlation(weight, end.nodes[name]))
     return Moment(found, both, nodes)
 
 
@@ -184,7 +182,3 @@ def _crossing(way: Sequence[tuple[float, float]], level: float) -> tuple[float, 
         if y1 >= level:
             return x0 + (x1 - x0) * (level - y0) / (y1 - y0), x0
     raise AssertionError("the last value is the whole way")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

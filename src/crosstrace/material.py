@@ -74,12 +74,22 @@ def sample(items: Sequence[Encoded], number: int) -> list[Encoded]:
     return [items[index] for index in sorted(islice(turns, number))]
 
 
+def samples(parts: Mapping[str, list[Encoded]], number: int) -> dict[str, list[Encoded]]:
+    """So many questions of each kind, and biographies with about as many objects."""
+    chosen = {name: sample(parts[name], number) for name in ("qa_id", "qa_ood")}
+    return chosen | {"bio": sample(parts["bio"], max(1, number // len(parts["bio"][0].example.mentions)))}
+
+
 def load(run: Run, experiment: Experiment, name: str) -> Any:
     """The base or a taught model of the run, ready for use."""
     if name == "base":
         return load_base(experiment)
-    place = str(run.path(f"models/{name}") / experiment.strategies[name][-1].name)
-    return models.load_model(place, experiment.model.dtype, experiment.model.attention)
+    return load_checkpoint(experiment, run.path(f"models/{name}") / experiment.strategies[name][-1].name)
+
+
+def load_checkpoint(experiment: Experiment, folder: Path) -> Any:
+    """The model that a strategy's training left in a folder."""
+    return models.load_model(str(folder), experiment.model.dtype, experiment.model.attention)
 
 
 def checkpoints(run: Run, experiment: Experiment, name: str) -> list[tuple[int, str, Path]]:

@@ -7,16 +7,12 @@ library, and returns what is saved as mechanism/<model>/<part>.json. No science 
 from __future__ import annotations
 
 import random
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from crosstrace import circuit, dynamics, lens, models, positions, signature, transfer
 from crosstrace.anatomy import Anatomy
@@ -31,13 +27,15 @@ from crosstrace.material import (
     known_people,
     load,
     load_base,
+    load_checkpoint,
     model_inputs,
     sample,
+    samples,
     shared_sets,
     training_examples,
 )
 from crosstrace.progress import Progress
-from crosstrace.shared import ParamSet, random_set, scope
+from crosstrace.shared import ParamSet, random_sets, scope
 from crosstrace.store import Run, write_json
 from crosstrace.tokens import Encoded
 
@@ -111,15 +109,6 @@ class Asked:
     def shared(self) -> list[tuple[str, ParamSet]]:
         """A taught model's shared set of each time; none of the base."""
         return [] if self.name == "base" else shared_sets(self.run, self.experiment, self.name)
-
-    def load(self, folder: Path | None) -> Any:
-        """The model of a checkpoint; the base for None."""
-        options = self.experiment.model
-        return (
-            load_base(self.experiment)
-            if folder is None
-            else models.load_model(str(folder), options.dtype, options.attention)
-        )
 
     @property
     def options(self) -> Any:
@@ -287,7 +276,7 @@ def over_training(asked: Asked) -> dict[str, list[Row]]:
     trained = training_examples(asked.parts)
     probe = dynamics.Probe(
         questions=asked.questions,
-        stored=sample(asked.parts["bio"], max(1, options.questions // len(asked.parts["bio"][0].example.mentions))),
+        stored=samples(asked.parts, options.questions)["bio"],
         traced={task: sample(items, options.questions) for task, items in trained.items()},
         facts=asked.facts,
         scope=scope(asked.model, experiment.analysis.embeddings),
@@ -299,7 +288,7 @@ def over_training(asked: Asked) -> dict[str, list[Row]]:
     last: dynamics.Moment | None = None
     with asked.bar("dynamics", len(moments)) as update:
         for number, phase, place in reversed(moments):  # the others are compared with the last
-            model = asked.load(place)
+            model = load_checkpoint(experiment, place) if place else load_base(experiment)
             found = dynamics.measure(model, asked.tokenizer, probe, last)
             last = last or found
             rows.append({"update": number, "phase": phase} | found.measures)
@@ -313,16 +302,14 @@ def _sets(asked: Asked) -> list[tuple[dict[str, Any], ParamSet]]:
     the shared set of each time, its complement, and random sets of its size."""
     model = asked.model
     in_scope, anatomy = scope(model, asked.experiment.analysis.embeddings), Anatomy(model)
-    whole = ParamSet({n: torch.ones((), dtype=torch.bool).expand(anatomy.shapes[n]) for n in in_scope})
+    whole = anatomy.whole(in_scope)
     found: list[tuple[dict[str, Any], ParamSet]] = [({"group": "all", "label": "all"}, whole)]
     for unit in ("layer", "kind", "query_head"):
         found += [({"group": unit, "label": label}, pset) for label, pset in anatomy.parts(unit, in_scope).items()]
     for when, pset in asked.shared:
         place = {"when": when, "fraction": pset.meta["fraction"]}
         sets = {"shared": [pset], "rest": [whole - pset]}
-        draws = [zlib.crc32(f"explain/{asked.name}/{when}/{draw}".encode()) for draw in range(asked.options.draws)]
-        sets["random"] = [random_set(pset, seed) for seed in draws]
-        sets["random_per_tensor"] = [random_set(pset, seed, within="tensor") for seed in draws]
+        sets |= random_sets(pset, asked.options.draws, f"explain/{asked.name}/{when}")
         for label, psets in sets.items():
             found += [({"group": label, "label": label, **place}, own) for own in psets if own.size]
     return found

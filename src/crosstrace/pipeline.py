@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -33,16 +32,18 @@ from crosstrace.material import (
     known_people,
     load,
     load_base,
+    load_checkpoint,
     model_inputs,
     model_key,
     sample,
+    samples,
     training_examples,
 )
 from crosstrace.mechanism import explain
 from crosstrace.progress import Progress
 from crosstrace.results import Results
 from crosstrace.retention import new_material, retain
-from crosstrace.shared import ParamSet, only_set, random_set, scope, select_each, shared
+from crosstrace.shared import ParamSet, only_set, random_sets, scope, select_each, shared
 from crosstrace.stats import mean_interval, wilson
 from crosstrace.store import Run, end_with_parent, metadata, read_json, remove_folder, write_json
 from crosstrace.text import biographies, questions, write_jsonl
@@ -115,7 +116,7 @@ def _strategies(run: Run, experiment: Experiment, stages: Sequence[str], progres
     with ProcessPoolExecutor(
         min(experiment.jobs, len(names)),
         mp_context=get_context("spawn"),
-        initializer=_start_worker,
+        initializer=start_worker,
         initargs=(os.getpid(),),
     ) as pool:
         jobs = [
@@ -133,7 +134,8 @@ def _strategies(run: Run, experiment: Experiment, stages: Sequence[str], progres
             raise
 
 
-def _start_worker(leader: int) -> None:
+def start_worker(leader: int) -> None:
+    """Make this process a worker of the process `leader`, with which it ends."""
     end_with_parent(leader)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the leader ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -265,9 +267,8 @@ class OnlineListener:
 
 
 def _few(tokenizer: Any, parts: Mapping[str, list[Encoded]], number: int) -> Callable[[Any], dict[str, Any]]:
-    """A quick measurement of recall on some questions, and on biographies with about as many objects."""
-    chosen = {name: sample(parts[name], number) for name in ("qa_id", "qa_ood")}
-    chosen["bio"] = sample(parts["bio"], max(1, number // len(parts["bio"][0].example.mentions)))
+    """A quick measurement of recall on some questions and biographies."""
+    chosen = samples(parts, number)
 
     def measure(model: Any) -> dict[str, Any]:
         found = {name: recall(model, tokenizer, items).summary() for name, items in chosen.items()}
@@ -343,7 +344,7 @@ def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress)
                 if phase.name != last:
                     places[f"checkpoints/{index}-{phase.name}-end"] = home / phase.name
         for when, place in places.items():
-            model = models.load_model(str(place), experiment.model.dtype, experiment.model.attention)
+            model = load_checkpoint(experiment, place)
             for task, items in trained.items():
                 items = sample(items, options.examples) if options.examples else items
                 with progress.bar(f"{name}: trace {task}", len(items)) as update:
@@ -558,15 +559,9 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
 
 def controls(found: Strengths, psets: Mapping[str, ParamSet], seeds: int, salt: str = "") -> dict[str, list[ParamSet]]:
     """The shared set and its controls, all of its size: random, random with the same count in each tensor, and each
-    task's strongest parameters outside the others' sets (left out where too few remain). `salt` names the draw: sets
-    of different fractions or times must not be drawn alike, or their chances would not average out."""
+    task's strongest parameters outside the others' sets (left out where too few remain). `salt` names the draw."""
     both, chosen = psets["shared"], {task: psets[task] for task in found}
-    draws = [zlib.crc32(f"{salt}/{seed}".encode()) for seed in range(seeds)]
-    plan = {
-        "shared": [both],
-        "random": [random_set(both, seed) for seed in draws],
-        "random_per_tensor": [random_set(both, seed, within="tensor") for seed in draws],
-    }
+    plan = {"shared": [both], **random_sets(both, seeds, salt)}
     for task in found:
         try:
             plan[f"{task}_only"] = [only_set(found, task, chosen, both.size)]

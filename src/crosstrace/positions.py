@@ -180,9 +180,8 @@ def components(anatomy: Anatomy) -> dict[str, ParamSet]:
         "attention": lambda kind: kind.startswith("attention."),
         "mlp": lambda kind: kind.startswith("mlp.") or kind in ("experts", "router"),
     }
-    masks = {n: torch.ones((), dtype=torch.bool).expand(shape) for n, shape in anatomy.shapes.items()}
     found = {
-        name: ParamSet({n: mask for n, mask in masks.items() if wanted(anatomy.kind[n])}, name)
+        name: anatomy.whole([n for n in anatomy.shapes if wanted(anatomy.kind[n])], name)
         for name, wanted in belongs.items()
     }
     return {name: pset for name, pset in found.items() if pset.masks}

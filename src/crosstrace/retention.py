@@ -9,7 +9,6 @@ One function measures a drift on models and ParamSets; another is the stage `ret
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,10 +23,10 @@ from crosstrace.errors import UserError
 from crosstrace.evaluate import recall
 from crosstrace.facts import World
 from crosstrace.intervene import grafted, snapshot
-from crosstrace.material import examples, load, model_inputs, sample, shared_sets, training_examples
+from crosstrace.material import examples, load, model_inputs, sample, samples, shared_sets, training_examples
 from crosstrace.progress import Progress
 from crosstrace.schedule import Phase
-from crosstrace.shared import ParamSet, random_set, scope
+from crosstrace.shared import ParamSet, random_sets, scope
 from crosstrace.store import Run, remove_folder, sha256_file, write_json
 from crosstrace.text import Example, biographies, questions
 from crosstrace.tokens import Encoded, encode
@@ -56,18 +55,22 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
         parts = examples(run, tokenizer)
         old = training_examples(parts)
         new = new_material(experiment, tokenizer)
-        asked = {part: sample(parts[part], options.questions) for part in ("qa_id", "qa_ood")}
-        asked["bio"] = sample(parts["bio"], max(1, options.questions // len(parts["bio"][0].example.mentions)))
+        asked = samples(parts, options.questions)
         if "new_qa" in new:
             asked["new"] = sample(new["new_qa"], options.questions)
-        psets = dict(shared_sets(run, experiment, name))
+        sets = {
+            when: {"shared": [pset], **random_sets(pset, options.draws, f"retain/{name}/{when}")}
+            for when, pset in shared_sets(run, experiment, name)
+        }
+        model = load(run, experiment, name)
+        taught, in_scope = snapshot(model), scope(model, experiment.analysis.embeddings)
+        traced = {task: sample(items, options.questions) for task, items in old.items()}
+        share = lambda model: shared_now(model, tokenizer, traced, in_scope, experiment.trace.targets)
+        before = share(model)
         taught_tasks = {task for phase in experiment.strategies[name] for task in phase.composition()}
         found: dict[str, list[Row]] = {table: [] for table in ("history", "moved", "shared", "repair")}
         for arm in ARMS:
             model = load(run, experiment, name)
-            taught = snapshot(model)
-            traced = {task: sample(items, options.questions) for task, items in old.items()}
-            before = shared_now(model, tokenizer, traced, scope(model, experiment.analysis.embeddings))
             measure = lambda model: {part: _exact(model, tokenizer, items) for part, items in asked.items()}
             history = RecallHistory(measure, options.every)
             batch = {task: {"new_bio": options.bio, "new_qa": options.qa}.get(task, options.bio) for task in new}
@@ -82,17 +85,12 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
                     listeners=[history], progress=update,
                 )  # fmt: skip
             found["history"] += [{"arm": arm} | row for row in history.rows]
-            after = shared_now(model, tokenizer, traced, scope(model, experiment.analysis.embeddings))
-            found["shared"].append({"arm": arm} | _kept(before, after))
-            for when, pset in psets.items():
+            found["shared"].append({"arm": arm} | _kept(before, share(model)))
+            asks = {part: asked[part] for part in ("qa_id", "qa_ood")}
+            for when, own in sets.items():
                 place = {"arm": arm, "when": when}
-                sets = {"shared": [pset]}
-                draws = [zlib.crc32(f"retain/{name}/{when}/{draw}".encode()) for draw in range(options.draws)]
-                sets["random"] = [random_set(pset, seed) for seed in draws]
-                sets["random_per_tensor"] = [random_set(pset, seed, within="tensor") for seed in draws]
-                found["moved"] += [place | row for row in moved(model, taught, sets)]
-                asks = {part: asked[part] for part in ("qa_id", "qa_ood")}
-                found["repair"] += [place | row for row in repaired(model, tokenizer, taught, sets, asks)]
+                found["moved"] += [place | row for row in moved(model, taught, own)]
+                found["repair"] += [place | row for row in repaired(model, tokenizer, taught, own, asks)]
         write_json(folder / "retention.json", found)
         for arm in ARMS:
             remove_folder(folder / arm)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -271,6 +272,18 @@ def random_set(like: ParamSet, seed: int, *, within: Literal["global", "tensor"]
         raise UserError(f"a random set is drawn within 'global' or 'tensor', not within '{within}'")
     name = "random" if within == "global" else "random_per_tensor"
     return ParamSet(masks, name, {"seed": seed, "within": within})
+
+
+def random_sets(like: ParamSet, number: int, salt: str) -> dict[str, list[ParamSet]]:
+    """The random controls of a set, all of its size: some uniform ones, and some with the same count in each tensor.
+
+    `salt` names the draw: controls of different sets must not be drawn alike, or their chances would not average out.
+    """
+    seeds = [zlib.crc32(f"{salt}/{draw}".encode()) for draw in range(number)]
+    return {
+        "random": [random_set(like, seed) for seed in seeds],
+        "random_per_tensor": [random_set(like, seed, within="tensor") for seed in seeds],
+    }
 
 
 def only_set(

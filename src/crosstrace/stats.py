@@ -149,10 +149,20 @@ def spearman(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     Sorts all values at once: about 30 bytes of memory a parameter.
     """
     _same_names(a, b)
-    x, y = (rankdata(np.concatenate([_numbers(d[n]) for n in a])) for d in (a, b))
-    x, y = x - x.mean(), y - y.mean()
-    scale = math.sqrt(float(x @ x) * float(y @ y))
-    return float(x @ y) / scale if scale else math.nan
+    return rank_correlation(*(np.concatenate([_numbers(d[n]) for n in a]) for d in (a, b)))
+
+
+def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's rank correlation of two lists of numbers, ties at their mean rank; NaN if one is constant."""
+    ranks = [rankdata(values) for values in (x, y)]
+    a, b = (own - own.mean() for own in ranks)
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / scale if scale else math.nan
+
+
+def finite(value: float) -> float | None:
+    """The value, or None if it is undefined, as JSON has no NaN."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _amounts(x: ArrayLike) -> np.ndarray:

@@ -8,8 +8,6 @@ again. What the runs found becomes one row for each run and strategy (table.parq
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import re
@@ -33,7 +31,6 @@ from crosstrace.progress import Progress
 from crosstrace.schedule import STRICT
 from crosstrace.store import (
     Run,
-    end_with_parent,
     metadata,
     read_json,
     remove_folder,
@@ -82,10 +79,11 @@ _ADAPTER = TypeAdapter(StudySettings)
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a study: where it stands in the grid, and its experiment."""
+    """One run of a study: where it stands in the grid, what its points change by dotted name, and its experiment."""
 
     label: str
     points: dict[str, str]
+    changes: dict[str, Any]
     seed: int
     experiment: Experiment
 
@@ -157,7 +155,8 @@ def plan(study: StudySettings, where: str = "the study") -> list[Planned]:
                 f"{where}: {label} has no strategy {missing[0]!r}, which the study compares; strategies are "
                 f"{', '.join(experiment.strategies)}, so change `compare`"
             )
-        runs.append(Planned(f"{label}/{seed}", dict(zip(study.vary, (n for n, _ in point))), seed, experiment))
+        points = dict(zip(study.vary, (name for name, _ in point)))
+        runs.append(Planned(f"{label}/{seed}", points, own, seed, experiment))
     if len({run.label for run in runs}) < len(runs):
         raise UserError(f"{where}: two points of the grid have one name; give each its own")
     return runs
@@ -207,6 +206,7 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
         UserError: bad settings, a folder that holds something else, or runs that failed (the others were made).
     """
     from crosstrace import pipeline
+    from crosstrace.report.rows import to_csv
     from crosstrace.report.study import write_study
 
     runs = plan(study)
@@ -218,19 +218,20 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
                 f"{_cores(study)}; set experiment.jobs: 1 and experiment.threads: 1, or give the study more cores"
             )
         if planned.setting not in seen:  # what would otherwise fail after hours
-            pipeline.check(planned.experiment, whole=True)
+            pipeline.check(planned.experiment, whole=mode != "resume")
             seen.add(planned.setting)
     with Run.create(folder, yaml.safe_dump({"study": study.name}), mode) as opened:  # type: ignore[arg-type]
         text = yaml.safe_dump(plain(study), sort_keys=False, allow_unicode=True)
         write_text(opened.folder / "study.yaml", text)
-        write_json(opened.folder / "metadata.json", metadata())
+        machine = metadata()
+        write_json(opened.folder / "metadata.json", machine)
         failed = _make(opened, runs, study, Progress(quiet))
         done = [run for run in runs if opened.complete(_step(run), _key(run))]
         if not done:
             raise UserError(f"no run of the study was made: {failed[0] if failed else 'there is none'}")
         reports = [read_json(opened.path(_step(planned))) for planned in done]
         rows = [row for planned, report in zip(done, reports) for row in _rows(planned, report)]
-        results = _concluded(opened, study, done, reports, rows) | {"failed": failed}
+        results = _concluded(study, done, reports, rows, machine) | {"failed": failed}
         # always anew: they cost seconds, and a later version of crosstrace may say more of the same runs
         write_text(opened.folder / "table.csv", to_csv(rows))
         with replacing(opened.folder / "table.parquet") as partial:
@@ -246,36 +247,30 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
 
 
 def _concluded(
-    opened: Run, study: StudySettings, done: Sequence[Planned], reports: Sequence[Mapping[str, Any]], rows: list[Row]
+    study: StudySettings,
+    done: Sequence[Planned],
+    reports: Sequence[Mapping[str, Any]],
+    rows: list[Row],
+    machine: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What results.json holds."""
     from crosstrace import summary
 
     judged = [(planned.setting, report["results"]["claims"]) for planned, report in zip(done, reports)]
-    machine = read_json(opened.folder / "metadata.json")
     about = {
         "name": study.name,
         "runs": len(done),
         "seeds": study.seeds,
-        "settings": {planned.setting: _described(planned, study) for planned in done},
+        "settings": {planned.setting: planned.changes for planned in done},
         "strategies": reports[0]["results"]["run"]["strategies"],
         "compare": list(study.compare),
         "hours": sum(report["seconds"] for report in reports) / 3600,
         "peak_gib": max(report["peak_bytes"] for report in reports) / GIB,
     }
     found = summary.findings(rows, study.compare) | {"claims": summary.claims_over_runs(judged)}
-    machine["git"] = reports[0]["results"]["run"]["git"]  # the runs' own, not that of who adds them up
-    kept = ("cpu", "cores", "device", "platform", "git")
-    about_machine = {"machine": {name: machine[name] for name in kept}, "versions": machine["versions"]}
-    return {"schema": 1, "study": about, **found, **about_machine}
-
-
-def _described(planned: Planned, study: StudySettings) -> dict[str, Any]:
-    """What a setting changes, by dotted name."""
-    changes: dict[str, Any] = {}
-    for axis, point in planned.points.items():
-        changes |= dict(_points(axis, study.vary[axis], study.name))[point]
-    return changes
+    kept = {name: machine[name] for name in ("cpu", "cores", "device", "platform")}
+    kept["git"] = reports[0]["results"]["run"]["git"]  # the runs' own, not that of who adds them up
+    return {"schema": 1, "study": about, **found, "machine": kept, "versions": machine["versions"]}
 
 
 def _cores(study: StudySettings) -> int:
@@ -385,11 +380,9 @@ def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: 
 
 def _work(home: Path, experiment: Experiment, leader: int) -> None:
     """Make one run, in a process of its own that ends with the study's."""
-    end_with_parent(leader)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the leader ends its runs
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from crosstrace import pipeline
 
+    pipeline.start_worker(leader)
     home.parent.mkdir(parents=True, exist_ok=True)
     problem = home.with_name(f"{home.name}.failed")
     problem.unlink(missing_ok=True)
@@ -450,35 +443,17 @@ def _rows(planned: Planned, report: Mapping[str, Any]) -> list[Row]:
     """One row for each strategy of a run: where it stands in the grid, and everything that was measured."""
     from crosstrace.summary import measures
 
-    place: dict[str, Any] = {
-        "setting": planned.setting,
-        **{f"vary.{axis}": point for axis, point in planned.points.items()},
-    }
-    place["seed"] = planned.seed
+    place: Row = {"setting": planned.setting}
+    place |= {f"vary.{axis}": point for axis, point in planned.points.items()} | {"seed": planned.seed}
     results = report["results"]
     return [place | {"strategy": name} | measures(results, name) for name in planned.experiment.strategies]
-
-
-def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every column that any row has, in order of appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """CSV; nothing is an empty cell, floats keep all their digits."""
-    out = io.StringIO()
-    names = columns(rows)
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([row.get(name) for name in names] for row in rows)
-    return out.getvalue()
 
 
 def _to_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    names = columns(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
     pyarrow.parquet.write_table(pyarrow.table({name: [row.get(name) for row in rows] for name in names}), path)
 
 

@@ -5,15 +5,13 @@ Plain rows in, plain rows out; it knows results.json and the study's table, and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
-from crosstrace.stats import jackknife_interval, mean_interval
+from crosstrace.stats import finite, jackknife_interval, mean_interval, rank_correlation
 
 Row = dict[str, Any]
 OUTCOME = "recall.qa_ood"
@@ -281,16 +279,13 @@ def _interval(values: Sequence[float]) -> tuple[float | None, float | None, floa
     """Mean and Student's t interval; None for what is undefined."""
     if not values:
         return None, None, None
-    mean, low, high = (value if math.isfinite(value) else None for value in mean_interval(values))
+    mean, low, high = map(finite, mean_interval(values))
     return mean, low, high
 
 
 def _spearman(rows: Sequence[Row], name: str) -> float | None:
     """Spearman's correlation of a measure with the outcome; None for fewer than three rows or a constant one."""
-    x, y = (rankdata([row[key] for row in rows]) if rows else np.zeros(0) for key in (name, OUTCOME))
-    if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
+    return finite(rank_correlation(*([row[key] for row in rows] for key in (name, OUTCOME)))) if len(rows) > 2 else None
 
 
 def _ordered(rows: Sequence[Row], name: str) -> list[float]:

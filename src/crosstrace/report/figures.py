@@ -323,13 +323,7 @@ def figure_gradients(results: Mapping, *, part: str | None = None, legend: bool 
         say.test(part or ""), "cosine, same fact minus same relation", height=90 + 40 * len(groups), left=168
     )
     _dots(ax, rows, groups, groups, "set", _models(rows, results), "value")
-    ends = [say.number(r[k]) for r in rows for k in ("value", "low", "high")]
-    known = [v for v in ends if math.isfinite(v)] or [0.0]
-    span = max(max(known), 0.05) - min(*known, 0.0)
-    ax.set_xlim(min(*known, 0.0) - 0.04 * span, max(max(known), 0.05) + 0.04 * span)
-    ax.xaxis.set_major_locator(_ticker().MaxNLocator(5))
-    ax.xaxis.set_major_formatter(lambda v, _: say.decimal(v))
-    ax.axvline(0, color=INK, lw=1, alpha=0.5)
+    _from_zero(ax, rows, "value")
     return _finish(fig, ax, legend)
 
 
@@ -448,11 +442,7 @@ def figure_signature(
     fig, ax = _panel(say.test(part or ""), title, height=90 + 34 * len(groups), left=168)
     _dots(ax, rows, groups, [say.TOKEN_GROUPS[g] for g in groups], "group", _models(rows, results), value)
     if value != "share":
-        ends = [say.number(r[k]) for r in rows for k in (value, "low", "high")]
-        known = [v for v in ends if math.isfinite(v)]
-        ax.set_xlim(min(0.0, *known) - 0.3, max(1.0, *known) + 0.3)
-        ax.xaxis.set_major_locator(_ticker().MaxNLocator(5))
-        ax.xaxis.set_major_formatter(lambda v, _: say.decimal(v, 0))
+        _from_zero(ax, rows, value, digits=0)
     return _finish(fig, ax, legend)
 
 
@@ -642,6 +632,17 @@ def _dots(
     ax.xaxis.set_major_formatter(lambda v, _: say.percent(v))
     ax.grid(axis="y", visible=False)
     ax.grid(axis="x", color=INK, alpha=0.12, lw=1)
+
+
+def _from_zero(ax: Axes, rows: Sequence[Row], x: str, digits: int = 2) -> None:
+    """An axis of what is no share: 0 and all values with their intervals are on it."""
+    ends = [say.number(r[k]) for r in rows for k in (x, "low", "high")]
+    known = [v for v in ends if math.isfinite(v)] or [0.0]
+    span = max(max(known), 0.05) - min(*known, 0.0)
+    ax.set_xlim(min(*known, 0.0) - 0.04 * span, max(max(known), 0.05) + 0.04 * span)
+    ax.xaxis.set_major_locator(_ticker().MaxNLocator(5))
+    ax.xaxis.set_major_formatter(lambda v, _: say.decimal(v, digits))
+    ax.axvline(0, color=INK, lw=1, alpha=0.5)
 
 
 def _heat(

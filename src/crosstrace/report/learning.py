@@ -9,7 +9,7 @@ from crosstrace.report import figures as F
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
 from crosstrace.report.blocks import Cell, Plot, Section, Table, key
-from crosstrace.report.mechanism import Columns, looks_of, model_of, table
+from crosstrace.report.mechanism import Columns, by_part, model_of, models_of, table
 
 FOLLOWED = ("recall.qa_ood", "recall.bio", "overlap", "shared_of_last", "gradient.qa_ood", "states.qa_ood",
             "heads_as_last.qa_ood", "neurons_as_last.qa_ood")  # fmt: skip
@@ -43,7 +43,7 @@ def transfer(results: Mapping) -> Section:
             "find the true one likelier than the false ones, so chance, the dotted mark, is high. A wording is new for "
             "the fact, not for others; only the way back to the name is new altogether. The base is asked about its "
             f"own people. Lines are 95 % intervals, resampled by person.{missing}",
-            key([*((say.model(m), look) for m, look in looks_of(results, rows).items()), ("chance", F.CHANCE)]),
+            key([*models_of(results, rows), ("chance", F.CHANCE)]),
             [
                 F.to_svg(F.figure_transfer(results, part=p, legend=False), f"transfer-{i}", say.test(p))
                 for i, p in enumerate(parts)
@@ -60,7 +60,7 @@ def transfer(results: Mapping) -> Section:
         "Log-probability of the true one, nats": lambda r: say.decimal(r["logprob"]),
         "n": lambda r: Cell(say.plain(r["n"]), f"{say.plain(r['people'])} people"),
     }
-    section.blocks += [table(f"{say.test(p)}: every format in numbers", R.where(rows, part=p), columns) for p in parts]
+    section.blocks += by_part("every format in numbers", rows, columns)
     return section
 
 

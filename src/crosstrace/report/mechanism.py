@@ -38,7 +38,7 @@ def gradients(results: Mapping) -> Section:
             "another person's fact of the same relation. Lines are 95 % intervals, resampled by person. Random sets "
             "have the size of the shared one. Alike gradients are no wonder where the two texts have words in common, "
             "which is why the base is shown.",
-            key((say.model(m), look) for m, look in looks_of(results, rows).items()),
+            key(models_of(results, rows)),
             [
                 F.to_svg(F.figure_gradients(results, part=p, legend=False), f"gradients-{i}", say.test(p))
                 for i, p in enumerate(parts)
@@ -55,7 +55,7 @@ def gradients(results: Mapping) -> Section:
         **COSINES,
         "Own is highest": lambda r: Cell(say.percent(r.get("first")), f"chance {say.percent(r.get('chance_first'))}"),
     }
-    section.blocks += [table(f"{say.test(p)}: every set in numbers", R.where(rows, part=p), columns) for p in parts]
+    section.blocks += by_part("every set in numbers", rows, columns)
     return section
 
 
@@ -81,12 +81,7 @@ def representations(results: Mapping) -> Section:
             "centred cosine, at three places of the text; of the relation, only where the subject comes before (in the "
             "bundled biographies it ends right before the object). Layer 0 are the embeddings. Bands are 95 % "
             "intervals, resampled by person.",
-            key(
-                [
-                    *((say.model(m), look) for m, look in looks_of(results, rows).items()),
-                    ("knowing the relation or the person alone", F.CHANCE),
-                ]
-            ),
+            key([*models_of(results, rows), ("knowing the relation or the person alone", F.CHANCE)]),
             _panels(results, places, parts, "top1"),
             rows,
             folded=[*_panels(results, places, parts, "cka"), *_panels(results, places, parts, "excess")],
@@ -102,7 +97,7 @@ def representations(results: Mapping) -> Section:
         "Found first": lambda r: Cell(say.percent(r.get("top1")), f"right object {say.percent(r.get('answer_top1'))}"),
         "Reciprocal rank": lambda r: Cell(say.decimal(r.get("mrr")), f"chance {say.decimal(r.get('chance_mrr'))}"),
     }
-    section.blocks += [table(f"{say.test(p)}: every layer in numbers", R.where(rows, part=p), columns) for p in parts]
+    section.blocks += by_part("every layer in numbers", rows, columns)
     return section
 
 
@@ -127,7 +122,7 @@ def signature(results: Mapping) -> Section:
             "embeddings, from the mean embedding) that each group of tokens holds. Object: the earlier tokens of an "
             "object of several. Other facts are told in biographies alone. Lines are 95 % intervals, resampled by "
             "person.",
-            key((say.model(m), look) for m, look in looks_of(results, rows).items()),
+            key(models_of(results, rows)),
             [
                 F.to_svg(F.figure_signature(results, part=p, form=f, legend=False), f"signature-{i}-{j}", say.test(p))
                 for i, p in enumerate(parts)
@@ -156,7 +151,7 @@ def signature(results: Mapping) -> Section:
         "Drop when erased, nats": lambda r: Cell(say.decimal(r["erased"]), bounds(r, "erased", say.decimal)),
         "Object found then": lambda r: say.percent(r["erased_exact"]),
     }
-    section.blocks += [table(f"{say.test(p)}: every group in numbers", R.where(rows, part=p), columns) for p in parts]
+    section.blocks += by_part("every group in numbers", rows, columns)
     return section
 
 
@@ -185,7 +180,7 @@ def lens(results: Mapping) -> Section:
             "Questions: each layer's hidden state goes through the model's own final norm and unembedding; how often "
             "the object's first token is first. Layer 0 are the embeddings. Bands are 95 % intervals, resampled by "
             "person.",
-            key((say.model(m), look) for m, look in looks_of(results, rows).items()),
+            key(models_of(results, rows)),
             [
                 F.to_svg(F.figure_lens(results, part=p, place=place, legend=False), f"lens-{i}", say.test(p))
                 for i, (p, place) in enumerate(panels)
@@ -206,7 +201,7 @@ def lens(results: Mapping) -> Section:
             say.decimal(r["margin"], sign=True), say.interval(r["margin_low"], r["margin_high"], say.decimal)
         ),
     }
-    section.blocks += [table(f"{say.test(p)}: every layer in numbers", R.where(rows, part=p), columns) for p in parts]
+    section.blocks += by_part("every layer in numbers", rows, columns)
     return section
 
 
@@ -323,7 +318,7 @@ def positions(results: Mapping) -> Section:
             "The base's weights are replaced by the tuned ones while the chosen tokens of the question are computed; "
             "all other tokens keep the base's. Last: the token that predicts the answer, and the answer's own. Lines "
             "are 95 % Wilson intervals.",
-            key((say.model(m), look) for m, look in looks_of(results, rows).items()),
+            key(models_of(results, rows)),
             [
                 F.to_svg(
                     F.figure_positions(results, part=part, component=component, legend=False),
@@ -352,9 +347,16 @@ def _panels(results: Mapping, places: list[str], parts: list[str], value: str) -
     ]
 
 
-def looks_of(results: Mapping, rows: list[Row]) -> dict[str, F.Look]:
+def models_of(results: Mapping, rows: list[Row]) -> list[tuple[str, F.Look]]:
+    """The models that some rows are of, each with its look: the key of their figure."""
     found = R.distinct(rows, "model")
-    return {m: look for m, look in F.strategy_looks(results).items() if m in found}
+    return [(say.model(m), look) for m, look in F.strategy_looks(results).items() if m in found]
+
+
+def by_part(title: str, rows: list[Row], columns: Columns) -> list[Table]:
+    """A folded table of the rows of each kind of questions, the held-out ones first."""
+    parts = R.held_out_first(R.distinct(rows, "part"))
+    return [table(f"{say.test(p)}: {title}", R.where(rows, part=p), columns) for p in parts]
 
 
 def table(title: str, rows: Sequence[Row], columns: Columns, folded: bool = True) -> Table:
