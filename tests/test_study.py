@@ -18,6 +18,8 @@ import yaml
 
 from crosstrace import cli, config, study
 from crosstrace.errors import UserError
+from crosstrace.progress import Progress
+from crosstrace.store import Run
 
 EXPERIMENT = """
 facts: {people: 16}
@@ -89,6 +91,8 @@ def test_every_combination_is_a_run_seed_by_seed() -> None:
         ({"vary": {"facts.people": [16], "x": {"a": {"facts.people": 24}}}}, "facts.people is set by two"),
         ({"vary": {"x": {"a": {"facts": {"order": "permuted"}}}}}, "a whole section"),
         ({"compare": ["mixed", "replay"]}, "no strategy 'replay'"),
+        ({"compare": ["mixed", "mixed"]}, "two different strategies"),
+        ({"seeds": [2**32]}, "seeds"),
         ({"name": "a/b"}, "cannot name a folder"),
         ({"cores": 0}, "cores"),
         ({"memory": -1}, "memory"),
@@ -138,6 +142,59 @@ def test_a_study_in_which_nobody_recalls_has_a_report(tmp_path: Path) -> None:
     ]  # fmt: skip
     found = {"prediction": summary.prediction(rows), "study": {"settings": dict.fromkeys(r["setting"] for r in rows)}}
     assert "nothing to predict" in prediction(found, rows).absent
+
+
+def test_strategies_to_compare_are_those_that_every_run_has() -> None:
+    only = {"strategies": {"only": [{"name": "all", "batch": {"bio": 4, "qa": 4}, "steps": 2}]}}
+    single = parsed(experiment=yaml.safe_load(EXPERIMENT) | only, vary={})
+    assert study._compared(single, study.plan(single)) is None
+    assert study._compared(parsed(), study.plan(parsed())) == ("mixed", "two_stage")
+
+
+def test_none_is_a_point_like_any_other() -> None:
+    runs = study.plan(parsed(vary={"trace.examples": [None, 8]}, seeds=[1]))
+    assert [(run.setting, run.experiment.trace.examples) for run in runs] == [
+        ("examples=none", None),
+        ("examples=8", 8),
+    ]
+
+
+@pytest.mark.parametrize(("second", "begun"), [(0.5, "1 2 3 4"), (0.7, "1 2 3 3 4"), (1.2, "1 2 3 3 4")])
+def test_a_study_keeps_to_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: float, begun: str
+) -> None:
+    """Processes that only claim to use memory, 0.5 GiB each but the second, under a budget of 1 GiB."""
+    began: list[str] = []
+
+    class Process:
+        def __init__(self, target, args):
+            self.pid, self.exitcode, self.looks = int(args[0].name), 0, 5
+
+        def start(self):
+            began.append(str(self.pid))
+
+        def is_alive(self):
+            self.looks -= 1
+            return self.looks > 0
+
+        def terminate(self):
+            pass
+
+        join = terminate
+
+    monkeypatch.setattr(study, "get_context", lambda kind: type("Context", (), {"Process": Process}))
+    monkeypatch.setattr(study, "_memory", lambda pid: study.GIB * (second if pid == 2 else 0.5))
+    kept = []
+    monkeypatch.setattr(study, "_keep", lambda opened, planned, *rest: kept.append(planned.seed))
+    monkeypatch.setattr(study, "POLL", 0.0)
+    settings = parsed(vary={}, seeds=[1, 2, 3, 4], memory=1.0, cores=2)
+    with Run.create(tmp_path / "out", "study: test", "new") as opened:
+        failed = study._make(opened, study.plan(settings), settings, Progress(True))
+    assert " ".join(began) == begun
+    if second > 1:
+        assert kept == [1, 3, 4] and len(failed) == 1 and "it alone uses 1.2 GiB" in failed[0]
+    else:
+        assert kept == [1, 2, 3, 4] and not failed
 
 
 def test_a_run_that_is_wider_than_the_budget_is_refused(tmp_path: Path) -> None:

@@ -41,6 +41,29 @@ def test_differences_are_paired_by_seed() -> None:
     assert found["mean"] == pytest.approx((0.5 - 0.1) / 2) and found["seeds"] == 2 and found["above"] == 1
 
 
+def test_effects_are_paired_by_seed_and_by_the_other_axes() -> None:
+    rows = []
+    for seed, gain in ((1, 0.10), (2, 0.30), (3, -0.02)):
+        for order, base in (("fixed", 0.2), ("permuted", 0.5)):
+            for people, more in (("250", 0.0), ("500", gain)):
+                place = {"vary.order": order, "vary.people": people}
+                rows.append(row(f"{order}+{people}", seed, "mixed", base + more, None) | place)
+    rows.append(row("fixed+500", 4, "mixed", 1.0, None) | {"vary.order": "fixed", "vary.people": "500"})  # no partner
+    found = summary.effects(rows)
+    people, order = (
+        the(found, axis="people", measure="recall.qa_ood"),
+        the(found, axis="order", measure="recall.qa_ood"),
+    )
+    values = [0.10, 0.30, -0.02]
+    mean = sum(values) / 3
+    half = student.ppf(0.975, 2) * math.sqrt(sum((v - mean) ** 2 for v in values) / 2 / 3)
+    assert (people["point"], people["against"], people["seeds"], people["above"]) == ("500", "250", 3, 2)
+    assert people["mean"] == pytest.approx(mean)
+    assert (people["low"], people["high"]) == pytest.approx((mean - half, mean + half))
+    assert order["mean"] == pytest.approx(0.3) and (order["against"], order["above"]) == ("fixed", 3)
+    assert summary.effects([row("a", 1, "mixed", 0.9, None)]) == []
+
+
 def planted(good: float) -> list[dict]:
     """Six settings of two strategies and two seeds: recall depends on the setting (d) and the strategy; the measure
     follows the strategy by `good` and the setting backwards."""

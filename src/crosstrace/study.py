@@ -13,7 +13,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing import get_context
@@ -41,7 +41,7 @@ from crosstrace.store import (
 )
 
 Row = dict[str, Any]
-Scalar = bool | int | float | str
+Scalar = bool | int | float | str | None
 Points = list[Scalar] | dict[str, dict[str, Any]]
 GIB = 2**30
 HEAVY = ("models", "traces", "shared", "data")  # what only a run that goes on needs
@@ -58,20 +58,25 @@ class StudySettings:
     """Settings that all runs have in common, as in an experiment's file; the defaults for what it leaves out."""
     vary: dict[str, Annotated[Points, Field(min_length=1)]] = Field(default_factory=dict)
     """What varies, every combination of it: either a dotted setting with a list of values (facts.people: [250, 500]),
-    or any name with named points, each a few dotted settings (length: {short: {strategies.mixed.0.steps: 100}})."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(default_factory=lambda: [1, 2, 3])
+    or any name with named points, each a few dotted settings (length: {short: {strategies.mixed.0.steps: 100}}). A
+    value that is a list itself needs a named point. The first point is what the others are compared with."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = Field(
+        default_factory=lambda: [1, 2, 3]
+    )
     """Seeds; every setting is run with each."""
     seeded: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["facts.seed", "train.seed"])
     """Dotted settings that take the seed."""
-    compare: tuple[str, str] = ("mixed", "two_stage")
-    """Two strategies whose difference is told, the first minus the second, paired by seed."""
+    compare: tuple[str, str] | None = None
+    """Two strategies whose difference is told, the first minus the second, paired by seed; mixed and two_stage where
+    every run has both, and none otherwise, if not given."""
     keep: Literal["results", "all"] = "results"
     """What stays of a finished run: its results and report, or its models and traces as well."""
     cores: Annotated[int, Field(ge=1)] | None = None
     """Cores that all runs together may use; those of the machine if not given. A run uses jobs × threads."""
     memory: Annotated[float, Field(gt=0)] | None = None
     """GiB that all runs together may use; unbounded if not given. What a run needs is known once one has ended, so the
-    first runs alone."""
+    first runs alone. Where running ones outgrow the budget the last begun is stopped and goes on later; a run that does
+    so alone fails."""
 
 
 _ADAPTER = TypeAdapter(StudySettings)
@@ -111,6 +116,8 @@ def parse(values: Mapping[str, Any], where: str) -> StudySettings:
         raise UserError(f"{where}: {config.complaint(error)}") from None
     if not study.name.strip(". ") or any(letter in study.name for letter in "/\\\0"):
         raise UserError(f"{where}: name = {study.name!r} cannot name a folder; use letters, digits, '_' and '-'")
+    if study.compare and study.compare[0] == study.compare[1]:
+        raise UserError(f"{where}: compare = {list(study.compare)}; expected two different strategies")
     if len(set(study.seeds)) < len(study.seeds):
         raise UserError(f"{where}: a seed is given twice in seeds = {study.seeds}; each is one run of every setting")
     return study
@@ -149,7 +156,7 @@ def plan(study: StudySettings, where: str = "the study") -> list[Planned]:
                 raise UserError(f"{where}: {label}: {str(error).removeprefix('--')}") from None
         values["name"] = f"{study.name}: {label}, seed {seed}".replace("/", "-")
         experiment = config.parse(values, f"{where}: {label}")
-        missing = [name for name in study.compare if name not in experiment.strategies]
+        missing = [name for name in study.compare or () if name not in experiment.strategies]
         if missing:
             raise UserError(
                 f"{where}: {label} has no strategy {missing[0]!r}, which the study compares; strategies are "
@@ -178,7 +185,8 @@ def _points(axis: str, points: Points, where: str) -> list[tuple[str, dict[str, 
     if isinstance(points, dict):
         named = list(points.items())
     else:
-        named = [(f"{axis.rpartition('.')[2]}={value}", {axis: value}) for value in points]
+        short = axis.rpartition(".")[2]
+        named = [(f"{short}={'none' if value is None else value}", {axis: value}) for value in points]
     for name, _ in named:
         if not re.fullmatch(r"[\w=,-][\w=,. -]*", name):
             raise UserError(f"{where}: point {name!r} of {axis} cannot name a folder; use letters, digits, '_' and '-'")
@@ -231,7 +239,7 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
             raise UserError(f"no run of the study was made: {failed[0] if failed else 'there is none'}")
         reports = [read_json(opened.path(_step(planned))) for planned in done]
         rows = [row for planned, report in zip(done, reports) for row in _rows(planned, report)]
-        results = _concluded(study, done, reports, rows, machine) | {"failed": failed}
+        results = _concluded(study, _compared(study, runs), done, reports, rows, machine) | {"failed": failed}
         # always anew: they cost seconds, and a later version of crosstrace may say more of the same runs
         write_text(opened.folder / "table.csv", to_csv(rows))
         with replacing(opened.folder / "table.parquet") as partial:
@@ -246,8 +254,15 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
     return results
 
 
+def _compared(study: StudySettings, runs: Sequence[Planned]) -> tuple[str, str] | None:
+    """The two strategies whose difference is told."""
+    usual = ("mixed", "two_stage")
+    return study.compare or (usual if all({*usual} <= {*run.experiment.strategies} for run in runs) else None)
+
+
 def _concluded(
     study: StudySettings,
+    compare: tuple[str, str] | None,
     done: Sequence[Planned],
     reports: Sequence[Mapping[str, Any]],
     rows: list[Row],
@@ -262,15 +277,24 @@ def _concluded(
         "runs": len(done),
         "seeds": study.seeds,
         "settings": {planned.setting: planned.changes for planned in done},
-        "strategies": reports[0]["results"]["run"]["strategies"],
-        "compare": list(study.compare),
+        "strategies": {k: v for report in reversed(reports) for k, v in report["results"]["run"]["strategies"].items()},
+        "compare": list(compare or ()),
         "hours": sum(report["seconds"] for report in reports) / 3600,
         "peak_gib": max(report["peak_bytes"] for report in reports) / GIB,
     }
-    found = summary.findings(rows, study.compare) | {"claims": summary.claims_over_runs(judged)}
+    found = summary.findings(rows, compare) | {"claims": summary.claims_over_runs(judged)}
     kept = {name: machine[name] for name in ("cpu", "cores", "device", "platform")}
-    kept["git"] = reports[0]["results"]["run"]["git"]  # the runs' own, not that of who adds them up
-    return {"schema": 1, "study": about, **found, "machine": kept, "versions": machine["versions"]}
+    # the runs' own, not those of who adds them up
+    kept["git"] = _alike(report["results"]["run"]["git"] for report in reports)
+    names = dict.fromkeys(name for report in reports for name in report["results"]["versions"])
+    versions = {name: _alike(report["results"]["versions"].get(name) for report in reports) for name in names}
+    return {"schema": 1, "study": about, **found, "machine": kept, "versions": versions}
+
+
+def _alike(values: Iterable[Any]) -> Any:
+    """The one value of all runs, or each of them."""
+    each = list(dict.fromkeys(map(str, values)))
+    return each[0] if len(each) == 1 else ", ".join(each)
 
 
 def _cores(study: StudySettings) -> int:
@@ -331,6 +355,7 @@ def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: 
         )
     running: list[_Running] = []
     failed: list[str] = []
+    peaks: dict[str, int] = {}  # bytes, of runs that were stopped and go on
     done = len(runs) - len(waiting)
     if done:
         progress.done(f"{done} of {len(runs)} runs are complete", 0.0)
@@ -349,19 +374,32 @@ def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: 
                 home = opened.folder / "runs" / planned.label
                 process = context.Process(target=_work, args=(home, waiting.pop(0).experiment, os.getpid()))
                 process.start()
-                running.append(_Running(planned, process, time.time()))
+                running.append(_Running(planned, process, time.time(), peaks.get(planned.label, 0)))
             time.sleep(POLL)
+            now = {item.planned.label: _memory(item.process.pid) for item in running}
+            for item in running:
+                item.peak = max(item.peak, now[item.planned.label])
+            if study.memory and sum(now.values()) > study.memory * GIB:
+                last = running.pop()
+                last.process.terminate()
+                last.process.join()
+                expected = max([expected, *(item.peak for item in (*running, last))])
+                peaks[last.planned.label] = last.peak
+                if running:  # what it has finished stays, and it goes on when there is room
+                    waiting.insert(0, last.planned)
+                else:
+                    failed.append(
+                        f"{last.planned.label}: it alone uses {last.peak / GIB:.1f} GiB, but the study's budget "
+                        f"(memory) is {study.memory:g} GiB; give it more, or set experiment.jobs: 1"
+                    )
+                    progress.note(failed[-1])
+                continue
             for item in list(running):
-                item.peak = max(item.peak, _memory(item.process.pid))
                 if item.process.is_alive():
                     continue
                 running.remove(item)
                 planned, home = item.planned, opened.folder / "runs" / item.planned.label
                 expected = max(expected, item.peak)
-                if study.memory and item.peak > study.memory * GIB:
-                    progress.note(
-                        f"{planned.label} used {item.peak / GIB:.1f} GiB, more than the budget of {study.memory:g} GiB"
-                    )
                 if item.process.exitcode:
                     failed.append(f"{planned.label}: {_why(home, item.process.exitcode)}")
                     progress.note(failed[-1])

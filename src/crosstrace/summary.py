@@ -151,11 +151,13 @@ def measures(results: Mapping[str, Any], strategy: str) -> Row:
     return found
 
 
-def findings(rows: Sequence[Row], compare: tuple[str, str]) -> Row:
-    """What the table says: {levels, differences, prediction}, lists of rows as the functions below give them."""
+def findings(rows: Sequence[Row], compare: tuple[str, str] | None) -> Row:
+    """What the table says: {levels, differences, effects, prediction}, lists of rows as the functions below give
+    them."""
     return {
         "levels": levels(rows),
-        "differences": differences(rows, compare),
+        "differences": differences(rows, compare) if compare else [],
+        "effects": effects(rows),
         "prediction": prediction(rows),
     }
 
@@ -190,6 +192,38 @@ def differences(rows: Sequence[Row], compare: tuple[str, str]) -> list[Row]:
             if values:
                 above = sum(value > 0 for value in values)
                 found.append({"setting": setting, "measure": name} | _over_seeds(values) | {"above": above})
+    return found
+
+
+def effects(rows: Sequence[Row]) -> list[Row]:
+    """What each setting changes: on each axis of the grid, a point minus the first one, paired by seed and by the
+    points of the other axes.
+
+    Returns:
+        rows {axis, point, against, strategy, measure, mean, low, high, seeds, above}: a seed's value is its mean over
+        the other axes' points; the mean over seeds has Student's t interval, and `above` counts the seeds above 0.
+    """
+    found = []
+    axes = [name for name in dict.fromkeys(name for row in rows for name in row) if name.startswith("vary.")]
+    for axis in axes:
+        first, *others = dict.fromkeys(row[axis] for row in rows)
+        alike = [name for name in (*axes, "seed", "strategy") if name != axis]
+        reference = {tuple(row[name] for name in alike): row for row in rows if row[axis] == first}
+        for point in others:
+            own = [row for row in rows if row[axis] == point]
+            pairs = [(row, reference[at]) for row in own if (at := tuple(row[name] for name in alike)) in reference]
+            for strategy in dict.fromkeys(row["strategy"] for row, _ in pairs):
+                for name in _measured(own):
+                    by_seed: dict[int, list[float]] = {}
+                    for row, against in pairs:
+                        a, b = row.get(name), against.get(name)
+                        if row["strategy"] == strategy and a is not None and b is not None:
+                            by_seed.setdefault(row["seed"], []).append(a - b)
+                    values = [float(np.mean(each)) for each in by_seed.values()]
+                    if values:
+                        place = {"axis": axis.removeprefix("vary."), "point": point, "against": first}
+                        place |= {"strategy": strategy, "measure": name}
+                        found.append(place | _over_seeds(values) | {"above": sum(value > 0 for value in values)})
     return found
 
 

@@ -32,7 +32,7 @@ def write_study(results: Mapping[str, Any], rows: Sequence[Row], folder: str | P
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [recall(results), differences(results), claims(results), prediction(results, rows)]
+    parts = [recall(results), differences(results), effects(results), claims(results), prediction(results, rows)]
     for plot in (block for section in parts for block in section.blocks if isinstance(block, Plot)):
         write_text(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
     about = results["study"]
@@ -92,12 +92,13 @@ def recall(results: Mapping) -> Section:
 
 def differences(results: Mapping) -> Section:
     """The first strategy minus the second, paired by seed."""
-    a, b = (say.model(name) for name in results["study"]["compare"])
-    section = Section("differences", f"{a} minus {b}, paired by seed")
+    compared = [say.model(name) for name in results["study"]["compare"]]
+    section = Section("differences", f"{' minus '.join(compared)}, paired by seed")
     rows = results["differences"]
     if not rows:
-        section.absent = f"No seed has both {a} and {b}"
+        section.absent = f"No seed has both {' and '.join(compared)}" if compared else "No two strategies are compared"
         return section
+    a, b = compared
     levels = results["levels"]
     for setting in R.distinct(rows, "setting"):
         body = []
@@ -108,6 +109,33 @@ def differences(results: Mapping) -> Section:
                 body.append([words, *cells, _level(r, sign=True), f"{r['above']} of {r['seeds']}"])
         head = ["Measure", a, b, "Difference", "Seeds above 0"]
         section.blocks.append(Table(head, body, _label(setting), len(R.distinct(rows, "setting")) > 1))
+    return section
+
+
+def effects(results: Mapping) -> Section:
+    """What each point of an axis changes against the first, for every strategy, paired by seed."""
+    section = Section("effects", "What each setting changes, paired by seed")
+    rows = results["effects"]
+    if not rows:
+        section.absent = "Nothing varies but the seed"
+        return section
+    strategies = R.distinct(rows, "strategy")
+    names = [say.model(s) for s in strategies]
+    each = dict.fromkeys((r["axis"], r["point"], r["against"]) for r in rows)
+
+    def line(words: str, **which: str) -> list[Cell | str]:
+        cells = [R.where(rows, strategy=s, **which) for s in strategies]
+        return [words, *(_effect(found[0]) if found else Cell(say.DASH) for found in cells)]
+
+    body = []
+    for axis, point, against in each:
+        words = f"{say.spoken(axis)}: {_label(point)} minus {_label(against)}"
+        body.append(line(words, axis=axis, point=point, measure="recall.qa_ood"))
+    section.blocks.append(Table(["Held-out questions", *names], body, "Change in recall of held-out questions"))
+    for (axis, point, _), (words, *_) in zip(each, body):
+        own = R.where(rows, axis=axis, point=point)
+        body = [line(w, axis=axis, point=point, measure=m) for m, w in HEADLINE.items() if R.where(own, measure=m)]
+        section.blocks.append(Table(["Measure", *names], body, words, True))
     return section
 
 
@@ -185,11 +213,10 @@ def prediction(results: Mapping, rows: Sequence[Row]) -> Section:
 
 
 def _headline(results: Mapping) -> str:
-    """The held-out recall of the two strategies that are compared, over settings."""
-    a, b = results["study"]["compare"]
+    """The held-out recall of the strategies that are compared, or of all, over settings."""
     rows = R.where(results["levels"], measure="recall.qa_ood")
     parts = []
-    for name in (a, b):
+    for name in results["study"]["compare"] or results["study"]["strategies"]:
         values = [r["mean"] for r in R.where(rows, strategy=name)]
         if values:
             low, high = min(values), max(values)
@@ -216,6 +243,12 @@ def _level(row: Row, sign: bool = False) -> Cell:
         return Cell(say.percent(row["mean"]), say.interval(row["low"], row["high"]))
     form = lambda value: say.decimal(value, 3, sign=sign)
     return Cell(form(row["mean"]), say.interval(row["low"], row["high"], form))
+
+
+def _effect(row: Row) -> Cell:
+    """A difference, its interval, and in how many seeds it is above 0."""
+    level = _level(row, sign=True)
+    return Cell(level.main, f"{level.sub + '; ' if level.sub else ''}{row['above']} of {row['seeds']} seeds above 0")
 
 
 def _verdicts(row: Row) -> Cell:
