@@ -54,6 +54,8 @@ Any stage by itself, on the folder of a run:
 And:
   crosstrace settings                  the default experiment as YAML, to copy and change
   crosstrace doctor MODEL              can this model be traced exactly on this machine?
+  crosstrace import FILE... FOLDER     one's own facts or texts, checked, as what a run is taught
+  crosstrace new-model FOLDER          a tokenizer for one's own texts and random weights
   crosstrace pretrain-base FOLDER      make a base like the bundled one, of any size
   crosstrace COMMAND --help            more on a command; of `demo`, `run` and `pretrain-base`, every setting
 
@@ -558,6 +560,93 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
+def import_own(arguments: list[str]) -> None:
+    """One's own facts or texts."""
+    from crosstrace import importing
+
+    words = _split("import", arguments, ("overwrite",))
+    if "help" in words.flags:
+        return print(
+            "usage: crosstrace import FILE... FOLDER [OPTIONS]\n"
+            "       crosstrace import --store FILE --recall FILE FOLDER [OPTIONS]\n\n"
+            "Check one's own facts, or texts of two tasks, and write them to FOLDER with an experiment that teaches\n"
+            "them. Says what was kept and dropped, and why; FOLDER/dropped.csv names every row.\n\n"
+            "  FILE             facts: .csv, .tsv, .jsonl or .parquet with columns subject, relation, object and, if\n"
+            "                   wanted, pronoun, split (id or ood), statement and question; or .json of one relation\n"
+            "                   with prompt templates. Without a column relation, the file's name is it\n"
+            "  FOLDER           must not exist\n"
+            "  --wording FILE   YAML: for each relation lists of statements and questions, patterns with {subject}\n"
+            "                   and {object}; [brackets] mark the words that express the relation\n"
+            "  --subject NAME   the files' own name of a column; so too --relation, --object, --split-column\n"
+            "  --split HOW      which questions are held out: those about some subjects (subject, the default),\n"
+            "                   those of some relations (relation), or as the column split says (given)\n"
+            "  --model NAME     the model that FOLDER/experiment.yaml names: a folder or hub name\n"
+            "  --store FILE     in place of facts: texts of the task that stores, a .txt with one text a line, or\n"
+            "                   rows with prompt and completion\n"
+            "  --recall FILE    rows of the task that recalls: prompt, completion, and split where given (else drawn,\n"
+            "                   by column subject where there is one)\n"
+            "  --overwrite      replace FOLDER if an import made it"
+        )
+    options = ("wording", "subject", "relation", "object", "split-column", "split", "model", "store", "recall")
+    words.only(options)
+    given = words.changes()
+    rows = {name: given[name] for name in ("store", "recall") if name in given}
+    if len(rows) == 1:
+        raise UserError(
+            f"--{next(iter(rows))} was given alone; texts that store need rows that recall, to train on and to test "
+            "with, so give both --store and --recall"
+        )
+    if len(words.names) != 1 if rows else len(words.names) < 2:
+        raise UserError(
+            f"import takes {'one folder beside --store and --recall' if rows else 'files of facts and a folder'}, but "
+            f"{len(words.names)} names were given" + (f": {', '.join(words.names)}" if words.names else "")
+        )
+    *files, folder = map(Path, words.names)
+    split = given.get("split", "given" if rows else "subject")
+    if split not in ("subject", "relation", "given"):
+        raise UserError(f"--split is {split!r}; expected subject, relation or given")
+    importing.make(
+        folder, files, rows={name: Path(file) for name, file in rows.items()}, split=split,
+        wording=Path(given["wording"]) if "wording" in given else None, model=given.get("model"),
+        columns={"split" if name == "split-column" else name: given[name] for name in options[1:5] if name in given},
+        overwrite="overwrite" in words.flags, tell=print,
+    )  # fmt: skip
+
+
+def new_model(arguments: list[str]) -> None:
+    """A tokenizer for one's own texts and random weights."""
+    from crosstrace.untaught import NewModelSettings
+
+    words = _split("new-model", arguments, ("quiet",))
+    if "help" in words.flags:
+        return _print_help(
+            "crosstrace new-model FOLDER --own OWN [OPTIONS]",
+            "Train a tokenizer on the texts of OWN, a folder that `crosstrace import` wrote, and write it to FOLDER "
+            "with random weights: a model that knows nothing, to teach by any recipe.",
+            "  FOLDER         where the model goes; it must not exist\n  --own OWN      whose texts",
+            NewModelSettings(),
+        )
+    if len(words.names) != 1 or not words.settings.get("own"):
+        raise UserError(
+            "new-model takes one folder and --own with the folder of an import, e.g. crosstrace new-model models/own "
+            "--own own"
+        )
+    own = str(words.settings.pop("own"))
+    words.only([item.name for item in fields(NewModelSettings)])
+    from crosstrace import config, untaught
+    from crosstrace.text import texts
+
+    options = TypeAdapter(NewModelSettings).validate_python(
+        {name: config.value_of(name, text) for name, text in words.changes().items()}
+    )
+    examples = texts(config.load(Path(own) / "experiment.yaml").facts)
+    model = untaught.new_model(
+        Path(words.names[0]), [item.text for items in examples.values() for item in items], options
+    )
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{type(model).__name__}, {count} parameters, {model.config.vocab_size} tokens: {words.names[0]}")
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "run": run,
@@ -573,5 +662,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "report": _stage("report", "Judge the claims, write results.json and report/index.html."),
     "settings": settings,
     "doctor": doctor,
+    "import": import_own,
+    "new-model": new_model,
     "pretrain-base": pretrain,
 }

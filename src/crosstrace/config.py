@@ -231,12 +231,8 @@ def parse(values: Mapping[str, Any], where: str) -> Experiment:
 
 def check(experiment: Experiment, where: str) -> Experiment:
     """What no single setting can tell: conditions between settings."""
-    trained = people_on_both_sides(experiment.facts, where)
-    if trained < experiment.trace.parts:
-        raise UserError(
-            f"{where}: trace.parts = {experiment.trace.parts}, but only {trained} people have trained questions; "
-            "a part of the trace needs one at least, so take more people or fewer parts"
-        )
+    if experiment.facts.source is None:  # of a source it is known once it is read
+        check_parts(experiment.trace.parts, people_on_both_sides(experiment.facts, where), where)
     if not experiment.name.strip(". ") or any(letter in experiment.name for letter in "/\\\0"):
         raise UserError(f"{where}: name = {experiment.name!r} cannot name a folder; use letters, digits, '_' and '-'")
     for name in experiment.strategies:
@@ -248,6 +244,15 @@ def check(experiment: Experiment, where: str) -> Experiment:
     if experiment.trace.checkpoints and not experiment.train.keep_checkpoints:
         raise UserError(f"{where}: trace.checkpoints needs train.keep_checkpoints: true, or there is none to trace")
     return experiment
+
+
+def check_parts(parts: int, trained: int, where: str) -> None:
+    """Raise a `UserError` if fewer people have trained questions than the trace has parts."""
+    if trained < parts:
+        raise UserError(
+            f"{where}: trace.parts = {parts}, but only {trained} people have trained questions; a part of the trace "
+            "needs one at least, so take more people or fewer parts"
+        )
 
 
 def people_on_both_sides(facts: FactSettings, where: str) -> int:

@@ -31,7 +31,7 @@ from crosstrace.losses import example_losses
 from crosstrace.models import pad_id, silent
 from crosstrace.results import aligned
 from crosstrace.store import metadata
-from crosstrace.text import biographies, questions
+from crosstrace.text import Example, biographies, questions
 from crosstrace.tokens import Encoded, collate, encode
 from crosstrace.trace.engine import Batch, Engine, undisturbed
 from crosstrace.trace.rules import sum_dtype
@@ -126,6 +126,7 @@ def diagnose(
     tokenizer: Any,
     *,
     examples: int = 4,
+    texts: Mapping[str, Sequence[Example]] | None = None,
     kernels: Sequence[str] = ("eager", "sdpa"),
     yardstick: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -139,7 +140,8 @@ def diagnose(
     Args:
         model: a causal language model in the dtype and with the attention kernel of the run; left as it was found.
         tokenizer: its own.
-        examples: biographies and questions of a small world, of different lengths; at least 2.
+        examples: how many biographies and questions, of different lengths; at least 2.
+        texts: those to take them from, by task; of a small world if not given.
         kernels: attention kernels to compare with eager; the model's own is always one of them.
         yardstick: compare with float32 and eager attention; without it, dtype and kernels are not judged.
         progress: called with (done, total).
@@ -147,7 +149,7 @@ def diagnose(
     Raises:
         UserError: fewer than 2 examples, or the model cannot hold them or has no gradient in its dtype.
     """
-    items = _examples(model, tokenizer, examples)
+    items = _examples(model, tokenizer, examples, texts)
     with undisturbed(model), silent():
         return _Examination(model, items, pad_id(tokenizer), kernels, yardstick).diagnosis(progress)
 
@@ -438,14 +440,19 @@ class _Examination:
 # ---------------------------------------------------------------- ways through the model
 
 
-def _examples(model: Any, tokenizer: Any, count: int) -> list[Encoded]:
-    """Biographies and questions by turns, of lengths as different as there are, that the model can hold."""
+def _examples(
+    model: Any, tokenizer: Any, count: int, texts: Mapping[str, Sequence[Example]] | None = None
+) -> list[Encoded]:
+    """Examples of each task by turns, of lengths as different as there are, that the model can hold."""
     if count < 2:
         raise UserError(f"examples is {count}; expected at least 2, as one alone has neither padding nor neighbours")
-    world = World.draw(FactSettings(people=max(8, count)))
+    if texts is None:
+        world = World.draw(FactSettings(people=max(8, count)))
+        texts = {"bio": biographies(world), "qa": questions(world)}
     room = getattr(getattr(model, "config", None), "max_position_embeddings", None) or math.inf
     kinds = []
-    for examples, number in ((biographies(world), (count + 1) // 2), (questions(world), count // 2)):
+    for turn, examples in enumerate(texts.values()):
+        number = (count + len(texts) - 1 - turn) // len(texts)
         encoded = sorted(encode(tokenizer, examples), key=lambda item: len(item.ids))
         fitting = [item for item in encoded if len(item.ids) <= room]
         if not fitting:

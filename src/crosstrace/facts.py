@@ -1,22 +1,25 @@
-"""Facts: who the people are and what is true of them. No wording, no text, no tokens.
+"""Facts: who the people are and what is true of them. No text, no tokens.
 
 A `World` is drawn from a seed: people with names of three parts, each with one object for every relation, a share of
-whom get questions to train on (the others are out of distribution, OOD). The same settings give the same world.
+whom get questions to train on (the others are out of distribution, OOD). Or its subjects and facts are one's own, as
+`crosstrace import` wrote them, and only the split is drawn. The same settings give the same world.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 
 from crosstrace.errors import UserError
-from crosstrace.wording import NAME_PARTS, RELATIONS, names, objects, pronouns
+from crosstrace.store import read_json
+from crosstrace.wording import NAME_PARTS, RELATIONS, Wording, names, objects, packaged, pronouns
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -51,6 +54,14 @@ class FactSettings:
     """Occurrences of the most frequent person under Zipf's law."""
     population: Literal["A", "B"] = "B"
     """Which half of all names people are drawn from: the bundled base knows people of A, none of B."""
+    source: str | None = None
+    """Folder that `crosstrace import` wrote: its subjects and facts in place of drawn people. `people`, `population`
+    and `frequency` are of drawn people alone; a subject without a pronoun is called by its name."""
+    subjects: Annotated[int, Field(ge=2)] | None = None
+    """Of a source, so many of its subjects, drawn at random; all if not given."""
+    split: Literal["subject", "relation", "given"] = "subject"
+    """Of a source, whose questions are held out: those about some subjects or those of some relations (`qa_share` of
+    them are trained), or those that the file says."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,7 @@ class Fact:
     subject: str
     relation: str
     object: str
+    trained: bool | None = None  # whether its questions are; None: as its person's
 
 
 @dataclass(frozen=True)
@@ -83,19 +95,23 @@ class World:
 
     settings: FactSettings
     people: tuple[Person, ...]
+    wording: Wording = field(default_factory=packaged)
 
     @property
     def relations(self) -> tuple[str, ...]:
         """The relations, in the fixed order of biographies."""
-        return RELATIONS
+        return self.wording.relations
 
     @classmethod
     def draw(cls, settings: FactSettings) -> World:
         """Draw the world of these settings; the same settings give the same world.
 
         Raises:
-            UserError: the names do not suffice for so many people.
+            UserError: the names do not suffice for so many people, or the source is none or leaves no one on one side
+                of the split.
         """
+        if settings.source is not None:
+            return _own(settings)
         trained = round(settings.qa_share * settings.people)
         augmented = round(settings.augmented_share * settings.people)
         full_names = _draw_names(settings)
@@ -116,6 +132,112 @@ class World:
             repeats = _zipf(ranks[index] + 1, settings) if settings.frequency == "zipf" else 1
             people.append(Person(person, name, pronoun, index in with_qa, index in with_augmentation, repeats, facts))
         return cls(settings, tuple(people))
+
+
+def _own(settings: FactSettings) -> World:
+    """The world of a source's facts."""
+    values = read_world(settings)
+    wording = Wording(*({r: tuple(w[part]) for r, w in values["relations"].items()} for part in _WORDED))
+    subjects = values["subjects"]
+    if settings.subjects is not None:
+        if settings.subjects > len(subjects):
+            raise UserError(
+                f"facts.subjects is {settings.subjects}, but {settings.source} holds {len(subjects)}; leave it out to "
+                "take all"
+            )
+        chosen = _rng(settings, "subjects").sample(range(len(subjects)), settings.subjects)
+        subjects = [subjects[index] for index in sorted(chosen)]
+    draw = _rng(settings, "split")
+    pick = lambda number: set(draw.sample(range(number), round(settings.qa_share * number)))
+    with_qa = pick(len(subjects)) if settings.split == "subject" else set()
+    relations = {wording.relations[i] for i in pick(len(wording.relations))} if settings.split == "relation" else set()
+    order = _rng(settings, "augmented").sample(range(len(subjects)), len(subjects))
+    augmented = set(order[: round(settings.augmented_share * len(subjects))])
+    people = []
+    for index, row in enumerate(subjects):
+        person = f"S{index:06d}"
+        facts = []
+        for number, fact in enumerate(row["facts"]):
+            trained = {
+                "subject": index in with_qa,
+                "relation": fact["relation"] in relations,
+                "given": fact["split"] == "id",
+            }[settings.split]
+            if settings.split == "given" and fact["split"] not in ("id", "ood"):
+                raise UserError(
+                    f"facts.split is given, but {settings.source} does not say whether questions about "
+                    f"{row['name']!r} are trained; import a file with a column split of id and ood, or use "
+                    "facts.split: subject"
+                )
+            facts.append(Fact(f"{person}.{number}", person, row["name"], fact["relation"], fact["object"], trained))
+        if len({fact.trained for fact in facts}) == 1:  # then it is said of the subject
+            known = bool(facts[0].trained)
+            facts = [replace(fact, trained=None) for fact in facts]
+        else:
+            known = True
+        pronoun = row.get("pronoun") or ""
+        people.append(Person(person, row["name"], pronoun, known, index in augmented, 1, tuple(facts)))
+    asked = [f.trained if f.trained is not None else p.in_distribution for p in people for f in p.facts]
+    if len(set(asked)) < 2:
+        raise UserError(
+            f"the split of {settings.source} by {settings.split} leaves no fact "
+            f"{'to test recall on' if any(asked) else 'whose questions are trained'}; change facts.split or "
+            f"facts.qa_share, which is {settings.qa_share:g}"
+        )
+    return World(settings, tuple(people), wording)
+
+
+_WORDED = ("statements", "questions", "objects")
+
+
+def read_world(settings: FactSettings) -> dict[str, Any]:
+    """What `crosstrace import` wrote: relations {name: {statements, questions, objects}} and subjects [{name, pronoun,
+    facts [{relation, object, split}]}].
+
+    Raises:
+        UserError: the source holds no such file, or settings of drawn people are given with it.
+    """
+    default = FactSettings()
+    for name in ("people", "population", "frequency"):
+        if getattr(settings, name) != getattr(default, name):
+            raise UserError(
+                f"facts.{name} is of people that are drawn, but facts.source names one's own; leave {name} out"
+                + (", or use facts.subjects" if name == "people" else "")
+            )
+    path = Path(settings.source or "").expanduser() / "world.json"
+    if not path.is_file():
+        raise UserError(
+            f"facts.source = {settings.source} holds no world.json; expected a folder that `crosstrace import` wrote"
+        )
+    values = read_json(path)
+    try:
+        relations = {
+            name: {part: [_text(v) for v in row[part]] for part in _WORDED} for name, row in values["relations"].items()
+        }
+        subjects = [
+            {
+                "name": _text(row["name"]), "pronoun": row.get("pronoun"),
+                "facts": [
+                    {"relation": f["relation"], "object": _text(f["object"]), "split": f.get("split")}
+                    for f in row["facts"] if relations[f["relation"]]
+                ],
+            }
+            for row in values["subjects"]
+        ]  # fmt: skip
+        if not subjects or not all(row["facts"] for row in subjects):
+            raise ValueError("a subject without facts")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not what `crosstrace import` writes ({type(error).__name__}: {error}); was it edited? Import "
+            "the facts again"
+        ) from None
+    return {"relations": relations, "subjects": subjects}
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{value!r} in place of a text")
+    return value
 
 
 def _rng(settings: FactSettings, purpose: str) -> random.Random:

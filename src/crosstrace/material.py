@@ -18,7 +18,7 @@ from crosstrace.config import Experiment, ModelSettings
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
 from crosstrace.shared import ParamSet
-from crosstrace.store import Run, read_json, sha256_tree
+from crosstrace.store import Run, read_json, sha256_file, sha256_tree
 from crosstrace.text import read_jsonl
 from crosstrace.tokens import Encoded, encode
 
@@ -116,6 +116,16 @@ def shared_sets(run: Run, experiment: Experiment, name: str) -> list[tuple[str, 
     fraction = min(experiment.analysis.central_fractions, key=lambda f: abs(math.log(f / 0.05)))
     files = {when: run.path(f"shared/{name}") / f"{when}-{fraction:g}-shared.safetensors" for when in WHENS}
     return [(when, ParamSet.load(file)) for when, file in files.items() if file.exists()]
+
+
+def facts_key(facts: FactSettings) -> dict[str, Any]:
+    """The settings of the facts and, of a source, its content."""
+    own = asdict(facts)
+    if facts.source is None:
+        return own
+    names = ("world.json", "bio.jsonl", "qa.jsonl")
+    files = [Path(facts.source).expanduser() / name for name in names]
+    return own | {"content": {file.name: sha256_file(file) for file in files if file.is_file()}}
 
 
 def model_key(experiment: Experiment) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -253,13 +253,26 @@ def at_positions(asked: Asked) -> list[Row]:
 
 def transferred(asked: Asked) -> list[Row]:
     """The taught facts in formats that were never trained."""
-    world, parts = World.draw(asked.experiment.facts), transfer.PARTS
+    facts, parts = asked.experiment.facts, transfer.PARTS
     if asked.name == "base":  # it knows nobody of the run's world, but people of its own
         known = known_people(asked.experiment.model)
         if known is None:
             return []
-        world, parts = World.draw(known), ("qa_ood",)
-    rows = transfer.transfer(asked.model, asked.tokenizer, world, parts=parts, number=asked.options.questions)
+        facts, parts = known, ("qa_ood",)
+    if facts.source is not None:
+        if not asked.run.path("data/world.json").is_file():
+            asked.note("rows of text have no other wordings, so transfer is not asked")
+            return []
+        facts = replace(facts, source=str(asked.run.path("data")))  # as it was when the run began
+    world = World.draw(facts)
+    if any(fact.trained is not None for person in world.people for fact in person.facts):
+        asked.note("transfer is asked of people, and here one's questions are partly held out, so it is not asked")
+        return []
+    k = min(4, *(len(values) for values in world.wording.objects.values()))
+    if k < 2:
+        asked.note("a relation has a single object, so there is no false one to choose, and transfer is not asked")
+        return []
+    rows = transfer.transfer(asked.model, asked.tokenizer, world, parts=parts, number=asked.options.questions, k=k)
     return [row | {"part": "a_ood"} for row in rows] if asked.name == "base" else rows
 
 

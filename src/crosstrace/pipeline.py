@@ -29,6 +29,7 @@ from crosstrace.intervene import ablated, grafted, snapshot
 from crosstrace.material import (
     WHENS,
     examples,
+    facts_key,
     known_people,
     load,
     load_base,
@@ -46,7 +47,7 @@ from crosstrace.retention import new_material, retain
 from crosstrace.shared import ParamSet, only_set, random_sets, scope, select_each, shared
 from crosstrace.stats import mean_interval, wilson
 from crosstrace.store import Run, end_with_parent, metadata, read_json, remove_folder, write_json
-from crosstrace.text import biographies, questions, write_jsonl
+from crosstrace.text import questions, read_jsonl, texts, write_jsonl
 from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
 from crosstrace.train import Listener, RecallHistory, train
@@ -175,13 +176,15 @@ def _chain(run: Run, experiment: Experiment, name: str, chain: Sequence[str], pr
 def make_data(run: Run, experiment: Experiment) -> None:
     """Facts to examples: data/bio.jsonl, data/qa.jsonl and, for a base that knows a population A, data/a_qa.jsonl."""
     known = known_people(experiment.model)
-    key = {"facts": asdict(experiment.facts), "known": asdict(known) if known else None}
+    key = {"facts": facts_key(experiment.facts), "known": asdict(known) if known else None}
 
     def make(folder: Path) -> None:
         folder.mkdir()
-        world = World.draw(experiment.facts)
-        write_jsonl(folder / "bio.jsonl", biographies(world))
-        write_jsonl(folder / "qa.jsonl", questions(world))
+        for task, items in texts(experiment.facts).items():
+            write_jsonl(folder / f"{task}.jsonl", items)
+        own = Path(experiment.facts.source or "").expanduser() / "world.json"
+        if experiment.facts.source is not None and own.is_file():
+            shutil.copyfile(own, folder / own.name)
         if known:
             write_jsonl(folder / "a_qa.jsonl", [q for q in questions(World.draw(known)) if q.split == "ood"])
 
@@ -367,16 +370,18 @@ def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress)
 
 
 def examine(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
-    """Whether the base is traced exactly here, on a few examples: doctor.json."""
+    """Whether the base is traced exactly here, on a few of the run's own examples: doctor.json."""
     from crosstrace.doctor import diagnose
 
     def make(path: Path) -> None:
         kernels = tuple(dict.fromkeys(("eager", experiment.model.attention)))
         model, tokenizer = load(run, experiment, name), models.load_tokenizer(experiment.model.name)
+        own = {task: read_jsonl(run.path(f"data/{task}.jsonl")) for task in TASKS}
         with progress.bar("doctor") as update:
-            write_json(path, asdict(diagnose(model, tokenizer, kernels=kernels, progress=update)))
+            write_json(path, asdict(diagnose(model, tokenizer, texts=own, kernels=kernels, progress=update)))
 
-    run.stage("doctor.json", {"model": model_key(experiment), "threads": experiment.threads}, make)
+    key = {"model": model_key(experiment), "threads": experiment.threads, **run.inputs("data")}
+    run.stage("doctor.json", key, make)
 
 
 def _trace_batches(items: list[Encoded], experiment: Experiment, tokenizer: Any):
@@ -739,11 +744,14 @@ def check(experiment: Experiment, whole: bool) -> None:
     Args:
         whole: read the model too.
     """
-    world = World.draw(experiment.facts)
+    taught = texts(experiment.facts)
     sizes = {
-        "bio": sum(item.repeats for item in biographies(world)),
-        "qa": sum(item.repeats for item in questions(world) if item.split == "id"),
+        "bio": sum(item.repeats for item in taught["bio"]),
+        "qa": sum(item.repeats for item in taught["qa"] if item.split == "id"),
     }
+    config.check_parts(
+        experiment.trace.parts, len({item.person for item in taught["qa"] if item.split == "id"}), "the experiment"
+    )
     for strategy, phases in experiment.strategies.items():
         names = [phase.name for phase in phases]
         for phase in phases:
@@ -764,8 +772,27 @@ def check(experiment: Experiment, whole: bool) -> None:
     further = new_material(experiment, tokenizer) if experiment.retention.run else {}
     if whole:
         model = load_base(experiment)
-        encoded = encode(tokenizer, [*biographies(world), *questions(world)])
+        encoded = encode(tokenizer, [*taught["bio"], *taught["qa"]])
+        _check_known(tokenizer, encoded, experiment.model.name)
         _check_fits(model, [*encoded, *(item for items in further.values() for item in items)])
+
+
+def _check_known(tokenizer: Any, encoded: Sequence[Encoded], name: str) -> None:
+    """Whether the tokenizer can tell the objects apart: one that is the token for unknown words can't be recalled."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown == tokenizer.eos_token_id:
+        return
+    lost = {}
+    for item in encoded:
+        for mention, places in zip(item.example.mentions, item.mentions):
+            if bool((item.ids[places.object] == unknown).any()):
+                lost[item.example.text[slice(*mention.object)]] = item.example.id
+    if lost:
+        object, example = next(iter(lost.items()))
+        raise UserError(
+            f"the tokenizer of {name} has no token for {len(lost)} of the objects, e.g. {object!r} in {example}; use a "
+            "model whose tokenizer was made for such text, or make one with `crosstrace new-model`"
+        )
 
 
 def _check_fits(model: Any, encoded: Sequence[Encoded]) -> None:

@@ -23,7 +23,7 @@ from crosstrace.errors import UserError
 from crosstrace.evaluate import recall
 from crosstrace.facts import World
 from crosstrace.intervene import grafted, snapshot
-from crosstrace.material import examples, load, model_inputs, sample, samples, shared_sets, training_examples
+from crosstrace.material import examples, facts_key, load, model_inputs, sample, samples, shared_sets, training_examples
 from crosstrace.progress import Progress
 from crosstrace.schedule import Phase
 from crosstrace.shared import ParamSet, random_sets, scope
@@ -43,7 +43,7 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
     text = {"sha256": sha256_file(_text_file(options.text))} if options.text else {}
     key = {
         "retention": {k: v for k, v in asdict(options).items() if k != "run"} | text,
-        "train": asdict(experiment.train), "targets": experiment.trace.targets, "facts": asdict(experiment.facts),
+        "train": asdict(experiment.train), "targets": experiment.trace.targets, "facts": facts_key(experiment.facts),
         "embeddings": experiment.analysis.embeddings, "threads": experiment.threads,
         "bf16": models.trains_in_bf16(experiment.train.precision), "model": model_inputs(run, experiment, name),
         **run.inputs("data", f"shared/{name}"),
@@ -119,9 +119,14 @@ def new_material(experiment: Experiment, tokenizer: Any) -> dict[str, list[Encod
             raise UserError(f"retention.text = {options.text} holds no line of text; expected one text a line")
         return {"text": encode(tokenizer, texts)}
     facts = experiment.facts
+    if facts.source is not None:
+        raise UserError(
+            f"there are no new people beside the facts of {facts.source} to train further on; name a text file as "
+            "retention.text"
+        )
     names = {person.name for person in World.draw(facts).people}
     drawn = World.draw(replace(facts, seed=facts.seed + OTHERS_SEED, people=options.people))
-    others = World(drawn.settings, tuple(person for person in drawn.people if person.name not in names))
+    others = replace(drawn, people=tuple(person for person in drawn.people if person.name not in names))
     material = {"new_bio": encode(tokenizer, biographies(others))}
     if options.qa:
         material["new_qa"] = encode(tokenizer, questions(others))

@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from crosstrace.errors import UserError
-from crosstrace.facts import Fact, Person, World
-from crosstrace.wording import biography_patterns, question_patterns
+from crosstrace.facts import Fact, FactSettings, Person, World
 
 Span = tuple[int, int]
 
@@ -51,6 +50,22 @@ class Example:
     repeats: int = 1
 
 
+def texts(settings: FactSettings) -> dict[str, list[Example]]:
+    """The examples of both tasks, `bio` and `qa`, that these settings mean: of drawn people, or of one's own facts or
+    rows (`crosstrace import`).
+
+    Raises:
+        UserError: as `World.draw`, or the source's own rows cannot be read.
+    """
+    if settings.source is not None:
+        home = Path(settings.source).expanduser()
+        rows = {task: home / f"{task}.jsonl" for task in ("bio", "qa")}
+        if not (home / "world.json").exists() and all(path.is_file() for path in rows.values()):
+            return {task: read_jsonl(path) for task, path in rows.items()}
+    world = World.draw(settings)
+    return {"bio": biographies(world), "qa": questions(world)}
+
+
 def biographies(world: World) -> list[Example]:
     """The biographies of every person (task `bio`)."""
     return [example for person in world.people for example in _biographies(world, person)]
@@ -73,9 +88,9 @@ def _biographies(world: World, person: Person) -> list[Example]:
         by_name = {"name": True, "pronoun": False, "either": draw.random() < 0.5}[settings.subject]
         text, mentions = "", []
         for fact in facts:
-            patterns = biography_patterns(fact.relation)
+            patterns = world.wording.statements[fact.relation]
             chosen = draw.randrange(len(patterns))
-            subject = fact.subject if by_name or not mentions else person.pronoun
+            subject = fact.subject if by_name or not mentions or not person.pronoun else person.pronoun
             sentence, mention = fill(patterns[chosen], fact, f"bio.{fact.relation}.{chosen}", subject, len(text))
             text += sentence + " "
             mentions.append(mention)
@@ -93,7 +108,7 @@ def _questions(world: World, person: Person) -> list[Example]:
     draw = random.Random(f"crosstrace/{settings.population}/{settings.seed}/qa/{person.id}")
     examples = []
     for fact in person.facts:
-        patterns = question_patterns(fact.relation)
+        patterns = world.wording.questions[fact.relation]
         if settings.questions > len(patterns):
             raise UserError(
                 f"facts.questions is {settings.questions}, but relation {fact.relation} has {len(patterns)} wordings "
@@ -102,7 +117,7 @@ def _questions(world: World, person: Person) -> list[Example]:
         for index, chosen in enumerate(draw.sample(range(len(patterns)), settings.questions)):
             pattern = patterns[chosen] + " {object}"
             text, mention = fill(pattern, fact, f"qa.{fact.relation}.{chosen}", fact.subject, 0)
-            split = "id" if person.in_distribution else "ood"
+            split = "id" if (person.in_distribution if fact.trained is None else fact.trained) else "ood"
             examples.append(
                 Example(f"{fact.id}.qa.{index}", "qa", text, person.id, split, (mention.object,), (mention,),
                         person.repeats)
@@ -111,7 +126,8 @@ def _questions(world: World, person: Person) -> list[Example]:
 
 
 def fill(pattern: str, fact: Fact, wording: str, subject: str, start: int) -> tuple[str, Mention]:
-    """Fill a pattern; spans are offset by `start`, where the sentence begins in its text."""
+    """Fill a pattern; spans are offset by `start`, where the sentence begins in its text. A pronoun that begins it gets
+    a capital; names and objects stay as they are."""
     text, spans = "", {"subject": (0, 0), "object": (0, 0)}
     relation_words: list[Span] = []
     opened = 0
@@ -122,7 +138,8 @@ def fill(pattern: str, fact: Fact, wording: str, subject: str, start: int) -> tu
             relation_words.append((opened, start + len(text)))
         elif piece in ("{subject}", "{object}"):
             value = subject if piece == "{subject}" else fact.object
-            value = value[0].upper() + value[1:] if not text else value
+            if not text and value not in (fact.subject, fact.object):
+                value = value[0].upper() + value[1:]
             spans[piece[1:-1]] = (start + len(text), start + len(text) + len(value))
             text += value
         else:

@@ -25,7 +25,7 @@ from crosstrace.evaluate import recall
 from crosstrace.facts import Fact, Person, World
 from crosstrace.text import Example, Mention, Span, biographies, fill, questions
 from crosstrace.tokens import Encoded, encode
-from crosstrace.wording import biography_patterns, objects, question_patterns
+from crosstrace.wording import Wording
 
 PARTS = ("qa_id", "qa_ood")  # of the people: whose questions are trained, and the others
 FORMATS = ("asked", "wording", "cloze", "choice", "pair", "true_statement", "yes_no", "reversed")
@@ -136,31 +136,37 @@ def formats(
         raise UserError(f"unknown part {part!r} of the people; expected of {', '.join(PARTS)}")
     if number < 1:
         raise UserError(f"number is {number}; expected at least one fact to ask about")
-    most = min(len(objects(relation)) for relation in world.relations)
+    most = min(len(values) for values in world.wording.objects.values())
     if not 2 <= k <= most:
         raise UserError(f"k is {k}; expected from 2 candidates to {most}, the objects that a relation has")
     people = [person for person in world.people if person.in_distribution == (part == "qa_id")]
     if not people:
         return {}, dict.fromkeys(FORMATS, f"nobody in this world is of the part {part}")
     order = random.Random(f"transfer/{seed}/{part}").sample(people, len(people))
-    chosen = World(world.settings, tuple(order[:number]))  # a person's texts depend on no other person
+    chosen = replace(world, people=tuple(order[:number]))  # a person's texts depend on no other person
     trained: dict[str, list[Example]] = {}
     for example in questions(chosen):
         trained.setdefault(example.mentions[0].fact, []).append(example)
     told = {(mention.fact, mention.wording) for text in biographies(chosen) for mention in text.mentions}
 
     drafts: dict[str, list[_Draft]] = {name: [] for name in FORMATS}
-    for turn in range(min(number, len(order) * len(world.relations))):
-        lap, place = divmod(turn, len(order))
-        fact = order[place].facts[(place + lap) % len(world.relations)]
+    laps = range(max(len(person.facts) for person in order))
+    turns = [(lap, place) for lap in laps for place, person in enumerate(order) if lap < len(person.facts)]
+    for lap, place in turns[:number]:
+        fact = order[place].facts[(place + lap) % len(order[place].facts)]
         draw = random.Random(f"transfer/{seed}/{fact.id}")
-        for name, draft in _about_fact(fact, trained[fact.id], _untold(fact, told), k, draw):
+        for name, draft in _about_fact(
+            fact, world.wording, trained[fact.id], _untold(fact, world.wording, told), k, draw
+        ):
             drafts[name].append(draft)
     for person in chosen.people:
         draw = random.Random(f"transfer/{seed}/{person.id}")
         strangers = [one for one in people if _objects(one) != _objects(person)]
         if len(strangers) >= k - 1:
-            wordings = [draw.choice(_untold(fact, told) or _wordings(fact)) for fact in person.facts]
+            wordings = [
+                draw.choice(_untold(fact, world.wording, told) or _wordings(fact, world.wording))
+                for fact in person.facts
+            ]
             drafts["reversed"].append(_reversed(person, wordings, draw.sample(strangers, k - 1)))
 
     reasons = {
@@ -192,10 +198,10 @@ class _Draft:
 
 
 def _about_fact(
-    fact: Fact, trained: Sequence[Example], untold: Sequence[_Wording], k: int, draw: random.Random
+    fact: Fact, worded: Wording, trained: Sequence[Example], untold: Sequence[_Wording], k: int, draw: random.Random
 ) -> Iterator[tuple[str, _Draft]]:
     """One fact in each format but the reversed one."""
-    person, values = fact.person, objects(fact.relation)
+    person, values = fact.person, worded.objects[fact.relation]
     others = draw.sample([value for value in values if value != fact.object], k - 1)
     false = replace(fact, object=others[0])
     guess = 1 / len(values)
@@ -211,7 +217,7 @@ def _about_fact(
     yield "choice", _Draft(person, 1 / k, tuple(answers))
     yield "pair", _Draft(person, 1 / 2, tuple(answers[:2]))
     used = {example.mentions[0].wording for example in trained}
-    patterns = [(f"qa.{fact.relation}.{i}", pattern) for i, pattern in enumerate(question_patterns(fact.relation))]
+    patterns = [(f"qa.{fact.relation}.{i}", pattern) for i, pattern in enumerate(worded.questions[fact.relation])]
     if unused := [wording for wording in patterns if wording[0] not in used]:
         name, pattern = draw.choice(unused)
         text, mention = fill(pattern + " {object}", fact, name, fact.subject, 0)
@@ -268,14 +274,14 @@ def _unknown(item: Encoded, tokenizer: Any) -> bool:
     return tokenizer.unk_token_id is not None and bool((own == tokenizer.unk_token_id).any())
 
 
-def _wordings(fact: Fact) -> list[_Wording]:
+def _wordings(fact: Fact, worded: Wording) -> list[_Wording]:
     """The names and patterns of all statements of a fact."""
-    return [(f"bio.{fact.relation}.{i}", pattern) for i, pattern in enumerate(biography_patterns(fact.relation))]
+    return [(f"bio.{fact.relation}.{i}", pattern) for i, pattern in enumerate(worded.statements[fact.relation])]
 
 
-def _untold(fact: Fact, told: Collection[tuple[str, str]]) -> list[_Wording]:
+def _untold(fact: Fact, worded: Wording, told: Collection[tuple[str, str]]) -> list[_Wording]:
     """Those that are in no biography of the fact's person."""
-    return [wording for wording in _wordings(fact) if (fact.id, wording[0]) not in told]
+    return [wording for wording in _wordings(fact, worded) if (fact.id, wording[0]) not in told]
 
 
 def _objects(person: Person) -> tuple[str, ...]:

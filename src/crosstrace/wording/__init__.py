@@ -5,6 +5,8 @@ A pattern holds `{subject}` and `{object}` (questions only `{subject}`); its [br
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
@@ -43,3 +45,27 @@ def biography_patterns(relation: str) -> tuple[str, ...]:
 def question_patterns(relation: str) -> tuple[str, ...]:
     """The wordings of a question."""
     return lines(f"qa_{relation}")
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How some relations are worded, and the objects that each may take: of the package's lists, or of one's own."""
+
+    statements: Mapping[str, tuple[str, ...]]
+    questions: Mapping[str, tuple[str, ...]]
+    objects: Mapping[str, tuple[str, ...]]
+
+    @property
+    def relations(self) -> tuple[str, ...]:
+        """The relations, in the fixed order of biographies."""
+        return tuple(self.statements)
+
+
+@cache
+def packaged() -> Wording:
+    """The package's own relations."""
+    return Wording(
+        {relation: biography_patterns(relation) for relation in RELATIONS},
+        {relation: question_patterns(relation) for relation in RELATIONS},
+        {relation: objects(relation) for relation in RELATIONS},
+    )

@@ -1,0 +1,650 @@
+"""One's own facts or texts, from files of several kinds, checked row by row, into a folder that a run can be taught.
+
+Rows are (subject, relation, object), or plain texts with their continuations for tasks that are no facts. What is
+unfit is dropped and counted with its reason; nothing is mended in silence. It trains nothing and knows no tokenizer.
+
+    OWN/world.json       relations with their wordings, subjects with their facts (of facts)
+    OWN/bio.jsonl, qa.jsonl    the examples of both tasks (of rows of text)
+    OWN/import.json      what was read, kept and dropped, with counts and hashes of the files
+    OWN/dropped.csv      every dropped row: file, row, reason
+    OWN/experiment.yaml  an experiment that teaches it, to be changed at will
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import re
+import shlex
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from crosstrace.config import read_yaml
+from crosstrace.errors import UserError
+from crosstrace.facts import FactSettings
+from crosstrace.store import remove_folder, replacing, sha256_file, write_json, write_text
+from crosstrace.text import Example, Mention, texts, write_jsonl
+
+KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+LONGEST = 1_000_000  # characters of one line or field: more is a broken file
+LONG = 200  # characters of a name: more is a text
+COLUMNS = ("subject", "relation", "object", "pronoun", "split", "statement", "question")
+SPLITS = ("id", "ood")
+STATEMENT, QUESTION = "[The {relation} of] {subject} [is] {object}.", "[What is the {relation} of] {subject}[?]"
+_INVISIBLE = re.compile(
+    "[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"
+)
+
+REASONS = {
+    "empty": "a subject, relation or object that is empty",
+    "too long": f"a subject, relation or object of more than {LONG} characters",
+    "control": "characters that control the text's direction or a terminal",
+    "not Unicode": "half a surrogate pair, which no file can hold",
+    "duplicate": "said before",
+    "contradiction": "another object for a subject and relation that were there before",
+    "answer in the prompt": "the object stands in the subject's name, so the question gives it away",
+    "other split": "a split other than id and ood",
+    "no words": "a relation, prompt or text without a word",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One row of a file: where it stands and its columns."""
+
+    file: str
+    number: int
+    values: Mapping[str, Any]
+
+
+@dataclass
+class Imported:
+    """What was read, and what became of it.
+
+    Attributes:
+        relations: name -> {statements, questions, objects}.
+        subjects: {name, pronoun, facts [{relation, object, split}]}.
+        dropped: (file, row, reason, what) of each row that was not kept.
+        read: rows of each file.
+        notes: what a reader of results should know of the data.
+    """
+
+    relations: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    subjects: list[dict[str, Any]] = field(default_factory=list)
+    dropped: list[tuple[str, int, str, str]] = field(default_factory=list)
+    read: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def kept(self) -> int:
+        """Number of rows that were kept: facts, or texts."""
+        return sum(self.read.values()) - len(self.dropped)
+
+    def counts(self) -> dict[str, Any]:
+        """Rows read = facts kept + rows dropped, the latter by reason."""
+        return {
+            "read": sum(self.read.values()),
+            "kept": self.kept,
+            "dropped": dict(Counter(reason for _, _, reason, _ in self.dropped)),
+            "subjects": len(self.subjects),
+            "relations": {
+                name: sum(f["relation"] == name for s in self.subjects for f in s["facts"]) for name in self.relations
+            },
+        }
+
+
+# ------------------------------------------------------------------------------- facts
+
+
+def import_facts(
+    files: Sequence[Path], wording: Path | None = None, columns: Mapping[str, str] | None = None
+) -> Imported:
+    """Read facts and check them.
+
+    Args:
+        files: CSV, TSV, JSONL or Parquet with columns subject, relation and object (without a relation, the file's name
+            is it), and, if wanted, pronoun, split (id or ood), statement and question (patterns of that relation with
+            {subject} and {object}; [brackets] mark the words of the relation); or JSON of one relation with its
+            prompt templates: {name, prompt_templates, prompt_templates_zs, samples [{subject, object}]}.
+        wording: YAML of relation -> {statements: [...], questions: [...]}, which goes before what the files say.
+        columns: names of the files' own columns: {"subject": "person", ...}.
+
+    Raises:
+        UserError: a file cannot be read, is malformed, or nothing of it can be kept.
+    """
+    found = Imported()
+    given = _wordings(wording) if wording else {}
+    said: dict[str, dict[str, list[str]]] = {}
+    people: dict[str, dict[str, Any]] = {}
+    objects: dict[tuple[str, str], str] = {}
+    for path in files:
+        found.read[str(path)] = 0
+        for row in _rows(path, said, columns or {}):
+            found.read[str(path)] += 1
+            fact = {name: row.values.get(name) for name in COLUMNS}
+            reason = _unfit(fact)
+            if reason is None:
+                subject, relation, object = (_tidy(fact[name]) for name in COLUMNS[:3])
+                before = objects.get((subject, relation))
+                if before is not None:
+                    reason = "duplicate" if before == object else "contradiction"
+                elif _within(object, subject):
+                    reason = "answer in the prompt"
+            if reason is not None:
+                found.dropped.append((row.file, row.number, reason, _short(row.values)))
+                continue
+            objects[subject, relation] = object
+            person = people.setdefault(subject, {"name": subject, "pronoun": None, "facts": []})
+            person["pronoun"] = person["pronoun"] or _tidy(fact["pronoun"] or "") or None
+            split = _tidy(fact["split"] or "").lower() or None
+            person["facts"].append({"relation": relation, "object": object, "split": split})
+            for part, name in (("statements", "statement"), ("questions", "question")):
+                if fact[name]:
+                    where = f"{row.file} row {row.number}: {name}"
+                    known = said.setdefault(relation, {"statements": [], "questions": []})[part]
+                    pattern = _pattern(fact[name], name, where)
+                    known += [pattern] if pattern not in known else []
+    found.subjects = list(people.values())
+    if not found.kept:
+        total = found.counts()
+        raise UserError(
+            f"no fact could be kept of {total['read']} rows in {', '.join(map(str, files))}"
+            + (f": {_told(total['dropped'])}" if total["dropped"] else "")
+        )
+    _word(found, given, said)
+    _note(found)
+    return found
+
+
+def _unfit(fact: Mapping[str, Any]) -> str | None:
+    """Why a row can't be kept, by itself."""
+    for name in COLUMNS:
+        value = fact[name]
+        if value is None and name not in COLUMNS[:3]:
+            continue
+        if value is not None and not isinstance(value, str | int | float):
+            return "empty"
+        text = "" if value is None else str(value)
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            return "not Unicode"
+        if _INVISIBLE.search(text):
+            return "control"
+        if name in COLUMNS[:3]:
+            if not _tidy(text):
+                return "empty"
+            if len(_tidy(text)) > LONG:
+                return "too long"
+            if not any(letter.isalnum() or unicodedata.category(letter)[0] == "S" for letter in text):
+                return "no words"
+    if fact["split"] not in (None, "") and _tidy(str(fact["split"])).lower() not in SPLITS:
+        return "other split"
+    return None
+
+
+def _tidy(value: Any) -> str:
+    """One line of composed characters, without blanks at its ends."""
+    return " ".join(unicodedata.normalize("NFC", str(value)).split())
+
+
+def _within(object: str, subject: str) -> bool:
+    """Whether the object stands in the subject as words of its own."""
+    return re.search(rf"(?<!\w){re.escape(object.casefold())}(?!\w)", subject.casefold()) is not None
+
+
+def _short(values: Mapping[str, Any]) -> str:
+    text = " | ".join(str(values.get(name, "")) for name in COLUMNS[:3])
+    return text.encode("utf-8", "replace").decode()[:LONG]
+
+
+def _word(found: Imported, given: Mapping[str, Mapping[str, list[str]]], said: Mapping[str, Any]) -> None:
+    """Give every relation its wordings: of the wording file, else of the facts' files, else the plain ones."""
+    objects: dict[str, dict[str, None]] = {}
+    for subject in found.subjects:
+        for fact in subject["facts"]:
+            objects.setdefault(fact["relation"], {})[fact["object"]] = None
+    unknown = [name for name in given if name not in objects]
+    if unknown:
+        raise UserError(
+            f"the wording file words {unknown[0]!r}, but no fact has that relation; relations are {', '.join(objects)}"
+        )
+    plain = []
+    for name, values in objects.items():
+        words = {"relation": _braces(name.replace("_", " "))}
+        own = {}
+        for part, pattern in (("statements", STATEMENT), ("questions", QUESTION)):
+            own[part] = list(given.get(name, {}).get(part) or said.get(name, {}).get(part) or ())
+            if not own[part]:
+                own[part] = [pattern.replace("{relation}", words["relation"])]
+                plain.append(f"{name} ({part})")
+        found.relations[name] = own | {"objects": list(values)}
+    if plain:
+        found.notes.append(
+            f"plain wordings were made for {', '.join(plain)}: give better ones with --wording, or in columns "
+            "statement and question"
+        )
+
+
+def _braces(text: str) -> str:
+    return re.sub(r"[][{}]", " ", text)
+
+
+def _note(found: Imported) -> None:
+    """What makes recall easier or harder than it looks."""
+    for name, row in found.relations.items():
+        facts = [f["object"] for s in found.subjects for f in s["facts"] if f["relation"] == name]
+        top, count = Counter(facts).most_common(1)[0]
+        if len(row["objects"]) == 1:
+            found.notes.append(f"every object of {name} is {top!r}, so recall of it shows nothing")
+        elif count / len(facts) > 0.2:
+            found.notes.append(
+                f"{top!r} is the object of {count} of {len(facts)} facts of {name}: guessing it is right so often"
+            )
+    names = [s["name"] for s in found.subjects]
+    alike = {}
+    for name in names:
+        alike.setdefault(_folded(name), []).append(name)
+    same = [group for group in alike.values() if len(group) > 1]
+    if same:
+        found.notes.append(
+            f"{len(same)} groups of subjects differ in case or accents only, e.g. {' and '.join(map(repr, same[0]))}"
+        )
+    first = Counter(name.split()[0] for name in names)
+    alone = sum(first[name.split()[0]] == 1 for name in names)
+    if alone > len(names) / 2:
+        found.notes.append(
+            f"{alone} of {len(names)} subjects can be told by their first word alone, which makes recall easier"
+        )
+    other = sum(not name.isascii() for name in names)
+    if other:
+        found.notes.append(f"{other} subjects have letters beyond ASCII")
+    right = sum(any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in name) for name in names)
+    if right:
+        found.notes.append(f"{right} subjects are written from right to left")
+    splits = Counter(f["split"] for s in found.subjects for f in s["facts"])
+    if splits[None] and len(splits) > 1:
+        found.notes.append(f"{splits[None]} facts have no split, so facts.split: given can't be used")
+
+
+def _folded(name: str) -> str:
+    plain = unicodedata.normalize("NFKD", name.casefold())
+    return "".join(letter for letter in plain if not unicodedata.combining(letter))
+
+
+# ------------------------------------------------------------------------------- patterns
+
+
+def _wordings(path: Path) -> dict[str, dict[str, list[str]]]:
+    """The wordings of a YAML file."""
+    values = read_yaml(path, "docs/guide.md's")
+    found: dict[str, dict[str, list[str]]] = {}
+    for relation, row in values.items():
+        where = f"{path}: {relation}"
+        if not isinstance(row, dict) or {*row} - {"statements", "questions"}:
+            raise UserError(f"{where} is {row!r}; expected statements and questions, each a list of patterns")
+        found[_tidy(relation)] = {}
+        for part, patterns in row.items():
+            if not isinstance(patterns, list) or not patterns:
+                raise UserError(f"{where}: {part} is {patterns!r}; expected a list of patterns")
+            found[_tidy(relation)][part] = [_pattern(p, part[:-1], f"{where}: {part}") for p in patterns]
+    return found
+
+
+def _pattern(text: Any, kind: str, where: str) -> str:
+    """A pattern of one statement or question, with the words of its relation in brackets.
+
+    Raises:
+        UserError: braces other than {subject} and {object}, one of them missing or twice, brackets that don't close.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(
+            f"{where} is {text!r}; expected a pattern with {{subject}}{' and {object}' * (kind == 'statement')}"
+        )
+    if len(text) > 10 * LONG or _INVISIBLE.search(text):
+        raise UserError(f"{where} is {text[:60]!r}…; expected one sentence without control characters")
+    pattern = _tidy(text)
+    if kind == "question":
+        pattern = re.sub(r"\s*\{object\}\W*$", "", pattern)  # the answer follows anyhow
+    wanted = ("{subject}", "{object}") if kind == "statement" else ("{subject}",)
+    counts = {name: pattern.count(name) for name in ("{subject}", "{object}")}
+    if any(counts[name] != (name in wanted) for name in counts) or re.search(
+        r"[{}]", re.sub(r"\{(subject|object)\}", "", pattern)
+    ):
+        raise UserError(
+            f"{where} is {text!r}; expected {' and '.join(wanted)}, each once"
+            + (", and no {object}: the answer follows the question" if kind == "question" else "")
+            + ", and no other braces"
+        )
+    if "[" in pattern or "]" in pattern:
+        if re.sub(r"\[[^][{}]*\]", "", pattern).strip("[]") != re.sub(r"\[[^][{}]*\]", "", pattern) or re.search(
+            r"[][]", re.sub(r"\[[^][{}]*\]", "", pattern)
+        ):
+            raise UserError(
+                f"{where} is {text!r}; expected [brackets] around words of the relation, closed and not nested"
+            )
+        return pattern
+    return _bracketed(pattern)
+
+
+def _bracketed(pattern: str) -> str:
+    """All words but the subject and the object, marked as the relation's."""
+    pieces = re.split(r"(\{subject\}|\{object\})", pattern)
+    mark = lambda piece: re.sub(r"\w(?:.*\w)?", lambda found: f"[{found[0]}]", piece, count=1)
+    return "".join(piece if piece.startswith("{") else mark(piece) for piece in pieces)
+
+
+# ------------------------------------------------------------------------------- files
+
+
+def _rows(path: Path, said: dict[str, dict[str, list[str]]], columns: Mapping[str, str]) -> Iterator[Source]:
+    """The rows of a file of any kind; wordings that it brings go to `said`."""
+    if path.suffix.lower() == ".json":
+        yield from _relation_file(path, said)
+        return
+    own = {name: columns.get(name, name) for name in COLUMNS}
+    fixed = _tidy(path.stem)
+    for number, values in _table(path):
+        row = {name: values.get(column) for name, column in own.items()}
+        for name in ("subject", "object"):
+            if own[name] not in values:
+                raise UserError(
+                    f"{path} row {number} has no {own[name]!r}; it has {', '.join(map(str, values)) or 'nothing'}. "
+                    f"Expected columns subject, relation and object, or name yours, e.g. --subject NAME"
+                )
+        if own["relation"] not in values:
+            row["relation"] = fixed
+        yield Source(str(path), number, row)
+
+
+def _table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The numbered rows of a CSV, TSV, JSONL or Parquet file."""
+    kind = path.suffix.lower()
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}; expected a file of facts ({', '.join(KINDS)})")
+    if kind in (".csv", ".tsv"):
+        yield from _csv(path, "\t" if kind == ".tsv" else ",")
+    elif kind == ".jsonl":
+        yield from _jsonl(path)
+    elif kind == ".parquet":
+        yield from _parquet(path)
+    else:
+        raise UserError(f"{path} is of no kind that can be read; expected {', '.join(KINDS)}")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file in UTF-8, none of them endless."""
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(4 * LONGEST + 1):
+            number += 1
+            if len(line) > 4 * LONGEST:
+                raise UserError(f"{path} line {number} has more than {LONGEST} characters; are its line ends missing?")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path} line {number} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8, e.g. "
+                    f"iconv -f latin1 -t utf-8 {path}"
+                ) from None
+            if "\0" in text:
+                raise UserError(
+                    f"{path} line {number} holds a zero byte; expected text, so the file is another kind or damaged"
+                )
+            yield text
+
+
+def _csv(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    limit = csv.field_size_limit(LONGEST)
+    try:
+        reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+        head: list[str] | None = None
+        for values in reader:
+            if not values:
+                continue
+            if head is None:
+                head = [value.strip() for value in values]
+                if len({*head}) < len(head):
+                    raise UserError(f"{path} has a column twice in its first line: {', '.join(head)}")
+                continue
+            if len(values) != len(head):
+                raise UserError(
+                    f"{path} line {reader.line_num} has {len(values)} fields, but its first line names {len(head)} "
+                    f"columns ({', '.join(head)}); is a text with a {delimiter!r} not quoted?"
+                )
+            yield reader.line_num, dict(zip(head, values))
+        if head is None:
+            raise UserError(f"{path} is empty; expected a first line that names its columns")
+    except csv.Error as error:
+        raise UserError(
+            f"{path} is malformed CSV near line {reader.line_num}: {error}; is a quote not closed?"
+        ) from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        yield number, _object(line, f"{path} line {number}")
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{where} is not JSON: {error}; expected one object, e.g. {{"subject": …}}') from None
+    if not isinstance(values, dict):
+        raise UserError(f'{where} holds a {type(values).__name__}; expected an object, e.g. {{"subject": …}}')
+    return values
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} can't be read as Parquet: {str(error).splitlines()[0]}") from None
+    yield from enumerate(table.to_pylist(), 1)
+
+
+def _relation_file(path: Path, said: dict[str, dict[str, list[str]]]) -> Iterator[Source]:
+    """A relation with its prompt templates, in which {} stands for the subject and the object follows at the end."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}; expected a file of facts ({', '.join(KINDS)})")
+    values = _object("".join(_lines(path)), str(path))
+    name, samples = values.get("name"), values.get("samples")
+    if not isinstance(name, str) or not _tidy(name) or not isinstance(samples, list):
+        raise UserError(
+            f"{path} is no relation with samples; expected {{name, prompt_templates, samples: [{{subject, object}}]}} "
+            "(or JSONL, one fact a line)"
+        )
+    relation = _tidy(name)
+    known = said.setdefault(relation, {"statements": [], "questions": []})
+    for key in ("prompt_templates", "prompt_templates_zs"):
+        templates = values.get(key) or []
+        if not isinstance(templates, list):
+            raise UserError(f"{path}: {key} is {templates!r}; expected a list of texts with {{}}")
+        for template in templates:
+            if not isinstance(template, str) or template.count("{}") != 1:
+                raise UserError(f"{path}: {key} holds {template!r}; expected a text with one {{}} for the subject")
+            own = template.replace("{}", "{subject}")
+            part = "questions" if "?" in template else "statements"
+            pattern = own if part == "questions" else f"{own} {{object}}."
+            pattern = _pattern(pattern, part[:-1], f"{path}: {key}")
+            known[part] += [pattern] if pattern not in known[part] else []
+    for number, sample in enumerate(samples, 1):
+        if not isinstance(sample, dict):
+            raise UserError(f"{path}: sample {number} is {sample!r}; expected {{subject, object}}")
+        yield Source(str(path), number, {**sample, "relation": relation})
+
+
+# ------------------------------------------------------------------------------- plain rows
+
+
+def import_rows(store: Path, recall: Path) -> tuple[list[Example], list[Example], Imported]:
+    """Read two tasks that are no facts: texts that store, and prompts with completions that recall.
+
+    Args:
+        store: a text file, one text a line, or a table with a column text, or prompt and completion.
+        recall: a table with columns prompt and completion, and split (id or ood) unless it is to be drawn by subject.
+            A column `subject` says in both what belongs together; without it every row is of its own.
+
+    Raises:
+        UserError: a file cannot be read, or nothing of it can be kept.
+    """
+    found = Imported()
+    parts = {task: list(_examples(path, task, found)) for task, path in (("bio", store), ("qa", recall))}
+    for task, path in (("bio", store), ("qa", recall)):
+        if not parts[task]:
+            raise UserError(f"no row of {path} could be kept: {_told(found.counts()['dropped']) or 'it has none'}")
+    if all(example.split == "" for example in parts["qa"]):  # drawn, by whom the rows are about
+        people = sorted({example.person for example in parts["qa"]})
+        trained = {*random.Random("crosstrace/rows/split").sample(people, len(people) // 2)}
+        parts["qa"] = [replace(e, split="id" if e.person in trained else "ood") for e in parts["qa"]]
+        found.notes.append(f"{recall} has no column split, so the rows of half of what they are about are held out")
+    held = {example.person for example in parts["qa"] if example.split == "ood"}
+    parts["bio"] = [replace(e, split="ood" if e.person in held else "id") for e in parts["bio"]]
+    asked = {example.split for example in parts["qa"]}
+    if asked != {*SPLITS}:
+        raise UserError(
+            f"the rows of {recall} have the splits {', '.join(map(repr, sorted(asked)))}; expected in column split id "
+            "for rows that are trained and ood for those that only test, and both of them"
+        )
+    return parts["bio"], parts["qa"], found
+
+
+def _examples(path: Path, task: str, found: Imported) -> Iterator[Example]:
+    found.read[str(path)] = 0
+    seen: dict[str, str] = {}
+    for number, values in _texts(path):
+        found.read[str(path)] += 1
+        prompt, completion = (str(values.get(name) or "") for name in ("prompt", "completion"))
+        if "text" in values:
+            prompt, completion = "", str(values["text"] or "")
+        split = str(values.get("split") or "").strip().lower()
+        whole = prompt + completion
+        reason = None
+        if any("\ud800" <= letter <= "\udfff" for letter in whole):
+            reason = "not Unicode"
+        elif not completion.strip() or (task == "qa" and not prompt.strip()):
+            reason = "empty"
+        elif _INVISIBLE.search(whole):
+            reason = "control"
+        elif split not in ("", *SPLITS):
+            reason = "other split"
+        elif task == "qa" and prompt in seen:
+            reason = "duplicate" if seen[prompt] == completion else "contradiction"
+        elif task == "bio" and whole in seen:
+            reason = "duplicate"
+        if reason:
+            found.dropped.append((str(path), number, reason, whole.encode("utf-8", "replace").decode()[:LONG]))
+            continue
+        seen[prompt if task == "qa" else whole] = completion
+        answer = (len(prompt) + len(completion) - len(completion.lstrip()), len(whole.rstrip()))
+        person = str(values.get("subject") or f"{task}.{number}")
+        mention = Mention(f"{task}.{number}", "", task, (0, 0), (), answer)
+        targets = ((0, len(whole)),) if task == "bio" else (answer,)
+        yield Example(f"{task}.{number}", task, whole, person, split, targets, (mention,))
+
+
+def _texts(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if path.suffix.lower() != ".txt":
+        yield from _table(path)
+        return
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected a text file, one text a line")
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            yield number, {"text": line.strip()}
+
+
+# ------------------------------------------------------------------------------- the folder
+
+
+def make(
+    folder: Path,
+    files: Sequence[Path],
+    *,
+    rows: Mapping[str, Path] | None = None,
+    wording: Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    split: str = "subject",
+    model: str | None = None,
+    overwrite: bool = False,
+    tell: Callable[[str], object] = print,
+) -> Imported:
+    """Import facts, or the rows {store, recall}, into `folder`, complete or not at all.
+
+    Args:
+        files, wording, columns: as of `import_facts`.
+        split, model: facts.split and model.name of the experiment that is written beside the data.
+        overwrite: replace an earlier import.
+        tell: is given the counts and notes, and how to go on.
+
+    Raises:
+        UserError: as `import_facts` and `import_rows`; the folder exists, or the split leaves nothing on one side.
+    """
+    if folder.exists() and not (overwrite and (folder / "import.json").is_file()):
+        raise UserError(
+            f"{folder} exists; choose another folder"
+            + (", since no import made this one" if overwrite else ", or replace it with --overwrite")
+        )
+    parts: dict[str, list[Example]] = {}
+    if rows:
+        parts["bio"], parts["qa"], found = import_rows(rows["store"], rows["recall"])
+    else:
+        found = import_facts(files, wording, columns)
+    # a relation may have fewer objects than the default's, and plain rows no fact that is told in both formats
+    parts_of = {"mechanism": {"parts": ["lens", "circuit"]}} if rows else {}
+    experiment = {
+        "name": folder.name, **({"model": {"name": model}} if model else {}),
+        "facts": {"source": str(folder)} | ({"split": split} if not rows else {}), **parts_of,
+    }  # fmt: skip
+    with replacing(folder) as partial:
+        partial.mkdir()
+        if parts:
+            for task, examples in parts.items():
+                write_jsonl(partial / f"{task}.jsonl", examples)
+        else:
+            write_json(partial / "world.json", {"schema": 1, "relations": found.relations, "subjects": found.subjects})
+        about = {name: {"rows": count, "sha256": sha256_file(name)} for name, count in found.read.items()}
+        write_json(partial / "import.json", {"schema": 1, "files": about, **found.counts(), "notes": found.notes})
+        with (partial / "dropped.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("file", "row", "reason", "what"), *found.dropped])
+        write_text(partial / "experiment.yaml", yaml.safe_dump(experiment, sort_keys=False, allow_unicode=True))
+        try:
+            texts(FactSettings(source=str(partial), split=split))  # type: ignore[arg-type]
+        except UserError as error:
+            raise UserError(str(error).replace(str(partial), str(folder))) from None
+        if folder.exists():
+            remove_folder(folder)
+    tell(told(found))
+    tell(f"\nimported to {folder}; teach it with  crosstrace run {shlex.quote(str(folder / 'experiment.yaml'))}")
+    return found
+
+
+def told(found: Imported) -> str:
+    """The counts and notes as text."""
+    from crosstrace.results import aligned
+
+    counts = found.counts()
+    rows = [["rows read", str(counts["read"])], ["rows kept", str(counts["kept"])]]
+    rows += [[f"dropped: {REASONS[reason]}", str(number)] for reason, number in counts["dropped"].items()]
+    rows += [["subjects", str(counts["subjects"])]] if counts["subjects"] else []
+    rows += [[f"relation {name}", str(number)] for name, number in counts["relations"].items()]
+    return "\n".join([aligned(rows), *(f"note: {note}" for note in found.notes)])
+
+
+def _told(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} × {REASONS[reason]}" for reason, number in dropped.items())

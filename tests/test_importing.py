@@ -1,0 +1,408 @@
+"""One's own facts: counts that add up, spans that cover, splits, and what is unfit told in a sentence."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from crosstrace import cli, importing, untaught
+from crosstrace.errors import UserError
+from crosstrace.facts import FactSettings, World
+from crosstrace.pretrain import word_tokenizer
+from crosstrace.store import read_json
+from crosstrace.text import texts
+from crosstrace.tokens import encode
+
+CITIES = [
+    ("Ada Brook", "city", "Lyon"),
+    ("Bo Dale", "city", "Oslo"),
+    ("Cy Holt", "city", "Bonn"),
+    ("Di Ames", "city", "Rome"),
+]
+RELATION = {
+    "name": "city", "prompt_templates": ["{} lives in"], "prompt_templates_zs": ["Where does {} live? In"],
+    "samples": [{"subject": s, "object": o} for s, _, o in CITIES],
+}  # fmt: skip
+
+
+def table(path: Path, rows: list[tuple], head: tuple = ("subject", "relation", "object")) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([head, *rows])
+    return path
+
+
+def imported(tmp_path: Path, *files: Path, **options) -> importing.Imported:
+    return importing.make(tmp_path / "own", files, tell=lambda text: None, **options)
+
+
+def own(tmp_path: Path, **options) -> FactSettings:
+    return FactSettings(source=str(tmp_path / "own"), **options)
+
+
+# ------------------------------------------------------------------------------- what is kept
+
+
+def test_counts_add_up_and_every_row_has_its_reason(tmp_path: Path) -> None:
+    rows = [
+        *CITIES, ("Ada Brook", "city", "Lyon"), ("Ada Brook", "city", "Nice"), (" ", "city", "Lyon"),
+        ("Ed Fox", "city", ""), ("Bank of Oslo", "city", "Oslo"), ("Ed\u202eFox", "city", "Rome"), ("Ed Fox", "city", "x" * 201),
+        ("Ed Fox", "city", "--"), ("  Ed   Fox ", "city", "Rome"),
+    ]  # fmt: skip
+    found = imported(tmp_path, table(tmp_path / "facts.csv", rows))
+    counts = read_json(tmp_path / "own" / "import.json")
+    assert counts["dropped"] == {
+        "duplicate": 1, "contradiction": 1, "empty": 2, "answer in the prompt": 1, "control": 1, "too long": 1,
+        "no words": 1,
+    }  # fmt: skip
+    assert counts["read"] == len(rows) == counts["kept"] + sum(counts["dropped"].values())
+    assert counts["kept"] == 5 and found.subjects[-1]["name"] == "Ed Fox"
+    with (tmp_path / "own" / "dropped.csv").open(newline="", encoding="utf-8") as file:
+        dropped = list(csv.DictReader(file))
+    assert len(dropped) == 8 and dropped[0]["row"] == "6" and dropped[0]["reason"] == "duplicate"
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "json"])
+def test_kinds_of_files_say_the_same(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"city.{kind}"
+    rows = [dict(zip(("subject", "relation", "object"), row)) for row in CITIES]
+    if kind == "csv":
+        table(path, CITIES)
+    elif kind == "tsv":
+        path.write_text("\ufeffsubject\trelation\tobject\n" + "".join("\t".join(row) + "\n" for row in CITIES), "utf-8")
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text(json.dumps(RELATION))
+    imported(tmp_path, path)
+    world = World.draw(own(tmp_path))
+    assert [(f.subject, f.relation, f.object) for p in world.people for f in p.facts] == CITIES
+    assert world.wording.objects == {"city": ("Lyon", "Oslo", "Bonn", "Rome")}
+
+
+def test_a_relations_templates_become_statements_and_questions(tmp_path: Path) -> None:
+    (tmp_path / "city.json").write_text(json.dumps(RELATION))
+    imported(tmp_path, tmp_path / "city.json")
+    found = texts(own(tmp_path))
+    assert found["bio"][0].text == "Ada Brook lives in Lyon."
+    assert found["qa"][0].text == "Where does Ada Brook live? In Lyon"
+    (mention,) = found["qa"][0].mentions
+    words = [found["qa"][0].text[slice(*span)] for span in mention.relation_words]
+    assert words == ["Where does", "live? In"] and found["qa"][0].text[slice(*mention.object)] == "Lyon"
+
+
+def test_wordings_come_from_the_wording_file_then_the_rows_then_plain_ones(tmp_path: Path) -> None:
+    rows = [(*row, "[Who knows] {subject}[?] {object}" if row[0] == "Bo Dale" else "") for row in CITIES]
+    rows += [(s, "pet", f"cat {i}", "") for i, (s, *_) in enumerate(CITIES)]
+    path = table(tmp_path / "facts.csv", rows, ("subject", "relation", "object", "question"))
+    wording = tmp_path / "wording.yaml"
+    wording.write_text("city: {statements: ['{subject} dwells in {object}.']}")
+    found = imported(tmp_path, path, wording=wording)
+    assert found.relations["city"]["statements"] == ["{subject} [dwells in] {object}."]
+    assert found.relations["city"]["questions"] == ["[Who knows] {subject}[?]"]
+    assert found.relations["pet"]["questions"] == ["[What is the pet of] {subject}[?]"]
+    assert any("plain wordings were made for pet" in note for note in found.notes)
+
+
+def test_names_stay_as_they_are_and_pronouns_get_capitals(tmp_path: Path) -> None:
+    rows = [("iPhone", "maker", "Apple", "it"), ("iPhone", "screen", "large", "it"), ("eBook", "maker", "Kobo", ""),
+            ("eBook", "screen", "grey", "")]  # fmt: skip
+    path = table(tmp_path / "facts.csv", rows, ("subject", "relation", "object", "pronoun"))
+    wording = tmp_path / "wording.yaml"
+    wording.write_text(
+        "maker: {statements: ['{subject} is of {object}.']}\nscreen: {statements: ['{subject} has a {object} screen.']}"
+    )
+    imported(tmp_path, path, wording=wording)
+    assert [item.text for item in texts(own(tmp_path))["bio"]] == [
+        "iPhone is of Apple. It has a large screen.", "eBook is of Kobo. eBook has a grey screen."
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------- splits
+
+
+def splits(tmp_path: Path, **options) -> dict[tuple[str, str], str]:
+    return {
+        (q.mentions[0].relation, q.text[slice(*q.mentions[0].subject)]): q.split
+        for q in texts(own(tmp_path, **options))["qa"]
+    }
+
+
+def test_splits_by_subject_by_relation_and_as_given(tmp_path: Path) -> None:
+    rows = [
+        (s, r, f"{o}{r}", "id" if (i + j) % 2 else "ood")
+        for i, (s, _, o) in enumerate(CITIES)
+        for j, r in enumerate("xyz")
+    ]
+    imported(tmp_path, table(tmp_path / "facts.csv", rows, ("subject", "relation", "object", "split")))
+    subject = splits(tmp_path, split="subject", qa_share=0.25)
+    assert sum(split == "id" for split in subject.values()) == 3
+    assert len({name for (_, name), split in subject.items() if split == "id"}) == 1, "all of one subject"
+    assert splits(tmp_path, split="subject", qa_share=0.25) == subject
+    assert len({tuple(sorted(splits(tmp_path, seed=s).items())) for s in range(8)}) > 1
+    relation = splits(tmp_path, split="relation", qa_share=0.67)
+    assert len({name for (name, _), split in relation.items() if split == "ood"}) == 1 and len(relation) == 12
+    asked = splits(tmp_path, split="given")
+    assert asked == {(r, s): split for s, r, _, split in rows}
+    few = World.draw(own(tmp_path, subjects=2))
+    assert len(few.people) == 2 and few.wording.relations == ("x", "y", "z")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"split": "given"}, "does not say whether"), ({"qa_share": 0.0}, "whose questions are trained"),
+        ({"qa_share": 1.0}, "to test recall on"), ({"split": "relation"}, "leaves no fact"),
+        ({"subjects": 9}, "holds 4"),
+        ({"people": 40}, "facts.subjects"), ({"population": "A"}, "facts.population"),
+        ({"frequency": "zipf"}, "facts.frequency"), ({"source": "/nowhere"}, "crosstrace import"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_go_together(tmp_path: Path, options: dict, told: str) -> None:
+    imported(tmp_path, table(tmp_path / "facts.csv", CITIES))
+    with pytest.raises(UserError, match=told):
+        texts(replace(own(tmp_path), **options))
+
+
+# ------------------------------------------------------------------------------- plain rows
+
+
+def test_rows_of_two_tasks(tmp_path: Path) -> None:
+    store, recall = tmp_path / "store.txt", tmp_path / "recall.jsonl"
+    store.write_text("The key is under the mat.\n\nThe lamp is on the table.\nThe lamp is on the table.\n")
+    rows = [
+        {"prompt": f"Where is the {x}? ", "completion": y, "split": z}
+        for x, y, z in (("key", "mat", "id"), ("lamp", "table", "ood"))
+    ]
+    recall.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = imported(tmp_path, rows={"store": store, "recall": recall})
+    assert found.counts()["kept"] == 4 and found.counts()["dropped"] == {"duplicate": 1}
+    taught = texts(own(tmp_path))
+    assert [item.split for item in taught["qa"]] == ["id", "ood"]
+    for item in taught["qa"]:
+        assert item.text[slice(*item.targets[0])] in ("mat", "table")
+    assert taught["bio"][0].targets == ((0, len("The key is under the mat.")),)
+
+
+def test_rows_without_a_split_are_divided_by_what_they_are_about(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n} {s}? ", "completion": f"a{n}{s}", "subject": s} for s in "abcdef" for n in range(3)]
+    for name in ("store", "recall"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    imported(tmp_path, rows={name: tmp_path / f"{name}.jsonl" for name in ("store", "recall")})
+    qa = texts(own(tmp_path))["qa"]
+    assert sum(item.split == "id" for item in qa) == 9
+    assert all(len({item.split for item in qa if item.person == s}) == 1 for s in "abcdef")
+
+
+# ------------------------------------------------------------------------------- any text
+
+WORD = st.text(st.characters(exclude_categories=["Cs", "Cc", "Cf", "Zl", "Zp"]), min_size=1, max_size=12)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(WORD, WORD, WORD), min_size=3, max_size=8))
+def test_spans_cover_their_objects_whatever_the_facts(tmp_path: Path, rows: list[tuple]) -> None:
+    rows = [*CITIES, *rows]
+    found = imported(tmp_path, table(tmp_path / "facts.csv", rows), overwrite=True)
+    assert found.counts()["kept"] + sum(found.counts()["dropped"].values()) == len(rows)
+    known = {(s["name"], f["relation"]): f["object"] for s in found.subjects for f in s["facts"]}
+    taught = texts(own(tmp_path))
+    items = [*taught["bio"], *taught["qa"]]
+    for item in items:
+        for mention in item.mentions:
+            name = item.text[slice(*mention.subject)]
+            assert item.text[slice(*mention.object)] == known[name, mention.relation]
+    tokenizer = untaught.byte_tokenizer([item.text for item in items], 400)
+    for item in encode(tokenizer, items):
+        for mention, places in zip(item.example.mentions, item.mentions):
+            said = tokenizer.decode(item.ids[places.object], clean_up_tokenization_spaces=False)
+            assert item.example.text[slice(*mention.object)] in said
+    assert sum(len(item.mentions) for item in taught["bio"]) == len(taught["qa"]) == len(known)
+
+
+# ------------------------------------------------------------------------------- hostile input
+
+DAMAGED: dict[str, tuple[str, bytes, str]] = {
+    "no file": ("facts.xlsx", b"PK", "of no kind"),
+    "empty": ("facts.csv", b"", "is empty"),
+    "no subject": ("facts.csv", b"person,relation,object\na,b,c\n", "has no 'subject'"),
+    "no rows": ("facts.csv", b"subject,relation,object\n", "no fact could be kept"),
+    "columns twice": ("facts.csv", b"subject,subject,object\na,b,c\n", "column twice"),
+    "ragged": ("facts.csv", b"subject,relation,object\na,b,c,d\n", "has 4 fields"),
+    "short": ("facts.csv", b"subject,relation,object\na,b\n", "has 2 fields"),
+    "quote": ("facts.csv", b'subject,relation,object\n"a,b,c\n', "malformed CSV"),
+    "latin-1": ("facts.csv", "subject,relation,object\nZo\xeb,b,c\n".encode("latin-1"), "is not UTF-8"),
+    "utf-16": ("facts.csv", "subject,relation,object\na,b,c\n".encode("utf-16"), "is not UTF-8"),
+    "zero": ("facts.csv", b"subject,relation,object\na\0,b,c\n", "zero byte"),
+    "endless csv": ("facts.csv", b"subject,relation,object\na,b," + b"x" * 10_000_000, "are its line ends missing"),
+    "endless field": ("facts.csv", b'subject,relation,object\na,b,"' + b"x\n" * 900_000 + b'"', "field larger"),
+    "endless jsonl": ("facts.jsonl", b'{"subject": "' + b"x" * 10_000_000, "are its line ends missing"),
+    "no json": ("facts.jsonl", b"{'subject': 1}\n", "line 1 is not JSON"),
+    "list": ("facts.jsonl", b'["a", "b"]\n', "holds a list"),
+    "deep": ("facts.jsonl", b"[" * 100_000, "is not JSON"),
+    "nothing": ("facts.jsonl", b"{}\n", "has no 'subject'"),
+    "nested": ("facts.jsonl", b'{"subject": {"a": 1}, "relation": "r", "object": "o"}\n', "no fact could be kept"),
+    "surrogate": ("facts.jsonl", b'{"subject": "\\ud800", "relation": "r", "object": "o"}\n', "half a surrogate"),
+    "all empty": ("facts.jsonl", b'{"subject": "", "relation": "r", "object": "o"}\n', "is empty"),
+    "json list": ("facts.json", b"[]", "holds a list"),
+    "json other": ("facts.json", b'{"facts": []}', "no relation with samples"),
+    "json samples": ("facts.json", b'{"name": "r", "samples": {"a": "b"}}', "no relation with samples"),
+    "json sample": ("facts.json", b'{"name": "r", "samples": ["a"]}', "sample 1"),
+    "json no place": ("facts.json", b'{"name": "r", "prompt_templates": ["is"], "samples": []}', "one {} for"),
+    "json two places": ("facts.json", b'{"name": "r", "prompt_templates": ["{} {}"], "samples": []}', "one {} for"),
+    "json braces": ("facts.json", b'{"name": "r", "prompt_templates": ["{} {x.y}"], "samples": []}', "no other braces"),
+    "json templates": ("facts.json", b'{"name": "r", "prompt_templates": "{} is", "samples": []}', "list of texts"),
+    "parquet": ("facts.parquet", b"PAR1 but no more", "can't be read as Parquet"),
+    "pickle": ("facts.parquet", pickle.dumps({"a": 1}), "can't be read as Parquet"),
+    "one subject": ("facts.csv", b"subject,relation,object\nAda,r,o\n", "leaves no fact"),
+}  # fmt: skip
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> str:
+    """The one sentence that a command ends with; nothing new lies in the folder."""
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["import", *map(str, arguments)])
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and told.out == "" and told.err.count("\n") == 1 and len(told.err) < 900
+    assert sorted(folder.rglob("*")) == before
+    return told.err
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_files_are_told_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    name, content, told = DAMAGED[case]
+    (tmp_path / name).write_bytes(content)
+    assert told in refused(capsys, tmp_path, tmp_path / name, tmp_path / "own")
+
+
+WORDINGS = {
+    "- a list": "holds a list",
+    "town: {statements: ['{subject} {object}']}": "no fact has that relation",
+    "city: words": "expected statements and questions",
+    "city: {statments: ['{subject} {object}']}": "expected statements and questions",
+    "city: {statements: []}": "expected a list",
+    "city: {statements: ['{subject} only']}": "each once",
+    "city: {statements: ['{subject} {subject} {object}']}": "each once",
+    "city: {statements: ['{subject} is {object.__class__}']}": "no other braces",
+    "city: {statements: ['{subject} [is {object}']}": "[brackets]",
+    "city: {statements: ['{subject} is] {object}']}": "[brackets]",
+    "city: {statements: ['{subject} [[is]] {object}']}": "[brackets]",
+    "city: {questions: ['Where?']}": "each once",
+    "city: {questions: ['Is {object} of {subject}?']}": "the answer follows",
+    "city: {questions: [7]}": "expected a pattern",
+    "city: !!python/object/apply:os.system ['touch /tmp/ran']": "not valid YAML",
+    "city: {statements: &a [*a]}": "expected a pattern",
+}
+
+
+@pytest.mark.parametrize("text", WORDINGS)
+def test_unfit_wordings_are_told_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    path = table(tmp_path / "facts.csv", CITIES)
+    (tmp_path / "wording.yaml").write_text(text)
+    told = refused(capsys, tmp_path, path, tmp_path / "own", "--wording", tmp_path / "wording.yaml")
+    assert WORDINGS[text] in told
+
+
+def test_unfit_commands_are_told_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, new = table(tmp_path / "facts.csv", CITIES), tmp_path / "own"
+    (tmp_path / "there").mkdir()
+    (tmp_path / "recall.csv").write_text("prompt,completion,split\na ,b,id\nc ,d,id\n")
+    (tmp_path / "store.txt").write_text("a b\n")
+    cases: dict[str, tuple] = {
+        "does not exist": (tmp_path / "none.csv", new), "is a folder": (tmp_path / "there", new),
+        "choose another folder, or": (path, tmp_path / "there"),
+        "no import made this one": (path, tmp_path / "there", "--overwrite"),
+        "files of facts and a folder": (path,), "expected subject, relation or given": (path, new, "--split", "half"),
+        "does not say whether": (path, new, "--split", "given"), "was given alone": (new, "--store", path),
+        "unknown option --wordings": (path, new, "--wordings", "x"), "needs a value": (path, new, "--wording"),
+        "both of them": (new, "--store", tmp_path / "store.txt", "--recall", tmp_path / "recall.csv"),
+        "has no 'who'": (path, new, "--subject", "who"),
+        "no row of": (new, "--store", tmp_path / "store.txt", "--recall", path),
+    }  # fmt: skip
+    for told, arguments in cases.items():
+        assert told in refused(capsys, tmp_path, *arguments)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: v.pop("relations"), lambda v: v.update(subjects=[]), lambda v: v["subjects"][0].pop("facts"),
+        lambda v: v["subjects"][0]["facts"][0].update(relation="x"), lambda v: v["subjects"][0].update(name=7),
+        lambda v: v["subjects"][0]["facts"][0].update(object=""), lambda v: v["relations"]["city"].update(statements=3),
+    ],
+)  # fmt: skip
+def test_an_edited_world_is_told(tmp_path: Path, change) -> None:
+    imported(tmp_path, table(tmp_path / "facts.csv", CITIES))
+    path = tmp_path / "own" / "world.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="was it edited"):
+        texts(own(tmp_path))
+
+
+def test_names_like_paths_and_markup_stay_text(tmp_path: Path) -> None:
+    rows = [
+        ("../../up", "../city", "<b>Lyon</b>"),
+        ("/etc/passwd", "../city", "{{ 7 * 7 }}"),
+        ("C:\\x", "../city", "a|b"),
+    ]
+    imported(tmp_path, table(tmp_path / "facts.csv", rows))
+    assert sorted(os.listdir(tmp_path)) == ["facts.csv", "own"]
+    assert [f.object for p in World.draw(own(tmp_path)).people for f in p.facts] == [row[2] for row in rows]
+
+
+# ------------------------------------------------------------------------------- a model for it
+
+
+def test_a_new_model_has_a_token_for_every_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [("Ægir", "land", "Ísland"), ("عمر", "land", "مصر"), ("美玲", "land", "中国"), ("Zoë", "land", "Česko")]
+    imported(tmp_path, table(tmp_path / "facts.csv", rows))
+    cli.main(["new-model", str(tmp_path / "model"), "--own", str(tmp_path / "own"), "--width", "16", "--heads", "2",
+              "--layers", "1", "--neurons", "32"])  # fmt: skip
+    assert "LlamaForCausalLM" in capsys.readouterr().out
+    from crosstrace import models
+
+    tokenizer, model = models.load_tokenizer(str(tmp_path / "model")), models.load_model(str(tmp_path / "model"))
+    assert model.config.vocab_size == len(tokenizer) and model.config.eos_token_id == tokenizer.eos_token_id
+    items = encode(tokenizer, texts(own(tmp_path))["qa"])
+    for item, (_, _, object) in zip(items, rows):
+        assert object in tokenizer.decode(item.ids[item.targets["object"]])
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2", "qwen3", "llama"])
+def test_new_models_of_other_architectures_are_seeded(tmp_path: Path, kind: str) -> None:
+    options = untaught.NewModelSettings(architecture=kind, width=32, heads=4, kv_heads=2, layers=1, neurons=32)
+    a, b = (untaught.new_model(tmp_path / name, ["some words"], options) for name in "ab")
+    c = untaught.new_model(tmp_path / "c", ["some words"], replace(options, seed=2))
+    name, weight = next(iter(a.named_parameters()))
+    assert weight.equal(b.get_parameter(name)) and not weight.equal(c.get_parameter(name))
+
+
+def test_unfit_models_are_told(tmp_path: Path) -> None:
+    for options in ({"architecture": "none"}, {"heads": 3, "width": 16}, {"heads": 4, "kv_heads": 3}):
+        with pytest.raises(UserError):
+            untaught.new_model(tmp_path / "m", ["some words"], untaught.NewModelSettings(**options))
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_tokenizer_without_the_words_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    imported(tmp_path, table(tmp_path / "facts.csv", [(s, r, f"Qq{o}") for s, r, o in CITIES]))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run", str(tmp_path / "own" / "experiment.yaml"), str(tmp_path / "run"), "--trace.parts", "2",
+                  "--strategies", "{only: [{name: a, batch: {bio: 1, qa: 1}, steps: 1}]}"])  # fmt: skip
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and "has no token for 4 of the objects" in told and "new-model" in told
+    assert not (tmp_path / "run").exists() and word_tokenizer().unk_token_id is not None
