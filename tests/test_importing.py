@@ -55,8 +55,8 @@ def own(tmp_path: Path, **options) -> FactSettings:
 def test_counts_add_up_and_every_row_has_its_reason(tmp_path: Path) -> None:
     rows = [
         *CITIES, ("Ada Brook", "city", "Lyon"), ("Ada Brook", "city", "Nice"), (" ", "city", "Lyon"),
-        ("Ed Fox", "city", ""), ("Bank of Oslo", "city", "Oslo"), ("Ed\u202eFox", "city", "Rome"), ("Ed Fox", "city", "x" * 201),
-        ("Ed Fox", "city", "--"), ("  Ed   Fox ", "city", "Rome"),
+        ("Ed Fox", "city", ""), ("Bank of Oslo", "city", "Oslo"), ("Ed\u202eFox", "city", "Rome"),
+        ("Ed Fox", "city", "x" * 201), ("Ed Fox", "city", "--"), ("  Ed   Fox ", "city", "Rome"),
     ]  # fmt: skip
     found = imported(tmp_path, table(tmp_path / "facts.csv", rows))
     counts = read_json(tmp_path / "own" / "import.json")
@@ -193,6 +193,7 @@ def test_rows_of_two_tasks(tmp_path: Path) -> None:
     for item in taught["qa"]:
         assert item.text[slice(*item.targets[0])] in ("mat", "table")
     assert taught["bio"][0].targets == ((0, len("The key is under the mat.")),)
+    assert taught["bio"][0].text[slice(*taught["bio"][0].mentions[0].object)].strip() == "key is under the mat."
 
 
 def test_rows_without_a_split_are_divided_by_what_they_are_about(tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ REASONS = {
     "contradiction": "another object for a subject and relation that were there before",
     "answer in the prompt": "the object stands in the subject's name, so the question gives it away",
     "other split": "a split other than id and ood",
-    "no words": "a relation, prompt or text without a word",
+    "no words": "a subject, relation or object without a word",
+    "one word": "a text of one word, in which nothing is predicted",
 }
 
 
@@ -539,6 +540,8 @@ def _examples(path: Path, task: str, found: Imported) -> Iterator[Example]:
             reason = "not Unicode"
         elif not completion.strip() or (task == "qa" and not prompt.strip()):
             reason = "empty"
+        elif not prompt.strip() and len(completion.split()) < 2:
+            reason = "one word"
         elif _INVISIBLE.search(whole):
             reason = "control"
         elif split not in ("", *SPLITS):
@@ -551,7 +554,10 @@ def _examples(path: Path, task: str, found: Imported) -> Iterator[Example]:
             found.dropped.append((str(path), number, reason, whole.encode("utf-8", "replace").decode()[:LONG]))
             continue
         seen[prompt if task == "qa" else whole] = completion
-        answer = (len(prompt) + len(completion) - len(completion.lstrip()), len(whole.rstrip()))
+        start = len(whole) - len(completion.lstrip())
+        if not prompt.strip():  # nothing predicts a text's first word
+            start += len(completion.split()[0])
+        answer = (start, len(whole.rstrip()))
         person = str(values.get("subject") or f"{task}.{number}")
         mention = Mention(f"{task}.{number}", "", task, (0, 0), (), answer)
         targets = ((0, len(whole)),) if task == "bio" else (answer,)
@@ -605,8 +611,8 @@ def make(
         parts["bio"], parts["qa"], found = import_rows(rows["store"], rows["recall"])
     else:
         found = import_facts(files, wording, columns)
-    # a relation may have fewer objects than the default's, and plain rows no fact that is told in both formats
-    parts_of = {"mechanism": {"parts": ["lens", "circuit"]}} if rows else {}
+    # the other analyses compare a fact's two formats, or need to know its subject
+    parts_of = {"mechanism": {"parts": ["circuit"]}} if rows else {}
     experiment = {
         "name": folder.name, **({"model": {"name": model}} if model else {}),
         "facts": {"source": str(folder)} | ({"split": split} if not rows else {}), **parts_of,
