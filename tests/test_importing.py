@@ -365,6 +365,29 @@ def test_names_like_paths_and_markup_stay_text(tmp_path: Path) -> None:
     assert [f.object for p in World.draw(own(tmp_path)).people for f in p.facts] == [row[2] for row in rows]
 
 
+RELATIONS = Path(__file__).parents[2] / "shared" / "data" / "relations"
+
+
+@pytest.mark.skipif(not RELATIONS.is_dir(), reason="the relations dataset is not at hand")
+@pytest.mark.parametrize(
+    "which", ["company_hq", "country_capital_city", "person_plays_instrument", "person_university", "*"]
+)
+def test_the_relations_dataset_is_read_whole(tmp_path: Path, which: str) -> None:
+    files = sorted(RELATIONS.glob(f"{which}.json"))
+    samples = sum(len(read_json(file)["samples"]) for file in files)
+    counts = imported(tmp_path, *files).counts()
+    assert counts["read"] == samples == counts["kept"] + sum(counts["dropped"].values())
+    assert len(counts["relations"]) == len(files) and set(counts["dropped"]) <= {"contradiction", "duplicate"}
+    taught = texts(own(tmp_path))
+    assert len(taught["qa"]) == counts["kept"] and {item.split for item in taught["qa"]} == {"id", "ood"}
+
+
+def test_the_example_of_own_facts(tmp_path: Path) -> None:
+    examples = Path(__file__).parents[1] / "examples"
+    found = imported(tmp_path, examples / "elements.csv", wording=examples / "elements-wording.yaml")
+    assert found.counts()["kept"] == 354 and not found.dropped and len(found.subjects) == 118
+
+
 # ------------------------------------------------------------------------------- a model for it
 
 
