@@ -383,7 +383,7 @@ def test_the_relations_dataset_is_read_whole(tmp_path: Path, which: str) -> None
 
 
 def test_the_example_of_own_facts(tmp_path: Path) -> None:
-    examples = Path(__file__).parents[1] / "examples"
+    examples = Path(__file__).parents[1] / "examples" / "facts"
     found = imported(tmp_path, examples / "elements.csv", wording=examples / "elements-wording.yaml")
     assert found.counts()["kept"] == 354 and not found.dropped and len(found.subjects) == 118
 
