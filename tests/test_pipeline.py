@@ -39,7 +39,7 @@ mechanism:
   {parts: [gradients, representations, signature, lens, circuit, positions, transfer, dynamics], facts: 12,
    together: 12, draws: 1, questions: 8, steps: 2, alone: 2, seeds: 1, signature: 3}
 retention: {people: 24, steps: 4, bio: 4, qa: 8, replay_bio: 2, replay_qa: 4, every: 2, questions: 12, draws: 1}
-eval: {known: 300}
+eval: {known: 60}
 jobs: 1
 """
 experiment = config.loads(SMALL, "SMALL")
@@ -243,7 +243,7 @@ def test_killed_and_resumed_ends_with_the_same_numbers(whole: Path, tmp_path: Pa
 def test_qa_alone_has_no_online_sharing_but_still_ends(tmp_path: Path) -> None:
     values = {
         "strategies": '{qa_only: [{name: qa, batch: {qa: 8}, steps: 2}]}',
-        "interventions.run": "false", "train.recall_every": "0",
+        "interventions.run": "false", "train.recall_every": "0", "mechanism.parts": "[gradients, positions]",
     }  # fmt: skip
     results = pipeline.run(config.override(experiment, values), tmp_path / "qa", quiet=True)
     assert {row["when"] for row in results["shared"]["qa_only"]} == {"final"}
@@ -252,7 +252,7 @@ def test_qa_alone_has_no_online_sharing_but_still_ends(tmp_path: Path) -> None:
 
 def test_checkpoints_are_traced_each_and_in_the_mean(tmp_path: Path) -> None:
     values = {
-        "interventions.run": "false",
+        "interventions.run": "false", "mechanism.run": "false",
         "train.keep_checkpoints": "true", "train.checkpoint_every": "3", "trace.checkpoints": "true",
         "strategies": "{two: [{name: bio, batch: {bio: 8}, steps: 6}, {name: qa, batch: {qa: 8}, steps: 4}]}",
     }  # fmt: skip
@@ -297,7 +297,10 @@ def test_bad_input_leaves_an_earlier_run_alone(whole: Path) -> None:
 
 
 def test_a_kill_while_checkpoints_are_removed_loses_nothing(tmp_path: Path, monkeypatch) -> None:
-    values = {"strategies": "{mixed: [{name: mixed, batch: {bio: 8, qa: 8}, steps: 3}]}", "interventions.run": "false"}
+    values = {
+        "strategies": "{mixed: [{name: mixed, batch: {bio: 8, qa: 8}, steps: 3}]}",
+        "interventions.run": "false", "mechanism.run": "false",
+    }  # fmt: skip
     small = config.override(experiment, values)
 
     def half(folder: Path) -> None:
