@@ -49,6 +49,9 @@ class EvalSettings:
 class TraceSettings:
     """The cross-task gradient trace: of what, when and how."""
 
+    view: Literal["merged", "adapter"] = "merged"
+    """Of models with a LoRA adapter: which parameters are traced, selected, ablated and grafted, those of the merged
+    weights or the adapter's own."""
     measures: list[Measure] = Field(default_factory=lambda: ["abs"], min_length=1)
     """Measures of the trace at checkpoints; the first one selects the shared set."""
     targets: Literal["object", "answer", "all", "train"] = "object"
@@ -243,6 +246,13 @@ def check(experiment: Experiment, where: str) -> Experiment:
             )
     if experiment.trace.checkpoints and not experiment.train.keep_checkpoints:
         raise UserError(f"{where}: trace.checkpoints needs train.keep_checkpoints: true, or there is none to trace")
+    if experiment.train.lora and experiment.model.random_init is not None:
+        raise UserError(
+            f"{where}: train.lora needs a base that can be read again, and model.random_init = "
+            f"{experiment.model.random_init} has none; save such a model and give its folder as model.name"
+        )
+    if experiment.trace.view == "adapter" and experiment.strategies and not experiment.train.lora:
+        raise UserError(f"{where}: trace.view: adapter needs train.lora, or there is no adapter to trace")
     return experiment
 
 

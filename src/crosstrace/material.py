@@ -13,15 +13,16 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from crosstrace import models
+from crosstrace import adapters, models
 from crosstrace.config import Experiment, ModelSettings
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
-from crosstrace.shared import ParamSet
+from crosstrace.shared import ParamSet, scope
 from crosstrace.store import Run, read_json, sha256_file, sha256_tree
 from crosstrace.text import read_jsonl
 from crosstrace.tokens import Encoded, encode
 
+START = "start"  # the folder of an adapter before training, beside the phases'
 WHENS = ("online", "final", "checkpoints")  # of traces
 
 
@@ -88,8 +89,42 @@ def load(run: Run, experiment: Experiment, name: str) -> Any:
 
 
 def load_checkpoint(experiment: Experiment, folder: Path) -> Any:
-    """The model that a strategy's training left in a folder."""
-    return models.load_model(str(folder), experiment.model.dtype, experiment.model.attention)
+    """The model that a strategy's training left in a folder; an adapter merged or not, as trace.view says."""
+    merge = experiment.trace.view == "merged"
+    model = models.load_model(str(folder), experiment.model.dtype, experiment.model.attention, merge=merge)
+    if not merge:
+        adapters.check_plain(model, str(folder))
+    return model
+
+
+def load_start(run: Run, experiment: Experiment, name: str) -> Any:
+    """The model that a strategy started from, with the parameters of the taught one: the base, or with trace.view:
+    adapter the base with the adapter as it was before training."""
+    if experiment.trace.view == "merged":
+        return load_base(experiment)
+    return load_checkpoint(experiment, run.path(f"models/{name}") / START)
+
+
+def load_trainable(run: Run, experiment: Experiment, name: str) -> Any:
+    """A taught model to go on training as it was taught: with an adapter, its adapter."""
+    if not experiment.train.lora:
+        return load(run, experiment, name)
+    options, folder = experiment.model, run.path(f"models/{name}") / experiment.strategies[name][-1].name
+    return models.load_model(str(folder), options.dtype, options.attention, merge=False)
+
+
+def viewed(experiment: Experiment, model: Any) -> Any:
+    """A model that was trained, as trace.view sees it: its adapter merged, if it has one, or as it is."""
+    if experiment.trace.view == "merged" and adapters.is_adapted(model):
+        return model.merge_and_unload().requires_grad_(True)
+    return model
+
+
+def in_scope(experiment: Experiment, model: Any) -> list[str]:
+    """The names of the parameters that may be selected in a model of the run, in canonical order."""
+    if experiment.trace.view == "adapter" and adapters.is_adapted(model):
+        return adapters.adapter_names(model)
+    return scope(model, experiment.analysis.embeddings)
 
 
 def checkpoints(run: Run, experiment: Experiment, name: str) -> list[tuple[int, str, Path]]:
@@ -140,4 +175,8 @@ def model_key(experiment: Experiment) -> dict[str, Any]:
 
 
 def model_inputs(run: Run, experiment: Experiment, name: str) -> Any:
-    return model_key(experiment) if name == "base" else run.inputs(f"models/{name}")
+    """What a model of the run depends on, for the key of a step that reads it."""
+    if name == "base":
+        return model_key(experiment)
+    own = run.inputs(f"models/{name}")
+    return own | {"base": model_key(experiment)} if experiment.train.lora else own

@@ -15,6 +15,7 @@ from itertools import product
 from typing import Any
 
 from crosstrace import circuit, dynamics, lens, models, positions, signature, transfer
+from crosstrace.adapters import is_adapted
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
 from crosstrace.consistency import FactPair, fact_pairs, gradient_consistency, representation_consistency
@@ -24,10 +25,11 @@ from crosstrace.facts import World
 from crosstrace.material import (
     checkpoints,
     examples,
+    in_scope,
     known_people,
     load,
-    load_base,
     load_checkpoint,
+    load_start,
     model_inputs,
     sample,
     samples,
@@ -35,7 +37,7 @@ from crosstrace.material import (
     training_examples,
 )
 from crosstrace.progress import Progress
-from crosstrace.shared import ParamSet, random_sets, scope
+from crosstrace.shared import ParamSet, random_sets
 from crosstrace.store import Run, write_json
 from crosstrace.tokens import Encoded
 
@@ -228,10 +230,11 @@ def _attended(asked: Asked, items: list[Encoded], heads: list[int]) -> list[Row]
 
 def at_positions(asked: Asked) -> list[Row]:
     """Recall of the base with the tuned weights of some components at some tokens."""
-    base = load(asked.run, asked.experiment, "base")
+    base = load_start(asked.run, asked.experiment, asked.name)
     values = {parameter: value.detach() for parameter, value in asked.model.named_parameters()}
     rows: list[Row] = []
-    psets = positions.components(Anatomy(base))
+    names = in_scope(asked.experiment, base) if is_adapted(base) else None
+    psets = positions.components(Anatomy(base), names)
     with asked.bar("positions", 2 * len(psets) * len(positions.CHOICES)) as update:
         for component, pset in psets.items():
             where: list[positions.Positions] = []  # the choice of tokens that is asked about
@@ -292,7 +295,7 @@ def over_training(asked: Asked) -> dict[str, list[Row]]:
         stored=samples(asked.parts, options.questions)["bio"],
         traced={task: sample(items, options.questions) for task, items in trained.items()},
         facts=asked.facts,
-        scope=scope(asked.model, experiment.analysis.embeddings),
+        scope=in_scope(experiment, asked.model),
         targets=experiment.trace.targets,
         together=options.together,
         steps=options.steps,
@@ -301,7 +304,7 @@ def over_training(asked: Asked) -> dict[str, list[Row]]:
     last: dynamics.Moment | None = None
     with asked.bar("dynamics", len(moments)) as update:
         for number, phase, place in reversed(moments):  # the others are compared with the last
-            model = load_checkpoint(experiment, place) if place else load_base(experiment)
+            model = load_checkpoint(experiment, place) if place else load_start(asked.run, experiment, asked.name)
             found = dynamics.measure(model, asked.tokenizer, probe, last)
             last = last or found
             rows.append({"update": number, "phase": phase} | found.measures)
@@ -314,11 +317,11 @@ def _sets(asked: Asked) -> list[tuple[dict[str, Any], ParamSet]]:
     """What gradients are compared over, and what it is: all in scope, each layer, kind and head, and of a taught model
     the shared set of each time, its complement, and random sets of its size."""
     model = asked.model
-    in_scope, anatomy = scope(model, asked.experiment.analysis.embeddings), Anatomy(model)
-    whole = anatomy.whole(in_scope)
+    names, anatomy = in_scope(asked.experiment, model), Anatomy(model)
+    whole = anatomy.whole(names)
     found: list[tuple[dict[str, Any], ParamSet]] = [({"group": "all", "label": "all"}, whole)]
     for unit in ("layer", "kind", "query_head"):
-        found += [({"group": unit, "label": label}, pset) for label, pset in anatomy.parts(unit, in_scope).items()]
+        found += [({"group": unit, "label": label}, pset) for label, pset in anatomy.parts(unit, names).items()]
     for when, pset in asked.shared:
         place = {"when": when, "fraction": pset.meta["fraction"]}
         sets = {"shared": [pset], "rest": [whole - pset]}

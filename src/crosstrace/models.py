@@ -19,7 +19,7 @@ from torch import nn
 from crosstrace.errors import UserError
 
 BUNDLED = "bundled"
-_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -75,7 +75,9 @@ def load_tokenizer(name: str) -> Any:
         ) from None
 
 
-def load_model(name: str, dtype: str = "float32", attention: str = "eager", random_init: int | None = None) -> Any:
+def load_model(
+    name: str, dtype: str = "float32", attention: str = "eager", random_init: int | None = None, *, merge: bool = True
+) -> Any:
     """A causal language model in evaluation mode.
 
     Args:
@@ -84,6 +86,7 @@ def load_model(name: str, dtype: str = "float32", attention: str = "eager", rand
         attention: the attention kernel, as transformers names it (`eager`, `sdpa`, ...).
         random_init: seed of random weights, drawn as the architecture's own initialisation does, in place of the
             checkpoint's.
+        merge: put an adapter into its base's weights; else it stays on them, as PEFT keeps it, and alone is trainable.
 
     Raises:
         UserError: there is no such model, or its weights cannot be read.
@@ -94,7 +97,7 @@ def load_model(name: str, dtype: str = "float32", attention: str = "eager", rand
     if _is_adapter(Path(place)):
         if random_init is not None:
             raise UserError(f"{place} holds an adapter, which fits no random weights; name its base for random_init")
-        return _adapted(Path(place), dtype, attention)
+        return _adapted(Path(place), dtype, attention, merge)
     if random_init is not None:
         return _untrained(place, dtype, attention, random_init)
     try:
@@ -122,11 +125,12 @@ def load_model(name: str, dtype: str = "float32", attention: str = "eager", rand
             f"the weights in {place} lack {absent[0]} and {len(absent) - 1} other parameters of "
             f"{type(model).__name__}; expected all of them, so the folder is damaged or holds another kind of model"
         )
+    _check_finite(model, place)
     return model.eval()
 
 
 def _is_adapter(folder: Path) -> bool:
-    return (folder / _ADAPTER).is_file()
+    return (folder / ADAPTER).is_file()
 
 
 def _check_no_adapter(place: str) -> None:
@@ -137,12 +141,21 @@ def _check_no_adapter(place: str) -> None:
         raise UserError(f"{place} is an adapter on the hub; download it (`hf download {place}`) and name its folder")
 
 
-def _adapted(folder: Path, dtype: str, attention: str) -> Any:
-    """The base that a LoRA adapter's folder names, with the adapter merged into its weights."""
+def import_peft(needed: str) -> Any:
+    """The package peft, which is not always there; `needed` begins the sentence that says so."""
+    try:
+        import peft
+    except ImportError:
+        raise UserError(f"{needed}, is not installed; run `pip install 'crosstrace[peft]'`") from None
+    return peft
+
+
+def _adapted(folder: Path, dtype: str, attention: str, merge: bool) -> Any:
+    """The base that a LoRA adapter's folder names, with the adapter merged into its weights or on it as it is."""
     given, base = _adapter_config(folder), _base_of(folder)
     if any(folder.glob("model*.safetensors")):
         raise UserError(
-            f"{folder} holds both a model and {_ADAPTER}, so which of them is meant can't be told; move one elsewhere"
+            f"{folder} holds both a model and {ADAPTER}, so which of them is meant can't be told; move one elsewhere"
         )
     # PEFT imports the module that an adapter of Megatron's layers names
     kind = "MEGATRON" if given.get("megatron_config") else given.get("peft_type")
@@ -150,36 +163,21 @@ def _adapted(folder: Path, dtype: str, attention: str) -> Any:
         raise UserError(
             f"{folder} holds an adapter of the type {kind!r}; expected LORA, so merge it with PEFT and save the model"
         )
-    if not (folder / _ADAPTER_WEIGHTS).is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(
-            f"adapter folder {folder} holds no {_ADAPTER_WEIGHTS}; expected what PEFT's save_pretrained writes (an "
+            f"adapter folder {folder} holds no {ADAPTER_WEIGHTS}; expected what PEFT's save_pretrained writes (an "
             "adapter_model.bin is a pickle, which may run code and is not read)"
         )
-    try:
-        from peft import LoraConfig, PeftModel
-    except ImportError:
-        raise UserError(
-            f"{folder} holds a LoRA adapter, and peft, which reads it, is not installed; run "
-            "`pip install 'crosstrace[peft]'`"
-        ) from None
+    peft = import_peft(f"{folder} holds a LoRA adapter, and peft, which reads it")
     model = load_model(base, dtype, attention)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     tied = ends[1] is not None and ends[0].weight is ends[1].weight
-    try:
-        with silent(), warnings.catch_warnings(), torch.random.fork_rng():
-            warnings.simplefilter("ignore")
-            options = LoraConfig.from_pretrained(str(folder))
-            options.inference_mode = True
-            tuned = PeftModel(model, options)
-            adapted = [tuned.get_input_embeddings(), tuned.get_output_embeddings()] != ends
-            told = tuned.load_adapter(str(folder), "default", torch_device="cpu")
-            model = tuned.merge_and_unload()
-    except Exception as error:  # the config may hold anything, and PEFT trusts it
-        lines = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        raise UserError(
-            f"the adapter in {folder} does not fit its base {base}: {type(error).__name__}: {lines}; expected what "
-            "PEFT's save_pretrained writes"
-        ) from None
+    with _fitting(folder, base):
+        options = peft.LoraConfig.from_pretrained(str(folder))
+        options.inference_mode = True
+        tuned = peft.PeftModel(model, options)
+        adapted = [tuned.get_input_embeddings(), tuned.get_output_embeddings()] != ends
+        told = tuned.load_adapter(str(folder), "default", torch_device="cpu")
     odd = [*(key for key in told.missing_keys if "lora_" in key), *told.unexpected_keys]
     if odd:  # PEFT would go on without them
         raise UserError(
@@ -191,17 +189,50 @@ def _adapted(folder: Path, dtype: str, attention: str) -> Any:
             f"the adapter in {folder} changes the embeddings or the unembedding, which are one tensor in its base "
             f"{base}, so it can't be merged; expected an adapter of the layers in between"
         )
-    model.name_or_path = model.config.name_or_path = str(folder)
-    return model.requires_grad_(True).eval()  # PEFT has frozen the base
+    _check_finite(tuned, str(folder), only="lora_")
+    if merge:
+        with _fitting(folder, base):
+            tuned = tuned.merge_and_unload()
+    tuned.name_or_path = tuned.config.name_or_path = str(folder)
+    for name, p in tuned.named_parameters():  # PEFT has frozen the base, and of an adapter to be read all of it
+        p.requires_grad_(merge or "lora_" in name)
+    return tuned.eval()
+
+
+@contextmanager
+def _fitting(folder: Path, base: str):
+    """PEFT at work on an adapter's folder: whatever it stumbles over is told in one sentence."""
+    try:
+        with silent(), warnings.catch_warnings(), torch.random.fork_rng():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:  # the config may hold anything, and PEFT trusts it
+        lines = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise UserError(
+            f"the adapter in {folder} does not fit its base {base}: {type(error).__name__}: {lines}; expected what "
+            "PEFT's save_pretrained writes"
+        ) from None
+
+
+def _check_finite(model: nn.Module, place: str, only: str = "") -> None:
+    """Raise a `UserError` if a weight is no number: everything after it would be none either."""
+    for name, p in model.named_parameters():
+        # a sum is finite if all its terms are, but for an overflow, and needs no memory
+        if only in name and not p.detach().sum().isfinite() and not p.detach().isfinite().all():
+            count = int((~p.detach().isfinite()).sum())
+            raise UserError(
+                f"the weights in {place} are no numbers: {name} holds {count:,} NaN or infinite values of "
+                f"{p.numel():,}; has its training diverged, or is the file damaged?"
+            )
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
     try:
-        given = json.loads((folder / _ADAPTER).read_text())
+        given = json.loads((folder / ADAPTER).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / _ADAPTER} can't be read: {_first_line(error)}") from None
+        raise UserError(f"{folder / ADAPTER} can't be read: {_first_line(error)}") from None
     if not isinstance(given, dict):
-        raise UserError(f"{folder / _ADAPTER} holds no settings; expected what PEFT's save_pretrained writes")
+        raise UserError(f"{folder / ADAPTER} holds no settings; expected what PEFT's save_pretrained writes")
     return given
 
 
@@ -214,7 +245,7 @@ def _base_of(folder: Path) -> str:
     """The model that an adapter's folder names as its base."""
     given = _adapter_config(folder)
     base, revision = given.get("base_model_name_or_path"), given.get("revision")
-    remedy = f"put its absolute path, 'bundled' or a hub name as base_model_name_or_path into {folder / _ADAPTER}"
+    remedy = f"put its absolute path, 'bundled' or a hub name as base_model_name_or_path into {folder / ADAPTER}"
     if not isinstance(base, str) or not base:
         raise UserError(f"the adapter in {folder} does not tell its base; {remedy}")
     path = Path(base).expanduser()

@@ -11,6 +11,7 @@ import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from crosstrace import claims, config, models
+from crosstrace import adapters, claims, config, models
 from crosstrace.analysis import centralization_rows, density_map, overlap_rows, similarity_rows
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
@@ -27,13 +28,16 @@ from crosstrace.evaluate import Recall, recall, summaries
 from crosstrace.facts import World
 from crosstrace.intervene import ablated, grafted, snapshot
 from crosstrace.material import (
+    START,
     WHENS,
     examples,
     facts_key,
+    in_scope,
     known_people,
     load,
     load_base,
     load_checkpoint,
+    load_start,
     model_inputs,
     model_key,
     sample,
@@ -44,7 +48,7 @@ from crosstrace.mechanism import explain
 from crosstrace.progress import Progress
 from crosstrace.results import Results
 from crosstrace.retention import new_material, retain
-from crosstrace.shared import ParamSet, only_set, random_sets, scope, select_each, shared
+from crosstrace.shared import ParamSet, only_set, random_sets, select_each, shared
 from crosstrace.stats import mean_interval, wilson
 from crosstrace.store import Run, end_with_parent, metadata, read_json, remove_folder, write_json
 from crosstrace.text import questions, read_jsonl, texts, write_jsonl
@@ -198,9 +202,10 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
     """Train one strategy: models/<strategy>/<phase>/ at the end of each phase, its online trace and history."""
     options, tracing = experiment.train, experiment.trace
     phases = experiment.strategies[name]
-    watched = {"targets", "online", "every", "lr_weighted", "parts"}
+    watched = {"targets", "online", "every", "lr_weighted", "parts"} | ({"view"} if options.lora else set())
+    trained = {name: value for name, value in asdict(options).items() if value is not None}
     key = {
-        "model": model_key(experiment), "train": asdict(options), "phases": [asdict(phase) for phase in phases],
+        "model": model_key(experiment), "train": trained, "phases": [asdict(phase) for phase in phases],
         "trace": {k: v for k, v in asdict(tracing).items() if k in watched}, "measure": tracing.measures[0],
         "threads": experiment.threads, "bf16": _precision(experiment) == "bf16", **run.inputs("data"),
     }  # fmt: skip
@@ -214,6 +219,10 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
     def learn(folder: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)
         model = load_base(experiment)
+        if options.lora:
+            model = adapters.adapted(model, options.lora, options.seed)
+            model.save_pretrained(folder / START)
+            (folder / START / "README.md").unlink()  # PEFT's card, which tells nothing
         parts = examples(run, tokenizer)
         history = RecallHistory(_few(tokenizer, parts, options.recall_examples), options.recall_every)
         listeners: list[Listener] = [history]
@@ -232,25 +241,45 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
                 save_traces(folder / "online" / f"{task}.safetensors", traces)
         write_json(folder / "history.json", history.rows)
         _keep_models(folder, tokenizer, [phase.name for phase in phases], options.keep_checkpoints)
+        if options.lora:
+            for file in folder.glob(f"*/**/{models.ADAPTER}"):
+                adapters.name_base(file.parent, _portable(experiment.model.name))
         write_json(folder / "training.json", [asdict(report) for report in reports])  # last: all of it is there
 
     run.stage(f"models/{name}", key, make, keep_partial=True)
 
 
+def _portable(base: str) -> str:
+    """A base's name that is understood wherever the run is read."""
+    place = models.locate(base)
+    return str(Path(place).resolve()) if base != models.BUNDLED and Path(place).is_dir() else base
+
+
 class OnlineListener:
-    """Feeds every `every`-th update to an `OnlineTrace`, whose state travels with the checkpoints."""
+    """Feeds every `every`-th update to an `OnlineTrace`, whose state travels with the checkpoints.
+
+    Of a model with an adapter it traces the adapter's parameters, or those of the base with the adapter merged.
+    """
 
     def __init__(self, model: Any, experiment: Experiment):
         options = experiment.trace
         self.every = options.every
         self.targets = options.targets
+        self.merges = adapters.is_adapted(model) and options.view == "merged"
+        names = adapters.base_names(model) if self.merges else None
+        if options.view == "adapter":
+            names = adapters.adapter_names(model)
         self.trace = OnlineTrace(
-            model, TASKS, [options.measures[0]], parts=options.parts, lr_weighted=options.lr_weighted
+            model, TASKS, [options.measures[0]], parts=options.parts, lr_weighted=options.lr_weighted, names=names
         )
 
     def on_update(self, model: Any, batches: Mapping[str, Batch], lr: float, update: int) -> None:
-        if update % self.every == 0:
+        if update % self.every:
+            return
+        with adapters.merged(model) if self.merges else nullcontext():
             self.trace.step(batches, lr)
+        if update == 0 and adapters.is_adapted(model):
+            self.trace.replan()  # while B is zero, A has no gradient that would tell how to trace it
 
     def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
         pass
@@ -265,6 +294,8 @@ class OnlineListener:
         by_task: dict[str, list[Trace]] = {}
         for item in self.trace.traces():
             item.meta |= {"targets": self.targets, "every": self.every}
+            if self.merges:
+                item.values = {adapters.plain_name(name): value for name, value in item.values.items()}
             by_task.setdefault(item.task, []).append(item)
         return by_task
 
@@ -348,12 +379,13 @@ def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress)
                     places[f"checkpoints/{index}-{phase.name}-end"] = home / phase.name
         for when, place in places.items():
             model = load_checkpoint(experiment, place)
+            names = in_scope(experiment, model) if options.view == "adapter" else None
             for task, items in trained.items():
                 items = sample(items, options.examples) if options.examples else items
                 with progress.bar(f"{name}: trace {task}", len(items)) as update:
                     found = trace(
                         model, _trace_batches(items, experiment, tokenizer), task=task,
-                        measures=options.measures, parts=options.parts, progress=update.add,
+                        measures=options.measures, parts=options.parts, names=names, progress=update.add,
                         tell=lambda needed, task=task: progress.note(f"{name}, {task}: {needed}"),
                     )  # fmt: skip
                 served = found[0].meta["coverage"].items()
@@ -438,11 +470,11 @@ def analyze(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
 
     if run.complete(f"analysis/{name}.json", key) and run.complete(f"shared/{name}", key):
         return
-    model = load(run, experiment, "base")
-    in_scope = scope(model, options.embeddings)
+    model = load_start(run, experiment, name)
+    names = in_scope(experiment, model)
     traced = read_traces(run.path(f"traces/{name}"), key["measure"])
     chosen = {
-        when: select_tasks(strengths(tasks), options.central_fractions, in_scope, options.how)
+        when: select_tasks(strengths(tasks), options.central_fractions, names, options.how)
         for (when, _), tasks in _headline(traced).items()
     }
 
@@ -462,13 +494,13 @@ def analyze(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
             values = {task: [part.values for part in parts] for task, parts in tasks.items()}
             weights = {task: [part.weight for part in parts] for task, parts in tasks.items()}
             moment = {"when": when, "reduction": reduction}
-            overlaps = overlap_rows(values, options.fractions, in_scope, how=options.how, weights=weights)
+            overlaps = overlap_rows(values, options.fractions, names, how=options.how, weights=weights)
             found["shared"] += [moment | row for row in overlaps]
-            found["similarity"] += [moment | row for row in similarity_rows(values, in_scope, weights=weights)]
+            found["similarity"] += [moment | row for row in similarity_rows(values, names, weights=weights)]
             if reduction != "example":
                 continue
             central = centralization_rows(
-                values, options.central_fractions, in_scope, anatomy, draws=options.draws, how=options.how,
+                values, options.central_fractions, names, anatomy, draws=options.draws, how=options.how,
                 weights=weights,
             )  # fmt: skip
             found["centralization"] += [{"when": when} | row for row in central]
@@ -520,9 +552,9 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
         tokenizer = models.load_tokenizer(experiment.model.name)
         parts = examples(run, tokenizer)
         asked = {part: sample(parts[part], options.questions) for part in ("qa_id", "qa_ood")}
-        base, tuned = load(run, experiment, "base"), load(run, experiment, name)
+        base, tuned = load_start(run, experiment, name), load(run, experiment, name)
         base_values, tuned_values = snapshot(base), snapshot(tuned)
-        in_scope = scope(base, experiment.analysis.embeddings)
+        names = in_scope(experiment, base)
         traced = _headline(read_traces(run.path(f"traces/{name}"), key["measure"]))
         found: dict[str, Any] = {"ablate": [], "graft": [], "people": {}}
         found["people"] = {part: [item.example.person for item in items] for part, items in asked.items()}
@@ -534,7 +566,7 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
             (when, fraction, label, psets)
             for (when, _), tasks in traced.items()
             for strength in [strengths(tasks)]
-            for fraction, chosen in select_tasks(strength, options.fractions, in_scope, how).items()
+            for fraction, chosen in select_tasks(strength, options.fractions, names, how).items()
             for label, psets in controls(strength, chosen, options.seeds, f"{name}/{when}/{fraction:g}").items()
         ]
         with progress.bar(f"{name}: intervene", 2 * sum(len(psets) for *_, psets in plan)) as update:
@@ -712,9 +744,20 @@ def _about(run: Run, experiment: Experiment, about: Mapping[str, Any]) -> dict[s
         "threads": experiment.threads,
         "jobs": experiment.jobs,
         "precision": about["precision"],
+        **_adapter_told(experiment),
         "kernel": experiment.model.attention,
         "git": about["git"],
     }
+
+
+def _adapter_told(experiment: Experiment) -> dict[str, Any]:
+    """Of a run with an adapter: what it is, how much is trained, and as what it is traced."""
+    options = experiment.train.lora
+    if options is None:
+        return {}
+    model = adapters.adapted(load_base(experiment), options, 0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"lora": asdict(options) | {"parameters": trained}, "view": experiment.trace.view}
 
 
 def _phase_text(phase: Any) -> str:
@@ -735,7 +778,7 @@ def _precision(experiment: Experiment) -> str:
     return "bf16" if models.trains_in_bf16(experiment.train.precision) else "float32"
 
 
-RESERVED = ("checkpoints", "online")  # what lies beside the phases in a strategy's folder
+RESERVED = ("checkpoints", "online", START)  # what lies beside the phases in a strategy's folder
 
 
 def check(experiment: Experiment, whole: bool) -> None:
@@ -770,11 +813,19 @@ def check(experiment: Experiment, whole: bool) -> None:
     check_fast(tokenizer)
     known_people(experiment.model)
     further = new_material(experiment, tokenizer) if experiment.retention.run else {}
+    lora = experiment.train.lora
+    if lora and models.adapted_base(models.locate(experiment.model.name)) is not None:
+        raise UserError(
+            f"model.name = {experiment.model.name} holds an adapter, and train.lora would put another one on it; merge "
+            "the first and save the model (load_model and save_model of crosstrace.models do)"
+        )
     if whole:
         model = load_base(experiment)
         encoded = encode(tokenizer, [*taught["bio"], *taught["qa"]])
         _check_known(tokenizer, encoded, experiment.model.name)
         _check_fits(model, [*encoded, *(item for items in further.values() for item in items)])
+        if lora:
+            adapters.adapted(model, lora, 0)
 
 
 def _check_known(tokenizer: Any, encoded: Sequence[Encoded], name: str) -> None:

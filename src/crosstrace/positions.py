@@ -172,16 +172,16 @@ def _probe(model: nn.Module, values: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(model, values, kwargs=inputs).logits
 
 
-def components(anatomy: Anatomy) -> dict[str, ParamSet]:
+def components(anatomy: Anatomy, names: Sequence[str] | None = None) -> dict[str, ParamSet]:
     """The sets whose tuned values are put in: every parameter, those of attention, those of the MLPs (with experts and
-    routers)."""
+    routers); of all parameters or of `names` alone."""
     belongs: dict[str, Callable[[str], bool]] = {
         "all": lambda kind: True,
         "attention": lambda kind: kind.startswith("attention."),
         "mlp": lambda kind: kind.startswith("mlp.") or kind in ("experts", "router"),
     }
     found = {
-        name: anatomy.whole([n for n in anatomy.shapes if wanted(anatomy.kind[n])], name)
+        name: anatomy.whole([n for n in names or anatomy.shapes if wanted(anatomy.kind[n])], name)
         for name, wanted in belongs.items()
     }
     return {name: pset for name, pset in found.items() if pset.masks}

@@ -23,10 +23,22 @@ from crosstrace.errors import UserError
 from crosstrace.evaluate import recall
 from crosstrace.facts import World
 from crosstrace.intervene import grafted, snapshot
-from crosstrace.material import examples, facts_key, load, model_inputs, sample, samples, shared_sets, training_examples
+from crosstrace.material import (
+    examples,
+    facts_key,
+    in_scope,
+    load,
+    load_trainable,
+    model_inputs,
+    sample,
+    samples,
+    shared_sets,
+    training_examples,
+    viewed,
+)
 from crosstrace.progress import Progress
 from crosstrace.schedule import Phase
-from crosstrace.shared import ParamSet, random_sets, scope
+from crosstrace.shared import ParamSet, random_sets
 from crosstrace.store import Run, remove_folder, sha256_file, write_json
 from crosstrace.text import Example, biographies, questions
 from crosstrace.tokens import Encoded, encode
@@ -63,14 +75,14 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
             for when, pset in shared_sets(run, experiment, name)
         }
         model = load(run, experiment, name)
-        taught, in_scope = snapshot(model), scope(model, experiment.analysis.embeddings)
+        taught, names = snapshot(model), in_scope(experiment, model)
         traced = {task: sample(items, options.questions) for task, items in old.items()}
-        share = lambda model: shared_now(model, tokenizer, traced, in_scope, experiment.trace.targets)
+        share = lambda model: shared_now(model, tokenizer, traced, names, experiment.trace.targets)
         before = share(model)
         taught_tasks = {task for phase in experiment.strategies[name] for task in phase.composition()}
         found: dict[str, list[Row]] = {table: [] for table in ("history", "moved", "shared", "repair")}
         for arm in ARMS:
-            model = load(run, experiment, name)
+            model = load_trainable(run, experiment, name)
             measure = lambda model: {part: _exact(model, tokenizer, items) for part, items in asked.items()}
             history = RecallHistory(measure, options.every)
             batch = {task: {"new_bio": options.bio, "new_qa": options.qa}.get(task, options.bio) for task in new}
@@ -84,6 +96,7 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
                     bf16=models.trains_in_bf16(experiment.train.precision), trace_targets=experiment.trace.targets,
                     listeners=[history], progress=update,
                 )  # fmt: skip
+            model = viewed(experiment, model)
             found["history"] += [{"arm": arm} | row for row in history.rows]
             found["shared"].append({"arm": arm} | _kept(before, share(model)))
             asks = {part: asked[part] for part in ("qa_id", "qa_ood")}

@@ -20,6 +20,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 from torch.utils.data import DataLoader, Dataset
 
+from crosstrace.adapters import LoraSettings, is_adapted, load_weights
 from crosstrace.losses import example_losses
 from crosstrace.models import pad_id, silent
 from crosstrace.schedule import STRICT, Optimiser, Phase, Strategy
@@ -35,6 +36,8 @@ class TrainSettings:
     """Seed of the order in which examples are seen."""
     optimiser: Optimiser = Field(default_factory=Optimiser)
     """Settings of every phase that names none of its own."""
+    lora: LoraSettings | None = None
+    """Train a LoRA adapter in place of all weights, e.g. {rank: 8, alpha: 16}; all weights are trained if not given."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Of the multiplications in training: `auto` is bf16 autocast where the processor has it, else float32."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
@@ -133,7 +136,7 @@ def train(
     """Train `model` in place through all phases; resume from what `folder` holds.
 
     Args:
-        model: a transformers causal LM.
+        model: a transformers causal LM, or one with an adapter, which alone is trained.
         strategy: the phases, in order.
         examples: for each task, its training examples.
         folder: where phases' checkpoints go. A phase that is complete there is not trained again.
@@ -321,6 +324,8 @@ def _listener_folder(home: Path, update: int, number: int) -> Path:
 
 def _load_weights(model: Any, folder: Path) -> None:
     """As transformers reads them: a checkpoint may lay tensors out otherwise than memory does, or be in shards."""
+    if is_adapted(model):
+        return load_weights(model, folder)
     with silent():
         saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
     model.load_state_dict(saved.state_dict())

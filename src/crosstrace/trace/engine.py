@@ -353,7 +353,8 @@ class Engine:
         """What a trace of these batches will need, and how it is best taken (see `memory.estimate`)."""
         batches = [self.checked(batch) for batch in batches]
         with undisturbed(self.model):
-            return estimate(self.model, partial(self.losses, only_targets=True), batches, sums, where, passes)
+            losses = partial(self.losses, only_targets=True)
+            return estimate(self.model, losses, batches, sums, where, passes, self.parameters)
 
     def checked(self, batch: Batch) -> dict[str, Tensor]:
         """The batch on the model's device, its shapes checked."""

@@ -6,7 +6,7 @@ Nothing here computes a trace: one forward of one example is looked at, the rest
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,6 +81,7 @@ def estimate(
     sums: int,
     where: Where = "auto",
     passes: int | None = None,
+    names: Collection[str] | None = None,
 ) -> tuple[Plan, Estimate]:
     """Choose where the sums are kept, and say what that takes.
 
@@ -92,15 +93,17 @@ def estimate(
         where: the sums are kept on the "device" of the model, on the "cpu", or ("auto") on the device where they fit in
             a few passes, else on the CPU.
         passes: over the data, each with the sums of one group of parameters alone; None: as few as fit.
+        names: the parameters to trace; None: all.
 
     Raises:
         UserError: `passes` is not from 1 to the number of parameters.
     """
-    named = dict(model.named_parameters())
+    everything = dict(model.named_parameters())
+    named = {name: p for name, p in everything.items() if names is None or name in names}
     if passes is not None and not 1 <= passes <= len(named):
-        raise UserError(f"passes is {passes}; expected from 1 to {len(named)}, the number of the model's tensors")
+        raise UserError(f"passes is {passes}; expected from 1 to {len(named)}, the number of tensors to trace")
     device = next(iter(named.values())).device
-    weights = sum(p.numel() * p.element_size() for p in named.values())
+    weights = sum(p.numel() * p.element_size() for p in everything.values())
     accumulated = {name: sums * p.numel() * _bytes(p) for name, p in named.items()}
     whole = sum(accumulated.values())
     activations = _activations(model, losses, batches)

@@ -547,7 +547,7 @@ def _occupied(left: Tensor, right: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
     if int((e[..., :8] != 0).any(-1).sum(1).max()) > 0.8 * e.shape[1]:
         return left, right  # few columns tell it: no need to read all of them
     occupied = (e != 0).any(-1)
-    longest = int(occupied.sum(1).max())
+    longest = max(1, int(occupied.sum(1).max()))  # e may be zero all over, as before an adapter that is at its start
     if longest > 0.8 * occupied.shape[1]:
         return left, right
     kept = occupied.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]

@@ -165,6 +165,7 @@ def trace(
     parts: int = 1,
     where: Where = "auto",
     passes: int | None = None,
+    names: Collection[str] | None = None,
     tell: Callable[[Estimate], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Trace]:
@@ -181,6 +182,7 @@ def trace(
         where: the sums are kept on the "device" of the model, on the "cpu", or ("auto") on the device where they fit in
             a few passes, else on the CPU. The trace is the same.
         passes: over the data, each for one group of parameters alone; None: as few as fit.
+        names: the parameters to trace; None: all.
         tell: called before the trace begins with the memory that it needs.
         progress: called after each batch (of the last pass) with the number of its examples.
 
@@ -194,18 +196,18 @@ def trace(
     batches = [part for batch in batches for part in unpacked(batch, by_length=True)]
     if not batches:
         raise UserError(f"task {task!r} has no example to trace; expected at least one batch")
-    whole = Engine(model)
+    whole = Engine(model, names)
     rows = [{key: value for key, value in batch.items() if key != "group"} for batch in batches]
     plan, needed = whole.memory(rows, len(measures) * parts, where, passes)
     if tell is not None:
         tell(needed)
     found = [Trace(task, measure, "example", "checkpoint", {}, 0.0) for measure in measures for _ in range(parts)]
     coverage: dict[str, float] = defaultdict(float)
-    for names in plan.groups:
-        engine = whole if len(plan.groups) == 1 else Engine(model, set(names))
+    for group in plan.groups:
+        engine = whole if len(plan.groups) == 1 else Engine(model, set(group))
         engine.plan_for(rows[0])  # before the sums are there: it needs memory of its own
         means = [[_Mean(engine.parameters, m, "example", plan.device) for m in measures] for _ in range(parts)]
-        _one_pass(engine, batches, means, progress if names is plan.groups[-1] else None)
+        _one_pass(engine, batches, means, progress if group is plan.groups[-1] else None)
         empty = sum(mean.weight == 0 for mean, *_ in means)
         if empty:
             raise UserError(
@@ -336,6 +338,11 @@ class Accumulated:
             for mean in self._of_part(task, part):
                 mean.weight += factor * size
         self._steps[task] += 1
+
+    def replan(self) -> None:
+        """Choose each parameter's rule anew at the next step: a first one whose gradients are zero, as an adapter's
+        are at its start, tells nothing about the rules."""
+        self._engine.probed = 0
 
     def traces(self) -> list[Trace]:
         """The traces so far, by task, reduction, measure, part; parts without a step yet are left out."""
