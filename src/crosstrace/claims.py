@@ -7,7 +7,7 @@ examples were traced, not which seed the world or the training had.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,20 +26,23 @@ def judge(
     evals: Mapping[str, Any],
     interventions: Mapping[str, Any],
     fractions: Sequence[float],
+    given: Collection[str] = (),
 ) -> tuple[list[Row], list[Row]]:
-    """Judge every claim that the run's strategies allow.
+    """Judge every claim that the run's models allow.
 
     Args:
         results: what is known so far, as in results.json.
         evals: per model, its answers ("answers": part -> bits) and whom each is about ("people").
         interventions: per strategy, its rows with answers.
         fractions: at which sharing and centralization are judged.
+        given: models that were taught elsewhere: each of them is judged by its interventions, and what asks for an
+            online trace is told as not tested.
 
     Returns:
         the claims, and a sentence on each one that comes out differently online and at the final checkpoint.
     """
     rows: list[Row] = []
-    if {MIXED, STAGED} <= set(results["training"]):
+    if {MIXED, STAGED} <= set(evals):
         rows.append(_recall(evals))
         for when in TIMES:
             for fraction in fractions:
@@ -47,11 +50,28 @@ def judge(
             for fraction in fractions:
                 for unit in ("query_head", "neuron"):
                     rows += _more_central(results, when, fraction, unit)
-    if MIXED in interventions:
+    for name in (name for name in interventions if name == MIXED or name in given):
         for when in TIMES:
-            rows += _beats_controls(interventions[MIXED], when, "ablate")
-            rows += _beats_controls(interventions[MIXED], when, "graft")
+            for kind in ("ablate", "graft"):
+                rows += [_of(name, row) for row in _beats_controls(interventions[name], when, kind)]
+    if given:
+        rows += _not_tested(rows, results)
     return rows, _differences(rows, results)
+
+
+def _of(name: str, row: Row) -> Row:
+    """A row about the Mix-tuned model as one about another."""
+    if name == MIXED:
+        return row
+    return row | {"text": f"{name}: {row['text']}", "test": row["test"].replace("Mix-tuned", name)}
+
+
+def _not_tested(rows: Sequence[Row], results: Mapping[str, Any]) -> list[Row]:
+    """What was judged at the final checkpoint and has no online trace, since training was not seen."""
+    online = {(row["claim"], row["text"]) for row in rows if row["when"] == "online"}
+    lacking = [row for row in rows if row["when"] == "final" and (row["claim"], row["text"]) not in online]
+    nothing = {"effect": None, "low": None, "high": None, "verdict": "not tested", "when": "online"}
+    return [row | nothing | {"note": "no online trace: the models were not trained here"} for row in lacking]
 
 
 def _recall(evals: Mapping[str, Any]) -> Row:
@@ -203,7 +223,7 @@ def _why(results: Mapping[str, Any]) -> str:
 def _pair(table: Mapping[str, Any], **wanted: Any) -> tuple[Row, Row] | None:
     found = []
     for name in (MIXED, STAGED):
-        match = [row for row in table[name] if all(row[key] == value for key, value in wanted.items())]
+        match = [row for row in table.get(name, ()) if all(row[key] == value for key, value in wanted.items())]
         if not match:
             return None
         found.append(match[0])

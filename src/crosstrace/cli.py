@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 
 from crosstrace.errors import UserError
 
-DEMO = Path("runs/demo")
+DEMO, COMPARED = Path("runs/demo"), Path("runs/compare")
 
 _BEGIN = """  --resume       go on with an existing run: skip what is complete and unchanged
   --overwrite    replace an existing run
@@ -39,6 +39,7 @@ The whole experiment:
   crosstrace demo [RUN]                the embedded default, in runs/demo unless RUN is given
   crosstrace run CONFIG [RUN]          any experiment, in runs/<name> unless RUN is given
   crosstrace study CONFIG [STUDY]      one experiment over a grid of settings and seeds, in runs/<name>
+  crosstrace compare BASE TUNED...     a base and models tuned from it elsewhere, with no training
 
 Any stage by itself, on the folder of a run:
   crosstrace data RUN --config CONFIG  draw the facts and write the examples; begins the run
@@ -102,7 +103,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"crosstrace: a file could not be read or written: {error}; is the disk full?", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        way = "go on with --resume" if command in ("demo", "run", "study") else "give the same command again to go on"
+        way = (
+            "go on with --resume"
+            if command in ("demo", "run", "study", "compare")
+            else "give the same command again to go on"
+        )
         print(f"crosstrace: interrupted; {way}", file=sys.stderr)
         raise SystemExit(130) from None
 
@@ -200,7 +205,7 @@ def _describe(value: Any, prefix: str, width: int) -> Iterator[str]:
         item, note = getattr(value, name), notes.get(name, "")
         if is_dataclass(item):
             sections.append(_describe(item, f"{prefix}{name}.", width))
-        elif name == "strategies":
+        elif name == "strategies" and item:
             sections.append(_describe_phases(item, width))
         else:
             yield _row(f"--{prefix}{name} {_word(item)}", note + _choices(hints[name]), width)
@@ -309,6 +314,34 @@ def _run(experiment: Any, folder: Path, words: _Words) -> None:
     results = pipeline.run(experiment, folder, mode, quiet=words.quiet)
     print(results)
     print(f"\nreport   {folder / 'report' / 'index.html'}\nresults  {folder / 'results.json'}")
+
+
+def compare(arguments: list[str]) -> None:
+    """A base and models that were tuned from it elsewhere."""
+    words = _split("compare", arguments, ("resume", "overwrite", "quiet"))
+    if "help" in words.flags:
+        return print(
+            "usage: crosstrace compare BASE TUNED... --tasks TASKS [--run RUN] [OPTIONS]\n\n"
+            "Analyse a base and models that were tuned from it elsewhere, with no training: recall, traces, shared\n"
+            "sets, ablation and grafting, how they recall, how far the weights moved; one report.\n\n"
+            "  BASE           bundled, a folder written by save_pretrained, or a hub name\n"
+            "  TUNED          the same, or a folder with a LoRA adapter; NAME=TUNED gives it a name\n"
+            "  --tasks TASKS  what is asked and traced: the folder of a run, or one with bio.jsonl and qa.jsonl\n"
+            f"  --run RUN      where the results go, {COMPARED} if not given\n"
+            f"{_BEGIN}\n"
+            "  --SECTION.SETTING VALUE  any setting of `crosstrace run`, e.g. --interventions.seeds 5"
+        )
+    tasks, folder = (words.changes().get(name) for name in ("tasks", "run"))
+    words.settings = {name: value for name, value in words.settings.items() if name not in ("tasks", "run")}
+    if len(words.names) < 2 or tasks is None:
+        raise UserError(
+            "compare takes a base, one or more tuned models and --tasks, e.g. crosstrace compare bundled my/model "
+            f"--tasks {DEMO}; {len(words.names)} models were given" + ("" if tasks else " and no --tasks")
+        )
+    from crosstrace.compare import comparison
+
+    base, *tuned = words.names
+    _run(_changed(comparison(base, tuned, tasks), words), Path(folder) if folder else COMPARED, words)
 
 
 def study(arguments: list[str]) -> None:
@@ -651,6 +684,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "run": run,
     "study": study,
+    "compare": compare,
     "data": data,
     "train": _stage("train", "Teach the base by every strategy, tracing as it learns."),
     "eval": _stage("eval", "Recall of the base and of every taught model."),

@@ -187,10 +187,14 @@ class Experiment:
     """Names the run folder where none is given, and the report."""
     model: ModelSettings = Field(default_factory=ModelSettings)
     facts: FactSettings = Field(default_factory=FactSettings)
-    strategies: Annotated[dict[str, Annotated[list[Phase], Field(min_length=1)]], Field(min_length=1)] = Field(
+    strategies: dict[str, Annotated[list[Phase], Field(min_length=1)]] = Field(
         default_factory=lambda: {"two_stage": two_stage(), "mixed": mixed()}
     )
     """Named lists of phases."""
+    given: dict[str, str] = Field(default_factory=dict)
+    """Named models that were tuned from the base elsewhere, e.g. {tuned: some/folder}: a folder, one with a LoRA
+    adapter, or a hub name. They are analysed as the strategies' models are, without training; with some of them
+    strategies may be {}."""
     train: TrainSettings = Field(default_factory=TrainSettings)
     eval: EvalSettings = Field(default_factory=EvalSettings)
     trace: TraceSettings = Field(default_factory=TraceSettings)
@@ -202,6 +206,11 @@ class Experiment:
     """Strategies that are worked on at once, each in a process of its own."""
     threads: Annotated[int, Field(ge=1)] = 1
     """Threads of each process. Results may differ in the last bits between numbers of threads."""
+
+    @property
+    def taught(self) -> list[str]:
+        """The names of all models beside the base: the strategies' and the given ones."""
+        return [*self.strategies, *self.given]
 
 
 _ADAPTER = TypeAdapter(Experiment)
@@ -238,7 +247,11 @@ def check(experiment: Experiment, where: str) -> Experiment:
         check_parts(experiment.trace.parts, people_on_both_sides(experiment.facts, where), where)
     if not experiment.name.strip(". ") or any(letter in experiment.name for letter in "/\\\0"):
         raise UserError(f"{where}: name = {experiment.name!r} cannot name a folder; use letters, digits, '_' and '-'")
-    for name in experiment.strategies:
+    if not experiment.taught:
+        raise UserError(f"{where}: there is nothing to analyse; expected a strategy, or a model under `given`")
+    for name in experiment.taught:
+        if experiment.taught.count(name) > 1:
+            raise UserError(f"{where}: {name!r} is both a strategy and a given model; give one of them another name")
         if not name.replace("_", "").replace("-", "").isalnum() or name == "base":
             raise UserError(
                 f"{where}: strategy {name!r} cannot name a folder of the run; use letters, digits, '_' and '-', and "

@@ -85,7 +85,14 @@ def load(run: Run, experiment: Experiment, name: str) -> Any:
     """The base or a taught model of the run, ready for use."""
     if name == "base":
         return load_base(experiment)
-    return load_checkpoint(experiment, run.path(f"models/{name}") / experiment.strategies[name][-1].name)
+    return load_checkpoint(experiment, taught_place(run, experiment, name))
+
+
+def taught_place(run: Run, experiment: Experiment, name: str) -> Path:
+    """Where a taught model is: what its strategy's last phase left, or what was given."""
+    if name in experiment.given:
+        return Path(models.locate(experiment.given[name]))
+    return run.path(f"models/{name}") / experiment.strategies[name][-1].name
 
 
 def load_checkpoint(experiment: Experiment, folder: Path) -> Any:
@@ -99,10 +106,15 @@ def load_checkpoint(experiment: Experiment, folder: Path) -> Any:
 
 def load_start(run: Run, experiment: Experiment, name: str) -> Any:
     """The model that a strategy started from, with the parameters of the taught one: the base, or with trace.view:
-    adapter the base with the adapter as it was before training."""
+    adapter the base with the adapter as it was before training, zero if it was given."""
     if experiment.trace.view == "merged":
         return load_base(experiment)
-    return load_checkpoint(experiment, run.path(f"models/{name}") / START)
+    if name not in experiment.given:
+        return load_checkpoint(experiment, run.path(f"models/{name}") / START)
+    model = load(run, experiment, name)
+    for own in adapters.adapter_names(model):  # nobody knows how it began
+        model.get_parameter(own).data.zero_()
+    return model
 
 
 def load_trainable(run: Run, experiment: Experiment, name: str) -> Any:
@@ -165,18 +177,25 @@ def facts_key(facts: FactSettings) -> dict[str, Any]:
 
 def model_key(experiment: Experiment) -> dict[str, Any]:
     """The base's settings and, of a local one, its content."""
-    place = Path(models.locate(experiment.model.name))
+    given = {name: value for name, value in asdict(experiment.model).items() if value is not None}
+    return given | {"content": _content(experiment.model.name)}
+
+
+def _content(model: str) -> Any:
+    """What a model holds: of a folder a hash, with that of the base that its adapter is for; else its name."""
+    place = Path(models.locate(model))
     content: Any = sha256_tree(place) if place.is_dir() else str(place)
     below = models.adapted_base(str(place))
     if below is not None:
         content = [content, sha256_tree(below) if Path(below).is_dir() else below]
-    given = {name: value for name, value in asdict(experiment.model).items() if value is not None}
-    return given | {"content": content}
+    return content
 
 
 def model_inputs(run: Run, experiment: Experiment, name: str) -> Any:
     """What a model of the run depends on, for the key of a step that reads it."""
     if name == "base":
         return model_key(experiment)
+    if name in experiment.given:
+        return {"given": _content(experiment.given[name]), "base": model_key(experiment)}
     own = run.inputs(f"models/{name}")
     return own | {"base": model_key(experiment)} if experiment.train.lora else own

@@ -56,7 +56,7 @@ def explain(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
     }  # fmt: skip
     asked = Asked(run, experiment, name, progress)
     for part in options.parts:
-        if name == "base" and part in WITHOUT_BASE:
+        if (name == "base" and part in WITHOUT_BASE) or (name in experiment.given and part == "dynamics"):
             continue
         make = lambda path, part=part: write_json(path, PARTS[part](asked))
         run.stage(f"mechanism/{name}/{part}.json", key, make)

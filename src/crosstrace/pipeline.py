@@ -20,9 +20,11 @@ from typing import Any
 import torch
 
 from crosstrace import adapters, claims, config, models
+from crosstrace.alike import check_alike, check_same_tokens
 from crosstrace.analysis import centralization_rows, density_map, overlap_rows, similarity_rows
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
+from crosstrace.drift import drift
 from crosstrace.errors import UserError
 from crosstrace.evaluate import Recall, recall, summaries
 from crosstrace.facts import World
@@ -42,20 +44,23 @@ from crosstrace.material import (
     model_key,
     sample,
     samples,
+    shared_sets,
+    taught_place,
     training_examples,
 )
 from crosstrace.mechanism import explain
 from crosstrace.progress import Progress
 from crosstrace.results import Results
-from crosstrace.retention import new_material, retain
+from crosstrace.retention import moved, new_material, retain
 from crosstrace.shared import ParamSet, only_set, random_sets, select_each, shared
 from crosstrace.stats import mean_interval, wilson
-from crosstrace.store import Run, end_with_parent, metadata, read_json, remove_folder, write_json
+from crosstrace.store import Run, end_with_parent, metadata, read_json, remove_folder, sha256_tree, write_json
 from crosstrace.text import questions, read_jsonl, texts, write_jsonl
 from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
 from crosstrace.train import Listener, RecallHistory, train
 
+DRIFT_DRAWS = 3  # random sets of each kind whose share of the weights' way the shared set's is compared with
 STAGES = ("data", "train", "eval", "trace", "analyze", "intervene", "mechanism", "retain", "report")
 TASKS = ("bio", "qa")
 
@@ -109,7 +114,7 @@ def run(
 def _strategies(run: Run, experiment: Experiment, stages: Sequence[str], progress: Progress) -> None:
     """The base's evaluation and every strategy's own chain of stages, `jobs` of them at once."""
     chain = [stage for stage in STAGES[1:-1] if stage in stages]
-    names = [*experiment.strategies, *(["base"] if {"eval", "trace", "mechanism"} & {*chain} else [])]
+    names = [*experiment.taught, *(["base"] if {"eval", "trace", "mechanism"} & {*chain} else [])]
     if not chain:
         return
     if experiment.jobs == 1:
@@ -156,6 +161,8 @@ def _chain(run: Run, experiment: Experiment, name: str, chain: Sequence[str], pr
         "train": teach, "eval": test, "trace": take_traces, "analyze": analyze, "intervene": intervene,
         "mechanism": explain, "retain": retain,
     }  # fmt: skip
+    if name in experiment.given:  # nothing is trained
+        stages = {stage: fn for stage, fn in stages.items() if stage not in ("train", "retain")}
     if name == "base":
         stages = {"eval": test, "mechanism": explain}
         if experiment.trace.check:
@@ -368,14 +375,13 @@ def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress)
     def make(folder: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)
         trained = training_examples(examples(run, tokenizer))
-        home = run.path(f"models/{name}")
-        last = experiment.strategies[name][-1].name
-        places = {"final": home / last}
+        home, phases = run.path(f"models/{name}"), experiment.strategies.get(name, [])
+        places = {"final": taught_place(run, experiment, name)}
         if options.checkpoints:
-            for index, phase in enumerate(experiment.strategies[name]):
+            for index, phase in enumerate(phases):
                 for place in sorted(home.glob(f"{phase.name}/checkpoint-*")):
                     places[f"checkpoints/{index}-{phase.name}-{place.name}"] = place
-                if phase.name != last:
+                if phase is not phases[-1]:
                     places[f"checkpoints/{index}-{phase.name}-end"] = home / phase.name
         for when, place in places.items():
             model = load_checkpoint(experiment, place)
@@ -393,9 +399,9 @@ def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress)
                 for item in found:
                     item.meta |= {"targets": options.targets}
                 save_traces(folder / when / f"{task}.safetensors", found)
-        if options.checkpoints:
+        if options.checkpoints and phases:
             _mean_over_checkpoints(folder, places, trained)
-        if options.online:
+        if options.online and phases:
             shutil.copytree(home / "online", folder / "online")
 
     run.stage(f"traces/{name}", key, make)
@@ -468,8 +474,9 @@ def analyze(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
         **run.inputs(f"traces/{name}"),
     }
 
-    if run.complete(f"analysis/{name}.json", key) and run.complete(f"shared/{name}", key):
-        return
+    done = run.complete(f"analysis/{name}.json", key) and run.complete(f"shared/{name}", key)
+    if done:
+        return moved_weights(run, experiment, name)
     model = load_start(run, experiment, name)
     names = in_scope(experiment, model)
     traced = read_traces(run.path(f"traces/{name}"), key["measure"])
@@ -517,6 +524,28 @@ def analyze(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
 
     run.stage(f"shared/{name}", key, sets)
     run.stage(f"analysis/{name}.json", key, rows)
+    moved_weights(run, experiment, name)
+
+
+def moved_weights(run: Run, experiment: Experiment, name: str) -> None:
+    """How far the weights went from the base, and how much of the way lies in the shared sets: drift/<model>.json."""
+    key = {
+        "model": model_inputs(run, experiment, name), "base": model_key(experiment), "view": experiment.trace.view,
+        "draws": DRIFT_DRAWS, **run.inputs(f"shared/{name}"),
+    }  # fmt: skip
+
+    def make(path: Path) -> None:
+        start, tuned = load_start(run, experiment, name), load(run, experiment, name)
+        before, anatomy = snapshot(start), Anatomy(tuned)
+        names = in_scope(experiment, tuned) if experiment.trace.view == "adapter" else None
+        found: dict[str, Any] = drift(tuned, before, anatomy, names)
+        found["sets"] = []
+        for when, pset in shared_sets(run, experiment, name):
+            sets = {"shared": [pset], **random_sets(pset, DRIFT_DRAWS, f"drift/{name}/{when}")}
+            found["sets"] += [{"when": when, **row} for row in moved(tuned, before, sets)]
+        write_json(path, found)
+
+    run.stage(f"drift/{name}.json", key, make)
 
 
 Strengths = dict[str, dict[str, torch.Tensor]]
@@ -545,7 +574,7 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
     key = {
         "interventions": asdict(options), "analysis": [how, experiment.analysis.embeddings],
         "measure": experiment.trace.measures[0], "threads": experiment.threads,
-        **run.inputs("data", f"models/{name}", f"traces/{name}"),
+        "model": model_inputs(run, experiment, name), **run.inputs("data", f"traces/{name}"),
     }  # fmt: skip
 
     def make(path: Path) -> None:
@@ -624,11 +653,12 @@ def _accuracy(part: str, answers: list[list[int]]) -> dict[str, float]:
 
 def conclude(run: Run, experiment: Experiment) -> Results:
     """Gather everything into results.json and test the paper's claims on it."""
-    names = list(experiment.strategies)
+    names, trained = experiment.taught, [*experiment.strategies]
     with_interventions = [n for n in names if run.path(f"interventions/{n}.json").exists()]
     needed = ["data", "eval/base.json"]
     for name in names:
-        needed += [f"models/{name}", f"eval/{name}.json", f"traces/{name}", f"analysis/{name}.json"]
+        needed += [f"eval/{name}.json", f"traces/{name}", f"analysis/{name}.json", f"drift/{name}.json"]
+    needed += [f"models/{name}" for name in trained]
     needed += [f"interventions/{name}.json" for name in with_interventions]
     mechanism = {
         part: [n for n in ("base", *names) if run.path(f"mechanism/{n}/{part}.json").exists()]
@@ -647,9 +677,10 @@ def conclude(run: Run, experiment: Experiment) -> Results:
         about = read_json(run.folder / "metadata.json")
         results: dict[str, Any] = {"schema": 1, "run": _about(run, experiment, about)}
         results["recall"] = {name: found["summary"] for name, found in evals.items()}
-        home = {name: run.path(f"models/{name}") for name in names}
-        results["history"] = {name: read_json(home[name] / "history.json") for name in names}
-        results["training"] = {name: _training(run, name) for name in names}
+        home = {name: run.path(f"models/{name}") for name in trained}
+        results["history"] = {name: read_json(home[name] / "history.json") for name in trained}
+        results["training"] = {name: _training(run, name) for name in trained}
+        results["drift"] = {name: read_json(run.path(f"drift/{name}.json")) for name in names}
         for part in ("shared", "similarity", "centralization", "maps", "units"):
             results[part] = {name: analyses[name][part] for name in names}
         results["interventions"] = {
@@ -662,7 +693,7 @@ def conclude(run: Run, experiment: Experiment) -> Results:
             for part, found in mechanism.items()
         }
         results["retention"] = {name: read_json(run.path(f"retention/{name}") / "retention.json") for name in retained}
-        judged = claims.judge(results, evals, interventions, experiment.analysis.central_fractions)
+        judged = claims.judge(results, evals, interventions, experiment.analysis.central_fractions, experiment.given)
         results["claims"], results["differences"] = judged
         if experiment.trace.check:
             diagnosis = read_json(run.path("doctor.json"))
@@ -691,6 +722,7 @@ def _seconds(run: Run) -> dict[str, float]:
     home = {
         "doctor.json": "trace",
         "models": "train",
+        "drift": "analyze",
         "traces": "trace",
         "shared": "analyze",
         "analysis": "analyze",
@@ -725,7 +757,7 @@ def _about(run: Run, experiment: Experiment, about: Mapping[str, Any]) -> dict[s
     model = load_base(experiment)
     strategies = {
         name: "; then ".join(_phase_text(phase) for phase in phases) for name, phases in experiment.strategies.items()
-    }
+    } | {name: f"tuned elsewhere: {model}" for name, model in experiment.given.items()}
     return {
         "name": experiment.name,
         "model": experiment.model.name,
@@ -734,6 +766,7 @@ def _about(run: Run, experiment: Experiment, about: Mapping[str, Any]) -> dict[s
         "seed": experiment.facts.seed,
         "facts": asdict(experiment.facts),
         "strategies": strategies,
+        **({"given": dict(experiment.given)} if experiment.given else {}),
         "trace": {
             "measure": experiment.trace.measures[0],
             "targets": experiment.trace.targets,
@@ -824,8 +857,32 @@ def check(experiment: Experiment, whole: bool) -> None:
         encoded = encode(tokenizer, [*taught["bio"], *taught["qa"]])
         _check_known(tokenizer, encoded, experiment.model.name)
         _check_fits(model, [*encoded, *(item for items in further.values() for item in items)])
+        for name, given in experiment.given.items():
+            _check_given(experiment, model, tokenizer, name, given, [item.example.text for item in encoded])
         if lora:
             adapters.adapted(model, lora, 0)
+
+
+def _check_given(
+    experiment: Experiment, base: Any, tokenizer: Any, name: str, given: str, texts: Sequence[str]
+) -> None:
+    """Whether a model that was tuned elsewhere fits the base, and the view that it is to be seen in."""
+    about = f"given.{name} = {given}"
+    below = models.adapted_base(models.locate(given))
+    if experiment.trace.view == "adapter":
+        if below is None:
+            raise UserError(f"{about} has no adapter, which trace.view: adapter asks for; take trace.view: merged")
+        own = Path(models.locate(experiment.model.name))
+        if Path(below) != own and (
+            not own.is_dir() or not Path(below).is_dir() or sha256_tree(below) != sha256_tree(own)
+        ):
+            raise UserError(
+                f"{about} is an adapter of {below}, but the base is {experiment.model.name}; expected one of it, "
+                "or take trace.view: merged"
+            )
+    options = experiment.model
+    check_alike(base, models.load_model(given, options.dtype, options.attention), (options.name, about))
+    check_same_tokens(tokenizer, given, texts, options.name)
 
 
 def _check_known(tokenizer: Any, encoded: Sequence[Encoded], name: str) -> None:

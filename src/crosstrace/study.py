@@ -156,11 +156,11 @@ def plan(study: StudySettings, where: str = "the study") -> list[Planned]:
                 raise UserError(f"{where}: {label}: {str(error).removeprefix('--')}") from None
         values["name"] = f"{study.name}: {label}, seed {seed}".replace("/", "-")
         experiment = config.parse(values, f"{where}: {label}")
-        missing = [name for name in study.compare or () if name not in experiment.strategies]
+        missing = [name for name in study.compare or () if name not in experiment.taught]
         if missing:
             raise UserError(
                 f"{where}: {label} has no strategy {missing[0]!r}, which the study compares; strategies are "
-                f"{', '.join(experiment.strategies)}, so change `compare`"
+                f"{', '.join(experiment.taught)}, so change `compare`"
             )
         points = dict(zip(study.vary, (name for name, _ in point)))
         runs.append(Planned(f"{label}/{seed}", points, own, seed, experiment))
@@ -257,7 +257,7 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
 def _compared(study: StudySettings, runs: Sequence[Planned]) -> tuple[str, str] | None:
     """The two strategies whose difference is told."""
     usual = ("mixed", "two_stage")
-    return study.compare or (usual if all({*usual} <= {*run.experiment.strategies} for run in runs) else None)
+    return study.compare or (usual if all({*usual} <= {*run.experiment.taught} for run in runs) else None)
 
 
 def _concluded(
@@ -484,7 +484,7 @@ def _rows(planned: Planned, report: Mapping[str, Any]) -> list[Row]:
     place: Row = {"setting": planned.setting}
     place |= {f"vary.{axis}": point for axis, point in planned.points.items()} | {"seed": planned.seed}
     results = report["results"]
-    return [place | {"strategy": name} | measures(results, name) for name in planned.experiment.strategies]
+    return [place | {"strategy": name} | measures(results, name) for name in planned.experiment.taught]
 
 
 def _to_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

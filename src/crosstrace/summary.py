@@ -95,7 +95,8 @@ def measures(results: Mapping[str, Any], strategy: str) -> Row:
     for part, cell in results["recall"][strategy].items():
         if part != "relations":
             found |= {f"recall.{part}": cell["exact_match"], f"logprob.{part}": cell["logprob"]}
-    found["updates"] = results["training"][strategy]["updates"]
+    if strategy in results["training"]:  # not of a model that was tuned elsewhere
+        found["updates"] = results["training"][strategy]["updates"]
     for row in results["shared"][strategy]:
         found[f"overlap.{row['when']}.{row['reduction']}.{row['fraction']:g}"] = row["overlap"]
     for row in results["similarity"][strategy]:

@@ -19,6 +19,7 @@ from crosstrace.report import learning, mechanism
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
 from crosstrace.report.blocks import Cell, Plot, Section, Table, key, render
+from crosstrace.report.drift import drift
 from crosstrace.report.rows import Row
 from crosstrace.store import write_text
 
@@ -39,7 +40,7 @@ def write_report(results: Mapping[str, Any], folder: str | Path) -> Path:
     parts += [mechanism.gradients(results), mechanism.representations(results)]
     parts += [mechanism.signature(results), mechanism.lens(results)]
     parts += [mechanism.circuit(results), mechanism.positions(results), learning.transfer(results)]
-    parts += [learning.dynamics(results), learning.retention(results)]
+    parts += [learning.dynamics(results), learning.retention(results), drift(results)]
     for plot in (block for section in parts for block in section.blocks if isinstance(block, Plot)):
         write_text(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
     page = folder / "index.html"
@@ -119,6 +120,8 @@ def training(results: Mapping) -> Section:
     rows = R.history_rows(results)
     if not rows:
         section.absent = "Recall was not followed over training"
+        if not results.get("training") and (results.get("run") or {}).get("given"):
+            section.absent, section.command = f"{section.absent}: the models were tuned elsewhere", ""
         return section
     tests = R.held_out_first(R.distinct(rows, "test"))
     names = [s for s in R.strategies(results) if R.where(rows, strategy=s)]
@@ -500,7 +503,7 @@ def _how(results: Mapping) -> tuple[list[Table], list[tuple[str, list[tuple[str,
             "Time",
         ]
         tables.append(Table(head, body, "What each strategy was trained on"))
-    rest = {k: v for k, v in run.items() if k not in ("strategies", "facts", "trace")}
+    rest = {k: v for k, v in run.items() if k not in ("strategies", "given", "facts", "trace")}
     lists = [
         ("Run", _flat(rest)),
         (
