@@ -52,6 +52,11 @@ Any stage by itself, on the folder of a run:
   crosstrace retain RUN                train the taught models further: what they keep
   crosstrace report RUN                judge the claims, write results.json and report/index.html
 
+For others, from the folder of a run:
+  crosstrace graft RUN FOLDER          the base with the shared parameters' tuned values, as a model folder
+  crosstrace ablate RUN FOLDER         a taught model with the shared parameters set back to the base
+  crosstrace export RUN FOLDER         the questions as tasks of the lm-evaluation-harness
+
 And:
   crosstrace settings                  the default experiment as YAML, to copy and change
   crosstrace doctor MODEL              can this model be traced exactly on this machine?
@@ -469,6 +474,68 @@ def data(arguments: list[str]) -> None:
     pipeline.run(experiment, folder, mode, stages=["data"], quiet=words.quiet)
 
 
+# ------------------------------------------------------------------------------- artefacts for others
+
+
+def _edited(kind: Any, about: str) -> Callable[[list[str]], None]:
+    def command(arguments: list[str]) -> None:
+        from crosstrace.artefacts import EditSettings, write_from_run
+        from crosstrace.config import value_of
+
+        words = _split(kind, arguments, ("overwrite",))
+        if "help" in words.flags:
+            options = (
+                "  RUN            folder of a run\n"
+                "  FOLDER         where the model goes\n"
+                "  --overwrite    replace a folder that crosstrace wrote"
+            )
+            return _print_help(f"crosstrace {kind} RUN FOLDER [OPTIONS]", about, options, EditSettings())
+        run, folder = _run_and_folder(words)
+        words.only([item.name for item in fields(EditSettings)])
+        given = {name: value_of(name, text) for name, text in words.changes().items()}
+        chosen = TypeAdapter(EditSettings).validate_python(given)
+        card = write_from_run(run, folder, kind, chosen, "overwrite" in words.flags)
+        found, done = card["set"], "grafted" if kind == "graft" else "ablated"
+        print(
+            f"{folder}: {card['architecture']}, {found['size']:,} of its {card['parameters']:,} parameters {done} "
+            f"(set {found['name']}, {found['when']}, top {found['fraction']:g})"
+        )
+
+    return command
+
+
+def _run_and_folder(words: _Words) -> tuple[Path, Path]:
+    if len(words.names) != 2:
+        raise UserError(
+            f"{words.command} takes a run's folder and the folder to write, but {len(words.names)} names were given"
+            + (f": {', '.join(words.names)}" if words.names else f"; e.g. crosstrace {words.command} {DEMO} out")
+        )
+    return Path(words.names[0]), Path(words.names[1])
+
+
+def export(arguments: list[str]) -> None:
+    """A run's questions as tasks of the lm-evaluation-harness."""
+    words = _split("export", arguments, ("overwrite",))
+    if "help" in words.flags:
+        return print(
+            "usage: crosstrace export RUN FOLDER [--overwrite]\n\n"
+            "Write the run's questions, about trained and about held-out people, as tasks of the\n"
+            "lm-evaluation-harness (`pip install lm-eval`), whose `lm_eval` then asks them of any model.\n"
+            "FOLDER/README.md says how, and which of its numbers are crosstrace's own.\n\n"
+            "  RUN            folder of a run\n"
+            "  FOLDER         where the tasks go\n"
+            "  --overwrite    replace a folder that crosstrace wrote"
+        )
+    run, folder = _run_and_folder(words)
+    words.only(())
+    from crosstrace.harness import export_run
+
+    card = export_run(run, folder, "overwrite" in words.flags)
+    for task, told in card["tasks"].items():
+        print(f"{task}  {told['questions']} questions, {told['metric']}")
+    print(f"\n{card['command']}")
+
+
 # ------------------------------------------------------------------------------- the rest
 
 
@@ -694,6 +761,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "mechanism": _stage("mechanism", "How the models recall: consistency, circuit, grafting at tokens."),
     "retain": _stage("retain", "Train the taught models further, with and without replay: what they keep."),
     "report": _stage("report", "Judge the claims, write results.json and report/index.html."),
+    "graft": _edited("graft", "Write a run's base, with a strategy's values of a set, as a model folder."),
+    "ablate": _edited("ablate", "Write a strategy's model, with a set put back to the base, as a model folder."),
+    "export": export,
     "settings": settings,
     "doctor": doctor,
     "import": import_own,

@@ -191,6 +191,16 @@ def _content(model: str) -> Any:
     return content
 
 
+def origin(run: Run, experiment: Experiment, name: str) -> dict[str, Any]:
+    """What the artefacts of a strategy say of where they come from: base, data, strategy and dtype."""
+    base = experiment.model
+    found = {
+        "model": base.name, "revision": models.revision(base.name), "dtype": base.dtype, "strategy": name,
+        "data": f"sha256:{run.inputs('data')['data']}",
+    }  # fmt: skip
+    return found if base.random_init is None else found | {"random_init": base.random_init}
+
+
 def model_inputs(run: Run, experiment: Experiment, name: str) -> Any:
     """What a model of the run depends on, for the key of a step that reads it."""
     if name == "base":

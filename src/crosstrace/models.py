@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from crosstrace.errors import UserError
+from crosstrace.store import sha256_tree
 
 BUNDLED = "bundled"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
@@ -278,6 +279,24 @@ def _untrained(place: str, dtype: str, attention: str, seed: int) -> Any:
     return model.eval()
 
 
+def revision(name: str) -> str | None:
+    """Which content a model's name stands for: `sha256:` and the hash of a local folder's files, or a hub's commit.
+
+    Of a LoRA adapter's folder its own and its base's, with a "+" between them.
+    """
+    place = locate(name)
+    if Path(place).is_dir():
+        below = adapted_base(place)
+        own = f"sha256:{sha256_tree(place)}"
+        return own if below is None else f"{own}+{revision(below)}"
+    from transformers import AutoConfig
+
+    try:
+        return getattr(AutoConfig.from_pretrained(place), "_commit_hash", None)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model could be read from {place}: {_first_line(error)}") from None
+
+
 def trains_in_bf16(precision: str) -> bool:
     """Whether training multiplies in bf16: `auto` does where the processor has it."""
     if precision != "auto":
@@ -302,10 +321,11 @@ def silent():
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads."""
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads, with the tokenizer unless that is None."""
     with silent():
         model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def pad_id(tokenizer: Any) -> int:

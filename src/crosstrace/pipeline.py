@@ -42,6 +42,7 @@ from crosstrace.material import (
     load_start,
     model_inputs,
     model_key,
+    origin,
     sample,
     samples,
     shared_sets,
@@ -58,7 +59,7 @@ from crosstrace.store import Run, end_with_parent, metadata, read_json, remove_f
 from crosstrace.text import questions, read_jsonl, texts, write_jsonl
 from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
-from crosstrace.train import Listener, RecallHistory, train
+from crosstrace.train import Listener, RecallHistory, check_trackers, train
 
 DRIFT_DRAWS = 3  # random sets of each kind whose share of the weights' way the shared set's is compared with
 STAGES = ("data", "train", "eval", "trace", "analyze", "intervene", "mechanism", "retain", "report")
@@ -241,10 +242,13 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
             reports = train(
                 model, tokenizer, phases, training_examples(parts), folder / "checkpoints", options,
                 bf16=_precision(experiment) == "bf16", trace_targets=tracing.targets, listeners=listeners,
-                progress=update,
+                progress=update, logs=run.folder / "logs" / name,
             )  # fmt: skip
         if online:
+            told = origin(run, experiment, name)
             for task, traces in online.traces().items():
+                for item in traces:
+                    item.meta |= told
                 save_traces(folder / "online" / f"{task}.safetensors", traces)
         write_json(folder / "history.json", history.rows)
         _keep_models(folder, tokenizer, [phase.name for phase in phases], options.keep_checkpoints)
@@ -377,6 +381,7 @@ def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress)
         trained = training_examples(examples(run, tokenizer))
         home, phases = run.path(f"models/{name}"), experiment.strategies.get(name, [])
         places = {"final": taught_place(run, experiment, name)}
+        told = origin(run, experiment, name) | {"targets": options.targets}
         if options.checkpoints:
             for index, phase in enumerate(phases):
                 for place in sorted(home.glob(f"{phase.name}/checkpoint-*")):
@@ -386,6 +391,7 @@ def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress)
         for when, place in places.items():
             model = load_checkpoint(experiment, place)
             names = in_scope(experiment, model) if options.view == "adapter" else None
+            of = {"checkpoint": place.relative_to(home).as_posix() if phases else str(place)}
             for task, items in trained.items():
                 items = sample(items, options.examples) if options.examples else items
                 with progress.bar(f"{name}: trace {task}", len(items)) as update:
@@ -397,7 +403,7 @@ def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress)
                 served = found[0].meta["coverage"].items()
                 progress.note(f"{name}, {task}: " + ", ".join(f"{rule} {100 * share:.3g} %" for rule, share in served))
                 for item in found:
-                    item.meta |= {"targets": options.targets}
+                    item.meta |= told | of
                 save_traces(folder / when / f"{task}.safetensors", found)
         if options.checkpoints and phases:
             _mean_over_checkpoints(folder, places, trained)
@@ -487,10 +493,11 @@ def analyze(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
 
     def sets(folder: Path) -> None:
         folder.mkdir()
+        told = origin(run, experiment, name) | {"measure": key["measure"], "reduction": "example"}
         for when, by_fraction in chosen.items():
             for fraction, psets in by_fraction.items():
                 for label, pset in psets.items():
-                    meta = {"strategy": name, "when": when, "fraction": fraction, "measure": key["measure"]}
+                    meta = told | {"when": when, "fraction": fraction, "how": options.how}
                     pset.save(folder / f"{when}-{fraction:g}-{label}.safetensors", meta)
 
     def rows(path: Path) -> None:
@@ -842,6 +849,7 @@ def check(experiment: Experiment, whole: bool) -> None:
                     f"phase {phase.name!r} of strategy {strategy} has the name of a folder that crosstrace makes "
                     "beside it; choose another name"
                 )
+    check_trackers(experiment.train.report_to)
     tokenizer = models.load_tokenizer(experiment.model.name)
     check_fast(tokenizer)
     known_people(experiment.model)

@@ -94,7 +94,7 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
                 train(
                     model, tokenizer, [phase], new | old, folder / arm, experiment.train,
                     bf16=models.trains_in_bf16(experiment.train.precision), trace_targets=experiment.trace.targets,
-                    listeners=[history], progress=update,
+                    listeners=[history], progress=update, logs=run.folder / "logs" / "retention" / name / arm,
                 )  # fmt: skip
             model = viewed(experiment, model)
             found["history"] += [{"arm": arm} | row for row in history.rows]

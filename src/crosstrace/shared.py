@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from crosstrace.errors import UserError
-from crosstrace.store import replacing
+from crosstrace.store import replacing, versions
 
 HOW = ("global", "per_tensor", "mass")
 _FORMAT = "crosstrace.paramset/1"
@@ -114,7 +114,10 @@ class ParamSet:
         return ParamSet({n: rule(m, other.masks[n]) for n, m in self.masks.items()}, name)
 
     def save(self, path: str | os.PathLike[str], meta: Mapping[str, Any] | None = None) -> None:
-        """Write the set as one safetensors file, one bit a parameter; `meta` is added to the set's own."""
+        """Write the set as one safetensors file, one bit a parameter; `meta` is added to the set's own.
+
+        The file's metadata has, as JSON, a `header` (name, size, shapes, meta) and the `versions` that wrote it.
+        """
         header = {
             "name": self.name,
             "shapes": {name: list(mask.shape) for name, mask in self.masks.items()},
@@ -123,7 +126,8 @@ class ParamSet:
         }
         bits = {name: np.packbits(mask.cpu().numpy().ravel()) for name, mask in self.masks.items()}
         with replacing(path) as partial:
-            save_file(bits, partial, metadata={"format": _FORMAT, "header": json.dumps(header)})
+            told = {"format": _FORMAT, "header": json.dumps(header), "versions": json.dumps(versions())}
+            save_file(bits, partial, metadata=told)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> ParamSet:

@@ -556,23 +556,21 @@ def _settings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 # -------------------------------------------------------------------------------- metadata
 
 
+PACKAGES = ("crosstrace", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "scipy")
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that results may depend on."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
 def metadata() -> dict[str, Any]:
     """With what a run was made: versions, the git revision of crosstrace's checkout if any, the machine."""
     import torch  # only here: the run folder itself must open at once
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    names = (
-        "crosstrace",
-        "torch",
-        "transformers",
-        "accelerate",
-        "tokenizers",
-        "safetensors",
-        "numpy",
-        "scipy",
-    )
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
+        "versions": versions(),
         "git": _git_revision(),
         "device": device,
         "cpu": _cpu(),

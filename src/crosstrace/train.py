@@ -7,6 +7,7 @@ beyond handing each update's batches to whoever listens.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import random
@@ -21,6 +22,7 @@ from pydantic.dataclasses import dataclass as settings
 from torch.utils.data import DataLoader, Dataset
 
 from crosstrace.adapters import LoraSettings, is_adapted, load_weights
+from crosstrace.errors import UserError
 from crosstrace.losses import example_losses
 from crosstrace.models import pad_id, silent
 from crosstrace.schedule import STRICT, Optimiser, Phase, Strategy
@@ -48,6 +50,11 @@ class TrainSettings:
     """Updates between measurements of recall during training; 0 for none."""
     recall_examples: Annotated[int, Field(ge=1)] = 300
     """Examples in each of those measurements."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
+    """Trackers that get the loss and the learning rate while training, by the Trainer's own integrations."""
+
+
+LOG_EVERY = 10  # updates between two points of a tracker's curves
 
 
 class Listener(Protocol):
@@ -132,6 +139,7 @@ def train(
     trace_targets: str = "object",
     listeners: Sequence[Listener] = (),
     progress: Callable[[int, int], None] | None = None,
+    logs: Path | None = None,
 ) -> list[PhaseReport]:
     """Train `model` in place through all phases; resume from what `folder` holds.
 
@@ -144,20 +152,32 @@ def train(
         trace_targets: which tokens the `trace_labels` of a batch mark.
         listeners: told of every update; their state is saved and restored with the checkpoints.
         progress: called with (updates made, updates in all).
+        logs: where trackers that write files (`options.report_to`) put them; beside the checkpoints if not given.
 
     Raises:
-        UserError: a phase is ill-defined or trains a task without examples.
+        UserError: a phase is ill-defined or trains a task without examples, or a tracker is not installed.
     """
+    check_trackers(options.report_to)
     sizes = epoch_sizes(examples)
     lengths = [phase.updates(sizes) for phase in strategy]
     reports, done = [], 0
     for index, (phase, length) in enumerate(zip(strategy, lengths)):
         home = folder / f"{index}-{phase.name}"
         data = Updates(phase, examples, f"{options.seed}/{index}", pad_id(tokenizer), trace_targets)
-        _run_phase(model, phase, data, home, options, bf16, listeners, done, sum(lengths), progress)
+        tracked = (logs or folder) / home.name
+        _run_phase(model, phase, data, home, tracked, options, bf16, listeners, done, sum(lengths), progress)
         done += length
         reports.append(PhaseReport(phase.name, length, {task: n * length for task, n in phase.composition().items()}))
     return reports
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise a `UserError` unless the packages of these trackers are installed; each has the tracker's name."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"train.report_to names {name}, which is not installed here; run `pip install {name}`, or leave it out"
+            )
 
 
 def learning_rate_factor(optimiser: Optimiser, total: int) -> Callable[[int], float]:
@@ -184,6 +204,7 @@ def _run_phase(
     phase: Phase,
     data: Updates,
     home: Path,
+    logs: Path,
     options: TrainSettings,
     bf16: bool,
     listeners: Sequence[Listener],
@@ -192,6 +213,7 @@ def _run_phase(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers.integrations import TensorBoardCallback
 
     optimiser = phase.optimiser or options.optimiser
     last = _last_checkpoint(home)
@@ -283,8 +305,11 @@ def _run_phase(
         bf16=bf16,
         save_strategy="steps",
         save_steps=options.checkpoint_every,
-        logging_strategy="no",
-        report_to="none",
+        logging_strategy="steps" if options.report_to else "no",
+        logging_steps=LOG_EVERY,
+        logging_first_step=True,
+        report_to=list(options.report_to) or "none",
+        run_name="/".join(logs.parts[-4:]),
         disable_tqdm=True,
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
@@ -294,6 +319,9 @@ def _run_phase(
     with silent():
         trainer = Teacher(model=model, args=arguments, callbacks=[Lifecycle()])
         trainer.remove_callback(PrinterCallback)
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(logs)
         if last:
             for number, listener in enumerate(listeners):
                 listener.load(_listener_folder(home, last, number))
@@ -303,6 +331,8 @@ def _run_phase(
         model.train()
         trainer.train(resume_from_checkpoint=str(home / f"checkpoint-{last}") if last else None)
         model.eval()
+    if "wandb" in options.report_to:  # the others end their run themselves; the next phase is a run of its own
+        importlib.import_module("wandb").finish()
 
 
 def _checkpoints(home: Path, complete: bool = True) -> list[int]:

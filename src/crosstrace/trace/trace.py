@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from crosstrace.errors import UserError
-from crosstrace.store import read_json, replacing, write_json
+from crosstrace.store import read_json, replacing, versions, write_json
 from crosstrace.trace.engine import Batch, Engine
 from crosstrace.trace.memory import Estimate, Where
 from crosstrace.trace.packed import unpacked
@@ -123,14 +123,16 @@ def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def save_traces(path: str | os.PathLike[str], traces: Sequence[Trace]) -> None:
-    """Write traces to one safetensors file: tensors "<number>/<parameter>", headers as JSON in its metadata.
+    """Write traces to one safetensors file: tensors "<number>/<parameter>".
 
-    The file appears whole or not at all.
+    The file's metadata has, as JSON, `traces`, a list of their other attributes, and the `versions` that wrote it. It
+    appears whole or not at all.
     """
     headers = [{k: v for k, v in vars(t).items() if k != "values"} | {"names": list(t.values)} for t in traces]
     tensors = {f"{i}/{n}": v.detach().cpu().contiguous() for i, t in enumerate(traces) for n, v in t.values.items()}
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata={"format": _FORMAT, "traces": json.dumps(headers)})
+        told = {"format": _FORMAT, "traces": json.dumps(headers), "versions": json.dumps(versions())}
+        save_file(tensors, partial, metadata=told)
 
 
 def load_traces(path: str | os.PathLike[str]) -> list[Trace]:
