@@ -71,7 +71,7 @@ def test_nothing_said_is_the_default():
         ("interventions: {fractions: [.nan]}", r"setting interventions\.fractions\.0 is nan"),
         ("facts: {people: many}", r"setting facts\.people is 'many', but input should be a valid integer"),
         ("facts: 5", r"setting facts is 5"),
-        ("strategies: {}", r"setting strategies is \{\}"),
+        ("strategies: {}", "there is nothing to analyse"),
         ("strategies: {x: []}", r"setting strategies\.x is \[\]"),
         ("trace: {measures: [absolute]}", r"setting trace\.measures\.0 is 'absolute', but input should be 'abs'"),
         ("facts: {qa_share: 0}", r"here: facts\.qa_share = 0 of \d+ people leaves nobody whose questions are trained"),
