@@ -1,10 +1,8 @@
-"""LoRA in training: what an adapter adds, its two views, and whole runs with one."""
+"""LoRA in training: what an adapter adds, its two views, and the same bits after a resume."""
 
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +11,21 @@ import torch
 from peft import get_peft_model
 from reference import example_gradient, reference_trace
 from test_lora import KINDS, PREFIX, TARGETS, adapter_config, base_model, logits, taught_models, unfrozen
-from test_pipeline import SMALL, numbers
 from test_trace import assert_same, make_examples, pad
 from test_train import EXAMPLES, FAST, WORDS, Listener, _model
 from tiny_models import tiny_model
 
-from crosstrace import adapters, config, material, pipeline
+from crosstrace import adapters, config, material
 from crosstrace.adapters import LoraSettings, adapted, adapter_names, merged, plain_name
 from crosstrace.errors import UserError
-from crosstrace.evaluate import recall
-from crosstrace.intervene import ablated, grafted, snapshot
-from crosstrace.models import load_model, load_tokenizer, save_model
+from crosstrace.intervene import snapshot
+from crosstrace.models import load_model, save_model
 from crosstrace.pipeline import OnlineListener
-from crosstrace.results import Results
 from crosstrace.schedule import two_stage
-from crosstrace.shared import ParamSet
-from crosstrace.store import Run
-from crosstrace.trace import MEASURES, load_traces, trace
+from crosstrace.trace import MEASURES, trace
 from crosstrace.train import TrainSettings, train
 
 BATCHES = [pad(make_examples(4, seed=seed)) for seed in (1, 2, 3)]
-
-
-def whole(model: Any) -> ParamSet:
-    return ParamSet({n: torch.ones_like(model.get_parameter(n), dtype=torch.bool) for n in adapter_names(model)})
 
 
 # ---- a new adapter
@@ -214,119 +203,3 @@ def test_interrupted_and_resumed_training_gives_the_same_bits(stop, dropout, tmp
         assert torch.equal(p, expected.get_parameter(name)) == ("lora_" not in name), name
     saved = {file.name for file in (tmp_path / "whole").rglob("*.safetensors")}
     assert saved == {"adapter_model.safetensors"}
-
-
-# ---- whole runs
-
-LORA = {
-    "train.lora": "{rank: 4, alpha: 8, dropout: 0.1}", "train.optimiser.learning_rate": "0.01",
-    "mechanism.parts": "[gradients, circuit, positions]", "mechanism.facts": "4", "mechanism.questions": "4",
-    "facts.people": "16", "trace.measures": "[abs]", "trace.check": "false", "eval.known": "40",
-    "strategies.two_stage.0.steps": "3", "strategies.two_stage.1.steps": "3", "retention.people": "16",
-    "train.recall_every": "0",
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
-    threads = torch.get_num_threads()
-    for view in ("merged", "adapter"):
-        folder = tmp_path_factory.mktemp("lora") / view
-        experiment = config.override(config.loads(SMALL, "SMALL"), LORA | {"trace.view": view})
-        pipeline.run(experiment, folder, quiet=True)
-        if view == "merged":
-            pipeline.run(experiment, folder, "resume", stages=["retain"], quiet=True)
-            pipeline.run(experiment, folder, "resume", stages=["report"], quiet=True)
-        found[view] = folder
-    torch.set_num_threads(threads)
-    return found
-
-
-def test_a_whole_run_in_either_view_ends_with_a_report(runs):
-    results = {view: Results.read(folder) for view, folder in runs.items()}
-    for view, found in results.items():
-        assert (runs[view] / "report" / "index.html").stat().st_size > 10_000
-        assert found["run"]["view"] == view and found["run"]["lora"]["rank"] == 4
-        for strategy in ("two_stage", "mixed"):
-            assert {row["when"] for row in found["shared"][strategy]} == {"online", "final"}
-            assert all(row["size"] > 0 for row in found["shared"][strategy] if row["fraction"] == 0.2)
-            assert {row["unit"] for row in found["centralization"][strategy]} >= {"query_head", "neuron", "module"}
-            for kind in ("ablate", "graft"):
-                assert {row["set"] for row in found["interventions"][strategy][kind]} >= {"shared", "random"}
-        assert found["claims"] and set(found["mechanism"]) == {"gradients", "circuit", "positions"}
-        assert set(found["retention"]) == ({"two_stage", "mixed"} if view == "merged" else set())
-    trained = results["merged"]["run"]["lora"]["parameters"]
-    model = adapted(load_model("bundled"), LoraSettings(rank=4), 0)
-    assert trained == sum(model.get_parameter(name).numel() for name in adapter_names(model))
-
-
-def test_both_views_have_the_same_weights_and_the_same_recall(runs):
-    one, other = (numbers(runs[view]) for view in ("merged", "adapter"))
-    for strategy in ("two_stage", "mixed"):
-        file = f"models/{strategy}/{strategy if strategy == 'mixed' else 'qa'}/adapter_model.safetensors"
-        assert (runs["merged"] / file).read_bytes() == (runs["adapter"] / file).read_bytes()
-        for part, cell in one["recall"][strategy].items():
-            if part != "relations":
-                assert cell["exact_match"] == other["recall"][strategy][part]["exact_match"]
-                assert cell["logprob"] == pytest.approx(other["recall"][strategy][part]["logprob"], rel=1e-4)
-    assert one["recall"]["base"] == other["recall"]["base"]
-    assert one["history"] == other["history"]
-
-
-def test_what_is_traced_selected_and_saved_is_the_views(runs):
-    for view, folder in runs.items():
-        for when in ("online", "final"):
-            found = load_traces(folder / f"traces/mixed/{when}/qa.safetensors")
-            assert all(("lora_" in name) == (view == "adapter") for name in found[0].values)
-            both = ParamSet.load(folder / f"shared/mixed/{when}-0.05-shared.safetensors")
-            assert set(both.masks) <= set(found[0].values) and both.size
-        home = folder / "models" / "mixed"
-        assert {item.name for item in home.iterdir()} == {"history.json", "mixed", "online", "start", "training.json"}
-        for place in (home / "start", home / "mixed"):
-            assert json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"] == "bundled"
-            assert not list(place.glob("model*"))
-        assert str(folder) not in "".join(file.read_text() for file in home.rglob("*.json"))
-
-
-def test_the_whole_adapter_taken_away_is_the_base_and_given_to_it_the_taught_model(runs, tmp_path):
-    folder = shutil.copytree(runs["adapter"], tmp_path / "moved")  # a run goes on elsewhere
-    experiment = config.load(folder / "config.yaml")
-    words = load_tokenizer("bundled")
-    with Run.create(folder, None, "resume") as run:
-        items = material.examples(run, words)["qa_id"][:40]
-        start, tuned = material.load_start(run, experiment, "mixed"), material.load(run, experiment, "mixed")
-    base, batch = load_model("bundled"), next(pipeline.batches(items, 40, pad_id=0))
-    asked = lambda model: recall(model, words, items)
-    before, wanted = asked(base), asked(tuned)
-    assert torch.equal(logits(start, batch), logits(base, batch))
-    with ablated(tuned, whole(tuned), base=snapshot(start)):
-        assert torch.equal(logits(tuned, batch), logits(base, batch))
-        assert (asked(tuned).logprob == before.logprob).all()
-    with grafted(start, whole(start), snapshot(tuned)):
-        assert (asked(start).logprob == wanted.logprob).all()
-    assert (before.logprob != wanted.logprob).any()
-
-
-def test_kept_checkpoints_are_traced_in_either_view(tmp_path):
-    values = {
-        "train.lora.rank": "2", "interventions.run": "false", "mechanism.parts": "[dynamics]", "facts.people": "16",
-        "mechanism.facts": "4", "mechanism.questions": "4", "trace.check": "false", "eval.known": "40",
-        "retention.run": "true", "retention.steps": "2", "train.recall_every": "0",
-        "train.keep_checkpoints": "true", "train.checkpoint_every": "2", "trace.checkpoints": "true",
-        "trace.measures": "[abs]", "trace.view": "adapter", "trace.online": "false",
-        "strategies": "{only: [{name: all, batch: {bio: 4, qa: 4}, steps: 4}]}",
-    }  # fmt: skip
-    results = pipeline.run(config.override(config.loads(SMALL, "SMALL"), values), tmp_path / "run", quiet=True)
-    assert {row["when"] for row in results["shared"]["only"]} == {"final", "checkpoints"}
-    assert {row["when"] for row in results["retention"]["only"]["moved"]} == {"final", "checkpoints"}
-    assert [row["update"] for row in results["mechanism"]["dynamics"]["only"]["rows"]] == [0, 2, 4]
-
-
-def test_a_base_that_has_an_adapter_already_is_refused(tmp_path):
-    model = adapted(load_model("bundled"), LoraSettings(rank=2), 0)
-    model.save_pretrained(tmp_path / "adapter")
-    values = {"model.name": str(tmp_path / "adapter"), "train.lora.rank": "2"}
-    with pytest.raises(UserError, match=r"holds an adapter, and train\.lora would put another one on it"):
-        pipeline.run(config.override(config.loads(SMALL, "SMALL"), values), tmp_path / "run", quiet=True)
-    assert not (tmp_path / "run").exists()

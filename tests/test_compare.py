@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_adapters import LORA
+from test_lora_runs import LORA
 from test_pipeline import SMALL, numbers
 from tiny_facts import tokenizer
 from tiny_models import tiny_model
@@ -30,7 +30,8 @@ from crosstrace.trace import load_traces
 
 FEW = {name: LORA[name] for name in LORA if name.startswith(("mechanism", "trace", "eval", "facts"))} | {
     "strategies": "{mixed: [{name: all, batch: {bio: 8, qa: 8}, steps: 2}]}", "train.recall_every": "0",
-    "mechanism.parts": "[representations, transfer]", "trace.online": "false", "interventions.seeds": "1",
+    "mechanism.run": "true", "mechanism.parts": "[representations, transfer]", "trace.online": "false",
+    "interventions.seeds": "1",
 }  # fmt: skip
 MOVED = "model.layers.1.mlp.up_proj.weight"
 

@@ -103,6 +103,55 @@ def test_weights_that_lack_a_parameter_are_no_model(folder: Path):
         load_model(str(folder))
 
 
+KINDS = [("llama", False), ("llama", True), ("gpt_neox", None), ("gpt2", None), ("qwen3_moe", None), ("phi3", None)]
+
+
+@pytest.mark.parametrize("kind, tied", KINDS)
+def test_checkpoints_in_shards_are_read_whole(kind: str, tied: bool | None, tmp_path: Path):
+    """Tied, grouped-query, fused and expert weights, the last of which a file lays out one by one."""
+    model = tiny_model(kind, torch.float32, tied=tied)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("model-*-of-*.safetensors"))
+    assert len(shards) > 2 and (tmp_path / "model.safetensors.index.json").is_file()
+    loaded = load_model(str(tmp_path))
+    mine, theirs = weights(model), weights(loaded)
+    assert list(mine) == list(theirs) and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    ids = torch.arange(1, 15).view(2, 7)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
+    if tied or (kind == "gpt2"):
+        assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+    if kind == "qwen3_moe":
+        assert any(".experts.3." in name for shard in shards for name in load_file(shard))
+        assert theirs["model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 40, 24)
+    for spoil in (_cut, _garble, Path.unlink):
+        kept = shards[1].read_bytes()
+        spoil(shards[1])
+        with pytest.raises(UserError) as found:
+            load_model(str(tmp_path))
+        assert str(tmp_path) in str(found.value) and "\n" not in str(found.value)
+        shards[1].write_bytes(kept)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_are_no_numbers_are_told(folder: Path, value: float, dtype: str):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][2, 3:5] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    message = r"are no numbers: model\.layers\.1\.mlp\.up_proj\.weight holds 2 NaN or infinite values of 960"
+    with pytest.raises(UserError, match=message) as found:
+        load_model(str(folder), dtype)
+    assert str(folder) in str(found.value) and "\n" not in str(found.value)
+
+
+def test_large_weights_whose_sum_overflows_are_numbers(folder: Path):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"].fill_(3e38)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert bool((load_model(str(folder)).get_parameter("model.norm.weight") == 3e38).all())
+
+
 def test_other_problems_of_a_folder(folder: Path):
     with pytest.raises(UserError, match="no model could be read"):
         load_model(str(folder), attention="nonsense")

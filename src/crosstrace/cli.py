@@ -336,6 +336,9 @@ def compare(arguments: list[str]) -> None:
             f"{_BEGIN}\n"
             "  --SECTION.SETTING VALUE  any setting of `crosstrace run`, e.g. --interventions.seeds 5"
         )
+    from crosstrace import config
+
+    words.only(["tasks", "run", *(item.name for item in fields(config.Experiment))])
     tasks, folder = (words.changes().get(name) for name in ("tasks", "run"))
     words.settings = {name: value for name, value in words.settings.items() if name not in ("tasks", "run")}
     if len(words.names) < 2 or tasks is None:

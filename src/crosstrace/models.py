@@ -194,6 +194,8 @@ def _adapted(folder: Path, dtype: str, attention: str, merge: bool) -> Any:
     if merge:
         with _fitting(folder, base):
             tuned = tuned.merge_and_unload()
+    else:
+        tuned.peft_config["default"].base_model_name_or_path = locate(base)  # PEFT takes no name of ours for a place
     tuned.name_or_path = tuned.config.name_or_path = str(folder)
     for name, p in tuned.named_parameters():  # PEFT has frozen the base, and of an adapter to be read all of it
         p.requires_grad_(merge or "lora_" in name)
