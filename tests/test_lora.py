@@ -274,7 +274,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "wrong settings": (_settings(lora_alpha="many"), "TypeError"),
     "other modules": (_settings(target_modules=["c_attn"]), "Target modules"),
     "no numbers": (
-        _weights(lambda x: {k: v / 0 if FIRST in k else v for k, v in x.items()}), f"{FIRST}.* holds 72 NaN or infinite",
+        _weights(lambda x: {k: v / 0 if FIRST in k else v for k, v in x.items()}),
+        f"{FIRST}.* holds 72 NaN or infinite",
     ),
     "no merging": (_settings(alora_invocation_tokens=[1]), "does not support merging"),
     "no base": (_settings(base_model_name_or_path=None), "does not tell its base; put its absolute path"),

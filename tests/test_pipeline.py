@@ -21,7 +21,7 @@ from crosstrace.evaluate import recall
 from crosstrace.mechanism import PARTS, WITHOUT_BASE
 from crosstrace.models import load_tokenizer
 from crosstrace.results import Results
-from crosstrace.shared import ParamSet
+from crosstrace.shared import ParamSet, scope
 from crosstrace.store import Run
 from crosstrace.trace import load_traces
 
@@ -153,7 +153,7 @@ def test_saved_parts_agree_with_the_results(whole: Path) -> None:
             for task, traces in traced.items()
         }
         model = pipeline.models.load_model(str(whole / "models/mixed/mixed"))
-        [chosen] = pipeline.select_tasks(pipeline.strengths(parts), [0.05], pipeline.scope(model), "global").values()
+        [chosen] = pipeline.select_tasks(pipeline.strengths(parts), [0.05], scope(model), "global").values()
         saved = {task: ParamSet.load(whole / f"shared/mixed/{when}-0.05-{task}.safetensors") for task in chosen}
         assert all(saved[task] == chosen[task] for task in chosen)
         both = ParamSet.load(whole / f"shared/mixed/{when}-0.05-shared.safetensors")

@@ -188,7 +188,7 @@ def test_saved_bits_come_back(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
     big = ParamSet({"w": torch.ones(8000, dtype=torch.bool)})
     big.save(tmp_path / "big")
-    assert (tmp_path / "big").stat().st_size < 1400  # 1000 bytes of bits and the header
+    assert (tmp_path / "big").stat().st_size < 1700  # 1000 bytes of bits and the header with its versions
 
 
 def test_missing_foreign_short_and_damaged_files_are_told(tmp_path):

@@ -146,7 +146,7 @@ def _weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in _values(model).items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -178,7 +178,8 @@ def _write(
     with new_folder(folder, overwrite) as partial:
         with edit:
             models.save_model(model, tokenizer, partial)
-        pset.save(partial / _INSIDE / "set.safetensors")
+        told = {key: card[key] for key in ("base", "tuned", "strategy", "data", "dtype") if key in card}
+        pset.save(partial / _INSIDE / "set.safetensors", told | card["set"])
         if experiment is not None:
             write_text(partial / _INSIDE / "config.yaml", experiment)
         write_text(partial / "README.md", _readme(card, Path(folder).name))

@@ -248,7 +248,10 @@ def check(experiment: Experiment, where: str) -> Experiment:
     if not experiment.name.strip(". ") or any(letter in experiment.name for letter in "/\\\0"):
         raise UserError(f"{where}: name = {experiment.name!r} cannot name a folder; use letters, digits, '_' and '-'")
     if not experiment.taught:
-        raise UserError(f"{where}: strategies is empty, so there is nothing to analyse; expected a strategy, or a model under `given`")
+        raise UserError(
+            f"{where}: strategies is empty, so there is nothing to analyse; expected a strategy, or a model under "
+            "`given`"
+        )
     for name in experiment.taught:
         if experiment.taught.count(name) > 1:
             raise UserError(f"{where}: {name!r} is both a strategy and a given model; give one of them another name")

@@ -213,7 +213,7 @@ def _run_phase(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-    from transformers.integrations import TensorBoardCallback
+    from transformers.integrations.integration_utils import TensorBoardCallback
 
     optimiser = phase.optimiser or options.optimiser
     last = _last_checkpoint(home)

@@ -1,0 +1,183 @@
+"""A run's questions as tasks of the lm-evaluation-harness, whose `lm_eval` asks them of any model.
+
+Two tasks for each part of the questions: by log-likelihood, whose `acc` is crosstrace's exact match, token by token;
+and by generation, whose `exact_match` compares the greedy answer as text. Only questions that the harness tokenizes as
+crosstrace does are written. It needs no lm_eval and asks nothing itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from crosstrace import config, models
+from crosstrace.artefacts import CARD, check_folder, new_folder
+from crosstrace.errors import UserError
+from crosstrace.material import examples
+from crosstrace.store import Run, metadata, write_json, write_text
+from crosstrace.tokens import Encoded
+
+_COMMON = "_questions"  # without .yaml, so that the harness takes it for no task
+
+
+def export_run(run_folder: str | Path, folder: str | Path, overwrite: bool = False) -> dict[str, Any]:
+    """Write the questions of a run, about trained and about held-out people; see `write_tasks`."""
+    check_folder(folder, overwrite)
+    with Run.create(run_folder, None, "resume") as run:
+        experiment = config.loads(run.config_text, str(run.folder / "config.yaml"))
+        data = f"sha256:{run.inputs('data')['data']}"
+        tokenizer = models.load_tokenizer(experiment.model.name)
+        parts = {name: items for name, items in examples(run, tokenizer).items() if name in ("qa_id", "qa_ood")}
+        told = {
+            "model": experiment.model.name, "revision": models.revision(experiment.model.name),
+            "dtype": experiment.model.dtype, "data": data,
+        }  # fmt: skip
+        return write_tasks(parts, tokenizer, experiment.name, folder, card=told, overwrite=overwrite)
+
+
+def write_tasks(
+    parts: Mapping[str, Sequence[Encoded]],
+    tokenizer: Any,
+    name: str,
+    folder: str | Path,
+    *,
+    card: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write questions as tasks of the lm-evaluation-harness: YAML, JSONL, README.md and crosstrace.json.
+
+    Args:
+        parts: questions by what their task's name shall end in, e.g. {"qa_ood": [...]}.
+        tokenizer: the one that the questions were encoded with.
+        name: of the group of all tasks, after "crosstrace_".
+        folder: where they go; it appears whole or not at all.
+        card: more for crosstrace.json.
+        overwrite: replace a folder that has been written like this.
+
+    Returns:
+        What crosstrace.json says.
+
+    Raises:
+        UserError: `folder` exists, the tokenizer has no end token, or the harness would tokenize no question of a part
+            as crosstrace does.
+    """
+    check_folder(folder, overwrite)
+    if tokenizer.eos_token is None:
+        raise UserError("the tokenizer has no end token (eos_token), so the harness can't tell where an answer ends")
+    group = "crosstrace_" + (re.sub("[^a-z0-9]+", "_", name.lower()).strip("_") or "run")
+    rows = {
+        part: [row for item in items if (row := _row(item, tokenizer)) is not None] for part, items in parts.items()
+    }
+    for part, found in rows.items():
+        if not found:
+            raise UserError(
+                f"none of the {len(parts[part])} questions of {part} is tokenized by the harness as crosstrace does, "
+                "which asks one answer at the end of a text; does the tokenizer put an end token after every text, or "
+                "merge the answer with what stands before it?"
+            )
+    longest = max(row.pop("tokens") for found in rows.values() for row in found)
+    ways = {
+        "": {
+            "output_type": "loglikelihood", "doc_to_target": "continuation",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        },
+        "_generate": {
+            "output_type": "generate_until", "doc_to_target": "generated",
+            "generation_kwargs": {"until": [tokenizer.eos_token], "do_sample": False, "max_gen_toks": longest},
+            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        },
+    }  # fmt: skip
+    target = Path(folder).expanduser().resolve()
+    about = metadata()
+    told = {"format": "crosstrace lm-eval tasks 1", **dict(card or {})}
+    tasks = {
+        f"{group}_{part}{way}": {
+            "part": part, "metric": settings["metric_list"][0]["metric"], "questions": len(rows[part]),
+            "left_out": len(parts[part]) - len(rows[part]),
+        }
+        for part in parts for way, settings in ways.items()
+    }  # fmt: skip
+    arguments = "pretrained=MODEL" + (f",dtype={told['dtype']}" if "dtype" in told else "")
+    command = f"lm_eval --model hf --model_args {arguments} --include_path {target} --tasks {group}"
+    told |= {"group": group, "tasks": tasks, "command": command, "versions": about["versions"], "git": about["git"]}
+    with new_folder(folder, overwrite) as partial:
+        for part, found in rows.items():
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
+            write_text(partial / f"{part}.jsonl", "".join(lines))
+            for way, settings in ways.items():
+                task = {"include": _COMMON, "task": f"{group}_{part}{way}", "test_split": part, **settings}
+                write_text(partial / f"{task['task']}.yaml", _yaml(task))
+        files = {part: f"{part}.jsonl" for part in rows}
+        common = {
+            "dataset_path": "json", "dataset_kwargs": {"data_dir": str(target), "data_files": files},
+            "doc_to_text": "prompt", "num_fewshot": 0,
+            "metadata": {"version": 1.0} | {key: told[key] for key in ("model", "revision", "data") if key in told},
+        }  # fmt: skip
+        write_text(partial / _COMMON, _yaml(common))
+        write_text(partial / f"{group}.yaml", _yaml({"group": group, "task": list(tasks)}))
+        write_text(partial / "README.md", _readme(told))
+        write_json(partial / CARD, told)
+    return told
+
+
+def _row(item: Encoded, tokenizer: Any) -> dict[str, Any] | None:
+    """A question as the harness takes it; None if it would not see the very tokens that `recall` judges."""
+    example, ids, judged = item.example, item.ids.tolist(), item.targets["answer"].tolist()
+    if len(example.mentions) != 1:
+        return None
+    mention, first = example.mentions[0], judged.index(True)
+    prompt = example.text[: mention.object[0]].rstrip()
+    continuation = example.text[len(prompt) :] + tokenizer.eos_token
+    asked, whole = ((tokenizer(text)["input_ids"] if text else []) for text in (prompt, prompt + continuation))
+    if not all(judged[first:]) or not asked or asked != ids[:first] or whole != ids:
+        return None
+    generated = tokenizer.decode(ids[first:], skip_special_tokens=True).split(tokenizer.eos_token)[0]
+    return {
+        "id": example.id, "person": example.person, "relation": mention.relation, "fact": mention.fact,
+        "answer": example.text[slice(*mention.object)], "prompt": prompt, "continuation": continuation,
+        "generated": generated, "tokens": len(ids) - first,
+    }  # fmt: skip
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+def _readme(card: Mapping[str, Any]) -> str:
+    rows = "\n".join(
+        f"| `{task}` | `{told['metric']}` | {told['questions']} | {told['left_out']} |"
+        for task, told in card["tasks"].items()
+    )
+    data = f" of the data `{card['data']}`" if "data" in card else ""
+    model = f" for models with the tokenizer of `{card['model']}`" if "model" in card else ""
+    return f"""# {card["group"]}
+
+Questions{data} as tasks of the [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness){model}.
+
+    pip install 'lm-eval[hf]'
+    {card["command"]}
+
+MODEL is the folder of a model, as a run of crosstrace or `crosstrace graft` writes it, or a name on the hub.
+If you move this folder, change `data_dir` in `{_COMMON}`.
+
+| task | metric | questions | left out |
+|---|---|---|---|
+{rows}
+
+- `acc` of the tasks by log-likelihood is crosstrace's exact match: every token of the answer, its end token among them,
+  is the most likely one after the true tokens before it. The harness sees the very tokens that crosstrace judges;
+  questions of which that is not so are left out.
+- `exact_match` of the tasks by generation compares the greedy answer, up to the end token, with the answer as the
+  tokenizer decodes it. It differs where a model writes the answer's text in other tokens, or special tokens inside it,
+  which the harness drops: right here, wrong by the tokens.
+
+Ask without few-shot examples and without a chat template, and in the dtype of the run: ties aside, the numbers are then
+crosstrace's. By default the harness uses another attention kernel (`sdpa`), which may turn a near tie.
+The harness must put the tokens before a text that the tokenizer itself puts there; version 0.4.13, with which this was
+tested, does so by default, older ones may need `add_bos_token=True` among the model arguments.
+"""
