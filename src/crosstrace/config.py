@@ -33,6 +33,8 @@ class ModelSettings:
     """Of the weights in memory, whatever the checkpoint holds."""
     attention: str = "eager"
     """The attention kernel, as transformers names it."""
+    device: Literal["cpu", "cuda"] | None = None
+    """What every stage computes on; the GPU where there is one, if not given."""
     random_init: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     """Seed of random weights in place of the checkpoint's, which are taken if it is not given."""
 

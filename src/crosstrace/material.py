@@ -82,7 +82,7 @@ def samples(parts: Mapping[str, list[Encoded]], number: int) -> dict[str, list[E
 
 
 def load(run: Run, experiment: Experiment, name: str) -> Any:
-    """The base or a taught model of the run, ready for use."""
+    """The base or a taught model of the run, ready for use on the run's device, as all that these functions load."""
     if name == "base":
         return load_base(experiment)
     return load_checkpoint(experiment, taught_place(run, experiment, name))
@@ -98,10 +98,16 @@ def taught_place(run: Run, experiment: Experiment, name: str) -> Path:
 def load_checkpoint(experiment: Experiment, folder: Path) -> Any:
     """The model that a strategy's training left in a folder; an adapter merged or not, as trace.view says."""
     merge = experiment.trace.view == "merged"
-    model = models.load_model(str(folder), experiment.model.dtype, experiment.model.attention, merge=merge)
+    model = _read(experiment, folder, merge)
     if not merge:
         adapters.check_plain(model, str(folder))
     return model
+
+
+def _read(experiment: Experiment, folder: Path, merge: bool) -> Any:
+    options = experiment.model
+    model = models.load_model(str(folder), options.dtype, options.attention, merge=merge)
+    return model.to(models.device(options.device))
 
 
 def load_start(run: Run, experiment: Experiment, name: str) -> Any:
@@ -121,8 +127,7 @@ def load_trainable(run: Run, experiment: Experiment, name: str) -> Any:
     """A taught model to go on training as it was taught: with an adapter, its adapter."""
     if not experiment.train.lora:
         return load(run, experiment, name)
-    options, folder = experiment.model, run.path(f"models/{name}") / experiment.strategies[name][-1].name
-    return models.load_model(str(folder), options.dtype, options.attention, merge=False)
+    return _read(experiment, run.path(f"models/{name}") / experiment.strategies[name][-1].name, merge=False)
 
 
 def viewed(experiment: Experiment, model: Any) -> Any:
@@ -155,7 +160,8 @@ def checkpoints(run: Run, experiment: Experiment, name: str) -> list[tuple[int, 
 def load_base(experiment: Experiment) -> Any:
     """The model that every strategy starts from."""
     options = experiment.model
-    return models.load_model(options.name, options.dtype, options.attention, options.random_init)
+    model = models.load_model(options.name, options.dtype, options.attention, options.random_init)
+    return model.to(models.device(options.device))
 
 
 def shared_sets(run: Run, experiment: Experiment, name: str) -> list[tuple[str, ParamSet]]:
@@ -163,6 +169,11 @@ def shared_sets(run: Run, experiment: Experiment, name: str) -> list[tuple[str, 
     fraction = min(experiment.analysis.central_fractions, key=lambda f: abs(math.log(f / 0.05)))
     files = {when: run.path(f"shared/{name}") / f"{when}-{fraction:g}-shared.safetensors" for when in WHENS}
     return [(when, ParamSet.load(file)) for when, file in files.items() if file.exists()]
+
+
+def trains_in_bf16(experiment: Experiment) -> bool:
+    """Whether the run's training multiplies in bf16."""
+    return models.trains_in_bf16(experiment.train.precision, models.device(experiment.model.device))
 
 
 def facts_key(facts: FactSettings) -> dict[str, Any]:

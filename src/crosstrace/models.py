@@ -299,11 +299,22 @@ def revision(name: str) -> str | None:
         raise UserError(f"no model could be read from {place}: {_first_line(error)}") from None
 
 
-def trains_in_bf16(precision: str) -> bool:
-    """Whether training multiplies in bf16: `auto` does where the processor has it."""
+def device(name: str | None = None) -> torch.device:
+    """What is computed on: `cpu` or `cuda`; the GPU where there is one, if not given.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device is cuda, but torch finds no GPU here; leave it out, or install torch for CUDA")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def trains_in_bf16(precision: str, on: torch.device) -> bool:
+    """Whether training multiplies in bf16: `auto` does where the device has it."""
     if precision != "auto":
         return precision == "bf16"
-    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
+    return torch.cuda.is_bf16_supported() if on.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,7 +28,7 @@ from crosstrace.drift import drift
 from crosstrace.errors import UserError
 from crosstrace.evaluate import Recall, recall, summaries
 from crosstrace.facts import World
-from crosstrace.intervene import ablated, grafted, snapshot
+from crosstrace.intervene import ablated, grafted
 from crosstrace.material import (
     START,
     WHENS,
@@ -48,6 +48,7 @@ from crosstrace.material import (
     shared_sets,
     taught_place,
     training_examples,
+    trains_in_bf16,
 )
 from crosstrace.mechanism import explain
 from crosstrace.progress import Progress
@@ -59,6 +60,8 @@ from crosstrace.store import Run, end_with_parent, metadata, read_json, remove_f
 from crosstrace.text import questions, read_jsonl, texts, write_jsonl
 from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
+from crosstrace.trace.memory import free_memory
+from crosstrace.trace.trace import REDUCTIONS
 from crosstrace.train import Listener, RecallHistory, check_trackers, train
 
 DRIFT_DRAWS = 3  # random sets of each kind whose share of the weights' way the shared set's is compared with
@@ -281,8 +284,9 @@ class OnlineListener:
         if options.view == "adapter":
             names = adapters.adapter_names(model)
         self.trace = OnlineTrace(
-            model, TASKS, [options.measures[0]], parts=options.parts, lr_weighted=options.lr_weighted, names=names
-        )
+            model, TASKS, [options.measures[0]], parts=options.parts, lr_weighted=options.lr_weighted, names=names,
+            where=_where_of_sums(model, names, len(TASKS) * len(REDUCTIONS) * options.parts),
+        )  # fmt: skip
 
     def on_update(self, model: Any, batches: Mapping[str, Batch], lr: float, update: int) -> None:
         if update % self.every:
@@ -309,6 +313,15 @@ class OnlineListener:
                 item.values = {adapters.plain_name(name): value for name, value in item.values.items()}
             by_task.setdefault(item.task, []).append(item)
         return by_task
+
+
+def _where_of_sums(model: Any, names: Sequence[str] | None, sums: int) -> Literal["device", "cpu"]:
+    """Where the sums of a training's trace are kept: beside the model, if half of what is free there would be left for
+    gradients, AdamW's states and activations, or else on the CPU."""
+    every = dict(model.named_parameters())
+    needed = sum(every[name].numel() * every[name].element_size() for name in names or every) * sums
+    free = free_memory(next(iter(every.values())).device)
+    return "device" if free is None or needed < free / 2 else "cpu"
 
 
 def _few(tokenizer: Any, parts: Mapping[str, list[Encoded]], number: int) -> Callable[[Any], dict[str, Any]]:
@@ -543,7 +556,7 @@ def moved_weights(run: Run, experiment: Experiment, name: str) -> None:
 
     def make(path: Path) -> None:
         start, tuned = load_start(run, experiment, name), load(run, experiment, name)
-        before, anatomy = snapshot(start), Anatomy(tuned)
+        before, anatomy = dict(start.named_parameters()), Anatomy(tuned)
         names = in_scope(experiment, tuned) if experiment.trace.view == "adapter" else None
         found: dict[str, Any] = drift(tuned, before, anatomy, names)
         found["sets"] = []
@@ -589,7 +602,8 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
         parts = examples(run, tokenizer)
         asked = {part: sample(parts[part], options.questions) for part in ("qa_id", "qa_ood")}
         base, tuned = load_start(run, experiment, name), load(run, experiment, name)
-        base_values, tuned_values = snapshot(base), snapshot(tuned)
+        # no copies: while one of them is changed the other is as it was
+        base_values, tuned_values = (dict(model.named_parameters()) for model in (base, tuned))
         names = in_scope(experiment, base)
         traced = _headline(read_traces(run.path(f"traces/{name}"), key["measure"]))
         found: dict[str, Any] = {"ablate": [], "graft": [], "people": {}}
@@ -780,7 +794,7 @@ def _about(run: Run, experiment: Experiment, about: Mapping[str, Any]) -> dict[s
             "parts": experiment.trace.parts,
             "every": experiment.trace.every,
         },
-        "device": about["cpu"] if about["device"] == "cpu" else about["device"],
+        "device": about["device" if models.device(experiment.model.device).type == "cuda" else "cpu"],
         "threads": experiment.threads,
         "jobs": experiment.jobs,
         "precision": about["precision"],
@@ -815,7 +829,7 @@ def _without_answers(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _precision(experiment: Experiment) -> str:
     """The precision that training computes in."""
-    return "bf16" if models.trains_in_bf16(experiment.train.precision) else "float32"
+    return "bf16" if trains_in_bf16(experiment) else "float32"
 
 
 RESERVED = ("checkpoints", "online", START)  # what lies beside the phases in a strategy's folder

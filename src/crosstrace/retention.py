@@ -34,6 +34,7 @@ from crosstrace.material import (
     samples,
     shared_sets,
     training_examples,
+    trains_in_bf16,
     viewed,
 )
 from crosstrace.progress import Progress
@@ -57,7 +58,7 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
         "retention": {k: v for k, v in asdict(options).items() if k != "run"} | text,
         "train": asdict(experiment.train), "targets": experiment.trace.targets, "facts": facts_key(experiment.facts),
         "embeddings": experiment.analysis.embeddings, "threads": experiment.threads,
-        "bf16": models.trains_in_bf16(experiment.train.precision), "model": model_inputs(run, experiment, name),
+        "bf16": trains_in_bf16(experiment), "model": model_inputs(run, experiment, name),
         **run.inputs("data", f"shared/{name}"),
     }  # fmt: skip
 
@@ -93,7 +94,7 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
             with progress.bar(f"{name}: retain, {arm}") as update:
                 train(
                     model, tokenizer, [phase], new | old, folder / arm, experiment.train,
-                    bf16=models.trains_in_bf16(experiment.train.precision), trace_targets=experiment.trace.targets,
+                    bf16=trains_in_bf16(experiment), trace_targets=experiment.trace.targets,
                     listeners=[history], progress=update, logs=run.folder / "logs" / "retention" / name / arm,
                 )  # fmt: skip
             model = viewed(experiment, model)

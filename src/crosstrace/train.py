@@ -144,7 +144,7 @@ def train(
     """Train `model` in place through all phases; resume from what `folder` holds.
 
     Args:
-        model: a transformers causal LM, or one with an adapter, which alone is trained.
+        model: a transformers causal LM, or one with an adapter, which alone is trained; where it is, it is trained.
         strategy: the phases, in order.
         examples: for each task, its training examples.
         folder: where phases' checkpoints go. A phase that is complete there is not trained again.
@@ -312,7 +312,7 @@ def _run_phase(
         run_name="/".join(logs.parts[-4:]),
         disable_tqdm=True,
         remove_unused_columns=False,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=next(model.parameters()).device.type == "cpu",
         seed=options.seed,
         dataloader_pin_memory=False,
     )

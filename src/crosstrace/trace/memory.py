@@ -177,13 +177,13 @@ def _activations(model: nn.Module, losses: Any, batches: Sequence[Mapping[str, T
     longest = int(largest["attention_mask"].sum(1).argmax())
     device = next(model.parameters()).device
     one = {key: value[longest : longest + 1].to(device) for key, value in largest.items() if value.dim() == 2}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own = {p.untyped_storage()._cdata for p in model.parameters()}  # a tensor that is only pretended has no address
     kept: dict[int, int] = {}
 
     def note(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
