@@ -27,11 +27,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/relations"))
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the files, without .json, or all; each if not given")
     parser.add_argument("--save", type=Path, help="a JSON file for the figures")
     options = parser.parse_args()
     files = sorted(options.folder.glob("*.json"))
     rows: list[dict] = []
     for name, own in [*((file.stem, [file]) for file in files), ("all", files)]:
+        if options.only and name not in options.only:
+            continue
         home = options.out / name
         began = time.time()
         crosstrace("import", *own, home / "own")

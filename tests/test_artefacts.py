@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -175,10 +176,11 @@ def test_tasks_hold_the_runs_questions(whole: Path, tmp_path: Path) -> None:
         harness.export_run(whole, tmp_path / "tasks")
 
 
-@pytest.mark.skipif(shutil.which("lm_eval") is None, reason="lm_eval is not installed (pip install 'lm-eval[hf]')")
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed (pip install 'crosstrace[lm-eval]')")
 def test_the_real_harness_gives_the_runs_numbers(whole: Path, tmp_path: Path) -> None:
     harness.export_run(whole, tmp_path / "tasks")
-    command = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={whole / 'models/mixed/mixed'},dtype=float32",
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args",
+               f"pretrained={whole / 'models/mixed/mixed'},dtype=float32",
                "--include_path", str(tmp_path / "tasks"), "--tasks", "crosstrace_demo", "--device", "cpu",
                "--output_path", str(tmp_path / "out")]  # fmt: skip
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

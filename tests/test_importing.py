@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pickle
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +90,43 @@ def test_kinds_of_files_say_the_same(tmp_path: Path, kind: str) -> None:
     world = World.draw(own(tmp_path))
     assert [(f.subject, f.relation, f.object) for p in world.people for f in p.facts] == CITIES
     assert world.wording.objects == {"city": ("Lyon", "Oslo", "Bonn", "Rome")}
+
+
+@pytest.mark.parametrize("kind", ["saved", "parts", "files"])
+def test_a_data_set_says_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [dict(zip(("subject", "relation", "object"), row)) for row in CITIES]
+    whole, folder = datasets.Dataset.from_list(rows), tmp_path / "facts"
+    if kind == "saved":
+        whole.save_to_disk(folder)
+    elif kind == "parts":
+        parts = {"train": whole, "test": datasets.Dataset.from_list(rows[:1])}
+        datasets.DatasetDict(parts).save_to_disk(folder)
+        capsys.readouterr()
+        assert "has the parts train, test; expected one of them" in refused(capsys, tmp_path, folder, tmp_path / "own")
+        told = refused(capsys, tmp_path, f"{folder}:valid", tmp_path / "own")
+        assert "has the parts train, test" in told
+    else:
+        folder.mkdir()
+        whole.to_parquet(folder / "train.parquet")
+    capsys.readouterr()  # its own bars
+    imported(tmp_path, Path(f"{folder}:train") if kind == "parts" else folder)
+    world = World.draw(own(tmp_path))
+    assert [(f.subject, f.relation, f.object) for p in world.people for f in p.facts] == CITIES
+    (about,) = read_json(tmp_path / "own" / "import.json")["files"].values()
+    assert about["rows"] == len(CITIES) and len(about["sha256"]) == 64
+
+
+def test_a_data_set_without_its_library_and_one_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets")
+    assert "can't be read as a data set" in refused(capsys, tmp_path, "nobody/has-this", tmp_path / "own")
+    (tmp_path / "facts").mkdir()
+    (tmp_path / "facts" / "facts.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")  # the old kind: code
+    assert "can't be read as a data set" in refused(capsys, tmp_path, tmp_path / "facts", tmp_path / "own")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install 'crosstrace[datasets]'" in refused(capsys, tmp_path, tmp_path / "facts", tmp_path / "own")
 
 
 def test_a_relations_templates_become_statements_and_questions(tmp_path: Path) -> None:
@@ -322,7 +360,7 @@ def test_unfit_commands_are_told_in_a_sentence(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "recall.csv").write_text("prompt,completion,split\na ,b,id\nc ,d,id\n")
     (tmp_path / "store.txt").write_text("a b\n")
     cases: dict[str, tuple] = {
-        "does not exist": (tmp_path / "none.csv", new), "is a folder": (tmp_path / "there", new),
+        "does not exist": (tmp_path / "none.csv", new), "can't be read as a data set": (tmp_path / "there", new),
         "choose another folder, or": (path, tmp_path / "there"),
         "no import made this one": (path, tmp_path / "there", "--overwrite"),
         "files of facts and a folder": (path,), "expected subject, relation or given": (path, new, "--split", "half"),

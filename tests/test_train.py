@@ -331,3 +331,37 @@ def test_bf16_trains_float32_weights(tmp_path: Path):
     assert not _same(half, full)
     for mine, theirs in zip(half.parameters(), full.parameters()):
         assert (mine - theirs).abs().max() < 0.05
+
+
+# ------------------------------------------------------------------------------- trackers
+
+
+def _points(folder: Path) -> dict[str, list[int]]:
+    """Of every curve in a folder's event files, the updates that it has a point for."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [point.step for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_gets_the_loss_and_changes_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed; `pip install tensorboard`")
+    strategy = [Phase("one", {"bio": 2, "qa": 2}, 12), Phase("two", {"qa": 3}, 2)]
+    plain, told, stopped = _model(), _model(), _model()
+    _train(plain, strategy, tmp_path / "plain")
+    settings = TrainSettings(optimiser=FAST, checkpoint_every=3, report_to=["tensorboard"])
+    run = lambda model, name, listeners=(): train(
+        model, WORDS, strategy, EXAMPLES, tmp_path / name, settings, logs=tmp_path / "logs" / name, listeners=listeners
+    )
+    run(told, "told")
+    assert _same(plain, told)
+    curves = _points(tmp_path / "logs/told/0-one")
+    assert curves["train/loss"] == curves["train/learning_rate"] == [1, 10]
+    assert _points(tmp_path / "logs/told/1-two")["train/loss"] == [1]
+    assert not list((tmp_path / "told").rglob("events.*")) and not list((tmp_path / "plain").rglob("events.*"))
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, "stopped", [Listener(stop=8)])
+    again = _model(seed=5)
+    run(again, "stopped", [Listener()])
+    assert _same(plain, again)
+    assert set(_points(tmp_path / "logs/stopped/0-one")["train/loss"]) == {1, 10}

@@ -17,6 +17,7 @@ import json
 import random
 import re
 import shlex
+import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,10 +30,11 @@ import yaml
 from crosstrace.config import read_yaml
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
-from crosstrace.store import remove_folder, replacing, sha256_file, write_json, write_text
+from crosstrace.store import remove_folder, replacing, sha256_file, sha256_tree, write_json, write_text
 from crosstrace.text import Example, Mention, texts, write_jsonl
 
 KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+EXPECTED = f"a file of facts ({', '.join(KINDS)}), or a data set: a folder or OWNER/NAME of the hub"
 LONGEST = 1_000_000  # characters of one line or field: more is a broken file
 LONG = 200  # characters of a name: more is a text
 COLUMNS = ("subject", "relation", "object", "pronoun", "split", "statement", "question")
@@ -349,7 +351,8 @@ def _rows(path: Path, said: dict[str, dict[str, list[str]]], columns: Mapping[st
         yield from _relation_file(path, said)
         return
     own = {name: columns.get(name, name) for name in COLUMNS}
-    fixed = _tidy(path.stem)
+    named = _data_set(path)
+    fixed = _tidy(named[0].name if named else path.stem)
     for number, values in _table(path):
         row = {name: values.get(column) for name, column in own.items()}
         for name in ("subject", "object"):
@@ -364,11 +367,13 @@ def _rows(path: Path, said: dict[str, dict[str, list[str]]], columns: Mapping[st
 
 
 def _table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The numbered rows of a CSV, TSV, JSONL or Parquet file."""
+    """The numbered rows of a CSV, TSV, JSONL or Parquet file, or of a data set."""
     kind = path.suffix.lower()
+    if _data_set(path):
+        yield from _rows_of_data_set(path)
+        return
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}; expected a file of facts ({', '.join(KINDS)})")
+        raise UserError(f"{path} does not exist; expected {EXPECTED}")
     if kind in (".csv", ".tsv"):
         yield from _csv(path, "\t" if kind == ".tsv" else ",")
     elif kind == ".jsonl":
@@ -376,7 +381,7 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     elif kind == ".parquet":
         yield from _parquet(path)
     else:
-        raise UserError(f"{path} is of no kind that can be read; expected {', '.join(KINDS)}")
+        raise UserError(f"{path} is of no kind that can be read; expected {EXPECTED}")
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -458,11 +463,57 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     yield from enumerate(table.to_pylist(), 1)
 
 
+def _data_set(path: Path) -> tuple[Path, str] | None:
+    """Of a Hugging Face data set, FOLDER or OWNER/NAME and perhaps :PART, the name and the part ("" if none); None of
+    anything else."""
+    name, _, part = str(path).partition(":")
+    if not path.exists() and path.suffix.lower() in (*KINDS, ".txt"):
+        return None
+    if Path(name).is_dir() or (not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)):
+        return Path(name), part
+    return None
+
+
+def _rows_of_data_set(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a data set, by the library `datasets`, which runs no code of its own making."""
+    name, part = _data_set(path) or (path, "")
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{path} is a data set, and the library datasets, which reads it, is not installed; run `pip install "
+            "'crosstrace[datasets]'`"
+        ) from None
+    saved = any((name / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    with tempfile.TemporaryDirectory(prefix="crosstrace-") as cache:  # of files in a folder it would keep a copy
+        place: Any = {"cache_dir": cache} if name.is_dir() else {}
+        bars = datasets.is_progress_bar_enabled()
+        datasets.disable_progress_bars()
+        try:
+            found: Any = datasets.load_from_disk(str(name)) if saved else datasets.load_dataset(str(name), **place)
+            parts: dict[Any, Any] = dict(found) if isinstance(found, datasets.DatasetDict) else {"": found}
+            if part not in parts and (part or len(parts) > 1):
+                raise UserError(
+                    f"{name} has the parts {', '.join(parts) or 'none'}; expected one of them, e.g. "
+                    f"{name}:{next(iter(parts), 'train')}"
+                )
+            yield from enumerate(parts[part] if part else next(iter(parts.values())), 1)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a loader of many formats stumbles over
+            lines = str(error).strip().splitlines() or [""]
+            raise UserError(
+                f"{path} can't be read as a data set: {type(error).__name__}: {lines[0]}; expected {EXPECTED}"
+            ) from None
+        finally:
+            if bars:
+                datasets.enable_progress_bars()
+
+
 def _relation_file(path: Path, said: dict[str, dict[str, list[str]]]) -> Iterator[Source]:
     """A relation with its prompt templates, in which {} stands for the subject and the object follows at the end."""
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}; expected a file of facts ({', '.join(KINDS)})")
+        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; expected {EXPECTED}")
     values = _object("".join(_lines(path)), str(path))
     name, samples = values.get("name"), values.get("samples")
     if not isinstance(name, str) or not _tidy(name) or not isinstance(samples, list):
@@ -615,7 +666,9 @@ def make(
     parts_of = {"mechanism": {"parts": ["circuit"]}} if rows else {}
     experiment = {
         "name": folder.name, **({"model": {"name": model}} if model else {}),
-        "facts": {"source": str(folder)} | ({"split": split} if not rows else {}), **parts_of,
+        "facts": {"source": str(folder)} | ({"split": split} if not rows else {}),
+        "interventions": {"questions": 200},  # a thousand facts in ten minutes on two cores
+        **parts_of,
     }  # fmt: skip
     with replacing(folder) as partial:
         partial.mkdir()
@@ -624,7 +677,7 @@ def make(
                 write_jsonl(partial / f"{task}.jsonl", examples)
         else:
             write_json(partial / "world.json", {"schema": 1, "relations": found.relations, "subjects": found.subjects})
-        about = {name: {"rows": count, "sha256": sha256_file(name)} for name, count in found.read.items()}
+        about = {name: {"rows": count, "sha256": _hash(Path(name))} for name, count in found.read.items()}
         write_json(partial / "import.json", {"schema": 1, "files": about, **found.counts(), "notes": found.notes})
         with (partial / "dropped.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("file", "row", "reason", "what"), *found.dropped])
@@ -650,6 +703,14 @@ def told(found: Imported) -> str:
     rows += [["subjects", str(counts["subjects"])]] if counts["subjects"] else []
     rows += [[f"relation {name}", str(number)] for name, number in counts["relations"].items()]
     return "\n".join([aligned(rows), *(f"note: {note}" for note in found.notes)])
+
+
+def _hash(path: Path) -> str | None:
+    """Of a file's content, or a folder's; None of a data set on the hub."""
+    if path.is_file():
+        return sha256_file(path)
+    folder = (_data_set(path) or (path, ""))[0]
+    return sha256_tree(folder) if folder.is_dir() else None
 
 
 def _told(dropped: Mapping[str, int]) -> str:

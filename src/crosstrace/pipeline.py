@@ -56,7 +56,7 @@ from crosstrace.results import Results
 from crosstrace.retention import moved, new_material, retain
 from crosstrace.shared import ParamSet, only_set, random_sets, select_each, shared
 from crosstrace.stats import mean_interval, wilson
-from crosstrace.store import Run, end_with_parent, metadata, read_json, remove_folder, sha256_tree, write_json
+from crosstrace.store import Run, end_with_parent, linked, metadata, read_json, remove_folder, sha256_tree, write_json
 from crosstrace.text import questions, read_jsonl, texts, write_jsonl
 from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
@@ -421,7 +421,7 @@ def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress)
         if options.checkpoints and phases:
             _mean_over_checkpoints(folder, places, trained)
         if options.online and phases:
-            shutil.copytree(home / "online", folder / "online")
+            shutil.copytree(home / "online", folder / "online", copy_function=linked)
 
     run.stage(f"traces/{name}", key, make)
 
@@ -556,7 +556,7 @@ def moved_weights(run: Run, experiment: Experiment, name: str) -> None:
 
     def make(path: Path) -> None:
         start, tuned = load_start(run, experiment, name), load(run, experiment, name)
-        before, anatomy = dict(start.named_parameters()), Anatomy(tuned)
+        before, anatomy = {name: p.detach() for name, p in start.named_parameters()}, Anatomy(tuned)
         names = in_scope(experiment, tuned) if experiment.trace.view == "adapter" else None
         found: dict[str, Any] = drift(tuned, before, anatomy, names)
         found["sets"] = []
@@ -603,7 +603,9 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
         asked = {part: sample(parts[part], options.questions) for part in ("qa_id", "qa_ood")}
         base, tuned = load_start(run, experiment, name), load(run, experiment, name)
         # no copies: while one of them is changed the other is as it was
-        base_values, tuned_values = (dict(model.named_parameters()) for model in (base, tuned))
+        base_values, tuned_values = (
+            {name: p.detach() for name, p in model.named_parameters()} for model in (base, tuned)
+        )
         names = in_scope(experiment, base)
         traced = _headline(read_traces(run.path(f"traces/{name}"), key["measure"]))
         found: dict[str, Any] = {"ablate": [], "graft": [], "people": {}}
@@ -903,6 +905,8 @@ def _check_given(
                 "or take trace.view: merged"
             )
     options = experiment.model
+    if experiment.trace.view == "adapter":
+        adapters.check_plain(models.load_model(given, options.dtype, options.attention, merge=False), about)
     check_alike(base, models.load_model(given, options.dtype, options.attention), (options.name, about))
     check_same_tokens(tokenizer, given, texts, options.name)
 

@@ -100,6 +100,16 @@ def sha256_tree(path: str | Path) -> str:
     return _tree_hash(_contents(Path(path)))
 
 
+def linked(source: str, target: str) -> str:
+    """A second name for a file that is never changed in place, so that it takes no room twice; a copy where files can't
+    have two names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
 def remove_folder(folder: Path) -> None:
     """Delete a folder, if it is there; renamed first, so that a half-deleted one never passes for what it was."""
     doomed = folder.with_name(f"removed-{folder.name}")
