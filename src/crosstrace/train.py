@@ -180,6 +180,17 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
+def update_loss(model: Callable[..., Any], phase: Phase, batches: Mapping[str, Batch]) -> torch.Tensor:
+    """What an update minimises: Σ_t w_t · mean over t's examples of ℓ_i."""
+    loss = torch.zeros(())
+    for task, batch in batches.items():
+        fed = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        loss = loss.to(batch["labels"].device)
+        losses = example_losses(model(**fed).logits, batch["labels"])
+        loss = loss + phase.weights.get(task, 1.0) * losses.mean()
+    return loss
+
+
 def learning_rate_factor(optimiser: Optimiser, total: int) -> Callable[[int], float]:
     """The schedule as a factor of the peak learning rate, for update 0, 1, …, total-1.
 
@@ -263,13 +274,7 @@ def _run_phase(
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             tasks: dict[str, Any] = inputs  # a batch for each task
-            loss = torch.zeros(())
-            for task, batch in tasks.items():
-                fed = {name: batch[name] for name in ("input_ids", "attention_mask")}
-                loss = loss.to(batch["labels"].device)
-                losses = example_losses(model(**fed).logits, batch["labels"])
-                loss = loss + phase.weights.get(task, 1.0) * losses.mean()
-            return loss
+            return update_loss(model, phase, tasks)
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             assert self.lr_scheduler is not None

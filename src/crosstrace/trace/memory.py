@@ -65,11 +65,11 @@ class Estimate:
         return self.weights + self.activations + (max(here, self.result) if self.device == "cpu" else here)
 
     def __str__(self) -> str:
-        free = "" if self.free is None else f"; {_size(self.free)} are free"
+        free = "" if self.free is None else f"; {size_text(self.free)} are free"
         passes = "one pass" if self.passes == 1 else f"{self.passes} passes"
         return (
-            f"{self.parameters:,} parameters in {passes}: weights {_size(self.weights)}, activations "
-            f"{_size(self.activations)}, sums {_size(self.sums)} on {self.sums_on}; at most {_size(self.peak)} on "
+            f"{self.parameters:,} parameters in {passes}: weights {size_text(self.weights)}, activations "
+            f"{size_text(self.activations)}, sums {size_text(self.sums)} on {self.sums_on}; at most {size_text(self.peak)} on "
             f"{self.device}{free}"
         )
 
@@ -195,7 +195,7 @@ def _activations(model: nn.Module, losses: Any, batches: Sequence[Mapping[str, T
     return count * sum(kept.values()) + 2 * 4 * targets * vocabulary
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.3g} {unit}"
