@@ -1,18 +1,22 @@
 """What a computation holds in memory at once, found without its numbers: it is rehearsed on tensors that have none.
 
 A model is made of PyTorch's fake tensors, which have shapes and types but no storage, and then really run: forward,
-backward, under autocast. What is small and decides what happens (token ids, masks, labels) stays real. Each storage that
-would have been allocated is counted from the operation that makes it until the last tensor on it is gone, so the peak
-is that of the code as it is. Not seen: the scratch memory inside a kernel, and what an allocator keeps for later.
+backward, under autocast. What is small and decides what happens (token ids, masks, labels) stays real. Each storage
+that would have been allocated is counted from the operation that makes it until the last tensor on it is gone, so the
+peak is that of the code as it is. Not seen: the scratch memory inside a kernel, and what an allocator keeps for later.
 
+Of a model whose layers are alike two and three layers are rehearsed; what is held grows by the same with each layer.
 It knows models and tensors; it knows nothing of experiments.
 """
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,17 +25,23 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from crosstrace.anatomy import Anatomy
+from crosstrace.errors import UserError
+from crosstrace.losses import example_losses, token_losses
+from crosstrace.models import DTYPES, differentiating, silent
+from crosstrace.schedule import Phase
+from crosstrace.tokens import Batch
+from crosstrace.trace.engine import Engine
+from crosstrace.train import update_loss
 
-def pretended(make: Callable[[], nn.Module]) -> Any:
-    """The model that `make` makes, of fake tensors: nothing of its size is allocated."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return make()
+Parts = dict[str, float]  # what is held -> bytes
+FEW = (2, 3)  # layers that are rehearsed
 
 
 class Rehearsal(TorchDispatchMode):
     """Within the context, counts the storages of fake tensors that operations make.
 
-        with Rehearsal(labels={"logits": lambda x: x.shape[-1:] == (vocabulary,)}) as seen:
+        with Rehearsal({"logits": lambda x: x.shape[-1:] == (vocabulary,)}) as seen:
             model(input_ids=ids).logits.sum().backward()
         seen.peak()                                  # {"logits": bytes, "other": bytes}, at the fullest moment
 
@@ -47,19 +57,21 @@ class Rehearsal(TorchDispatchMode):
         self._alive: dict[int, int] = {}  # storage -> its number
         self._label: list[str] = []  # by number
         self._events: list[tuple[int, int]] = []  # number, bytes that came (or went, if negative), in order
+        self._marks: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        # in place, or a view: of a storage that was there before
-        old = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)}
-        for x in tree_leaves(result):
-            if isinstance(x, FakeTensor) and _storage(x) not in self._alive and _storage(x) not in old:
-                self._came(x)
+        new = [x for x in tree_leaves(result) if isinstance(x, FakeTensor) and _storage(x) not in self._alive]
+        if new:  # or of a storage that was there before: in place, or a view
+            old = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)}
+            for x in new:
+                if _storage(x) not in old and _storage(x) not in self._alive:
+                    self._came(x)
         return result
 
     def _came(self, x: FakeTensor) -> None:
-        storage, number = x.untyped_storage(), len(self._label)
-        key, size = _storage(x), storage.nbytes()
+        storage, number, key = x.untyped_storage(), len(self._label), _storage(x)
+        size = storage.nbytes()
         self._alive[key] = number
         self._label.append(next((name for name, fits in self._labels.items() if fits(x)), "other"))
         self._events.append((number, size))
@@ -74,15 +86,27 @@ class Rehearsal(TorchDispatchMode):
         if isinstance(x, FakeTensor) and _storage(x) in self._alive:
             self._label[self._alive[_storage(x)]] = label
 
-    def peak(self) -> dict[str, int]:
+    def mark(self) -> None:
+        """Remember this moment."""
+        self._marks.append(len(self._events))
+
+    def peak(self) -> Parts:
         """Bytes by label at the moment at which most of them were held."""
-        now = most = at = 0
-        for i, (_, size) in enumerate(self._events):
+        return self._peak(0, len(self._events))
+
+    def peaks(self) -> list[Parts]:
+        """The same up to the first mark, from the second to the third, and so on."""
+        ends = [0, *self._marks, len(self._events)]
+        return [self._peak(start, stop) for start, stop in zip(ends[::2], ends[1::2])]
+
+    def _peak(self, start: int, stop: int) -> Parts:
+        now, most, at = 0, -1, 0
+        for i, (_, size) in enumerate(self._events[:stop]):
             now += size
-            if now > most:
-                most, at = now, i
-        found: dict[str, int] = defaultdict(int)
-        for number, size in self._events[: at + 1] if most else ():
+            if now > most and i >= start - 1:  # what was there when it began counts too
+                most, at = now, i + 1
+        found: Parts = defaultdict(float)
+        for number, size in self._events[:at]:
             found[self._label[number]] += size
         return {label: size for label, size in found.items() if size}
 
@@ -90,3 +114,147 @@ class Rehearsal(TorchDispatchMode):
 def _storage(x: Tensor) -> int:
     """What identifies a tensor's storage as long as that lives; a fake one has no address."""
     return x.untyped_storage()._cdata
+
+
+class Understudy:
+    """A causal language model of a config, in whose place computations are rehearsed.
+
+    Attributes:
+        whole: the model on the meta device: all its parameters' names, shapes and types.
+
+    Raises:
+        UserError: transformers can't make a causal language model of the config.
+    """
+
+    def __init__(self, config: Any, dtype: str, attention: str) -> None:
+        self._config, self._dtype, self._attention = config, dtype, attention
+        self.whole: Any = self._made(config, torch.device("meta"))
+        text = self.whole.config.get_text_config()
+        self.layers = int(text.num_hidden_layers)
+        self.vocabulary = int(text.vocab_size)
+
+    def _made(self, config: Any, device: Any) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with torch.random.fork_rng(), silent(), device:
+                return AutoModelForCausalLM.from_config(
+                    copy.deepcopy(config), dtype=DTYPES[self._dtype], attn_implementation=self._attention
+                ).eval()
+        except (ValueError, ImportError) as error:
+            raise UserError(f"no model could be made from the config: {str(error).splitlines()[0]}") from None
+
+    @cached_property
+    def _cast(self) -> list[tuple[int, Any]]:
+        """Layers and model of those that are rehearsed: few and one more, or the whole where layers differ."""
+        few = [self.layers] if self.layers <= max(FEW) or not self._alike() else list(FEW)
+        found = []
+        for layers in few:
+            config = copy.deepcopy(self._config)
+            if layers != self.layers:
+                text = config.get_text_config()
+                text.num_hidden_layers = layers
+                if getattr(text, "layer_types", None):
+                    text.layer_types = text.layer_types[:layers]
+            found.append((layers, self._made(config, FakeTensorMode(allow_non_fake_inputs=True))))
+        return found
+
+    def _alike(self) -> bool:
+        anatomy = Anatomy(self.whole)
+        shapes: dict[int, list[Any]] = defaultdict(list)
+        for name, layer in anatomy.layer.items():
+            if layer is not None:
+                shapes[layer].append(anatomy.shapes[name])
+        kinds = getattr(self.whole.config.get_text_config(), "layer_types", None) or [""]
+        return len(shapes) == self.layers and len({*map(str, shapes.values())}) == 1 and len({*kinds}) == 1
+
+    def _held(self, rehearse: Callable[[Any], Sequence[Parts]]) -> Parts:
+        """The fullest of the moments that a rehearsal gives, each carried on to all layers."""
+        each = [rehearse(model) for _, model in self._cast]
+        if len(each) > 1:
+            further = (self.layers - FEW[0]) / (FEW[1] - FEW[0])
+            grown = lambda a, b, label: a.get(label, 0) + further * (b.get(label, 0) - a.get(label, 0))
+            each = [[{label: max(0.0, grown(a, b, label)) for label in {**a, **b}} for a, b in zip(*each, strict=True)]]
+        return max(each[0], key=lambda parts: sum(parts.values()))
+
+    # ---- what is rehearsed
+
+    def update(self, phase: Phase, batches: Mapping[str, Batch], bf16: bool) -> Parts:
+        """Forward and backward of one update of a training: logits, activations, gradients, weights in bf16."""
+
+        def rehearse(model: Any) -> Sequence[Parts]:
+            weights = {tuple(p.shape) for p in model.parameters()}
+            forward = model.forward
+            if bf16:  # as accelerate wraps it
+                from accelerate.utils import convert_outputs_to_fp32
+
+                forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(forward))
+            labels: dict[str, Callable[[Tensor], bool]] = {
+                "weights in bf16": lambda x: bf16 and x.dtype == torch.bfloat16 and tuple(x.shape) in weights,
+                "logits": self._is_logits,
+                "activations": lambda x: True,
+            }
+            try:
+                model.train()
+                with Rehearsal(labels) as seen, self._marking(model, seen):
+                    update_loss(forward, phase, batches).backward()
+                    for p in model.parameters():
+                        seen.name(p.grad, "gradients")
+                return seen.peaks()
+            finally:
+                model.zero_grad()
+                model.eval()
+
+        return self._held(rehearse)
+
+    def _is_logits(self, x: Tensor) -> bool:
+        return x.dim() > 1 and x.shape[-1] == self.vocabulary
+
+    @contextmanager
+    def _marking(self, model: Any, seen: Rehearsal) -> Iterator[None]:
+        """Marks the backward of each forward: when it has left the last layer, and when only the first is to come.
+
+        In between, layers' activations go and their gradients come, so what is held is fullest at one of these ends.
+        """
+        layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+
+        def watch(module: nn.Module, args: Any, kwargs: Any) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
+            x.register_hook(lambda _: seen.mark())
+
+        with ExitStack() as hooks:
+            if len(layers) in FEW and len(self._cast) > 1:
+                for layer in (layers[-1], layers[1]):
+                    hooks.callback(layer.register_forward_pre_hook(watch, with_kwargs=True).remove)
+            yield
+
+    def recall(self, rows: Sequence[Batch]) -> Parts:
+        """`evaluate.recall` of some batches, one after the other: the last one's results are still held."""
+
+        def rehearse(model: Any) -> Sequence[Parts]:
+            with torch.no_grad(), Rehearsal({"logits": self._is_logits, "activations": lambda x: True}) as seen:
+                for row in rows:
+                    logits = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"]).logits
+                    losses, _ = token_losses(logits, row["labels"])
+                    right = logits[:, :-1].argmax(-1) == row["labels"][:, 1:]
+                del logits, losses, right
+            return [seen.peak()]
+
+        return self._held(rehearse)
+
+    def inward(self, row: Batch) -> Parts:
+        """A forward, and a backward to the embeddings: no parameter's gradient with it."""
+
+        def rehearse(model: Any) -> Sequence[Parts]:
+            put = lambda module, args, output: output.detach().requires_grad_()
+            with differentiating(model), Rehearsal({"activations": lambda x: True}) as seen:
+                with model.get_input_embeddings().register_forward_hook(put):
+                    logits = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"]).logits
+                    example_losses(logits, row["labels"]).sum().backward()
+            return [seen.peak()]
+
+        return self._held(rehearse)
+
+    def traced(self, rows: Sequence[Mapping[str, Tensor]]) -> Parts:
+        """The activations of a trace of some batches, by the trace's own estimate."""
+        return self._held(lambda model: [{"activations": float(Engine(model).memory(rows, 1)[1].activations)}])

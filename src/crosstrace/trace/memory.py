@@ -69,8 +69,8 @@ class Estimate:
         passes = "one pass" if self.passes == 1 else f"{self.passes} passes"
         return (
             f"{self.parameters:,} parameters in {passes}: weights {size_text(self.weights)}, activations "
-            f"{size_text(self.activations)}, sums {size_text(self.sums)} on {self.sums_on}; at most {size_text(self.peak)} on "
-            f"{self.device}{free}"
+            f"{size_text(self.activations)}, sums {size_text(self.sums)} on {self.sums_on}; at most "
+            f"{size_text(self.peak)} on {self.device}{free}"
         )
 
 

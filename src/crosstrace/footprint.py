@@ -1,0 +1,640 @@
+"""What an experiment holds and does, stage by stage: memory, operations and disk, on the facts that it will draw.
+
+What goes on inside a model is rehearsed (`rehearse`); what the stages keep beside it is counted here as `pipeline`
+keeps it, so a stage that comes to keep other things has its function here to be changed with it.
+
+It reads a config and perhaps a tokenizer, no weights, and knows neither what fits nor how long anything takes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosstrace import circuit, models, positions
+from crosstrace.anatomy import Anatomy
+from crosstrace.config import Experiment
+from crosstrace.errors import UserError
+from crosstrace.facts import World
+from crosstrace.material import sample, samples
+from crosstrace.rehearse import Parts, Understudy
+from crosstrace.schedule import Phase
+from crosstrace.shared import scope
+from crosstrace.text import biographies, questions
+from crosstrace.tokens import Batch, Encoded, batches, collate, encode
+from crosstrace.trace.memory import free_memory
+from crosstrace.trace.rules import sum_dtype
+from crosstrace.trace.trace import REDUCTIONS
+from crosstrace.train import Updates, epoch_sizes
+
+Row = dict[str, Any]
+Moment = tuple[str, Parts, Parts]  # what happens; what is held on the training's device, and on the host
+Work = Counter  # "tokens": positions that go through the model; "pairs": Σ of each text's length squared
+TASKS = 2
+LOOKED_AT = 2000  # updates of a phase whose lengths are counted; of more, so many spread evenly
+RECALLED = 256  # texts that `evaluate.recall` asks at once
+CHARACTERS = 4  # a token, by rule of thumb, where there is no tokenizer
+RANKING = 46  # bytes a parameter in scope of `stats.spearman`, its two arrays included
+SHAPES = "shapes"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is: bytes free, None where that isn't known.
+
+    Attributes:
+        name: of the GPU, or "cpu".
+        gpu: free on the GPU; None without one.
+        ram, disk: free.
+        flops: operations a second that matrix products reach, by dtype; measured, or told.
+        source: of `flops`.
+    """
+
+    name: str
+    gpu: int | None
+    ram: int | None
+    disk: int | None
+    flops: dict[str, float] = field(default_factory=dict)
+    source: str = ""
+
+    @classmethod
+    def here(cls, folder: Path) -> Machine:
+        """This machine; `folder` is where the run would go."""
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        found = torch.cuda.is_available()
+        return cls(
+            torch.cuda.get_device_name() if found else "cpu",
+            free_memory(torch.device("cuda", torch.cuda.current_device())) if found else None,
+            free_memory(torch.device("cpu")),
+            shutil.disk_usage(there).free,
+        )
+
+
+# ------------------------------------------------------------------------------- the base and the facts
+
+
+def shape_folder(name: str) -> tuple[Path, str]:
+    """A folder with a model's config.json, and what that is: its own, or the package's copy of its shape.
+
+    Raises:
+        UserError: a hub name of which nothing is on this machine.
+    """
+    place = models.locate(name)
+    place = models.adapted_base(place) or place
+    if Path(place).is_dir():
+        return Path(place), "its folder"
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(place, "config.json")
+    if isinstance(cached, str):
+        return Path(cached).parent, "the hub's cache"
+    copied = models.bundled_folder().parent / SHAPES / place.replace("/", "--")
+    if copied.is_dir():
+        return copied, "the package's copy of its config"
+    known = sorted(folder.name.replace("--", "/") for folder in copied.parent.iterdir() if folder.is_dir())
+    raise UserError(
+        f"the config of {place} is not on this machine, and a plan downloads nothing; run `hf download {place} "
+        f"config.json tokenizer.json tokenizer_config.json`, or name a folder or one of {', '.join(known)}"
+    )
+
+
+def _stand_in() -> Any:
+    """A tokenizer for counting alone: words cut into pieces that make about CHARACTERS characters a token."""
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+
+    counting = Tokenizer(kinds.WordLevel({"<any>": 0, "<end>": 1}, unk_token="<any>"))
+    counting.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\d{1,3}| ?\w{1,5}|[^\w]"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=counting, unk_token="<any>", eos_token="<end>")
+
+
+class Material:
+    """The base's shape and the experiment's examples. What was rehearsed on them is kept, for planning again."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        from transformers import AutoConfig
+
+        self.folder, self.source = shape_folder(experiment.model.name)
+        try:
+            self.config = AutoConfig.from_pretrained(self.folder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"no architecture could be read from {self.folder}: {str(error).splitlines()[0]}") from None
+        # of a config alone transformers would make a tokenizer that knows no word
+        if any((self.folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+            self.tokenizer, self.tokenizer_of = models.load_tokenizer(str(self.folder)), "its own"
+        else:
+            self.tokenizer = _stand_in()
+            self.tokenizer_of = f"none at hand, so tokens are estimated, about {CHARACTERS} characters each"
+        self.pad = models.pad_id(self.tokenizer)
+        world = World.draw(experiment.facts)
+        asked = questions(world)
+        texts = {
+            "bio": biographies(world),
+            "qa_id": [item for item in asked if item.split == "id"],
+            "qa_ood": [item for item in asked if item.split == "ood"],
+        }
+        self.parts = {part: encode(self.tokenizer, items) for part, items in texts.items()}
+        self.trained = {"bio": self.parts["bio"], "qa": self.parts["qa_id"]}
+        self._kept: dict[Any, Any] = {}
+
+    def model(self, experiment: Experiment) -> Understudy:
+        """The base, without numbers."""
+        options = experiment.model
+        return self.once(("model", options), lambda: Understudy(self.config, options.dtype, options.attention))
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gave the first time."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def check(self, experiment: Experiment) -> None:
+        """What no later part could do without."""
+        sizes = epoch_sizes(self.trained)
+        for phases in experiment.strategies.values():
+            for phase in phases:
+                phase.updates(sizes)
+        longest = max(len(item.ids) for items in self.parts.values() for item in items)
+        room = getattr(self.config, "max_position_embeddings", None)
+        if room and longest > room:
+            raise UserError(f"the longest example has {longest} tokens, but the model has {room} positions")
+
+    def about(self, experiment: Experiment) -> Row:
+        """Parameters of the base, by kind and in all."""
+        model = self.model(experiment).whole
+        inside = {*scope(model, experiment.analysis.embeddings)}
+        kinds: dict[str, dict[str, int]] = {}
+        for name, kind in Anatomy(model).kind.items():
+            own = kinds.setdefault(kind, {"parameters": 0, "scope": 0})
+            size = model.get_parameter(name).numel()
+            own["parameters"] += size
+            own["scope"] += size * (name in inside)
+        return {
+            "name": experiment.model.name,
+            "architecture": type(model).__name__,
+            "source": self.source,
+            "dtype": experiment.model.dtype,
+            "parameters": sum(own["parameters"] for own in kinds.values()),
+            "scope": sum(own["scope"] for own in kinds.values()),
+            "kinds": kinds,
+        }
+
+    def rows(self) -> Row:
+        """Examples and tokens of each part."""
+        rows = [
+            {"part": part, "examples": len(items), "tokens": sum(len(i.ids) for i in items),
+             "longest": max((len(i.ids) for i in items), default=0)}
+            for part, items in self.parts.items()
+        ]  # fmt: skip
+        return {"tokenizer": self.tokenizer_of, "rows": rows}
+
+
+def work_of(items: Sequence[Encoded], size: int) -> Work:
+    """What goes through a model for these texts, shortest first in batches of `size`, padding included."""
+    lengths = sorted(len(item.ids) for item in items)
+    found: Work = Counter()
+    for start in range(0, len(lengths), size):
+        batch = lengths[start : start + size]
+        found["tokens"] += len(batch) * batch[-1]
+        found["pairs"] += len(batch) * batch[-1] ** 2
+    return found
+
+
+def _times(work: Mapping[str, float], factor: float) -> Work:
+    return Counter({name: value * factor for name, value in work.items()})
+
+
+# ------------------------------------------------------------------------------- what stages hold
+
+
+class Needs:
+    """Memory, work and disk of one experiment on one machine."""
+
+    def __init__(self, experiment: Experiment, material: Material, machine: Machine) -> None:
+        self.experiment, self.material, self.machine = experiment, material, machine
+        self.base = material.model(experiment)
+        self.model = self.base.whole
+        sized = [(name, p.numel(), p.element_size(), _wide(p)) for name, p in self.model.named_parameters()]
+        inside = {*scope(self.model, experiment.analysis.embeddings)}
+        self.weights = sum(n * bytes for _, n, bytes, _ in sized)
+        self.sums = sum(n * wide for _, n, _, wide in sized)  # of one trace
+        self.largest = max(n * wide for _, n, _, wide in sized)
+        self.scope = sum(n for name, n, _, _ in sized if name in inside)
+        self.parameters = sum(n for _, n, _, _ in sized)
+        self.bf16 = machine.gpu is not None and experiment.train.precision != "float32"
+        self.bf16 = self.bf16 or models.trains_in_bf16(experiment.train.precision)
+        self.precision = "bfloat16" if self.bf16 else experiment.model.dtype
+        online, parts = experiment.trace.online, experiment.trace.parts
+        self.online = TASKS * len(REDUCTIONS) * parts * self.sums * online  # the accumulators of a training
+        self.whens = ["online"] * online + ["final"] + ["checkpoints"] * experiment.trace.checkpoints
+        self.memory = [row for process in self.processes() for row in self._stages(process)]
+        self.disk = self._disk()
+
+    def processes(self) -> list[str]:
+        return [*self.experiment.strategies, "base"]
+
+    def _stages(self, process: str) -> Iterator[Row]:
+        """The fullest moment of each stage, on the GPU and on the host."""
+        e = self.experiment
+        if process == "base":
+            stages: dict[str, Callable[[], Iterator[Moment]]] = {"eval": self._eval}
+            stages |= {"trace": self._doctor} if e.trace.check else {}
+            stages |= {"mechanism": partial(self._mechanism, None)} if e.mechanism.run else {}
+        else:
+            stages = {
+                "train": partial(self._train, process),
+                "eval": self._eval,
+                "trace": partial(self._trace, process),
+            }
+            stages |= {"analyze": self._analyze}
+            stages |= {"intervene": self._intervene} if e.interventions.run else {}
+            stages |= {"mechanism": partial(self._mechanism, process)} if e.mechanism.run else {}
+            stages |= {"retain": self._retain} if e.retention.run else {}
+        for stage, moments in stages.items():
+            fullest: dict[str, tuple[str, Parts]] = {}
+            for what, device, host in moments():
+                if self.machine.gpu is None:
+                    host, device = {**host, **device}, {}
+                for where, parts in (("gpu", device), ("ram", host)):
+                    if sum(parts.values()) > sum(fullest.get(where, ("", {}))[1].values()):
+                        fullest[where] = (what, {k: v for k, v in parts.items() if v})
+            for where, (what, parts) in fullest.items():
+                sizes = {part: round(size) for part, size in parts.items()}
+                place = {"process": process, "stage": stage, "where": where, "moment": what}
+                yield place | {"bytes": sum(sizes.values()), "parts": sizes}
+
+    # Each of these gives moments: what happens, what is held on the training's device, and what on the host.
+
+    def _train(self, name: str) -> Iterator[Moment]:
+        """`pipeline.teach`: the Trainer's fused AdamW holds two numbers a parameter, and weights, gradients and states
+        are of the weights' dtype. The online trace's sums are made where the base is read, on the host; its state is
+        copied to be saved, and once more divided when training is over."""
+        e = self.experiment
+        held = {"weights": self.weights, "optimiser": 2 * self.weights}
+        host = {"trace's sums": self.online}
+        for phase, data in self.phases(name):
+            chosen = _costliest(data)
+            step = self._step(phase, chosen)
+            yield f"a step of {phase.name}", held | step, host
+            if e.trace.online:
+                yield f"a traced step of {phase.name}", held | self._traced(chosen), host
+        for what, texts in samples(self.material.parts, e.train.recall_examples).items():
+            yield f"recall of {what}", held | self._recall(texts), host
+        if e.trace.online:
+            yield "a checkpoint", held, host | {"copies of the sums": self.online}
+            yield "the online trace's end", held, host | {"copies of the sums": self.online}
+
+    def phases(self, name: str) -> list[tuple[Phase, Updates]]:
+        """A strategy's phases, each with what its updates see."""
+        e, seen = self.experiment, self.material
+        return [
+            (phase, seen.once((name, index, repr(phase)), lambda index=index, phase=phase: Updates(
+                phase, seen.trained, f"{e.train.seed}/{index}", seen.pad, e.trace.targets)))
+            for index, phase in enumerate(e.strategies[name])
+        ]  # fmt: skip
+
+    def _step(self, phase: Phase, chosen: Mapping[str, Batch]) -> Parts:
+        """What an update holds beside weights and optimiser: at its fullest, or all gradients when that is over."""
+        shapes = tuple((task, *batch["input_ids"].shape) for task, batch in chosen.items())
+        key = ("step", self.experiment.model, self.bf16, shapes)
+        found = self.material.once(key, lambda: self.base.update(phase, chosen, self.bf16))
+        return found if sum(found.values()) > self.weights else {"gradients": self.weights}
+
+    def _traced(self, chosen: Mapping[str, Batch]) -> Parts:
+        """What a trace of some batches holds beside weights and sums."""
+        rows = [{k: v for k, v in batch.items() if k not in ("group", "trace_labels", "labels")}
+                | {"labels": batch.get("trace_labels", batch["labels"])} for batch in chosen.values()]  # fmt: skip
+        # the mean gradient of a step, and a sum that is not wanted as it is
+        return {"activations": max(self._estimate([row]) for row in rows), "a tensor's sums": 2 * self.largest}
+
+    def _estimate(self, rows: list[Mapping[str, Tensor]]) -> float:
+        """Activations of the costliest of some batches, as a trace itself estimates them."""
+        largest = max(rows, key=lambda row: row["input_ids"].numel() * row["input_ids"].shape[1])
+        targets = int((largest["labels"] != -100).sum(1).max())
+        key = ("trace", self.experiment.model, largest["input_ids"].shape, targets)
+        return self.material.once(key, lambda: sum(self.base.traced(rows).values()))
+
+    def _recall(self, items: Sequence[Encoded]) -> Parts:
+        """What `evaluate.recall` holds beside the weights: of its last and longest batch, and of the one before."""
+        order = sorted(items, key=lambda item: len(item.ids))
+        rows = list(batches(order, RECALLED, "answer", pad_id=self.material.pad))[-2:]
+        key = ("recall", self.experiment.model, tuple(row["input_ids"].shape for row in rows))
+
+        return self.material.once(key, lambda: self.base.recall(rows))
+
+    def _eval(self) -> Iterator[Moment]:
+        for part, items in self.material.parts.items():
+            yield f"recall of {part}", {}, {"weights": self.weights} | self._recall(items)
+
+    def _doctor(self) -> Iterator[Moment]:
+        """`doctor.diagnose`: about four gradients, and of half precision a model in float32 with gradients."""
+        half = self.experiment.model.dtype in ("bfloat16", "float16")
+        parts = {"weights": self.weights, "gradients": 3 * self.weights + self.sums}
+        yield "the check", {}, parts | {"a copy in float32": 2 * self.sums * half}
+
+    def _trace(self, name: str) -> Iterator[Moment]:
+        """`pipeline.take_traces`: the traces of one task are still held while the next one's are taken."""
+        e = self.experiment
+        several = len(e.trace.measures) * e.trace.parts
+        before = 0
+        for task, items in self.material.trained.items():
+            items = sample(items, e.trace.examples) if e.trace.examples else items
+            rows = batches(items, e.trace.batch, e.trace.targets, pad_id=self.material.pad, by_length=True)
+            rows = [{k: v for k, v in row.items() if k != "group"} for row in rows]
+            places = 1 + e.trace.checkpoints
+            parts = {"weights": places * self.weights, "activations": self._estimate(rows)}
+            yield f"the trace of {task}", {}, parts | {"sums": several * self.sums, "the task before": before}
+            before = several * self.sums
+        if e.trace.checkpoints:
+            each = sum(len(_saved(len(data), e.train.checkpoint_every)) for _, data in self.phases(name))
+            yield "the mean over checkpoints", {}, {"weights": self.weights, "traces": (each + 1) * several * self.sums}
+
+    def _read(self, when: str) -> int:
+        """Bytes of the traces of one time that a stage reads, all reductions."""
+        e = self.experiment
+        return TASKS * e.trace.parts * self.sums * (len(REDUCTIONS) if when == "online" else 1)
+
+    def _sets(self, fractions: int) -> float:
+        """A mask of every task's set and of the shared one, at each fraction."""
+        return fractions * (TASKS + 1) * self.scope
+
+    def _analyze(self) -> Iterator[Moment]:
+        """`pipeline.analyze`: all traces, the sets at the central fractions, and what one table needs beside them."""
+        options, parts = self.experiment.analysis, self.experiment.trace.parts
+        held = {"weights": self.weights, "traces": sum(map(self._read, self.whens))}
+        sets = len(self.whens) * self._sets(len(options.central_fractions))
+        means = TASKS * self.sums
+        yield "sets", {}, held | {"strengths": 2 * means, "masks": sets}
+        masks = TASKS * len(options.fractions) * self.scope
+        yield "overlap", {}, held | {"strengths": means + 2 * self.largest, "masks": sets + masks}
+        yield "similarity", {}, held | {"strengths": means, "masks": sets, "ranks": RANKING * self.scope}
+        kept = (parts + 1) * len(options.central_fractions) * self.scope
+        central = TASKS * len(options.central_fractions) * self.scope
+        yield "centralization", {}, held | {"strengths": means, "masks": sets + kept + central}
+
+    def controls(self) -> int:
+        """Sets of one time and fraction that are put in: the shared one and its controls."""
+        return 1 + 2 * self.experiment.interventions.seeds + TASKS
+
+    def _intervene(self) -> Iterator[Moment]:
+        """`pipeline.intervene`: base and tuned model, a copy of the values of each, and every set of every time."""
+        options = self.experiment.interventions
+        held = {"weights": 2 * self.weights, "copies of both": 2 * self.weights}
+        held["traces"] = sum(self._read(when) / (len(REDUCTIONS) if when == "online" else 1) for when in self.whens)
+        masks = len(self.whens) * len(options.fractions) * self.controls() * self.scope
+        strengths = TASKS * self.sums
+        chosen = self._sets(len(options.fractions))
+        yield "controls", {}, held | {"masks": masks + chosen, "strengths": 2 * strengths + self.sums}
+        for part in ("qa_id", "qa_ood"):
+            asked = sample(self.material.parts[part], options.questions)
+            yield (
+                f"recall of {part}",
+                {},
+                held | {"masks": masks + chosen, "strengths": strengths} | self._recall(asked),
+            )
+
+    def _mechanism(self, name: str | None) -> Iterator[Moment]:
+        """`mechanism.explain`: its parts one after the other, the model and the shared sets held throughout."""
+        options, seen = self.experiment.mechanism, self.material
+        sets = 0 if name is None else len(self.whens) * self.scope
+        held = {"weights": self.weights, "masks": sets}
+        asked = [i for part in ("qa_id", "qa_ood") for i in sample(seen.parts[part], options.questions)]
+        longest = sorted(asked, key=lambda item: len(item.ids))[-64:]
+        if {"gradients", "dynamics"} & {*options.parts}:
+            texts = sorted(seen.parts["bio"], key=lambda item: len(item.ids))
+            texts = [item.about(len(item.mentions) - 1) for item in texts[-options.together :]]
+            row = collate(texts + asked[: options.together], pad_id=seen.pad)
+            others = 0 if name is None else len(self.whens) * (1 + 2 * options.draws) * self.scope
+            parts = {"activations": self._estimate([{k: v for k, v in row.items() if k != "group"}])}
+            yield "gradients of both formats", {}, held | parts | {"masks": sets + others}
+        if {"circuit", "signature", "dynamics"} & {*options.parts}:
+            row = collate(longest, "answer", pad_id=seen.pad)
+            yield "attribution", {}, held | {"activations": self._inward(row)}
+        if "positions" in options.parts and name is not None:
+            yield "weights at some tokens", {}, held | {"weights": 3 * self.weights} | self._recall(asked)
+        if "dynamics" in options.parts and name is not None:
+            parts = {"activations": self._inward(collate(longest, "answer", pad_id=seen.pad))}
+            yield "checkpoints", {}, held | parts | {"weights": 3 * self.weights, "traces": 2 * TASKS * self.sums}
+        yield "recall", {}, held | self._recall(asked)
+
+    def _inward(self, row: Batch) -> float:
+        """What a forward and backward to the embeddings holds, no parameter's gradient with it."""
+
+        key = ("inward", self.experiment.model, row["input_ids"].shape)
+        return sum(self.material.once(key, lambda: self.base.inward(row)).values())
+
+    def _retain(self) -> Iterator[Moment]:
+        """`retention.retain`: as training, beside a copy of the taught values and the sets."""
+        e, options = self.experiment, self.experiment.retention
+        sets = len(self.whens) * (1 + 2 * options.draws) * self.scope
+        batch = {"bio": options.bio + options.replay_bio, "qa": options.qa + options.replay_qa}
+        phase = Phase("new", {task: count for task, count in batch.items() if count}, options.steps)
+        data = Updates(phase, self.material.trained, "0", self.material.pad, e.trace.targets)
+        held = {"weights": self.weights, "optimiser": 2 * self.weights} | self._step(phase, _costliest(data))
+        yield "a step", held, {"a copy of the weights": self.weights, "masks": sets}
+
+    # ---- all processes together
+
+    def totals(self) -> dict[str, int]:
+        """Bytes that are taken at once: of the processes that run together, on the GPU, in RAM and on the disk."""
+        found = {}
+        together = min(self.experiment.jobs, len(self.processes()))
+        for where in ("gpu", "ram"):
+            peaks = [
+                max([row["bytes"] for row in self.memory if (row["process"], row["where"]) == (process, where)] or [0])
+                for process in self.processes()
+            ]
+            found[where] = sum(sorted(peaks)[-together:])
+        found["ram"] += (together + (self.experiment.jobs > 1)) * _interpreter()
+        found["disk"] = sum(row["bytes"] for row in self.disk)
+        return found
+
+    def _disk(self) -> list[Row]:
+        """`pipeline`'s run folder: what stays, and what the strategies in training have beside it."""
+        e, rows = self.experiment, []
+        strategies = len(e.strategies)
+        phases = [len(phases) for phases in e.strategies.values()]
+        kept = {name: [_saved(len(data), e.train.checkpoint_every) for _, data in self.phases(name)]
+                for name in e.strategies}  # fmt: skip
+        all_kept = sum(len(each) for saves in kept.values() for each in saves)
+        copies = all_kept if e.train.keep_checkpoints else sum(phases)
+        rows.append(("the taught models", copies * self.weights, True))
+        several = TASKS * len(e.trace.measures) * e.trace.parts * self.sums
+        places = 1 + (all_kept / strategies + 1 if e.trace.checkpoints else 0)
+        rows.append(("traces", strategies * (places * several + 2 * self.online), True))  # online ones lie there twice
+        sets = strategies * len(self.whens) * self._sets(len(e.analysis.central_fractions)) / 8
+        rows.append(("shared sets", sets, True))
+        resumable = 3 * self.weights + self.online
+        each = []
+        for saves in kept.values():
+            # the last one of every phase stays until the strategy is taught; one more while it is replaced
+            number = sum(map(len, saves)) if e.train.keep_checkpoints else len(saves) + (max(map(len, saves)) > 1)
+            each.append(number * resumable)
+        together = sum(sorted(each)[-min(e.jobs, strategies) :])
+        if e.retention.run:
+            together = max(together, min(e.jobs, strategies) * 2 * 3 * self.weights)
+        rows.append(("checkpoints while training", together, False))
+        return [{"what": what, "bytes": round(size), "lasting": lasting} for what, size, lasting in rows]
+
+    # ---- work
+
+    def training(self) -> list[Row]:
+        """What every phase sees."""
+        rows = []
+        for name in self.experiment.strategies:
+            for phase, data in self.phases(name):
+                seen = _seen(data)
+                count = {task: count * len(data) for task, count in phase.composition().items()}
+                rows.append({"strategy": name, "phase": phase.name, "updates": len(data), "examples": count,
+                             "tokens": round(seen["tokens"]), "flops": 3 * self.flops(seen)})  # fmt: skip
+        return rows
+
+    def flops(self, work: Mapping[str, float]) -> float:
+        """Of one forward: 2 N a position, N the parameters of matrix products, and 4 L H Q T for the attention of L
+        layers with H heads of width Q to T positions (Chowdhery et al. 2022, arXiv 2204.02311, appendix B; a backward
+        is two more of them)."""
+        c = self.model.config.get_text_config()
+        heads = getattr(c, "num_attention_heads", 0) or 0
+        width = heads * (getattr(c, "head_dim", None) or (c.hidden_size // heads if heads else 0))
+        return 2 * self._multiplied * work["tokens"] + 4 * c.num_hidden_layers * width * work["pairs"]
+
+    @cached_property
+    def _multiplied(self) -> float:
+        """Parameters that a position is multiplied with: not the lookups, and of experts those that are chosen."""
+        anatomy, c = Anatomy(self.model), self.model.config.get_text_config()
+        experts = getattr(c, "num_experts", None) or getattr(c, "num_local_experts", None) or 1
+        share = {"experts": getattr(c, "num_experts_per_tok", experts) / experts, "position": 0.0}
+        head, found = self.model.get_output_embeddings(), 0.0
+        tied = head is not None and head.weight is self.model.get_input_embeddings().weight
+        for name, kind in anatomy.kind.items():
+            used = share.get(kind, 1.0) if kind != "embedding" else float(tied)
+            found += used * anatomy.shapes[name].numel()
+        return found
+
+    def update_flops(self, data: Updates, update: int) -> float:
+        """Of one update, forward and backward."""
+        return 3 * self.flops(_work_of_update(data, update))
+
+    def work(self) -> list[Row]:
+        """Operations of each stage; a trace costs as much as a training's forward and backward."""
+        e, seen, rows = self.experiment, self.material, []
+
+        def add(process: str, stage: str, where: str, flops: float) -> None:
+            rows.append({"process": process, "stage": stage, "where": where, "flops": flops})
+
+        device = "gpu" if self.machine.gpu is not None else "ram"
+        asked = sum((work_of(items, RECALLED) for items in seen.parts.values()), Counter())
+        for name in self.experiment.strategies:
+            steps, traced = 0.0, 0.0
+            for _, data in self.phases(name):
+                steps += 3 * self.flops(_seen(data))
+            updates = sum(len(data) for _, data in self.phases(name))
+            if e.trace.online:
+                traced = steps / e.trace.every
+            few = sum((work_of(i, RECALLED) for i in samples(seen.parts, e.train.recall_examples).values()), Counter())
+            times = 1 + len(self.phases(name)) + (updates // e.train.recall_every if e.train.recall_every else 0)
+            add(name, "train", device, steps + times * self.flops(few))
+            add(name, "train, traced", device, traced)
+            add(name, "eval", "ram", self.flops(asked))
+            chosen = [sample(i, e.trace.examples) if e.trace.examples else i for i in seen.trained.values()]
+            once = 3 * sum(self.flops(work_of(items, e.trace.batch)) for items in chosen)
+            places = sum(len(_saved(len(data), e.train.checkpoint_every)) for _, data in self.phases(name))
+            add(name, "trace", "ram", once * (places if e.trace.checkpoints else 1))
+            if e.interventions.run:
+                few = sum((work_of(sample(seen.parts[p], e.interventions.questions), RECALLED)
+                           for p in ("qa_id", "qa_ood")), Counter())  # fmt: skip
+                sets = len(self.whens) * len(e.interventions.fractions) * self.controls()
+                add(name, "intervene", "ram", (2 * sets + 2) * self.flops(few))
+            if e.mechanism.run:
+                add(name, "mechanism", "ram", self._mechanism_flops(2))
+            if e.retention.run:
+                o = e.retention
+                texts = _times(work_of(seen.parts["bio"], o.bio), 1 / len(seen.parts["bio"]))
+                once = 3 * o.steps * (2 * o.bio + o.replay_bio) * self.flops(texts)
+                qa = _times(work_of(seen.parts["qa_id"], 128), 1 / len(seen.parts["qa_id"]))
+                add(name, "retain", device, once + 3 * o.steps * (2 * o.qa + o.replay_qa) * self.flops(qa))
+        add("base", "eval", "ram", self.flops(asked))
+        if e.mechanism.run:
+            add("base", "mechanism", "ram", self._mechanism_flops(1))
+        return rows
+
+    def _mechanism_flops(self, kinds: int) -> float:
+        """Of one model; `kinds` of questions are asked."""
+        o, seen = self.experiment.mechanism, self.material
+        mean = lambda items: _times(work_of(items, 64), 1 / len(items))
+        bio, qa = (self.flops(mean(seen.parts[part])) for part in ("bio", "qa_ood"))
+        pair = bio + qa  # a fact's two formats; the text that stores it ends with its object
+        layers = self.model.config.get_text_config().num_hidden_layers
+        facts, few = 2 * o.facts, kinds * o.questions
+        fractions = 9  # of `circuit.curve`
+        nodes = len(circuit.NODES)
+        costs = {
+            "gradients": 3 * facts * pair,
+            "representations": facts * pair,
+            "signature": 2 * o.signature * (2 * o.steps + 8) * pair,
+            "lens": facts * pair,
+            "circuit": few * qa * (2 * layers * 2 * o.steps + nodes * (o.alone + 2 * fractions * (1 + o.seeds))),
+            "positions": few * qa * 3 * len(positions.CHOICES) * 2,
+            "transfer": 6 * few * qa,
+        }
+        costs["dynamics"] = o.checkpoints * (costs["gradients"] + few * qa * 4 * layers * o.steps)
+        return sum(costs[part] for part in o.parts)
+
+
+def _wide(p: Tensor) -> int:
+    """Bytes of a sum of one parameter's gradients."""
+    return torch.empty(0, dtype=sum_dtype(p.dtype)).element_size()
+
+
+def _saved(updates: int, every: int) -> list[int]:
+    """After which updates of a phase a checkpoint is saved."""
+    return sorted({*range(every, updates + 1, every), updates})
+
+
+def _looked_at(data: Updates) -> list[int]:
+    return sorted({round(i) for i in torch.linspace(0, len(data) - 1, min(len(data), LOOKED_AT)).tolist()})
+
+
+def _sizes(data: Updates, update: int) -> list[tuple[int, int]]:
+    """(examples, longest) of each task of an update."""
+    found = []
+    for task, count in data.tasks.items():
+        chosen = data.orders[task][update * count : (update + 1) * count]
+        found.append((count, max(len(data.examples[task][i].ids) for i in chosen)))
+    return found
+
+
+def _seen(data: Updates) -> Work:
+    """What goes through the model in a whole phase, padding included."""
+    looked = _looked_at(data)
+    found: Work = sum((_work_of_update(data, update) for update in looked), Counter())
+    return _times(found, len(data) / len(looked))
+
+
+def _work_of_update(data: Updates, update: int) -> Work:
+    found: Work = Counter()
+    for count, longest in _sizes(data, update):
+        found["tokens"] += count * longest
+        found["pairs"] += count * longest**2
+    return found
+
+
+def _costliest(data: Updates) -> dict[str, Batch]:
+    """The batches of the update with the most tokens."""
+    return data[max(_looked_at(data), key=lambda update: sum(n * longest for n, longest in _sizes(data, update)))]
+
+
+def _interpreter() -> int:
+    """Bytes that a process holds before it reads a model: this one, which has the same libraries."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
