@@ -59,6 +59,7 @@ For others, from the folder of a run:
 
 And:
   crosstrace settings                  the default experiment as YAML, to copy and change
+  crosstrace plan CONFIG               what an experiment takes, and whether it fits, before it runs
   crosstrace doctor MODEL              can this model be traced exactly on this machine?
   crosstrace import FILE... FOLDER     one's own facts or texts, checked, as what a run is taught
   crosstrace new-model FOLDER          a tokenizer for one's own texts and random weights
@@ -551,6 +552,61 @@ def settings(arguments: list[str]) -> None:
     print(config.dumps(config.Experiment()), end="")
 
 
+def plan(arguments: list[str]) -> None:
+    """What an experiment takes."""
+    from crosstrace import config
+
+    words = _split("plan", arguments, ("step", "json", "quiet"))
+    if "help" in words.flags:
+        return print(
+            "usage: crosstrace plan CONFIG [--step] [--json] [--quiet] [MACHINE] [OPTIONS]\n\n"
+            "Say what the experiment of the file CONFIG takes before anything runs: parameters, tokens, memory of\n"
+            "every stage, operations, hours from a short measurement, disk; and, if it does not fit, which settings\n"
+            "would. Reads the model's config alone and downloads nothing. Exit code 1 if it does not fit.\n\n"
+            "  --step           time one real update too, of random weights, for the hours\n"
+            "  --json           print the plan as JSON\n"
+            "  --quiet          print no progress\n"
+            "  --gpu GB         MACHINE is another one that is planned for: free memory of its GPU,\n"
+            "  --ram GB         free RAM,\n"
+            "  --disk GB        free disk,\n"
+            "  --tflops N       matrix products in 10^12 operations a second, of its GPU if it has one,\n"
+            "  --cpu-tflops N   and those of the processor beside a GPU\n"
+            "  --SECTION.SETTING VALUE   any setting by its dotted name, as of `crosstrace run`"
+        )
+    if len(words.names) != 1:
+        raise UserError(
+            f"plan takes one config file, but {len(words.names)} names were given; e.g. crosstrace plan "
+            "examples/pythia-160m.yaml"
+        )
+    told = {name.replace("-", "_"): _number(name, words.settings.pop(name))
+            for name in _MACHINE if name in words.settings}  # fmt: skip
+    experiment = _changed(config.load(Path(words.names[0])), words)
+    from crosstrace import plan as planning
+    from crosstrace.progress import Progress
+
+    with Progress(words.quiet).bar("plan") as update:
+        found = planning.plan(experiment, machine=planning.other_machine(**told) if told else None,
+                              step="step" in words.flags, progress=update.label)  # fmt: skip
+    print(planning.as_json(found) if "json" in words.flags else found)
+    if not found.fits:
+        raise SystemExit(1)
+
+
+_MACHINE = ("gpu", "ram", "disk", "tflops", "cpu-tflops")  # of another machine that is planned for
+
+
+def _number(name: str, value: str | None) -> float:
+    try:
+        number = float(value or "")
+    except ValueError:
+        number = -1.0
+    if not 0 < number < float("inf"):
+        raise UserError(
+            f"--{name} is {value!r}; expected a positive number, in {'TFLOP/s' if name == 'tflops' else 'GB'}"
+        )
+    return number
+
+
 def doctor(arguments: list[str]) -> None:
     """Can a model be traced exactly here?"""
     from crosstrace.config import ModelSettings
@@ -769,6 +825,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "ablate": _edited("ablate", "Write a strategy's model, with a set put back to the base, as a model folder."),
     "export": export,
     "settings": settings,
+    "plan": plan,
     "doctor": doctor,
     "import": import_own,
     "new-model": new_model,

@@ -54,7 +54,7 @@ class Machine:
         name: of the GPU, or "cpu".
         gpu: free on the GPU; None without one.
         ram, disk: free.
-        flops: operations a second that matrix products reach, by dtype; measured, or told.
+        flops: operations a second that matrix products reach, by place and dtype ("ram float32"), or by place alone.
         source: of `flops`.
     """
 
@@ -151,6 +151,16 @@ class Material:
         options = experiment.model
         return self.once(("model", options), lambda: Understudy(self.config, options.dtype, options.attention))
 
+    def asked(self, part: str, number: int | None = None) -> list[Encoded]:
+        """Some examples of a part, as the stages choose them; the same list every time."""
+        items = self.parts[part]
+        return items if number is None else self.once(("asked", part, number), lambda: sample(items, number))
+
+    def longest(self, questions: int) -> list[Encoded]:
+        """The longest of some questions, as many as go through a model at once for attribution."""
+        items = [*self.asked("qa_id", questions), *self.asked("qa_ood", questions)]
+        return sorted(items, key=lambda item: len(item.ids))[-64:]
+
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` gave the first time."""
         if key not in self._kept:
@@ -229,6 +239,7 @@ class Needs:
         self.sums = sum(n * wide for _, n, _, wide in sized)  # of one trace
         self.largest = max(n * wide for _, n, _, wide in sized)
         self.scope = sum(n for name, n, _, _ in sized if name in inside)
+        self.scope_sums = sum(n * wide for name, n, _, wide in sized if name in inside)
         self.parameters = sum(n for _, n, _, _ in sized)
         self.bf16 = machine.gpu is not None and experiment.train.precision != "float32"
         self.bf16 = self.bf16 or models.trains_in_bf16(experiment.train.precision)
@@ -282,13 +293,13 @@ class Needs:
         held = {"weights": self.weights, "optimiser": 2 * self.weights}
         host = {"trace's sums": self.online}
         for phase, data in self.phases(name):
-            chosen = _costliest(data)
+            chosen = self.material.once(("costliest", id(data)), lambda data=data: _costliest(data))
             step = self._step(phase, chosen)
             yield f"a step of {phase.name}", held | step, host
             if e.trace.online:
                 yield f"a traced step of {phase.name}", held | self._traced(chosen), host
-        for what, texts in samples(self.material.parts, e.train.recall_examples).items():
-            yield f"recall of {what}", held | self._recall(texts), host
+        for part, texts in samples(self.material.parts, e.train.recall_examples).items():
+            yield f"recall of {part}", held | self._recall(part, len(texts)), host
         if e.trace.online:
             yield "a checkpoint", held, host | {"copies of the sums": self.online}
             yield "the online trace's end", held, host | {"copies of the sums": self.online}
@@ -323,17 +334,19 @@ class Needs:
         key = ("trace", self.experiment.model, largest["input_ids"].shape, targets)
         return self.material.once(key, lambda: sum(self.base.traced(rows).values()))
 
-    def _recall(self, items: Sequence[Encoded]) -> Parts:
+    def _recall(self, part: str, number: int | None = None) -> Parts:
         """What `evaluate.recall` holds beside the weights: of its last and longest batch, and of the one before."""
-        order = sorted(items, key=lambda item: len(item.ids))
-        rows = list(batches(order, RECALLED, "answer", pad_id=self.material.pad))[-2:]
+        items, pad = self.material.asked(part, number), self.material.pad
+        longest = lambda: sorted(items, key=lambda item: len(item.ids))
+        last = lambda: list(batches(longest(), RECALLED, "answer", pad_id=pad))[-2:]
+        rows = self.material.once(("recalled", part, number), last)
         key = ("recall", self.experiment.model, tuple(row["input_ids"].shape for row in rows))
 
         return self.material.once(key, lambda: self.base.recall(rows))
 
     def _eval(self) -> Iterator[Moment]:
         for part, items in self.material.parts.items():
-            yield f"recall of {part}", {}, {"weights": self.weights} | self._recall(items)
+            yield f"recall of {part}", {}, {"weights": self.weights} | self._recall(part)
 
     def _doctor(self) -> Iterator[Moment]:
         """`doctor.diagnose`: about four gradients, and of half precision a model in float32 with gradients."""
@@ -347,9 +360,7 @@ class Needs:
         several = len(e.trace.measures) * e.trace.parts
         before = 0
         for task, items in self.material.trained.items():
-            items = sample(items, e.trace.examples) if e.trace.examples else items
-            rows = batches(items, e.trace.batch, e.trace.targets, pad_id=self.material.pad, by_length=True)
-            rows = [{k: v for k, v in row.items() if k != "group"} for row in rows]
+            rows = self.material.once(("rows", task, repr(e.trace)), partial(self._rows, items))
             places = 1 + e.trace.checkpoints
             parts = {"weights": places * self.weights, "activations": self._estimate(rows)}
             yield f"the trace of {task}", {}, parts | {"sums": several * self.sums, "the task before": before}
@@ -358,10 +369,17 @@ class Needs:
             each = sum(len(_saved(len(data), e.train.checkpoint_every)) for _, data in self.phases(name))
             yield "the mean over checkpoints", {}, {"weights": self.weights, "traces": (each + 1) * several * self.sums}
 
-    def _read(self, when: str) -> int:
-        """Bytes of the traces of one time that a stage reads, all reductions."""
-        e = self.experiment
-        return TASKS * e.trace.parts * self.sums * (len(REDUCTIONS) if when == "online" else 1)
+    def _rows(self, items: Sequence[Encoded]) -> list[Mapping[str, Tensor]]:
+        """The batches of a task's trace."""
+        options = self.experiment.trace
+        items = sample(items, options.examples) if options.examples else items
+        rows = batches(items, options.batch, options.targets, pad_id=self.material.pad, by_length=True)
+        return [{k: v for k, v in row.items() if k != "group"} for row in rows]
+
+    def _read(self) -> float:
+        """Bytes of the traces that are read for the example's reduction. Files are mapped: what nobody looks at takes
+        none."""
+        return len(self.whens) * TASKS * self.experiment.trace.parts * self.sums
 
     def _sets(self, fractions: int) -> float:
         """A mask of every task's set and of the shared one, at each fraction."""
@@ -370,10 +388,11 @@ class Needs:
     def _analyze(self) -> Iterator[Moment]:
         """`pipeline.analyze`: all traces, the sets at the central fractions, and what one table needs beside them."""
         options, parts = self.experiment.analysis, self.experiment.trace.parts
-        held = {"weights": self.weights, "traces": sum(map(self._read, self.whens))}
+        of_steps = ("online" in self.whens) * TASKS * parts * self.scope_sums  # that reduction, in scope alone
+        held = {"weights": self.weights, "traces": self._read() + of_steps}
         sets = len(self.whens) * self._sets(len(options.central_fractions))
-        means = TASKS * self.sums
-        yield "sets", {}, held | {"strengths": 2 * means, "masks": sets}
+        yield "sets", {}, held | {"strengths": 2 * TASKS * self.sums, "masks": sets}
+        means = TASKS * self.scope_sums
         masks = TASKS * len(options.fractions) * self.scope
         yield "overlap", {}, held | {"strengths": means + 2 * self.largest, "masks": sets + masks}
         yield "similarity", {}, held | {"strengths": means, "masks": sets, "ranks": RANKING * self.scope}
@@ -389,17 +408,16 @@ class Needs:
         """`pipeline.intervene`: base and tuned model, a copy of the values of each, and every set of every time."""
         options = self.experiment.interventions
         held = {"weights": 2 * self.weights, "copies of both": 2 * self.weights}
-        held["traces"] = sum(self._read(when) / (len(REDUCTIONS) if when == "online" else 1) for when in self.whens)
+        held["traces"] = self._read()
         masks = len(self.whens) * len(options.fractions) * self.controls() * self.scope
         strengths = TASKS * self.sums
         chosen = self._sets(len(options.fractions))
         yield "controls", {}, held | {"masks": masks + chosen, "strengths": 2 * strengths + self.sums}
         for part in ("qa_id", "qa_ood"):
-            asked = sample(self.material.parts[part], options.questions)
             yield (
                 f"recall of {part}",
                 {},
-                held | {"masks": masks + chosen, "strengths": strengths} | self._recall(asked),
+                held | {"masks": masks + chosen, "strengths": strengths} | self._recall(part, options.questions),
             )
 
     def _mechanism(self, name: str | None) -> Iterator[Moment]:
@@ -407,24 +425,33 @@ class Needs:
         options, seen = self.experiment.mechanism, self.material
         sets = 0 if name is None else len(self.whens) * self.scope
         held = {"weights": self.weights, "masks": sets}
-        asked = [i for part in ("qa_id", "qa_ood") for i in sample(seen.parts[part], options.questions)]
-        longest = sorted(asked, key=lambda item: len(item.ids))[-64:]
+        answers = lambda: collate(seen.longest(options.questions), "answer", pad_id=seen.pad)
         if {"gradients", "dynamics"} & {*options.parts}:
-            texts = sorted(seen.parts["bio"], key=lambda item: len(item.ids))
-            texts = [item.about(len(item.mentions) - 1) for item in texts[-options.together :]]
-            row = collate(texts + asked[: options.together], pad_id=seen.pad)
+            row = seen.once(("formats", options.together), self._formats)
             others = 0 if name is None else len(self.whens) * (1 + 2 * options.draws) * self.scope
-            parts = {"activations": self._estimate([{k: v for k, v in row.items() if k != "group"}])}
+            parts = {"activations": self._estimate([row])}
             yield "gradients of both formats", {}, held | parts | {"masks": sets + others}
         if {"circuit", "signature", "dynamics"} & {*options.parts}:
-            row = collate(longest, "answer", pad_id=seen.pad)
+            row = seen.once(("answers", options.questions), answers)
             yield "attribution", {}, held | {"activations": self._inward(row)}
         if "positions" in options.parts and name is not None:
-            yield "weights at some tokens", {}, held | {"weights": 3 * self.weights} | self._recall(asked)
+            yield (
+                "weights at some tokens",
+                {},
+                held | {"weights": 3 * self.weights} | self._recall("qa_ood", options.questions),
+            )
         if "dynamics" in options.parts and name is not None:
-            parts = {"activations": self._inward(collate(longest, "answer", pad_id=seen.pad))}
+            parts = {"activations": self._inward(seen.once(("answers", options.questions), answers))}
             yield "checkpoints", {}, held | parts | {"weights": 3 * self.weights, "traces": 2 * TASKS * self.sums}
-        yield "recall", {}, held | self._recall(asked)
+        yield "recall", {}, held | self._recall("qa_ood", options.questions)
+
+    def _formats(self) -> Mapping[str, Tensor]:
+        """The longest facts in both formats, as many as are compared at once."""
+        seen, together = self.material, self.experiment.mechanism.together
+        texts = sorted(seen.parts["bio"], key=lambda item: len(item.ids))[-together:]
+        questions = sorted(seen.parts["qa_ood"], key=lambda item: len(item.ids))[-together:]
+        row = collate([item.about(len(item.mentions) - 1) for item in texts] + questions, pad_id=seen.pad)
+        return {k: v for k, v in row.items() if k != "group"}
 
     def _inward(self, row: Batch) -> float:
         """What a forward and backward to the embeddings holds, no parameter's gradient with it."""
@@ -529,7 +556,8 @@ class Needs:
         e, seen, rows = self.experiment, self.material, []
 
         def add(process: str, stage: str, where: str, flops: float) -> None:
-            rows.append({"process": process, "stage": stage, "where": where, "flops": flops})
+            dtype = self.precision if stage in ("train", "retain") else e.model.dtype
+            rows.append({"process": process, "stage": stage, "where": where, "dtype": dtype, "flops": flops})
 
         device = "gpu" if self.machine.gpu is not None else "ram"
         asked = sum((work_of(items, RECALLED) for items in seen.parts.values()), Counter())
@@ -550,7 +578,7 @@ class Needs:
             places = sum(len(_saved(len(data), e.train.checkpoint_every)) for _, data in self.phases(name))
             add(name, "trace", "ram", once * (places if e.trace.checkpoints else 1))
             if e.interventions.run:
-                few = sum((work_of(sample(seen.parts[p], e.interventions.questions), RECALLED)
+                few = sum((work_of(seen.asked(p, e.interventions.questions), RECALLED)
                            for p in ("qa_id", "qa_ood")), Counter())  # fmt: skip
                 sets = len(self.whens) * len(e.interventions.fractions) * self.controls()
                 add(name, "intervene", "ram", (2 * sets + 2) * self.flops(few))

@@ -12,6 +12,7 @@ what is no matrix product.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import time
@@ -31,6 +32,8 @@ from crosstrace.trace.memory import SPARE, size_text
 from crosstrace.train import update_loss
 
 Row = dict[str, Any]
+PLANNED = "planned"  # a machine that is told of
+_WORDS = {"gpu": "memory of the GPU", "ram": "RAM", "disk": "disk"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Plan:
         machine: see `Machine`.
         totals: bytes of each of "gpu", "ram" and "disk" that all processes take at once, and hours in all.
         problems: a sentence for each thing that does not fit.
-        remedies: settings, each as on the command line, that would make it fit; each alone, or the last all together.
+        remedies: settings, as on the command line, that would make it fit: each by itself, or one line of several.
+        least: where no settings do, what would be needed at once with the least that they can ask for.
     """
 
     model: Row
@@ -60,6 +64,7 @@ class Plan:
     totals: Row
     problems: list[str]
     remedies: list[str]
+    least: Row
 
     @property
     def fits(self) -> bool:
@@ -104,16 +109,17 @@ def plan(
     needs = Needs(experiment, material, machine)
     problems = _problems(needs)
     progress("settings that would fit" if problems else "disk")
-    remedies = _remedies(experiment, material, machine) if problems else []
-    dtypes = {experiment.model.dtype, needs.precision}
-    if probe and not machine.flops and machine.name != "planned":
+    remedies, least = _remedies(experiment, material, machine) if problems else ([], {})
+    work = needs.work()
+    if probe and machine.name != PLANNED:
         progress("matrix products")
-        machine = replace(machine, flops={d: _products(material, d, experiment.threads) for d in sorted(dtypes)},
-                          source=f"matrix products, measured on {_width(machine, experiment)}")  # fmt: skip
-    if step and machine.flops and not problems:
+        ways = sorted({(row["where"], row["dtype"]) for row in work})
+        speeds = {f"{where} {dtype}": _products(material, where, dtype, experiment.threads) for where, dtype in ways}
+        machine = replace(machine, flops=speeds, source=f"matrix products, measured; {_threads(experiment)}")
+    if step and machine.name != PLANNED and machine.flops and not problems:
         progress("one update")
         machine = _stepped(experiment, material, machine, needs)
-    work = _hours(needs.work(), machine)
+    work = _hours(work, machine)
     return Plan(
         model=material.about(experiment),
         data=material.rows(),
@@ -122,10 +128,36 @@ def plan(
         work=work,
         disk=needs.disk,
         machine=asdict(machine),
-        totals=needs.totals() | {"hours": _wall(work, experiment, machine)},
+        totals=needs.totals() | {"hours": _wall(work, experiment)},
         problems=problems,
         remedies=remedies,
+        least=least,
     )
+
+
+def other_machine(
+    gpu: float | None = None,
+    ram: float | None = None,
+    disk: float | None = None,
+    tflops: float | None = None,
+    cpu_tflops: float | None = None,
+) -> Machine:
+    """A machine that is told of, not looked at; None is not known, or of `gpu` that there is none.
+
+    Args:
+        gpu, ram, disk: GB free.
+        tflops: 10^12 operations a second, of the GPU where there is one.
+        cpu_tflops: of the processor beside a GPU.
+    """
+    size = lambda gb: None if gb is None else round(gb * 1e9)
+    speeds = {"gpu": tflops, "ram": cpu_tflops} if gpu else {"ram": tflops}
+    flops = {where: speed * 1e12 for where, speed in speeds.items() if speed}
+    return Machine(PLANNED, size(gpu), size(ram), size(disk), flops, "as told")
+
+
+def as_json(found: Plan) -> str:
+    """The plan as JSON."""
+    return json.dumps(asdict(found), indent=1)
 
 
 # ------------------------------------------------------------------------------- does it fit?
@@ -134,7 +166,6 @@ def plan(
 def _problems(needs: Needs) -> list[str]:
     """What does not fit, and by how much."""
     found, totals = [], needs.totals()
-    words = {"gpu": "memory of the GPU", "ram": "RAM", "disk": "disk"}
     for where, free in (("gpu", needs.machine.gpu), ("ram", needs.machine.ram), ("disk", needs.machine.disk)):
         if free is None or totals[where] <= SPARE * free:
             continue
@@ -145,7 +176,7 @@ def _problems(needs: Needs) -> list[str]:
             row = max((row for row in needs.memory if row["where"] == where), key=lambda row: row["bytes"])
             most = f"{size_text(row['bytes'])} of it by {row['process']}: {row['stage']}, {row['moment']}"
         found.append(
-            f"{words[where]}: {size_text(totals[where])} are needed at once ({most}), but {size_text(free)} are "
+            f"{_WORDS[where]}: {size_text(totals[where])} are needed at once ({most}), but {size_text(free)} are "
             f"free, of which {SPARE:.0%} may be planned with: {size_text(totals[where] - SPARE * free)} too much"
         )
     return found
@@ -196,29 +227,32 @@ def _smaller(experiment: Experiment, share: int) -> Iterator[tuple[str, str]]:
                 yield f"{place}.steps", str(phase.steps * share)
 
 
-def _remedies(experiment: Experiment, material: Material, machine: Machine) -> list[str]:
-    """Settings that would make the experiment fit: each that does alone, else the fewest found that do together."""
+def _remedies(experiment: Experiment, material: Material, machine: Machine) -> tuple[list[str], Row]:
+    """Settings that would make the experiment fit: each that does alone, and the fewest found of the others that do
+    together; and where none do, what is needed with all of them."""
 
-    def fits(changes: Sequence[Mapping[str, str]]) -> bool:
+    def with_(changes: Sequence[Mapping[str, str]]) -> Needs:
         merged = {name: value for change in changes for name, value in change.items()}
-        return not _problems(Needs(config.override(experiment, merged), material, machine))
+        return Needs(config.override(experiment, merged), material, machine)
 
     every = list(_candidates(experiment))
-    alone = [change for change in every if fits([change])]
-    if alone:
-        return [_as_typed(change) for change in alone]
+    least = with_(every)
+    if _problems(least):
+        return [], least.totals()
+    alone = [change for change in every if not _problems(with_([change]))]
     taken: list[dict[str, str]] = []
-    for change in every:
-        taken = [other for other in taken if not other.keys() & change.keys()] + [change]
-        if fits(taken):
+    for change in (other for other in every if other not in alone):  # gentler ones may do together
+        if taken and not _problems(with_(taken)):
             break
-    else:
-        return []
+        taken = [other for other in taken if not other.keys() & change.keys()] + [change]
+    if _problems(with_(taken)):
+        return [_as_typed(change) for change in alone], {}
     for change in list(taken):  # what the later ones made needless
         rest = [other for other in taken if other is not change]
-        if rest and fits(rest):
+        if not _problems(with_(rest)):
             taken = rest
-    return [" ".join(_as_typed(change) for change in taken)]
+    together = " ".join(_as_typed(change) for change in taken)
+    return [*(_as_typed(change) for change in alone), together], {}
 
 
 def _as_typed(change: Mapping[str, str]) -> str:
@@ -228,17 +262,14 @@ def _as_typed(change: Mapping[str, str]) -> str:
 # ------------------------------------------------------------------------------- time
 
 
-def _width(machine: Machine, experiment: Experiment) -> str:
-    if machine.gpu is not None:
-        return f"{machine.name}; stages off it on {experiment.threads} threads"
+def _threads(experiment: Experiment) -> str:
     return f"{experiment.threads} thread" + "s" * (experiment.threads > 1)
 
 
-def _products(material: Material, dtype: str, threads: int, seconds: float = 0.5) -> float:
-    """Operations a second of the matrix product of the model's MLP with 512 positions."""
-    c = material.config.get_text_config()
-    width = min(4096, c.hidden_size)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def _products(material: Material, where: str, dtype: str, threads: int, seconds: float = 0.5) -> float:
+    """Operations a second of the matrix product of 512 positions with the model's MLP."""
+    width = min(4096, material.config.get_text_config().hidden_size)
+    device = "cuda" if where == "gpu" else "cpu"
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -290,36 +321,28 @@ def _stepped(experiment: Experiment, material: Material, machine: Machine, needs
     finally:
         torch.set_num_threads(before)
     reached = needs.update_flops(data, 0) / seconds
-    share = reached / machine.flops[needs.precision]
+    share = reached / machine.flops[f"{'gpu' if device == 'cuda' else 'ram'} {needs.precision}"]
     told = f"one real update of {seconds:.3g} s, {share:.0%} of the speed of {machine.source}"
-    return replace(machine, flops={dtype: share * value for dtype, value in machine.flops.items()}, source=told)
+    return replace(machine, flops={way: share * value for way, value in machine.flops.items()}, source=told)
 
 
 def _hours(work: list[Row], machine: Machine) -> list[Row]:
-    """The rows with their hours: training in its precision, all else in the weights' dtype."""
-    if not machine.flops:
-        return [row | {"hours": None} for row in work]
-    fast = max(machine.flops.values())
-    slow = min(machine.flops.values())
-    return [
-        row | {"hours": row["flops"] / (fast if row["stage"] in ("train", "retain") else slow) / 3600} for row in work
-    ]
+    """The rows with their hours, None where no speed is known."""
+    speed = lambda row: machine.flops.get(f"{row['where']} {row['dtype']}") or machine.flops.get(row["where"])
+    return [row | {"hours": row["flops"] / speed(row) / 3600 if speed(row) else None} for row in work]
 
 
-def _wall(work: list[Row], experiment: Experiment, machine: Machine) -> float | None:
-    """Hours until all is done, processes sharing the jobs."""
-    if not machine.flops:
+def _wall(work: list[Row], experiment: Experiment) -> float | None:
+    """Hours until all is done: processes share the jobs, and all of them the GPU."""
+    if any(row["hours"] is None for row in work):
         return None
     hours: dict[str, float] = defaultdict(float)
     for row in work:
         hours[row["process"]] += row["hours"]
-    together = max(1, min(experiment.jobs, (os.cpu_count() or 1) // experiment.threads))
-    busy = [0.0] * together
-    for name in hours:
-        place = busy.index(min(busy))
-        busy[place] += hours[name]
-    shared_gpu = sum(row["hours"] for row in work if row["where"] == "gpu")
-    return max(*busy, shared_gpu) if len(busy) > 1 else busy[0]
+    busy = [0.0] * max(1, min(experiment.jobs, (os.cpu_count() or 1) // experiment.threads))
+    for own in hours.values():
+        busy[busy.index(min(busy))] += own
+    return max(*busy, sum(row["hours"] for row in work if row["where"] == "gpu"))
 
 
 # ------------------------------------------------------------------------------- telling
@@ -361,11 +384,11 @@ def _told(found: Plan) -> Iterator[str]:
         if where != "gpu" or free is not None:
             rows.append([name, size_text(found.totals[where]), "not known" if free is None else size_text(free)])
     yield "\n" + aligned(rows)
+    speeds = ", ".join(f"{value / 1e12:.3g} TFLOP/s ({way})" for way, value in found.machine["flops"].items())
     if found.totals["hours"] is None:
-        yield "hours: not known, since no speed was measured or told"
+        yield "hours: not known in all, since a speed was neither measured nor told"
     else:
-        speeds = ", ".join(f"{value / 1e12:.3g} TFLOP/s in {dtype}" for dtype, value in found.machine["flops"].items())
-        yield f"hours: {found.totals['hours']:.3g}, at {speeds} ({found.machine['source']})"
+        yield f"hours: {found.totals['hours']:.3g}, at {speeds}, {found.machine['source']}"
     yield ""
     if found.fits:
         yield "It fits."
@@ -373,11 +396,12 @@ def _told(found: Plan) -> Iterator[str]:
     yield "It does not fit."
     yield from (f"- {problem}" for problem in found.problems)
     if not found.remedies:
-        yield "No setting that a plan knows of would make it fit: take a smaller model or a larger machine."
+        needed = ", ".join(f"{size_text(size)} of {_WORDS[where]}" for where, size in found.least.items() if size)
+        yield f"No settings would make it fit: with the least that they can ask for it needs {needed}."
     elif len(found.remedies) == 1:
         yield f"It would fit with {found.remedies[0]}"
     else:
-        yield "Each of these alone would make it fit:"
+        yield "Each of these lines would make it fit:"
         yield from (f"  {remedy}" for remedy in found.remedies)
 
 

@@ -61,5 +61,9 @@ class Bar:
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 
+    def label(self, text: str) -> None:
+        """Say what is being done, where there is nothing to count."""
+        self._bar.set_postfix_str(text)
+
     def add(self, number: int) -> None:
         self._bar.update(number)
