@@ -1,4 +1,4 @@
-"""What `crosstrace plan` says that stages hold in memory, beside what they held: models of 20 to 300 million parameters.
+"""What `crosstrace plan` says that stages hold in memory, beside what they held: 20 to 300 million parameters.
 
     python benchmarks/plan.py                        # every case; about 40 minutes on two cores
     python benchmarks/plan.py --only llama-20m-tied  # one of them

@@ -345,7 +345,7 @@ class Needs:
         return self.material.once(key, lambda: self.base.recall(rows))
 
     def _eval(self) -> Iterator[Moment]:
-        for part, items in self.material.parts.items():
+        for part in self.material.parts:
             yield f"recall of {part}", {}, {"weights": self.weights} | self._recall(part)
 
     def _doctor(self) -> Iterator[Moment]:

@@ -1,0 +1,245 @@
+"""The plan counts what runs, refuses what does not fit, and its remedies are remedies."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny_models import KINDS, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from crosstrace import cli, config, pipeline
+from crosstrace.errors import UserError
+from crosstrace.facts import World
+from crosstrace.footprint import CHARACTERS, Machine, Material, Needs, _stand_in, shape_folder
+from crosstrace.plan import other_machine, plan
+from crosstrace.text import biographies, questions
+from crosstrace.tokens import encode
+
+ROOT = Path(__file__).parents[1]
+PLENTY = other_machine(ram=1000, disk=1000, tflops=0.1)
+SMALL = config.parse(
+    {
+        "facts": {"people": 16},
+        "strategies": {
+            "two_stage": [
+                {"name": "bio", "batch": {"bio": 4}, "steps": 3},
+                {"name": "qa", "batch": {"qa": 8}, "replay": {"bio": 2}, "epochs": 1},
+            ],
+            "mixed": [{"name": "mixed", "batch": {"bio": 4, "qa": 8}, "steps": 3}],
+        },
+        "train": {"recall_examples": 12},
+        "trace": {"parts": 2, "batch": 8},
+        "interventions": {"questions": 8},
+        "mechanism": {"questions": 8, "facts": 12},
+    },
+    "test",
+)
+
+PUBLISHED = {
+    "pythia-160m": 162_322_944,
+    "pythia-2.8b": 2_775_208_960,
+    "llama-3.2-3b": 3_212_749_824,
+    "qwen3-4b": 4_022_468_096,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_ready_experiments_have_the_published_shapes(name):
+    experiment = config.load(ROOT / "examples" / f"{name}.yaml")
+    folder, source = shape_folder(experiment.model.name)
+    assert "copy" in source and [file.name for file in folder.iterdir()] == ["config.json"]
+    model = Material(replace(experiment, facts=SMALL.facts)).model(experiment)
+    assert sum(p.numel() for p in model.whole.parameters()) == PUBLISHED[name]
+    assert {p.device.type for p in model.whole.parameters()} == {"meta"}
+
+
+def test_a_ready_experiment_is_planned_offline(capsys):
+    told = ["--gpu", "80", "--ram", "600", "--disk", "3000", "--tflops", "300", "--cpu-tflops", "2"]
+    cli.main(["plan", str(ROOT / "examples" / "pythia-2.8b.yaml"), "--quiet", *told])
+    printed = capsys.readouterr().out
+    assert "2,775,208,960" in printed and "the package's copy of its config" in printed
+    assert "tokens are estimated" in printed and printed.rstrip().endswith("It fits.")
+
+
+def test_the_plan_tells_all_stages_and_is_json():
+    found = plan(SMALL, machine=PLENTY)
+    assert found.fits and not found.remedies
+    assert json.loads(json.dumps(asdict(found))) == asdict(found)
+    stages = {(row["process"], row["stage"]) for row in found.memory}
+    assert {("mixed", stage) for stage in ("train", "eval", "trace", "analyze", "intervene", "mechanism")} <= stages
+    assert {("base", stage) for stage in ("eval", "trace", "mechanism")} <= stages
+    assert all(row["bytes"] == sum(row["parts"].values()) > 0 for row in found.memory)
+    assert found.model["parameters"] == 699_264 and found.model["scope"] == 603_008
+    assert found.data["tokenizer"] == "its own"
+    for text in ("two_stage: train", "It fits.", "699,264", "hours"):
+        assert text in str(found)
+
+
+def test_counted_examples_and_tokens_are_those_of_training():
+    found = plan(SMALL, machine=PLENTY)
+    rows = {(row["strategy"], row["phase"]): row for row in found.training}
+    assert rows["two_stage", "qa"]["updates"] == 6 and rows["two_stage", "qa"]["examples"] == {"qa": 48, "bio": 12}
+    material = Material(SMALL)
+    needs = Needs(SMALL, material, PLENTY)
+    ((_, data),) = needs.phases("mixed")
+    tokens = pairs = 0
+    for update in range(len(data)):
+        for batch in data[update].values():
+            count, length = batch["input_ids"].shape
+            tokens, pairs = tokens + count * length, pairs + count * length**2
+    assert rows["mixed", "mixed"]["tokens"] == tokens
+    assert rows["mixed", "mixed"]["flops"] == pytest.approx(3 * needs.flops({"tokens": tokens, "pairs": pairs}))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "qwen3"])
+def test_operations_are_those_that_torch_counts(kind, monkeypatch):
+    model = tiny_model(kind, torch.float32)
+    needs = Needs.__new__(Needs)
+    needs.model = model
+    ids = torch.randint(3, 50, (3, 17))
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(input_ids=ids)
+    assert needs.flops({"tokens": 51, "pairs": 3 * 17**2}) == pytest.approx(counted.get_total_flops(), rel=0.02)
+
+
+def test_of_experts_those_that_are_chosen_count():
+    needs = Needs.__new__(Needs)
+    needs.model = tiny_model("qwen3_moe", torch.float32)
+    experts = sum(p.numel() for name, p in needs.model.named_parameters() if ".experts." in name)
+    embedding = needs.model.get_input_embeddings().weight
+    rest = sum(p.numel() for p in needs.model.parameters()) - experts - embedding.numel()
+    assert needs._multiplied == rest + experts / 2  # two of four
+
+
+def test_disk_is_what_a_run_leaves(tmp_path):
+    experiment = replace(SMALL, strategies={"mixed": SMALL.strategies["mixed"]}, jobs=1)
+    experiment = config.override(experiment, {"trace.check": "false", "train.recall_every": "0"})
+    pipeline.run(experiment, tmp_path / "run", stages=["data", "train", "trace", "analyze"], quiet=True)
+    size = lambda name: sum(f.stat().st_size for f in (tmp_path / "run" / name).rglob("*.safetensors"))
+    rows = {row["what"]: row for row in plan(experiment, machine=PLENTY).disk}
+    online = size("models/mixed/online")
+    assert rows["the taught models"]["bytes"] == pytest.approx(size("models") - online, rel=0.02)
+    assert rows["traces"]["bytes"] == pytest.approx(size("traces") + online, rel=0.02)
+    assert rows["shared sets"]["bytes"] == pytest.approx(size("shared"), rel=0.2)  # headers weigh in so small a model
+    assert not rows["checkpoints while training"]["lasting"]
+
+
+def test_what_does_not_fit_is_refused_with_settings_that_do():
+    machine = other_machine(ram=1.35, disk=100)
+    base = plan(SMALL, machine=replace(machine, ram=None))
+    beside = base.totals["ram"] - 3 * _interpreter(base)
+    machine = replace(machine, ram=round((base.totals["ram"] - 0.25 * beside) / 0.9))
+    found = plan(SMALL, machine=machine)
+    assert not found.fits and len(found.problems) == 1
+    assert "RAM" in found.problems[0] and "too much" in found.problems[0]
+    assert "It does not fit." in str(found) and found.remedies
+    for remedy in found.remedies:
+        words = remedy.replace("'", "").split()
+        changes = dict(zip((name.removeprefix("--") for name in words[::2]), words[1::2]))
+        assert _fits(SMALL, changes, machine), remedy
+
+
+def _interpreter(found) -> int:
+    """Bytes of a process without its stages."""
+    peaks = sorted(max(r["bytes"] for r in found.memory if r["process"] == p) for p in ("two_stage", "mixed", "base"))
+    return (found.totals["ram"] - sum(peaks[-2:])) // 3
+
+
+def _fits(experiment, changes, machine) -> bool:
+    return plan(config.override(experiment, changes), machine=machine).fits
+
+
+def test_where_nothing_helps_the_least_is_told():
+    found = plan(SMALL, machine=other_machine(ram=0.01, disk=100))
+    assert not found.fits and not found.remedies and found.least["ram"] > 1e7
+    assert "No settings would make it fit" in str(found)
+
+
+def test_a_full_disk_and_a_small_gpu_are_told(capsys, tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(config.dumps(SMALL))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", str(path), "--quiet", "--gpu", "0.001", "--ram", "1000", "--disk", "0.001"])
+    assert ended.value.code == 1
+    printed = capsys.readouterr().out
+    assert "memory of the GPU: " in printed and "disk: " in printed and "hours: not known" in printed
+
+
+def test_training_is_on_the_gpu_and_the_rest_is_not():
+    found = plan(SMALL, machine=replace(PLENTY, gpu=10**12))
+    on_gpu = {row["stage"] for row in found.memory if row["where"] == "gpu"}
+    assert on_gpu == {"train"}
+    assert {row["stage"] for row in found.work if row["where"] == "gpu"} == {"train", "train, traced"}
+    both = {row["where"]: row["parts"] for row in found.memory if (row["process"], row["stage"]) == ("mixed", "train")}
+    assert "optimiser" in both["gpu"] and set(both["ram"]) == {"trace's sums", "copies of the sums"}
+
+
+def test_memory_of_sums_and_sets_by_hand():
+    """One strategy, two parts, two times: 8 sums online; 90 bytes of masks and the like by the sizes of the shape."""
+    found = plan(SMALL, machine=PLENTY)
+    n, scope = found.model["parameters"], found.model["scope"]
+    parts = {row["stage"]: row["parts"] for row in found.memory if row["process"] == "mixed"}
+    assert parts["train"]["trace's sums"] == 2 * 2 * 2 * 4 * n  # tasks, reductions, parts
+    assert parts["train"]["optimiser"] == 8 * n
+    controls = 1 + 2 * 3 + 2  # shared, two random kinds of three seeds, each task alone
+    assert parts["intervene"]["masks"] == 2 * 5 * controls * scope + 5 * 3 * scope
+    assert parts["intervene"]["copies of both"] == parts["intervene"]["weights"] == 8 * n
+    assert parts["analyze"]["traces"] == 2 * 2 * 2 * 4 * n + 2 * 2 * 4 * scope
+
+
+def test_the_stand_in_makes_tokens_of_about_four_characters():
+    world = World.draw(config.Experiment().facts)
+    texts = [*biographies(world), *questions(world)]
+    tokens = sum(len(item.ids) for item in encode(_stand_in(), texts))
+    assert sum(len(item.text) for item in texts) / tokens == pytest.approx(CHARACTERS, rel=0.2)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe"])
+def test_a_folder_with_a_config_alone_is_planned(kind, tmp_path):
+    name, settings = KINDS[kind]
+    getattr(transformers, name)(**settings | {"max_position_embeddings": 256}).save_pretrained(tmp_path / "shape")
+    found = plan(replace(SMALL, model=replace(SMALL.model, name=str(tmp_path / "shape"))), machine=PLENTY)
+    assert found.model["source"] == "its folder" and found.model["architecture"].lower().startswith(kind[:4])
+    assert sorted(file.name for file in (tmp_path / "shape").iterdir()) == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["CONFIG", "--model.name", "nobody/has-this"], "not on this machine, and a plan downloads nothing"),
+        (["CONFIG", "--model.name", "./nowhere"], "does not exist"),
+        (["CONFIG", "--gpu", "much"], "--gpu is 'much'; expected a positive number, in GB"),
+        (["CONFIG", "--tflops", "-1"], "expected a positive number, in TFLOP/s"),
+        (["CONFIG", "--facts.peple", "9"], "facts.peple"),
+        (["CONFIG", "--strategies.mixed.0.batch", "{poem: 4}"], "trains task 'poem'"),
+        (["nowhere.yaml"], "does not exist"),
+        ([], "plan takes one config file"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(arguments, sentence, capsys, tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(config.dumps(SMALL))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", *(str(path) if word == "CONFIG" else word for word in arguments)])
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and sentence in told.err and told.err.count("\n") == 1 and not told.out
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["small.yaml"]
+
+
+def test_a_broken_config_is_told(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "no such thing"}')
+    with pytest.raises(UserError, match="no architecture could be read"):
+        plan(replace(SMALL, model=replace(SMALL.model, name=str(tmp_path))), machine=PLENTY)
+
+
+def test_this_machine_is_looked_at(tmp_path):
+    machine = Machine.here(tmp_path / "runs" / "any")
+    assert machine.disk and (machine.ram is None or machine.ram > 0)
+    found = plan(SMALL, folder=tmp_path / "run", step=True)
+    assert found.machine["source"].startswith("one real update of") and found.totals["hours"] > 0
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,157 @@
+"""What is rehearsed without numbers is what the real thing allocates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from tiny_models import KINDS
+from torch import Tensor
+
+from crosstrace.losses import token_losses
+from crosstrace.rehearse import Rehearsal, Understudy
+from crosstrace.schedule import Phase
+from crosstrace.trace.engine import Engine
+from crosstrace.train import update_loss
+
+PHASE = Phase("mixed", {"bio": 4, "qa": 6}, 1)
+ARCHITECTURES = ("llama", "gpt_neox", "gpt2", "qwen3", "qwen3_moe")
+
+
+def understudy(kind: str, attention: str = "eager", **settings) -> Understudy:
+    name, base = KINDS[kind]
+    config = getattr(transformers, name)(**(base | {"vocab_size": 211} | settings))
+    return Understudy(config, "float32", attention)
+
+
+def real(of: Understudy) -> torch.nn.Module:
+    """A model of the same config that has numbers."""
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(
+        of.whole.config, dtype=torch.float32, attn_implementation=of.whole.config._attn_implementation
+    ).eval()
+
+
+def batch(count: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random ids; the first text is shorter."""
+    ids = torch.randint(3, 200, (count, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[0, length // 2 :] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+BATCHES = {"bio": batch(4, 40), "qa": batch(6, 24, 1)}
+
+
+def allocated(work: Callable[[], object]) -> int:
+    """Most bytes that the CPU's allocator had given out at once, by torch's own profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert len(events) > 20
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_an_update_holds_what_was_rehearsed(kind):
+    of = understudy(kind)
+    expected = of.update(PHASE, BATCHES, False)
+    model = real(of).train()
+    update_loss(model, PHASE, BATCHES).backward()  # what is made once, such as thread pools, is there now
+    model.zero_grad()
+    measured = allocated(lambda: update_loss(model, PHASE, BATCHES).backward())
+    assert sum(expected.values()) == pytest.approx(measured, rel=0.06)
+    assert expected["logits"] >= 4 * 211 * 24 * 6
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_an_update_in_bf16_holds_what_was_rehearsed(kind):
+    from accelerate.utils import convert_outputs_to_fp32
+
+    of = understudy(kind)
+    expected = of.update(PHASE, BATCHES, True)
+    model = real(of).train()
+    forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
+    update_loss(forward, PHASE, BATCHES).backward()
+    model.zero_grad()
+    measured = allocated(lambda: update_loss(forward, PHASE, BATCHES).backward())
+    assert sum(expected.values()) == pytest.approx(measured, rel=0.15)  # the product of two bf16 tensors needs scratch
+    assert expected["weights in bf16"] > 0
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_recall_and_attribution_hold_what_was_rehearsed(kind):
+    of = understudy(kind)
+    rows = [BATCHES["qa"], BATCHES["bio"]]
+    model = real(of)
+
+    def asked() -> None:
+        with torch.no_grad():
+            for row in rows:
+                logits = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"]).logits
+                losses, _ = token_losses(logits, row["labels"])
+                right = logits[:, :-1].argmax(-1) == row["labels"][:, 1:]
+            del losses, right
+
+    asked()
+    assert sum(of.recall(rows).values()) == pytest.approx(allocated(asked), rel=0.06)
+    inward = sum(of.inward(rows[1]).values())
+    assert 0 < inward < sum(of.update(PHASE, {"bio": rows[1]}, False).values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "qwen3"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_few_layers_tell_all(kind, bf16, monkeypatch):
+    """Carried on from two and three layers, the same as if all are rehearsed; also where gradients outweigh all."""
+    for rows in (BATCHES, {"qa": batch(1, 6)}):
+        few, whole = (understudy(kind, num_hidden_layers=7) for _ in range(2))
+        monkeypatch.setattr(Understudy, "_alike", lambda self, whole=whole: self is not whole)
+        phase = Phase("any", {task: 1 for task in rows}, 1)
+        assert few.update(phase, rows, bf16) == pytest.approx(whole.update(phase, rows, bf16))
+        assert len(few._cast) == 2 and len(whole._cast) == 1
+        one = next(iter(rows.values()))
+        assert few.recall([one]) == pytest.approx(whole.recall([one]))
+        assert few.inward(one) == pytest.approx(whole.inward(one))
+        assert few.traced([one]) == pytest.approx(whole.traced([one]))
+
+
+def test_layers_that_differ_are_all_rehearsed():
+    of = understudy("gemma3", num_hidden_layers=6, layer_types=["sliding_attention"] * 5 + ["full_attention"])
+    assert [layers for layers, _ in of._cast] == [6]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "qwen3"])
+def test_the_trace_estimates_the_same_of_a_model_without_numbers(kind):
+    of = understudy(kind)
+    row = BATCHES["bio"]
+    assert of.traced([row])["activations"] == Engine(real(of)).memory([row], 1)[1].activations
+
+
+def test_what_is_gone_is_not_counted():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.ones(1000)
+    with Rehearsal({"doubled": lambda t: t.dtype == torch.float64}) as seen:
+        y = x + 1  # 4,000 bytes
+        y.add_(1)  # none
+        z = y[:10]  # none
+        del y
+        w = x.double()  # 8,000
+        del z  # now the first storage goes
+        v = x + 2
+    assert seen.peak() == {"other": 4000, "doubled": 8000} and len(v) == len(w) == 1000
+    assert x.untyped_storage().nbytes() == 4000
+
+
+def test_a_pretended_model_leaves_the_random_numbers_alone():
+    state = torch.random.get_rng_state()
+    understudy("llama").update(PHASE, BATCHES, False)
+    assert torch.equal(torch.random.get_rng_state(), state)
