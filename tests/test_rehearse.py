@@ -113,7 +113,7 @@ def test_few_layers_tell_all(kind, bf16, monkeypatch):
     for rows in (BATCHES, {"qa": batch(1, 6)}):
         few, whole = (understudy(kind, num_hidden_layers=7) for _ in range(2))
         monkeypatch.setattr(Understudy, "_alike", lambda self, whole=whole: self is not whole)
-        phase = Phase("any", {task: 1 for task in rows}, 1)
+        phase = Phase("any", dict.fromkeys(rows, 1), 1)
         assert few.update(phase, rows, bf16) == pytest.approx(whole.update(phase, rows, bf16))
         assert len(few._cast) == 2 and len(whole._cast) == 1
         one = next(iter(rows.values()))

@@ -60,7 +60,10 @@ class Rehearsal(TorchDispatchMode):
         self._marks: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if func is _GROUPED and isinstance(args[0], FakeTensor):
+            result = args[0].new_empty(_grouped(*args, **(kwargs or {})))
+        else:
+            result = func(*args, **(kwargs or {}))
         new = [x for x in tree_leaves(result) if isinstance(x, FakeTensor) and _storage(x) not in self._alive]
         if new:  # or of a storage that was there before: in place, or a view
             old = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)}
@@ -109,6 +112,18 @@ class Rehearsal(TorchDispatchMode):
         for number, size in self._events[:at]:
             found[self._label[number]] += size
         return {label: size for label, size in found.items() if size}
+
+
+_GROUPED = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
+
+
+def _grouped(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> list[int]:
+    """The shape of the experts' product, which torch tells of fake tensors in bf16 alone: of two matrices one for each
+    group of what they share; else of the rows of one and the columns of the other."""
+    if a.dim() == b.dim() == 2:
+        assert offs is not None
+        return [len(offs), a.shape[0], b.shape[1]]
+    return [*a.shape[-3:-1], b.shape[-1]] if a.dim() == b.dim() else [a.shape[-2], b.shape[-1]]
 
 
 def _storage(x: Tensor) -> int:
@@ -170,7 +185,13 @@ class Understudy:
 
     def _held(self, rehearse: Callable[[Any], Sequence[Parts]]) -> Parts:
         """The fullest of the moments that a rehearsal gives, each carried on to all layers."""
-        each = [rehearse(model) for _, model in self._cast]
+        try:
+            each = [rehearse(model) for _, model in self._cast]
+        except (RuntimeError, NotImplementedError) as error:  # what depends on numbers, or has no fake kernel
+            raise UserError(
+                f"the memory of {type(self.whole).__name__} can't be planned, since it can't be run without numbers: "
+                f"{str(error).strip().splitlines()[0]}"
+            ) from error
         if len(each) > 1:
             further = (self.layers - FEW[0]) / (FEW[1] - FEW[0])
             grown = lambda a, b, label: a.get(label, 0) + further * (b.get(label, 0) - a.get(label, 0))
@@ -257,4 +278,9 @@ class Understudy:
 
     def traced(self, rows: Sequence[Mapping[str, Tensor]]) -> Parts:
         """The activations of a trace of some batches, by the trace's own estimate."""
-        return self._held(lambda model: [{"activations": float(Engine(model).memory(rows, 1)[1].activations)}])
+
+        def rehearse(model: Any) -> Sequence[Parts]:
+            with Rehearsal():
+                return [{"activations": float(Engine(model).memory(rows, 1)[1].activations)}]
+
+        return self._held(rehearse)
