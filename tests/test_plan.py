@@ -104,21 +104,21 @@ def test_operations_are_those_that_torch_counts(kind, monkeypatch):
     ids = torch.randint(3, 50, (3, 17))
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model(input_ids=ids)
-    assert needs.flops({"tokens": 51, "pairs": 3 * 17**2}) == pytest.approx(counted.get_total_flops(), rel=0.02)
+    assert needs.flops({"tokens": 51, "pairs": 3 * 17**2}) == counted.get_total_flops()
 
 
 def test_of_experts_those_that_are_chosen_count():
     needs = Needs.__new__(Needs)
     needs.model = tiny_model("qwen3_moe", torch.float32)
     experts = sum(p.numel() for name, p in needs.model.named_parameters() if ".experts." in name)
-    embedding = needs.model.get_input_embeddings().weight
-    rest = sum(p.numel() for p in needs.model.parameters()) - experts - embedding.numel()
+    matrices = sum(p.numel() for p in needs.model.parameters() if p.dim() == 2)
+    rest = matrices - needs.model.get_input_embeddings().weight.numel()
     assert needs._multiplied == rest + experts / 2  # two of four
 
 
 def test_disk_is_what_a_run_leaves(tmp_path):
     experiment = replace(SMALL, strategies={"mixed": SMALL.strategies["mixed"]}, jobs=1)
-    experiment = config.override(experiment, {"trace.check": "false", "train.recall_every": "0"})
+    experiment = config.override(experiment, {"trace.check": "false", "train.recall_every": "0", "trace.every": "1"})
     pipeline.run(experiment, tmp_path / "run", stages=["data", "train", "trace", "analyze"], quiet=True)
     size = lambda name: sum(f.stat().st_size for f in (tmp_path / "run" / name).rglob("*.safetensors"))
     rows = {row["what"]: row for row in plan(experiment, machine=PLENTY).disk}

@@ -536,7 +536,7 @@ class Needs:
 
     @cached_property
     def _multiplied(self) -> float:
-        """Parameters that a position is multiplied with: not the lookups, and of experts those that are chosen."""
+        """Parameters of the matrices that a position is multiplied with: of experts those that are chosen."""
         anatomy, c = Anatomy(self.model), self.model.config.get_text_config()
         experts = getattr(c, "num_experts", None) or getattr(c, "num_local_experts", None) or 1
         share = {"experts": getattr(c, "num_experts_per_tok", experts) / experts, "position": 0.0}
@@ -544,7 +544,7 @@ class Needs:
         tied = head is not None and head.weight is self.model.get_input_embeddings().weight
         for name, kind in anatomy.kind.items():
             used = share.get(kind, 1.0) if kind != "embedding" else float(tied)
-            found += used * anatomy.shapes[name].numel()
+            found += used * anatomy.shapes[name].numel() * (len(anatomy.shapes[name]) > 1)
         return found
 
     def update_flops(self, data: Updates, update: int) -> float:

@@ -57,7 +57,7 @@ class Rehearsal(TorchDispatchMode):
         self._alive: dict[int, int] = {}  # storage -> its number
         self._label: list[str] = []  # by number
         self._events: list[tuple[int, int]] = []  # number, bytes that came (or went, if negative), in order
-        self._marks: list[int] = []
+        self._marks: list[tuple[int, bool]] = [(0, True)]  # where a part begins, and whether it is kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _GROUPED and isinstance(args[0], FakeTensor):
@@ -89,18 +89,18 @@ class Rehearsal(TorchDispatchMode):
         if isinstance(x, FakeTensor) and _storage(x) in self._alive:
             self._label[self._alive[_storage(x)]] = label
 
-    def mark(self) -> None:
-        """Remember this moment."""
-        self._marks.append(len(self._events))
+    def mark(self, kept: bool = True) -> None:
+        """A new part begins here, which `peaks` tells of, or does not."""
+        self._marks.append((len(self._events), kept))
 
     def peak(self) -> Parts:
         """Bytes by label at the moment at which most of them were held."""
         return self._peak(0, len(self._events))
 
     def peaks(self) -> list[Parts]:
-        """The same up to the first mark, from the second to the third, and so on."""
-        ends = [0, *self._marks, len(self._events)]
-        return [self._peak(start, stop) for start, stop in zip(ends[::2], ends[1::2])]
+        """The same for each part that is kept."""
+        ends = [*(at for at, _ in self._marks[1:]), len(self._events)]
+        return [self._peak(start, stop) for (start, kept), stop in zip(self._marks, ends) if kept]
 
     def _peak(self, start: int, stop: int) -> Parts:
         now, most, at = 0, -1, 0
@@ -233,33 +233,57 @@ class Understudy:
 
     @contextmanager
     def _marking(self, model: Any, seen: Rehearsal) -> Iterator[None]:
-        """Marks the backward of each forward: when it has left the last layer, and when only the first is to come.
+        """Parts each forward and backward: the first layer and before, the last layer, and what comes after.
 
-        In between, layers' activations go and their gradients come, so what is held is fullest at one of these ends.
+        From layer to layer in between, what is held grows or shrinks evenly, so it is fullest at one of the ends; and
+        within each of these parts the same moment is the fullest, however many layers there are.
         """
         layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+        second, last = layers[1], layers[-1]
 
-        def watch(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             x = args[0] if args else kwargs["hidden_states"]
-            x.register_hook(lambda _: seen.mark())
+            if module is second:
+                seen.mark(kept=False)
+            if module is last:
+                seen.mark()
+            if x.requires_grad:
+                x.register_hook(lambda _: back(module))
+
+        def back(module: nn.Module) -> None:
+            if module is last:
+                seen.mark(kept=False)
+            if module is second:
+                seen.mark()
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            seen.mark()
+            x = output if isinstance(output, Tensor) else output[0]
+            if x.requires_grad:
+                x.register_hook(lambda _: seen.mark())
 
         with ExitStack() as hooks:
-            if len(layers) in FEW and len(self._cast) > 1:
-                for layer in (layers[-1], layers[1]):
-                    hooks.callback(layer.register_forward_pre_hook(watch, with_kwargs=True).remove)
+            if len(self._cast) > 1:
+                for layer in {second, last}:
+                    hooks.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                hooks.callback(last.register_forward_hook(leave).remove)
             yield
 
     def recall(self, rows: Sequence[Batch]) -> Parts:
         """`evaluate.recall` of some batches, one after the other: the last one's results are still held."""
 
         def rehearse(model: Any) -> Sequence[Parts]:
-            with torch.no_grad(), Rehearsal({"logits": self._is_logits, "activations": lambda x: True}) as seen:
+            with (
+                torch.no_grad(),
+                Rehearsal({"logits": self._is_logits, "activations": lambda x: True}) as seen,
+                self._marking(model, seen),
+            ):
                 for row in rows:
                     logits = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"]).logits
                     losses, _ = token_losses(logits, row["labels"])
                     right = logits[:, :-1].argmax(-1) == row["labels"][:, 1:]
                 del logits, losses, right
-            return [seen.peak()]
+            return seen.peaks()
 
         return self._held(rehearse)
 
@@ -268,11 +292,11 @@ class Understudy:
 
         def rehearse(model: Any) -> Sequence[Parts]:
             put = lambda module, args, output: output.detach().requires_grad_()
-            with differentiating(model), Rehearsal({"activations": lambda x: True}) as seen:
+            with differentiating(model), Rehearsal({"activations": lambda x: True}) as seen, self._marking(model, seen):
                 with model.get_input_embeddings().register_forward_hook(put):
                     logits = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"]).logits
                     example_losses(logits, row["labels"]).sum().backward()
-            return [seen.peak()]
+            return seen.peaks()
 
         return self._held(rehearse)
 
