@@ -100,7 +100,7 @@ def test_counted_examples_and_tokens_are_those_of_training():
 def test_operations_are_those_that_torch_counts(kind, monkeypatch):
     model = tiny_model(kind, torch.float32)
     needs = Needs.__new__(Needs)
-    needs.model = model
+    needs.plain = model
     ids = torch.randint(3, 50, (3, 17))
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model(input_ids=ids)
@@ -109,10 +109,10 @@ def test_operations_are_those_that_torch_counts(kind, monkeypatch):
 
 def test_of_experts_those_that_are_chosen_count():
     needs = Needs.__new__(Needs)
-    needs.model = tiny_model("qwen3_moe", torch.float32)
-    experts = sum(p.numel() for name, p in needs.model.named_parameters() if ".experts." in name)
-    matrices = sum(p.numel() for p in needs.model.parameters() if p.dim() == 2)
-    rest = matrices - needs.model.get_input_embeddings().weight.numel()
+    needs.plain = tiny_model("qwen3_moe", torch.float32)
+    experts = sum(p.numel() for name, p in needs.plain.named_parameters() if ".experts." in name)
+    matrices = sum(p.numel() for p in needs.plain.parameters() if p.dim() == 2)
+    rest = matrices - needs.plain.get_input_embeddings().weight.numel()
     assert needs._multiplied == rest + experts / 2  # two of four
 
 

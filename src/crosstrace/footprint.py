@@ -23,14 +23,12 @@ from crosstrace import circuit, models, positions
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
 from crosstrace.errors import UserError
-from crosstrace.facts import World
-from crosstrace.material import sample, samples
+from crosstrace.material import in_scope, sample, samples
 from crosstrace.rehearse import Parts, Understudy
 from crosstrace.schedule import Phase
-from crosstrace.shared import scope
-from crosstrace.text import biographies, questions
+from crosstrace.text import texts
 from crosstrace.tokens import Batch, Encoded, batches, collate, encode
-from crosstrace.trace.memory import free_memory
+from crosstrace.trace.memory import MOST_PASSES, SPARE, free_memory
 from crosstrace.trace.rules import sum_dtype
 from crosstrace.trace.trace import REDUCTIONS
 from crosstrace.train import Updates, epoch_sizes
@@ -135,21 +133,18 @@ class Material:
             self.tokenizer = _stand_in()
             self.tokenizer_of = f"none at hand, so tokens are estimated, about {CHARACTERS} characters each"
         self.pad = models.pad_id(self.tokenizer)
-        world = World.draw(experiment.facts)
-        asked = questions(world)
-        texts = {
-            "bio": biographies(world),
-            "qa_id": [item for item in asked if item.split == "id"],
-            "qa_ood": [item for item in asked if item.split == "ood"],
-        }
-        self.parts = {part: encode(self.tokenizer, items) for part, items in texts.items()}
+        own = texts(experiment.facts)
+        asked = {split: [item for item in own["qa"] if item.split == split] for split in ("id", "ood")}
+        parts = {"bio": own["bio"], "qa_id": asked["id"], "qa_ood": asked["ood"]}
+        self.parts = {part: encode(self.tokenizer, items) for part, items in parts.items()}
         self.trained = {"bio": self.parts["bio"], "qa": self.parts["qa_id"]}
         self._kept: dict[Any, Any] = {}
 
-    def model(self, experiment: Experiment) -> Understudy:
-        """The base, without numbers."""
-        options = experiment.model
-        return self.once(("model", options), lambda: Understudy(self.config, options.dtype, options.attention))
+    def model(self, experiment: Experiment, adapted: bool = False) -> Understudy:
+        """The base without numbers, or the model that is trained on it: with an adapter, if the experiment has one."""
+        options, lora = experiment.model, experiment.train.lora if adapted else None
+        make = lambda: Understudy(self.config, options.dtype, options.attention, lora)
+        return self.once(("model", options, repr(lora)), make)
 
     def asked(self, part: str, number: int | None = None) -> list[Encoded]:
         """Some examples of a part, as the stages choose them; the same list every time."""
@@ -180,20 +175,24 @@ class Material:
 
     def about(self, experiment: Experiment) -> Row:
         """Parameters of the base, by kind and in all."""
-        model = self.model(experiment).whole
-        inside = {*scope(model, experiment.analysis.embeddings)}
+        merged = experiment.trace.view == "merged"
+        model = self.model(experiment, adapted=not merged).whole
+        inside = {*in_scope(experiment, model)}
         kinds: dict[str, dict[str, int]] = {}
         for name, kind in Anatomy(model).kind.items():
             own = kinds.setdefault(kind, {"parameters": 0, "scope": 0})
             size = model.get_parameter(name).numel()
             own["parameters"] += size
             own["scope"] += size * (name in inside)
+        learner = self.model(experiment, adapted=True).whole
+        adapter = sum(p.numel() for p in learner.parameters() if p.requires_grad) if experiment.train.lora else 0
         return {
             "name": experiment.model.name,
-            "architecture": type(model).__name__,
+            "architecture": type(self.model(experiment).whole).__name__,
             "source": self.source,
             "dtype": experiment.model.dtype,
             "parameters": sum(own["parameters"] for own in kinds.values()),
+            "adapter": adapter,
             "scope": sum(own["scope"] for own in kinds.values()),
             "kinds": kinds,
         }
@@ -231,18 +230,25 @@ class Needs:
 
     def __init__(self, experiment: Experiment, material: Material, machine: Machine) -> None:
         self.experiment, self.material, self.machine = experiment, material, machine
-        self.base = material.model(experiment)
-        self.model = self.base.whole
-        sized = [(name, p.numel(), p.element_size(), _wide(p)) for name, p in self.model.named_parameters()]
-        inside = {*scope(self.model, experiment.analysis.embeddings)}
-        self.weights = sum(n * bytes for _, n, bytes, _ in sized)
-        self.sums = sum(n * wide for _, n, _, wide in sized)  # of one trace
-        self.largest = max(n * wide for _, n, _, wide in sized)
-        self.scope = sum(n for name, n, _, _ in sized if name in inside)
-        self.scope_sums = sum(n * wide for name, n, _, wide in sized if name in inside)
-        self.parameters = sum(n for _, n, _, _ in sized)
-        self.bf16 = machine.gpu is not None and experiment.train.precision != "float32"
-        self.bf16 = self.bf16 or models.trains_in_bf16(experiment.train.precision)
+        self.learner = material.model(experiment, adapted=True)
+        merged = experiment.trace.view == "merged"
+        self.base = material.model(experiment) if merged else self.learner  # as the stages after training see it
+        self.model, self.plain = self.base.whole, material.model(experiment).whole
+        named = dict(self.model.named_parameters())
+        inside = in_scope(experiment, self.model)
+        traced = [*named] if merged else inside
+        size = lambda model, wanted=lambda p: True: sum(_bytes(p) for p in model.parameters() if wanted(p))
+        self.weights = size(self.model)
+        self.training = size(self.learner.whole)
+        self.learned = size(self.learner.whole, lambda p: p.requires_grad)
+        self.saved = self.learned if experiment.train.lora else self.weights  # of a taught model
+        self.adapted = _adapted(self.learner.whole) if merged else 0
+        self.sums = sum(_wide(named[name]) for name in traced)  # of one trace
+        self.largest = max(_wide(named[name]) for name in traced)
+        self.scope = sum(named[name].numel() for name in inside)
+        self.scope_sums = sum(_wide(named[name]) for name in inside)
+        self.bf16 = machine.gpu is not None and experiment.train.precision != "float32"  # (any that there is has it)
+        self.bf16 = self.bf16 or models.trains_in_bf16(experiment.train.precision, torch.device("cpu"))
         self.precision = "bfloat16" if self.bf16 else experiment.model.dtype
         online, parts = experiment.trace.online, experiment.trace.parts
         self.online = TASKS * len(REDUCTIONS) * parts * self.sums * online  # the accumulators of a training
@@ -251,7 +257,7 @@ class Needs:
         self.disk = self._disk()
 
     def processes(self) -> list[str]:
-        return [*self.experiment.strategies, "base"]
+        return [*self.experiment.taught, "base"]
 
     def _stages(self, process: str) -> Iterator[Row]:
         """The fullest moment of each stage, on the GPU and on the host."""
@@ -261,15 +267,11 @@ class Needs:
             stages |= {"trace": self._doctor} if e.trace.check else {}
             stages |= {"mechanism": partial(self._mechanism, None)} if e.mechanism.run else {}
         else:
-            stages = {
-                "train": partial(self._train, process),
-                "eval": self._eval,
-                "trace": partial(self._trace, process),
-            }
-            stages |= {"analyze": self._analyze}
+            stages = {"train": partial(self._train, process)} if process in e.strategies else {}
+            stages |= {"eval": self._eval, "trace": partial(self._trace, process), "analyze": self._analyze}
             stages |= {"intervene": self._intervene} if e.interventions.run else {}
             stages |= {"mechanism": partial(self._mechanism, process)} if e.mechanism.run else {}
-            stages |= {"retain": self._retain} if e.retention.run else {}
+            stages |= {"retain": self._retain} if e.retention.run and process in e.strategies else {}
         for stage, moments in stages.items():
             fullest: dict[str, tuple[str, Parts]] = {}
             for what, device, host in moments():
@@ -283,23 +285,26 @@ class Needs:
                 place = {"process": process, "stage": stage, "where": where, "moment": what}
                 yield place | {"bytes": sum(sizes.values()), "parts": sizes}
 
-    # Each of these gives moments: what happens, what is held on the training's device, and what on the host.
+    # Each of these gives moments: what happens, what is held on the device, and what on the host.
 
     def _train(self, name: str) -> Iterator[Moment]:
-        """`pipeline.teach`: the Trainer's fused AdamW holds two numbers a parameter, and weights, gradients and states
-        are of the weights' dtype. The online trace's sums are made where the base is read, on the host; its state is
-        copied to be saved, and once more divided when training is over."""
+        """`pipeline.teach`: the Trainer's fused AdamW holds two numbers a trained parameter, and weights, gradients and
+        states are of the weights' dtype. The online trace's sums are on the device if half of what is free there holds
+        them; its state is copied to be saved, and once more divided when training is over."""
         e = self.experiment
-        held = {"weights": self.weights, "optimiser": 2 * self.weights}
-        host = {"trace's sums": self.online}
+        held = {"weights": self.training, "optimiser": 2 * self.learned}
+        host, gpu = {"trace's sums": self.online}, self.machine.gpu
+        if gpu is not None and self.online < (gpu - self.training) / 2:
+            held, host = held | host, {}
         for phase, data in self.phases(name):
             chosen = self.material.once(("costliest", id(data)), lambda data=data: _costliest(data))
             step = self._step(phase, chosen)
             yield f"a step of {phase.name}", held | step, host
             if e.trace.online:
-                yield f"a traced step of {phase.name}", held | self._traced(chosen), host
-        for part, texts in samples(self.material.parts, e.train.recall_examples).items():
-            yield f"recall of {part}", held | self._recall(part, len(texts)), host
+                merged = {"a copy of what is merged": self.adapted} if self.adapted else {}
+                yield f"a traced step of {phase.name}", held | merged | self._traced(chosen), host
+        for part, items in samples(self.material.parts, e.train.recall_examples).items():
+            yield f"recall of {part}", held | self._recall(part, len(items)), host
         if e.trace.online:
             yield "a checkpoint", held, host | {"copies of the sums": self.online}
             yield "the online trace's end", held, host | {"copies of the sums": self.online}
@@ -310,15 +315,15 @@ class Needs:
         return [
             (phase, seen.once((name, index, repr(phase)), lambda index=index, phase=phase: Updates(
                 phase, seen.trained, f"{e.train.seed}/{index}", seen.pad, e.trace.targets)))
-            for index, phase in enumerate(e.strategies[name])
+            for index, phase in enumerate(e.strategies.get(name, []))
         ]  # fmt: skip
 
     def _step(self, phase: Phase, chosen: Mapping[str, Batch]) -> Parts:
         """What an update holds beside weights and optimiser: at its fullest, or all gradients when that is over."""
         shapes = tuple((task, *batch["input_ids"].shape) for task, batch in chosen.items())
-        key = ("step", self.experiment.model, self.bf16, shapes)
-        found = self.material.once(key, lambda: self.base.update(phase, chosen, self.bf16))
-        return found if sum(found.values()) > self.weights else {"gradients": self.weights}
+        key = ("step", self.experiment.model, repr(self.experiment.train.lora), self.bf16, shapes)
+        found = self.material.once(key, lambda: self.learner.update(phase, chosen, self.bf16))
+        return found if sum(found.values()) > self.learned else {"gradients": self.learned}
 
     def _traced(self, chosen: Mapping[str, Batch]) -> Parts:
         """What a trace of some batches holds beside weights and sums."""
@@ -331,7 +336,7 @@ class Needs:
         """Activations of the costliest of some batches, as a trace itself estimates them."""
         largest = max(rows, key=lambda row: row["input_ids"].numel() * row["input_ids"].shape[1])
         targets = int((largest["labels"] != -100).sum(1).max())
-        key = ("trace", self.experiment.model, largest["input_ids"].shape, targets)
+        key = ("trace", *self._seen_model(), largest["input_ids"].shape, targets)
         return self.material.once(key, lambda: sum(self.base.traced(rows).values()))
 
     def _recall(self, part: str, number: int | None = None) -> Parts:
@@ -340,19 +345,18 @@ class Needs:
         longest = lambda: sorted(items, key=lambda item: len(item.ids))
         last = lambda: list(batches(longest(), RECALLED, "answer", pad_id=pad))[-2:]
         rows = self.material.once(("recalled", part, number), last)
-        key = ("recall", self.experiment.model, tuple(row["input_ids"].shape for row in rows))
-
+        key = ("recall", *self._seen_model(), tuple(row["input_ids"].shape for row in rows))
         return self.material.once(key, lambda: self.base.recall(rows))
 
     def _eval(self) -> Iterator[Moment]:
         for part in self.material.parts:
-            yield f"recall of {part}", {}, {"weights": self.weights} | self._recall(part)
+            yield f"recall of {part}", {"weights": self.weights} | self._recall(part), {}
 
     def _doctor(self) -> Iterator[Moment]:
         """`doctor.diagnose`: about four gradients, and of half precision a model in float32 with gradients."""
         half = self.experiment.model.dtype in ("bfloat16", "float16")
         parts = {"weights": self.weights, "gradients": 3 * self.weights + self.sums}
-        yield "the check", {}, parts | {"a copy in float32": 2 * self.sums * half}
+        yield "the check", parts | {"a copy in float32": 2 * self.sums * half}, {}
 
     def _trace(self, name: str) -> Iterator[Moment]:
         """`pipeline.take_traces`: the traces of one task are still held while the next one's are taken."""
@@ -362,12 +366,21 @@ class Needs:
         for task, items in self.material.trained.items():
             rows = self.material.once(("rows", task, repr(e.trace)), partial(self._rows, items))
             places = 1 + e.trace.checkpoints
-            parts = {"weights": places * self.weights, "activations": self._estimate(rows)}
-            yield f"the trace of {task}", {}, parts | {"sums": several * self.sums, "the task before": before}
+            held = {"weights": places * self.weights, "activations": self._estimate(rows)}
+            there, host = self._sums(several * self.sums, sum(held.values()))
+            yield f"the trace of {task}", held | there, host | {"the task before": before}
             before = several * self.sums
         if e.trace.checkpoints:
             each = sum(len(_saved(len(data), e.train.checkpoint_every)) for _, data in self.phases(name))
-            yield "the mean over checkpoints", {}, {"weights": self.weights, "traces": (each + 1) * several * self.sums}
+            yield "the mean over checkpoints", {"weights": self.weights}, {"traces": (each + 1) * several * self.sums}
+
+    def _sums(self, size: float, held: float) -> tuple[Parts, Parts]:
+        """Where a trace's sums lie, as `trace.memory` decides it: on a GPU in a few passes, or on the host."""
+        gpu = self.machine.gpu
+        if gpu is None:
+            return {"sums": size}, {}
+        passes = -(-size // max(1.0, SPARE * gpu - held))
+        return ({"sums": size / passes}, {"sums": size}) if passes <= MOST_PASSES else ({}, {"sums": size})
 
     def _rows(self, items: Sequence[Encoded]) -> list[Mapping[str, Tensor]]:
         """The batches of a task's trace."""
@@ -389,61 +402,59 @@ class Needs:
         """`pipeline.analyze`: all traces, the sets at the central fractions, and what one table needs beside them."""
         options, parts = self.experiment.analysis, self.experiment.trace.parts
         of_steps = ("online" in self.whens) * TASKS * parts * self.scope_sums  # that reduction, in scope alone
-        held = {"weights": self.weights, "traces": self._read() + of_steps}
+        model, held = {"weights": self.weights}, {"traces": self._read() + of_steps}
         sets = len(self.whens) * self._sets(len(options.central_fractions))
-        yield "sets", {}, held | {"strengths": 2 * TASKS * self.sums, "masks": sets}
+        yield "sets", model, held | {"strengths": 2 * TASKS * self.sums, "masks": sets}
         means = TASKS * self.scope_sums
         masks = TASKS * len(options.fractions) * self.scope
-        yield "overlap", {}, held | {"strengths": means + 2 * self.largest, "masks": sets + masks}
-        yield "similarity", {}, held | {"strengths": means, "masks": sets, "ranks": RANKING * self.scope}
+        yield "overlap", model, held | {"strengths": means + 2 * self.largest, "masks": sets + masks}
+        yield "similarity", model, held | {"strengths": means, "masks": sets, "ranks": RANKING * self.scope}
         kept = (parts + 1) * len(options.central_fractions) * self.scope
         central = TASKS * len(options.central_fractions) * self.scope
-        yield "centralization", {}, held | {"strengths": means, "masks": sets + kept + central}
+        yield "centralization", model, held | {"strengths": means, "masks": sets + kept + central}
+        yield "the weights' way", {"weights": 3 * self.weights}, {"masks": sets}
 
     def controls(self) -> int:
         """Sets of one time and fraction that are put in: the shared one and its controls."""
         return 1 + 2 * self.experiment.interventions.seeds + TASKS
 
     def _intervene(self) -> Iterator[Moment]:
-        """`pipeline.intervene`: base and tuned model, a copy of the values of each, and every set of every time."""
+        """`pipeline.intervene`: base and tuned model, and every set of every time."""
         options = self.experiment.interventions
-        held = {"weights": 2 * self.weights, "copies of both": 2 * self.weights}
-        held["traces"] = self._read()
+        both, held = {"weights": 2 * self.weights}, {"traces": self._read()}
         masks = len(self.whens) * len(options.fractions) * self.controls() * self.scope
         strengths = TASKS * self.sums
         chosen = self._sets(len(options.fractions))
-        yield "controls", {}, held | {"masks": masks + chosen, "strengths": 2 * strengths + self.sums}
+        yield "controls", both, held | {"masks": masks + chosen, "strengths": 2 * strengths + self.sums}
+        saved = {"values to put back": max(options.fractions) * self.scope_sums}
         for part in ("qa_id", "qa_ood"):
             yield (
                 f"recall of {part}",
-                {},
-                held | {"masks": masks + chosen, "strengths": strengths} | self._recall(part, options.questions),
+                both | saved | self._recall(part, options.questions),
+                held | {"masks": masks + chosen, "strengths": strengths},
             )
 
     def _mechanism(self, name: str | None) -> Iterator[Moment]:
         """`mechanism.explain`: its parts one after the other, the model and the shared sets held throughout."""
         options, seen = self.experiment.mechanism, self.material
         sets = 0 if name is None else len(self.whens) * self.scope
-        held = {"weights": self.weights, "masks": sets}
+        held, host = {"weights": self.weights}, {"masks": sets}
         answers = lambda: collate(seen.longest(options.questions), "answer", pad_id=seen.pad)
         if {"gradients", "dynamics"} & {*options.parts}:
             row = seen.once(("formats", options.together), self._formats)
             others = 0 if name is None else len(self.whens) * (1 + 2 * options.draws) * self.scope
             parts = {"activations": self._estimate([row])}
-            yield "gradients of both formats", {}, held | parts | {"masks": sets + others}
+            yield "gradients of both formats", held | parts, {"masks": sets + others}
         if {"circuit", "signature", "dynamics"} & {*options.parts}:
             row = seen.once(("answers", options.questions), answers)
-            yield "attribution", {}, held | {"activations": self._inward(row)}
+            yield "attribution", held | {"activations": self._inward(row)}, host
         if "positions" in options.parts and name is not None:
-            yield (
-                "weights at some tokens",
-                {},
-                held | {"weights": 3 * self.weights} | self._recall("qa_ood", options.questions),
-            )
+            three = {"weights": 3 * self.weights}  # base, tuned, and what they make together
+            yield "weights at some tokens", three | self._recall("qa_ood", options.questions), host
         if "dynamics" in options.parts and name is not None:
             parts = {"activations": self._inward(seen.once(("answers", options.questions), answers))}
-            yield "checkpoints", {}, held | parts | {"weights": 3 * self.weights, "traces": 2 * TASKS * self.sums}
-        yield "recall", {}, held | self._recall("qa_ood", options.questions)
+            yield "checkpoints", parts | {"weights": 3 * self.weights}, host | {"traces": 2 * TASKS * self.sums}
+        yield "recall", held | self._recall("qa_ood", options.questions), host
 
     def _formats(self) -> Mapping[str, Tensor]:
         """The longest facts in both formats, as many as are compared at once."""
@@ -455,8 +466,7 @@ class Needs:
 
     def _inward(self, row: Batch) -> float:
         """What a forward and backward to the embeddings holds, no parameter's gradient with it."""
-
-        key = ("inward", self.experiment.model, row["input_ids"].shape)
+        key = ("inward", *self._seen_model(), row["input_ids"].shape)
         return sum(self.material.once(key, lambda: self.base.inward(row)).values())
 
     def _retain(self) -> Iterator[Moment]:
@@ -466,8 +476,12 @@ class Needs:
         batch = {"bio": options.bio + options.replay_bio, "qa": options.qa + options.replay_qa}
         phase = Phase("new", {task: count for task, count in batch.items() if count}, options.steps)
         data = Updates(phase, self.material.trained, "0", self.material.pad, e.trace.targets)
-        held = {"weights": self.weights, "optimiser": 2 * self.weights} | self._step(phase, _costliest(data))
-        yield "a step", held, {"a copy of the weights": self.weights, "masks": sets}
+        held = {"weights": self.training, "optimiser": 2 * self.learned, "a copy of the weights": self.weights}
+        yield "a step", held | self._step(phase, _costliest(data)), {"masks": sets}
+
+    def _seen_model(self) -> tuple[Any, ...]:
+        """What tells the model that the stages after training see from others."""
+        return self.experiment.model, self.base is self.learner and repr(self.experiment.train.lora)
 
     # ---- all processes together
 
@@ -488,27 +502,27 @@ class Needs:
     def _disk(self) -> list[Row]:
         """`pipeline`'s run folder: what stays, and what the strategies in training have beside it."""
         e, rows = self.experiment, []
-        strategies = len(e.strategies)
+        strategies, taught = len(e.strategies), len(e.taught)
         phases = [len(phases) for phases in e.strategies.values()]
         kept = {name: [_saved(len(data), e.train.checkpoint_every) for _, data in self.phases(name)]
                 for name in e.strategies}  # fmt: skip
         all_kept = sum(len(each) for saves in kept.values() for each in saves)
-        copies = all_kept if e.train.keep_checkpoints else sum(phases)
-        rows.append(("the taught models", copies * self.weights, True))
+        copies = (all_kept if e.train.keep_checkpoints else sum(phases)) + strategies * bool(e.train.lora)
+        rows.append(("the taught models", copies * self.saved, True))
         several = TASKS * len(e.trace.measures) * e.trace.parts * self.sums
-        places = 1 + (all_kept / strategies + 1 if e.trace.checkpoints else 0)
-        rows.append(("traces", strategies * (places * several + 2 * self.online), True))  # online ones lie there twice
-        sets = strategies * len(self.whens) * self._sets(len(e.analysis.central_fractions)) / 8
+        places = taught + (all_kept + strategies if e.trace.checkpoints else 0)
+        rows.append(("traces", places * several + strategies * 2 * self.online, True))  # online ones lie there twice
+        sets = taught * len(self.whens) * self._sets(len(e.analysis.central_fractions)) / 8
         rows.append(("shared sets", sets, True))
-        resumable = 3 * self.weights + self.online
+        resumable = self.saved + 2 * self.learned + self.online
         each = []
         for saves in kept.values():
             # the last one of every phase stays until the strategy is taught; one more while it is replaced
             number = sum(map(len, saves)) if e.train.keep_checkpoints else len(saves) + (max(map(len, saves)) > 1)
             each.append(number * resumable)
-        together = sum(sorted(each)[-min(e.jobs, strategies) :])
+        together = sum(sorted(each)[-min(e.jobs, strategies) :]) if each else 0
         if e.retention.run:
-            together = max(together, min(e.jobs, strategies) * 2 * 3 * self.weights)
+            together = max(together, min(e.jobs, strategies) * 2 * (self.saved + 2 * self.learned))
         rows.append(("checkpoints while training", together, False))
         return [{"what": what, "bytes": round(size), "lasting": lasting} for what, size, lasting in rows]
 
@@ -529,7 +543,7 @@ class Needs:
         """Of one forward: 2 N a position, N the parameters of matrix products, and 4 L H Q T for the attention of L
         layers with H heads of width Q to T positions (Chowdhery et al. 2022, arXiv 2204.02311, appendix B; a backward
         is two more of them)."""
-        c = self.model.config.get_text_config()
+        c = self.plain.config.get_text_config()
         heads = getattr(c, "num_attention_heads", 0) or 0
         width = heads * (getattr(c, "head_dim", None) or (c.hidden_size // heads if heads else 0))
         return 2 * self._multiplied * work["tokens"] + 4 * c.num_hidden_layers * width * work["pairs"]
@@ -537,11 +551,11 @@ class Needs:
     @cached_property
     def _multiplied(self) -> float:
         """Parameters of the matrices that a position is multiplied with: of experts those that are chosen."""
-        anatomy, c = Anatomy(self.model), self.model.config.get_text_config()
+        anatomy, c = Anatomy(self.plain), self.plain.config.get_text_config()
         experts = getattr(c, "num_experts", None) or getattr(c, "num_local_experts", None) or 1
         share = {"experts": getattr(c, "num_experts_per_tok", experts) / experts, "position": 0.0}
-        head, found = self.model.get_output_embeddings(), 0.0
-        tied = head is not None and head.weight is self.model.get_input_embeddings().weight
+        head, found = self.plain.get_output_embeddings(), 0.0
+        tied = head is not None and head.weight is self.plain.get_input_embeddings().weight
         for name, kind in anatomy.kind.items():
             used = share.get(kind, 1.0) if kind != "embedding" else float(tied)
             found += used * anatomy.shapes[name].numel() * (len(anatomy.shapes[name]) > 1)
@@ -555,44 +569,43 @@ class Needs:
         """Operations of each stage; a trace costs as much as a training's forward and backward."""
         e, seen, rows = self.experiment, self.material, []
 
-        def add(process: str, stage: str, where: str, flops: float) -> None:
+        def add(process: str, stage: str, flops: float) -> None:
             dtype = self.precision if stage in ("train", "retain") else e.model.dtype
-            rows.append({"process": process, "stage": stage, "where": where, "dtype": dtype, "flops": flops})
+            rows.append({"process": process, "stage": stage, "where": device, "dtype": dtype, "flops": flops})
 
         device = "gpu" if self.machine.gpu is not None else "ram"
         asked = sum((work_of(items, RECALLED) for items in seen.parts.values()), Counter())
-        for name in self.experiment.strategies:
-            steps, traced = 0.0, 0.0
-            for _, data in self.phases(name):
-                steps += 3 * self.flops(_seen(data))
-            updates = sum(len(data) for _, data in self.phases(name))
-            if e.trace.online:
-                traced = steps / e.trace.every
-            few = sum((work_of(i, RECALLED) for i in samples(seen.parts, e.train.recall_examples).values()), Counter())
-            times = 1 + len(self.phases(name)) + (updates // e.train.recall_every if e.train.recall_every else 0)
-            add(name, "train", device, steps + times * self.flops(few))
-            add(name, "train, traced", device, traced)
-            add(name, "eval", "ram", self.flops(asked))
+        for name in e.taught:
+            if name in e.strategies:
+                steps = sum(self.flops(_seen(data)) for _, data in self.phases(name))
+                updates = sum(len(data) for _, data in self.phases(name))
+                chosen = samples(seen.parts, e.train.recall_examples)
+                few = sum((work_of(items, RECALLED) for items in chosen.values()), Counter())
+                times = 1 + len(self.phases(name)) + (updates // e.train.recall_every if e.train.recall_every else 0)
+                # of a frozen base there is no gradient of the weights, a third of it all
+                add(name, "train", (2 if e.train.lora else 3) * steps + times * self.flops(few))
+                add(name, "train, traced", 3 * steps / e.trace.every if e.trace.online else 0.0)
+            add(name, "eval", self.flops(asked))
             chosen = [sample(i, e.trace.examples) if e.trace.examples else i for i in seen.trained.values()]
             once = 3 * sum(self.flops(work_of(items, e.trace.batch)) for items in chosen)
-            places = sum(len(_saved(len(data), e.train.checkpoint_every)) for _, data in self.phases(name))
-            add(name, "trace", "ram", once * (places if e.trace.checkpoints else 1))
+            places = sum(len(_saved(len(data), e.train.checkpoint_every)) for _, data in self.phases(name)) or 1
+            add(name, "trace", once * (places if e.trace.checkpoints else 1))
             if e.interventions.run:
                 few = sum((work_of(seen.asked(p, e.interventions.questions), RECALLED)
                            for p in ("qa_id", "qa_ood")), Counter())  # fmt: skip
                 sets = len(self.whens) * len(e.interventions.fractions) * self.controls()
-                add(name, "intervene", "ram", (2 * sets + 2) * self.flops(few))
+                add(name, "intervene", (2 * sets + 2) * self.flops(few))
             if e.mechanism.run:
-                add(name, "mechanism", "ram", self._mechanism_flops(2))
-            if e.retention.run:
+                add(name, "mechanism", self._mechanism_flops(2))
+            if e.retention.run and name in e.strategies:
                 o = e.retention
                 texts = _times(work_of(seen.parts["bio"], o.bio), 1 / len(seen.parts["bio"]))
                 once = 3 * o.steps * (2 * o.bio + o.replay_bio) * self.flops(texts)
                 qa = _times(work_of(seen.parts["qa_id"], 128), 1 / len(seen.parts["qa_id"]))
-                add(name, "retain", device, once + 3 * o.steps * (2 * o.qa + o.replay_qa) * self.flops(qa))
-        add("base", "eval", "ram", self.flops(asked))
+                add(name, "retain", once + 3 * o.steps * (2 * o.qa + o.replay_qa) * self.flops(qa))
+        add("base", "eval", self.flops(asked))
         if e.mechanism.run:
-            add("base", "mechanism", "ram", self._mechanism_flops(1))
+            add("base", "mechanism", self._mechanism_flops(1))
         return rows
 
     def _mechanism_flops(self, kinds: int) -> float:
@@ -618,9 +631,19 @@ class Needs:
         return sum(costs[part] for part in o.parts)
 
 
+def _bytes(p: Tensor) -> int:
+    return p.numel() * p.element_size()
+
+
 def _wide(p: Tensor) -> int:
     """Bytes of a sum of one parameter's gradients."""
-    return torch.empty(0, dtype=sum_dtype(p.dtype)).element_size()
+    return p.numel() * torch.empty(0, dtype=sum_dtype(p.dtype)).element_size()
+
+
+def _adapted(model: Any) -> int:
+    """Bytes of the base's weights that an adapter is on."""
+    layers = [module.get_base_layer() for module in model.modules() if hasattr(module, "get_base_layer")]
+    return sum(_bytes(p) for layer in layers for p in layer.parameters(recurse=False))
 
 
 def _saved(updates: int, every: int) -> list[int]:

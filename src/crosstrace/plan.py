@@ -41,7 +41,8 @@ class Plan:
     """What an experiment takes; every field is JSON-able.
 
     Attributes:
-        model: name, architecture, source (of the shape), dtype, parameters, scope (how many may be shared), kinds.
+        model: name, architecture, source (of the shape), dtype, parameters, adapter (parameters of one that is
+            trained instead), scope (how many may be shared), kinds.
         data: a row {part, examples, tokens, longest} for each part of the examples, and `tokenizer`, whose it is.
         training: a row {strategy, phase, updates, examples, tokens, flops} for each phase.
         memory: a row {process, stage, where, moment, bytes, parts} for each stage of each process: its fullest moment.
@@ -350,7 +351,8 @@ def _wall(work: list[Row], experiment: Experiment) -> float | None:
 
 def _told(found: Plan) -> Iterator[str]:
     about = found.model
-    yield f"{about['name']}: {about['architecture']}, {about['parameters']:,} parameters in {about['dtype']}"
+    adapter = f", an adapter of {about['adapter']:,} trained" if about["adapter"] else ""
+    yield f"{about['name']}: {about['architecture']}, {about['parameters']:,} parameters in {about['dtype']}{adapter}"
     yield f"shape from {about['source']}; tokenizer: {found.data['tokenizer']}"
     rows = [["parameters", "", "in scope"]]
     rows += [[kind, f"{own['parameters']:,}", f"{own['scope']:,}"] for kind, own in about["kinds"].items()]

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from crosstrace import adapters
 from crosstrace.anatomy import Anatomy
 from crosstrace.errors import UserError
 from crosstrace.losses import example_losses, token_losses
@@ -134,15 +135,18 @@ def _storage(x: Tensor) -> int:
 class Understudy:
     """A causal language model of a config, in whose place computations are rehearsed.
 
+    Args:
+        lora: put a new adapter of these settings on it.
+
     Attributes:
         whole: the model on the meta device: all its parameters' names, shapes and types.
 
     Raises:
-        UserError: transformers can't make a causal language model of the config.
+        UserError: transformers can't make a causal language model of the config, or the adapter does not fit it.
     """
 
-    def __init__(self, config: Any, dtype: str, attention: str) -> None:
-        self._config, self._dtype, self._attention = config, dtype, attention
+    def __init__(self, config: Any, dtype: str, attention: str, lora: adapters.LoraSettings | None = None) -> None:
+        self._config, self._dtype, self._attention, self._lora = config, dtype, attention, lora
         self.whole: Any = self._made(config, torch.device("meta"))
         text = self.whole.config.get_text_config()
         self.layers = int(text.num_hidden_layers)
@@ -153,9 +157,10 @@ class Understudy:
 
         try:
             with torch.random.fork_rng(), silent(), device:
-                return AutoModelForCausalLM.from_config(
+                model = AutoModelForCausalLM.from_config(
                     copy.deepcopy(config), dtype=DTYPES[self._dtype], attn_implementation=self._attention
-                ).eval()
+                )
+                return (adapters.adapted(model, self._lora, 0) if self._lora else model).eval()
         except (ValueError, ImportError) as error:
             raise UserError(f"no model could be made from the config: {str(error).splitlines()[0]}") from None
 
