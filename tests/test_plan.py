@@ -12,7 +12,8 @@ import transformers
 from tiny_models import KINDS, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from crosstrace import cli, config, pipeline
+from crosstrace import adapters, cli, config, models, pipeline
+from crosstrace.adapters import LoraSettings
 from crosstrace.errors import UserError
 from crosstrace.facts import World
 from crosstrace.footprint import CHARACTERS, Machine, Material, Needs, _stand_in, shape_folder
@@ -170,13 +171,62 @@ def test_a_full_disk_and_a_small_gpu_are_told(capsys, tmp_path):
     assert "memory of the GPU: " in printed and "disk: " in printed and "hours: not known" in printed
 
 
-def test_training_is_on_the_gpu_and_the_rest_is_not():
+def test_models_are_on_the_gpu_and_traces_in_ram():
     found = plan(SMALL, machine=replace(PLENTY, gpu=10**12))
-    on_gpu = {row["stage"] for row in found.memory if row["where"] == "gpu"}
-    assert on_gpu == {"train"}
-    assert {row["stage"] for row in found.work if row["where"] == "gpu"} == {"train", "train, traced"}
-    both = {row["where"]: row["parts"] for row in found.memory if (row["process"], row["stage"]) == ("mixed", "train")}
-    assert "optimiser" in both["gpu"] and set(both["ram"]) == {"trace's sums", "copies of the sums"}
+    assert {row["where"] for row in found.work} == {"gpu"}
+    gpu, ram = (
+        {row["stage"]: row["parts"] for row in found.memory if (row["process"], row["where"]) == ("mixed", where)}
+        for where in ("gpu", "ram")
+    )
+    assert {*gpu} == {"train", "eval", "trace", "analyze", "intervene", "mechanism"}
+    assert all("weights" in parts for parts in gpu.values()) and not any("weights" in parts for parts in ram.values())
+    assert {"trace's sums", "optimiser"} <= {*gpu["train"]} and {*ram["train"]} == {"copies of the sums"}
+    small = plan(SMALL, machine=replace(PLENTY, gpu=30 * 10**6))  # where half of what is free does not hold the sums
+    parts = {row["where"]: row["parts"] for row in small.memory if (row["process"], row["stage"]) == ("mixed", "train")}
+    assert "trace's sums" not in parts["gpu"] and {*parts["ram"]} == {"trace's sums", "copies of the sums"}
+
+
+def test_an_adapter_is_all_that_is_trained_and_kept():
+    lora = {"train.lora": "{rank: 4, alpha: 8}"}
+    whole, merged, own = (
+        plan(config.override(SMALL, changes), machine=PLENTY)
+        for changes in ({}, lora, lora | {"trace.view": "adapter"})
+    )
+    with models.silent():
+        model = adapters.adapted(models.load_model("bundled"), LoraSettings(rank=4, alpha=8), 0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (whole.model["adapter"], merged.model["adapter"]) == (0, trained)
+    assert own.model["scope"] == trained and merged.model["scope"] == whole.model["scope"]
+    parts = lambda found, stage: {row["stage"]: row["parts"] for row in found.memory if row["process"] == "mixed"}[
+        stage
+    ]
+    for found in (merged, own):
+        assert parts(found, "train")["optimiser"] == 8 * trained
+        assert parts(found, "train")["weights"] == 4 * (whole.model["parameters"] + trained)
+        assert {row["what"]: row["bytes"] for row in found.disk}["the taught models"] == 5 * 4 * trained
+    assert parts(merged, "train")["trace's sums"] == parts(whole, "train")["trace's sums"]
+    assert parts(own, "train")["trace's sums"] == 8 * 4 * trained
+    adapted = sum(m.get_base_layer().weight.numel() for m in model.modules() if hasattr(m, "get_base_layer"))
+    assert Needs(config.override(SMALL, lora), Material(SMALL), PLENTY).adapted == 4 * adapted
+
+
+def test_given_models_are_analysed_and_not_trained():
+    found = plan(replace(SMALL, strategies={}, given={"tuned": "bundled"}), machine=PLENTY)
+    assert not found.training and found.fits
+    stages = {row["stage"] for row in found.memory if row["process"] == "tuned"}
+    assert stages == {"eval", "trace", "analyze", "intervene", "mechanism"}
+    assert {row["what"]: row["bytes"] for row in found.disk}["the taught models"] == 0
+
+
+def test_own_facts_are_counted(tmp_path):
+    (tmp_path / "facts.csv").write_text(
+        "subject,relation,object\n" + "".join(f"Person {i},lives in,Town {i % 7}\n" for i in range(40))
+    )
+    cli.main(["import", str(tmp_path / "facts.csv"), str(tmp_path / "own")])
+    experiment = config.override(SMALL, {"facts.people": "500"})
+    experiment = replace(experiment, facts=replace(config.Experiment().facts, source=str(tmp_path / "own")))
+    rows = {row["part"]: row["examples"] for row in plan(experiment, machine=PLENTY).data["rows"]}
+    assert rows["bio"] == 40 and rows["qa_id"] + rows["qa_ood"] == 40
 
 
 def test_memory_of_sums_and_sets_by_hand():
@@ -188,7 +238,7 @@ def test_memory_of_sums_and_sets_by_hand():
     assert parts["train"]["optimiser"] == 8 * n
     controls = 1 + 2 * 3 + 2  # shared, two random kinds of three seeds, each task alone
     assert parts["intervene"]["masks"] == 2 * 5 * controls * scope + 5 * 3 * scope
-    assert parts["intervene"]["copies of both"] == parts["intervene"]["weights"] == 8 * n
+    assert parts["intervene"]["weights"] == 8 * n
     assert parts["analyze"]["traces"] == 2 * 2 * 2 * 4 * n + 2 * 2 * 4 * scope
 
 

@@ -10,6 +10,7 @@ import transformers
 from tiny_models import KINDS
 from torch import Tensor
 
+from crosstrace.adapters import LoraSettings, adapted
 from crosstrace.losses import token_losses
 from crosstrace.rehearse import Rehearsal, Understudy
 from crosstrace.schedule import Phase
@@ -124,6 +125,21 @@ def test_few_layers_tell_all(kind, bf16, monkeypatch):
 def same(a: dict[str, float], b: dict[str, float]) -> None:
     """Equal in all; two moments may be almost as full, so what it is made of is not compared."""
     assert sum(a.values()) == pytest.approx(sum(b.values()), rel=0.01)
+
+
+def test_an_adapter_is_rehearsed_on_its_base():
+    """Only the adapter has gradients, and weights of the base are not kept for theirs."""
+    lora = LoraSettings(rank=2, alpha=4)
+    name, base = KINDS["llama"]
+    config = getattr(transformers, name)(**(base | {"vocab_size": 211, "num_hidden_layers": 4}))
+    of = Understudy(config, "float32", "eager", lora)
+    expected = of.update(PHASE, BATCHES, False)
+    model = adapted(real(Understudy(config, "float32", "eager")), lora, 0).train()
+    assert sum(p.numel() for p in of.whole.parameters()) == sum(p.numel() for p in model.parameters())
+    update_loss(model, PHASE, BATCHES).backward()
+    model.zero_grad()
+    measured = allocated(lambda: update_loss(model, PHASE, BATCHES).backward())
+    assert sum(expected.values()) == pytest.approx(measured, rel=0.06)
 
 
 def test_layers_that_differ_are_all_rehearsed():

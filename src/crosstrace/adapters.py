@@ -45,12 +45,13 @@ class LoraSettings:
     """B·A counts alpha/sqrt(rank) times instead."""
 
 
-def adapted(model: Any, options: LoraSettings, seed: int) -> Any:
+def adapted(model: Any, options: LoraSettings, seed: int, *, empty: bool = False) -> Any:
     """The model with a new adapter on it, which changes nothing yet: B is zero and A is drawn.
 
     Args:
         model: a plain transformers model; its projections are wrapped in place.
         seed: of A; the generators' states stay as they are.
+        empty: leave A and B on the meta device, without numbers.
 
     Returns:
         PEFT's model, in which A and B alone are trained.
@@ -68,7 +69,7 @@ def adapted(model: Any, options: LoraSettings, seed: int) -> Any:
         with silent(), warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)
-            tuned = peft.get_peft_model(model, given)
+            tuned = peft.get_peft_model(model, given, low_cpu_mem_usage=empty)
     except ValueError as error:
         raise UserError(
             f"train.lora.targets = {options.targets} fits no {type(model).__name__} ({' '.join(str(error).split())}); "

@@ -12,7 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +239,7 @@ class Needs:
         traced = [*named] if merged else inside
         size = lambda model, wanted=lambda p: True: sum(_bytes(p) for p in model.parameters() if wanted(p))
         self.weights = size(self.model)
-        self.training = size(self.learner.whole)
+        self.learning = size(self.learner.whole)
         self.learned = size(self.learner.whole, lambda p: p.requires_grad)
         self.saved = self.learned if experiment.train.lora else self.weights  # of a taught model
         self.adapted = _adapted(self.learner.whole) if merged else 0
@@ -292,9 +292,9 @@ class Needs:
         states are of the weights' dtype. The online trace's sums are on the device if half of what is free there holds
         them; its state is copied to be saved, and once more divided when training is over."""
         e = self.experiment
-        held = {"weights": self.training, "optimiser": 2 * self.learned}
+        held = {"weights": self.learning, "optimiser": 2 * self.learned}
         host, gpu = {"trace's sums": self.online}, self.machine.gpu
-        if gpu is not None and self.online < (gpu - self.training) / 2:
+        if gpu is not None and self.online < (gpu - self.learning) / 2:
             held, host = held | host, {}
         for phase, data in self.phases(name):
             chosen = self.material.once(("costliest", id(data)), lambda data=data: _costliest(data))
@@ -476,7 +476,7 @@ class Needs:
         batch = {"bio": options.bio + options.replay_bio, "qa": options.qa + options.replay_qa}
         phase = Phase("new", {task: count for task, count in batch.items() if count}, options.steps)
         data = Updates(phase, self.material.trained, "0", self.material.pad, e.trace.targets)
-        held = {"weights": self.training, "optimiser": 2 * self.learned, "a copy of the weights": self.weights}
+        held = {"weights": self.learning, "optimiser": 2 * self.learned, "a copy of the weights": self.weights}
         yield "a step", held | self._step(phase, _costliest(data)), {"masks": sets}
 
     def _seen_model(self) -> tuple[Any, ...]:
@@ -684,8 +684,9 @@ def _costliest(data: Updates) -> dict[str, Batch]:
     return data[max(_looked_at(data), key=lambda update: sum(n * longest for n, longest in _sizes(data, update)))]
 
 
+@cache
 def _interpreter() -> int:
-    """Bytes that a process holds before it reads a model: this one, which has the same libraries."""
+    """Bytes that a process holds before it reads a model: this one when first asked, which has the same libraries."""
     import psutil
 
     return psutil.Process().memory_info().rss

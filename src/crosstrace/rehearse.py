@@ -132,6 +132,14 @@ def _storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
+def _faked(model: nn.Module) -> None:
+    """Make the parameters that are on the meta device anew, as the context makes tensors."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.is_meta:
+                setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
+
+
 class Understudy:
     """A causal language model of a config, in whose place computations are rehearsed.
 
@@ -160,7 +168,12 @@ class Understudy:
                 model = AutoModelForCausalLM.from_config(
                     copy.deepcopy(config), dtype=DTYPES[self._dtype], attn_implementation=self._attention
                 )
-                return (adapters.adapted(model, self._lora, 0) if self._lora else model).eval()
+            if self._lora:
+                model = adapters.adapted(model, self._lora, 0, empty=True)
+                if isinstance(device, FakeTensorMode):
+                    with device:
+                        _faked(model)
+            return model.eval()
         except (ValueError, ImportError) as error:
             raise UserError(f"no model could be made from the config: {str(error).splitlines()[0]}") from None
 

@@ -177,7 +177,8 @@ def _activations(model: nn.Module, losses: Any, batches: Sequence[Mapping[str, T
     longest = int(largest["attention_mask"].sum(1).argmax())
     device = next(model.parameters()).device
     one = {key: value[longest : longest + 1].to(device) for key, value in largest.items() if value.dim() == 2}
-    own = {p.untyped_storage()._cdata for p in model.parameters()}  # a tensor that is only pretended has no address
+    # (by what torch calls a storage: a tensor that is only pretended has no address)
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, int] = {}
 
     def note(x: Tensor) -> Tensor:
