@@ -125,7 +125,7 @@ def test_disk_is_what_a_run_leaves(tmp_path):
     rows = {row["what"]: row for row in plan(experiment, machine=PLENTY).disk}
     online = size("models/mixed/online")
     assert rows["the taught models"]["bytes"] == pytest.approx(size("models") - online, rel=0.02)
-    assert rows["traces"]["bytes"] == pytest.approx(size("traces") + online, rel=0.02)
+    assert rows["traces"]["bytes"] == pytest.approx(size("traces"), rel=0.02)  # the online ones have two names
     assert rows["shared sets"]["bytes"] == pytest.approx(size("shared"), rel=0.2)  # headers weigh in so small a model
     assert not rows["checkpoints while training"]["lasting"]
 

@@ -40,7 +40,7 @@ TASKS = 2
 LOOKED_AT = 2000  # updates of a phase whose lengths are counted; of more, so many spread evenly
 RECALLED = 256  # texts that `evaluate.recall` asks at once
 CHARACTERS = 4  # a token, by rule of thumb, where there is no tokenizer
-RANKING = 46  # bytes a parameter in scope of `stats.spearman`, its two arrays included
+RANKING = 66  # bytes a parameter in scope of `stats.spearman`, its two arrays included, as measured with scipy 1.17
 SHAPES = "shapes"
 
 
@@ -425,7 +425,8 @@ class Needs:
         masks = len(self.whens) * len(options.fractions) * self.controls() * self.scope
         strengths = TASKS * self.sums
         chosen = self._sets(len(options.fractions))
-        yield "controls", both, held | {"masks": masks + chosen, "strengths": 2 * strengths + self.sums}
+        several = min(2, len(self.whens))  # those of the time before are held while the next are made
+        yield "controls", both, held | {"masks": masks + chosen, "strengths": several * strengths + self.sums}
         saved = {"values to put back": max(options.fractions) * self.scope_sums}
         for part in ("qa_id", "qa_ood"):
             yield (
@@ -511,7 +512,7 @@ class Needs:
         rows.append(("the taught models", copies * self.saved, True))
         several = TASKS * len(e.trace.measures) * e.trace.parts * self.sums
         places = taught + (all_kept + strategies if e.trace.checkpoints else 0)
-        rows.append(("traces", places * several + strategies * 2 * self.online, True))  # online ones lie there twice
+        rows.append(("traces", places * several + strategies * self.online, True))
         sets = taught * len(self.whens) * self._sets(len(e.analysis.central_fractions)) / 8
         rows.append(("shared sets", sets, True))
         resumable = self.saved + 2 * self.learned + self.online

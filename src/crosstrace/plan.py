@@ -390,7 +390,8 @@ def _told(found: Plan) -> Iterator[str]:
     if found.totals["hours"] is None:
         yield "hours: not known in all, since a speed was neither measured nor told"
     else:
-        yield f"hours: {found.totals['hours']:.3g}, at {speeds}, {found.machine['source']}"
+        yield f"hours of matrix products: {found.totals['hours']:.3g}, at {speeds}, {found.machine['source']};"
+        yield "sorting, sets and files of the traces come on top"
     yield ""
     if found.fits:
         yield "It fits."
