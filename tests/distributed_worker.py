@@ -1,9 +1,10 @@
 """What each process of test_distributed.py does: train, trace, select, ablate and graft tiny models, saved as folders.
 
     python -m torch.distributed.run --standalone --nproc-per-node N distributed_worker.py ddp|fsdp HOME
+    python -m torch.distributed.run ... distributed_worker.py run HOME NAME SETTING=VALUE...
     python -m torch.distributed.run ... distributed_worker.py dies|refuses HOME
 
-The test calls `study` for one process itself.
+The test calls `study` and `run` for one process itself.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tiny_facts import tiny_examples, tokenizer
 from tiny_models import in_float64
 from torch import nn
 
+from crosstrace import config, models, pipeline
 from crosstrace.errors import UserError
 from crosstrace.evaluate import recall
 from crosstrace.intervene import ablated, grafted, snapshot
@@ -33,6 +35,21 @@ from crosstrace.trace import load_traces, save_traces, trace
 KINDS = ("llama", "gpt_neox", "qwen3_moe")
 MEASURES = ("abs", "taylor")
 STEPS, BATCH = 8, 4
+SMALL = """
+name: small
+model: {{name: {base}, dtype: float64}}
+facts: {{people: 8, qa_share: 0.25}}
+strategies:
+  mixed: [{{name: bio, batch: {{bio: 3}}, steps: 2}}, {{name: mixed, batch: {{qa: 5, bio: 1}}, steps: 24}}]
+train:
+  {{precision: float32, checkpoint_every: 11, recall_every: 8, recall_examples: 6,
+   optimiser: {{learning_rate: 0.02, warmup: 2}}}}
+trace: {{measures: [abs, net], every: 4, parts: 2, batch: 7, check: false}}
+analysis: {{fractions: [0.05, 0.4], central_fractions: [0.05, 0.4], draws: 2}}
+interventions: {{fractions: [0.4], seeds: 1, questions: 12}}
+mechanism: {{run: false}}
+jobs: 1
+"""
 
 
 def examples() -> dict[str, list[Encoded]]:
@@ -145,6 +162,29 @@ def check_files_of_one(home: Path, kind: str, model: nn.Module, out: Path) -> No
         assert select(ties, fraction, scope=list(ties)) == select(whole, fraction, scope=list(ties))
 
 
+def settings(home: Path, kind: str) -> config.Experiment:
+    """A small run of a tiny model, whose numbers of examples no number of processes divides."""
+    return config.loads(SMALL.format(base=home / "models" / kind), "SMALL")
+
+
+def run(home: Path, name: str, changes: dict[str, str], processes: Processes | None, kinds: Any = KINDS) -> None:
+    """A whole run for every kind of model, in home/<name>/<kind>, all of it in float64."""
+    given = models.load_model
+
+    def in_float64_everywhere(*args: Any, **kwargs: Any) -> nn.Module:
+        model = in_float64(given(*args, **kwargs))
+        model.set_experts_implementation("eager")  # the fast one knows no float64
+        return model
+
+    models.load_model = in_float64_everywhere
+    try:
+        for kind in kinds:
+            experiment = config.override(settings(home, kind), changes)
+            pipeline.run(experiment, home / name / kind, "resume", quiet=True, processes=processes)
+    finally:
+        models.load_model = given
+
+
 def dies(home: Path) -> Any:
     """Process 1 is killed in the middle of a trace."""
 
@@ -180,7 +220,10 @@ def refuses(home: Path) -> Any:
 if __name__ == "__main__":
     mode, home = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    if mode in ("dies", "refuses"):
+    if mode == "run":
+        changes = dict(word.split("=", 1) for word in sys.argv[4:])
+        main(lambda processes: run(home, sys.argv[3], changes, processes))
+    elif mode in ("dies", "refuses"):
         main(globals()[mode](home))
     else:
         main(lambda processes: study(home, f"{mode}{processes.size}", mode, processes))

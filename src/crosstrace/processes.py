@@ -9,8 +9,10 @@ import atexit
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -18,8 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crosstrace.errors import UserError
+from crosstrace.store import end_with_parent
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=30)  # others wait while one works alone; one that is gone is noticed without
+FIRST_SPEAKS = 3.0  # seconds that process 0 has to tell a mistake that all have found, before another does
 
 
 class Processes:
@@ -66,6 +71,23 @@ class Processes:
         dist.broadcast_object_list(values, group=self.group, group_src=0)
         return values[0]
 
+    def by_first(self, fn: Callable[[], T]) -> T:
+        """fn() of process 0, which alone calls it while the others wait; what it returns must be small.
+
+        Raises:
+            UserError: fn raised it; it is raised in all.
+        """
+        result: Any = None
+        if self.rank == 0:
+            try:
+                result = fn()
+            except UserError as error:
+                result = error
+        result = self.from_first(result)
+        if isinstance(result, UserError):
+            raise result
+        return result
+
     def wait(self) -> None:
         """Until all are here."""
         self.gathered(None)
@@ -75,28 +97,40 @@ class Processes:
         return items[self.rank :: self.size]
 
 
+def by_first(processes: Processes | None, fn: Callable[[], T]) -> T:
+    """fn() of process 0 in all `processes`; without them this one is alone and calls it."""
+    return fn() if processes is None else processes.by_first(fn)
+
+
+def launched() -> int:
+    """How many processes a launcher says that it has started together with this one; 0 without one."""
+    return int(os.environ.get("WORLD_SIZE", 0)) if "RANK" in os.environ else 0
+
+
 def main(work: Callable[[Processes], None]) -> NoReturn:
     """Run `work` in every process that the launcher started, and end the process.
 
     A program of several processes is `if __name__ == "__main__": main(work)`; nothing after it is run. The group is
     joined through accelerate (NCCL where there are GPUs, gloo elsewhere) and left at the end.
     Where one process fails, it says why in one line on stderr and ends with code 1 (2 for a mistake of the user's); the
-    others can't go on without it, and the launcher ends them. A trace is in memory alone, so nothing half-written
-    stays; a training goes on from its last checkpoint when the program is started again.
+    others can't go on without it, and the launcher ends them; a mistake that all find is told by process 0. A trace is
+    in memory alone, so nothing half-written stays; a training goes on from its last checkpoint when the program is
+    started again. A process whose launcher is gone ends too.
 
     Raises:
         UserError: the process was not started by a launcher.
     """
     from accelerate import PartialState
 
-    if int(os.environ.get("WORLD_SIZE", 0)) < 1 or "RANK" not in os.environ:
+    if launched() < 1:
         raise UserError(
             "this program runs on several processes, and no launcher has started it; start it with `torchrun "
             "--nproc-per-node 2 PROGRAM` (or python -m torch.distributed.run)"
         )
     place = f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+    end_with_parent(os.getppid())
     try:
-        PartialState(cpu=not torch.cuda.is_available())
+        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         processes = Processes()
         work(processes)
         processes.wait()  # whoever leaves first must not look dead to the others
@@ -104,6 +138,10 @@ def main(work: Callable[[Processes], None]) -> NoReturn:
         code = 1
         if isinstance(error, UserError):
             code, why = 2, str(error)
+            if os.environ["RANK"] != "0":
+                time.sleep(FIRST_SPEAKS)  # the launcher ends this process as soon as process 0 has
+        elif isinstance(error, KeyboardInterrupt):
+            code, why = 130, "interrupted"
         elif _lost(error):
             why = "it can't go on: another process has ended, whose own message says why"
         else:

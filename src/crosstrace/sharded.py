@@ -5,7 +5,7 @@ are made of them too, so that no process ever holds a whole one. Only the layout
 equal parts (the last ones may be shorter, or empty) over one group of processes. It knows neither traces nor sets.
 
 Files: a folder with one safetensors file for each process and an index.json that says which rows of what lie in which,
-so that any other number of processes can read them.
+so that any other number of processes can read them, and one alone can write them.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _stride(shape: Iterable[int]) -> tuple[int, ...]:
 def write(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
-    processes: Processes,
+    processes: Processes | None,
     kind: str,
     header: Mapping[str, Any],
     pack: Callable[[Tensor], Tensor] = lambda x: x.contiguous(),
@@ -151,6 +151,7 @@ def write(
 
     Args:
         path: the folder.
+        processes: those that hold the pieces; None: this one has the whole tensors, and writes them alone.
         kind: of what it holds; `Pieces` asks for it.
         header: JSON-able; process 0's is written.
         pack: what is stored of a piece.
@@ -158,28 +159,30 @@ def write(
     Raises:
         UserError: a process could not write; nothing is left then.
     """
-    file = lambda rank: f"{rank + 1:05d}-of-{processes.size:05d}.safetensors"
+    rank, size = (0, 1) if processes is None else (processes.rank, processes.size)
+    file = lambda rank: f"{rank + 1:05d}-of-{size:05d}.safetensors"
     with ExitStack() as stack:
         partial: Path | None = None
-        if processes.rank == 0:
+        if rank == 0:
             partial = stack.enter_context(replacing(path))
             partial.mkdir()
-        folder = processes.from_first(partial)
+        folder = partial if processes is None else processes.from_first(partial)
         assert folder is not None
         why = None
         try:
             pieces = {name: pack(local(x).detach().cpu()) for name, x in tensors.items()}
-            save_file(pieces, folder / file(processes.rank))
+            save_file(pieces, folder / file(rank))
         except (OSError, SafetensorError) as error:
             why = str(error)
-        failed = [(rank, found) for rank, found in enumerate(processes.gathered(why)) if found is not None]
+        told = [why] if processes is None else processes.gathered(why)
+        failed = [(rank, found) for rank, found in enumerate(told) if found is not None]
         if failed:
             raise UserError(
                 f"{path} could not be written by process {failed[0][0]}: {failed[0][1]}; is the disk full, or not "
                 "shared by all processes?"
             )
         if partial is not None:
-            ranks = range(processes.size)
+            ranks = range(size)
             index = {
                 "kind": kind,
                 "header": header,
@@ -188,13 +191,14 @@ def write(
                 "tensors": {
                     name: {
                         "shape": list(x.shape),
-                        "rows": [rows_of(x.shape[0], rank, processes.size) for rank in ranks],
+                        "rows": [rows_of(x.shape[0], rank, size) for rank in ranks],
                     }
                     for name, x in tensors.items()
                 },
             }
             write_json(partial / INDEX, index)
-    processes.wait()  # no process may look for it before it is there
+    if processes is not None:
+        processes.wait()  # no process may look for it before it is there
 
 
 class Pieces:

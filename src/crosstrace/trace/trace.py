@@ -325,6 +325,8 @@ class Accumulated:
         lr_weighted: weight each step by its learning rate.
         where: the sums are kept on the "device" of the model or on the "cpu".
         names: the parameters to trace; None: all.
+        group: processes of torch.distributed that share out the examples of each step. All of them call everything
+            here, with the same batches; the sums meet in the first one where they are saved or read.
     """
 
     def __init__(
@@ -337,6 +339,7 @@ class Accumulated:
         lr_weighted: bool = False,
         where: Literal["device", "cpu"] = "device",
         names: Collection[str] | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         check_settings(measures, parts, reductions)
         if is_sharded(model):
@@ -344,6 +347,7 @@ class Accumulated:
                 "the model is sharded, and a trace over a training's steps needs each parameter whole; trace its "
                 "checkpoints with `trace`, which can be taken of a sharded model"
             )
+        self._team = Team.of(model, group)
         self._engine = Engine(model, names)
         device = torch.device("cpu") if where == "cpu" else None
         self._settings = {
@@ -367,6 +371,11 @@ class Accumulated:
     def _parts(self) -> int:
         """Parts that a batch is cut into: for "step" whole steps are parts."""
         return self._settings["parts"] if "example" in self._settings["reductions"] else 1
+
+    @property
+    def _leads(self) -> bool:
+        """Whether this process is alone, or the first of a team."""
+        return self._team is None or self._team.processes.rank == 0
 
     def _factor(self, lr: float) -> float:
         return float(lr) if self._settings["lr_weighted"] else 1.0
@@ -399,7 +408,7 @@ class Accumulated:
 
     def _count(self, task: str, sizes: Iterable[tuple[int, int]], factor: float) -> None:
         """All of a step's sums of a task are there, of so many examples for each part."""
-        for mean in self._of_step(task):
+        for mean in self._of_step(task) if self._leads else ():
             mean.weight += factor
         for part, size in sizes:
             for mean in self._of_part(task, part):
@@ -412,9 +421,12 @@ class Accumulated:
         self._engine.probed = 0
 
     def traces(self) -> list[Trace]:
-        """The traces so far, by task, reduction, measure, part; parts without a step yet are left out."""
-        self._check_whole()
+        """The traces so far, by task, reduction, measure, part; parts without a step yet are left out. A team's first
+        process gets them, the others none."""
+        self._bring_together()
         facts = _facts(self._engine) | {k: self._settings[k] for k in ("parts", "lr_weighted")}
+        if self._team is not None:
+            facts["processes"] = self._team.processes.size
         return [
             mean.trace(key.rsplit("/", 3)[0], "online", facts | {"part": int(key.rsplit("/", 1)[1])})
             for key, mean in self._means.items()
@@ -422,8 +434,9 @@ class Accumulated:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on bit for bit: {"header": JSON-able, "tensors": {…}}."""
-        self._check_whole()
+        """What `load_state_dict` needs to go on bit for bit: {"header": JSON-able, "tensors": {…}}. A team's is with
+        its first process."""
+        self._bring_together()
         header = {
             "settings": self._settings,
             "steps": dict(self._steps),
@@ -435,7 +448,8 @@ class Accumulated:
         return {"header": header, "tensors": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state.
+        """Take over a state: that of one process, or of the first of a team, which any number of processes can go on
+        with; each of them is given it.
 
         Raises:
             UserError: it is of other settings or of another model.
@@ -457,9 +471,14 @@ class Accumulated:
             for name, total in mean.total.items():
                 total.copy_(tensors[f"{key}/{name}"])
         self._whole = True
+        if not self._leads:
+            self._forget_sums()
 
-    def save(self, stem: Path) -> None:
-        """Write the state as <stem>.safetensors and <stem>.json."""
+    def save(self, stem: Path | None) -> None:
+        """Write the state as <stem>.safetensors and <stem>.json; None: take part only, as all of a team but the first
+        do."""
+        if stem is None:
+            return self._bring_together()
         state = self.state_dict()
         save_file({k: v.contiguous() for k, v in state["tensors"].items()}, stem.with_suffix(".safetensors"))
         write_json(stem.with_suffix(".json"), state["header"])
@@ -468,6 +487,22 @@ class Accumulated:
         """Take over what `save` wrote; raises as `load_state_dict`."""
         header, tensors = read_json(stem.with_suffix(".json")), load_file(stem.with_suffix(".safetensors"))
         self.load_state_dict({"header": header, "tensors": tensors})
+
+    def _bring_together(self) -> None:
+        """Add up a team's sums, in its first process, which goes on with them; the others begin anew."""
+        self._check_whole()
+        if self._team is None:
+            return
+        for mean in self._means.values():
+            mean.weight = self._team.add_up(mean.total, mean.weight)
+        if not self._leads:
+            self._forget_sums()
+
+    def _forget_sums(self) -> None:
+        for mean in self._means.values():
+            mean.weight = 0.0
+            for total in mean.total.values():
+                total.zero_()
 
     def _check_whole(self) -> None:
         if not self._whole:
@@ -505,12 +540,29 @@ class OnlineTrace(Accumulated):
         factor = self._factor(lr)
         self._whole = False
         for task, batch in batches.items():
+            count = len(batch["labels"])
+            if self._team is not None:  # the rules are chosen on the same examples everywhere
+                self._engine.plan_for({key: value for key, value in batch.items() if key != "group"})
+                (batch,) = self._team.deal([batch])
             batch, chosen, shares = _by_part(batch, self._parts, 0)
             sizes = [share.stop - share.start for share in shares]
-            add = partial(self._add, task, chosen, sum(sizes), {}, factor)
-            self._engine.run(batch, shares, add)
+            gradients: dict[str, Tensor] = {}
+            add = partial(self._add, task, chosen, count, gradients, factor)
+            if sum(sizes):
+                self._engine.run(batch, shares, add)
+            if self._team is not None and "step" in self._settings["reductions"]:
+                self._add_step_of_all(self._team, task, gradients, count, factor)
             self._count(task, zip(chosen, sizes), factor)
         self._whole = True
+
+    def _add_step_of_all(self, team: Team, task: str, gradients: dict[str, Tensor], count: int, factor: float) -> None:
+        """Add a step's mean gradient over all processes: its absolute value is not the sum of theirs."""
+        for name, theta in self._engine.parameters.items():
+            own = gradients.pop(name, None)
+            own = torch.zeros_like(theta, dtype=sum_dtype(theta.dtype)) if own is None else own
+            team.processes.add_up(own)
+            if self._leads:
+                self._add_step(task, name, own.div_(count), factor)
 
     @contextmanager
     def _add(
@@ -519,7 +571,7 @@ class OnlineTrace(Accumulated):
     ) -> Iterator[dict[str, Tensor]]:  # fmt: skip
         with self._open(task, chosen[number], name, gradients, factor) as sums:
             yield sums
-        if name in gradients and number == len(chosen) - 1:
+        if self._team is None and name in gradients and number == len(chosen) - 1:
             self._add_step(task, name, gradients.pop(name).div_(count), factor)
 
 
