@@ -1,8 +1,8 @@
-"""What each process of test_distributed.py does: train, trace, select, ablate and graft tiny models, saved as folders.
+"""What each process of test_distributed.py does: train, trace, select, ablate and graft tiny models, saved as folders,
+by the library's functions (`study`) and as whole runs (`run`).
 
     python -m torch.distributed.run --standalone --nproc-per-node N distributed_worker.py ddp|fsdp HOME
-    python -m torch.distributed.run ... distributed_worker.py run HOME NAME SETTING=VALUE...
-    python -m torch.distributed.run ... distributed_worker.py dies|refuses HOME
+    python -m torch.distributed.run ... distributed_worker.py dies|killed|refuses HOME
 
 The test calls `study` and `run` for one process itself.
 """
@@ -12,6 +12,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +34,12 @@ from crosstrace.shared import ParamSet, scope, select, shared
 from crosstrace.store import write_json
 from crosstrace.tokens import Encoded, batches, collate
 from crosstrace.trace import load_traces, save_traces, trace
+from crosstrace.train import RecallHistory
 
 KINDS = ("llama", "gpt_neox", "qwen3_moe")
 MEASURES = ("abs", "taylor")
 STEPS, BATCH = 8, 4
+SHARED = ["data", "train", "eval", "trace", "intervene"]  # stages
 SMALL = """
 name: small
 model: {{name: {base}, dtype: float64}}
@@ -167,8 +172,16 @@ def settings(home: Path, kind: str) -> config.Experiment:
     return config.loads(SMALL.format(base=home / "models" / kind), "SMALL")
 
 
-def run(home: Path, name: str, changes: dict[str, str], processes: Processes | None, kinds: Any = KINDS) -> None:
-    """A whole run for every kind of model, in home/<name>/<kind>, all of it in float64."""
+def run(
+    home: Path,
+    name: str,
+    processes: Processes | None = None,
+    sharded: bool = False,
+    kinds: Sequence[str] = KINDS,
+    stages: Sequence[str] = pipeline.STAGES,
+) -> None:
+    """A run for every kind of model, in home/<name>/<kind>, all of it in float64; what is there is gone on with."""
+    changes = {"model.sharded": "true", "trace.online": "false"} if sharded else {}
     given = models.load_model
 
     def in_float64_everywhere(*args: Any, **kwargs: Any) -> nn.Module:
@@ -180,9 +193,53 @@ def run(home: Path, name: str, changes: dict[str, str], processes: Processes | N
     try:
         for kind in kinds:
             experiment = config.override(settings(home, kind), changes)
-            pipeline.run(experiment, home / name / kind, "resume", quiet=True, processes=processes)
+            pipeline.run(experiment, home / name / kind, "resume", stages=stages, quiet=True, processes=processes)
     finally:
         models.load_model = given
+
+
+@contextmanager
+def stopped(at: int, stop: Callable[[], None]) -> Iterator[None]:
+    """Within the context, trainings call `stop` after so many updates."""
+    given = RecallHistory.on_updated
+
+    def on_updated(self: RecallHistory, model: Any, update: int, phase: str, last: bool) -> None:
+        given(self, model, update, phase, last)
+        if update == at:
+            stop()
+
+    RecallHistory.on_updated = on_updated
+    try:
+        yield
+    finally:
+        RecallHistory.on_updated = given
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def all_of_it(home: Path, how: str, processes: Processes) -> None:
+    """The functions, and the stages that are shared; under DDP also a training that is interrupted and gone on with."""
+    name = f"{how}{processes.size}"
+    study(home, name, how, processes)
+    run(home, f"{name}-run", processes, how == "fsdp", stages=SHARED)
+    if how == "ddp":
+        again = partial(run, home, f"{name}-again", processes, kinds=["llama"], stages=SHARED[:2])
+        with stopped(15, interrupted), suppress(KeyboardInterrupt):
+            again()
+        again()
+
+
+def killed(home: Path) -> Any:
+    """A sharded training that others began is gone on with, until process 1 is killed."""
+
+    def work(processes: Processes) -> None:
+        stop = lambda: os.kill(os.getpid(), signal.SIGKILL) if processes.rank == 1 else None
+        with stopped(25, stop):
+            run(home, "hands", processes, True, ["llama"], SHARED[:2])
+
+    return work
 
 
 def dies(home: Path) -> Any:
@@ -220,10 +277,7 @@ def refuses(home: Path) -> Any:
 if __name__ == "__main__":
     mode, home = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    if mode == "run":
-        changes = dict(word.split("=", 1) for word in sys.argv[4:])
-        main(lambda processes: run(home, sys.argv[3], changes, processes))
-    elif mode in ("dies", "refuses"):
+    if mode in ("dies", "killed", "refuses"):
         main(globals()[mode](home))
     else:
-        main(lambda processes: study(home, f"{mode}{processes.size}", mode, processes))
+        main(lambda processes: all_of_it(home, mode, processes))

@@ -11,14 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from distributed_worker import KINDS, MEASURES, study
-from safetensors.torch import save_file
+from distributed_worker import KINDS, MEASURES, SHARED, interrupted, run, settings, stopped, study
+from safetensors.torch import load_file, save_file
 from test_trace import assert_same
 from tiny_facts import tokenizer
 from tiny_models import tiny_model
 
-from crosstrace import processes
+from crosstrace import config, processes
 from crosstrace.errors import UserError
+from crosstrace.models import load_model, save_model
+from crosstrace.results import Results
 from crosstrace.sharded import Pieces, rows_of
 from crosstrace.shared import ParamSet
 from crosstrace.store import read_json
@@ -34,31 +36,72 @@ def home(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     for kind in KINDS:
         model = tiny_model(kind, tied=kind == "llama", vocab_size=len(tokenizer("word")))
-        model.save_pretrained(folder / "models" / kind)
+        save_model(model, tokenizer("word"), folder / "models" / kind)
     study(folder, "one", "one", None)
+    run(folder, "one-run")
     return folder
 
 
 def launch(number: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number, WORKER, *arguments]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment)
-
-
-@pytest.mark.parametrize(("how", "number"), [("ddp", 2), ("fsdp", 2), ("fsdp", 4)])
-def test_several_processes_give_what_one_gives(home, how, number):
-    done = launch(number, how, home)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment)
     assert "terminate called" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module", params=[("ddp", 2), ("fsdp", 2), ("fsdp", 4)], ids=["ddp-2", "fsdp-2", "fsdp-4"])
+def several(home: Path, request) -> tuple[Path, str, int]:
+    """What several processes make of the models."""
+    how, number = request.param
+    if number == 2 and how == "fsdp":  # one process begins, they go on
+        run(home, "fsdp2-run", None, True, ["llama"], SHARED[:2])
+    done = launch(number, WORKER, how, home)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return home, how, number
+
+
+def assert_same_traces(folder: Path, other: Path) -> None:
+    mine, theirs = load_traces(folder), load_traces(other)
+    assert len(mine) == len(theirs) > 0
+    for a, b in zip(mine, theirs):
+        assert (a.task, a.measure, a.reduction, a.weight) == (b.task, b.measure, b.reduction, b.weight)
+        assert a.meta["part"] == b.meta["part"] and a.meta["parameters"] == b.meta["parameters"]
+        assert_same(b.values, a.values)
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Two runs have the same answers, traces and models but for rounding, and those that plain transformers reads."""
+    for file in ("eval/base.json", "eval/mixed.json"):
+        mine, theirs = (read_json(run / file) for run in (one, other))
+        assert mine["answers"] == theirs["answers"] and mine["people"] == theirs["people"]
+    files = [file.relative_to(other) for file in sorted((other / "traces/mixed").glob("*/*.safetensors"))]
+    assert files
+    for file in files:
+        assert_same_traces(one / file, other / file)
+    mine, theirs = (read_json(run / "interventions/mixed.json") for run in (one, other))
+    for kind in ("ablate", "graft"):
+        rows = {(row["when"], row["set"]): row for row in mine[kind]}
+        assert theirs[kind] and all(row == rows[row["when"], row["set"]] for row in theirs[kind])
+    asked = {row["qa_id"] for row in theirs["ablate"]}
+    assert len(asked) > 1, "sets that differ give answers that differ"
+    mine, theirs = (read_json(run / "models/mixed/history.json") for run in (one, other))
+    assert mine == theirs
+    for phase in ("bio", "mixed"):
+        a, b = (load_model(str(run / "models/mixed" / phase), "float64").state_dict() for run in (one, other))
+        assert_same(b, a)
+    assert not [path for path in other.rglob("*") if ".partial-" in path.name]
+
+
+def test_several_processes_give_what_one_gives(several):
+    home, how, number = several
     for kind in KINDS:
         one, several = home / "one" / kind, home / f"{how}{number}" / kind
         for task in ("bio", "qa"):
-            mine, theirs = (load_traces(folder / f"{task}.safetensors") for folder in (one, several))
-            assert len(mine) == len(theirs) == 2 * len(MEASURES)
-            for a, b in zip(mine, theirs):
-                assert (a.task, a.measure, a.weight, a.meta["part"]) == (b.task, b.measure, b.weight, b.meta["part"])
-                assert b.meta["processes"] == number and a.meta["parameters"] == b.meta["parameters"]
-                assert_same(b.values, a.values)
+            file = f"{task}.safetensors"
+            assert_same_traces(one / file, several / file)
+            theirs = load_traces(several / file)
+            assert len(theirs) == 2 * len(MEASURES) and all(t.meta["processes"] == number for t in theirs)
         for file in ("shared-0.03.safetensors", "shared-0.4.safetensors"):
             mine, theirs = ParamSet.load(one / file), ParamSet.load(several / file)
             assert mine == theirs and 0 < mine.size < mine.total
@@ -75,17 +118,81 @@ def test_several_processes_give_what_one_gives(home, how, number):
     assert not [path for path in (home / f"{how}{number}").rglob("*") if ".partial-" in path.name]
 
 
-def test_a_process_that_is_killed_ends_the_run(home):
-    done = launch(2, "dies", home)
+def test_a_run_of_several_processes_is_that_of_one(several):
+    home, how, number = several
+    for kind in KINDS:
+        same_run(home / "one-run" / kind, home / f"{how}{number}-run" / kind)
+    assert read_json(home / f"{how}{number}-run" / "llama" / "metadata.json")["processes"] == number
+
+
+def test_what_several_processes_made_is_gone_on_with_by_one(several):
+    home, how, number = several
+    name = f"{how}{number}-run"
+    made = {path: path.stat().st_mtime_ns for path in (home / name / "llama").rglob("*.safetensors")}
+    run(home, name, None, how == "fsdp", ["llama"])
+    assert all(path.stat().st_mtime_ns == before for path, before in made.items())
+    one, other = home / "one-run" / "llama", home / name / "llama"
+    sets = sorted((other / "shared/mixed").glob("*.safetensors"))
+    assert sets
+    for file in sets:
+        mine, theirs = (ParamSet.load(run / "shared/mixed" / file.name) for run in (one, other))
+        assert mine == theirs and 0 < mine.size < mine.total
+    mine, theirs = (Results.read(run)["shared"]["mixed"] for run in (one, other))
+    sizes = {(row["when"], row["reduction"], row["fraction"]): row["size"] for row in mine}
+    assert theirs and all(sizes[row["when"], row["reduction"], row["fraction"]] == row["size"] for row in theirs)
+
+
+def test_an_interrupted_training_ends_in_the_same_bits(several):
+    home, how, _ = several
+    if how == "ddp":
+        for file in ("mixed/model.safetensors", "online/bio.safetensors", "online/qa.safetensors"):
+            mine, theirs = (load_file(home / f"ddp2-{name}/llama/models/mixed" / file) for name in ("run", "again"))
+            assert list(mine) == list(theirs) and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_a_process_that_is_killed_ends_a_training_that_any_number_goes_on_with(home):
+    with stopped(15, interrupted), pytest.raises(KeyboardInterrupt):
+        run(home, "hands", None, True, ["llama"], SHARED[:2])
+    folder = home / "hands" / "llama"
+    checkpoints = lambda: {path.name for path in folder.rglob("checkpoint-*")}
+    assert checkpoints() == {"checkpoint-2", "checkpoint-11"}
+    done = launch(2, WORKER, "killed", home)
+    assert done.returncode != 0
+    assert "Signal 9 (SIGKILL)" in done.stderr and "rank      : 1" in done.stderr
+    assert checkpoints() == {"checkpoint-2", "checkpoint-22"}
+    run(home, "hands", None, True, ["llama"], SHARED)
+    same_run(home / "one-run" / "llama", folder)
+
+
+def test_a_process_that_is_killed_ends_a_trace(home):
+    done = launch(2, WORKER, "dies", home)
     assert done.returncode != 0
     assert "Signal 9 (SIGKILL)" in done.stderr and "rank      : 1" in done.stderr
 
 
-def test_a_mistake_of_the_user_is_one_sentence_of_each_process(home):
-    done = launch(2, "refuses", home)
+def test_a_mistake_of_the_user_is_one_sentence(home):
+    done = launch(2, WORKER, "refuses", home)
     assert done.returncode != 0
-    assert "of 2: task 'bio' has no example to trace; expected at least one batch\n" in done.stderr
+    assert done.stderr.count("crosstrace: ") == 1
+    assert "process 0 of 2: task 'bio' has no example to trace; expected at least one batch\n" in done.stderr
     assert "crosstrace" not in done.stdout
+
+
+def test_the_command_line_of_several_processes(home, tmp_path):
+    (tmp_path / "small.yaml").write_text(config.dumps(settings(home, "gpt_neox")))
+    command = ["-m", "crosstrace", "run", tmp_path / "small.yaml", tmp_path / "made", "--quiet"]
+    done = launch(2, *command, "--model.sharded", "true")
+    assert done.returncode != 0 and not (tmp_path / "made").exists()
+    assert "trace.online needs" in done.stderr and done.stderr.count("crosstrace: ") == 1
+    done = launch(2, *command)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("report   ") == 1 and (tmp_path / "made" / "report" / "index.html").is_file()
+    for model in ("base", "mixed"):
+        mine, theirs = (
+            Results.read(run)["recall"][model] for run in (home / "one-run" / "gpt_neox", tmp_path / "made")
+        )
+        for part in ("bio", "qa_id", "qa_ood"):
+            assert mine[part]["exact_match"] == theirs[part]["exact_match"], (model, part)
 
 
 def test_a_program_of_several_processes_needs_a_launcher(monkeypatch):

@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
             close = difflib.get_close_matches(command, COMMANDS, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"commands are {', '.join(COMMANDS)}"
             raise UserError(f"unknown command {command!r}; {hint}")
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if "WORLD_SIZE" in os.environ:
             _side_by_side(command, rest)
         COMMANDS[command](rest)
         sys.stdout.flush()
@@ -120,8 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _side_by_side(command: str, rest: list[str]) -> None:
-    """Run a command in all processes that a launcher started, of which the first alone prints, and end; a launcher of
-    something else is none of ours."""
+    """Run a command in all processes that a launcher started, if it did, and end. The first of them alone prints."""
     from crosstrace import processes
 
     def work(joined: processes.Processes) -> None:

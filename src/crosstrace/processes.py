@@ -104,7 +104,7 @@ def by_first(processes: Processes | None, fn: Callable[[], T]) -> T:
 
 def launched() -> int:
     """How many processes a launcher says that it has started together with this one; 0 without one."""
-    return int(os.environ.get("WORLD_SIZE", 0)) if "RANK" in os.environ else 0
+    return int(os.environ.get("WORLD_SIZE") or 0) if "RANK" in os.environ else 0
 
 
 def main(work: Callable[[Processes], None]) -> NoReturn:

@@ -88,13 +88,14 @@ class Engine:
             UserError: the batch lacks a tensor, or an example lacks a target.
         """
         batch = self.checked(batch)
+        rows = range(len(batch["labels"]))
 
         def add(name: str, rules: list[Rule]) -> None:
             if self.sharded and not rules:
                 return
             for number, share in enumerate(shares):
                 with into(name, number) as sums:
-                    if share.stop > share.start:
+                    if rows[share]:
                         reduce(rules, sums, share)
 
         with undisturbed(self.model):
