@@ -2,7 +2,7 @@
 by the library's functions (`study`) and as whole runs (`run`).
 
     python -m torch.distributed.run --standalone --nproc-per-node N distributed_worker.py ddp|fsdp HOME
-    python -m torch.distributed.run ... distributed_worker.py dies|killed|refuses HOME
+    python -m torch.distributed.run ... distributed_worker.py killed HOME
 
 The test calls `study` and `run` for one process itself.
 """
@@ -18,12 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny_facts import tiny_examples, tokenizer
 from tiny_models import in_float64
 from torch import nn
 
 from crosstrace import config, models, pipeline
+from crosstrace.adapters import is_adapted
 from crosstrace.errors import UserError
 from crosstrace.evaluate import recall
 from crosstrace.intervene import ablated, grafted, snapshot
@@ -39,7 +41,13 @@ from crosstrace.train import RecallHistory
 KINDS = ("llama", "gpt_neox", "qwen3_moe")
 MEASURES = ("abs", "taylor")
 STEPS, BATCH = 8, 4
+LORA = {
+    "train.lora": "{rank: 2, alpha: 4}", "trace.view": "adapter",
+    "retention": "{run: true, people: 24, steps: 4, bio: 3, qa: 5, replay_bio: 1, replay_qa: 4, every: 2, "
+    "questions: 9, draws: 1}",
+}  # fmt: skip
 SHARED = ["data", "train", "eval", "trace", "intervene"]  # stages
+FURTHER = ["data", "train", "trace", "analyze", "retain"]
 SMALL = """
 name: small
 model: {{name: {base}, dtype: float64}}
@@ -179,14 +187,16 @@ def run(
     sharded: bool = False,
     kinds: Sequence[str] = KINDS,
     stages: Sequence[str] = pipeline.STAGES,
+    lora: bool = False,
 ) -> None:
     """A run for every kind of model, in home/<name>/<kind>, all of it in float64; what is there is gone on with."""
-    changes = {"model.sharded": "true", "trace.online": "false"} if sharded else {}
+    changes = {"model.sharded": "true", "trace.online": "false"} if sharded else LORA if lora else {}
     given = models.load_model
 
     def in_float64_everywhere(*args: Any, **kwargs: Any) -> nn.Module:
         model = in_float64(given(*args, **kwargs))
-        model.set_experts_implementation("eager")  # the fast one knows no float64
+        if not is_adapted(model):
+            model.set_experts_implementation("eager")  # the fast one knows no float64
         return model
 
     models.load_model = in_float64_everywhere
@@ -225,59 +235,26 @@ def all_of_it(home: Path, how: str, processes: Processes) -> None:
     study(home, name, how, processes)
     run(home, f"{name}-run", processes, how == "fsdp", stages=SHARED)
     if how == "ddp":
+        with pytest.raises(UserError, match=r"model\.module"):
+            wrapped = nn.parallel.DistributedDataParallel(load_model(str(home / "models" / "llama")))
+            trace(wrapped, [], task="bio", group=processes.group)
+        with pytest.raises(UserError, match="no example to trace"):
+            trace(load_model(str(home / "models" / "llama")), [], task="bio", group=processes.group)
         again = partial(run, home, f"{name}-again", processes, kinds=["llama"], stages=SHARED[:2])
         with stopped(15, interrupted), suppress(KeyboardInterrupt):
             again()
         again()
+        run(home, f"{name}-lora", processes, kinds=["llama"], stages=FURTHER, lora=True)
 
 
-def killed(home: Path) -> Any:
+def killed(home: Path, processes: Processes) -> None:
     """A sharded training that others began is gone on with, until process 1 is killed."""
-
-    def work(processes: Processes) -> None:
-        stop = lambda: os.kill(os.getpid(), signal.SIGKILL) if processes.rank == 1 else None
-        with stopped(25, stop):
-            run(home, "hands", processes, True, ["llama"], SHARED[:2])
-
-    return work
-
-
-def dies(home: Path) -> Any:
-    """Process 1 is killed in the middle of a trace."""
-
-    def work(processes: Processes) -> None:
-        model = in_float64(load_model(str(home / "models" / "llama"), "float64"))
-        fed = list(batches(examples()["bio"], 3, "object", pad_id=0))
-        seen: list[int] = []
-
-        def killed(count: int) -> None:
-            seen.append(count)
-            if processes.rank == 1 and len(seen) == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        trace(model, fed, task="bio", progress=killed, group=processes.group)
-
-    return work
-
-
-def refuses(home: Path) -> Any:
-    """A mistake of the user's, found by every process."""
-
-    def work(processes: Processes) -> None:
-        model = load_model(str(home / "models" / "llama"))
-        try:
-            trace(nn.parallel.DistributedDataParallel(model), [], task="bio", group=processes.group)
-        except UserError as error:
-            assert "model.module" in str(error)
-        trace(model, [], task="bio", group=processes.group)
-
-    return work
+    stop = lambda: os.kill(os.getpid(), signal.SIGKILL) if processes.rank == 1 else None
+    with stopped(25, stop):
+        run(home, "hands", processes, True, ["llama"], SHARED[:2])
 
 
 if __name__ == "__main__":
     mode, home = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    if mode in ("dies", "killed", "refuses"):
-        main(globals()[mode](home))
-    else:
-        main(lambda processes: all_of_it(home, mode, processes))
+    main(lambda processes: killed(home, processes) if mode == "killed" else all_of_it(home, mode, processes))

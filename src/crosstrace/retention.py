@@ -177,7 +177,10 @@ def moved(model: nn.Module, before: Mapping[str, Tensor], sets: Mapping[str, Seq
     for label, draws in sets.items():
         energies = []
         for pset in draws:
-            square = {name: (values[name].detach().cpu() - before[name].cpu()).double().square() for name in pset.masks}
+            square = {
+                name: (values[name].detach().cpu() - before[name].detach().cpu()).double().square()
+                for name in pset.masks
+            }
             total = sum(float(value.sum()) for value in square.values())
             inside = sum(float(square[name][mask.cpu()].sum()) for name, mask in pset.masks.items())
             energies.append(inside / total if total else None)
