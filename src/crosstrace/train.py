@@ -409,7 +409,8 @@ def _save_optimiser(trainer: Any, folder: Path) -> None:
     for p, state in trainer.optimizer.state.items():
         name = names[id(p)]
         steps[name] = float(state["step"])
-        means |= {f"{name}/{key}": value for key, value in state.items() if key != "step"}
+        rows = {key: value if value.dim() else value[None] for key, value in state.items() if key != "step"}
+        means |= {f"{name}/{key}": value for key, value in rows.items()}
     holders = processes_of(means)
     if holders is not None or trainer.args.should_save:
         header = {"updates": trainer.lr_scheduler.last_epoch, "steps": steps}
@@ -429,7 +430,7 @@ def _load_optimiser(trainer: Any, folder: Path) -> None:
         for p, number in zip(group["params"], of_group["params"]):
             if (name := names[id(p)]) in steps:
                 keys = [key for key in pieces.shapes if key.rpartition("/")[0] == name]
-                read = {key: pieces.read(key, own_rows(p)).to(p.device) for key in keys}
+                read = {key: pieces.read(key, own_rows(p)).to(p.device).view_as(local(p)) for key in keys}
                 state = {key.rpartition("/")[2]: laid(value, p) for key, value in read.items()}
                 packed["state"][number] = state | {"step": torch.tensor(steps[name])}
     trainer.optimizer.load_state_dict(packed)
