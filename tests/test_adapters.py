@@ -22,6 +22,7 @@ from crosstrace.intervene import snapshot
 from crosstrace.models import load_model, save_model
 from crosstrace.pipeline import OnlineListener
 from crosstrace.schedule import two_stage
+from crosstrace.sharded import Pieces
 from crosstrace.trace import MEASURES, trace
 from crosstrace.train import TrainSettings, train
 
@@ -201,5 +202,7 @@ def test_interrupted_and_resumed_training_gives_the_same_bits(stop, dropout, tmp
     start = adapted(_model(), LoraSettings(rank=2, dropout=dropout), seed=3)
     for name, p in start.named_parameters():
         assert torch.equal(p, expected.get_parameter(name)) == ("lora_" not in name), name
-    saved = {file.name for file in (tmp_path / "whole").rglob("*.safetensors")}
-    assert saved == {"adapter_model.safetensors"}
+    saved = {file.parent.name: file.name for file in (tmp_path / "whole").rglob("*.safetensors")}
+    optimiser, *_ = (tmp_path / "whole").rglob("optimiser")
+    assert all("lora_" in name for name in Pieces(optimiser, "optimiser").shapes) and saved.pop("optimiser")
+    assert set(saved.values()) == {"adapter_model.safetensors"}

@@ -7,10 +7,11 @@ import shlex
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from crosstrace import cli, config, models, pipeline, schedule
+from crosstrace import cli, config, models, pipeline, processes, schedule
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -190,6 +191,17 @@ def test_an_interrupted_command_says_how_to_go_on(capsys, monkeypatch, command: 
         cli.main([command])
     assert stop.value.code == 130
     assert way in capsys.readouterr().err
+
+
+def test_what_one_process_does_is_refused_under_a_launcher(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(processes, "main", lambda work: work(SimpleNamespace(rank=0, size=2)))
+    assert set(cli.TOGETHER) < set(cli.COMMANDS)
+    for command in set(cli.COMMANDS) - set(cli.TOGETHER):
+        assert "without one" in fails(capsys, command, "x")
+    monkeypatch.delenv("RANK")  # of something that is no launcher of processes
+    assert "no config.yaml" in fails(capsys, "train", "x")
 
 
 def test_settings_print_a_config_that_runs(capsys, tmp_path: Path) -> None:

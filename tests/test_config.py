@@ -161,6 +161,13 @@ def test_bad_overrides(name: str, value: str, message: str):
         ("strategies: {a: [{name: a, batch: {bio: 8}, epochs: .nan}]}", "epochs"),
         ("facts: {frequency: zipf, zipf_exponent: 1.0e+308}", "zipf_exponent"),
         ("facts: {people: 12}\ntrace: {parts: 50}", "trace.parts = 50, but only 6 people"),
+        ("model: {sharded: true}", "trace.online needs each parameter whole at every step"),
+        (
+            "model: {sharded: true}\ntrace: {online: false}\ntrain: {lora: {rank: 2}}",
+            "train.lora needs the whole model",
+        ),
+        ("model: {sharded: true, random_init: 1}\ntrace: {online: false}", "model.random_init needs"),
+        ("model: {sharded: true}\ntrace: {online: false}\nretention: {run: true}", "retention.run needs"),
         ("name: ../../elsewhere", "cannot name a folder"),
         ('name: "a\\0b"', "cannot name a folder"),
     ],

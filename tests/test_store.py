@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -284,6 +285,46 @@ def test_workers_build_steps_and_die_with_their_leader(tmp_path: Path) -> None:
         assert not (folder / ".partial-never").exists()
     with pytest.raises(RuntimeError, match="gone"):
         Run.attach(folder)
+
+
+def test_processes_side_by_side(tmp_path: Path) -> None:
+    """Two processes, acted out one after the other: what the first tells, the second is told."""
+    told: list = []
+    sees = [True, True]
+
+    def first(fn: Callable) -> object:
+        told.append(fn())
+        return told[-1]
+
+    gathered = lambda value: [value, sees[1]]
+    leader = SimpleNamespace(rank=0, size=2, by_first=first, gathered=gathered)
+    follower = SimpleNamespace(rank=1, size=2, by_first=lambda fn: told.pop(0), gathered=gathered)
+    folder = tmp_path / "run"
+    made: list[int] = []
+
+    def go(processes: SimpleNamespace, words: str) -> None:
+        with Run.together(folder, CONFIG, "resume", processes) as run:  # pyright: ignore
+            assert run.leads == (processes is leader)
+
+            def make(path: Path) -> None:
+                made.append(processes.rank)
+                if run.leads:
+                    path.write_text(words)
+
+            key = run.alone(lambda: {"words": words, **run.inputs()})  # the run is its own there: nothing waits
+            assert run.stage("x.txt", key, make).read_text() == words
+            assert (run.processes is processes) and key == {"words": words}
+
+    for words, makers in (("one", [0, 1]), ("one", []), ("two", [0, 1])):
+        made.clear()
+        go(leader, words)
+        go(follower, words)
+        assert made == makers and told == []
+    sees[1] = False
+    with pytest.raises(UserError, match="process 1 of 2 does not see"):
+        go(leader, "two")
+    with Run.create(folder, CONFIG, "resume") as run:  # the lock was given back
+        assert run.leads and run.alone(lambda: 3) == 3
 
 
 @pytest.mark.parametrize("mode", ["new", "resume", "overwrite"])

@@ -6,12 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny_facts import tiny_examples, tokenizer
 from tiny_models import tiny_model
+from torch import nn
 
 from crosstrace.config import parse
 from crosstrace.errors import UserError
@@ -20,7 +22,15 @@ from crosstrace.losses import example_losses
 from crosstrace.pipeline import OnlineListener
 from crosstrace.schedule import Optimiser, Phase, mixed, two_stage
 from crosstrace.tokens import collate
-from crosstrace.train import RecallHistory, TrainSettings, Updates, learning_rate_factor, train
+from crosstrace.train import (
+    RecallHistory,
+    TrainSettings,
+    Updates,
+    _load_optimiser,
+    _save_optimiser,
+    learning_rate_factor,
+    train,
+)
 
 WORDS = tokenizer("word")
 EXAMPLES = tiny_examples(WORDS, frequency="zipf", zipf_top=3)
@@ -278,6 +288,43 @@ def test_a_mixture_of_experts_resumes(tmp_path: Path):
             _train(_model("qwen3_moe"), two_stage(2, 3, 4), tmp_path / "cut", [Listener(stop)], checkpoint_every=2)
     _train(resumed, two_stage(2, 3, 4), tmp_path / "cut", [Listener()], checkpoint_every=2)
     assert _same(whole, resumed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_optimiser_is_saved_exactly(tmp_path: Path, dtype: torch.dtype):
+    """Scalars, parameters that have not been trained and two groups too; the next updates are the same bits."""
+    factor = learning_rate_factor(Optimiser(warmup=2), 8)
+
+    def made() -> SimpleNamespace:
+        model = nn.ParameterDict({"a": torch.ones(3, 2), "b": torch.tensor(2.0), "c": torch.ones(1)}).to(dtype)
+        groups = [{"params": [model["b"]], "weight_decay": 0.0}, {"params": [model["a"], model["c"]]}]
+        optimizer = torch.optim.AdamW(groups, lr=0.1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return SimpleNamespace(
+            model=model, optimizer=optimizer, lr_scheduler=scheduler, args=SimpleNamespace(should_save=True)
+        )
+
+    def go_on(trainer: SimpleNamespace, steps: int) -> None:
+        for step in range(steps):
+            torch.manual_seed(step)
+            for name in ("a", "b"):
+                trainer.model[name].grad = torch.randn_like(trainer.model[name])
+            trainer.optimizer.step()
+            trainer.lr_scheduler.step()
+
+    whole = made()
+    go_on(whole, 3)
+    _save_optimiser(whole, tmp_path)
+    again = made()
+    again.model.load_state_dict(whole.model.state_dict())
+    _load_optimiser(again, tmp_path)
+    assert again.lr_scheduler.get_last_lr() == whole.lr_scheduler.get_last_lr() == [0.1 * factor(3)] * 2
+    for trainer in (whole, again):
+        go_on(trainer, 3)
+    for name, p in whole.model.items():
+        assert torch.equal(again.model[name], p), name
+    for file in (tmp_path / "optimiser").iterdir():
+        assert file.suffix in (".json", ".safetensors")
 
 
 def test_incomplete_checkpoints_are_discarded(tmp_path: Path):

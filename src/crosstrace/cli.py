@@ -92,6 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
             close = difflib.get_close_matches(command, COMMANDS, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"commands are {', '.join(COMMANDS)}"
             raise UserError(f"unknown command {command!r}; {hint}")
+        if "WORLD_SIZE" in os.environ:
+            _side_by_side(command, rest)
         COMMANDS[command](rest)
         sys.stdout.flush()
     except UserError as error:
@@ -116,6 +118,37 @@ def main(arguments: list[str] | None = None) -> None:
         )
         print(f"crosstrace: interrupted; {way}", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _side_by_side(command: str, rest: list[str]) -> None:
+    """Run a command in all processes that a launcher started, if it did, and end. The first of them alone prints."""
+    from crosstrace import processes
+
+    def work(joined: processes.Processes) -> None:
+        if joined.rank:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (as long as the process is)
+        if command not in TOGETHER:
+            raise UserError(
+                f"{command} is the work of one process, but a launcher has started {joined.size}; start `crosstrace "
+                f"{command}` without one ({', '.join(TOGETHER)} share their work)"
+            )
+        try:
+            COMMANDS[command](rest)
+        except ValidationError as error:
+            from crosstrace.config import complaint
+
+            raise UserError(complaint(error)) from None
+
+    if processes.launched() > 1:
+        processes.main(work)
+
+
+def _run_pipeline(*arguments: Any, **options: Any) -> Any:
+    """`pipeline.run`, by the processes that were started together if there are others."""
+    from crosstrace import pipeline, processes
+
+    joined = processes.Processes() if processes.launched() > 1 else None
+    return pipeline.run(*arguments, **options, processes=joined)
 
 
 # ------------------------------------------------------------------------------- words
@@ -314,10 +347,7 @@ def _changed(experiment: Any, words: _Words) -> Any:
 
 
 def _run(experiment: Any, folder: Path, words: _Words) -> None:
-    mode = words.mode
-    from crosstrace import pipeline
-
-    results = pipeline.run(experiment, folder, mode, quiet=words.quiet)
+    results = _run_pipeline(experiment, folder, words.mode, quiet=words.quiet)
     print(results)
     print(f"\nreport   {folder / 'report' / 'index.html'}\nresults  {folder / 'results.json'}")
 
@@ -406,9 +436,7 @@ def _stage(name: str, about: str) -> Callable[[list[str]], None]:
                 "CONFIG`, or do all at once with `crosstrace run CONFIG`"
             )
         experiment = config.load(saved)
-        from crosstrace import pipeline
-
-        results = pipeline.run(experiment, folder, "resume", stages=[name], quiet=words.quiet)
+        results = _run_pipeline(experiment, folder, "resume", stages=[name], quiet=words.quiet)
         if results:
             print(results)
             print(f"\nreport   {folder / 'report' / 'index.html'}")
@@ -473,9 +501,7 @@ def data(arguments: list[str]) -> None:
         experiment, mode = config.load(saved), "resume"
     else:
         experiment = config.load(Path(given)) if given else config.Experiment()
-    from crosstrace import pipeline
-
-    pipeline.run(experiment, folder, mode, stages=["data"], quiet=words.quiet)
+    _run_pipeline(experiment, folder, mode, stages=["data"], quiet=words.quiet)
 
 
 # ------------------------------------------------------------------------------- artefacts for others
@@ -831,3 +857,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "new-model": new_model,
     "pretrain-base": pretrain,
 }
+# what the processes that a launcher started do side by side
+TOGETHER = ("demo", "run", "compare", "data", "train", "eval", "trace", "analyze", "intervene", "mechanism", "retain",
+            "report")  # fmt: skip

@@ -37,6 +37,9 @@ class ModelSettings:
     """What every stage computes on; the GPU where there is one, if not given."""
     random_init: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     """Seed of random weights in place of the checkpoint's, which are taken if it is not given."""
+    sharded: bool = False
+    """Where a launcher has started several processes (docs/distributed.md): whether each holds some rows of every
+    parameter (FSDP2), rather than the whole model (DDP)."""
 
 
 @settings(frozen=True, config=STRICT)
@@ -269,9 +272,24 @@ def check(experiment: Experiment, where: str) -> Experiment:
             f"{where}: train.lora needs a base that can be read again, and model.random_init = "
             f"{experiment.model.random_init} has none; save such a model and give its folder as model.name"
         )
+    if experiment.model.sharded:
+        _check_sharded(experiment, where)
     if experiment.trace.view == "adapter" and experiment.strategies and not experiment.train.lora:
         raise UserError(f"{where}: trace.view: adapter needs train.lora, or there is no adapter to trace")
     return experiment
+
+
+def _check_sharded(experiment: Experiment, where: str) -> None:
+    """What a model in pieces on several processes is not made for."""
+    refused = {
+        "trace.online": (experiment.trace.online, "each parameter whole at every step; set it to false"),
+        "train.lora": (experiment.train.lora, "the whole model; leave it out, or train all weights"),
+        "model.random_init": (experiment.model.random_init is not None, "a whole model; save one, and give its folder"),
+        "retention.run": (experiment.retention.run, "the whole model; set it to false"),
+    }
+    for name, (asked, needs) in refused.items():
+        if asked:
+            raise UserError(f"{where}: {name} needs {needs}, or take model.sharded: false")
 
 
 def check_parts(parts: int, trained: int, where: str) -> None:

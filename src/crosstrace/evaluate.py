@@ -15,6 +15,7 @@ import numpy as np
 from crosstrace.errors import UserError
 from crosstrace.losses import token_losses
 from crosstrace.models import evaluating, pad_id
+from crosstrace.processes import Processes
 from crosstrace.stats import wilson
 from crosstrace.tokens import Encoded, batches
 
@@ -64,13 +65,25 @@ class Recall:
         return {relation: self.where([r == relation for r in self.relation]) for relation in sorted(set(self.relation))}
 
 
-def recall(model: Any, tokenizer: Any, encoded: Sequence[Encoded], batch_size: int = 256) -> Recall:
+def recall(
+    model: Any,
+    tokenizer: Any,
+    encoded: Sequence[Encoded],
+    batch_size: int = 256,
+    processes: Processes | None = None,
+) -> Recall:
     """Ask a model every question, or every object inside biographies.
+
+    With `processes`, each asks its share, and all get all results; a sharded model may be asked so too. Without, each
+    process of a sharded model must be asked the same.
 
     An example with one mention is an answer with its end token; each mention of an example with several (a
     biography) is an answer of its own, judged on the object's tokens, given the true text before it.
     """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
+    if processes is not None:
+        # as many for each, one of them twice where they don't divide: a sharded model is asked by all at once
+        order = [*processes.share(order), *order[-1:]][: -(-len(order) // processes.size)]
     rows: dict[int, list[tuple[bool, bool, float]]] = {}
     device = next(model.parameters()).device
     with evaluating(model):
@@ -88,6 +101,8 @@ def recall(model: Any, tokenizer: Any, encoded: Sequence[Encoded], batch_size: i
                     for t in answers(encoded[order[at + row]])
                 ]
             at += len(labels)
+    if processes is not None:
+        rows = {i: found for share in processes.gathered(rows) for i, found in share.items()}
     flat = [result for i in range(len(encoded)) for result in rows[i]]
     mentions = [(item.example.person, mention) for item in encoded for mention in item.example.mentions]
     return Recall(

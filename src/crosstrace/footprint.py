@@ -34,7 +34,9 @@ from crosstrace.trace.trace import REDUCTIONS
 from crosstrace.train import Updates, epoch_sizes
 
 Row = dict[str, Any]
-Moment = tuple[str, Parts, Parts]  # what happens; what is held on the training's device, and on the host
+Moment = tuple[
+    str, Mapping[str, float], Mapping[str, float]
+]  # what happens; what is held on the training's device, and on the host
 Work = Counter  # "tokens": positions that go through the model; "pairs": Σ of each text's length squared
 TASKS = 2
 LOOKED_AT = 2000  # updates of a phase whose lengths are counted; of more, so many spread evenly

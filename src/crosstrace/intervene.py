@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crosstrace.errors import UserError
+from crosstrace.sharded import at_rest, local, piece
 from crosstrace.shared import ParamSet
 
 
@@ -22,25 +23,28 @@ def replaced(model: nn.Module, pset: ParamSet, source: Mapping[str, Tensor] | No
 
     Names are those of `model.named_parameters()`, where a tied tensor occurs once. Values are cast to the
     parameter's type and device. On leaving, also by an exception, the selected parameters get their old bits
-    back; changes that the caller makes to others inside the context stay.
+    back; changes that the caller makes to others inside the context stay. Of a sharded model every process changes its
+    own rows; the set and the values may be sharded likewise or whole.
 
     Raises:
         UserError: a tensor of the set is missing in the model or the source, or has another shape there;
             nothing has been changed then.
     """
-    parameters = dict(model.named_parameters())
+    parameters = at_rest(model)
     touched = [name for name, count in pset.counts().items() if count]
     check_values(pset, touched, parameters, source)
     saved: list[tuple[Tensor, Tensor, Tensor]] = []  # data, mask, the bits to put back
     try:
         for name in touched:
-            data = parameters[name].data
-            mask = pset.masks[name].to(data.device)
-            new = 0 if source is None else source[name].detach().to(data.device)[mask].to(data.dtype)
+            theta = parameters[name]
+            data = local(theta.data)
+            mask = piece(pset.masks[name], theta).to(data.device)
+            new = 0 if source is None else piece(source[name].detach(), theta).to(data.device)[mask].to(data.dtype)
             saved.append((data, mask, data[mask]))
             data[mask] = new
         yield model
     finally:
+        at_rest(model)  # what was gathered of a sharded model has the values put in
         for data, mask, bits in saved:
             data[mask] = bits
 
@@ -90,6 +94,7 @@ def _check(name: str, mask: Tensor, tensors: Mapping[str, Tensor], where: str) -
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the model's parameters by canonical name, as `base` or `tuned` for the interventions."""
+    """A copy of the model's parameters by canonical name, as `base` or `tuned` for the interventions; a sharded one's
+    pieces."""
     with torch.no_grad():
-        return {name: p.detach().clone() for name, p in model.named_parameters()}
+        return {name: p.detach().clone() for name, p in at_rest(model).items()}

@@ -17,6 +17,7 @@ from crosstrace import adapters, models
 from crosstrace.config import Experiment, ModelSettings
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
+from crosstrace.processes import Processes, launched
 from crosstrace.shared import ParamSet, scope
 from crosstrace.store import Run, read_json, sha256_file, sha256_tree
 from crosstrace.text import read_jsonl
@@ -82,10 +83,13 @@ def samples(parts: Mapping[str, list[Encoded]], number: int) -> dict[str, list[E
 
 
 def load(run: Run, experiment: Experiment, name: str) -> Any:
-    """The base or a taught model of the run, ready for use on the run's device, as all that these functions load."""
+    """The base or a taught model of the run, ready for use on the run's device, as all that these functions load.
+
+    Where processes work on the run side by side and model.sharded says so, each of them loads its rows alone.
+    """
     if name == "base":
-        return load_base(experiment)
-    return load_checkpoint(experiment, taught_place(run, experiment, name))
+        return load_base(experiment, run.processes)
+    return load_checkpoint(experiment, taught_place(run, experiment, name), run.processes)
 
 
 def taught_place(run: Run, experiment: Experiment, name: str) -> Path:
@@ -95,26 +99,29 @@ def taught_place(run: Run, experiment: Experiment, name: str) -> Path:
     return run.path(f"models/{name}") / experiment.strategies[name][-1].name
 
 
-def load_checkpoint(experiment: Experiment, folder: Path) -> Any:
+def load_checkpoint(experiment: Experiment, folder: Path, processes: Processes | None = None) -> Any:
     """The model that a strategy's training left in a folder; an adapter merged or not, as trace.view says."""
     merge = experiment.trace.view == "merged"
-    model = _read(experiment, folder, merge)
+    model = _read(experiment, str(folder), merge=merge, processes=processes)
     if not merge:
         adapters.check_plain(model, str(folder))
     return model
 
 
-def _read(experiment: Experiment, folder: Path, merge: bool) -> Any:
+def _read(experiment: Experiment, name: str, processes: Processes | None = None, **how: Any) -> Any:
     options = experiment.model
-    model = models.load_model(str(folder), options.dtype, options.attention, merge=merge)
-    return model.to(models.device(options.device))
+    if processes is not None and options.sharded:
+        return models.load_model(name, options.dtype, options.attention, processes=processes, **how)
+    model = models.load_model(name, options.dtype, options.attention, **how)
+    # (beside the other processes' models, one that is sharded may find no room on a device as a whole)
+    return model.to("cpu" if options.sharded and launched() > 1 else models.device(options.device))
 
 
 def load_start(run: Run, experiment: Experiment, name: str) -> Any:
     """The model that a strategy started from, with the parameters of the taught one: the base, or with trace.view:
     adapter the base with the adapter as it was before training, zero if it was given."""
     if experiment.trace.view == "merged":
-        return load_base(experiment)
+        return load_base(experiment, run.processes)
     if name not in experiment.given:
         return load_checkpoint(experiment, run.path(f"models/{name}") / START)
     model = load(run, experiment, name)
@@ -127,7 +134,7 @@ def load_trainable(run: Run, experiment: Experiment, name: str) -> Any:
     """A taught model to go on training as it was taught: with an adapter, its adapter."""
     if not experiment.train.lora:
         return load(run, experiment, name)
-    return _read(experiment, run.path(f"models/{name}") / experiment.strategies[name][-1].name, merge=False)
+    return _read(experiment, str(run.path(f"models/{name}") / experiment.strategies[name][-1].name), merge=False)
 
 
 def viewed(experiment: Experiment, model: Any) -> Any:
@@ -157,11 +164,10 @@ def checkpoints(run: Run, experiment: Experiment, name: str) -> list[tuple[int, 
     return sorted(found)
 
 
-def load_base(experiment: Experiment) -> Any:
+def load_base(experiment: Experiment, processes: Processes | None = None) -> Any:
     """The model that every strategy starts from."""
     options = experiment.model
-    model = models.load_model(options.name, options.dtype, options.attention, options.random_init)
-    return model.to(models.device(options.device))
+    return _read(experiment, options.name, processes, random_init=options.random_init)
 
 
 def shared_sets(run: Run, experiment: Experiment, name: str) -> list[tuple[str, ParamSet]]:
@@ -187,8 +193,9 @@ def facts_key(facts: FactSettings) -> dict[str, Any]:
 
 
 def model_key(experiment: Experiment) -> dict[str, Any]:
-    """The base's settings and, of a local one, its content."""
-    given = {name: value for name, value in asdict(experiment.model).items() if value is not None}
+    """The base's settings and, of a local one, its content. Whether it is sharded changes nothing but rounding."""
+    own = asdict(experiment.model)
+    given = {name: value for name, value in own.items() if value is not None and name != "sharded"}
     return given | {"content": _content(experiment.model.name)}
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from crosstrace.errors import UserError
+from crosstrace.processes import Processes
+from crosstrace.sharded import at_rest, is_sharded
 from crosstrace.store import sha256_tree
 
 BUNDLED = "bundled"
@@ -77,7 +79,13 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(
-    name: str, dtype: str = "float32", attention: str = "eager", random_init: int | None = None, *, merge: bool = True
+    name: str,
+    dtype: str = "float32",
+    attention: str = "eager",
+    random_init: int | None = None,
+    *,
+    merge: bool = True,
+    processes: Processes | None = None,
 ) -> Any:
     """A causal language model in evaluation mode.
 
@@ -88,6 +96,8 @@ def load_model(
         random_init: seed of random weights, drawn as the architecture's own initialisation does, in place of the
             checkpoint's.
         merge: put an adapter into its base's weights; else it stays on them, as PEFT keeps it, and alone is trainable.
+        processes: all that were started; each loads its rows of every parameter alone (FSDP2, sharded as transformers
+            plans it for the architecture). None: the whole model.
 
     Raises:
         UserError: there is no such model, or its weights cannot be read.
@@ -95,6 +105,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     place = locate(name)
+    if processes is not None and (_is_adapter(Path(place)) or random_init is not None):
+        raise UserError(f"{place} can't be loaded in pieces: expected the weights of a whole model, saved as a folder")
     if _is_adapter(Path(place)):
         if random_init is not None:
             raise UserError(f"{place} holds an adapter, which fits no random weights; name its base for random_init")
@@ -110,6 +122,7 @@ def load_model(
                 attn_implementation=attention,
                 use_safetensors=True,
                 output_loading_info=True,
+                **_in_pieces(processes),
             )
         model, told = loaded
     except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -128,6 +141,15 @@ def load_model(
         )
     _check_finite(model, place)
     return model.eval()
+
+
+def _in_pieces(processes: Processes | None) -> dict[str, Any]:
+    """What from_pretrained is told to give each process its pieces; one process has them all."""
+    if processes is None or processes.size == 1:
+        return {}
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(fsdp_size=processes.size)}
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -355,9 +377,11 @@ def evaluating(model: nn.Module):
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode():
+        # (FSDP2 would keep weights gathered in inference mode, of which no later backward could make use)
+        with torch.no_grad() if is_sharded(model) else torch.inference_mode():
             yield model
     finally:
+        at_rest(model)
         for module, mode in modes:
             module.training = mode
 

@@ -2,6 +2,9 @@
 
 Data flows one way through a run folder; each function below is one stage, reads what earlier ones saved and writes
 one output, so a killed run goes on where it stopped and every stage can be run again alone.
+
+Processes that a launcher started go through it side by side: they share out the work of the stages that train, ask and
+trace, and wait for the first at the others.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from crosstrace import adapters, claims, config, models
 from crosstrace.alike import check_alike, check_same_tokens
@@ -51,9 +56,11 @@ from crosstrace.material import (
     trains_in_bf16,
 )
 from crosstrace.mechanism import explain
+from crosstrace.processes import Processes, by_first
 from crosstrace.progress import Progress
 from crosstrace.results import Results
 from crosstrace.retention import moved, new_material, retain
+from crosstrace.sharded import at_rest, is_sharded
 from crosstrace.shared import ParamSet, only_set, random_sets, select_each, shared
 from crosstrace.stats import mean_interval, wilson
 from crosstrace.store import Run, end_with_parent, linked, metadata, read_json, remove_folder, sha256_tree, write_json
@@ -62,7 +69,7 @@ from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
 from crosstrace.trace.memory import free_memory
 from crosstrace.trace.trace import REDUCTIONS
-from crosstrace.train import Listener, RecallHistory, check_trackers, train
+from crosstrace.train import Listener, PhaseReport, RecallHistory, check_trackers, train
 
 DRIFT_DRAWS = 3  # random sets of each kind whose share of the weights' way the shared set's is compared with
 STAGES = ("data", "train", "eval", "trace", "analyze", "intervene", "mechanism", "retain", "report")
@@ -76,6 +83,7 @@ def run(
     *,
     stages: Sequence[str] = STAGES,
     quiet: bool = False,
+    processes: Processes | None = None,
 ) -> Results:
     """Run an experiment in `folder` and return its results, as `results.json` holds them.
 
@@ -85,6 +93,7 @@ def run(
         mode: `new` (an existing run is an error), `resume` or `overwrite`.
         stages: which of STAGES to run; those before must have been run in the same folder.
         quiet: no progress on stderr.
+        processes: all that a launcher started, if it did; each of them calls this with the same.
 
     Raises:
         UserError: bad settings, a folder that holds another run, or a stage whose inputs are missing.
@@ -95,19 +104,27 @@ def run(
             f"mode is {mode!r} and stages are {stages!r}; expected mode new, resume or overwrite, and a list of "
             f"{', '.join(STAGES)}"
         )
-    check(experiment, whole=mode != "resume")
-    with Run.create(folder, config.dumps(experiment), mode) as opened:  # type: ignore[arg-type]
+    if processes is not None:
+        check_place(experiment, processes)
+    by_first(processes, lambda: check(experiment, whole=mode != "resume"))
+    with Run.together(folder, config.dumps(experiment), mode, processes) as opened:  # type: ignore[arg-type]
         about = {"precision": _precision(experiment), "threads": experiment.threads}
-        write_json(opened.folder / "metadata.json", metadata() | about)
-        progress = Progress(quiet)
+        about["processes"] = 1 if processes is None else processes.size
+        opened.alone(lambda: write_json(opened.folder / "metadata.json", metadata() | about))
+        progress = Progress(quiet or not opened.leads)
         if "data" in stages:
-            make_data(opened, experiment)
+            opened.alone(lambda: make_data(opened, experiment))
             progress.done("data", opened.seconds().get("data"))
         _strategies(opened, experiment, stages, progress)
         if "report" not in stages:
             return Results()
-        results = conclude(opened, experiment)
-        make_report(opened, results)
+
+        def told() -> Results:
+            results = conclude(opened, experiment)
+            make_report(opened, results)
+            return results
+
+        results = opened.alone(told)
         progress.done("report", opened.seconds().get("report"))
         return results
 
@@ -121,7 +138,7 @@ def _strategies(run: Run, experiment: Experiment, stages: Sequence[str], progres
     names = [*experiment.taught, *(["base"] if {"eval", "trace", "mechanism"} & {*chain} else [])]
     if not chain:
         return
-    if experiment.jobs == 1:
+    if experiment.jobs == 1 or run.processes is not None:  # who work side by side do one thing at a time
         for name in names:
             _chain(run, experiment, name, chain, progress)
         return
@@ -181,7 +198,8 @@ def _chain(run: Run, experiment: Experiment, name: str, chain: Sequence[str], pr
         }  # fmt: skip
         if not wanted.get(stage, True) and len(chain) > 1:
             continue  # unless it was asked for by name
-        stages[stage](run, experiment, name, progress)
+        work = partial(stages[stage], run, experiment, name, progress)
+        work() if stages[stage] in TOGETHER else run.alone(work)
         progress.done(f"{name}: {stage}")
 
 
@@ -215,41 +233,47 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
     phases = experiment.strategies[name]
     watched = {"targets", "online", "every", "lr_weighted", "parts"} | ({"view"} if options.lora else set())
     trained = {name: value for name, value in asdict(options).items() if value is not None}
-    key = {
+    key = run.alone(lambda: {
         "model": model_key(experiment), "train": trained, "phases": [asdict(phase) for phase in phases],
         "trace": {k: v for k, v in asdict(tracing).items() if k in watched}, "measure": tracing.measures[0],
         "threads": experiment.threads, "bf16": _precision(experiment) == "bf16", **run.inputs("data"),
-    }  # fmt: skip
+    })  # fmt: skip
 
     def make(folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        if not (folder / "training.json").exists():
+        if not run.alone((folder / "training.json").exists):
             learn(folder)
-        remove_folder(folder / "checkpoints")
+        run.alone(lambda: remove_folder(folder / "checkpoints"))
 
     def learn(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
         tokenizer = models.load_tokenizer(experiment.model.name)
-        model = load_base(experiment)
+        model = load_base(experiment, run.processes)
         if options.lora:
             model = adapters.adapted(model, options.lora, options.seed)
-            model.save_pretrained(folder / START)
-            (folder / START / "README.md").unlink()  # PEFT's card, which tells nothing
+            if run.leads:
+                model.save_pretrained(folder / START)
+                (folder / START / "README.md").unlink()  # PEFT's card, which tells nothing
         parts = examples(run, tokenizer)
-        history = RecallHistory(_few(tokenizer, parts, options.recall_examples), options.recall_every)
+        measure = _few(tokenizer, parts, options.recall_examples, run.processes)
+        history = RecallHistory(measure, options.recall_every)
         listeners: list[Listener] = [history]
         online = None
         if tracing.online:
-            online = OnlineListener(model, experiment)
+            online = OnlineListener(model, experiment, run.processes)
             listeners.append(online)
         with progress.bar(f"{name}: train") as update:
             reports = train(
                 model, tokenizer, phases, training_examples(parts), folder / "checkpoints", options,
                 bf16=_precision(experiment) == "bf16", trace_targets=tracing.targets, listeners=listeners,
-                progress=update, logs=run.folder / "logs" / name,
+                progress=update, logs=run.folder / "logs" / name, processes=run.processes,
             )  # fmt: skip
-        if online:
+        found = online.traces() if online else {}
+        run.alone(lambda: keep(folder, tokenizer, history, found, reports))
+
+    def keep(folder: Path, tokenizer: Any, history: RecallHistory, traced: Any, reports: list[PhaseReport]) -> None:
+        if traced:
             told = origin(run, experiment, name)
-            for task, traces in online.traces().items():
+            for task, traces in traced.items():
                 for item in traces:
                     item.meta |= told
                 save_traces(folder / "online" / f"{task}.safetensors", traces)
@@ -272,10 +296,11 @@ def _portable(base: str) -> str:
 class OnlineListener:
     """Feeds every `every`-th update to an `OnlineTrace`, whose state travels with the checkpoints.
 
-    Of a model with an adapter it traces the adapter's parameters, or those of the base with the adapter merged.
+    Of a model with an adapter it traces the adapter's parameters, or those of the base with the adapter merged. Several
+    processes share out the examples, and the first has the traces.
     """
 
-    def __init__(self, model: Any, experiment: Experiment):
+    def __init__(self, model: Any, experiment: Experiment, processes: Processes | None = None):
         options = experiment.trace
         self.every = options.every
         self.targets = options.targets
@@ -286,6 +311,7 @@ class OnlineListener:
         self.trace = OnlineTrace(
             model, TASKS, [options.measures[0]], parts=options.parts, lr_weighted=options.lr_weighted, names=names,
             where=_where_of_sums(model, names, len(TASKS) * len(REDUCTIONS) * options.parts),
+            group=None if processes is None else processes.group,
         )  # fmt: skip
 
     def on_update(self, model: Any, batches: Mapping[str, Batch], lr: float, update: int) -> None:
@@ -299,8 +325,8 @@ class OnlineListener:
     def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
         pass
 
-    def save(self, folder: Path) -> None:
-        self.trace.save(folder / "trace")
+    def save(self, folder: Path | None) -> None:
+        self.trace.save(folder and folder / "trace")
 
     def load(self, folder: Path) -> None:
         self.trace.load(folder / "trace")
@@ -324,12 +350,14 @@ def _where_of_sums(model: Any, names: Sequence[str] | None, sums: int) -> Litera
     return "device" if free is None or needed < free / 2 else "cpu"
 
 
-def _few(tokenizer: Any, parts: Mapping[str, list[Encoded]], number: int) -> Callable[[Any], dict[str, Any]]:
+def _few(
+    tokenizer: Any, parts: Mapping[str, list[Encoded]], number: int, processes: Processes | None
+) -> Callable[[Any], dict[str, Any]]:
     """A quick measurement of recall on some questions and biographies."""
     chosen = samples(parts, number)
 
     def measure(model: Any) -> dict[str, Any]:
-        found = {name: recall(model, tokenizer, items).summary() for name, items in chosen.items()}
+        found = {name: recall(model, tokenizer, items, processes=processes).summary() for name, items in chosen.items()}
         return {name: item["exact_match"] for name, item in found.items()} | {
             "n": {name: item["n"] for name, item in found.items()}
         }
@@ -358,10 +386,10 @@ def _keep_models(folder: Path, tokenizer: Any, phases: Sequence[str], checkpoint
 
 def test(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """Recall of the base or of a taught model: eval/<model>.json, with every single answer."""
-    key = {
+    key = run.alone(lambda: {
         "model": model_inputs(run, experiment, name), "known": experiment.eval.known, "threads": experiment.threads,
         **run.inputs("data"),
-    }  # fmt: skip
+    })  # fmt: skip
 
     def make(path: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)
@@ -369,10 +397,11 @@ def test(run: Run, experiment: Experiment, name: str, progress: Progress) -> Non
         parts = examples(run, tokenizer, known=True)
         if "a_ood" in parts:
             parts["a_ood"] = sample(parts["a_ood"], experiment.eval.known)
-        results = {part: recall(model, tokenizer, items) for part, items in parts.items()}
+        results = {part: recall(model, tokenizer, items, processes=run.processes) for part, items in parts.items()}
         answers = {part: _bits(result) for part, result in results.items() if part != "a_ood"}
         people = {part: result.person for part, result in results.items() if part != "a_ood"}
-        write_json(path, {"summary": summaries(results), "answers": answers, "people": people})
+        if run.leads:
+            write_json(path, {"summary": summaries(results), "answers": answers, "people": people})
 
     run.stage(f"eval/{name}.json", key, make)
 
@@ -387,14 +416,16 @@ def _bits(result: Recall) -> str:
 def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """The trace at the final checkpoint (and at kept ones): traces/<strategy>/<when>/<task>.safetensors."""
     options = experiment.trace
-    key = {"trace": asdict(options), "model": model_inputs(run, experiment, name), **run.inputs("data")}
+    key = run.alone(
+        lambda: {"trace": asdict(options), "model": model_inputs(run, experiment, name), **run.inputs("data")}
+    )
 
     def make(folder: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)
         trained = training_examples(examples(run, tokenizer))
         home, phases = run.path(f"models/{name}"), experiment.strategies.get(name, [])
         places = {"final": taught_place(run, experiment, name)}
-        told = origin(run, experiment, name) | {"targets": options.targets}
+        told = run.alone(lambda: origin(run, experiment, name)) | {"targets": options.targets}
         if options.checkpoints:
             for index, phase in enumerate(phases):
                 for place in sorted(home.glob(f"{phase.name}/checkpoint-*")):
@@ -402,7 +433,8 @@ def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress)
                 if phase is not phases[-1]:
                     places[f"checkpoints/{index}-{phase.name}-end"] = home / phase.name
         for when, place in places.items():
-            model = load_checkpoint(experiment, place)
+            model = load_checkpoint(experiment, place, run.processes)
+            group = None if run.processes is None or is_sharded(model) else run.processes.group
             names = in_scope(experiment, model) if options.view == "adapter" else None
             of = {"checkpoint": place.relative_to(home).as_posix() if phases else str(place)}
             for task, items in trained.items():
@@ -410,17 +442,18 @@ def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress)
                 with progress.bar(f"{name}: trace {task}", len(items)) as update:
                     found = trace(
                         model, _trace_batches(items, experiment, tokenizer), task=task,
-                        measures=options.measures, parts=options.parts, names=names, progress=update.add,
+                        measures=options.measures, parts=options.parts, names=names, progress=update.add, group=group,
                         tell=lambda needed, task=task: progress.note(f"{name}, {task}: {needed}"),
                     )  # fmt: skip
                 served = found[0].meta["coverage"].items()
                 progress.note(f"{name}, {task}: " + ", ".join(f"{rule} {100 * share:.3g} %" for rule, share in served))
                 for item in found:
                     item.meta |= told | of
-                save_traces(folder / when / f"{task}.safetensors", found)
-        if options.checkpoints and phases:
+                if run.leads or is_sharded(model):
+                    save_traces(folder / when / f"{task}.safetensors", found)
+        if run.leads and options.checkpoints and phases:
             _mean_over_checkpoints(folder, places, trained)
-        if options.online and phases:
+        if run.leads and options.online and phases:
             shutil.copytree(home / "online", folder / "online", copy_function=linked)
 
     run.stage(f"traces/{name}", key, make)
@@ -461,12 +494,12 @@ def _mean_over_checkpoints(folder: Path, places: Mapping[str, Path], tasks: Mapp
 WhenTraces = dict[tuple[str, str], dict[str, list[Trace]]]
 
 
-def read_traces(folder: Path, measure: str) -> WhenTraces:
-    """(when, reduction) -> task -> the parts of its trace by one measure."""
+def read_traces(folder: Path, measure: str, like: Any = None) -> WhenTraces:
+    """(when, reduction) -> task -> the parts of its trace by one measure; `like` as in `load_traces`."""
     found: WhenTraces = {}
     for when in WHENS:
         for file in sorted((folder / when).glob("*.safetensors")):
-            for item in load_traces(file):
+            for item in load_traces(file, like):
                 if item.measure == measure:
                     found.setdefault((when, item.reduction), {}).setdefault(item.task, []).append(item)
     for tasks in found.values():
@@ -591,11 +624,11 @@ def select_tasks(
 def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """Ablation and grafting of the shared set and of its controls: interventions/<strategy>.json."""
     options, how = experiment.interventions, experiment.analysis.how
-    key = {
+    key = run.alone(lambda: {
         "interventions": asdict(options), "analysis": [how, experiment.analysis.embeddings],
         "measure": experiment.trace.measures[0], "threads": experiment.threads,
         "model": model_inputs(run, experiment, name), **run.inputs("data", f"traces/{name}"),
-    }  # fmt: skip
+    })  # fmt: skip
 
     def make(path: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)
@@ -603,15 +636,15 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
         asked = {part: sample(parts[part], options.questions) for part in ("qa_id", "qa_ood")}
         base, tuned = load_start(run, experiment, name), load(run, experiment, name)
         # no copies: while one of them is changed the other is as it was
-        base_values, tuned_values = (
-            {name: p.detach() for name, p in model.named_parameters()} for model in (base, tuned)
-        )
+        base_values, tuned_values = at_rest(base), at_rest(tuned)
         names = in_scope(experiment, base)
-        traced = _headline(read_traces(run.path(f"traces/{name}"), key["measure"]))
+        like = base if is_sharded(base) else None
+        traced = _headline(read_traces(run.path(f"traces/{name}"), key["measure"], like))
+        ask = lambda model, items: recall(model, tokenizer, items, processes=run.processes)
         found: dict[str, Any] = {"ablate": [], "graft": [], "people": {}}
         found["people"] = {part: [item.example.person for item in items] for part, items in asked.items()}
         found["untouched"] = {
-            label: {part: recall(model, tokenizer, items).summary() for part, items in asked.items()}
+            label: {part: ask(model, items).summary() for part, items in asked.items()}
             for label, model in (("tuned", tuned), ("base", base))
         }
         plan = [
@@ -633,7 +666,7 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
                         )
                         with change:
                             for part, items in asked.items():
-                                scores[part].append(recall(model, tokenizer, items).exact.astype(int).tolist())
+                                scores[part].append(ask(model, items).exact.astype(int).tolist())
                         update.add(1)
                     row = {"when": when, "fraction": fraction, "set": label, "size": psets[0].size}
                     row |= {"seeds": len(psets)}
@@ -641,9 +674,13 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
                         row |= _accuracy(part, answers)
                     row["answers"] = {part: ["".join(map(str, a)) for a in found] for part, found in scores.items()}
                     found[kind].append(row)
-        write_json(path, found)
+        if run.leads:
+            write_json(path, found)
 
     run.stage(f"interventions/{name}.json", key, make)
+
+
+TOGETHER = (teach, test, take_traces, intervene, retain)  # what several processes share; the rest is one's alone
 
 
 def controls(found: Strengths, psets: Mapping[str, ParamSet], seeds: int, salt: str = "") -> dict[str, list[ParamSet]]:
@@ -832,6 +869,16 @@ def _without_answers(row: Mapping[str, Any]) -> dict[str, Any]:
 def _precision(experiment: Experiment) -> str:
     """The precision that training computes in."""
     return "bf16" if trains_in_bf16(experiment) else "float32"
+
+
+def check_place(experiment: Experiment, processes: Processes) -> None:
+    """Raise a `UserError` if the processes were joined through GPUs, but are to compute on the CPU."""
+    through = dist.get_backend(processes.group)
+    if models.device(experiment.model.device).type == "cpu" and "gloo" not in through:
+        raise UserError(
+            f"model.device is cpu, but the {processes.size} processes were joined through their GPUs ({through}); "
+            "start them with CUDA_VISIBLE_DEVICES= in the environment"
+        )
 
 
 RESERVED = ("checkpoints", "online", START)  # what lies beside the phases in a strategy's folder

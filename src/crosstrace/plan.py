@@ -178,7 +178,7 @@ def _problems(needs: Needs) -> list[str]:
             most = f"{size_text(row['bytes'])} of it by {row['process']}: {row['stage']}, {row['moment']}"
         found.append(
             f"{_WORDS[where]}: {size_text(totals[where])} are needed at once ({most}), but {size_text(free)} are "
-            f"free, of which {SPARE:.0%} may be planned with: {size_text(totals[where] - SPARE * free)} too much"
+            f"free, of which {SPARE:.0%} may be planned with: {size_text(round(totals[where] - SPARE * free))} too much"
         )
     return found
 
@@ -281,7 +281,7 @@ def _products(material: Material, where: str, dtype: str, threads: int, seconds:
         best, end = math.inf, time.perf_counter() + seconds
         while time.perf_counter() < end or best == math.inf:
             clock = time.perf_counter()
-            a @ b
+            _ = a @ b
             if device == "cuda":
                 torch.cuda.synchronize()
             best = min(best, time.perf_counter() - clock)

@@ -54,16 +54,16 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
     """Train a taught model further, with and without replay: retention/<strategy>.json."""
     options = experiment.retention
     text = {"sha256": sha256_file(_text_file(options.text))} if options.text else {}
-    key = {
+    key = run.alone(lambda: {
         "retention": {k: v for k, v in asdict(options).items() if k != "run"} | text,
         "train": asdict(experiment.train), "targets": experiment.trace.targets, "facts": facts_key(experiment.facts),
         "embeddings": experiment.analysis.embeddings, "threads": experiment.threads,
         "bf16": trains_in_bf16(experiment), "model": model_inputs(run, experiment, name),
         **run.inputs("data", f"shared/{name}"),
-    }  # fmt: skip
+    })  # fmt: skip
 
     def make(folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)  # all processes come this way, since they train together; each measures everything
         tokenizer = models.load_tokenizer(experiment.model.name)
         parts = examples(run, tokenizer)
         old = training_examples(parts)
@@ -96,6 +96,7 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
                     model, tokenizer, [phase], new | old, folder / arm, experiment.train,
                     bf16=trains_in_bf16(experiment), trace_targets=experiment.trace.targets,
                     listeners=[history], progress=update, logs=run.folder / "logs" / "retention" / name / arm,
+                    processes=run.processes,
                 )  # fmt: skip
             model = viewed(experiment, model)
             found["history"] += [{"arm": arm} | row for row in history.rows]
@@ -105,9 +106,10 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
                 place = {"arm": arm, "when": when}
                 found["moved"] += [place | row for row in moved(model, taught, own)]
                 found["repair"] += [place | row for row in repaired(model, tokenizer, taught, own, asks)]
-        write_json(folder / "retention.json", found)
-        for arm in ARMS:
-            remove_folder(folder / arm)
+        if run.leads:
+            write_json(folder / "retention.json", found)
+            for arm in ARMS:
+                remove_folder(folder / arm)
 
     run.stage(f"retention/{name}", key, make, keep_partial=True)
 
@@ -175,7 +177,10 @@ def moved(model: nn.Module, before: Mapping[str, Tensor], sets: Mapping[str, Seq
     for label, draws in sets.items():
         energies = []
         for pset in draws:
-            square = {name: (values[name].detach().cpu() - before[name].cpu()).double().square() for name in pset.masks}
+            square = {
+                name: (values[name].detach().cpu() - before[name].detach().cpu()).double().square()
+                for name in pset.masks
+            }
             total = sum(float(value.sum()) for value in square.values())
             inside = sum(float(square[name][mask.cpu()].sum()) for name, mask in pset.masks.items())
             energies.append(inside / total if total else None)

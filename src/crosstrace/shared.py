@@ -2,6 +2,9 @@
 
 A `ParamSet` is a yes or no for every parameter in scope. It is what analysis and interventions take, and
 random controls are ParamSets too. It knows nothing of models (beyond names and shapes), traces or tasks.
+
+Strengths of a sharded model give sets that are sharded likewise: all its processes call the same functions together,
+and each holds its rows of the masks.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from crosstrace.errors import UserError
+from crosstrace.processes import Processes
+from crosstrace.sharded import Pieces, at_rest, laid, local, own_rows, piece, processes_of, whole, write
 from crosstrace.store import replacing, versions
 
 HOW = ("global", "per_tensor", "mass")
@@ -67,7 +72,15 @@ class ParamSet:
 
     def counts(self) -> dict[str, int]:
         """Tensor name -> number of its parameters in the set."""
-        return {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
+        counts = {name: local(mask).count_nonzero() for name, mask in self.masks.items()}
+        processes = processes_of(self.masks)
+        if processes is not None:
+            counts = dict(zip(counts, processes.add_up(torch.stack(list(counts.values())))))
+        return {name: int(count) for name, count in counts.items()}
+
+    def whole(self) -> ParamSet:
+        """The same set with every mask whole, on the CPU of each process; an ordinary set is one already."""
+        return ParamSet({name: whole(mask) for name, mask in self.masks.items()}, self.name, self.meta)
 
     def jaccard(self, other: ParamSet) -> float:
         """|A∩B| / |A∪B|; 0 for two empty sets."""
@@ -98,9 +111,13 @@ class ParamSet:
         """Same scope (names, order, shapes) and same members; name and meta do not matter."""
         if not isinstance(other, ParamSet):
             return NotImplemented
-        return list(self.masks) == list(other.masks) and all(
-            torch.equal(mask, other.masks[name]) for name, mask in self.masks.items()
-        )
+        if {n: m.shape for n, m in self.masks.items()} != {n: m.shape for n, m in other.masks.items()}:
+            return False
+        processes = processes_of(self.masks)
+        if processes is None and processes_of(other.masks) is not None:
+            return other == self
+        same = all(torch.equal(local(mask), piece(other.masks[name], mask)) for name, mask in self.masks.items())
+        return list(self.masks) == list(other.masks) and (same if processes is None else all(processes.gathered(same)))
 
     def _with(self, other: ParamSet, sign: str, rule: Callable[[Tensor, Tensor], Tensor]) -> ParamSet:
         mine, theirs = ({n: m.shape for n, m in s.masks.items()} for s in (self, other))
@@ -111,12 +128,14 @@ class ParamSet:
                 "select both with the same scope of the same model"
             )
         name = f"({self.name} {sign} {other.name})" if self.name and other.name else ""
-        return ParamSet({n: rule(m, other.masks[n]) for n, m in self.masks.items()}, name)
+        mine = {n: laid(rule(local(m), piece(other.masks[n], m)), m) for n, m in self.masks.items()}
+        return ParamSet(mine, name)
 
     def save(self, path: str | os.PathLike[str], meta: Mapping[str, Any] | None = None) -> None:
         """Write the set as one safetensors file, one bit a parameter; `meta` is added to the set's own.
 
         The file's metadata has, as JSON, a `header` (name, size, shapes, meta) and the `versions` that wrote it.
+        A sharded set is saved by all its processes together, as a folder of files (see `sharded.write`).
         """
         header = {
             "name": self.name,
@@ -124,18 +143,32 @@ class ParamSet:
             "size": self.size,
             "meta": {**self.meta, **(meta or {})},
         }
-        bits = {name: np.packbits(mask.cpu().numpy().ravel()) for name, mask in self.masks.items()}
+        processes = processes_of(self.masks)
+        if processes is not None:
+            write(path, self.masks, processes, _FORMAT, header, lambda mask: torch.from_numpy(_packed(mask)))
+            return
+        bits = {name: _packed(mask) for name, mask in self.masks.items()}
         with replacing(path) as partial:
             told = {"format": _FORMAT, "header": json.dumps(header), "versions": json.dumps(versions())}
             save_file(bits, partial, metadata=told)
 
     @staticmethod
-    def load(path: str | os.PathLike[str]) -> ParamSet:
-        """Read what `save` wrote.
+    def load(path: str | os.PathLike[str], like: nn.Module | None = None) -> ParamSet:
+        """Read what `save` wrote, on any number of processes.
+
+        Args:
+            like: a sharded model: each of its processes keeps the rows that it holds; None: the masks are whole.
 
         Raises:
-            UserError: the file is missing, cut short, damaged, or not a saved ParamSet.
+            UserError: the file is missing, cut short, damaged, not a saved ParamSet, or of another model than `like`.
         """
+        parameters = {} if like is None else at_rest(like)
+        if os.path.isdir(path):
+            pieces = Pieces(path, _FORMAT)
+            header = pieces.header
+            rows = {name: own_rows(parameters[name]) for name in pieces.shapes if name in parameters}
+            masks = {name: pieces.read(name, rows.get(name), _unpacked) for name in pieces.shapes}
+            return ParamSet._loaded(path, header, masks, parameters)
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
@@ -147,14 +180,28 @@ class ParamSet:
                 header = json.loads(metadata["header"])
                 masks = {}
                 for name, shape in header["shapes"].items():
-                    flat = np.unpackbits(file.get_tensor(name), count=math.prod(shape))
-                    masks[name] = torch.from_numpy(flat).view(torch.bool).reshape(shape)
+                    mask = _unpacked(torch.from_numpy(file.get_tensor(name)), shape)
+                    masks[name] = piece(mask, parameters[name]) if name in parameters else mask
         except FileNotFoundError:
             raise UserError(f"there is no parameter set at '{path}'") from None
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:
             raise UserError(
                 f"'{path}' cannot be read as a parameter set ({error}); is it cut short or of another kind?"
             ) from error
+        return ParamSet._loaded(path, header, masks, parameters)
+
+    @staticmethod
+    def _loaded(
+        path: str | os.PathLike[str], header: dict[str, Any], masks: dict[str, Tensor], parameters: dict[str, Tensor]
+    ) -> ParamSet:
+        """The set, its masks (or this process's rows of them) laid out as the parameters are, if there are any."""
+        for name in masks if parameters else ():
+            if name not in parameters or list(parameters[name].shape) != list(header["shapes"][name]):
+                raise UserError(f"'{path}' has a mask of '{name}' that the model does not fit; is it of another model?")
+            masks[name] = laid(masks[name].to(parameters[name].device), parameters[name])
+        lacking = [key for key in ("name", "meta", "size") if key not in header]
+        if lacking:
+            raise UserError(f"'{path}' cannot be read as a parameter set (no '{lacking[0]}'); it was edited or damaged")
         loaded = ParamSet(masks, header["name"], header["meta"])
         if loaded.size != header["size"]:
             raise UserError(
@@ -241,15 +288,16 @@ def select_each(
         check_fraction(fraction)
     if how not in HOW:
         raise UserError(f"the way of selecting is '{how}', but it must be one of {', '.join(HOW)}")
-    values = _values(strength, scope)
+    values, processes = _values(strength, scope)
     if how == "per_tensor":
-        rankings = [_Ranking([value]) for value in values.values()]
+        rankings = [_Ranking([value], processes=processes) for value in values.values()]
     else:
-        rankings = [_Ranking(list(values.values()), by_mass=how == "mass")]
+        rankings = [_Ranking(list(values.values()), by_mass=how == "mass", processes=processes)]
     sets = []
     for fraction in fractions:
         masks = [mask for ranking in rankings for mask in ranking.top_fraction(fraction)]
-        sets.append(ParamSet(dict(zip(values, masks)), meta={"fraction": fraction, "how": how}))
+        found = {name: laid(mask, strength[name]) for name, mask in zip(values, masks)}
+        sets.append(ParamSet(found, meta={"fraction": fraction, "how": how}))
     return sets
 
 
@@ -313,9 +361,10 @@ def only_set(
     taken = rivals[0]
     for pset in rivals[1:]:
         taken = taken | pset
-    values = _values(strengths[task], list(taken.masks))
-    free = [v.masked_fill(taken.masks[n].to(v.device), 0) for n, v in values.items()]
-    found = ParamSet(dict(zip(values, _Ranking(free).top(size))), f"{task}_only", {"task": task})
+    values, processes = _values(strengths[task], list(taken.masks))
+    free = [v.masked_fill(piece(taken.masks[n], strengths[task][n]).to(v.device), 0) for n, v in values.items()]
+    masks = zip(values, _Ranking(free, processes=processes).top(size))
+    found = ParamSet({n: laid(mask, strengths[task][n]) for n, mask in masks}, f"{task}_only", {"task": task})
     if found.size != size:
         raise UserError(
             f"the control '{task}_only' needs {size} parameters outside the other tasks' sets, but only "
@@ -324,33 +373,52 @@ def only_set(
     return found
 
 
+def _packed(mask: Tensor) -> np.ndarray:
+    """One bit a parameter."""
+    return np.packbits(mask.cpu().numpy().ravel())
+
+
+def _unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    flat = np.unpackbits(bits.numpy(), count=math.prod(shape))
+    return torch.from_numpy(flat).view(torch.bool).reshape(tuple(shape))
+
+
 def check_fraction(fraction: float) -> None:
     """Raise UserError unless 0 < fraction ≤ 1."""
     if not 0 < fraction <= 1:
         raise UserError(f"the fraction is {fraction}, but it must lie in (0, 1]; 0.05 means the top 5 %")
 
 
-def _values(strength: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """The strengths in scope, checked, in one float type whose bit patterns order as the numbers do."""
+def _values(strength: Mapping[str, Tensor], names: Sequence[str]) -> tuple[dict[str, Tensor], Processes | None]:
+    """The strengths in scope, checked, in one float type whose bit patterns order as the numbers do.
+
+    Of sharded ones this process's rows, and the processes that hold them.
+    """
     if not names:
         raise UserError("no tensor is in scope, so nothing can be selected")
     missing = [name for name in names if name not in strength]
     if missing:
         raise UserError(f"no strength was given for '{missing[0]}' ({len(missing)} such tensors of the scope)")
     double = any(strength[name].dtype == torch.float64 for name in names)
+    processes = processes_of({name: strength[name] for name in names})
     values: dict[str, Tensor] = {}
+    odd: list[str] = []
     for name in names:
-        value = strength[name].detach().to(torch.float64 if double else torch.float32).contiguous()
+        value = local(strength[name].detach()).to(torch.float64 if double else torch.float32).contiguous()
         if value.numel():
             low, high = (float(x) for x in value.aminmax())
             if not math.isfinite(low) or not math.isfinite(high):  # aminmax hands NaN on
-                raise UserError(f"the strength of '{name}' holds NaN or infinity; did a gradient overflow?")
-            if low < 0:
-                raise UserError(f"the strength of '{name}' holds negative values; take the trace's strength()")
-            if low == 0:
+                odd.append(f"the strength of '{name}' holds NaN or infinity; did a gradient overflow?")
+            elif low < 0:
+                odd.append(f"the strength of '{name}' holds negative values; take the trace's strength()")
+            elif low == 0:
                 value = value.abs()  # -0.0, whose bit pattern is negative
         values[name] = value
-    return values
+    if processes is not None:  # all of them must stop, wherever it is
+        odd = [why for found in processes.gathered(odd[:1]) for why in found]
+    if odd:
+        raise UserError(odd[0])
+    return values, processes
 
 
 class _Ranking:
@@ -358,16 +426,18 @@ class _Ranking:
 
     For non-negative floats the pattern orders as the number does, so a histogram of the leading digit tells
     in which bin the threshold lies, and the search goes on in that bin alone. Nothing is sorted or
-    concatenated; the first histogram serves every threshold.
+    concatenated; the first histogram serves every threshold. Where several processes hold the rows of each tensor,
+    their histograms are added, so that all of them find the threshold that one would.
     """
 
-    def __init__(self, values: list[Tensor], by_mass: bool = False) -> None:
+    def __init__(self, values: list[Tensor], by_mass: bool = False, processes: Processes | None = None) -> None:
+        self.processes = processes
         self.dtype = values[0].dtype
         self.by_mass = by_mass
         self.width, integer = (64, torch.int64) if self.dtype == torch.float64 else (32, torch.int32)
         self.patterns = [v.view(integer) for v in values]
-        self.total = sum(v.numel() for v in values)
-        self.positive = sum(int(v.count_nonzero()) for v in values)
+        counts = torch.stack([torch.tensor([v.numel(), int(v.count_nonzero())]) for v in values]).sum(0)
+        self.total, self.positive = self._of_all(counts, values[0].device).tolist()
         self.root = self._histogram([p.view(-1) for p in self.patterns], self.width)
 
     def top_fraction(self, fraction: float) -> list[Tensor]:
@@ -377,11 +447,12 @@ class _Ranking:
         return self.top(max(1, round(fraction * self.total)))
 
     def top(self, amount: float) -> list[Tensor]:
-        """Masks (on the CPU) of the `amount` largest, or by mass of the fewest that sum to `amount`."""
+        """Masks of the `amount` largest, or by mass of the fewest that sum to `amount`; on the CPU, unless sharded."""
         if not self.by_mass:
             amount = min(amount, self.positive)
+        kept = self.patterns[0].device if self.processes is not None else torch.device("cpu")
         if amount <= 0:
-            return [torch.zeros(p.shape, dtype=torch.bool) for p in self.patterns]
+            return [torch.zeros(p.shape, dtype=torch.bool, device=kept) for p in self.patterns]
 
         left, top, threshold, histogram = [p.view(-1) for p in self.patterns], self.width, 0, self.root
         while True:
@@ -397,19 +468,23 @@ class _Ranking:
                 break
             top, histogram = shift, self._histogram(left, shift)
 
-        tied = sum(len(p) for p in left)
+        counts = torch.tensor([len(p) for p in left])
+        rank, everyones = 0, [counts.tolist()]
+        if self.processes is not None:
+            rank, everyones = self.processes.rank, self.processes.gathered(counts.tolist())
+        tied = sum(sum(counts) for counts in everyones)
         if self.by_mass:  # the ties needed to reach the rest of the mass
-            value = next(p[:1].view(self.dtype).item() for p in left if len(p))
+            value = torch.tensor(threshold, dtype=self.patterns[0].dtype).view(self.dtype).item()
             amount = max(1, math.ceil(amount / value * (1 - 1e-12)))
         if amount >= tied:
-            return [(p >= threshold).cpu() for p in self.patterns]
+            return [(p >= threshold).to(kept) for p in self.patterns]
         masks, wanted = [], int(amount)
-        for pattern in self.patterns:
+        for pattern, of_each in zip(self.patterns, zip(*everyones)):  # a tensor's rows are in the order of processes
             mask = pattern > threshold
-            first = (pattern == threshold).view(-1).nonzero().view(-1)[:wanted]
+            first = (pattern == threshold).view(-1).nonzero().view(-1)[: max(0, wanted - sum(of_each[:rank]))]
             mask.view(-1)[first] = True
-            wanted -= len(first)
-            masks.append(mask.cpu())
+            wanted = max(0, wanted - sum(of_each))
+            masks.append(mask.to(kept))
         return masks
 
     def _histogram(self, patterns: list[Tensor], top: int) -> Tensor:
@@ -420,7 +495,11 @@ class _Ranking:
         for p in patterns:
             weights = p.view(self.dtype).double() if self.by_mass else None
             histogram += torch.bincount((p >> shift) & (bins - 1), weights, minlength=bins).cpu()
-        return histogram
+        return self._of_all(histogram, patterns[0].device)
+
+    def _of_all(self, counts: Tensor, device: torch.device) -> Tensor:
+        """Counts (on the CPU) of this process, summed over all."""
+        return counts if self.processes is None else self.processes.add_up(counts.to(device)).cpu()
 
 
 def _random_mask(total: int, size: int, generator: torch.Generator) -> Tensor:

@@ -31,13 +31,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata as packages
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import quote, unquote
 
 import yaml
 
 from crosstrace.errors import UserError
 
+if TYPE_CHECKING:
+    from crosstrace.processes import Processes
+
+T = TypeVar("T")
 Mode = Literal["new", "resume", "overwrite"]
 PARTIAL = ".partial-"
 WORKERS_PATIENCE = 30.0  # seconds given to the workers of a killed process to notice and end
@@ -213,11 +217,16 @@ def _remove(path: Path) -> None:
 class Run:
     """One run folder, locked while this object is open; use it in a `with` block or `close()` it.
 
-    `Run.create` opens it for the process that leads the experiment, `Run.attach` for its worker processes.
+    `Run.create` opens it for the process that leads the experiment, `Run.attach` for its worker processes, and
+    `Run.together` for processes that go through all of its steps side by side, of which the first leads.
+
+    Attributes:
+        folder: where it is.
+        processes: those that work on it side by side, this one among them; None: this one works alone.
     """
 
-    def __init__(self, folder: Path, lock: IO[str]):
-        self.folder = folder
+    def __init__(self, folder: Path, lock: IO[str] | None, processes: Processes | None = None):
+        self.folder, self.processes = folder, processes
         self._lock = lock
         self._ended = threading.Event()
         self._intact: set[tuple[str, str]] = set()  # (step, output hash) whose bytes this process has checked
@@ -280,6 +289,57 @@ class Run:
             raise
 
     @classmethod
+    def together(
+        cls, folder: str | Path, config_text: str | None, mode: Mode = "new", processes: Processes | None = None
+    ) -> Run:
+        """As `create`, in all of some processes, which must see one file system: the first makes, locks and records,
+        and whatever the run does is done by all, in the same order.
+
+        Raises:
+            UserError: as `create`, in all of them; or one does not see the folder.
+        """
+        if processes is None:
+            return cls.create(folder, config_text, mode)
+        led: list[Run] = []
+
+        def lead() -> Path:
+            led.append(cls.create(folder, config_text, mode))
+            return led[0].folder
+
+        place = processes.by_first(lead)
+        run = led[0] if led else cls(place, None)
+        run.processes = processes
+        blind = [rank for rank, sees in enumerate(processes.gathered((place / "config.yaml").is_file())) if not sees]
+        if blind:
+            run.close()
+            raise UserError(
+                f"process {blind[0]} of {processes.size} does not see {place}, which process 0 has made; expected a "
+                "folder on a file system that all processes share"
+            )
+        return run
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes: where several work on the run, the first."""
+        return self.processes is None or self.processes.rank == 0
+
+    def alone(self, fn: Callable[[], T]) -> T:
+        """fn() of the leading process, to which the run is its own meanwhile; the others wait and are told what it
+        returned, which must be small, or which `UserError` it raised."""
+        processes = self.processes
+        if processes is None:
+            return fn()
+
+        def unaccompanied() -> T:
+            self.processes = None
+            try:
+                return fn()
+            finally:
+                self.processes = processes
+
+        return processes.by_first(unaccompanied)
+
+    @classmethod
     def attach(cls, folder: str | Path) -> Run:
         """Open the run in a worker process that its leading process started.
 
@@ -300,7 +360,8 @@ class Run:
     def close(self) -> None:
         """Give the folder free."""
         self._ended.set()
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> Run:
         return self
@@ -325,7 +386,8 @@ class Run:
 
         `fn(partial)` makes a file or a folder at `partial` (its parent exists, it itself does not). When `fn`
         returns, the output is synced, renamed to `path(name)`, and only then recorded. Distinct steps may be
-        built by several processes at once.
+        built by several processes at once. Of processes that work on the run side by side, all call `fn` with the
+        same path, and what they don't write together (`sharded.write`) the one that `leads` writes.
 
         Args:
             name: the output's path inside the folder, e.g. "models/mixed" or "results.json"; no step's output
@@ -337,11 +399,27 @@ class Run:
                 stay in the output.
         """
         target = self.path(name)
-        if self.complete(name, key):
+        earlier = self.alone(lambda: self._begin(name, key, keep_partial))
+        if earlier is None:
             return target
+        partial, clock = _partial(target), time.perf_counter()
+        try:
+            fn(partial)
+        except BaseException:
+            if not keep_partial and self.leads:
+                _remove(partial)
+            raise
+        self.alone(lambda: self._finish(name, key, earlier + time.perf_counter() - clock))
+        return target
+
+    def _begin(self, name: str, key: Any, keep_partial: bool) -> float | None:
+        """Make ready for the step to be built; the seconds spent on what was kept of it. None: it is complete."""
+        if self.complete(name, key):
+            return None
         for other in self._records():
             if other.startswith(f"{name}/") or name.startswith(f"{other}/"):
                 raise ValueError(f"steps {other!r} and {name!r} overlap: one's output would lie inside the other's")
+        target = self.path(name)
         partial, started = _partial(target), self._started(name)
         key_hash, earlier = _digest(key), 0.0
         before = read_json(started) if started.exists() else {}
@@ -352,20 +430,18 @@ class Run:
         if keep_partial:
             write_json(started, {"key": key_hash, "began": time.time(), "seconds": earlier})
         target.parent.mkdir(parents=True, exist_ok=True)
-        clock = time.perf_counter()
-        try:
-            fn(partial)
-        except BaseException:
-            if not keep_partial:
-                _remove(partial)
-            raise
+        return earlier
+
+    def _finish(self, name: str, key: Any, seconds: float) -> None:
+        """Put the step's output in its place, and record it."""
+        target = self.path(name)
+        partial = _partial(target)
         if not partial.exists():
             raise FileNotFoundError(f"step {name!r} wrote nothing to the path it was given, {partial}")
-        seconds = earlier + time.perf_counter() - clock
         contents = _contents(partial)
         record = {
             "step": name,
-            "key": key_hash,
+            "key": _digest(key),
             "hash": _tree_hash(contents),
             "seconds": seconds,
             "files": contents,
@@ -374,9 +450,8 @@ class Run:
         _sync(partial)
         _install(partial, target)
         write_json(self._record(name), record)
-        started.unlink(missing_ok=True)
+        self._started(name).unlink(missing_ok=True)
         self._intact.add((name, record["hash"]))
-        return target
 
     def complete(self, name: str, key: Any) -> bool:
         """Whether step `name` was finished with an equal `key` and its files have their recorded bytes."""

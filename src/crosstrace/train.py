@@ -1,8 +1,9 @@
 """Training: the phases of a strategy, each one `transformers.Trainer` run on batches of known composition.
 
 What every update sees is a function of (seed, phase, update) alone, so an interrupted training that resumes from its
-last checkpoint ends in the same weights, and strategies can be compared at equal cost. It knows nothing of traces
-beyond handing each update's batches to whoever listens.
+last checkpoint ends in the same weights, and strategies can be compared at equal cost. Several processes share out the
+examples of each update, whose gradient is that of one process but for rounding; any number of them goes on from a
+checkpoint. It knows nothing of traces beyond handing each update's batches to whoever listens.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib.util
 import json
 import math
 import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +21,16 @@ from typing import Annotated, Any, Literal, Protocol
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from crosstrace.adapters import LoraSettings, is_adapted, load_weights
 from crosstrace.errors import UserError
 from crosstrace.losses import example_losses
-from crosstrace.models import pad_id, silent
+from crosstrace.models import load_model, pad_id, silent
+from crosstrace.processes import Processes, by_first
 from crosstrace.schedule import STRICT, Optimiser, Phase, Strategy
+from crosstrace.sharded import Pieces, at_rest, is_sharded, laid, local, own_rows, processes_of, write
 from crosstrace.store import remove_folder
 from crosstrace.tokens import Batch, Encoded, collate
 
@@ -55,19 +60,22 @@ class TrainSettings:
 
 
 LOG_EVERY = 10  # updates between two points of a tracker's curves
+_OPTIMISER = "optimiser"
 
 
 class Listener(Protocol):
-    """What is told of training; its state travels with the checkpoints."""
+    """What is told of training; its state travels with the checkpoints. Of several processes each has its own, and all
+    are told the same."""
 
     def on_update(self, model: Any, batches: Mapping[str, Batch], lr: float, update: int) -> None:
-        """Before update number `update` (0-based, over all phases): the model as it is and what it will see."""
+        """Before update number `update` (0-based, over all phases): the model as it is and what will be seen of it, by
+        all processes together."""
 
     def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
         """After `update` updates over all phases; `last` at the end of a phase."""
 
-    def save(self, folder: Path) -> None:
-        """Write everything that a resumed training needs."""
+    def save(self, folder: Path | None) -> None:
+        """Write everything that a resumed training needs; None: take part only, as all processes but the first do."""
 
     def load(self, folder: Path) -> None:
         """Read it back."""
@@ -140,6 +148,7 @@ def train(
     listeners: Sequence[Listener] = (),
     progress: Callable[[int, int], None] | None = None,
     logs: Path | None = None,
+    processes: Processes | None = None,
 ) -> list[PhaseReport]:
     """Train `model` in place through all phases; resume from what `folder` holds.
 
@@ -153,6 +162,8 @@ def train(
         listeners: told of every update; their state is saved and restored with the checkpoints.
         progress: called with (updates made, updates in all).
         logs: where trackers that write files (`options.report_to`) put them; beside the checkpoints if not given.
+        processes: all that were started, where they are several; each of them calls this with the same, and trains its
+            share of every update's examples: DDP, or FSDP2 if the model is sharded. They must see one file system.
 
     Raises:
         UserError: a phase is ill-defined or trains a task without examples, or a tracker is not installed.
@@ -165,7 +176,9 @@ def train(
         home = folder / f"{index}-{phase.name}"
         data = Updates(phase, examples, f"{options.seed}/{index}", pad_id(tokenizer), trace_targets)
         tracked = (logs or folder) / home.name
-        _run_phase(model, phase, data, home, tracked, options, bf16, listeners, done, sum(lengths), progress)
+        _run_phase(
+            model, phase, data, home, tracked, options, bf16, listeners, done, sum(lengths), progress, processes
+        )  # fmt: skip
         done += length
         reports.append(PhaseReport(phase.name, length, {task: n * length for task, n in phase.composition().items()}))
     return reports
@@ -180,14 +193,27 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-def update_loss(model: Callable[..., Any], phase: Phase, batches: Mapping[str, Batch]) -> torch.Tensor:
-    """What an update minimises: Σ_t w_t · mean over t's examples of ℓ_i."""
+def update_loss(
+    model: Callable[..., Any],
+    phase: Phase,
+    batches: Mapping[str, Batch],
+    processes: Processes | None = None,
+    inner: Any = None,
+) -> torch.Tensor:
+    """What an update minimises: Σ_t w_t · mean over t's examples of ℓ_i.
+
+    With `processes` this one's part of it, whose mean over all processes has that gradient; `model` is then what DDP
+    wraps around `inner`.
+    """
     loss = torch.zeros(())
-    for task, batch in batches.items():
-        fed = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    for number, (task, batch) in enumerate(batches.items(), 1):
+        # DDP looks at the graph of what it is called with last, and each parameter is in each task's
+        called = model if number == len(batches) or inner is None else inner
+        own, share = _share(batch, processes)
+        fed = {name: own[name] for name in ("input_ids", "attention_mask")}
         loss = loss.to(batch["labels"].device)
-        losses = example_losses(model(**fed).logits, batch["labels"])
-        loss = loss + phase.weights.get(task, 1.0) * losses.mean()
+        losses = example_losses(called(**fed).logits, own["labels"])
+        loss = loss + share * phase.weights.get(task, 1.0) * losses.mean()
     return loss
 
 
@@ -222,14 +248,16 @@ def _run_phase(
     offset: int,
     total: int,
     progress: Callable[[int, int], None] | None,
+    processes: Processes | None,
 ) -> None:
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.integrations.integration_utils import TensorBoardCallback
 
     optimiser = phase.optimiser or options.optimiser
-    last = _last_checkpoint(home)
+    leads = processes is None or processes.rank == 0
+    last = by_first(processes, lambda: _last_checkpoint(home))
     if last is not None and last == len(data):
-        _load_weights(model, home / f"checkpoint-{last}")
+        _load_weights(model, home / f"checkpoint-{last}", processes)
         for number, listener in enumerate(listeners):
             listener.load(_listener_folder(home, last, number))
         if progress:
@@ -238,11 +266,6 @@ def _run_phase(
 
     class Lifecycle(TrainerCallback):
         """Tells the listeners, and marks a checkpoint as complete once their state lies in it."""
-
-        def on_train_begin(self, args, state, control, **kwargs):
-            if last:
-                # the Trainer has skipped what a checkpoint lays out otherwise than memory does, as it does experts
-                _load_weights(model, home / f"checkpoint-{last}")
 
         def on_step_end(self, args, state, control, **kwargs):
             for listener in listeners:
@@ -256,10 +279,18 @@ def _run_phase(
 
         def on_save(self, args, state, control, **kwargs):
             folder = home / f"checkpoint-{state.global_step}"
+            if args.save_only_model:
+                trainer._save_optimizer_and_scheduler(str(folder))
+                trainer._save_rng_state(str(folder))
             for number, listener in enumerate(listeners):
                 place = _listener_folder(home, state.global_step, number)
-                place.mkdir(parents=True, exist_ok=True)
-                listener.save(place)
+                if leads:
+                    place.mkdir(parents=True, exist_ok=True)
+                listener.save(place if leads else None)
+            if processes is not None:
+                processes.wait()
+            if not leads:
+                return
             (folder / "complete").touch()
             if not options.keep_checkpoints:
                 for other in _checkpoints(home):
@@ -267,14 +298,18 @@ def _run_phase(
                         remove_folder(home / f"checkpoint-{other}")
 
     class Teacher(Trainer):
-        """The Trainer, fed with one batch per task and minimising Σ_t w_t · mean over t's examples of ℓ_i."""
+        """The Trainer, fed with one batch per task and minimising Σ_t w_t · mean over t's examples of ℓ_i.
+
+        Every process gets the whole batches. Gradients are averaged over N processes, so each takes N times its share
+        of that sum.
+        """
 
         def get_train_dataloader(self):
             return DataLoader(data, batch_size=1, shuffle=False, collate_fn=lambda items: items[0])
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             tasks: dict[str, Any] = inputs  # a batch for each task
-            return update_loss(model, phase, tasks)
+            return update_loss(model, phase, tasks, processes, self.model)
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             assert self.lr_scheduler is not None
@@ -298,6 +333,17 @@ def _run_phase(
         def floating_point_ops(self, inputs):
             return 0
 
+        def _save_optimizer_and_scheduler(self, output_dir):
+            _save_optimiser(self, Path(output_dir))
+
+        def _load_optimizer_and_scheduler(self, checkpoint):
+            if checkpoint is not None:
+                _load_optimiser(self, Path(checkpoint))
+
+        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+            # the Trainer would skip what a checkpoint lays out otherwise than memory does, as it does experts
+            _load_weights(self.model, Path(resume_from_checkpoint), processes)
+
     arguments = TrainingArguments(
         output_dir=str(home),
         max_steps=len(data),
@@ -310,6 +356,7 @@ def _run_phase(
         bf16=bf16,
         save_strategy="steps",
         save_steps=options.checkpoint_every,
+        save_only_model=is_sharded(model),  # the Trainer can't save its optimiser: it is done when the weights are
         logging_strategy="steps" if options.report_to else "no",
         logging_steps=LOG_EVERY,
         logging_first_step=True,
@@ -320,8 +367,10 @@ def _run_phase(
         use_cpu=next(model.parameters()).device.type == "cpu",
         seed=options.seed,
         dataloader_pin_memory=False,
+        ddp_broadcast_buffers=False,  # they never differ
     )
-    with silent():
+    with silent(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # (which accelerate still takes)
         trainer = Teacher(model=model, args=arguments, callbacks=[Lifecycle()])
         trainer.remove_callback(PrinterCallback)
         for callback in trainer.callback_handler.callbacks:
@@ -330,9 +379,7 @@ def _run_phase(
         if last:
             for number, listener in enumerate(listeners):
                 listener.load(_listener_folder(home, last, number))
-        for other in _checkpoints(home, complete=False):
-            # a checkpoint whose writing was interrupted
-            remove_folder(home / f"checkpoint-{other}")
+        by_first(processes, lambda: _clean(home))
         model.train()
         trainer.train(resume_from_checkpoint=str(home / f"checkpoint-{last}") if last else None)
         model.eval()
@@ -353,14 +400,71 @@ def _last_checkpoint(home: Path) -> int | None:
     return found[-1] if found else None
 
 
+def _clean(home: Path) -> None:
+    """Remove the checkpoints whose writing was interrupted."""
+    for other in _checkpoints(home, complete=False):
+        remove_folder(home / f"checkpoint-{other}")
+
+
+def _share(batch: Batch, processes: Processes | None) -> tuple[Batch, float]:
+    """This process's rows of a batch, and what the mean of their losses counts: N times their share of all rows, where
+    the N processes' gradients are averaged. Who has none takes part with any row, which counts nothing."""
+    if processes is None:
+        return batch, 1.0
+    own = {name: x[processes.rank :: processes.size] for name, x in batch.items()}
+    count = len(own["labels"])
+    return own if count else {name: x[:1] for name, x in batch.items()}, processes.size * count / len(batch["labels"])
+
+
+def _save_optimiser(trainer: Any, folder: Path) -> None:
+    """AdamW's means by the names of their parameters, in pieces if those are; any number of processes reads them."""
+    names = {id(p): name for name, p in at_rest(trainer.model).items()}
+    means: dict[str, Tensor] = {}
+    steps: dict[str, float] = {}
+    for p, state in trainer.optimizer.state.items():
+        name = names[id(p)]
+        steps[name] = float(state["step"])
+        rows = {key: value if value.dim() else value[None] for key, value in state.items() if key != "step"}
+        means |= {f"{name}/{key}": value for key, value in rows.items()}
+    holders = processes_of(means)
+    if holders is not None or trainer.args.should_save:
+        header = {"updates": trainer.lr_scheduler.last_epoch, "steps": steps}
+        write(folder / _OPTIMISER, means, holders, _OPTIMISER, header)
+
+
+def _load_optimiser(trainer: Any, folder: Path) -> None:
+    """Read what `_save_optimiser` wrote, and set the learning rate to where it was."""
+    pieces, scheduler = Pieces(folder / _OPTIMISER, _OPTIMISER), trainer.lr_scheduler
+    updates, steps = pieces.header["updates"], pieces.header["steps"]
+    names = {id(p): name for name, p in at_rest(trainer.model).items()}
+    scheduler.last_epoch = updates
+    scheduler._last_lr = [base * factor(updates) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+    packed = trainer.optimizer.state_dict()
+    for group, of_group, rate in zip(trainer.optimizer.param_groups, packed["param_groups"], scheduler._last_lr):
+        of_group["lr"] = rate
+        for p, number in zip(group["params"], of_group["params"]):
+            if (name := names[id(p)]) in steps:
+                keys = [key for key in pieces.shapes if key.rpartition("/")[0] == name]
+                read = {key: pieces.read(key, own_rows(p)).to(p.device).view_as(local(p)) for key in keys}
+                state = {key.rpartition("/")[2]: laid(value, p) for key, value in read.items()}
+                packed["state"][number] = state | {"step": torch.tensor(steps[name])}
+    trainer.optimizer.load_state_dict(packed)
+
+
 def _listener_folder(home: Path, update: int, number: int) -> Path:
     return home / f"checkpoint-{update}" / f"listener-{number}"
 
 
-def _load_weights(model: Any, folder: Path) -> None:
+def _load_weights(model: Any, folder: Path, processes: Processes | None) -> None:
     """As transformers reads them: a checkpoint may lay tensors out otherwise than memory does, or be in shards."""
     if is_adapted(model):
         return load_weights(model, folder)
+    if is_sharded(model):
+        dtype = str(model.dtype).removeprefix("torch.")
+        saved = at_rest(load_model(str(folder), dtype, processes=processes))
+        for name, p in at_rest(model).items():
+            local(p.data).copy_(local(saved[name].data))
+        return
     with silent():
         saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
     model.load_state_dict(saved.state_dict())
@@ -381,8 +485,9 @@ class RecallHistory:
         if (self.every and update % self.every == 0) or last:
             self.rows.append({"update": update, "phase": phase, **self.measure(model)})
 
-    def save(self, folder: Path) -> None:
-        (folder / "recall.json").write_text(json.dumps(self.rows))
+    def save(self, folder: Path | None) -> None:
+        if folder is not None:
+            (folder / "recall.json").write_text(json.dumps(self.rows))
 
     def load(self, folder: Path) -> None:
         self.rows = json.loads((folder / "recall.json").read_text())

@@ -11,6 +11,7 @@ The engine knows the model, the loss and its batches; it knows neither tasks nor
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -21,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.distributed.tensor import DTensor
 
 from crosstrace.errors import UserError
 from crosstrace.losses import aligned_losses, next_tokens
+from crosstrace.sharded import at_rest, is_sharded
 from crosstrace.trace.memory import Estimate, Plan, Where, estimate
 from crosstrace.trace.modules import RULES
 from crosstrace.trace.probe import AGREES, Trial, Way, hollow, pair_of, settled
@@ -38,14 +41,21 @@ Into = Callable[[str, int], AbstractContextManager[dict[str, Tensor]]]
 class Engine:
     """Per-example gradient sums of every parameter of one model.
 
+    Of a model that FSDP2 shards, every process runs the engine on a batch of its own, with the same plan: a forward
+    and a backward gather the weights layer by layer, so the rules find them whole. The general path is not there.
+
     Args:
         model: any module that maps input_ids [B, T] (and attention_mask, position_ids) to logits [B, T, V].
     """
 
     def __init__(self, model: nn.Module, names: Collection[str] | None = None) -> None:
         self.model = model
-        self.parameters = {n: p for n, p in model.named_parameters() if names is None or n in names}
+        self.sharded = is_sharded(model)
+        self.parameters = {n: p for n, p in at_rest(model).items() if names is None or n in names}
+        # as autograd sees them: of a sharded model the gathered ones, a tied tensor perhaps once for each use
+        self._live = {name: [p] for name, p in self.parameters.items()}
         self.plan: dict[str, Way | None] = {}  # per parameter; None: no rule, one example at a time
+        self.order: list[str] = []  # in which the backward of the examples that it was tried on reached them
         self.probed = 0  # examples the plan was tried on
         for name, p in self.parameters.items():
             if p.dtype not in AGREES:
@@ -78,11 +88,15 @@ class Engine:
             UserError: the batch lacks a tensor, or an example lacks a target.
         """
         batch = self.checked(batch)
+        rows = range(len(batch["labels"]))
 
         def add(name: str, rules: list[Rule]) -> None:
+            if self.sharded and not rules:
+                return
             for number, share in enumerate(shares):
                 with into(name, number) as sums:
-                    reduce(rules, sums, share)
+                    if rows[share]:
+                        reduce(rules, sums, share)
 
         with undisturbed(self.model):
             missing = self._visit(batch, add)
@@ -98,8 +112,10 @@ class Engine:
                 where the parameter has no gradient. A parameter that no rule serves comes as one that holds them.
 
         Raises:
-            UserError: as `run`.
+            UserError: as `run`; or the model is sharded.
         """
+        if self.sharded:
+            raise UserError("single examples' gradients can't be had of a sharded model; load it unsharded for that")
         batch = self.checked(batch)
         with undisturbed(self.model):
             missing = sorted(self._visit(batch, use), key=lambda name: self.parameters[name].numel())
@@ -127,6 +143,11 @@ class Engine:
             if rules is not None:
                 missing.discard(name)
                 use(name, rules)
+            elif self.sharded:  # at once: all processes must go the same way through the backward
+                raise UserError(
+                    f"parameter {name!r} is used in a way that no rule knows, and one example at a time can't be "
+                    "traced while the model is sharded; trace it unsharded"
+                )
 
         if any(way is not None for way in self.plan.values()):
             idle = [name for name, way in self.plan.items() if way == []]
@@ -193,13 +214,13 @@ class Engine:
                 )
             # The model's first calls are where the backward ends; on the way there it passes all others.
             sources = recording.sources
-            ends = [GradientEdge(call.node, 0) for call in sources] + [self.parameters[name] for name in idle]
+            ends = [GradientEdge(call.node, 0) for call in sources] + [x for name in idle for x in self._live[name]]
             # (torch's stubs do not know a list of both.)
             found = torch.autograd.grad(losses.sum(), ends, allow_unused=True) if ends else ()  # pyright: ignore
             for call, e in zip(sources, found):
                 if e is not None:
                     recording.arrived(call, e)
-            for name, gradient in zip(idle, found[len(sources) :]):
+            for name, gradient in zip(idle, self._by_name(idle, found[len(sources) :])):
                 if gradient is None:
                     deliver(name, [])
             yield
@@ -228,7 +249,14 @@ class Engine:
         own = batch["attention_mask"][i].bool()
         example = {key: value[i : i + 1, own] for key, value in batch.items()}
         loss = self.losses(example, only_targets=False).sum()
-        return torch.autograd.grad(loss, [self.parameters[name] for name in names], allow_unused=True)
+        ends = [x for name in names for x in self._live[name]]
+        return self._by_name(names, torch.autograd.grad(loss, ends, allow_unused=True))
+
+    def _by_name(self, names: Sequence[str], found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The gradients of the parameters, from those of all that autograd sees of them."""
+        left = iter(found)
+        each = [[g for _ in self._live[name] if (g := next(left)) is not None] for name in names]
+        return tuple(functools.reduce(torch.add, of) if of else None for of in each)
 
     # ---- the plan
 
@@ -247,8 +275,20 @@ class Engine:
         pair = {key: value[:2] for key, value in batch.items()}
         rows = (len(pair["labels"]), pair["labels"].numel())
         apart: dict[str, bool] = {}
+        known = {id(p): name for name, p in self.parameters.items()}
+        every = self.model.named_parameters(remove_duplicate=False)
+        names = {local: known[id(p)] for local, p in every if id(p) in known}
+
+        def gathered(module: nn.Module, args: Any) -> None:  # as they are while the module is called
+            for local, p in self.model.named_parameters(remove_duplicate=False):
+                if local in names and not isinstance(p, DTensor):
+                    seen = [x for x in self._live[names[local]] if not isinstance(x, DTensor)]
+                    self._live[names[local]] = seen if any(x is p for x in seen) else [*seen, p]
+
         with ExitStack() as hooks:
             for name, module in self.model.named_modules():
+                if self.sharded:
+                    hooks.callback(module.register_forward_pre_hook(gathered).remove)
 
                 def note(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
                     apart[name] = apart.get(name, True) and main_output(output, rows) is not None
@@ -274,7 +314,7 @@ class Engine:
         with self._backward({key: value[pair] for key, value in batch.items()}, uses.__setitem__, keep=True):
             for rules in (RULES[:-1], RULES):
                 left = {name: of for name, of in uses.items() if not self.plan[name]}
-                trials = {name: Trial(self.parameters[name], of, rules) for name, of in left.items()}
+                trials = {name: Trial(self._live[name][0], of, rules) for name, of in left.items()}
                 for place, i in enumerate(pair if trials else ()):
                     reached |= self._compare(batch, i, place, trials)
                 self.plan |= settled(trials)
@@ -283,11 +323,12 @@ class Engine:
                 gradients = [self._alone(batch, i, [name])[0] for i in pair]
                 if all(gradient is None for gradient in gradients):
                     self.plan[name] = []
-        self.probed = len(pair)
+        self.probed, self.order = len(pair), list(uses)
 
     def _compare(self, batch: Batch, i: int, place: int, trials: Mapping[str, Trial]) -> set[str]:
         """Judge the trials by example i alone; gives the parameters that it has a gradient of."""
         reached: set[str] = set()
+        parts: dict[str, list[Tensor]] = defaultdict(list)
         judging = False
 
         def judge(name: str, gradient: Tensor) -> Tensor | None:
@@ -296,15 +337,18 @@ class Engine:
                 return None
             judging = True
             reached.add(name)
-            trials[name].judge(place, gradient)
+            parts[name].append(gradient)
+            if len(parts[name]) == len(self._live[name]):
+                trials[name].judge(place, functools.reduce(torch.add, parts.pop(name)))
             judging = False
             return hollow(gradient)  # gradients come one by one, and none is kept
 
         with ExitStack() as hooks:
             for name in trials:
-                hooks.callback(self.parameters[name].register_hook(partial(judge, name)).remove)
+                for x in self._live[name]:
+                    hooks.callback(x.register_hook(partial(judge, name)).remove)
             self._alone(batch, i, list(trials))
-        for name in trials.keys() - reached:
+        for name in trials.keys() - reached if not self.sharded else ():  # (whose rules would find pieces by now)
             trials[name].judge(place, None)
         return reached
 
@@ -398,6 +442,7 @@ def _embeddings(model: nn.Module, which: str) -> nn.Module | None:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """No dropout, no autocast, gradients for every parameter; all put back afterwards."""
     # accelerate (under a Trainer with bf16 or fp16) puts a forward on the model that turns autocast on again
+    at_rest(model)
     wrapped, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
     modes = [(module, module.training) for module in model.modules()]
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -412,6 +457,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
                 yield
     finally:
+        at_rest(model)
         if wrapped is not None and original is not None:
             model.forward = wrapped
         for p in frozen:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from crosstrace.errors import UserError
+from crosstrace.sharded import at_rest, is_sharded, local
 from crosstrace.trace.rules import sum_dtype
 
 Where = Literal["auto", "device", "cpu"]
@@ -98,13 +99,16 @@ def estimate(
     Raises:
         UserError: `passes` is not from 1 to the number of parameters.
     """
-    everything = dict(model.named_parameters())
+    everything = at_rest(model)
     named = {name: p for name, p in everything.items() if names is None or name in names}
+    sharded = is_sharded(model)
+    if sharded and where == "cpu":
+        raise UserError("the sums of a sharded model lie where its pieces do; leave where out")
     if passes is not None and not 1 <= passes <= len(named):
         raise UserError(f"passes is {passes}; expected from 1 to {len(named)}, the number of tensors to trace")
     device = next(iter(named.values())).device
-    weights = sum(p.numel() * p.element_size() for p in everything.values())
-    accumulated = {name: sums * p.numel() * _bytes(p) for name, p in named.items()}
+    weights = sum(local(p).numel() * p.element_size() for p in everything.values())
+    accumulated = {name: sums * local(p).numel() * _bytes(p) for name, p in named.items()}
     whole = sum(accumulated.values())
     activations = _activations(model, losses, batches)
     free = free_memory(device)
@@ -112,7 +116,7 @@ def estimate(
 
     kept = torch.device("cpu") if where == "cpu" else device
     if passes is None:
-        needed = 1 if kept.type == "cpu" or room is None else -(-whole // max(1, room))
+        needed = 1 if kept.type == "cpu" or sharded or room is None else -(-whole // max(1, room))
         if needed > MOST_PASSES and where == "auto":  # moving the sums of each batch costs less than that many passes
             kept, needed = torch.device("cpu"), 1
         passes = min(len(named), needed)
@@ -178,22 +182,23 @@ def _activations(model: nn.Module, losses: Any, batches: Sequence[Mapping[str, T
     device = next(model.parameters()).device
     one = {key: value[longest : longest + 1].to(device) for key, value in largest.items() if value.dim() == 2}
     # (by what torch calls a storage: a tensor that is only pretended has no address)
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, int] = {}
+    own = {local(p).untyped_storage()._cdata for p in at_rest(model).values()}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def note(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
+            kept[storage._cdata] = storage
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         losses(one)
+    at_rest(model)  # weights that were gathered for the forward are empty now
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", 0)
     targets = max(int((batch["labels"][:, 1:] != -100).sum(1).max()) * len(batch["labels"]) for batch in batches)
     # While the loss is differentiated its logits are there three times in float32: log-probabilities (among what is
     # kept), their gradient and that of the logits.
-    return count * sum(kept.values()) + 2 * 4 * targets * vocabulary
+    return count * sum(storage.nbytes() for storage in kept.values()) + 2 * 4 * targets * vocabulary
 
 
 def size_text(count: int) -> str:

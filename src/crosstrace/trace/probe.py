@@ -49,24 +49,25 @@ class Trial:
 
     def __init__(self, parameter: Tensor, uses: Uses, rules: Sequence[type[Rule]]) -> None:
         self.parameter, self.uses, self.rules = parameter, uses, rules
-        self.misfits: dict[int, float] = {}
+        self.misfits: dict[tuple[str, ...], float] = {}  # by the names of the uses' rules, in the order of the list
         self.told = False  # a gradient that is zero tells nothing about a rule
 
     def judge(self, i: int, gradient: Tensor | None) -> None:
         """Compare with the gradient of the batch's example i alone (None: it has none)."""
         self.told |= gradient is not None and bool(gradient.any())
-        for number, rules in enumerate(self._ways()):
+        for rules in self._ways():
             worst = max(misfit(rules, i, gradient, self.parameter, totals) for totals in (True, False))
-            self.misfits[number] = max(self.misfits.get(number, 0.0), worst)
+            names = tuple(rule.name for rule in rules)
+            self.misfits[names] = max(self.misfits.get(names, 0.0), worst)
 
     def best(self) -> Way | None:
         """The first way that is right for all examples."""
         if not self.told:
             return None
         bar = max(4 * min(self.misfits.values(), default=1.0), WELL)  # a wrong rule may nearly pass in half precision
-        for number, rules in enumerate(self._ways()):
-            if self.misfits[number] <= min(bar, 1.0):
-                return [[call.name, local, rule.name] for (call, local), rule in zip(self.uses, rules)]
+        for names, misfit in self.misfits.items():
+            if misfit <= min(bar, 1.0):
+                return [[call.name, local, rule] for (call, local), rule in zip(self.uses, names)]
         return None
 
     def _ways(self) -> Iterator[tuple[Rule, ...]]:

@@ -122,7 +122,9 @@ class Recording:
             self.early.append((call, e))
             return
         call.e, call.arrangement = e.detach(), self.arrangement
-        for name in list(call.waiting):
+        for name in self.owners[call.name].values():  # (a set's order would differ between processes)
+            if name not in call.waiting:
+                continue
             uses = self.of[name]
             if all(c.e is not None for c, _ in uses):
                 self.deliver(name, uses)

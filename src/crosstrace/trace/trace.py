@@ -28,9 +28,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from crosstrace.errors import UserError
+from crosstrace.sharded import Pieces, at_rest, is_sharded, laid, local, own_rows, processes_of, whole, write
 from crosstrace.store import read_json, replacing, versions, write_json
+from crosstrace.trace.distributed import Scatter, Team
 from crosstrace.trace.engine import Batch, Engine
 from crosstrace.trace.memory import Estimate, Where
 from crosstrace.trace.packed import unpacked
@@ -68,6 +72,10 @@ class Trace:
     def strength(self) -> dict[str, Tensor]:
         """Non-negative strength per parameter: |values| of `net`, the values themselves otherwise."""
         return {name: v.abs() for name, v in self.values.items()} if self.measure == "net" else dict(self.values)
+
+    def whole(self) -> Trace:
+        """The same trace with every tensor whole, on the CPU of each process; an ordinary trace is one already."""
+        return replace(self, values={name: whole(value) for name, value in self.values.items()})
 
     @staticmethod
     def combine(traces: Iterable[Trace]) -> Trace:
@@ -126,32 +134,57 @@ def save_traces(path: str | os.PathLike[str], traces: Sequence[Trace]) -> None:
     """Write traces to one safetensors file: tensors "<number>/<parameter>".
 
     The file's metadata has, as JSON, `traces`, a list of their other attributes, and the `versions` that wrote it. It
-    appears whole or not at all.
+    appears whole or not at all. Traces of a sharded model are saved by all its processes together, as a folder of files
+    (see `sharded.write`).
     """
     headers = [{k: v for k, v in vars(t).items() if k != "values"} | {"names": list(t.values)} for t in traces]
-    tensors = {f"{i}/{n}": v.detach().cpu().contiguous() for i, t in enumerate(traces) for n, v in t.values.items()}
+    held = {f"{i}/{n}": v for i, t in enumerate(traces) for n, v in t.values.items()}
+    processes = processes_of(held)
+    if processes is not None:
+        write(path, held, processes, _FORMAT, {"traces": headers})
+        return
+    tensors = {key: v.detach().cpu().contiguous() for key, v in held.items()}
     with replacing(path) as partial:
         told = {"format": _FORMAT, "traces": json.dumps(headers), "versions": json.dumps(versions())}
         save_file(tensors, partial, metadata=told)
 
 
-def load_traces(path: str | os.PathLike[str]) -> list[Trace]:
-    """Read what `save_traces` wrote, exactly.
+def load_traces(path: str | os.PathLike[str], like: nn.Module | None = None) -> list[Trace]:
+    """Read what `save_traces` wrote, exactly, on any number of processes.
+
+    Args:
+        like: a sharded model: each of its processes reads the rows that it holds; None: everything is read.
 
     Raises:
-        UserError: no such file, a truncated file, or one of something else.
+        UserError: no such file, a truncated file, or one of something else, or of another model than `like`.
     """
+    parameters = {} if like is None else at_rest(like)
+
+    def taken(headers: list[dict[str, Any]], read: Callable[[str, tuple[int, int] | None], Tensor]) -> list[Trace]:
+        traces = []
+        for i, header in enumerate(headers):
+            values = {}
+            for name in header.pop("names"):
+                if like is not None and name not in parameters:
+                    raise UserError(f"{path} has a trace of '{name}', which the model does not have; is it of another?")
+                theta = parameters.get(name)
+                value = read(f"{i}/{name}", None if theta is None else own_rows(theta))
+                values[name] = value if theta is None else laid(value.to(theta.device), theta)
+            traces.append(Trace(values=values, **header))
+        return traces
+
+    if os.path.isdir(path):
+        pieces = Pieces(path, _FORMAT)
+        return taken(pieces.header["traces"], pieces.read)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise UserError(f"{path} is a safetensors file but holds no traces; expected one from save_traces")
-            headers = json.loads(metadata["traces"])
-            traces = []
-            for i, header in enumerate(headers):
-                names = header.pop("names")
-                traces.append(Trace(values={n: file.get_tensor(f"{i}/{n}") for n in names}, **header))
-            return traces
+            return taken(
+                json.loads(metadata["traces"]),
+                lambda key, rows: file.get_tensor(key) if rows is None else file.get_slice(key)[slice(*rows)],
+            )
     except FileNotFoundError:
         raise UserError(f"there is no trace file {path}; take the trace first") from None
     except (SafetensorError, OSError) as why:
@@ -170,11 +203,13 @@ def trace(
     names: Collection[str] | None = None,
     tell: Callable[[Estimate], None] | None = None,
     progress: Callable[[int], None] | None = None,
+    group: ProcessGroup | None = None,
 ) -> list[Trace]:
     """Trace a task at a checkpoint: exact per example, whatever the batches' size, order and padding.
 
     Args:
-        model: left as it was found: mode, flags, `.grad`, hooks, random state.
+        model: left as it was found: mode, flags, `.grad`, hooks, random state. Of one sharded by FSDP2 the values are
+            sharded likewise, on its device.
         batches: dicts of input_ids, attention_mask, labels [B, T]; position_ids too under left padding; and, for
             `parts`, group [B]. Examples packed into one row are taken apart where position_ids begin anew.
         task: its name in the result.
@@ -187,6 +222,8 @@ def trace(
         names: the parameters to trace; None: all.
         tell: called before the trace begins with the memory that it needs.
         progress: called after each batch (of the last pass) with the number of its examples.
+        group: processes of torch.distributed that share out the examples. All of them call this with the same batches,
+            and each gets the whole trace. Those of a sharded model do so without being asked.
 
     Returns:
         measures × parts traces with reduction "example", all parts of the first measure first.
@@ -195,21 +232,26 @@ def trace(
         UserError: an unknown measure, fewer examples than parts, or a batch that can't be traced.
     """
     check_settings(measures, parts, ("example",))
+    team = Team.of(model, group)
     batches = [part for batch in batches for part in unpacked(batch, by_length=True)]
     if not batches:
         raise UserError(f"task {task!r} has no example to trace; expected at least one batch")
-    whole = Engine(model, names)
+    entire = Engine(model, names)
     rows = [{key: value for key, value in batch.items() if key != "group"} for batch in batches]
-    plan, needed = whole.memory(rows, len(measures) * parts, where, passes)
+    own = rows if team is None else team.largest_share(rows)
+    plan, needed = entire.memory(own, len(measures) * parts, where, passes)
+    if team is not None:
+        plan = team.agreed(plan)
     if tell is not None:
         tell(needed)
     found = [Trace(task, measure, "example", "checkpoint", {}, 0.0) for measure in measures for _ in range(parts)]
     coverage: dict[str, float] = defaultdict(float)
-    for group in plan.groups:
-        engine = whole if len(plan.groups) == 1 else Engine(model, set(group))
-        engine.plan_for(rows[0])  # before the sums are there: it needs memory of its own
+    for own_names in plan.groups:
+        engine = entire if len(plan.groups) == 1 else Engine(model, set(own_names))
+        # before the sums are there: it needs memory of its own
+        engine.plan_for(rows[0]) if team is None else team.prepare(engine, rows)
         means = [[_Mean(engine.parameters, m, "example", plan.device) for m in measures] for _ in range(parts)]
-        _one_pass(engine, batches, means, progress if group is plan.groups[-1] else None)
+        _one_pass(engine, batches, means, progress if own_names is plan.groups[-1] else None, team)
         empty = sum(mean.weight == 0 for mean, *_ in means)
         if empty:
             raise UserError(
@@ -224,30 +266,48 @@ def trace(
             mean = means[number % parts][number // parts]
             one.weight = mean.weight
             one.values |= mean.finished()
-    meta = _facts(whole) | {"coverage": dict(coverage), "parts": parts, "memory": asdict(replace(needed, free=None))}
+    meta = _facts(entire) | {"coverage": dict(coverage), "parts": parts, "memory": asdict(replace(needed, free=None))}
+    if team is not None:  # others may have more rows, or other memory free
+        meta = team.processes.from_first(meta) | {"processes": team.processes.size}
     for number, one in enumerate(found):
         one.meta = meta | {"part": number % parts}
     return found
 
 
 def _one_pass(
-    engine: Engine, batches: Sequence[Batch], means: list[list[_Mean]], progress: Callable[[int], None] | None
+    engine: Engine,
+    batches: Sequence[Batch],
+    means: list[list[_Mean]],
+    progress: Callable[[int], None] | None,
+    team: Team | None,
 ) -> None:
-    """Add all batches to each part's means."""
+    """Add all batches, or a team's, to each part's means."""
     seen = 0
-    for batch in batches:
-        batch, chosen, shares = _by_part(batch, len(means), seen)
-
-        def into(name: str, number: int, chosen: list[int] = chosen) -> AbstractContextManager[dict[str, Tensor]]:
-            return _open(name, engine.parameters[name], means[chosen[number]])
-
-        engine.run(batch, shares, into)
+    scatter = Scatter(engine, team.processes) if team is not None and team.sharded else None
+    for given, mine in zip(batches, batches if team is None else team.deal(batches)):
+        count = len(given["labels"])
+        batch, chosen, shares = _by_part(mine, len(means), seen)
         for part, share in zip(chosen, shares):
             for mean in means[part]:
                 mean.weight += share.stop - share.start
-        seen += len(batch["labels"])
+        if scatter is not None:  # all processes do the same, with any example in the place of none
+            of_part = dict(zip(chosen, shares))
+            chosen, shares = list(range(len(means))), [of_part.get(part, slice(0, 0)) for part in range(len(means))]
+            batch = batch if len(mine["labels"]) else {k: v[:1] for k, v in given.items() if k != "group"}
+
+        def into(name: str, number: int, chosen: list[int] = chosen) -> AbstractContextManager[dict[str, Tensor]]:
+            return _open(name, engine.parameters[name], means[chosen[number]], scatter=scatter)
+
+        if len(batch["labels"]):
+            engine.run(batch, shares, into)
+        if scatter is not None:
+            scatter.finish()
+        seen += count
         if progress is not None:
-            progress(len(batch["labels"]))
+            progress(count)
+    if team is not None:
+        for mean in (mean for of_part in means for mean in of_part):
+            mean.weight = team.add_up(mean.total, mean.weight)
 
 
 class Accumulated:
@@ -265,6 +325,8 @@ class Accumulated:
         lr_weighted: weight each step by its learning rate.
         where: the sums are kept on the "device" of the model or on the "cpu".
         names: the parameters to trace; None: all.
+        group: processes of torch.distributed that share out the examples of each step. All of them call everything
+            here, with the same batches; the sums meet in the first one where they are saved or read.
     """
 
     def __init__(
@@ -277,8 +339,15 @@ class Accumulated:
         lr_weighted: bool = False,
         where: Literal["device", "cpu"] = "device",
         names: Collection[str] | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         check_settings(measures, parts, reductions)
+        if is_sharded(model):
+            raise UserError(
+                "the model is sharded, and a trace over a training's steps needs each parameter whole; trace its "
+                "checkpoints with `trace`, which can be taken of a sharded model"
+            )
+        self._team = Team.of(model, group)
         self._engine = Engine(model, names)
         device = torch.device("cpu") if where == "cpu" else None
         self._settings = {
@@ -302,6 +371,11 @@ class Accumulated:
     def _parts(self) -> int:
         """Parts that a batch is cut into: for "step" whole steps are parts."""
         return self._settings["parts"] if "example" in self._settings["reductions"] else 1
+
+    @property
+    def _leads(self) -> bool:
+        """Whether this process is alone, or the first of a team."""
+        return self._team is None or self._team.processes.rank == 0
 
     def _factor(self, lr: float) -> float:
         return float(lr) if self._settings["lr_weighted"] else 1.0
@@ -334,7 +408,7 @@ class Accumulated:
 
     def _count(self, task: str, sizes: Iterable[tuple[int, int]], factor: float) -> None:
         """All of a step's sums of a task are there, of so many examples for each part."""
-        for mean in self._of_step(task):
+        for mean in self._of_step(task) if self._leads else ():
             mean.weight += factor
         for part, size in sizes:
             for mean in self._of_part(task, part):
@@ -347,9 +421,12 @@ class Accumulated:
         self._engine.probed = 0
 
     def traces(self) -> list[Trace]:
-        """The traces so far, by task, reduction, measure, part; parts without a step yet are left out."""
-        self._check_whole()
+        """The traces so far, by task, reduction, measure, part; parts without a step yet are left out. A team's first
+        process gets them, the others none."""
+        self._bring_together()
         facts = _facts(self._engine) | {k: self._settings[k] for k in ("parts", "lr_weighted")}
+        if self._team is not None:
+            facts["processes"] = self._team.processes.size
         return [
             mean.trace(key.rsplit("/", 3)[0], "online", facts | {"part": int(key.rsplit("/", 1)[1])})
             for key, mean in self._means.items()
@@ -357,8 +434,9 @@ class Accumulated:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on bit for bit: {"header": JSON-able, "tensors": {…}}."""
-        self._check_whole()
+        """What `load_state_dict` needs to go on bit for bit: {"header": JSON-able, "tensors": {…}}. A team's is with
+        its first process."""
+        self._bring_together()
         header = {
             "settings": self._settings,
             "steps": dict(self._steps),
@@ -370,7 +448,8 @@ class Accumulated:
         return {"header": header, "tensors": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state.
+        """Take over a state: that of one process, or of the first of a team, which any number of processes can go on
+        with; each of them is given it.
 
         Raises:
             UserError: it is of other settings or of another model.
@@ -392,9 +471,14 @@ class Accumulated:
             for name, total in mean.total.items():
                 total.copy_(tensors[f"{key}/{name}"])
         self._whole = True
+        if not self._leads:
+            self._forget_sums()
 
-    def save(self, stem: Path) -> None:
-        """Write the state as <stem>.safetensors and <stem>.json."""
+    def save(self, stem: Path | None) -> None:
+        """Write the state as <stem>.safetensors and <stem>.json; None: take part only, as all of a team but the first
+        do."""
+        if stem is None:
+            return self._bring_together()
         state = self.state_dict()
         save_file({k: v.contiguous() for k, v in state["tensors"].items()}, stem.with_suffix(".safetensors"))
         write_json(stem.with_suffix(".json"), state["header"])
@@ -403,6 +487,22 @@ class Accumulated:
         """Take over what `save` wrote; raises as `load_state_dict`."""
         header, tensors = read_json(stem.with_suffix(".json")), load_file(stem.with_suffix(".safetensors"))
         self.load_state_dict({"header": header, "tensors": tensors})
+
+    def _bring_together(self) -> None:
+        """Add up a team's sums, in its first process, which goes on with them; the others begin anew."""
+        self._check_whole()
+        if self._team is None:
+            return
+        for mean in self._means.values():
+            mean.weight = self._team.add_up(mean.total, mean.weight)
+        if not self._leads:
+            self._forget_sums()
+
+    def _forget_sums(self) -> None:
+        for mean in self._means.values():
+            mean.weight = 0.0
+            for total in mean.total.values():
+                total.zero_()
 
     def _check_whole(self) -> None:
         if not self._whole:
@@ -440,12 +540,29 @@ class OnlineTrace(Accumulated):
         factor = self._factor(lr)
         self._whole = False
         for task, batch in batches.items():
+            count = len(batch["labels"])
+            if self._team is not None:  # the rules are chosen on the same examples everywhere
+                self._engine.plan_for({key: value for key, value in batch.items() if key != "group"})
+                (batch,) = self._team.deal([batch])
             batch, chosen, shares = _by_part(batch, self._parts, 0)
             sizes = [share.stop - share.start for share in shares]
-            add = partial(self._add, task, chosen, sum(sizes), {}, factor)
-            self._engine.run(batch, shares, add)
+            gradients: dict[str, Tensor] = {}
+            add = partial(self._add, task, chosen, count, gradients, factor)
+            if sum(sizes):
+                self._engine.run(batch, shares, add)
+            if self._team is not None and "step" in self._settings["reductions"]:
+                self._add_step_of_all(self._team, task, gradients, count, factor)
             self._count(task, zip(chosen, sizes), factor)
         self._whole = True
+
+    def _add_step_of_all(self, team: Team, task: str, gradients: dict[str, Tensor], count: int, factor: float) -> None:
+        """Add a step's mean gradient over all processes: its absolute value is not the sum of theirs."""
+        for name, theta in self._engine.parameters.items():
+            own = gradients.pop(name, None)
+            own = torch.zeros_like(theta, dtype=sum_dtype(theta.dtype)) if own is None else own
+            team.processes.add_up(own)
+            if self._leads:
+                self._add_step(task, name, own.div_(count), factor)
 
     @contextmanager
     def _add(
@@ -454,7 +571,7 @@ class OnlineTrace(Accumulated):
     ) -> Iterator[dict[str, Tensor]]:  # fmt: skip
         with self._open(task, chosen[number], name, gradients, factor) as sums:
             yield sums
-        if name in gradients and number == len(chosen) - 1:
+        if self._team is None and name in gradients and number == len(chosen) - 1:
             self._add_step(task, name, gradients.pop(name).div_(count), factor)
 
 
@@ -465,7 +582,8 @@ class _Mean:
         self, parameters: Mapping[str, Tensor], measure: str, reduction: str, device: torch.device | None = None
     ) -> None:
         self.measure, self.reduction = measure, reduction
-        self.total = {n: torch.zeros(p.shape, dtype=sum_dtype(p.dtype), device=device or p.device)
+        self.like = parameters
+        self.total = {n: torch.zeros(local(p).shape, dtype=sum_dtype(p.dtype), device=device or p.device)
                       for n, p in parameters.items()}  # fmt: skip
         self.weight = 0.0
 
@@ -489,8 +607,13 @@ class _Mean:
         self.add(name, gradient, theta, factor)
 
     def finished(self) -> dict[str, Tensor]:
-        """The mean, on the CPU. The sums are used up: there may be no room for both."""
-        return {name: self.total.pop(name).div_(self.weight).cpu() for name in list(self.total)}
+        """The mean, on the CPU (of sharded parameters sharded likewise). The sums are used up: there may be no room for
+        both."""
+        found = {}
+        for name in list(self.total):
+            mean, theta = self.total.pop(name).div_(self.weight), self.like[name]
+            found[name] = laid(mean, theta) if isinstance(theta, DTensor) else mean.cpu()
+        return found
 
     def trace(self, task: str, when: str, meta: dict[str, Any]) -> Trace:
         values = {name: (total / self.weight).cpu() for name, total in self.total.items()}
@@ -504,14 +627,25 @@ def _open(
     means: Sequence[_Mean],
     factor: float = 1.0,
     also: Mapping[str, Tensor] = MappingProxyType({}),
+    scatter: Scatter | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """The sums that `means` need of the parameter `name`, and those of `also`, for the engine to add to.
 
-    Where a sum is all that one of them wants, it is the accumulator itself: no copy.
+    Where a sum is all that one of them wants, it is the accumulator itself: no copy. With `scatter` the means hold a
+    process's rows of it, and get theirs later.
     """
     users: dict[str, list[_Mean]] = {key: [] for key in also}
     for mean in means:
         users.setdefault(_SUM_OF[mean.measure], []).append(mean)
+    if scatter is not None:
+
+        def add(key: str, value: Tensor) -> None:
+            for mean in users[key]:
+                mean.add(name, value, local(theta), factor)
+
+        with scatter.open(name, list(users), add) as sums:
+            yield sums
+        return
     sums = {}
     for key, fed in users.items():
         if not fed:
