@@ -27,6 +27,16 @@ def test_quick_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert [type(callback).__name__ for callback in trainer.callbacks] == ["TraceCallback"]
 
 
+def test_the_example_of_the_page_on_extending(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extend.md").read_text("utf-8"), re.DOTALL)
+    exec(compile(example, "extend.md", "exec"), {"__name__": "extend"})
+    printed = capsys.readouterr().out.splitlines()
+    assert "parameters are in the top 5 % of all three" in printed[0]
+    assert [line.split()[0] for line in printed[1:]] == ["untouched", "shared"] + ["random"] * 3 + [
+        "random_per_tensor"
+    ] * 3
+
+
 def test_named_commands_and_files_exist() -> None:
     for command in re.findall(r"crosstrace ([a-z][a-z-]*)", re.sub(r"```python.*?```", "", README, flags=re.DOTALL)):
         if command in ("answers",):
