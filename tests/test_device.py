@@ -46,9 +46,9 @@ def test_all_stages_compute_where_they_are_told_to(tmp_path: Path, monkeypatch: 
     pipeline.run(experiment, near, "resume", quiet=True)
     seen = set()
 
-    def asked(model, *rest):
+    def asked(model, *rest, **options):
         seen.add(next(model.parameters()).device)
-        return recall(model, *rest)
+        return recall(model, *rest, **options)
 
     with far_away():
         monkeypatch.setattr(models, "device", lambda name=None: FAR)
