@@ -27,7 +27,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/relations"))
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the files, without .json, or all; each if not given")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="of the files, without .json, or all; each if not given"
+    )
     parser.add_argument("--save", type=Path, help="a JSON file for the figures")
     options = parser.parse_args()
     files = sorted(options.folder.glob("*.json"))
