@@ -210,6 +210,12 @@ def test_an_adapter_is_all_that_is_trained_and_kept():
     assert Needs(config.override(SMALL, lora), Material(SMALL), PLENTY).adapted == 4 * adapted
 
 
+def test_a_sharded_model_is_planned_whole_and_told_so():
+    changes = {"model.sharded": "true", "trace.online": "false"}
+    assert "planned as one process" in str(plan(config.override(SMALL, changes), machine=PLENTY))
+    assert "planned as one process" not in str(plan(SMALL, machine=PLENTY))
+
+
 def test_given_models_are_analysed_and_not_trained():
     found = plan(replace(SMALL, strategies={}, given={"tuned": "bundled"}), machine=PLENTY)
     assert not found.training and found.fits

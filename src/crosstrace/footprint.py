@@ -195,6 +195,7 @@ class Material:
             "dtype": experiment.model.dtype,
             "parameters": sum(own["parameters"] for own in kinds.values()),
             "adapter": adapter,
+            "sharded": experiment.model.sharded,
             "scope": sum(own["scope"] for own in kinds.values()),
             "kinds": kinds,
         }

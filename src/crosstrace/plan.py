@@ -42,7 +42,7 @@ class Plan:
 
     Attributes:
         model: name, architecture, source (of the shape), dtype, parameters, adapter (parameters of one that is
-            trained instead), scope (how many may be shared), kinds.
+            trained instead), sharded (as the settings say; it is planned whole), scope (how many may be shared), kinds.
         data: a row {part, examples, tokens, longest} for each part of the examples, and `tokenizer`, whose it is.
         training: a row {strategy, phase, updates, examples, tokens, flops} for each phase.
         memory: a row {process, stage, where, moment, bytes, parts} for each stage of each process: its fullest moment.
@@ -354,6 +354,8 @@ def _told(found: Plan) -> Iterator[str]:
     adapter = f", an adapter of {about['adapter']:,} trained" if about["adapter"] else ""
     yield f"{about['name']}: {about['architecture']}, {about['parameters']:,} parameters in {about['dtype']}{adapter}"
     yield f"shape from {about['source']}; tokenizer: {found.data['tokenizer']}"
+    if about["sharded"]:
+        yield "planned as one process with the whole model; of N that share it, see docs/scale.md"
     rows = [["parameters", "", "in scope"]]
     rows += [[kind, f"{own['parameters']:,}", f"{own['scope']:,}"] for kind, own in about["kinds"].items()]
     rows.append(["all", f"{about['parameters']:,}", f"{about['scope']:,}"])
