@@ -5,8 +5,10 @@
 
 Each case is a model of random weights with the bundled tokenizer, in a folder of its own, and a short experiment on it.
 Its stages `train`, `trace`, `analyze` and `intervene` are run by the pipeline one after the other, each in a process of
-its own, which tells the peak of its resident set over what it was when the libraries had been imported (Linux). Nothing
-here is fitted: the same plan is asked for all. Prints a line for each stage; the last is the largest deviation.
+its own, which tells the peak of its resident set over what it was when the libraries had been imported (Linux). Cases
+of several processes are started by torchrun, joined over gloo, for `train` and `trace`; each process is measured, and
+`train/0` is process 0's. Nothing here is fitted: the same plan is asked for all. Prints a line for each stage; the last
+is the largest deviation.
 """
 
 from __future__ import annotations
@@ -59,6 +61,15 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"train.precision": "bf16", "model.dtype": "bfloat16", "trace.parts": 2, "trace.online": False},
     ),
 }  # fmt: skip
+SEVERAL = {}  # name -> processes of the cases that torchrun starts
+for model in ("neox-70m", "llama-20m-tied"):
+    for way, further in (
+        ("ddp", {"train.precision": "float32"}),
+        ("fsdp", {"train.precision": "float32", "trace.online": False, "model.sharded": True}),
+        ("fsdp-bf16", {"train.precision": "bf16", "trace.online": False, "model.sharded": True}),
+    ):
+        CASES[f"{model}-{way}"] = (*CASES[model][:2], CASES[model][2] | further)
+        SEVERAL[f"{model}-{way}"] = 2
 COMMON = {
     "facts": {"people": 40}, "strategies": {"taught": [{"name": "mixed", "batch": {"bio": 8, "qa": 16}, "steps": 3}]},
     "train": {"recall_every": 0, "recall_examples": 24, "optimiser": {"learning_rate": 1.0e-4}},
@@ -81,14 +92,14 @@ def main() -> None:
     about = metadata()
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
     lines = [f"{about['cpu']}, {os.cpu_count()} cores; {versions}", ""]
-    lines.append(f"{'case':18} {'parameters':>12}  {'stage':10} {'estimate':>9} {'measured':>9}  {'ratio':>5}")
+    lines.append(f"{'case':24} {'parameters':>12}  {'stage':10} {'estimate':>9} {'measured':>9}  {'ratio':>5}")
     print("\n".join(lines), flush=True)
     ratios = []
     for name in options.only or CASES:
         for row in case(name):
             ratio = row["estimate"] / row["measured"]
             ratios.append(ratio)
-            lines.append(f"{name:18} {row['parameters']:>12,}  {row['stage']:10} {row['estimate'] / 1e6:>6,.0f} MB "
+            lines.append(f"{name:24} {row['parameters']:>12,}  {row['stage']:10} {row['estimate'] / 1e6:>6,.0f} MB "
                          f"{row['measured'] / 1e6:>6,.0f} MB  {ratio:5.2f}")  # fmt: skip
             print(lines[-1], flush=True)
     worst = max(ratios, key=lambda ratio: abs(ratio - 1))
@@ -101,10 +112,11 @@ def main() -> None:
 
 
 def case(name: str) -> list[dict[str, Any]]:
-    """Estimate and peak of each stage of one case."""
+    """Estimate and peak of each stage of one case, by each of its processes."""
     import yaml
 
     from crosstrace import config
+    from crosstrace.footprint import EACH, FIRST, Launch
     from crosstrace.plan import plan
 
     home = Path(tempfile.mkdtemp(prefix=f"crosstrace-plan-{name}-"))
@@ -113,15 +125,26 @@ def case(name: str) -> list[dict[str, Any]]:
         values = json.loads(json.dumps(COMMON)) | {"name": name, "model": {"name": str(home / "base")}}
         changes = {key: yaml.safe_dump(value) for key, value in CASES[name][2].items()}
         experiment = config.override(config.parse(values, name), changes)
-        found = plan(experiment, folder=home / "run", probe=False)
+        number = SEVERAL.get(name, 1)
+        found = plan(experiment, folder=home / "run", probe=False, launch=Launch(number))
         (home / "config.yaml").write_text(config.dumps(experiment))
         rows = []
-        for stage in ("data", *STAGES):
-            arguments = [sys.executable, __file__, "--stage", str(home / "run"), stage]
+        for stage in ("data", *(STAGES if number == 1 else STAGES[:2])):
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+            arguments = [
+                sys.executable,
+                *(launcher if number > 1 else []),
+                __file__,
+                "--stage",
+                str(home / "run"),
+                stage,
+            ]
             measured = json.loads(subprocess.run(arguments, check=True, stdout=subprocess.PIPE).stdout)
-            if stage != "data":
-                rows.append({"stage": stage, "parameters": found.model["parameters"], "measured": measured,
-                             "estimate": found.peak("taught", stage)})  # fmt: skip
+            for rank, peak in enumerate(measured if stage != "data" else []):
+                label = stage if number == 1 else f"{stage}/{rank}"
+                estimate = found.peak("taught", stage, EACH if rank else FIRST)
+                rows.append({"stage": label, "parameters": found.model["parameters"], "measured": peak,
+                             "estimate": estimate})  # fmt: skip
         return rows
     finally:
         shutil.rmtree(home)
@@ -140,21 +163,31 @@ def save_base(name: str, folder: Path) -> None:
 
 
 def one_stage(run: Path, stage: str) -> None:
-    """Run a stage here and print the peak of the resident set over what it is before, in bytes."""
+    """Run a stage here, with the other processes if there are any, and print the peak of each one's resident set over
+    what it is before, in bytes."""
     from trace_cost import forget_peak, resident
 
     from crosstrace import config, pipeline
     from crosstrace.models import silent
+    from crosstrace.processes import launched
+    from crosstrace.processes import main as together
 
     experiment = config.load(run.parent / "config.yaml")
     import accelerate  # noqa: F401  (what a stage would import itself)
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401
 
-    forget_peak()
-    before = resident()
-    with silent():
-        pipeline.run(experiment, run, "new" if stage == "data" else "resume", stages=[stage], quiet=True)
-    print(resident(peak=True) - before)
+    def work(processes: Any = None) -> None:
+        forget_peak()
+        before = resident()
+        mode = "new" if stage == "data" else "resume"
+        with silent():
+            pipeline.run(experiment, run, mode, stages=[stage], quiet=True, processes=processes)
+        peak = resident(peak=True) - before
+        peaks = [peak] if processes is None else processes.gathered(peak)
+        if processes is None or processes.rank == 0:
+            print(peaks)
+
+    together(work) if launched() else work()
 
 
 if __name__ == "__main__":

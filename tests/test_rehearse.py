@@ -115,7 +115,7 @@ def test_few_layers_tell_all(kind, bf16, monkeypatch):
         monkeypatch.setattr(Understudy, "_alike", lambda self, whole=whole: self is not whole)
         phase = Phase("any", dict.fromkeys(rows, 1), 1)
         same(few.update(phase, rows, bf16), whole.update(phase, rows, bf16))
-        assert len(few._cast) == 2 and len(whole._cast) == 1
+        assert len(few._numbers) == 2 and len(whole._numbers) == 1
         one = next(iter(rows.values()))
         same(few.recall([one]), whole.recall([one]))
         same(few.inward(one), whole.inward(one))
@@ -144,7 +144,7 @@ def test_an_adapter_is_rehearsed_on_its_base():
 
 def test_layers_that_differ_are_all_rehearsed():
     of = understudy("gemma3", num_hidden_layers=6, layer_types=["sliding_attention"] * 5 + ["full_attention"])
-    assert [layers for layers, _ in of._cast] == [6]
+    assert of._numbers == [6]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "qwen3"])

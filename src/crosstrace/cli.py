@@ -585,13 +585,16 @@ def plan(arguments: list[str]) -> None:
     words = _split("plan", arguments, ("step", "json", "quiet"))
     if "help" in words.flags:
         return print(
-            "usage: crosstrace plan CONFIG [--step] [--json] [--quiet] [MACHINE] [OPTIONS]\n\n"
+            "usage: crosstrace plan CONFIG [--step] [--json] [--quiet] [LAUNCH] [MACHINE] [OPTIONS]\n\n"
             "Say what the experiment of the file CONFIG takes before anything runs: parameters, tokens, memory of\n"
             "every stage, operations, hours from a short measurement, disk; and, if it does not fit, which settings\n"
             "would. Reads the model's config alone and downloads nothing. Exit code 1 if it does not fit.\n\n"
             "  --step           time one real update too, of random weights, for the hours\n"
             "  --json           print the plan as JSON\n"
             "  --quiet          print no progress\n"
+            "  --processes N    LAUNCH: so many that torchrun starts, each on its own GPU where there are GPUs; by DDP\n"
+            "                   or with model.sharded FSDP2; if they don't fit, how many would\n"
+            "  --nodes M        of them as many on each of so many machines\n"
             "  --gpu GB         MACHINE is another one that is planned for: free memory of its GPU,\n"
             "  --ram GB         free RAM,\n"
             "  --disk GB        free disk,\n"
@@ -606,12 +609,14 @@ def plan(arguments: list[str]) -> None:
         )
     told = {name.replace("-", "_"): _number(name, words.settings.pop(name))
             for name in _MACHINE if name in words.settings}  # fmt: skip
+    started = {name: _count(name, words.settings.pop(name)) for name in _LAUNCH if name in words.settings}
     experiment = _changed(config.load(Path(words.names[0])), words)
     from crosstrace import plan as planning
     from crosstrace.progress import Progress
 
     with Progress(words.quiet).bar("plan") as update:
         found = planning.plan(experiment, machine=planning.other_machine(**told) if told else None,
+                              launch=planning.Launch(**started) if started else None,
                               step="step" in words.flags, progress=update.label)  # fmt: skip
     print(planning.as_json(found) if "json" in words.flags else found)
     if not found.fits:
@@ -619,6 +624,13 @@ def plan(arguments: list[str]) -> None:
 
 
 _MACHINE = ("gpu", "ram", "disk", "tflops", "cpu-tflops")  # of another machine that is planned for
+_LAUNCH = ("processes", "nodes")
+
+
+def _count(name: str, value: str | None) -> int:
+    if value is None or not value.isdigit() or value.strip("0") == "":
+        raise UserError(f"--{name} is {value!r}; expected a number, 1 or more")
+    return int(value)
 
 
 def _number(name: str, value: str | None) -> float:

@@ -3,6 +3,9 @@
 What goes on inside a model is rehearsed (`rehearse`); what the stages keep beside it is counted here as `pipeline`
 keeps it, so a stage that comes to keep other things has its function here to be changed with it.
 
+Of several processes (`Launch`) it is told what each of them holds, and where process 0 holds more, or works alone,
+what that one does.
+
 It reads a config and perhaps a tokenizer, no weights, and knows neither what fits nor how long anything takes.
 """
 
@@ -11,7 +14,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from crosstrace.errors import UserError
 from crosstrace.material import in_scope, sample, samples
 from crosstrace.rehearse import Parts, Understudy
 from crosstrace.schedule import Phase
+from crosstrace.sharded import rows_of
 from crosstrace.text import texts
 from crosstrace.tokens import Batch, Encoded, batches, collate, encode
 from crosstrace.trace.memory import MOST_PASSES, SPARE, free_memory
@@ -44,6 +48,8 @@ RECALLED = 256  # texts that `evaluate.recall` asks at once
 CHARACTERS = 4  # a token, by rule of thumb, where there is no tokenizer
 RANKING = 66  # bytes a parameter in scope of `stats.spearman`, its two arrays included, as measured with scipy 1.17
 SHAPES = "shapes"
+EACH, FIRST = "each process", "process 0"  # whose memory a row is
+MAPPED = "traces"  # a part that is read from files as they lie there, which all processes of a machine see in one place
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,34 @@ class Machine:
             free_memory(torch.device("cpu")),
             shutil.disk_usage(there).free,
         )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher starts: `torchrun --nproc-per-node`, on one machine or several; one process is no launcher's.
+
+    Attributes:
+        processes: in all; of GPUs each has one.
+        nodes: machines, with as many processes each.
+
+    Raises:
+        UserError: the processes don't divide among the machines.
+    """
+
+    processes: int = 1
+    nodes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.processes < 1 or self.nodes < 1 or self.processes % self.nodes:
+            raise UserError(
+                f"{self.processes} processes on {self.nodes} machines were asked for; expected as many on each, one at "
+                "least"
+            )
+
+    @property
+    def beside(self) -> int:
+        """Processes that share a machine."""
+        return self.processes // self.nodes
 
 
 # ------------------------------------------------------------------------------- the base and the facts
@@ -142,11 +176,12 @@ class Material:
         self.trained = {"bio": self.parts["bio"], "qa": self.parts["qa_id"]}
         self._kept: dict[Any, Any] = {}
 
-    def model(self, experiment: Experiment, adapted: bool = False) -> Understudy:
-        """The base without numbers, or the model that is trained on it: with an adapter, if the experiment has one."""
+    def model(self, experiment: Experiment, adapted: bool = False, processes: int = 1) -> Understudy:
+        """The base without numbers, or the model that is trained on it: with an adapter, if the experiment has one;
+        in pieces on several processes."""
         options, lora = experiment.model, experiment.train.lora if adapted else None
-        make = lambda: Understudy(self.config, options.dtype, options.attention, lora)
-        return self.once(("model", options, repr(lora)), make)
+        make = lambda: Understudy(self.config, options.dtype, options.attention, lora, processes)
+        return self.once(("model", options.dtype, options.attention, repr(lora), processes), make)
 
     def asked(self, part: str, number: int | None = None) -> list[Encoded]:
         """Some examples of a part, as the stages choose them; the same list every time."""
@@ -229,78 +264,114 @@ def _times(work: Mapping[str, float], factor: float) -> Work:
 
 
 class Needs:
-    """Memory, work and disk of one experiment on one machine."""
+    """Memory, work and disk of one experiment on one machine, or on several alike that process 0's stands for.
 
-    def __init__(self, experiment: Experiment, material: Material, machine: Machine) -> None:
-        self.experiment, self.material, self.machine = experiment, material, machine
-        self.learner = material.model(experiment, adapted=True)
+    With `model.sharded` the sizes are those of one process's pieces: some rows of each parameter, rounded up.
+
+    Attributes:
+        alone: the needs of process 0 where it works alone: on the whole model, on the CPU if that is sharded.
+    """
+
+    def __init__(self, experiment: Experiment, material: Material, machine: Machine, launch: Launch = Launch()) -> None:
+        number = launch.processes
+        if number > 1:
+            experiment = replace(experiment, jobs=1)  # who work side by side do one thing at a time
+        self.experiment, self.material, self.machine, self.launch = experiment, material, machine, launch
+        self.sharded = experiment.model.sharded and number > 1
+        self.alone = self
+        if number > 1:
+            self.alone = Needs(experiment, material, replace(machine, gpu=None) if self.sharded else machine)
+        holders = number if self.sharded else 1
+        self.learner = material.model(experiment, True, holders)
         merged = experiment.trace.view == "merged"
-        self.base = material.model(experiment) if merged else self.learner  # as the stages after training see it
+        self.base = material.model(experiment, False, holders) if merged else self.learner  # as later stages see it
         self.model, self.plain = self.base.whole, material.model(experiment).whole
         named = dict(self.model.named_parameters())
         inside = in_scope(experiment, self.model)
         traced = [*named] if merged else inside
-        size = lambda model, wanted=lambda p: True: sum(_bytes(p) for p in model.parameters() if wanted(p))
+        size = lambda model, wanted=lambda p: True: sum(_bytes(p, holders) for p in model.parameters() if wanted(p))
         self.weights = size(self.model)
         self.learning = size(self.learner.whole)
         self.learned = size(self.learner.whole, lambda p: p.requires_grad)
         self.saved = self.learned if experiment.train.lora else self.weights  # of a taught model
         self.adapted = _adapted(self.learner.whole) if merged else 0
-        self.sums = sum(_wide(named[name]) for name in traced)  # of one trace
-        self.largest = max(_wide(named[name]) for name in traced)
-        self.scope = sum(named[name].numel() for name in inside)
-        self.scope_sums = sum(_wide(named[name]) for name in inside)
+        self.sums = sum(_wide(named[name], holders) for name in traced)  # of one trace
+        self.largest = max(_wide(named[name], holders) for name in traced)
+        self.scope = sum(_held(named[name], holders) for name in inside)
+        self.scope_sums = sum(_wide(named[name], holders) for name in inside)
         self.bf16 = machine.gpu is not None and experiment.train.precision != "float32"  # (any that there is has it)
         self.bf16 = self.bf16 or models.trains_in_bf16(experiment.train.precision, torch.device("cpu"))
         self.precision = "bfloat16" if self.bf16 else experiment.model.dtype
         online, parts = experiment.trace.online, experiment.trace.parts
         self.online = TASKS * len(REDUCTIONS) * parts * self.sums * online  # the accumulators of a training
         self.whens = ["online"] * online + ["final"] + ["checkpoints"] * experiment.trace.checkpoints
-        self.memory = [row for process in self.processes() for row in self._stages(process)]
-        self.disk = self._disk()
+
+    @cached_property
+    def memory(self) -> list[Row]:
+        """A row for the fullest moment of each stage, by whose memory it is and where."""
+        return [row for process in self.processes() for row in self._stages(process)]
+
+    @cached_property
+    def disk(self) -> list[Row]:
+        """What the run folder holds, however many write it."""
+        return self.alone._disk()
 
     def processes(self) -> list[str]:
         return [*self.experiment.taught, "base"]
 
     def _stages(self, process: str) -> Iterator[Row]:
-        """The fullest moment of each stage, on the GPU and on the host."""
-        e = self.experiment
-        if process == "base":
-            stages: dict[str, Callable[[], Iterator[Moment]]] = {"eval": self._eval}
-            stages |= {"trace": self._doctor} if e.trace.check else {}
-            stages |= {"mechanism": partial(self._mechanism, None)} if e.mechanism.run else {}
-        else:
-            stages = {"train": partial(self._train, process)} if process in e.strategies else {}
-            stages |= {"eval": self._eval, "trace": partial(self._trace, process), "analyze": self._analyze}
-            stages |= {"intervene": self._intervene} if e.interventions.run else {}
-            stages |= {"mechanism": partial(self._mechanism, process)} if e.mechanism.run else {}
-            stages |= {"retain": self._retain} if e.retention.run and process in e.strategies else {}
-        for stage, moments in stages.items():
-            fullest: dict[str, tuple[str, Parts]] = {}
-            for what, device, host in moments():
-                if self.machine.gpu is None:
+        """The fullest moment of each stage, on the GPU and on the host: of each process, and of process 0 where it
+        holds more than the others do."""
+        fullest: dict[tuple[str, str, str], tuple[str, dict[str, int]]] = {}
+        for stage, whose, of, moments in self._moments(process):
+            for what, device, host in moments:
+                if of.machine.gpu is None:
                     host, device = {**host, **device}, {}
                 for where, parts in (("gpu", device), ("ram", host)):
-                    if sum(parts.values()) > sum(fullest.get(where, ("", {}))[1].values()):
-                        fullest[where] = (what, {k: v for k, v in parts.items() if v})
-            for where, (what, parts) in fullest.items():
-                sizes = {part: round(size) for part, size in parts.items()}
-                place = {"process": process, "stage": stage, "where": where, "moment": what}
-                yield place | {"bytes": sum(sizes.values()), "parts": sizes}
+                    sizes = {part: round(size) for part, size in parts.items() if size}
+                    key = stage, EACH if self.launch.processes == 1 else whose, where
+                    others = [fullest[k] for k in (key, (stage, EACH, where)) if k in fullest]
+                    if sum(sizes.values()) > max([sum(sizes.values()) for _, sizes in others] or [0]):
+                        fullest[key] = what, sizes
+        for (stage, whose, where), (what, sizes) in fullest.items():
+            place = {"process": process, "stage": stage, "whose": whose, "where": where, "moment": what}
+            yield place | {"bytes": sum(sizes.values()), "parts": sizes}
+
+    def _moments(self, process: str) -> Iterator[tuple[str, str, Needs, Iterator[Moment]]]:
+        """Each stage's moments and whose they are, as `pipeline.TOGETHER` has it."""
+        e, alone = self.experiment, self.alone
+        if process == "base":
+            yield "eval", EACH, self, self._eval()
+            if e.trace.check:
+                yield "trace", FIRST, alone, alone._doctor()
+            if e.mechanism.run:
+                yield "mechanism", FIRST, alone, alone._mechanism(None)
+            return
+        if process in e.strategies:
+            yield "train", EACH, self, self._train(process)
+            yield "train", FIRST, self, self._kept()
+        yield "eval", EACH, self, self._eval()
+        yield "trace", EACH, self, self._trace()
+        if e.trace.checkpoints:
+            yield "trace", FIRST, alone, alone._mean_of_checkpoints(process)
+        yield "analyze", FIRST, alone, alone._analyze()
+        if e.interventions.run:
+            yield "intervene", EACH, self, self._intervene_in_pieces() if self.sharded else self._intervene()
+        if e.mechanism.run:
+            yield "mechanism", FIRST, alone, alone._mechanism(process)
+        if e.retention.run and process in e.strategies:
+            yield "retain", EACH, self, self._retain()
 
     # Each of these gives moments: what happens, what is held on the device, and what on the host.
 
     def _train(self, name: str) -> Iterator[Moment]:
         """`pipeline.teach`: the Trainer's fused AdamW holds two numbers a trained parameter, and weights, gradients and
-        states are of the weights' dtype. The online trace's sums are on the device if half of what is free there holds
-        them; its state is copied to be saved, and once more divided when training is over."""
+        states are of the weights' dtype."""
         e = self.experiment
-        held = {"weights": self.learning, "optimiser": 2 * self.learned}
-        host, gpu = {"trace's sums": self.online}, self.machine.gpu
-        if gpu is not None and self.online < (gpu - self.learning) / 2:
-            held, host = held | host, {}
+        held, host = self._learning()
         for phase, data in self.phases(name):
             chosen = self.material.once(("costliest", id(data)), lambda data=data: _costliest(data))
+            chosen = {task: self._share(batch) for task, batch in chosen.items()}
             step = self._step(phase, chosen)
             yield f"a step of {phase.name}", held | step, host
             if e.trace.online:
@@ -308,9 +379,40 @@ class Needs:
                 yield f"a traced step of {phase.name}", held | merged | self._traced(chosen), host
         for part, items in samples(self.material.parts, e.train.recall_examples).items():
             yield f"recall of {part}", held | self._recall(part, len(items)), host
-        if e.trace.online:
-            yield "a checkpoint", held, host | {"copies of the sums": self.online}
-            yield "the online trace's end", held, host | {"copies of the sums": self.online}
+        if self.sharded:
+            yield "a checkpoint", held, host | self._copies()
+
+    def _learning(self) -> tuple[Parts, Parts]:
+        """What is there throughout a training. The online trace's sums are on the device if half of what is free there
+        holds them. DDP keeps flat buckets beside the gradients, as accelerate sets it up."""
+        held: Parts = {"weights": self.learning, "optimiser": 2 * self.learned}
+        if self.launch.processes > 1 and not self.sharded:
+            held["DDP's buckets"] = self.learned
+        host: Parts = {"trace's sums": self.online}
+        if self.machine.gpu is not None and self.online < (self.machine.gpu - self.learning) / 2:
+            held, host = held | host, {}
+        return held, host
+
+    def _kept(self) -> Iterator[Moment]:
+        """What process 0 holds to save a checkpoint: first the model, gathered if it is sharded, then the optimiser,
+        then the online trace. Sharded ones each process saves its pieces of."""
+        held, host = self._learning()
+        if self.sharded:
+            yield "a checkpoint", held, host | {"the whole model": self.alone.weights}
+        else:
+            yield "a checkpoint", held, host | self._copies()
+
+    def _copies(self) -> Parts:
+        """On the host, of what is saved: the online trace's state, which is divided too when training is over; of what
+        lies on a GPU the optimiser's, at another time."""
+        optimiser = 0 if self.machine.gpu is None else 2 * self.learned
+        if optimiser > self.online:
+            return {"a copy of the optimiser": optimiser}
+        return {"copies of the sums": self.online}
+
+    def _share(self, batch: Batch) -> Batch:
+        """As many rows of a batch as one process may have of it."""
+        return {name: x[: -(-len(x) // self.launch.processes)] for name, x in batch.items()}
 
     def phases(self, name: str) -> list[tuple[Phase, Updates]]:
         """A strategy's phases, each with what its updates see."""
@@ -324,7 +426,7 @@ class Needs:
     def _step(self, phase: Phase, chosen: Mapping[str, Batch]) -> Parts:
         """What an update holds beside weights and optimiser: at its fullest, or all gradients when that is over."""
         shapes = tuple((task, *batch["input_ids"].shape) for task, batch in chosen.items())
-        key = ("step", self.experiment.model, repr(self.experiment.train.lora), self.bf16, shapes)
+        key = ("step", id(self.learner), self.bf16, shapes)
         found = self.material.once(key, lambda: self.learner.update(phase, chosen, self.bf16))
         return found if sum(found.values()) > self.learned else {"gradients": self.learned}
 
@@ -332,23 +434,33 @@ class Needs:
         """What a trace of some batches holds beside weights and sums."""
         rows = [{k: v for k, v in batch.items() if k not in ("group", "trace_labels", "labels")}
                 | {"labels": batch.get("trace_labels", batch["labels"])} for batch in chosen.values()]  # fmt: skip
+        parts = max((self._estimate([row]) for row in rows), key=lambda parts: sum(parts.values()))
+        if self.launch.processes > 1:  # a step's gradients meet when each process has made its part of them all
+            parts = parts | {"the step's gradients": self.sums}
+        if self.sharded:
+            return parts | {"whole sums on their way": self._on_their_way(2)}
         # the mean gradient of a step, and a sum that is not wanted as it is
-        return {"activations": max(self._estimate([row]) for row in rows), "a tensor's sums": 2 * self.largest}
+        return parts | {"a tensor's sums": 2 * self.largest}
 
-    def _estimate(self, rows: list[Mapping[str, Tensor]]) -> float:
-        """Activations of the costliest of some batches, as a trace itself estimates them."""
+    def _on_their_way(self, kinds: int) -> float:
+        """`trace.distributed.Scatter`: whole sums of two parameters."""
+        return 2 * kinds * self.alone.largest
+
+    def _estimate(self, rows: Sequence[Mapping[str, Tensor]]) -> Parts:
+        """Activations of the costliest of some batches, as a trace itself estimates them, and what is gathered."""
         largest = max(rows, key=lambda row: row["input_ids"].numel() * row["input_ids"].shape[1])
         targets = int((largest["labels"] != -100).sum(1).max())
-        key = ("trace", *self._seen_model(), largest["input_ids"].shape, targets)
-        return self.material.once(key, lambda: sum(self.base.traced(rows).values()))
+        key = ("trace", id(self.base), largest["input_ids"].shape, targets)
+        return self.material.once(key, lambda: self.base.traced(rows))
 
     def _recall(self, part: str, number: int | None = None) -> Parts:
-        """What `evaluate.recall` holds beside the weights: of its last and longest batch, and of the one before."""
-        items, pad = self.material.asked(part, number), self.material.pad
-        longest = lambda: sorted(items, key=lambda item: len(item.ids))
-        last = lambda: list(batches(longest(), RECALLED, "answer", pad_id=pad))[-2:]
-        rows = self.material.once(("recalled", part, number), last)
-        key = ("recall", *self._seen_model(), tuple(row["input_ids"].shape for row in rows))
+        """What `evaluate.recall` holds beside the weights: of its last and longest batch, and of the one before. Each
+        process asks its share, every so manieth by length."""
+        items, pad, size = self.material.asked(part, number), self.material.pad, self.launch.processes
+        share = lambda: sorted(items, key=lambda item: len(item.ids))[(len(items) - 1) % size :: size]
+        last = lambda: list(batches(share(), RECALLED, "answer", pad_id=pad))[-2:]
+        rows = self.material.once(("recalled", part, number, size), last)
+        key = ("recall", id(self.base), tuple(row["input_ids"].shape for row in rows))
         return self.material.once(key, lambda: self.base.recall(rows))
 
     def _eval(self) -> Iterator[Moment]:
@@ -361,21 +473,32 @@ class Needs:
         parts = {"weights": self.weights, "gradients": 3 * self.weights + self.sums}
         yield "the check", parts | {"a copy in float32": 2 * self.sums * half}, {}
 
-    def _trace(self, name: str) -> Iterator[Moment]:
-        """`pipeline.take_traces`: the traces of one task are still held while the next one's are taken."""
+    def _trace(self) -> Iterator[Moment]:
+        """`pipeline.take_traces`: the traces of one task are still held while the next one's are taken. Those of a
+        sharded model lie where its pieces do."""
         e = self.experiment
         several = len(e.trace.measures) * e.trace.parts
         before = 0
         for task, items in self.material.trained.items():
             rows = self.material.once(("rows", task, repr(e.trace)), partial(self._rows, items))
+            rows = [self._share(row) for row in rows]
             places = 1 + e.trace.checkpoints
-            held = {"weights": places * self.weights, "activations": self._estimate(rows)}
-            there, host = self._sums(several * self.sums, sum(held.values()))
-            yield f"the trace of {task}", held | there, host | {"the task before": before}
+            held = {"weights": places * self.weights} | self._estimate(rows)
+            if self.sharded:
+                held |= {"whole sums on their way": self._on_their_way(len(e.trace.measures))}
+                there = {"sums": several * self.sums, "the task before": before}
+                host = {} if self.machine.gpu is None else {"sums to save": several * self.sums}
+            else:
+                there, host = self._sums(several * self.sums, sum(held.values()))
+                host |= {"the task before": before}
+            yield f"the trace of {task}", held | there, host
             before = several * self.sums
-        if e.trace.checkpoints:
-            each = sum(len(_saved(len(data), e.train.checkpoint_every)) for _, data in self.phases(name))
-            yield "the mean over checkpoints", {"weights": self.weights}, {"traces": (each + 1) * several * self.sums}
+
+    def _mean_of_checkpoints(self, name: str) -> Iterator[Moment]:
+        e = self.experiment
+        each = sum(len(_saved(len(data), e.train.checkpoint_every)) for _, data in self.phases(name))
+        sums = (each + 1) * len(e.trace.measures) * e.trace.parts * self.sums
+        yield "the mean over checkpoints", {"weights": self.weights}, {"traces": sums}
 
     def _sums(self, size: float, held: float) -> tuple[Parts, Parts]:
         """Where a trace's sums lie, as `trace.memory` decides it: on a GPU in a few passes, or on the host."""
@@ -438,6 +561,15 @@ class Needs:
                 held | {"masks": masks + chosen, "strengths": strengths},
             )
 
+    def _intervene_in_pieces(self) -> Iterator[Moment]:
+        """The same of a sharded model: traces, strengths and sets lie where its pieces do, but for random sets, which
+        every process draws whole on its host."""
+        drawn = 2 * self.experiment.interventions.seeds / self.controls()
+        for what, device, host in self._intervene():
+            masks = host["masks"]
+            pieces = {**device, **host, "masks": (1 - drawn) * masks}
+            yield what, pieces, {"random masks": drawn * masks * self.launch.processes}
+
     def _mechanism(self, name: str | None) -> Iterator[Moment]:
         """`mechanism.explain`: its parts one after the other, the model and the shared sets held throughout."""
         options, seen = self.experiment.mechanism, self.material
@@ -447,8 +579,7 @@ class Needs:
         if {"gradients", "dynamics"} & {*options.parts}:
             row = seen.once(("formats", options.together), self._formats)
             others = 0 if name is None else len(self.whens) * (1 + 2 * options.draws) * self.scope
-            parts = {"activations": self._estimate([row])}
-            yield "gradients of both formats", held | parts, {"masks": sets + others}
+            yield "gradients of both formats", held | self._estimate([row]), {"masks": sets + others}
         if {"circuit", "signature", "dynamics"} & {*options.parts}:
             row = seen.once(("answers", options.questions), answers)
             yield "attribution", held | {"activations": self._inward(row)}, host
@@ -470,7 +601,7 @@ class Needs:
 
     def _inward(self, row: Batch) -> float:
         """What a forward and backward to the embeddings holds, no parameter's gradient with it."""
-        key = ("inward", *self._seen_model(), row["input_ids"].shape)
+        key = ("inward", id(self.base), row["input_ids"].shape)
         return sum(self.material.once(key, lambda: self.base.inward(row)).values())
 
     def _retain(self) -> Iterator[Moment]:
@@ -480,28 +611,38 @@ class Needs:
         batch = {"bio": options.bio + options.replay_bio, "qa": options.qa + options.replay_qa}
         phase = Phase("new", {task: count for task, count in batch.items() if count}, options.steps)
         data = Updates(phase, self.material.trained, "0", self.material.pad, e.trace.targets)
-        held = {"weights": self.learning, "optimiser": 2 * self.learned, "a copy of the weights": self.weights}
-        yield "a step", held | self._step(phase, _costliest(data)), {"masks": sets}
-
-    def _seen_model(self) -> tuple[Any, ...]:
-        """What tells the model that the stages after training see from others."""
-        return self.experiment.model, self.base is self.learner and repr(self.experiment.train.lora)
+        held = self._learning()[0] | {"a copy of the weights": self.weights}
+        chosen = {task: self._share(batch) for task, batch in _costliest(data).items()}
+        yield "a step", held | self._step(phase, chosen), {"masks": sets}
 
     # ---- all processes together
 
     def totals(self) -> dict[str, int]:
-        """Bytes that are taken at once: of the processes that run together, on the GPU, in RAM and on the disk."""
+        """Bytes that are taken at once: on a GPU, in the RAM of a machine and on the disk."""
         found = {}
         together = min(self.experiment.jobs, len(self.processes()))
         for where in ("gpu", "ram"):
-            peaks = [
-                max([row["bytes"] for row in self.memory if (row["process"], row["where"]) == (process, where)] or [0])
-                for process in self.processes()
-            ]
-            found[where] = sum(sorted(peaks)[-together:])
-        found["ram"] += (together + (self.experiment.jobs > 1)) * _interpreter()
+            found[where] = sum(sorted(self.fullest(process, where)[0] for process in self.processes())[-together:])
+        found["ram"] += (together + (self.experiment.jobs > 1)) * self.launch.beside * _interpreter()
         found["disk"] = sum(row["bytes"] for row in self.disk)
         return found
+
+    def fullest(self, process: str, where: str) -> tuple[int, Row]:
+        """What the fullest stage takes on one GPU, or in the RAM of a machine by all that a launcher started there; and
+        the stage's fullest row."""
+        stages: dict[str, dict[str, Row]] = {}
+        for row in self.memory:
+            if (row["process"], row["where"]) == (process, where):
+                stages.setdefault(row["stage"], {})[row["whose"]] = row
+        found: list[tuple[int, Row]] = [(0, {})]
+        for rows in stages.values():
+            row = max(rows.values(), key=lambda row: row["bytes"])
+            others = 0
+            if where == "ram" and EACH in rows:
+                each = rows[EACH]
+                others = (self.launch.beside - 1) * (each["bytes"] - each["parts"].get(MAPPED, 0))
+            found.append((row["bytes"] + others, row))
+        return max(found, key=lambda of: of[0])
 
     def _disk(self) -> list[Row]:
         """`pipeline`'s run folder: what stays, and what the strategies in training have beside it."""
@@ -570,14 +711,16 @@ class Needs:
         return 3 * self.flops(_work_of_update(data, update))
 
     def work(self) -> list[Row]:
-        """Operations of each stage; a trace costs as much as a training's forward and backward."""
+        """Operations of each stage, by all processes that share it; a trace costs as much as a training's forward and
+        backward."""
         e, seen, rows = self.experiment, self.material, []
 
         def add(process: str, stage: str, flops: float) -> None:
             dtype = self.precision if stage in ("train", "retain") else e.model.dtype
-            rows.append({"process": process, "stage": stage, "where": device, "dtype": dtype, "flops": flops})
+            of = self.alone if stage == "mechanism" else self
+            rows.append({"process": process, "stage": stage, "where": "ram" if of.machine.gpu is None else "gpu",
+                         "dtype": dtype, "flops": flops, "shared_by": of.launch.processes})  # fmt: skip
 
-        device = "gpu" if self.machine.gpu is not None else "ram"
         asked = sum((work_of(items, RECALLED) for items in seen.parts.values()), Counter())
         for name in e.taught:
             if name in e.strategies:
@@ -635,13 +778,18 @@ class Needs:
         return sum(costs[part] for part in o.parts)
 
 
-def _bytes(p: Tensor) -> int:
-    return p.numel() * p.element_size()
+def _held(p: Tensor, holders: int) -> int:
+    """How many of a parameter's numbers the first of its holders has, if they have rows of it in equal parts."""
+    return p.numel() if holders == 1 else rows_of(len(p), 0, holders)[1] * (p.numel() // len(p))
 
 
-def _wide(p: Tensor) -> int:
+def _bytes(p: Tensor, holders: int = 1) -> int:
+    return _held(p, holders) * p.element_size()
+
+
+def _wide(p: Tensor, holders: int) -> int:
     """Bytes of a sum of one parameter's gradients."""
-    return p.numel() * torch.empty(0, dtype=sum_dtype(p.dtype)).element_size()
+    return _held(p, holders) * torch.empty(0, dtype=sum_dtype(p.dtype)).element_size()
 
 
 def _adapted(model: Any) -> int:

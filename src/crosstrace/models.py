@@ -105,8 +105,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     place = locate(name)
-    if processes is not None and (_is_adapter(Path(place)) or random_init is not None):
-        raise UserError(f"{place} can't be loaded in pieces: expected the weights of a whole model, saved as a folder")
+    if processes is not None:
+        check_pieces(name, random_init)
     if _is_adapter(Path(place)):
         if random_init is not None:
             raise UserError(f"{place} holds an adapter, which fits no random weights; name its base for random_init")
@@ -141,6 +141,13 @@ def load_model(
         )
     _check_finite(model, place)
     return model.eval()
+
+
+def check_pieces(name: str, random_init: int | None = None) -> None:
+    """Raise a `UserError` if several processes can't each load their rows of a model alone."""
+    place = locate(name)
+    if _is_adapter(Path(place)) or random_init is not None:
+        raise UserError(f"{place} can't be loaded in pieces: expected the weights of a whole model, saved as a folder")
 
 
 def _in_pieces(processes: Processes | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ what the stages keep beside it is counted as `pipeline` does it. Where it does n
 are searched for by planning again.
 
 It reads no weights, downloads nothing and writes nothing. It does not know what an allocator wastes, nor the time of
-what is no matrix product.
+what is no matrix product: nothing that processes send each other counts.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ import torch
 
 from crosstrace import config, models
 from crosstrace.config import Experiment
-from crosstrace.footprint import Machine, Material, Needs
+from crosstrace.errors import UserError
+from crosstrace.footprint import EACH, Launch, Machine, Material, Needs
 from crosstrace.results import aligned
 from crosstrace.trace.memory import SPARE, size_text
 from crosstrace.train import update_loss
 
 Row = dict[str, Any]
 PLANNED = "planned"  # a machine that is told of
+MOST_PROCESSES = 64  # that are looked for
 _WORDS = {"gpu": "memory of the GPU", "ram": "RAM", "disk": "disk"}
 
 
@@ -42,14 +44,19 @@ class Plan:
 
     Attributes:
         model: name, architecture, source (of the shape), dtype, parameters, adapter (parameters of one that is
-            trained instead), sharded (as the settings say; it is planned whole), scope (how many may be shared), kinds.
+            trained instead), sharded (as the settings say), scope (how many may be shared), kinds.
         data: a row {part, examples, tokens, longest} for each part of the examples, and `tokenizer`, whose it is.
         training: a row {strategy, phase, updates, examples, tokens, flops} for each phase.
-        memory: a row {process, stage, where, moment, bytes, parts} for each stage of each process: its fullest moment.
-        work: a row {process, stage, where, flops, hours}; hours are None without a probe.
+        memory: a row {process, stage, whose, where, moment, bytes, parts} for each stage of each strategy and the base,
+            its fullest moment. Of several processes that a launcher starts, a row is of each of them, or of process 0
+            where it holds more or works alone.
+        work: a row {process, stage, where, flops, shared_by, hours}, flops by all processes that share it; hours are
+            None without a probe.
         disk: a row {what, bytes, lasting}: what stays in the run folder, and what is there at most meanwhile.
-        machine: see `Machine`.
-        totals: bytes of each of "gpu", "ram" and "disk" that all processes take at once, and hours in all.
+        machine: see `Machine`; of several alike, each.
+        launch: processes and nodes, see `Launch`.
+        totals: bytes of each of "gpu", "ram" and "disk" that are taken at once, and hours in all. Of processes that a
+            launcher starts each has a GPU of its own, and those of a machine share its RAM.
         problems: a sentence for each thing that does not fit.
         remedies: settings, as on the command line, that would make it fit: each by itself, or one line of several.
         least: where no settings do, what would be needed at once with the least that they can ask for.
@@ -62,6 +69,7 @@ class Plan:
     work: list[Row]
     disk: list[Row]
     machine: Row
+    launch: Row
     totals: Row
     problems: list[str]
     remedies: list[str]
@@ -71,9 +79,11 @@ class Plan:
     def fits(self) -> bool:
         return not self.problems
 
-    def peak(self, process: str, stage: str) -> int:
-        """Bytes that a stage holds at most, on the device and on the host, beside the interpreter."""
-        return sum(row["bytes"] for row in self.memory if (row["process"], row["stage"]) == (process, stage))
+    def peak(self, process: str, stage: str, whose: str = EACH) -> int:
+        """Bytes that a stage holds at most in one process, on the device and on the host, beside the interpreter."""
+        rows = [row for row in self.memory if (row["process"], row["stage"]) == (process, stage)]
+        own = {row["where"]: row["bytes"] for row in rows if row["whose"] == EACH}
+        return sum((own | {row["where"]: row["bytes"] for row in rows if row["whose"] == whose}).values())
 
     def __str__(self) -> str:
         return "\n".join(_told(self))
@@ -84,6 +94,7 @@ def plan(
     *,
     folder: Path | None = None,
     machine: Machine | None = None,
+    launch: Launch | None = None,
     probe: bool = True,
     step: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -92,25 +103,35 @@ def plan(
 
     Args:
         folder: where its run would go; runs/<name> if not given.
-        machine: what there is; this machine if not given.
+        machine: what there is; this machine if not given. Of several GPUs one, of several machines one.
+        launch: how many processes a launcher starts; one without it. If they don't fit, more are looked for.
         probe: measure matrix products for a second or two, for the hours, where the machine does not tell.
         step: make the base with random weights and time one real update, where it fits; hours are then those of such
             updates rather than of matrix products alone.
         progress: told what is being done.
 
     Raises:
-        UserError: bad settings, or the base's config is not on this machine.
+        UserError: bad settings, such as several processes would refuse, or the base's config is not on this machine.
     """
     folder = folder or Path("runs") / experiment.name
     machine = machine or Machine.here(folder)
+    more, launch = launch is not None, launch or Launch()
+    if launch.processes > 1 and step:
+        raise UserError(f"--step times an update of one process, but {launch.processes} are planned; leave it out")
+    if launch.processes > 1 and experiment.model.sharded:
+        for name in (experiment.model.name, *experiment.given.values()):
+            models.check_pieces(name)
     progress("facts and tokens")
     material = Material(experiment)
     material.check(experiment)
     progress("memory")
-    needs = Needs(experiment, material, machine)
+    needs = Needs(experiment, material, machine, launch)
     problems = _problems(needs)
     progress("settings that would fit" if problems else "disk")
-    remedies, least = _remedies(experiment, material, machine) if problems else ([], {})
+    remedies, least = _remedies(needs) if problems else ([], {})
+    if problems and not remedies and more:
+        progress("processes that would fit")
+        remedies = _more_processes(needs)
     work = needs.work()
     if probe and machine.name != PLANNED:
         progress("matrix products")
@@ -120,7 +141,7 @@ def plan(
     if step and machine.name != PLANNED and machine.flops and not problems:
         progress("one update")
         machine = _stepped(experiment, material, machine, needs)
-    work = _hours(work, machine)
+    work = _hours(work, machine, needs)
     return Plan(
         model=material.about(experiment),
         data=material.rows(),
@@ -129,7 +150,8 @@ def plan(
         work=work,
         disk=needs.disk,
         machine=asdict(machine),
-        totals=needs.totals() | {"hours": _wall(work, experiment)},
+        launch=asdict(launch),
+        totals=needs.totals() | {"hours": _wall(work, needs.experiment)},
         problems=problems,
         remedies=remedies,
         least=least,
@@ -166,7 +188,7 @@ def as_json(found: Plan) -> str:
 
 def _problems(needs: Needs) -> list[str]:
     """What does not fit, and by how much."""
-    found, totals = [], needs.totals()
+    found, totals, several = [], needs.totals(), needs.launch.processes > 1
     for where, free in (("gpu", needs.machine.gpu), ("ram", needs.machine.ram), ("disk", needs.machine.disk)):
         if free is None or totals[where] <= SPARE * free:
             continue
@@ -174,11 +196,12 @@ def _problems(needs: Needs) -> list[str]:
             row = max(needs.disk, key=lambda row: row["bytes"])
             most = f"{size_text(row['bytes'])} of it for {row['what']}"
         else:
-            row = max((row for row in needs.memory if row["where"] == where), key=lambda row: row["bytes"])
-            most = f"{size_text(row['bytes'])} of it by {row['process']}: {row['stage']}, {row['moment']}"
+            size, row = max((needs.fullest(process, where) for process in needs.processes()), key=lambda of: of[0])
+            most = f"{size_text(size)} of it by {row['process']}: {row['stage']}, {row['moment']}"
+        what = f"{_WORDS[where]} for {_together(needs.launch)}" if several and where == "ram" else _WORDS[where]
         found.append(
-            f"{_WORDS[where]}: {size_text(totals[where])} are needed at once ({most}), but {size_text(free)} are "
-            f"free, of which {SPARE:.0%} may be planned with: {size_text(round(totals[where] - SPARE * free))} too much"
+            f"{what}: {size_text(totals[where])} are needed at once ({most}), but {size_text(free)} are free, of which "
+            f"{SPARE:.0%} may be planned with: {size_text(round(totals[where] - SPARE * free))} too much"
         )
     return found
 
@@ -228,15 +251,65 @@ def _smaller(experiment: Experiment, share: int) -> Iterator[tuple[str, str]]:
                 yield f"{place}.steps", str(phase.steps * share)
 
 
-def _remedies(experiment: Experiment, material: Material, machine: Machine) -> tuple[list[str], Row]:
+def _remedies(needs: Needs) -> tuple[list[str], Row]:
+    """Settings that would make the experiment fit, those of a sharded model among them; and where none do, what is
+    needed with the least that they can ask for."""
+    found, least = _settings(needs)
+    change = _sharding(needs.experiment) if needs.launch.processes > 1 else {}
+    if not change:
+        return found, least
+    sharded = _with(needs, change)
+    if not _problems(sharded):
+        return [_as_typed(change), *found], {}
+    if not found:
+        further, least = _settings(sharded)
+        found = [f"{_as_typed(change)} {remedy}" for remedy in further]
+    return found, least
+
+
+def _sharding(experiment: Experiment) -> dict[str, str]:
+    """What shards the model among several processes, if that is not refused."""
+    if experiment.model.sharded:
+        return {}
+    for change in ({"model.sharded": "true"}, {"model.sharded": "true", "trace.online": "false"}):
+        try:
+            config.override(experiment, change)
+            for name in (experiment.model.name, *experiment.given.values()):
+                models.check_pieces(name)
+        except UserError:
+            continue
+        return change
+    return {}
+
+
+def _with(needs: Needs, changes: Mapping[str, str], launch: Launch | None = None) -> Needs:
+    """The needs of the experiment with other settings, or of other processes."""
+    return Needs(config.override(needs.experiment, changes), needs.material, needs.machine, launch or needs.launch)
+
+
+def _more_processes(needs: Needs) -> list[str]:
+    """The fewest processes that the experiment would fit on as it is or sharded: twice as many, and so on, on as many
+    machines or on more of them."""
+    launch = needs.launch
+    number = 2 * launch.processes
+    while number <= MOST_PROCESSES:
+        for nodes in (launch.nodes, launch.nodes * number // launch.processes):
+            for change in ({}, _sharding(needs.experiment)):
+                if not _problems(_with(needs, change, Launch(number, nodes))):
+                    machines = {"nodes": str(nodes)} if nodes > 1 else {}
+                    return [_as_typed({"processes": str(number)} | machines | change)]
+        number *= 2
+    return []
+
+
+def _settings(needs: Needs) -> tuple[list[str], Row]:
     """Settings that would make the experiment fit: each that does alone, and the fewest found of the others that do
     together; and where none do, what is needed with all of them."""
 
     def with_(changes: Sequence[Mapping[str, str]]) -> Needs:
-        merged = {name: value for change in changes for name, value in change.items()}
-        return Needs(config.override(experiment, merged), material, machine)
+        return _with(needs, {name: value for change in changes for name, value in change.items()})
 
-    every = list(_candidates(experiment))
+    every = list(_candidates(needs.experiment))
     least = with_(every)
     if _problems(least):
         return [], least.totals()
@@ -327,10 +400,17 @@ def _stepped(experiment: Experiment, material: Material, machine: Machine, needs
     return replace(machine, flops={way: share * value for way, value in machine.flops.items()}, source=told)
 
 
-def _hours(work: list[Row], machine: Machine) -> list[Row]:
-    """The rows with their hours, None where no speed is known."""
-    speed = lambda row: machine.flops.get(f"{row['where']} {row['dtype']}") or machine.flops.get(row["where"])
-    return [row | {"hours": row["flops"] / speed(row) / 3600 if speed(row) else None} for row in work]
+def _hours(work: list[Row], machine: Machine, needs: Needs) -> list[Row]:
+    """The rows with their hours, None where no speed is known: of each process's part, where they share the work."""
+    cores = needs.launch.nodes * max(1, (os.cpu_count() or 1) // needs.experiment.threads)
+
+    def hours(row: Row) -> float | None:
+        speed = machine.flops.get(f"{row['where']} {row['dtype']}") or machine.flops.get(row["where"])
+        here = row["where"] == "ram" and machine.name != PLANNED  # more processes than cores gain nothing
+        at_once = min(row["shared_by"], cores) if here else row["shared_by"]
+        return row["flops"] / at_once / speed / 3600 if speed else None
+
+    return [row | {"hours": hours(row)} for row in work]
 
 
 def _wall(work: list[Row], experiment: Experiment) -> float | None:
@@ -354,8 +434,14 @@ def _told(found: Plan) -> Iterator[str]:
     adapter = f", an adapter of {about['adapter']:,} trained" if about["adapter"] else ""
     yield f"{about['name']}: {about['architecture']}, {about['parameters']:,} parameters in {about['dtype']}{adapter}"
     yield f"shape from {about['source']}; tokenizer: {found.data['tokenizer']}"
-    if about["sharded"]:
-        yield "planned as one process with the whole model; of N that share it, see docs/scale.md"
+    launch, several = Launch(**found.launch), found.launch["processes"] > 1
+    if several:
+        how = "FSDP2, each with its rows of the model" if about["sharded"] else "DDP, each with the whole model"
+        place = "one machine" if launch.nodes == 1 else f"{launch.nodes} machines"
+        yield f"{launch.processes} processes on {place} by {how}"
+        yield "memory is of each process, or of process 0 where it holds more or works alone"
+    elif about["sharded"]:
+        yield "one process, which has the whole model whatever model.sharded says; --processes plans several"
     rows = [["parameters", "", "in scope"]]
     rows += [[kind, f"{own['parameters']:,}", f"{own['scope']:,}"] for kind, own in about["kinds"].items()]
     rows.append(["all", f"{about['parameters']:,}", f"{about['scope']:,}"])
@@ -372,7 +458,8 @@ def _told(found: Plan) -> Iterator[str]:
     rows = [["memory", "where", "at most", "made of"]]
     for r in found.memory:
         parts = ", ".join(f"{what} {size_text(size)}" for what, size in sorted(r["parts"].items(), key=lambda x: -x[1]))
-        rows.append([f"{r['process']}: {r['stage']}", r["where"], size_text(r["bytes"]), f"{r['moment']}: {parts}"])
+        where = f"{r['where']}, {r['whose']}" if several else r["where"]
+        rows.append([f"{r['process']}: {r['stage']}", where, size_text(r["bytes"]), f"{r['moment']}: {parts}"])
     yield "\n" + aligned(rows)
     rows = [["time", "where", "PFLOP", "hours"]]
     for r in found.work:
@@ -383,7 +470,8 @@ def _told(found: Plan) -> Iterator[str]:
     rows += [[r["what"], size_text(r["bytes"]), "" if r["lasting"] else "meanwhile"] for r in found.disk]
     yield "\n" + aligned(rows)
     rows = [["in all", "at once", "free"]]
-    for where, name in (("gpu", "GPU"), ("ram", "RAM"), ("disk", "disk")):
+    names = ("each GPU", f"RAM, {_together(launch)}", "disk") if several else ("GPU", "RAM", "disk")
+    for where, name in zip(_WORDS, names):
         free = found.machine[where]
         if where != "gpu" or free is not None:
             rows.append([name, size_text(found.totals[where]), "not known" if free is None else size_text(free)])
@@ -393,7 +481,8 @@ def _told(found: Plan) -> Iterator[str]:
         yield "hours: not known in all, since a speed was neither measured nor told"
     else:
         yield f"hours of matrix products: {found.totals['hours']:.3g}, at {speeds}, {found.machine['source']};"
-        yield "sorting, sets and files of the traces come on top"
+        sent = ", and what the processes send each other" if several else ""
+        yield f"sorting, sets and files of the traces come on top{sent}"
     yield ""
     if found.fits:
         yield "It fits."
@@ -408,6 +497,11 @@ def _told(found: Plan) -> Iterator[str]:
     else:
         yield "Each of these lines would make it fit:"
         yield from (f"  {remedy}" for remedy in found.remedies)
+
+
+def _together(launch: Launch) -> str:
+    """The processes whose memory adds up."""
+    return f"{launch.beside} processes" + " of a machine" * (launch.nodes > 1)
 
 
 def _right(rows: list[list[str]]) -> str:
