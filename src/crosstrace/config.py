@@ -282,10 +282,8 @@ def check(experiment: Experiment, where: str) -> Experiment:
 def _check_sharded(experiment: Experiment, where: str) -> None:
     """What a model in pieces on several processes is not made for."""
     refused = {
-        "trace.online": (experiment.trace.online, "each parameter whole at every step; set it to false"),
         "train.lora": (experiment.train.lora, "the whole model; leave it out, or train all weights"),
         "model.random_init": (experiment.model.random_init is not None, "a whole model; save one, and give its folder"),
-        "retention.run": (experiment.retention.run, "the whole model; set it to false"),
     }
     for name, (asked, needs) in refused.items():
         if asked:

@@ -60,7 +60,7 @@ from crosstrace.processes import Processes, by_first
 from crosstrace.progress import Progress
 from crosstrace.results import Results
 from crosstrace.retention import moved, new_material, retain
-from crosstrace.sharded import at_rest, is_sharded
+from crosstrace.sharded import at_rest, is_sharded, local
 from crosstrace.shared import ParamSet, only_set, random_sets, select_each, shared
 from crosstrace.stats import mean_interval, wilson
 from crosstrace.store import Run, end_with_parent, linked, metadata, read_json, remove_folder, sha256_tree, write_json
@@ -267,16 +267,15 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
                 bf16=_precision(experiment) == "bf16", trace_targets=tracing.targets, listeners=listeners,
                 progress=update, logs=run.folder / "logs" / name, processes=run.processes,
             )  # fmt: skip
-        found = online.traces() if online else {}
-        run.alone(lambda: keep(folder, tokenizer, history, found, reports))
-
-    def keep(folder: Path, tokenizer: Any, history: RecallHistory, traced: Any, reports: list[PhaseReport]) -> None:
-        if traced:
-            told = origin(run, experiment, name)
-            for task, traces in traced.items():
+        if online:
+            told = run.alone(lambda: origin(run, experiment, name))
+            for task, traces in online.traces().items():
                 for item in traces:
                     item.meta |= told
                 save_traces(folder / "online" / f"{task}.safetensors", traces)
+        run.alone(lambda: keep(folder, tokenizer, history, reports))
+
+    def keep(folder: Path, tokenizer: Any, history: RecallHistory, reports: list[PhaseReport]) -> None:
         write_json(folder / "history.json", history.rows)
         _keep_models(folder, tokenizer, [phase.name for phase in phases], options.keep_checkpoints)
         if options.lora:
@@ -297,7 +296,7 @@ class OnlineListener:
     """Feeds every `every`-th update to an `OnlineTrace`, whose state travels with the checkpoints.
 
     Of a model with an adapter it traces the adapter's parameters, or those of the base with the adapter merged. Several
-    processes share out the examples, and the first has the traces.
+    processes share out the examples.
     """
 
     def __init__(self, model: Any, experiment: Experiment, processes: Processes | None = None):
@@ -325,15 +324,16 @@ class OnlineListener:
     def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
         pass
 
-    def save(self, folder: Path | None) -> None:
-        self.trace.save(folder and folder / "trace")
+    def save(self, folder: Path, leads: bool) -> None:
+        self.trace.save(folder / "trace")
 
     def load(self, folder: Path) -> None:
         self.trace.load(folder / "trace")
 
     def traces(self) -> dict[str, list[Trace]]:
+        """When training is over: each task's traces, with the first of several processes or in pieces with all."""
         by_task: dict[str, list[Trace]] = {}
-        for item in self.trace.traces():
+        for item in self.trace.traces(last=True):
             item.meta |= {"targets": self.targets, "every": self.every}
             if self.merges:
                 item.values = {adapters.plain_name(name): value for name, value in item.values.items()}
@@ -345,7 +345,7 @@ def _where_of_sums(model: Any, names: Sequence[str] | None, sums: int) -> Litera
     """Where the sums of a training's trace are kept: beside the model, if half of what is free there would be left for
     gradients, AdamW's states and activations, or else on the CPU."""
     every = dict(model.named_parameters())
-    needed = sum(every[name].numel() * every[name].element_size() for name in names or every) * sums
+    needed = sum(local(every[name]).numel() * every[name].element_size() for name in names or every) * sums
     free = free_memory(next(iter(every.values())).device)
     return "device" if free is None or needed < free / 2 else "cpu"
 
