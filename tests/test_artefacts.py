@@ -182,6 +182,7 @@ def test_the_real_harness_gives_the_runs_numbers(whole: Path, tmp_path: Path) ->
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args",
                f"pretrained={whole / 'models/mixed/mixed'},dtype=float32",
                "--include_path", str(tmp_path / "tasks"), "--tasks", "crosstrace_demo", "--device", "cpu",
+               "--batch_size", "16",
                "--output_path", str(tmp_path / "out")]  # fmt: skip
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path,

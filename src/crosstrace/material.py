@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from crosstrace import adapters, models
 from crosstrace.config import Experiment, ModelSettings
@@ -20,9 +20,10 @@ from crosstrace.facts import FactSettings
 from crosstrace.processes import Processes, launched
 from crosstrace.shared import ParamSet, scope
 from crosstrace.store import Run, read_json, sha256_file, sha256_tree
-from crosstrace.text import read_jsonl
+from crosstrace.text import Example, read_jsonl
 from crosstrace.tokens import Encoded, encode
 
+T = TypeVar("T", Example, Encoded)
 START = "start"  # the folder of an adapter before training, beside the phases'
 WHENS = ("online", "final", "checkpoints")  # of traces
 
@@ -41,16 +42,16 @@ def known_people(model: ModelSettings) -> FactSettings | None:
     return replace(facts, questions=1)  # one wording a fact, however many the base was taught
 
 
-def examples(run: Run, tokenizer: Any, known: bool = False) -> dict[str, list[Encoded]]:
-    """The run's examples by part: bio, qa_id, qa_ood and, if asked for and there is one, a_ood: about the people whom
-    the base knows.
+def examples(run: Run, tokenizer: Any, known: int | None = 0) -> dict[str, list[Encoded]]:
+    """The run's examples by part: bio, qa_id, qa_ood and, where there are such, a_ood: `known` questions about people
+    whom the base knows (None: all).
 
     All examples of a person are of one group, the unit that the traces' parts are made of; people whose questions are
     trained are numbered first, so that they spread evenly over the parts, as all people do.
     """
     texts = {"bio": read_jsonl(run.path("data/bio.jsonl")), "qa": read_jsonl(run.path("data/qa.jsonl"))}
-    if known and run.path("data/a_qa.jsonl").exists():
-        texts["a_ood"] = read_jsonl(run.path("data/a_qa.jsonl"))
+    if known != 0 and run.path("data/a_qa.jsonl").exists():
+        texts["a_ood"] = sample(read_jsonl(run.path("data/a_qa.jsonl")), known)
     people = dict.fromkeys(item.person for split in ("id", "ood") for item in texts["bio"] if item.split == split)
     groups = {person: number for number, person in enumerate(people)}
     parts = {name: encode(tokenizer, items, groups) for name, items in texts.items()}
@@ -66,11 +67,13 @@ def training_examples(parts: Mapping[str, list[Encoded]]) -> dict[str, list[Enco
     return {"bio": parts["bio"], "qa": parts["qa_id"]}
 
 
-def sample(items: Sequence[Encoded], number: int) -> list[Encoded]:
-    """`number` of the examples, as many of each relation as can be, at random but always the same, in their order."""
+def sample(items: Sequence[T], number: int | None) -> list[T]:
+    """`number` of the examples (None: all), encoded or not, as many of each relation as can be, at random but always
+    the same, in their order."""
     by_relation: dict[str, list[int]] = {}
     for index, item in enumerate(items):
-        by_relation.setdefault("+".join(mention.relation for mention in item.example.mentions), []).append(index)
+        example = item.example if isinstance(item, Encoded) else item
+        by_relation.setdefault("+".join(mention.relation for mention in example.mentions), []).append(index)
     draws = {key: random.Random(f"sample/{key}").sample(found, len(found)) for key, found in by_relation.items()}
     turns = (index for turn in zip_longest(*draws.values()) for index in turn if index is not None)
     return [items[index] for index in sorted(islice(turns, number))]

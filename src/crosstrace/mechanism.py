@@ -81,7 +81,7 @@ class Asked:
 
     @cached_property
     def parts(self) -> dict[str, list[Encoded]]:
-        return examples(self.run, self.tokenizer, known=self.name == "base")
+        return examples(self.run, self.tokenizer, known=None if self.name == "base" else 0)
 
     @cached_property
     def questions(self) -> dict[str, list[Encoded]]:

@@ -394,9 +394,7 @@ def test(run: Run, experiment: Experiment, name: str, progress: Progress) -> Non
     def make(path: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)
         model = load(run, experiment, name)
-        parts = examples(run, tokenizer, known=True)
-        if "a_ood" in parts:
-            parts["a_ood"] = sample(parts["a_ood"], experiment.eval.known)
+        parts = examples(run, tokenizer, known=experiment.eval.known)
         results = {part: recall(model, tokenizer, items, processes=run.processes) for part, items in parts.items()}
         answers = {part: _bits(result) for part, result in results.items() if part != "a_ood"}
         people = {part: result.person for part, result in results.items() if part != "a_ood"}
