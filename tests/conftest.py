@@ -23,7 +23,7 @@ def _seeds() -> None:
     torch.manual_seed(0)
 
 
-# Files that take minutes, longest first: a file goes to one process as a whole (--dist loadfile), short ones to whichever
+# Files that take minutes, longest first: each goes to one process as a whole (--dist loadfile), short ones to whichever
 # is free then.
 LONG = ("distributed", "pipeline", "compare", "lora_runs", "device", "artefacts", "study")
 

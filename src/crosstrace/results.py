@@ -10,9 +10,9 @@ from crosstrace.store import read_json
 
 PARTS = {
     "bio": "biographies",
-    "qa_id": "QA, trained people",
+    "qa_id": "QA, trained",
     "qa_ood": "QA, held out",
-    "a_ood": "QA, base's people",
+    "a_ood": "QA, known to the base",
 }
 
 

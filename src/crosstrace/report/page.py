@@ -69,7 +69,7 @@ def recall(results: Mapping) -> Section:
             say.compare(_recalled(results, lead), "answers", f" of the {say.answered(lead)}")
             or "Exact match on every test.",
             f"Exact match of the greedy answer; lines are {LEVEL} Wilson intervals. Held out (OOD) are "
-            "questions about people whose questions were never trained, although their biographies were.",
+            "questions that were never trained, although the texts that store their facts were.",
             key((say.model(m), look) for m, look in F.strategy_looks(results).items() if m in models),
             panels,
             rows,
