@@ -37,6 +37,8 @@ class ModelSettings:
     """What every stage computes on; the GPU where there is one, if not given."""
     random_init: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     """Seed of random weights in place of the checkpoint's, which are taken if it is not given."""
+    pickled: bool = False
+    """Read weights from a pickle too where a folder has no safetensors; such a file comes from people you trust."""
     sharded: bool = False
     """Where a launcher has started several processes (docs/distributed.md): whether each holds some rows of every
     parameter (FSDP2), rather than the whole model (DDP)."""

@@ -113,6 +113,7 @@ def load_checkpoint(experiment: Experiment, folder: Path, processes: Processes |
 
 def _read(experiment: Experiment, name: str, processes: Processes | None = None, **how: Any) -> Any:
     options = experiment.model
+    how |= {"pickled": options.pickled}
     if processes is not None and options.sharded:
         return models.load_model(name, options.dtype, options.attention, processes=processes, **how)
     model = models.load_model(name, options.dtype, options.attention, **how)
@@ -198,7 +199,7 @@ def facts_key(facts: FactSettings) -> dict[str, Any]:
 def model_key(experiment: Experiment) -> dict[str, Any]:
     """The base's settings and, of a local one, its content. Whether it is sharded changes nothing but rounding."""
     own = asdict(experiment.model)
-    given = {name: value for name, value in own.items() if value is not None and name != "sharded"}
+    given = {name: value for name, value in own.items() if value is not None and name not in ("sharded", "pickled")}
     return given | {"content": _content(experiment.model.name)}
 
 

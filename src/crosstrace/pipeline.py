@@ -952,7 +952,8 @@ def _check_given(
     options = experiment.model
     if experiment.trace.view == "adapter":
         adapters.check_plain(models.load_model(given, options.dtype, options.attention, merge=False), about)
-    check_alike(base, models.load_model(given, options.dtype, options.attention), (options.name, about))
+    tuned = models.load_model(given, options.dtype, options.attention, pickled=options.pickled)
+    check_alike(base, tuned, (options.name, about))
     check_same_tokens(tokenizer, given, texts, options.name)
 
 
