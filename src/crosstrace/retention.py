@@ -177,12 +177,11 @@ def moved(model: nn.Module, before: Mapping[str, Tensor], sets: Mapping[str, Seq
     for label, draws in sets.items():
         energies = []
         for pset in draws:
-            square = {
-                name: (values[name].detach().cpu() - before[name].detach().cpu()).double().square()
-                for name in pset.masks
-            }
-            total = sum(float(value.sum()) for value in square.values())
-            inside = sum(float(square[name][mask.cpu()].sum()) for name, mask in pset.masks.items())
+            total = inside = 0.0
+            for name, mask in pset.masks.items():
+                square = (values[name].detach().cpu() - before[name].detach().cpu()).double().square()
+                total += float(square.sum())
+                inside += float(square[mask.cpu()].sum())
             energies.append(inside / total if total else None)
         size, count = draws[0].size, sum(mask.numel() for mask in draws[0].masks.values())
         known = [value for value in energies if value is not None]
