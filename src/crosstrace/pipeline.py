@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -489,27 +490,24 @@ def _mean_over_checkpoints(folder: Path, places: Mapping[str, Path], tasks: Mapp
         save_traces(folder / "checkpoints" / f"{task}.safetensors", [Trace.combine(same) for same in zip(*each)])
 
 
-WhenTraces = dict[tuple[str, str], dict[str, list[Trace]]]
+def read_traces(
+    folder: Path, when: str, measure: str, reduction: str = "example", like: Any = None
+) -> dict[str, list[Trace]]:
+    """task -> the parts of its trace at one time; `like` as in `load_traces`.
 
-
-def read_traces(folder: Path, measure: str, like: Any = None) -> WhenTraces:
-    """(when, reduction) -> task -> the parts of its trace by one measure; `like` as in `load_traces`."""
-    found: WhenTraces = {}
-    for when in WHENS:
-        for file in sorted((folder / when).glob("*.safetensors")):
-            for item in load_traces(file, like):
-                if item.measure == measure:
-                    found.setdefault((when, item.reduction), {}).setdefault(item.task, []).append(item)
-    for tasks in found.values():
-        if len({len(parts) for parts in tasks.values()}) > 1:  # too few steps or people for all parts: no intervals
-            tasks |= {task: [Trace.combine(parts)] for task, parts in tasks.items()}
-    # a strategy that never trains a task has no online trace of it, so nothing online to share
-    return {moment: tasks for moment, tasks in found.items() if len(tasks) >= 2}
-
-
-def _headline(found: WhenTraces) -> WhenTraces:
-    """One reduction for each time: the unit of the trace is one example."""
-    return {(when, reduction): tasks for (when, reduction), tasks in found.items() if reduction == "example"}
+    Empty if fewer than two tasks have one: of a strategy that never trains a task there is no online trace of it, so
+    nothing online to share.
+    """
+    tasks: dict[str, list[Trace]] = {}
+    for file in sorted((folder / when).glob("*.safetensors")):
+        for item in load_traces(file, like):
+            if (item.measure, item.reduction) == (measure, reduction):
+                tasks.setdefault(item.task, []).append(item)
+    if len(tasks) < 2:
+        return {}
+    if len({len(parts) for parts in tasks.values()}) > 1:  # too few steps or people for all parts: no intervals
+        return {task: [Trace.combine(parts)] for task, parts in tasks.items()}
+    return tasks
 
 
 # ------------------------------------------------------------------------------- analyze
@@ -517,65 +515,74 @@ def _headline(found: WhenTraces) -> WhenTraces:
 
 def analyze(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """Shared sets and what they look like: shared/<strategy>/ and analysis/<strategy>.json."""
-    options = experiment.analysis
     key = {
-        "analysis": asdict(options),
+        "analysis": asdict(experiment.analysis),
         "measure": experiment.trace.measures[0],
         **run.inputs(f"traces/{name}"),
     }
+    if not (run.complete(f"analysis/{name}.json", key) and run.complete(f"shared/{name}", key)):
+        _analyze_traces(run, experiment, name, key)
+    moved_weights(run, experiment, name)
 
-    done = run.complete(f"analysis/{name}.json", key) and run.complete(f"shared/{name}", key)
-    if done:
-        return moved_weights(run, experiment, name)
+
+def _analyze_traces(run: Run, experiment: Experiment, name: str, key: Mapping[str, Any]) -> None:
+    """What is read is of one time and reduction, and let go before the next: they are the size of the model each."""
+    options = experiment.analysis
     model = load_start(run, experiment, name)
-    names = in_scope(experiment, model)
-    traced = read_traces(run.path(f"traces/{name}"), key["measure"])
-    chosen = {
-        when: select_tasks(strengths(tasks), options.central_fractions, names, options.how)
-        for (when, _), tasks in _headline(traced).items()
-    }
+    names, anatomy = in_scope(experiment, model), Anatomy(model)
+    del model
+    read = lambda when, reduction: read_traces(run.path(f"traces/{name}"), when, key["measure"], reduction)
+    select = lambda when: select_tasks(  # (it alone has the strengths: they are gone when it has given its sets)
+        strengths(read(when, "example")), options.central_fractions, names, options.how
+    )
+    file = lambda when, fraction, label: f"{when}-{fraction:g}-{label}.safetensors"
 
     def sets(folder: Path) -> None:
         folder.mkdir()
         told = origin(run, experiment, name) | {"measure": key["measure"], "reduction": "example"}
-        for when, by_fraction in chosen.items():
-            for fraction, psets in by_fraction.items():
+        for when in WHENS:
+            for fraction, psets in select(when):
                 for label, pset in psets.items():
                     meta = told | {"when": when, "fraction": fraction, "how": options.how}
-                    pset.save(folder / f"{when}-{fraction:g}-{label}.safetensors", meta)
+                    pset.save(folder / file(when, fraction, label), meta)
 
     def rows(path: Path) -> None:
-        anatomy = Anatomy(model)
         found: dict[str, Any] = {part: [] for part in ("shared", "similarity", "centralization", "maps", "units")}
         found["coverage"] = {}
-        for (when, reduction), tasks in traced.items():
-            values = {task: [part.values for part in parts] for task, parts in tasks.items()}
-            weights = {task: [part.weight for part in parts] for task, parts in tasks.items()}
-            moment = {"when": when, "reduction": reduction}
-            overlaps = overlap_rows(values, options.fractions, names, how=options.how, weights=weights)
-            found["shared"] += [moment | row for row in overlaps]
-            found["similarity"] += [moment | row for row in similarity_rows(values, names, weights=weights)]
-            if reduction != "example":
-                continue
-            central = centralization_rows(
-                values, options.central_fractions, names, anatomy, draws=options.draws, how=options.how,
-                weights=weights,
-            )  # fmt: skip
-            found["centralization"] += [{"when": when} | row for row in central]
-            found["coverage"][when] = {task: parts[0].meta["coverage"] for task, parts in tasks.items()}
-            for fraction, psets in chosen[when].items():
-                for label, pset in psets.items():
-                    place = {"when": when, "task": label, "fraction": fraction}
-                    found["maps"].append(place | density_map(pset, anatomy, "module"))
-                for unit in ("query_head", "kv_head", "neuron"):
-                    if anatomy.units(unit):
-                        place = {"when": when, "fraction": fraction, "unit": unit}
-                        found["units"].append(place | density_map(psets["shared"], anatomy, unit))
+        for when, reduction in product(WHENS, REDUCTIONS):
+            add_rows(found, when, reduction)
         write_json(path, found)
+
+    def add_rows(found: dict[str, Any], when: str, reduction: str) -> None:
+        tasks = read(when, reduction)
+        if not tasks:
+            return
+        values = {task: [part.values for part in parts] for task, parts in tasks.items()}
+        weights = {task: [part.weight for part in parts] for task, parts in tasks.items()}
+        moment = {"when": when, "reduction": reduction}
+        overlaps = overlap_rows(values, options.fractions, names, how=options.how, weights=weights)
+        found["shared"] += [moment | row for row in overlaps]
+        found["similarity"] += [moment | row for row in similarity_rows(values, names, weights=weights)]
+        if reduction != "example":
+            return
+        central = centralization_rows(
+            values, options.central_fractions, names, anatomy, draws=options.draws, how=options.how, weights=weights
+        )
+        found["centralization"] += [{"when": when} | row for row in central]
+        found["coverage"][when] = {task: parts[0].meta["coverage"] for task, parts in tasks.items()}
+        home = run.path(f"shared/{name}")
+        for fraction in options.central_fractions:
+            psets = {label: ParamSet.load(home / file(when, fraction, label)) for label in (*tasks, "shared")}
+            for label, pset in psets.items():
+                place = {"when": when, "task": label, "fraction": fraction}
+                found["maps"].append(place | density_map(pset, anatomy, "module"))
+            for unit in ("query_head", "kv_head", "neuron"):
+                if anatomy.units(unit):
+                    place = {"when": when, "fraction": fraction, "unit": unit}
+                    found["units"].append(place | density_map(psets["shared"], anatomy, unit))
 
     run.stage(f"shared/{name}", key, sets)
     run.stage(f"analysis/{name}.json", key, rows)
-    moved_weights(run, experiment, name)
 
 
 def moved_weights(run: Run, experiment: Experiment, name: str) -> None:
@@ -609,11 +616,13 @@ def strengths(tasks: Mapping[str, Sequence[Trace]]) -> Strengths:
 
 def select_tasks(
     found: Strengths, fractions: Sequence[float], in_scope: Sequence[str], how: str
-) -> dict[float, dict[str, ParamSet]]:
-    """For each fraction S_t of every task, and their intersection under the name "shared"."""
+) -> Iterator[tuple[float, dict[str, ParamSet]]]:
+    """For each fraction, when its turn comes, S_t of every task, and their intersection under the name "shared".
+    Nothing if no task is given."""
     each = {task: select_each(values, fractions, scope=in_scope, how=how) for task, values in found.items()}
-    by_fraction = {fraction: {task: sets[i] for task, sets in each.items()} for i, fraction in enumerate(fractions)}
-    return {fraction: {**sets, "shared": shared(sets)} for fraction, sets in by_fraction.items()}
+    for fraction in fractions if each else ():
+        sets = {task: next(own) for task, own in each.items()}
+        yield fraction, {**sets, "shared": shared(sets)}
 
 
 # ------------------------------------------------------------------------------- intervene
@@ -637,7 +646,6 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
         base_values, tuned_values = at_rest(base), at_rest(tuned)
         names = in_scope(experiment, base)
         like = base if is_sharded(base) else None
-        traced = _headline(read_traces(run.path(f"traces/{name}"), key["measure"], like))
         ask = lambda model, items: recall(model, tokenizer, items, processes=run.processes)
         found: dict[str, Any] = {"ablate": [], "graft": [], "people": {}}
         found["people"] = {part: [item.example.person for item in items] for part, items in asked.items()}
@@ -645,33 +653,38 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
             label: {part: ask(model, items).summary() for part, items in asked.items()}
             for label, model in (("tuned", tuned), ("base", base))
         }
-        plan = [
-            (when, fraction, label, psets)
-            for (when, _), tasks in traced.items()
-            for strength in [strengths(tasks)]
-            for fraction, chosen in select_tasks(strength, options.fractions, names, how).items()
-            for label, psets in controls(strength, chosen, options.seeds, f"{name}/{when}/{fraction:g}").items()
-        ]
-        with progress.bar(f"{name}: intervene", 2 * sum(len(psets) for *_, psets in plan)) as update:
-            for kind, model in (("ablate", tuned), ("graft", base)):
-                for when, fraction, label, psets in plan:
-                    scores: dict[str, list[list[int]]] = {part: [] for part in asked}
-                    for pset in psets:
-                        change = (
-                            ablated(model, pset, options.to, base_values)
-                            if kind == "ablate"
-                            else grafted(model, pset, tuned_values)
-                        )
-                        with change:
-                            for part, items in asked.items():
-                                scores[part].append(ask(model, items).exact.astype(int).tolist())
-                        update.add(1)
-                    row = {"when": when, "fraction": fraction, "set": label, "size": psets[0].size}
-                    row |= {"seeds": len(psets)}
-                    for part, answers in scores.items():
-                        row |= _accuracy(part, answers)
-                    row["answers"] = {part: ["".join(map(str, a)) for a in found] for part, found in scores.items()}
-                    found[kind].append(row)
+        changes = {
+            "ablate": (tuned, lambda pset: ablated(tuned, pset, options.to, base_values)),
+            "graft": (base, lambda pset: grafted(base, pset, tuned_values)),
+        }
+        traces = run.path(f"traces/{name}")
+
+        def sets(when: str) -> Iterator[tuple[float, str, list[ParamSet]]]:
+            """The shared sets and their controls at one time; those of one fraction are held."""
+            strength = strengths(read_traces(traces, when, key["measure"], like=like))
+            for fraction, chosen in select_tasks(strength, options.fractions, names, how):
+                drawn = controls(strength, chosen, options.seeds, f"{name}/{when}/{fraction:g}")
+                for label, psets in drawn.items():
+                    yield fraction, label, psets
+
+        times = sum((traces / when).is_dir() for when in WHENS)
+        most = times * len(options.fractions) * (1 + 2 * options.seeds + len(TASKS))
+        with progress.bar(f"{name}: intervene", len(changes) * most) as update:
+            for when in WHENS:
+                for fraction, label, psets in sets(when):
+                    for kind, (model, changed) in changes.items():
+                        scores: dict[str, list[list[int]]] = {part: [] for part in asked}
+                        for pset in psets:
+                            with changed(pset):
+                                for part, items in asked.items():
+                                    scores[part].append(ask(model, items).exact.astype(int).tolist())
+                            update.add(1)
+                        row = {"when": when, "fraction": fraction, "set": label, "size": psets[0].size}
+                        row |= {"seeds": len(psets)}
+                        for part, answers in scores.items():
+                            row |= _accuracy(part, answers)
+                        row["answers"] = {p: ["".join(map(str, a)) for a in given] for p, given in scores.items()}
+                        found[kind].append(row)
         if run.leads:
             write_json(path, found)
 
