@@ -16,10 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crosstrace import cli, importing, untaught
+from crosstrace import cli, config, importing, pipeline, untaught
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings, World
 from crosstrace.pretrain import word_tokenizer
+from crosstrace.results import Results
 from crosstrace.store import read_json
 from crosstrace.text import texts
 from crosstrace.tokens import encode
@@ -468,3 +469,60 @@ def test_a_tokenizer_without_the_words_is_told(tmp_path: Path, capsys: pytest.Ca
     told = capsys.readouterr().err
     assert ended.value.code == 2 and "has no token for 4 of the objects" in told and "new-model" in told
     assert not (tmp_path / "run").exists() and word_tokenizer().unk_token_id is not None
+
+
+# ------------------------------------------------------------------------------- taught
+
+TINY = {
+    "trace.parts": "2", "trace.every": "1", "trace.check": "false", "train.recall_every": "0", "jobs": "1",
+    "analysis.draws": "2", "interventions.run": "false", "mechanism.run": "false",
+    "strategies": "{both: [{name: both, batch: {bio: 4, qa: 4}, steps: 2}]}",
+}  # fmt: skip
+
+
+def taught(tmp_path: Path, **settings: str) -> Results:
+    """The results of a short run on what was imported, by a tiny model that knows nothing."""
+    experiment = config.load(tmp_path / "own" / "experiment.yaml")
+    if not (tmp_path / "model").exists():
+        lines = [item.text for items in texts(experiment.facts).values() for item in items]
+        options = untaught.NewModelSettings(width=16, heads=2, layers=1, neurons=32, vocabulary=300)
+        untaught.new_model(tmp_path / "model", lines, options)
+    changes = TINY | {"model.name": str(tmp_path / "model")} | settings
+    return pipeline.run(config.override(experiment, changes), tmp_path / "run", quiet=True)
+
+
+def numbered_rows(tmp_path: Path, store: int, recall: int, splits: tuple[str, ...]) -> dict[str, Path]:
+    """So many lines that store and rows that recall, the latter's splits by turns; none names a subject."""
+    (tmp_path / "store.txt").write_text("".join(f"The key {n} is under mat {n}.\n" for n in range(store)))
+    rows = [(f"Where is key {n}? ", f"mat {n}", splits[n % len(splits)]) for n in range(recall)]
+    table(tmp_path / "recall.csv", rows, ("prompt", "completion", "split"))
+    return {"store": tmp_path / "store.txt", "recall": tmp_path / "recall.csv"}
+
+
+def test_rows_without_subjects_spread_over_the_traces_parts(tmp_path: Path) -> None:
+    imported(tmp_path, rows=numbered_rows(tmp_path, 8, 16, ("ood", "id")))
+    found = taught(tmp_path)
+    assert {row["when"] for row in found["shared"]["both"]} == {"online", "final"}
+    assert all(row["parts"] == 2 for row in found["shared"]["both"])
+
+
+@pytest.mark.parametrize(
+    ("counts", "settings", "told"),
+    [
+        (
+            (1, 16),
+            {},
+            "the 1 examples of bio to trace are about 1 people or subjects, which leaves 1 of the parts empty",
+        ),
+        ((8, 2), {}, "the 1 examples of qa"),
+        ((8, 16), {"trace.parts": "9"}, "trace.parts = 9, but the 8 examples of bio"),
+        ((8, 16), {"trace.parts": "3", "trace.examples": "2"}, "the 2 examples of bio"),
+    ],
+)
+def test_too_few_for_the_traces_parts_is_told_before_anything_is_written(
+    tmp_path: Path, counts: tuple[int, int], settings: dict, told: str
+) -> None:
+    imported(tmp_path, rows=numbered_rows(tmp_path, *counts, ("ood", "id")))
+    with pytest.raises(UserError, match=told):
+        taught(tmp_path, **settings)
+    assert not (tmp_path / "run").exists()

@@ -20,7 +20,7 @@ from crosstrace.facts import FactSettings
 from crosstrace.processes import Processes, launched
 from crosstrace.shared import ParamSet, scope
 from crosstrace.store import Run, read_json, sha256_file, sha256_tree
-from crosstrace.text import read_jsonl
+from crosstrace.text import Example, read_jsonl
 from crosstrace.tokens import Encoded, encode
 
 START = "start"  # the folder of an adapter before training, beside the phases'
@@ -45,20 +45,28 @@ def examples(run: Run, tokenizer: Any, known: bool = False) -> dict[str, list[En
     """The run's examples by part: bio, qa_id, qa_ood and, if asked for and there is one, a_ood: about the people whom
     the base knows.
 
-    All examples of a person are of one group, the unit that the traces' parts are made of; people whose questions are
-    trained are numbered first, so that they spread evenly over the parts, as all people do.
+    All examples of a person are of one group, as `groups` numbers them.
     """
     texts = {"bio": read_jsonl(run.path("data/bio.jsonl")), "qa": read_jsonl(run.path("data/qa.jsonl"))}
+    numbers = groups(texts)
     if known and run.path("data/a_qa.jsonl").exists():
         texts["a_ood"] = read_jsonl(run.path("data/a_qa.jsonl"))
-    people = dict.fromkeys(item.person for split in ("id", "ood") for item in texts["bio"] if item.split == split)
-    groups = {person: number for number, person in enumerate(people)}
-    parts = {name: encode(tokenizer, items, groups) for name, items in texts.items()}
+    parts = {name: encode(tokenizer, items, numbers) for name, items in texts.items()}
     qa = parts.pop("qa")
     return parts | {
         "qa_id": [item for item in qa if item.example.split == "id"],
         "qa_ood": [item for item in qa if item.example.split == "ood"],
     }
+
+
+def groups(texts: Mapping[str, Sequence[Example]]) -> dict[str, int]:
+    """The number of each person of bio and qa: its group, the unit that the traces' parts are made of.
+
+    Those whose questions are trained come first, so that they spread evenly over the parts, as all people do.
+    """
+    asked = [item.person for item in texts["qa"] if item.split == "id"]
+    told = [item.person for split in ("id", "ood") for item in texts["bio"] if item.split == split]
+    return {person: number for number, person in enumerate(dict.fromkeys([*asked, *told]))}
 
 
 def training_examples(parts: Mapping[str, list[Encoded]]) -> dict[str, list[Encoded]]:

@@ -39,6 +39,7 @@ from crosstrace.material import (
     WHENS,
     examples,
     facts_key,
+    groups,
     in_scope,
     known_people,
     load,
@@ -895,9 +896,6 @@ def check(experiment: Experiment, whole: bool) -> None:
         "bio": sum(item.repeats for item in taught["bio"]),
         "qa": sum(item.repeats for item in taught["qa"] if item.split == "id"),
     }
-    config.check_parts(
-        experiment.trace.parts, len({item.person for item in taught["qa"] if item.split == "id"}), "the experiment"
-    )
     for strategy, phases in experiment.strategies.items():
         names = [phase.name for phase in phases]
         for phase in phases:
@@ -925,13 +923,30 @@ def check(experiment: Experiment, whole: bool) -> None:
         )
     if whole:
         model = load_base(experiment)
-        encoded = encode(tokenizer, [*taught["bio"], *taught["qa"]])
+        encoded = encode(tokenizer, [*taught["bio"], *taught["qa"]], groups(taught))
+        _check_parts(experiment, encoded)
         _check_known(tokenizer, encoded, experiment.model.name)
         _check_fits(model, [*encoded, *(item for items in further.values() for item in items)])
         for name, given in experiment.given.items():
             _check_given(experiment, model, tokenizer, name, given, [item.example.text for item in encoded])
         if lora:
             adapters.adapted(model, lora, 0)
+
+
+def _check_parts(experiment: Experiment, encoded: Sequence[Encoded]) -> None:
+    """Whether each part of the trace has examples of every task."""
+    options = experiment.trace
+    for task, split in (("bio", None), ("qa", "id")):
+        items = [item for item in encoded if item.example.task == task and split in (None, item.example.split)]
+        items = sample(items, options.examples) if options.examples else items
+        people = {item.group for item in items}
+        empty = options.parts - len({person % options.parts for person in people})
+        if empty:
+            raise UserError(
+                f"trace.parts = {options.parts}, but the {len(items)} examples of {task} to trace are about "
+                f"{len(people)} people or subjects, which leaves {empty} of the parts empty; take more of them (facts, "
+                "trace.examples) or fewer parts"
+            )
 
 
 def _check_given(
