@@ -430,6 +430,20 @@ def test_the_example_of_own_facts(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------- a model for it
 
 
+def test_another_model_gets_the_settings_of_a_pretrained_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = table(tmp_path / "facts.csv", CITIES)
+    cli.main(["import", str(path), str(tmp_path / "own"), "--model", "some/model"])
+    assert "larger ones need a lower one" in capsys.readouterr().out
+    own = config.load(tmp_path / "own" / "experiment.yaml")
+    ready = config.load(Path(__file__).parents[1] / "examples" / "pythia-160m.yaml")
+    assert own.model.name == "some/model" and own.train == ready.train and own.trace == ready.trace
+    assert (own.analysis, own.interventions, own.mechanism) == (ready.analysis, ready.interventions, ready.mechanism)
+    sizes = [[phase.batch for phase in phases] for phases in own.strategies.values()]
+    assert sizes == [[phase.batch for phase in phases] for phases in ready.strategies.values()]
+    imported(tmp_path, path, overwrite=True, model="bundled")
+    assert config.load(tmp_path / "own" / "experiment.yaml").train == config.Experiment().train
+
+
 def test_a_new_model_has_a_token_for_every_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [("Ægir", "land", "Ísland"), ("عمر", "land", "مصر"), ("美玲", "land", "中国"), ("Zoë", "land", "Česko")]
     imported(tmp_path, table(tmp_path / "facts.csv", rows))

@@ -27,9 +27,11 @@ from typing import Any
 
 import yaml
 
+from crosstrace import models
 from crosstrace.config import read_yaml
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
+from crosstrace.schedule import mixed, two_stage
 from crosstrace.store import remove_folder, replacing, sha256_file, sha256_tree, write_json, write_text
 from crosstrace.text import Example, Mention, texts, write_jsonl
 
@@ -39,6 +41,22 @@ LONGEST = 1_000_000  # characters of one line or field: more is a broken file
 LONG = 200  # characters of a name: more is a text
 COLUMNS = ("subject", "relation", "object", "pronoun", "split", "statement", "question")
 SPLITS = ("id", "ood")
+# What suits a pretrained model of about 160 M parameters, as in examples/pythia-160m.yaml: the default settings are those
+# of the tiny bundled base, whose learning rate would wreck any larger model.
+PRETRAINED: dict[str, Any] = {
+    "train": {
+        "optimiser": {"learning_rate": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.01, "warmup": 40},
+        "checkpoint_every": 200, "recall_every": 100, "recall_examples": 120,
+    },
+    "trace": {"every": 5, "parts": 2, "examples": 400, "batch": 16},
+    "analysis": {"central_fractions": [0.01, 0.05]},
+    "interventions": {"fractions": [0.05, 0.2], "seeds": 1, "questions": 120},
+    "mechanism": {
+        "parts": ["gradients", "representations", "lens", "transfer"], "facts": 96, "together": 24, "questions": 48
+    },
+    "jobs": 1,
+}  # fmt: skip
+BIO, QA, PASSES = 16, 32, 13  # examples in its updates, and how often each text that stores is seen
 STATEMENT, QUESTION = "[The {relation} of] {subject} [is] {object}.", "[What is the {relation} of] {subject}[?]"
 _INVISIBLE = re.compile(
     "[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"
@@ -662,14 +680,6 @@ def make(
         parts["bio"], parts["qa"], found = import_rows(rows["store"], rows["recall"])
     else:
         found = import_facts(files, wording, columns)
-    # the other analyses compare a fact's two formats, or need to know its subject
-    parts_of = {"mechanism": {"parts": ["circuit"]}} if rows else {}
-    experiment = {
-        "name": folder.name, **({"model": {"name": model}} if model else {}),
-        "facts": {"source": str(folder)} | ({"split": split} if not rows else {}),
-        "interventions": {"questions": 200},  # a thousand facts in ten minutes on two cores
-        **parts_of,
-    }  # fmt: skip
     with replacing(folder) as partial:
         partial.mkdir()
         if parts:
@@ -681,16 +691,38 @@ def make(
         write_json(partial / "import.json", {"schema": 1, "files": about, **found.counts(), "notes": found.notes})
         with (partial / "dropped.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("file", "row", "reason", "what"), *found.dropped])
-        write_text(partial / "experiment.yaml", yaml.safe_dump(experiment, sort_keys=False, allow_unicode=True))
         try:
-            texts(FactSettings(source=str(partial), split=split))  # type: ignore[arg-type]
+            taught = texts(FactSettings(source=str(partial), split=split))  # type: ignore[arg-type]
         except UserError as error:
             raise UserError(str(error).replace(str(partial), str(folder))) from None
+        facts = {"source": str(folder)} | ({} if rows else {"split": split})
+        experiment = {"name": folder.name, "facts": facts} | _settings(model, len(taught["bio"]), bool(rows))
+        write_text(partial / "experiment.yaml", yaml.safe_dump(experiment, sort_keys=False, allow_unicode=True))
         if folder.exists():
             remove_folder(folder)
     tell(told(found))
+    if model not in (None, models.BUNDLED):
+        tell("its learning rate suits a pretrained model of about 160 M parameters; larger ones need a lower one")
     tell(f"\nimported to {folder}; teach it with  crosstrace run {shlex.quote(str(folder / 'experiment.yaml'))}")
     return found
+
+
+def _settings(model: str | None, stored: int, rows: bool) -> dict[str, Any]:
+    """What an experiment sets beside its name and facts: for `stored` texts that store, of rows or of facts."""
+    if model in (None, models.BUNDLED):
+        found = {"interventions": {"questions": 200}}  # a thousand facts in ten minutes on two cores
+        # the other analyses compare a fact's two formats, or need to know its subject
+        return found | ({"mechanism": {"parts": ["circuit"]}} if rows else {})
+    steps = max(100, round(PASSES * stored / BIO))
+    strategies = {"two_stage": two_stage(BIO, QA, steps), "mixed": mixed(BIO, QA, steps)}
+    named = {
+        name: [{"name": phase.name, "batch": phase.batch, "steps": phase.steps} for phase in phases]
+        for name, phases in strategies.items()
+    }
+    # (a circuit takes many hours on a processor)
+    return (
+        {"model": {"name": model}, "strategies": named} | PRETRAINED | ({"mechanism": {"run": False}} if rows else {})
+    )
 
 
 def told(found: Imported) -> str:
