@@ -70,8 +70,9 @@ def groups(texts: Mapping[str, Sequence[Example]]) -> dict[str, int]:
 
 
 def training_examples(parts: Mapping[str, list[Encoded]]) -> dict[str, list[Encoded]]:
-    """What is trained and traced of each task: every biography, and the questions of the ID people."""
-    return {"bio": parts["bio"], "qa": parts["qa_id"]}
+    """What is trained and traced of each task that has examples: every biography, and the questions of the ID
+    people."""
+    return {task: parts[part] for task, part in (("bio", "bio"), ("qa", "qa_id")) if parts[part]}
 
 
 def sample(items: Sequence[Encoded], number: int) -> list[Encoded]:
@@ -86,7 +87,7 @@ def sample(items: Sequence[Encoded], number: int) -> list[Encoded]:
 
 def samples(parts: Mapping[str, list[Encoded]], number: int) -> dict[str, list[Encoded]]:
     """So many questions of each kind, and biographies with about as many objects."""
-    chosen = {name: sample(parts[name], number) for name in ("qa_id", "qa_ood")}
+    chosen = {name: sample(parts[name], number) for name in ("qa_id", "qa_ood") if parts[name]}
     return chosen | {"bio": sample(parts["bio"], max(1, number // len(parts["bio"][0].example.mentions)))}
 
 
@@ -195,7 +196,7 @@ def facts_key(facts: FactSettings) -> dict[str, Any]:
     own = asdict(facts)
     if facts.source is None:
         return own
-    names = ("world.json", "bio.jsonl", "qa.jsonl")
+    names = ("world.json", "bio.jsonl", "qa.jsonl", "import.json")
     files = [Path(facts.source).expanduser() / name for name in names]
     return own | {"content": {file.name: sha256_file(file) for file in files if file.is_file()}}
 
