@@ -42,7 +42,7 @@ def judge(
         the claims, and a sentence on each one that comes out differently online and at the final checkpoint.
     """
     rows: list[Row] = []
-    if {MIXED, STAGED} <= set(evals):
+    if {MIXED, STAGED} <= set(evals) and "qa_ood" in evals[MIXED]["answers"]:
         rows.append(_recall(evals))
         for when in TIMES:
             for fraction in fractions:

@@ -27,7 +27,7 @@ from crosstrace.material import in_scope, sample, samples
 from crosstrace.rehearse import Parts, Understudy
 from crosstrace.schedule import Phase
 from crosstrace.text import texts
-from crosstrace.tokens import Batch, Encoded, batches, collate, encode
+from crosstrace.tokens import Batch, Encoded, batches, check_room, collate, encode
 from crosstrace.trace.memory import MOST_PASSES, SPARE, free_memory
 from crosstrace.trace.rules import sum_dtype
 from crosstrace.trace.trace import REDUCTIONS
@@ -170,10 +170,8 @@ class Material:
         for phases in experiment.strategies.values():
             for phase in phases:
                 phase.updates(sizes)
-        longest = max(len(item.ids) for items in self.parts.values() for item in items)
-        room = getattr(self.config, "max_position_embeddings", None)
-        if room and longest > room:
-            raise UserError(f"the longest example has {longest} tokens, but the model has {room} positions")
+        every = [item for items in self.parts.values() for item in items]
+        check_room(every, getattr(self.config, "max_position_embeddings", None), experiment.model.name)
 
     def about(self, experiment: Experiment) -> Row:
         """Parameters of the base, by kind and in all."""

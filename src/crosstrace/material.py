@@ -46,15 +46,13 @@ def examples(run: Run, tokenizer: Any, known: int | None = 0) -> dict[str, list[
     """The run's examples by part: bio, qa_id, qa_ood and, where there are such, a_ood: `known` questions about people
     whom the base knows (None: all).
 
-    All examples of a person are of one group, the unit that the traces' parts are made of; people whose questions are
-    trained are numbered first, so that they spread evenly over the parts, as all people do.
+    All examples of a person are of one group, as `groups` numbers them.
     """
     texts = {"bio": read_jsonl(run.path("data/bio.jsonl")), "qa": read_jsonl(run.path("data/qa.jsonl"))}
+    numbers = groups(texts)
     if known != 0 and run.path("data/a_qa.jsonl").exists():
         texts["a_ood"] = sample(read_jsonl(run.path("data/a_qa.jsonl")), known)
-    people = dict.fromkeys(item.person for split in ("id", "ood") for item in texts["bio"] if item.split == split)
-    groups = {person: number for number, person in enumerate(people)}
-    parts = {name: encode(tokenizer, items, groups) for name, items in texts.items()}
+    parts = {name: encode(tokenizer, items, numbers) for name, items in texts.items()}
     qa = parts.pop("qa")
     return parts | {
         "qa_id": [item for item in qa if item.example.split == "id"],
@@ -62,9 +60,20 @@ def examples(run: Run, tokenizer: Any, known: int | None = 0) -> dict[str, list[
     }
 
 
+def groups(texts: Mapping[str, Sequence[Example]]) -> dict[str, int]:
+    """The number of each person of bio and qa: its group, the unit that the traces' parts are made of.
+
+    Those whose questions are trained come first, so that they spread evenly over the parts, as all people do.
+    """
+    asked = [item.person for item in texts["qa"] if item.split == "id"]
+    told = [item.person for split in ("id", "ood") for item in texts["bio"] if item.split == split]
+    return {person: number for number, person in enumerate(dict.fromkeys([*asked, *told]))}
+
+
 def training_examples(parts: Mapping[str, list[Encoded]]) -> dict[str, list[Encoded]]:
-    """What is trained and traced of each task: every biography, and the questions of the ID people."""
-    return {"bio": parts["bio"], "qa": parts["qa_id"]}
+    """What is trained and traced of each task that has examples: every biography, and the questions of the ID
+    people."""
+    return {task: parts[part] for task, part in (("bio", "bio"), ("qa", "qa_id")) if parts[part]}
 
 
 def sample(items: Sequence[T], number: int | None) -> list[T]:
@@ -81,7 +90,7 @@ def sample(items: Sequence[T], number: int | None) -> list[T]:
 
 def samples(parts: Mapping[str, list[Encoded]], number: int) -> dict[str, list[Encoded]]:
     """So many questions of each kind, and biographies with about as many objects."""
-    chosen = {name: sample(parts[name], number) for name in ("qa_id", "qa_ood")}
+    chosen = {name: sample(parts[name], number) for name in ("qa_id", "qa_ood") if parts[name]}
     return chosen | {"bio": sample(parts["bio"], max(1, number // len(parts["bio"][0].example.mentions)))}
 
 
@@ -191,7 +200,7 @@ def facts_key(facts: FactSettings) -> dict[str, Any]:
     own = asdict(facts)
     if facts.source is None:
         return own
-    names = ("world.json", "bio.jsonl", "qa.jsonl")
+    names = ("world.json", "bio.jsonl", "qa.jsonl", "import.json")
     files = [Path(facts.source).expanduser() / name for name in names]
     return own | {"content": {file.name: sha256_file(file) for file in files if file.is_file()}}
 

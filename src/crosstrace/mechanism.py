@@ -271,6 +271,9 @@ def transferred(asked: Asked) -> list[Row]:
     if any(fact.trained is not None for person in world.people for fact in person.facts):
         asked.note("transfer is asked of people, and here one's questions are partly held out, so it is not asked")
         return []
+    if not all(world.wording.questions.values()):
+        asked.note("nothing is asked about some relations, so transfer is not asked")
+        return []
     k = min(4, *(len(values) for values in world.wording.objects.values()))
     if k < 2:
         asked.note("a relation has a single object, so there is no false one to choose, and transfer is not asked")

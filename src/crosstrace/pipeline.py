@@ -40,6 +40,7 @@ from crosstrace.material import (
     WHENS,
     examples,
     facts_key,
+    groups,
     in_scope,
     known_people,
     load,
@@ -65,8 +66,8 @@ from crosstrace.sharded import at_rest, is_sharded, local
 from crosstrace.shared import ParamSet, only_set, random_sets, select_each, shared
 from crosstrace.stats import mean_interval, wilson
 from crosstrace.store import Run, end_with_parent, linked, metadata, read_json, remove_folder, sha256_tree, write_json
-from crosstrace.text import questions, read_jsonl, texts, write_jsonl
-from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
+from crosstrace.text import NO_QUESTIONS, questions, read_jsonl, texts, write_jsonl
+from crosstrace.tokens import Batch, Encoded, batches, check_fast, check_room, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
 from crosstrace.trace.memory import free_memory
 from crosstrace.trace.trace import REDUCTIONS
@@ -75,6 +76,7 @@ from crosstrace.train import Listener, PhaseReport, RecallHistory, check_tracker
 DRIFT_DRAWS = 3  # random sets of each kind whose share of the weights' way the shared set's is compared with
 STAGES = ("data", "train", "eval", "trace", "analyze", "intervene", "mechanism", "retain", "report")
 TASKS = ("bio", "qa")
+SOURCE = ("world.json", "import.json")  # of one's own facts, what a run keeps
 
 
 def run(
@@ -199,6 +201,8 @@ def _chain(run: Run, experiment: Experiment, name: str, chain: Sequence[str], pr
         }  # fmt: skip
         if not wanted.get(stage, True) and len(chain) > 1:
             continue  # unless it was asked for by name
+        if stage in wanted and not run.path("data/qa.jsonl").read_bytes():
+            raise UserError(f"{stage} has nothing to ask: {NO_QUESTIONS}")
         work = partial(stages[stage], run, experiment, name, progress)
         work() if stages[stage] in TOGETHER else run.alone(work)
         progress.done(f"{name}: {stage}")
@@ -216,9 +220,10 @@ def make_data(run: Run, experiment: Experiment) -> None:
         folder.mkdir()
         for task, items in texts(experiment.facts).items():
             write_jsonl(folder / f"{task}.jsonl", items)
-        own = Path(experiment.facts.source or "").expanduser() / "world.json"
-        if experiment.facts.source is not None and own.is_file():
-            shutil.copyfile(own, folder / own.name)
+        for name in SOURCE if experiment.facts.source is not None else ():
+            own = Path(experiment.facts.source or "").expanduser() / name
+            if own.is_file():
+                shutil.copyfile(own, folder / name)
         if known:
             write_jsonl(folder / "a_qa.jsonl", [q for q in questions(World.draw(known)) if q.split == "ood"])
 
@@ -396,7 +401,9 @@ def test(run: Run, experiment: Experiment, name: str, progress: Progress) -> Non
         tokenizer = models.load_tokenizer(experiment.model.name)
         model = load(run, experiment, name)
         parts = examples(run, tokenizer, known=experiment.eval.known)
-        results = {part: recall(model, tokenizer, items, processes=run.processes) for part, items in parts.items()}
+        results = {
+            part: recall(model, tokenizer, items, processes=run.processes) for part, items in parts.items() if items
+        }
         answers = {part: _bits(result) for part, result in results.items() if part != "a_ood"}
         people = {part: result.person for part, result in results.items() if part != "a_ood"}
         if run.leads:
@@ -465,7 +472,7 @@ def examine(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
     def make(path: Path) -> None:
         kernels = tuple(dict.fromkeys(("eager", experiment.model.attention)))
         model, tokenizer = load(run, experiment, name), models.load_tokenizer(experiment.model.name)
-        own = {task: read_jsonl(run.path(f"data/{task}.jsonl")) for task in TASKS}
+        own = {task: items for task in TASKS if (items := read_jsonl(run.path(f"data/{task}.jsonl")))}
         with progress.bar("doctor") as update:
             write_json(path, asdict(diagnose(model, tokenizer, texts=own, kernels=kernels, progress=update)))
 
@@ -747,6 +754,10 @@ def conclude(run: Run, experiment: Experiment) -> Results:
         interventions = {name: read_json(run.path(f"interventions/{name}.json")) for name in with_interventions}
         about = read_json(run.folder / "metadata.json")
         results: dict[str, Any] = {"schema": 1, "run": _about(run, experiment, about)}
+        if not run.path("data/qa.jsonl").read_bytes():
+            results["lacking"] = NO_QUESTIONS
+        if run.path("data/import.json").is_file():
+            results["import"] = read_json(run.path("data/import.json"))
         results["recall"] = {name: found["summary"] for name, found in evals.items()}
         home = {name: run.path(f"models/{name}") for name in trained}
         results["history"] = {name: read_json(home[name] / "history.json") for name in trained}
@@ -906,9 +917,11 @@ def check(experiment: Experiment, whole: bool) -> None:
         "bio": sum(item.repeats for item in taught["bio"]),
         "qa": sum(item.repeats for item in taught["qa"] if item.split == "id"),
     }
-    config.check_parts(
-        experiment.trace.parts, len({item.person for item in taught["qa"] if item.split == "id"}), "the experiment"
-    )
+    asking = {"interventions": experiment.interventions, "mechanism": experiment.mechanism,
+              "retention": experiment.retention}  # fmt: skip
+    wanted = [name for name, options in asking.items() if options.run]
+    if not taught["qa"] and wanted:
+        raise UserError(f"{wanted[0]}.run is true, but {NO_QUESTIONS}; set it to false")
     for strategy, phases in experiment.strategies.items():
         names = [phase.name for phase in phases]
         for phase in phases:
@@ -936,13 +949,33 @@ def check(experiment: Experiment, whole: bool) -> None:
         )
     if whole:
         model = load_base(experiment)
-        encoded = encode(tokenizer, [*taught["bio"], *taught["qa"]])
+        encoded = encode(tokenizer, [*taught["bio"], *taught["qa"]], groups(taught))
+        _check_parts(experiment, encoded)
         _check_known(tokenizer, encoded, experiment.model.name)
         _check_fits(model, [*encoded, *(item for items in further.values() for item in items)])
         for name, given in experiment.given.items():
             _check_given(experiment, model, tokenizer, name, given, [item.example.text for item in encoded])
         if lora:
             adapters.adapted(model, lora, 0)
+
+
+def _check_parts(experiment: Experiment, encoded: Sequence[Encoded]) -> None:
+    """Whether each part of the trace has examples of every task."""
+    options = experiment.trace
+    each = {task: [item for item in encoded if item.example.task == task] for task in TASKS}
+    trained = {"bio": each["bio"], "qa": [item for item in each["qa"] if item.example.split == "id"]}
+    for task, items in trained.items():
+        if not each[task]:  # nothing is asked
+            continue
+        items = sample(items, options.examples) if options.examples else items
+        people = {item.group for item in items}
+        empty = options.parts - len({person % options.parts for person in people})
+        if empty:
+            raise UserError(
+                f"trace.parts = {options.parts}, but the {len(items)} examples of {task} to trace are about "
+                f"{len(people)} people or subjects, which leaves {empty} of the parts empty; take more of them (facts, "
+                "trace.examples) or fewer parts"
+            )
 
 
 def _check_given(
@@ -989,14 +1022,12 @@ def _check_known(tokenizer: Any, encoded: Sequence[Encoded], name: str) -> None:
 
 
 def _check_fits(model: Any, encoded: Sequence[Encoded]) -> None:
-    """Whether the tokens are in the model's vocabulary, and the longest example in its context."""
+    """Whether the tokens are in the model's vocabulary, and the examples in its context."""
     rows = model.get_input_embeddings().num_embeddings
-    highest, longest = (max(fn(item.ids) for item in encoded) for fn in (lambda ids: int(ids.max()), len))
-    room = getattr(model.config, "max_position_embeddings", None)
+    highest = max(int(item.ids.max()) for item in encoded)
     if highest >= rows:
         raise UserError(
             f"the tokenizer gives id {highest}, but {type(model).__name__} has {rows} token embeddings; do tokenizer "
             "and weights belong together?"
         )
-    if room and longest > room:
-        raise UserError(f"the longest example has {longest} tokens, but {type(model).__name__} has {room} positions")
+    check_room(encoded, getattr(model.config, "max_position_embeddings", None), type(model).__name__)

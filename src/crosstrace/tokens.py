@@ -112,6 +112,23 @@ def encode(tokenizer: Any, examples: Sequence[Example], groups: Mapping[str, int
     return encoded
 
 
+def too_long(encoded: Sequence[Encoded], room: int | None) -> list[Encoded]:
+    """The examples with more tokens than a model has positions; none where it has no such limit."""
+    return [item for item in encoded if room and len(item.ids) > room]
+
+
+def check_room(encoded: Sequence[Encoded], room: int | None, model: str) -> None:
+    """Raise a `UserError` unless every example has at most as many tokens as the model has positions."""
+    long = too_long(encoded, room)
+    if long:
+        longest = max(long, key=lambda item: len(item.ids))
+        raise UserError(
+            f"{len(long)} of {len(encoded)} examples have more tokens than the {room} positions of {model}, the "
+            f"longest, {longest.example.id}, {len(longest.ids)}; shorten them, drop them (`crosstrace import --model` "
+            "does), or take a model with more positions"
+        )
+
+
 def _tokens_of(groups: Sequence[Sequence[Span]], offsets: Sequence[tuple[int, int]]) -> Tensor:
     """For each group of spans, which tokens share a character with one of them [groups, tokens]; special tokens (empty
     offsets) never do."""
