@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from crosstrace import adapters, claims, config, models
-from crosstrace.alike import check_alike, check_same_tokens
+from crosstrace.alike import check_alike, check_fits, check_same_tokens
 from crosstrace.analysis import centralization_rows, density_map, overlap_rows, similarity_rows
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
@@ -67,7 +67,7 @@ from crosstrace.shared import ParamSet, only_set, random_sets, select_each, shar
 from crosstrace.stats import mean_interval, wilson
 from crosstrace.store import Run, end_with_parent, linked, metadata, read_json, remove_folder, sha256_tree, write_json
 from crosstrace.text import NO_QUESTIONS, questions, read_jsonl, texts, write_jsonl
-from crosstrace.tokens import Batch, Encoded, batches, check_fast, check_room, encode
+from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
 from crosstrace.trace.memory import free_memory
 from crosstrace.trace.trace import REDUCTIONS
@@ -952,7 +952,7 @@ def check(experiment: Experiment, whole: bool) -> None:
         encoded = encode(tokenizer, [*taught["bio"], *taught["qa"]], groups(taught))
         _check_parts(experiment, encoded)
         _check_known(tokenizer, encoded, experiment.model.name)
-        _check_fits(model, [*encoded, *(item for items in further.values() for item in items)])
+        check_fits(model, [*encoded, *(item for items in further.values() for item in items)])
         for name, given in experiment.given.items():
             _check_given(experiment, model, tokenizer, name, given, [item.example.text for item in encoded])
         if lora:
@@ -1019,15 +1019,3 @@ def _check_known(tokenizer: Any, encoded: Sequence[Encoded], name: str) -> None:
             f"the tokenizer of {name} has no token for {len(lost)} of the objects, e.g. {object!r} in {example}; use a "
             "model whose tokenizer was made for such text, or make one with `crosstrace new-model`"
         )
-
-
-def _check_fits(model: Any, encoded: Sequence[Encoded]) -> None:
-    """Whether the tokens are in the model's vocabulary, and the examples in its context."""
-    rows = model.get_input_embeddings().num_embeddings
-    highest = max(int(item.ids.max()) for item in encoded)
-    if highest >= rows:
-        raise UserError(
-            f"the tokenizer gives id {highest}, but {type(model).__name__} has {rows} token embeddings; do tokenizer "
-            "and weights belong together?"
-        )
-    check_room(encoded, getattr(model.config, "max_position_embeddings", None), type(model).__name__)
