@@ -31,7 +31,9 @@ def check_fits(model: Any, encoded: Sequence[Encoded]) -> None:
 
 
 def check_vocabulary(model: Any, encoded: Sequence[Encoded]) -> None:
-    """Raise a `UserError` unless the model has an embedding for every token."""
+    """Raise a `UserError` unless the model has an embedding for every token, if it is one that tells."""
+    if not hasattr(model, "get_input_embeddings"):
+        return
     rows = model.get_input_embeddings().num_embeddings
     highest = max(int(item.ids.max()) for item in encoded)
     if highest >= rows:
