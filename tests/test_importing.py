@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crosstrace import cli, config, importing, pipeline, untaught
+from crosstrace import cli, config, importing, pipeline, plan, untaught
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings, World
 from crosstrace.pretrain import word_tokenizer
@@ -722,6 +722,17 @@ def test_what_needs_questions_is_refused_without(tmp_path: Path, settings: dict,
     with pytest.raises(UserError, match=told):
         taught(tmp_path, **settings)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_needs_no_questions(tmp_path: Path) -> None:
+    imported(tmp_path, rows={"store": numbered_rows(tmp_path, 8, 0, ("id",))["store"]})
+    lines = [item.text for item in texts(own(tmp_path))["bio"]]
+    untaught.new_model(tmp_path / "model", lines, untaught.NewModelSettings(width=16, heads=2, layers=2, neurons=32))
+    experiment = config.load(tmp_path / "own" / "experiment.yaml")
+    experiment = config.override(experiment, {"model.name": str(tmp_path / "model"), "trace.parts": "2"})
+    assert plan.plan(experiment).fits
+    with pytest.raises(UserError, match=r"mechanism.run is true"):
+        plan.plan(config.override(experiment, {"mechanism.run": "true"}))
 
 
 def test_the_imports_own_experiment_needs_no_questions(tmp_path: Path) -> None:

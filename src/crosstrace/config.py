@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass as settings
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
 from crosstrace.schedule import STRICT, Optimiser, Phase, mixed, two_stage
+from crosstrace.text import NO_QUESTIONS
 from crosstrace.train import TrainSettings
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -299,6 +300,13 @@ def check_parts(parts: int, trained: int, where: str) -> None:
             f"{where}: trace.parts = {parts}, but only {trained} people have trained questions; a part of the trace "
             "needs one at least, so take more people or fewer parts"
         )
+
+
+def check_unasked(experiment: Experiment) -> None:
+    """Raise a `UserError` if an experiment without questions has a stage that asks some."""
+    for name in ("interventions", "mechanism", "retention"):
+        if getattr(experiment, name).run:
+            raise UserError(f"{name}.run is true, but {NO_QUESTIONS}; set it to false")
 
 
 def people_on_both_sides(facts: FactSettings, where: str) -> int:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosstrace import circuit, models, positions
+from crosstrace import circuit, config, models, positions
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
 from crosstrace.errors import UserError
-from crosstrace.material import in_scope, sample, samples
+from crosstrace.material import in_scope, sample, samples, training_examples
 from crosstrace.rehearse import Parts, Understudy
 from crosstrace.schedule import Phase
 from crosstrace.text import texts
@@ -139,7 +139,7 @@ class Material:
         asked = {split: [item for item in own["qa"] if item.split == split] for split in ("id", "ood")}
         parts = {"bio": own["bio"], "qa_id": asked["id"], "qa_ood": asked["ood"]}
         self.parts = {part: encode(self.tokenizer, items) for part, items in parts.items()}
-        self.trained = {"bio": self.parts["bio"], "qa": self.parts["qa_id"]}
+        self.trained = training_examples(self.parts)
         self._kept: dict[Any, Any] = {}
 
     def model(self, experiment: Experiment, adapted: bool = False) -> Understudy:
@@ -166,6 +166,8 @@ class Material:
 
     def check(self, experiment: Experiment) -> None:
         """What no later part could do without."""
+        if not self.parts["qa_id"] and not self.parts["qa_ood"]:
+            config.check_unasked(experiment)
         sizes = epoch_sizes(self.trained)
         for phases in experiment.strategies.values():
             for phase in phases:
@@ -350,7 +352,7 @@ class Needs:
         return self.material.once(key, lambda: self.base.recall(rows))
 
     def _eval(self) -> Iterator[Moment]:
-        for part in self.material.parts:
+        for part in (part for part, items in self.material.parts.items() if items):
             yield f"recall of {part}", {"weights": self.weights} | self._recall(part), {}
 
     def _doctor(self) -> Iterator[Moment]:

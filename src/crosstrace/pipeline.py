@@ -917,11 +917,8 @@ def check(experiment: Experiment, whole: bool) -> None:
         "bio": sum(item.repeats for item in taught["bio"]),
         "qa": sum(item.repeats for item in taught["qa"] if item.split == "id"),
     }
-    asking = {"interventions": experiment.interventions, "mechanism": experiment.mechanism,
-              "retention": experiment.retention}  # fmt: skip
-    wanted = [name for name, options in asking.items() if options.run]
-    if not taught["qa"] and wanted:
-        raise UserError(f"{wanted[0]}.run is true, but {NO_QUESTIONS}; set it to false")
+    if not taught["qa"]:
+        config.check_unasked(experiment)
     for strategy, phases in experiment.strategies.items():
         names = [phase.name for phase in phases]
         for phase in phases:
