@@ -24,6 +24,7 @@ from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
 from crosstrace.errors import UserError
 from crosstrace.material import in_scope, sample, samples, training_examples
+from crosstrace.pipeline import DRIFT_DRAWS
 from crosstrace.rehearse import Parts, Understudy
 from crosstrace.schedule import Phase
 from crosstrace.text import texts
@@ -42,7 +43,7 @@ TASKS = 2
 LOOKED_AT = 2000  # updates of a phase whose lengths are counted; of more, so many spread evenly
 RECALLED = 256  # texts that `evaluate.recall` asks at once
 CHARACTERS = 4  # a token, by rule of thumb, where there is no tokenizer
-RANKING = 66  # bytes a parameter in scope of `stats.spearman`, its two arrays included, as measured with scipy 1.17
+RANKING = {"float32": 8, "float64": 66}  # bytes a parameter of `stats.spearman` beside its two traces, as measured
 SHAPES = "shapes"
 
 
@@ -393,50 +394,40 @@ class Needs:
         return [{k: v for k, v in row.items() if k != "group"} for row in rows]
 
     def _read(self) -> float:
-        """Bytes of the traces that are read for the example's reduction. Files are mapped: what nobody looks at takes
-        none."""
-        return len(self.whens) * TASKS * self.experiment.trace.parts * self.sums
+        """Bytes of the traces of one time by one reduction. Files are mapped: what nobody looks at takes none."""
+        return TASKS * self.experiment.trace.parts * self.sums
 
     def _sets(self, fractions: int) -> float:
         """A mask of every task's set and of the shared one, at each fraction."""
         return fractions * (TASKS + 1) * self.scope
 
     def _analyze(self) -> Iterator[Moment]:
-        """`pipeline.analyze`: all traces, the sets at the central fractions, and what one table needs beside them."""
-        options, parts = self.experiment.analysis, self.experiment.trace.parts
-        of_steps = ("online" in self.whens) * TASKS * parts * self.scope_sums  # that reduction, in scope alone
-        model, held = {"weights": self.weights}, {"traces": self._read() + of_steps}
-        sets = len(self.whens) * self._sets(len(options.central_fractions))
-        yield "sets", model, held | {"strengths": 2 * TASKS * self.sums, "masks": sets}
-        means = TASKS * self.scope_sums
-        masks = TASKS * len(options.fractions) * self.scope
-        yield "overlap", model, held | {"strengths": means + 2 * self.largest, "masks": sets + masks}
-        yield "similarity", model, held | {"strengths": means, "masks": sets, "ranks": RANKING * self.scope}
-        kept = (parts + 1) * len(options.central_fractions) * self.scope
-        central = TASKS * len(options.central_fractions) * self.scope
-        yield "centralization", model, held | {"strengths": means, "masks": sets + kept + central}
-        yield "the weights' way", {"weights": 3 * self.weights}, {"masks": sets}
+        """`pipeline.analyze`: the traces of one time by one reduction, and what one set or table needs beside them."""
+        strengths, wide = {"strengths": TASKS * self.sums}, {"a tensor in float64": 4 * self.largest}
+        yield "sets", {}, {"traces": self._read()} | strengths | wide
+        seen = {"traces": TASKS * self.experiment.trace.parts * self.scope_sums}  # in scope alone
+        means = {"strengths": TASKS * self.scope_sums}
+        masks = (TASKS + 2) * self.scope  # every task's set, what they share, and what any has
+        yield "overlap", {}, seen | means | wide | {"masks": masks}
+        ranking = RANKING["float64" if self.scope_sums > 4 * self.scope else "float32"]
+        yield "similarity", {}, seen | means | {"ranks": ranking * self.scope}
+        masks = (len(self.whens) + 2 * DRIFT_DRAWS) * self.scope
+        yield "the weights' way", {"weights": 2 * self.weights}, {"masks": masks} | wide
 
     def controls(self) -> int:
         """Sets of one time and fraction that are put in: the shared one and its controls."""
         return 1 + 2 * self.experiment.interventions.seeds + TASKS
 
     def _intervene(self) -> Iterator[Moment]:
-        """`pipeline.intervene`: base and tuned model, and every set of every time."""
+        """`pipeline.intervene`: base and tuned model, the strengths of one time, and the sets of one fraction."""
         options = self.experiment.interventions
-        both, held = {"weights": 2 * self.weights}, {"traces": self._read()}
-        masks = len(self.whens) * len(options.fractions) * self.controls() * self.scope
-        strengths = TASKS * self.sums
-        chosen = self._sets(len(options.fractions))
-        several = min(2, len(self.whens))  # those of the time before are held while the next are made
-        yield "controls", both, held | {"masks": masks + chosen, "strengths": several * strengths + self.sums}
+        both, strengths = {"weights": 2 * self.weights}, {"strengths": TASKS * self.sums}
+        yield "strengths", both, strengths | {"traces": self._read(), "a tensor in float64": 4 * self.largest}
+        held = strengths | {"masks": self._sets(1) + (self.controls() - 1) * self.scope}
+        yield "controls", both, held | {"what is free of one task": self.scope_sums}
         saved = {"values to put back": max(options.fractions) * self.scope_sums}
         for part in ("qa_id", "qa_ood"):
-            yield (
-                f"recall of {part}",
-                both | saved | self._recall(part, options.questions),
-                held | {"masks": masks + chosen, "strengths": strengths},
-            )
+            yield f"recall of {part}", both | saved | self._recall(part, options.questions), held
 
     def _mechanism(self, name: str | None) -> Iterator[Moment]:
         """`mechanism.explain`: its parts one after the other, the model and the shared sets held throughout."""
