@@ -294,7 +294,7 @@ class Needs:
     def _train(self, name: str) -> Iterator[Moment]:
         """`pipeline.teach`: the Trainer's fused AdamW holds two numbers a trained parameter, and weights, gradients and
         states are of the weights' dtype. The online trace's sums are on the device if half of what is free there holds
-        them; its state is copied to be saved, and once more divided when training is over."""
+        them, and are copied to the host to be saved; those on the host are saved, and in the end divided, in place."""
         e = self.experiment
         held = {"weights": self.learning, "optimiser": 2 * self.learned}
         host, gpu = {"trace's sums": self.online}, self.machine.gpu
@@ -309,9 +309,8 @@ class Needs:
                 yield f"a traced step of {phase.name}", held | merged | self._traced(chosen), host
         for part, items in samples(self.material.parts, e.train.recall_examples).items():
             yield f"recall of {part}", held | self._recall(part, len(items)), host
-        if e.trace.online:
-            yield "a checkpoint", held, host | {"copies of the sums": self.online}
-            yield "the online trace's end", held, host | {"copies of the sums": self.online}
+        if e.trace.online and not host:
+            yield "a checkpoint", held, {"copies of the sums": self.online}
 
     def phases(self, name: str) -> list[tuple[Phase, Updates]]:
         """A strategy's phases, each with what its updates see."""
