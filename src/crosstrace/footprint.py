@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosstrace import circuit, models, positions
+from crosstrace import circuit, config, models, positions
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
 from crosstrace.errors import UserError
-from crosstrace.material import in_scope, sample, samples
+from crosstrace.material import in_scope, sample, samples, training_examples
 from crosstrace.pipeline import DRIFT_DRAWS
 from crosstrace.rehearse import Parts, Understudy
 from crosstrace.schedule import Phase
 from crosstrace.text import texts
-from crosstrace.tokens import Batch, Encoded, batches, collate, encode
+from crosstrace.tokens import Batch, Encoded, batches, check_room, collate, encode
 from crosstrace.trace.memory import MOST_PASSES, SPARE, free_memory
 from crosstrace.trace.rules import sum_dtype
 from crosstrace.trace.trace import REDUCTIONS
@@ -140,7 +140,7 @@ class Material:
         asked = {split: [item for item in own["qa"] if item.split == split] for split in ("id", "ood")}
         parts = {"bio": own["bio"], "qa_id": asked["id"], "qa_ood": asked["ood"]}
         self.parts = {part: encode(self.tokenizer, items) for part, items in parts.items()}
-        self.trained = {"bio": self.parts["bio"], "qa": self.parts["qa_id"]}
+        self.trained = training_examples(self.parts)
         self._kept: dict[Any, Any] = {}
 
     def model(self, experiment: Experiment, adapted: bool = False) -> Understudy:
@@ -167,14 +167,14 @@ class Material:
 
     def check(self, experiment: Experiment) -> None:
         """What no later part could do without."""
+        if not self.parts["qa_id"] and not self.parts["qa_ood"]:
+            config.check_unasked(experiment)
         sizes = epoch_sizes(self.trained)
         for phases in experiment.strategies.values():
             for phase in phases:
                 phase.updates(sizes)
-        longest = max(len(item.ids) for items in self.parts.values() for item in items)
-        room = getattr(self.config, "max_position_embeddings", None)
-        if room and longest > room:
-            raise UserError(f"the longest example has {longest} tokens, but the model has {room} positions")
+        every = [item for items in self.parts.values() for item in items]
+        check_room(every, getattr(self.config, "max_position_embeddings", None), experiment.model.name)
 
     def about(self, experiment: Experiment) -> Row:
         """Parameters of the base, by kind and in all."""
@@ -353,7 +353,7 @@ class Needs:
         return self.material.once(key, lambda: self.base.recall(rows))
 
     def _eval(self) -> Iterator[Moment]:
-        for part in self.material.parts:
+        for part in (part for part, items in self.material.parts.items() if items):
             yield f"recall of {part}", {"weights": self.weights} | self._recall(part), {}
 
     def _doctor(self) -> Iterator[Moment]:

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from crosstrace import adapters, claims, config, models
-from crosstrace.alike import check_alike, check_same_tokens
+from crosstrace.alike import check_alike, check_fits, check_same_tokens
 from crosstrace.analysis import centralization_rows, density_map, overlap_rows, similarity_rows
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
@@ -40,6 +40,7 @@ from crosstrace.material import (
     WHENS,
     examples,
     facts_key,
+    groups,
     in_scope,
     known_people,
     load,
@@ -61,11 +62,11 @@ from crosstrace.processes import Processes, by_first
 from crosstrace.progress import Progress
 from crosstrace.results import Results
 from crosstrace.retention import moved, new_material, retain
-from crosstrace.sharded import at_rest, is_sharded
+from crosstrace.sharded import at_rest, is_sharded, local
 from crosstrace.shared import ParamSet, only_set, random_sets, select_each, shared
 from crosstrace.stats import mean_interval, wilson
 from crosstrace.store import Run, end_with_parent, linked, metadata, read_json, remove_folder, sha256_tree, write_json
-from crosstrace.text import questions, read_jsonl, texts, write_jsonl
+from crosstrace.text import NO_QUESTIONS, questions, read_jsonl, texts, write_jsonl
 from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
 from crosstrace.trace.memory import free_memory
@@ -75,6 +76,7 @@ from crosstrace.train import Listener, PhaseReport, RecallHistory, check_tracker
 DRIFT_DRAWS = 3  # random sets of each kind whose share of the weights' way the shared set's is compared with
 STAGES = ("data", "train", "eval", "trace", "analyze", "intervene", "mechanism", "retain", "report")
 TASKS = ("bio", "qa")
+SOURCE = ("world.json", "import.json")  # of one's own facts, what a run keeps
 
 
 def run(
@@ -199,6 +201,8 @@ def _chain(run: Run, experiment: Experiment, name: str, chain: Sequence[str], pr
         }  # fmt: skip
         if not wanted.get(stage, True) and len(chain) > 1:
             continue  # unless it was asked for by name
+        if stage in wanted and not run.path("data/qa.jsonl").read_bytes():
+            raise UserError(f"{stage} has nothing to ask: {NO_QUESTIONS}")
         work = partial(stages[stage], run, experiment, name, progress)
         work() if stages[stage] in TOGETHER else run.alone(work)
         progress.done(f"{name}: {stage}")
@@ -216,9 +220,10 @@ def make_data(run: Run, experiment: Experiment) -> None:
         folder.mkdir()
         for task, items in texts(experiment.facts).items():
             write_jsonl(folder / f"{task}.jsonl", items)
-        own = Path(experiment.facts.source or "").expanduser() / "world.json"
-        if experiment.facts.source is not None and own.is_file():
-            shutil.copyfile(own, folder / own.name)
+        for name in SOURCE if experiment.facts.source is not None else ():
+            own = Path(experiment.facts.source or "").expanduser() / name
+            if own.is_file():
+                shutil.copyfile(own, folder / name)
         if known:
             write_jsonl(folder / "a_qa.jsonl", [q for q in questions(World.draw(known)) if q.split == "ood"])
 
@@ -268,16 +273,15 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
                 bf16=_precision(experiment) == "bf16", trace_targets=tracing.targets, listeners=listeners,
                 progress=update, logs=run.folder / "logs" / name, processes=run.processes,
             )  # fmt: skip
-        found = online.traces() if online else {}
-        run.alone(lambda: keep(folder, tokenizer, history, found, reports))
-
-    def keep(folder: Path, tokenizer: Any, history: RecallHistory, traced: Any, reports: list[PhaseReport]) -> None:
-        if traced:
-            told = origin(run, experiment, name)
-            for task, traces in traced.items():
+        if online:
+            told = run.alone(lambda: origin(run, experiment, name))
+            for task, traces in online.traces().items():
                 for item in traces:
                     item.meta |= told
                 save_traces(folder / "online" / f"{task}.safetensors", traces)
+        run.alone(lambda: keep(folder, tokenizer, history, reports))
+
+    def keep(folder: Path, tokenizer: Any, history: RecallHistory, reports: list[PhaseReport]) -> None:
         write_json(folder / "history.json", history.rows)
         _keep_models(folder, tokenizer, [phase.name for phase in phases], options.keep_checkpoints)
         if options.lora:
@@ -298,7 +302,7 @@ class OnlineListener:
     """Feeds every `every`-th update to an `OnlineTrace`, whose state travels with the checkpoints.
 
     Of a model with an adapter it traces the adapter's parameters, or those of the base with the adapter merged. Several
-    processes share out the examples, and the first has the traces.
+    processes share out the examples.
     """
 
     def __init__(self, model: Any, experiment: Experiment, processes: Processes | None = None):
@@ -326,15 +330,16 @@ class OnlineListener:
     def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
         pass
 
-    def save(self, folder: Path | None) -> None:
-        self.trace.save(folder and folder / "trace")
+    def save(self, folder: Path, leads: bool) -> None:
+        self.trace.save(folder / "trace")
 
     def load(self, folder: Path) -> None:
         self.trace.load(folder / "trace")
 
     def traces(self) -> dict[str, list[Trace]]:
+        """When training is over: each task's traces, with the first of several processes or in pieces with all."""
         by_task: dict[str, list[Trace]] = {}
-        for item in self.trace.traces():
+        for item in self.trace.traces(last=True):
             item.meta |= {"targets": self.targets, "every": self.every}
             if self.merges:
                 item.values = {adapters.plain_name(name): value for name, value in item.values.items()}
@@ -346,7 +351,7 @@ def _where_of_sums(model: Any, names: Sequence[str] | None, sums: int) -> Litera
     """Where the sums of a training's trace are kept: beside the model, if half of what is free there would be left for
     gradients, AdamW's states and activations, or else on the CPU."""
     every = dict(model.named_parameters())
-    needed = sum(every[name].numel() * every[name].element_size() for name in names or every) * sums
+    needed = sum(local(every[name]).numel() * every[name].element_size() for name in names or every) * sums
     free = free_memory(next(iter(every.values())).device)
     return "device" if free is None or needed < free / 2 else "cpu"
 
@@ -395,10 +400,10 @@ def test(run: Run, experiment: Experiment, name: str, progress: Progress) -> Non
     def make(path: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)
         model = load(run, experiment, name)
-        parts = examples(run, tokenizer, known=True)
-        if "a_ood" in parts:
-            parts["a_ood"] = sample(parts["a_ood"], experiment.eval.known)
-        results = {part: recall(model, tokenizer, items, processes=run.processes) for part, items in parts.items()}
+        parts = examples(run, tokenizer, known=experiment.eval.known)
+        results = {
+            part: recall(model, tokenizer, items, processes=run.processes) for part, items in parts.items() if items
+        }
         answers = {part: _bits(result) for part, result in results.items() if part != "a_ood"}
         people = {part: result.person for part, result in results.items() if part != "a_ood"}
         if run.leads:
@@ -467,7 +472,7 @@ def examine(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
     def make(path: Path) -> None:
         kernels = tuple(dict.fromkeys(("eager", experiment.model.attention)))
         model, tokenizer = load(run, experiment, name), models.load_tokenizer(experiment.model.name)
-        own = {task: read_jsonl(run.path(f"data/{task}.jsonl")) for task in TASKS}
+        own = {task: items for task in TASKS if (items := read_jsonl(run.path(f"data/{task}.jsonl")))}
         with progress.bar("doctor") as update:
             write_json(path, asdict(diagnose(model, tokenizer, texts=own, kernels=kernels, progress=update)))
 
@@ -749,6 +754,10 @@ def conclude(run: Run, experiment: Experiment) -> Results:
         interventions = {name: read_json(run.path(f"interventions/{name}.json")) for name in with_interventions}
         about = read_json(run.folder / "metadata.json")
         results: dict[str, Any] = {"schema": 1, "run": _about(run, experiment, about)}
+        if not run.path("data/qa.jsonl").read_bytes():
+            results["lacking"] = NO_QUESTIONS
+        if run.path("data/import.json").is_file():
+            results["import"] = read_json(run.path("data/import.json"))
         results["recall"] = {name: found["summary"] for name, found in evals.items()}
         home = {name: run.path(f"models/{name}") for name in trained}
         results["history"] = {name: read_json(home[name] / "history.json") for name in trained}
@@ -908,9 +917,8 @@ def check(experiment: Experiment, whole: bool) -> None:
         "bio": sum(item.repeats for item in taught["bio"]),
         "qa": sum(item.repeats for item in taught["qa"] if item.split == "id"),
     }
-    config.check_parts(
-        experiment.trace.parts, len({item.person for item in taught["qa"] if item.split == "id"}), "the experiment"
-    )
+    if not taught["qa"]:
+        config.check_unasked(experiment)
     for strategy, phases in experiment.strategies.items():
         names = [phase.name for phase in phases]
         for phase in phases:
@@ -938,13 +946,33 @@ def check(experiment: Experiment, whole: bool) -> None:
         )
     if whole:
         model = load_base(experiment)
-        encoded = encode(tokenizer, [*taught["bio"], *taught["qa"]])
+        encoded = encode(tokenizer, [*taught["bio"], *taught["qa"]], groups(taught))
+        _check_parts(experiment, encoded)
         _check_known(tokenizer, encoded, experiment.model.name)
-        _check_fits(model, [*encoded, *(item for items in further.values() for item in items)])
+        check_fits(model, [*encoded, *(item for items in further.values() for item in items)])
         for name, given in experiment.given.items():
             _check_given(experiment, model, tokenizer, name, given, [item.example.text for item in encoded])
         if lora:
             adapters.adapted(model, lora, 0)
+
+
+def _check_parts(experiment: Experiment, encoded: Sequence[Encoded]) -> None:
+    """Whether each part of the trace has examples of every task."""
+    options = experiment.trace
+    each = {task: [item for item in encoded if item.example.task == task] for task in TASKS}
+    trained = {"bio": each["bio"], "qa": [item for item in each["qa"] if item.example.split == "id"]}
+    for task, items in trained.items():
+        if not each[task]:  # nothing is asked
+            continue
+        items = sample(items, options.examples) if options.examples else items
+        people = {item.group for item in items}
+        empty = options.parts - len({person % options.parts for person in people})
+        if empty:
+            raise UserError(
+                f"trace.parts = {options.parts}, but the {len(items)} examples of {task} to trace are about "
+                f"{len(people)} people or subjects, which leaves {empty} of the parts empty; take more of them (facts, "
+                "trace.examples) or fewer parts"
+            )
 
 
 def _check_given(
@@ -967,7 +995,8 @@ def _check_given(
     options = experiment.model
     if experiment.trace.view == "adapter":
         adapters.check_plain(models.load_model(given, options.dtype, options.attention, merge=False), about)
-    check_alike(base, models.load_model(given, options.dtype, options.attention), (options.name, about))
+    tuned = models.load_model(given, options.dtype, options.attention, pickled=options.pickled)
+    check_alike(base, tuned, (options.name, about))
     check_same_tokens(tokenizer, given, texts, options.name)
 
 
@@ -987,17 +1016,3 @@ def _check_known(tokenizer: Any, encoded: Sequence[Encoded], name: str) -> None:
             f"the tokenizer of {name} has no token for {len(lost)} of the objects, e.g. {object!r} in {example}; use a "
             "model whose tokenizer was made for such text, or make one with `crosstrace new-model`"
         )
-
-
-def _check_fits(model: Any, encoded: Sequence[Encoded]) -> None:
-    """Whether the tokens are in the model's vocabulary, and the longest example in its context."""
-    rows = model.get_input_embeddings().num_embeddings
-    highest, longest = (max(fn(item.ids) for item in encoded) for fn in (lambda ids: int(ids.max()), len))
-    room = getattr(model.config, "max_position_embeddings", None)
-    if highest >= rows:
-        raise UserError(
-            f"the tokenizer gives id {highest}, but {type(model).__name__} has {rows} token embeddings; do tokenizer "
-            "and weights belong together?"
-        )
-    if room and longest > room:
-        raise UserError(f"the longest example has {longest} tokens, but {type(model).__name__} has {room} positions")
