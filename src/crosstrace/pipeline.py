@@ -507,9 +507,8 @@ def read_traces(
     """
     tasks: dict[str, list[Trace]] = {}
     for file in sorted((folder / when).glob("*.safetensors")):
-        for item in load_traces(file, like):
-            if (item.measure, item.reduction) == (measure, reduction):
-                tasks.setdefault(item.task, []).append(item)
+        for item in load_traces(file, like, measure=measure, reduction=reduction):
+            tasks.setdefault(item.task, []).append(item)
     if len(tasks) < 2:
         return {}
     if len({len(parts) for parts in tasks.values()}) > 1:  # too few steps or people for all parts: no intervals

@@ -150,11 +150,18 @@ def save_traces(path: str | os.PathLike[str], traces: Sequence[Trace]) -> None:
         save_file(tensors, partial, metadata=told)
 
 
-def load_traces(path: str | os.PathLike[str], like: nn.Module | None = None) -> list[Trace]:
+def load_traces(
+    path: str | os.PathLike[str],
+    like: nn.Module | None = None,
+    *,
+    measure: str | None = None,
+    reduction: str | None = None,
+) -> list[Trace]:
     """Read what `save_traces` wrote, exactly, on any number of processes.
 
     Args:
         like: a sharded model: each of its processes reads the rows that it holds; None: everything is read.
+        measure, reduction: read the traces by these alone; None: by any.
 
     Raises:
         UserError: no such file, a truncated file, or one of something else, or of another model than `like`.
@@ -164,6 +171,8 @@ def load_traces(path: str | os.PathLike[str], like: nn.Module | None = None) -> 
     def taken(headers: list[dict[str, Any]], read: Callable[[str, tuple[int, int] | None], Tensor]) -> list[Trace]:
         traces = []
         for i, header in enumerate(headers):
+            if measure not in (None, header["measure"]) or reduction not in (None, header["reduction"]):
+                continue
             values = {}
             for name in header.pop("names"):
                 if like is not None and name not in parameters:
