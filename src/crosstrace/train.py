@@ -200,11 +200,13 @@ def update_loss(
     batches: Mapping[str, Batch],
     processes: Processes | None = None,
     inner: Any = None,
+    backward: Callable[[Tensor], object] | None = None,
 ) -> torch.Tensor:
     """What an update minimises: Σ_t w_t · mean over t's examples of ℓ_i.
 
     With `processes` this one's part of it, whose mean over all processes has that gradient; `model` is then what DDP
-    wraps around `inner`.
+    wraps around `inner`. With `backward` each task's part but the last is given to it, and the last alone is left to
+    differentiate.
     """
     loss = torch.zeros(())
     for number, (task, batch) in enumerate(batches.items(), 1):
@@ -214,7 +216,11 @@ def update_loss(
         fed = {name: own[name] for name in ("input_ids", "attention_mask")}
         loss = loss.to(batch["labels"].device)
         losses = example_losses(called(**fed).logits, own["labels"])
-        loss = loss + share * phase.weights.get(task, 1.0) * losses.mean()
+        part = share * phase.weights.get(task, 1.0) * losses.mean()
+        if backward is not None and number < len(batches):
+            backward(part)
+            part = part.detach()
+        loss = loss + part
     return loss
 
 
@@ -310,7 +316,9 @@ def _run_phase(
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             tasks: dict[str, Any] = inputs  # a batch for each task
-            return update_loss(model, phase, tasks, processes, self.model)
+            # in one backward all gradients of one task would be held whole until the other's are added to them
+            backward = self.accelerator.backward if is_sharded(self.model) else None
+            return update_loss(model, phase, tasks, processes, self.model, backward)
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             assert self.lr_scheduler is not None
