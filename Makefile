@@ -21,7 +21,7 @@ demo: .venv/.run ## set up, run the whole default experiment, print its table an
 	$(BIN)/crosstrace demo $(ARGS)
 
 test: .venv/.test ## set up and run the tests (no network)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: .venv/.check ## set up and check format, lint and types
 	$(BIN)/ruff format --check .

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -41,11 +41,11 @@ from crosstrace.train import RecallHistory
 KINDS = ("llama", "gpt_neox", "qwen3_moe")
 MEASURES = ("abs", "taylor")
 STEPS, BATCH = 8, 4
-LORA = {
-    "train.lora": "{rank: 2, alpha: 4}", "trace.view": "adapter",
+RETAINED = {
     "retention": "{run: true, people: 24, steps: 4, bio: 3, qa: 5, replay_bio: 1, replay_qa: 4, every: 2, "
     "questions: 9, draws: 1}",
-}  # fmt: skip
+}
+LORA = RETAINED | {"train.lora": "{rank: 2, alpha: 4}", "trace.view": "adapter"}
 SHARED = ["data", "train", "eval", "trace", "intervene"]  # stages
 FURTHER = ["data", "train", "trace", "analyze", "retain"]
 SMALL = """
@@ -187,10 +187,10 @@ def run(
     sharded: bool = False,
     kinds: Sequence[str] = KINDS,
     stages: Sequence[str] = pipeline.STAGES,
-    lora: bool = False,
+    changes: Mapping[str, str] | None = None,
 ) -> None:
     """A run for every kind of model, in home/<name>/<kind>, all of it in float64; what is there is gone on with."""
-    changes = {"model.sharded": "true", "trace.online": "false"} if sharded else LORA if lora else {}
+    changes = {**(changes or {}), **({"model.sharded": "true"} if sharded else {})}
     given = models.load_model
 
     def in_float64_everywhere(*args: Any, **kwargs: Any) -> nn.Module:
@@ -244,7 +244,9 @@ def all_of_it(home: Path, how: str, processes: Processes) -> None:
         with stopped(15, interrupted), suppress(KeyboardInterrupt):
             again()
         again()
-        run(home, f"{name}-lora", processes, kinds=["llama"], stages=FURTHER, lora=True)
+        run(home, f"{name}-lora", processes, kinds=["llama"], stages=FURTHER, changes=LORA)
+    if name == "fsdp2":
+        run(home, f"{name}-further", processes, True, ["llama"], FURTHER, RETAINED)
 
 
 def killed(home: Path, processes: Processes) -> None:

@@ -30,7 +30,7 @@ train: {precision: float32, recall_every: 0, recall_examples: 8}
 eval: {known: 24}
 trace: {parts: 2, every: 1, check: false}
 analysis: {fractions: [0.05], central_fractions: [0.05], draws: 2}
-interventions: {fractions: [0.05], seeds: 2, questions: 24}
+interventions: {fractions: [0.05, 0.9], seeds: 2, questions: 24}
 mechanism: {run: false}
 jobs: 1
 """
@@ -85,14 +85,15 @@ def test_the_bits_are_those_of_the_intervention(tmp_path: Path, kind: str, tied:
 
 def test_a_runs_graft_answers_as_the_run_measured(whole: Path, tmp_path: Path) -> None:
     tokenizer = models.load_tokenizer("bundled")
-    for kind in ("graft", "ablate"):
-        cli.main([kind, str(whole), str(tmp_path / kind), "--when", "final"])
+    for kind, fraction in (("graft", 0.9), ("ablate", 0.05)):  # enough for some right answers, and some wrong ones
+        cli.main([kind, str(whole), str(tmp_path / kind), "--when", "final", "--fraction", str(fraction)])
         card = read_json(tmp_path / kind / "crosstrace.json")
         with Run.create(whole, None, "resume") as run:
             parts = examples(run, tokenizer)
         found = recall(models.load_model(str(tmp_path / kind)), tokenizer, parts["qa_id"])
         rows = Results.read(whole)["interventions"]["mixed"][kind]
-        row = next(r for r in rows if (r["when"], r["set"], r["fraction"]) == ("final", "shared", 0.05))
+        row = next(r for r in rows if (r["when"], r["set"], r["fraction"]) == ("final", "shared", fraction))
+        assert 0 < row["qa_id"] < 1
         assert card["recall"]["this"]["qa_id"] == row["qa_id"] and card["set"]["size"] == row["size"]
         asked = {item.example.id for item in pipeline.sample(parts["qa_id"], 24)}
         right = [bool(e) for e, item in zip(found.exact, parts["qa_id"]) if item.example.id in asked]
@@ -182,6 +183,7 @@ def test_the_real_harness_gives_the_runs_numbers(whole: Path, tmp_path: Path) ->
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args",
                f"pretrained={whole / 'models/mixed/mixed'},dtype=float32",
                "--include_path", str(tmp_path / "tasks"), "--tasks", "crosstrace_demo", "--device", "cpu",
+               "--batch_size", "16",
                "--output_path", str(tmp_path / "out")]  # fmt: skip
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path,

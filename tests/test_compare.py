@@ -234,9 +234,10 @@ def test_names_are_taken_from_the_path_or_given() -> None:
 def test_mistakes_on_the_command_line_are_one_sentence(words, message, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tasks").mkdir()
-    pipeline.run(
-        config.override(config.loads(SMALL, "SMALL"), {"facts.people": "16"}), tmp_path / "made", stages=["data"]
-    )
+    if "TASKS" in words:
+        pipeline.run(
+            config.override(config.loads(SMALL, "SMALL"), {"facts.people": "4"}), tmp_path / "made", stages=["data"]
+        )
     with pytest.raises(SystemExit) as ended:
         cli.main(["compare", *(str(tmp_path / "made") if word == "TASKS" else word for word in words)])
     told = capsys.readouterr().err.strip().splitlines()[-1]

@@ -11,7 +11,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from distributed_worker import FURTHER, KINDS, MEASURES, SHARED, interrupted, run, settings, stopped, study
+from distributed_worker import (
+    FURTHER,
+    KINDS,
+    LORA,
+    MEASURES,
+    RETAINED,
+    SHARED,
+    interrupted,
+    run,
+    settings,
+    stopped,
+    study,
+)
 from safetensors.torch import load_file, save_file
 from test_trace import assert_same
 from tiny_facts import tokenizer
@@ -151,10 +163,11 @@ def test_an_interrupted_training_ends_in_the_same_bits(several):
 
 
 def test_an_adapter_and_further_training(several):
-    home, how, _ = several
-    if how == "ddp":
-        run(home, "one-lora", kinds=["llama"], stages=FURTHER, lora=True)
-        one, other = home / "one-lora" / "llama", home / "ddp2-lora" / "llama"
+    home, how, number = several
+    name, changes = {("ddp", 2): ("lora", LORA), ("fsdp", 2): ("further", RETAINED)}.get((how, number), ("", {}))
+    if name:
+        run(home, f"one-{name}", kinds=["llama"], stages=FURTHER, changes=changes)
+        one, other = home / f"one-{name}" / "llama", home / f"{how}2-{name}" / "llama"
         files = sorted((one / "traces/mixed").glob("*/*.safetensors"))
         assert len(files) == 4
         for file in files:
@@ -184,10 +197,10 @@ def test_a_process_that_is_killed_ends_a_training_that_any_number_goes_on_with(h
 def test_the_command_line_of_several_processes(home, tmp_path):
     (tmp_path / "small.yaml").write_text(config.dumps(settings(home, "gpt_neox")))
     command = ["-m", "crosstrace", "run", tmp_path / "small.yaml", tmp_path / "made", "--quiet"]
-    done = launch(2, *command, "--model.sharded", "true")
+    done = launch(2, *command, "--model.sharded", "true", "--train.lora", "{rank: 2}")
     assert done.returncode != 0 and not (tmp_path / "made").exists()
-    assert "crosstrace: process 0 of 2: the command line: trace.online needs" in done.stderr
-    assert done.stderr.count("crosstrace: ") == 1 and "Traceback" not in done.stderr.partition("crosstrace: ")[0]
+    assert "crosstrace: process 0 of 2: the command line: train.lora needs" in done.stderr
+    assert done.stderr.count("crosstrace: ") == 1 and done.stderr.count("Traceback") == 1, "the launcher's own"
     done = launch(2, *command)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("report   ") == 1 and (tmp_path / "made" / "report" / "index.html").is_file()

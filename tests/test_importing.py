@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import pickle
 import sys
@@ -16,12 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crosstrace import cli, importing, untaught
+from crosstrace import cli, config, importing, pipeline, plan, untaught
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings, World
 from crosstrace.pretrain import word_tokenizer
+from crosstrace.results import Results
 from crosstrace.store import read_json
-from crosstrace.text import texts
+from crosstrace.text import NO_QUESTIONS, texts
 from crosstrace.tokens import encode
 
 CITIES = [
@@ -167,6 +169,86 @@ def test_names_stay_as_they_are_and_pronouns_get_capitals(tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
+HEAD = ("subject", "relation", "object")
+
+
+def worded(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "wording.yaml").write_text(text)
+    return tmp_path / "wording.yaml"
+
+
+def test_a_number_is_text_nothing_stays_nothing_and_a_list_is_no_text(tmp_path: Path) -> None:
+    ages = [("Ada Brook", 0), ("Bo Dale", 3), ("Cy Holt", math.nan), ("Di Ames", ["a"]), ("Ed", True),
+            ("Flo", math.inf), (7, None)]  # fmt: skip
+    rows = [{"subject": subject, "relation": "age", "object": age} for subject, age in ages]
+    (tmp_path / "age.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = imported(tmp_path, tmp_path / "age.jsonl")
+    assert found.counts()["dropped"] == {"empty": 2, "not a text": 3}
+    assert [f["object"] for s in found.subjects for f in s["facts"]] == ["0", "3"]
+    nan = pyarrow.Table.from_pylist(
+        [{"subject": s, "object": o} for s, o in (("a b", 1.5), ("c d", 2.5), ("e f", math.nan))]
+    )
+    pyarrow.parquet.write_table(nan, tmp_path / "size.parquet")
+    assert imported(tmp_path, tmp_path / "size.parquet", overwrite=True).counts()["dropped"] == {"empty": 1}
+
+
+def test_objects_in_names_types_and_questions_are_found(tmp_path: Path) -> None:
+    rows = [
+        ("Bank of Oslo", "city", "oslo", ""), ("Osloer", "city", "Oslo", ""), ("東京大学", "city", "東京", ""),
+        ("Ed", "city", "Rome", "citizen of Rome"), ("Flo", "city", "Lyon", "person"), ("Gil", "city", "In", ""),
+    ]  # fmt: skip
+    path = table(tmp_path / "facts.csv", rows, (*HEAD, "type"))
+    wording = worded(
+        tmp_path, "city: {questions: ['Lyon, or where, is {subject}?', 'Is it in the city of {subject}?']}"
+    )
+    found = imported(tmp_path, path, wording=wording)
+    assert [(row, reason) for _, row, reason, _ in found.dropped] == [(n, "answer in the prompt") for n in (2, 4, 5)]
+    told = [note for note in found.notes if "stand in the words of a question" in note]
+    assert len(told) == 1 and "objects of 1 facts of city, e.g. 'Lyon'" in told[0]  # "In" is no "in"
+
+
+def test_names_in_another_order_and_scripts_are_counted(tmp_path: Path) -> None:
+    names = ["Ada Brook", "Brook Ada", "Brook, Ada", "Zoë", "Zoe", "C", "C++"]
+    rows = [(name, "stadt", value) for name, value in zip(names, ("a", "b", "c", "مصر", "Köln", "d", "e"))]
+    notes = imported(tmp_path, table(tmp_path / "facts.csv", [*rows, ("Ed", "größe", "f")])).notes
+    assert (
+        "1 groups of subjects share all names, in another order, e.g. 'Ada Brook' and 'Brook Ada' and 'Brook, Ada'"
+        in notes
+    )
+    assert "1 groups of subjects differ in case or accents only, e.g. 'Zoë' and 'Zoe'" in notes
+    assert "letters beyond ASCII: 1 of 8 subjects, 2 of 8 objects, 1 of 2 relations" in notes
+    assert "words written from right to left: 1 of 8 objects" in notes
+    assert not any("guessing it is right so often" in note for note in notes), "each object is that of one fact"
+
+
+def test_types_are_kept_and_fill_wordings(tmp_path: Path) -> None:
+    rows = [(*row, "the painter" if row[0] == "Ada Brook" else "the poet") for row in CITIES]
+    path = table(tmp_path / "facts.csv", [*rows, ("Ada Brook", "pet", "cat", "")], (*HEAD, "kind"))
+    text = (
+        "city: {statements: ['{type} {subject} lives in {object}.'], questions: ['Where does {type} {subject} live?']}"
+    )
+    imported(tmp_path, path, wording=worded(tmp_path, text), columns={"type": "kind"})
+    found = texts(own(tmp_path))
+    assert found["bio"][0].text.startswith("the painter Ada Brook lives in Lyon. ")
+    for item in (found["bio"][0], found["qa"][0]):
+        (mention, *_) = item.mentions
+        assert item.text[slice(*mention.object)] == "Lyon" and item.text[slice(*mention.subject)] == "Ada Brook"
+        assert not any("painter" in item.text[slice(*span)] for span in mention.relation_words)
+    with pytest.raises(UserError, match="needs a type, but 4 of its subjects have none"):
+        imported(tmp_path, table(tmp_path / "city.csv", CITIES), wording=tmp_path / "wording.yaml", overwrite=True)
+
+
+def test_columns_of_no_use_are_named(tmp_path: Path) -> None:
+    rows = [(*row, "x", "y") for row in CITIES]
+    notes = imported(tmp_path, table(tmp_path / "facts.csv", rows, (*HEAD, "statment", "source"))).notes
+    assert "columns that nothing was made of: statment (is statement meant?), source" in notes
+    (tmp_path / "city.json").write_text(json.dumps(RELATION | {"prompts": [], "properties": {}}))
+    notes = imported(tmp_path, tmp_path / "city.json", overwrite=True).notes
+    assert any(
+        note.startswith("columns that nothing was made of: prompts") and "properties" not in note for note in notes
+    )
+
+
 # ------------------------------------------------------------------------------- splits
 
 
@@ -234,6 +316,51 @@ def test_rows_of_two_tasks(tmp_path: Path) -> None:
     assert taught["bio"][0].text[slice(*taught["bio"][0].mentions[0].object)].strip() == "key is under the mat."
 
 
+def test_a_pair_of_text_files_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = {
+        "store.txt": "The key is\nThe lamp is\nThe cup is\n", "ends.txt": "here\nthere\n0\n",
+        "ask.txt": "Where is the key?\nWhere is the lamp?\nWhere is the cup?\n", "answers.txt": "here\nthere\n0\n",
+    }  # fmt: skip
+    for name, text in lines.items():
+        (tmp_path / name).write_text(text)
+    given = ["--store", "store.txt", "--store-completions", "ends.txt", "--recall", "ask.txt"]
+    given = [str(tmp_path / word) if word.endswith(".txt") else word for word in given]
+    cli.main(["import", str(tmp_path / "own"), *given, "--recall-completions", str(tmp_path / "answers.txt")])
+    assert "a blank was put between prompt and completion of 3 rows" in capsys.readouterr().out
+    found = texts(own(tmp_path))
+    assert found["bio"][0].text == "The key is here" and found["qa"][2].text == "Where is the cup? 0"
+    assert [item.text[slice(*item.targets[0])] for item in found["qa"]] == ["here", "there", "0"]
+    about = read_json(tmp_path / "own" / "import.json")
+    assert about["read"] == 6 and len(about["files"]) == 4
+    (tmp_path / "answers.txt").write_text("here\nthere\n")
+    again = [tmp_path / "new", *given, "--recall-completions", tmp_path / "answers.txt"]
+    assert "ask.txt has more lines than" in refused(capsys, tmp_path, *again)
+
+
+def test_rows_count_numbers_scripts_blanks_and_answers_given_away(tmp_path: Path) -> None:
+    (tmp_path / "store.txt").write_text("Der Schlüssel liegt da.\n")
+    rows = [
+        ("Where is it?", "in Rome", "id", "a"), ("Is it here, yes or no? ", "no", "ood", "b"),
+        ("東京は", "日本", "id", "c"), ("How many? ", 0, "ood", "d"), ("What? ", ["x"], "id", "e"),
+        ("Who? ", math.nan, "id", "f"),
+    ]  # fmt: skip
+    keys = ("prompt", "completion", "split", "subjct")
+    (tmp_path / "recall.jsonl").write_text("".join(json.dumps(dict(zip(keys, row))) + "\n" for row in rows))
+    rows = {"store": tmp_path / "store.txt", "recall": tmp_path / "recall.jsonl"}
+    found = imported(tmp_path, rows=rows)
+    assert found.counts()["dropped"] == {"not a text": 1, "empty": 1}
+    asked = texts(own(tmp_path))["qa"]
+    assert [item.text for item in asked] == [
+        "Where is it? in Rome",
+        "Is it here, yes or no? no",
+        "東京は日本",
+        "How many? 0",
+    ]
+    notes = "\n".join(found.notes)
+    assert "between prompt and completion of 1 rows" in notes and "subjct (is subject meant?)" in notes
+    assert "1 prompts hold their completion, e.g. row 2" in notes and "letters beyond ASCII: 2 of 5 texts" in notes
+
+
 def test_rows_without_a_split_are_divided_by_what_they_are_about(tmp_path: Path) -> None:
     rows = [{"prompt": f"{n} {s}? ", "completion": f"a{n}{s}", "subject": s} for s in "abcdef" for n in range(3)]
     for name in ("store", "recall"):
@@ -291,7 +418,7 @@ DAMAGED: dict[str, tuple[str, bytes, str]] = {
     "list": ("facts.jsonl", b'["a", "b"]\n', "holds a list"),
     "deep": ("facts.jsonl", b"[" * 100_000, "is not JSON"),
     "nothing": ("facts.jsonl", b"{}\n", "has no 'subject'"),
-    "nested": ("facts.jsonl", b'{"subject": {"a": 1}, "relation": "r", "object": "o"}\n', "no fact could be kept"),
+    "nested": ("facts.jsonl", b'{"subject": {"a": 1}, "relation": "r", "object": "o"}\n', "neither text nor a number"),
     "surrogate": ("facts.jsonl", b'{"subject": "\\ud800", "relation": "r", "object": "o"}\n', "half a surrogate"),
     "all empty": ("facts.jsonl", b'{"subject": "", "relation": "r", "object": "o"}\n', "is empty"),
     "json list": ("facts.json", b"[]", "holds a list"),
@@ -332,6 +459,8 @@ WORDINGS = {
     "city: words": "expected statements and questions",
     "city: {statments: ['{subject} {object}']}": "expected statements and questions",
     "city: {statements: []}": "expected a list",
+    "city: {questions: ''}": "or [] where nothing is asked",
+    "city: {questions: ['{subject} of {kind}?']}": "no other braces",
     "city: {statements: ['{subject} only']}": "each once",
     "city: {statements: ['{subject} {subject} {object}']}": "each once",
     "city: {statements: ['{subject} is {object.__class__}']}": "no other braces",
@@ -364,11 +493,16 @@ def test_unfit_commands_are_told_in_a_sentence(tmp_path: Path, capsys: pytest.Ca
         "choose another folder, or": (path, tmp_path / "there"),
         "no import made this one": (path, tmp_path / "there", "--overwrite"),
         "files of facts and a folder": (path,), "expected subject, relation or given": (path, new, "--split", "half"),
-        "does not say whether": (path, new, "--split", "given"), "was given alone": (new, "--store", path),
+        "does not say whether": (path, new, "--split", "given"),
+        "--recall was given without --store": (new, "--recall", path),
+        "--store-completions was given without --store": (path, new, "--store-completions", path),
         "unknown option --wordings": (path, new, "--wordings", "x"), "needs a value": (path, new, "--wording"),
         "both of them": (new, "--store", tmp_path / "store.txt", "--recall", tmp_path / "recall.csv"),
         "has no 'who'": (path, new, "--subject", "who"),
-        "no row of": (new, "--store", tmp_path / "store.txt", "--recall", path),
+        "has no 'prompt'; it has subject, relation, object": (new, "--store", tmp_path / "store.txt", "--recall", path),
+        "so rename yours": (new, "--store", path), "is of facts": (new, "--store", path, "--split", "subject"),
+        "--wording is of facts": (new, "--store", path, "--wording", path),
+        "as --recall-completions": (new, "--store", tmp_path / "store.txt", "--recall", tmp_path / "store.txt"),
     }  # fmt: skip
     for told, arguments in cases.items():
         assert told in refused(capsys, tmp_path, *arguments)
@@ -429,6 +563,20 @@ def test_the_example_of_own_facts(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------- a model for it
 
 
+def test_another_model_gets_the_settings_of_a_pretrained_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = table(tmp_path / "facts.csv", CITIES)
+    cli.main(["import", str(path), str(tmp_path / "own"), "--model", "some/model"])
+    assert "larger ones need a lower one" in capsys.readouterr().out
+    own = config.load(tmp_path / "own" / "experiment.yaml")
+    ready = config.load(Path(__file__).parents[1] / "examples" / "pythia-160m.yaml")
+    assert own.model.name == "some/model" and own.train == ready.train and own.trace == ready.trace
+    assert (own.analysis, own.interventions, own.mechanism) == (ready.analysis, ready.interventions, ready.mechanism)
+    sizes = [[phase.batch for phase in phases] for phases in own.strategies.values()]
+    assert sizes == [[phase.batch for phase in phases] for phases in ready.strategies.values()]
+    imported(tmp_path, path, overwrite=True, model="bundled")
+    assert config.load(tmp_path / "own" / "experiment.yaml").train == config.Experiment().train
+
+
 def test_a_new_model_has_a_token_for_every_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [("Ægir", "land", "Ísland"), ("عمر", "land", "مصر"), ("美玲", "land", "中国"), ("Zoë", "land", "Česko")]
     imported(tmp_path, table(tmp_path / "facts.csv", rows))
@@ -468,3 +616,161 @@ def test_a_tokenizer_without_the_words_is_told(tmp_path: Path, capsys: pytest.Ca
     told = capsys.readouterr().err
     assert ended.value.code == 2 and "has no token for 4 of the objects" in told and "new-model" in told
     assert not (tmp_path / "run").exists() and word_tokenizer().unk_token_id is not None
+
+
+# ------------------------------------------------------------------------------- taught
+
+TINY = {
+    "trace.parts": "2", "trace.every": "1", "trace.check": "false", "train.recall_every": "0", "jobs": "1",
+    "analysis.draws": "2", "interventions.run": "false", "mechanism.run": "false",
+    "strategies": "{both: [{name: both, batch: {bio: 4, qa: 4}, steps: 2}]}",
+}  # fmt: skip
+
+
+def taught(tmp_path: Path, **settings: str) -> Results:
+    """The results of a short run on what was imported, by a tiny model that knows nothing."""
+    experiment = config.load(tmp_path / "own" / "experiment.yaml")
+    if not (tmp_path / "model").exists():
+        lines = [item.text for items in texts(experiment.facts).values() for item in items]
+        options = untaught.NewModelSettings(width=16, heads=2, layers=1, neurons=32, vocabulary=300)
+        untaught.new_model(tmp_path / "model", lines, options)
+    changes = TINY | {"model.name": str(tmp_path / "model")} | settings
+    return pipeline.run(config.override(experiment, changes), tmp_path / "run", quiet=True)
+
+
+def numbered_rows(tmp_path: Path, store: int, recall: int, splits: tuple[str, ...]) -> dict[str, Path]:
+    """So many lines that store and rows that recall, the latter's splits by turns; none names a subject."""
+    (tmp_path / "store.txt").write_text("".join(f"The key {n} is under mat {n}.\n" for n in range(store)))
+    rows = [(f"Where is key {n}? ", f"mat {n}", splits[n % len(splits)]) for n in range(recall)]
+    table(tmp_path / "recall.csv", rows, ("prompt", "completion", "split"))
+    return {"store": tmp_path / "store.txt", "recall": tmp_path / "recall.csv"}
+
+
+def test_rows_without_subjects_spread_over_the_traces_parts(tmp_path: Path) -> None:
+    imported(tmp_path, rows=numbered_rows(tmp_path, 8, 16, ("ood", "id")))
+    found = taught(tmp_path)
+    assert {row["when"] for row in found["shared"]["both"]} == {"online", "final"}
+    assert all(row["parts"] == 2 for row in found["shared"]["both"])
+
+
+@pytest.mark.parametrize(
+    ("counts", "settings", "told"),
+    [
+        (
+            (1, 16),
+            {},
+            "the 1 examples of bio to trace are about 1 people or subjects, which leaves 1 of the parts empty",
+        ),
+        ((8, 2), {}, "the 1 examples of qa"),
+        ((8, 16), {"trace.parts": "9"}, "trace.parts = 9, but the 8 examples of bio"),
+        ((8, 16), {"trace.parts": "3", "trace.examples": "2"}, "the 2 examples of bio"),
+    ],
+)
+def test_too_few_for_the_traces_parts_is_told_before_anything_is_written(
+    tmp_path: Path, counts: tuple[int, int], settings: dict, told: str
+) -> None:
+    imported(tmp_path, rows=numbered_rows(tmp_path, *counts, ("ood", "id")))
+    with pytest.raises(UserError, match=told):
+        taught(tmp_path, **settings)
+    assert not (tmp_path / "run").exists()
+
+
+NOT_ASKED = "{statements: ['{subject} lives in {object}.'], questions: []}"
+
+
+@pytest.mark.parametrize("kind", ["rows", "facts"])
+def test_texts_without_questions_are_taught_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    if kind == "rows":
+        rows = numbered_rows(tmp_path, 8, 0, ("id",))
+        cli.main(["import", str(tmp_path / "own"), "--store", str(rows["store"])])
+    else:
+        wording = worded(tmp_path, f"city: {NOT_ASKED}")
+        cli.main(["import", str(table(tmp_path / "f.csv", CITIES)), str(tmp_path / "own"), "--wording", str(wording)])
+    assert NO_QUESTIONS in capsys.readouterr().out
+    assert NO_QUESTIONS in read_json(tmp_path / "own" / "import.json")["notes"]
+    found = taught(tmp_path, strategies="{store: [{name: store, batch: {bio: 4}, steps: 2}]}", **CHECKED)
+    assert found["lacking"] == NO_QUESTIONS and found["claims"] == [] and found["shared"] == {"store": []}
+    assert found["recall"]["store"]["bio"]["n"] == found["import"]["kept"] and "qa_ood" not in found["recall"]["store"]
+    assert NO_QUESTIONS in str(found) and NO_QUESTIONS in found._repr_html_()
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert "No claims were tested: there are no questions" in page and "What was imported" in page
+    assert "adds this" not in page, "no command could"
+    for stage in ("intervene", "mechanism", "retain"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([stage, str(tmp_path / "run"), "--quiet"])
+        assert ended.value.code == 2 and "nothing to ask" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", str(tmp_path / "run"), str(tmp_path / "tasks")])
+    assert ended.value.code == 2 and "no questions to export" in capsys.readouterr().err
+
+
+CHECKED = {"trace.check": "true"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "trains task 'qa', which has no training example"),
+        ({"interventions.run": "true"}, "interventions.run is true, but there are no questions"),
+        ({"mechanism.run": "true"}, "mechanism.run is true"), ({"retention.run": "true"}, "retention.run is true"),
+    ],
+)  # fmt: skip
+def test_what_needs_questions_is_refused_without(tmp_path: Path, settings: dict, told: str) -> None:
+    imported(tmp_path, rows={"store": numbered_rows(tmp_path, 8, 0, ("id",))["store"]})
+    with pytest.raises(UserError, match=told):
+        taught(tmp_path, **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_needs_no_questions(tmp_path: Path) -> None:
+    imported(tmp_path, rows={"store": numbered_rows(tmp_path, 8, 0, ("id",))["store"]})
+    lines = [item.text for item in texts(own(tmp_path))["bio"]]
+    untaught.new_model(tmp_path / "model", lines, untaught.NewModelSettings(width=16, heads=2, layers=2, neurons=32))
+    experiment = config.load(tmp_path / "own" / "experiment.yaml")
+    experiment = config.override(experiment, {"model.name": str(tmp_path / "model"), "trace.parts": "2"})
+    assert plan.plan(experiment).fits
+    with pytest.raises(UserError, match=r"mechanism.run is true"):
+        plan.plan(config.override(experiment, {"mechanism.run": "true"}))
+
+
+def test_the_imports_own_experiment_needs_no_questions(tmp_path: Path) -> None:
+    store = {"store": numbered_rows(tmp_path, 8, 0, ("id",))["store"]}
+    for model in (None, "some/model"):
+        imported(tmp_path, rows=store, model=model, overwrite=True)
+        own = config.load(tmp_path / "own" / "experiment.yaml")
+        assert [[phase.batch.keys() for phase in phases] for phases in own.strategies.values()] == [[{"bio"}]]
+        assert not (own.interventions.run or own.mechanism.run or own.retention.run)
+
+
+def test_a_relation_may_be_stored_only(tmp_path: Path) -> None:
+    rows = [*CITIES, *((s, "pet", f"cat {i}") for i, (s, *_) in enumerate(CITIES))]
+    found = imported(tmp_path, table(tmp_path / "f.csv", rows), wording=worded(tmp_path, f"city: {NOT_ASKED}"))
+    assert "nothing is asked about city: these facts are stored only" in found.notes
+    both = texts(own(tmp_path))
+    assert {q.mentions[0].relation for q in both["qa"]} == {"pet"} and len(both["bio"][0].mentions) == 2
+
+
+def test_texts_too_long_for_the_model_are_dropped_at_import_and_named_by_a_run(tmp_path: Path) -> None:
+    rows = [*CITIES, ("Ed Fox", "city", " ".join(["Rome"] * 40))]
+    path = table(tmp_path / "facts.csv", rows)
+    imported(tmp_path, path)
+    lines = [item.text for items in texts(own(tmp_path)).values() for item in items]
+    options = untaught.NewModelSettings(width=16, heads=2, layers=1, neurons=32, vocabulary=300, positions=48)
+    untaught.new_model(tmp_path / "model", lines, options)
+    with pytest.raises(
+        UserError, match=r"2 of 10 examples have more tokens than the 48 positions .* S000004.* drop them"
+    ):
+        taught(tmp_path)
+    assert not (tmp_path / "run").exists()
+    found = imported(tmp_path, path, overwrite=True, model=str(tmp_path / "model"))
+    assert found.counts()["dropped"] == {"too long for the model": 1} and found.dropped[0][1] == 6
+    assert len(texts(own(tmp_path))["bio"]) == 4 == found.kept
+    (tmp_path / "store.txt").write_text("The key is here.\n" + "and so on " * 40 + "\nThe lamp is there.\n")
+    store = {"store": tmp_path / "store.txt"}
+    found = imported(tmp_path, rows=store, overwrite=True, model=str(tmp_path / "model"))
+    assert found.counts()["dropped"] == {"too long for the model": 1} and len(texts(own(tmp_path))["bio"]) == 2
+    (tmp_path / "store.txt").write_text("and so on " * 40)
+    with pytest.raises(UserError, match="every text is too long"):
+        imported(tmp_path, rows=store, overwrite=True, model=str(tmp_path / "model"))

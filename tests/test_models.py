@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_facts import tokenizer
 from tiny_models import tiny_model
 
+from crosstrace import cli
 from crosstrace.errors import UserError
 from crosstrace.intervene import snapshot as weights
 from crosstrace.models import (
@@ -162,6 +166,75 @@ def test_other_problems_of_a_folder(folder: Path):
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="no model could be read"):
         load_model(str(folder))
+
+
+def changed(file: str, **values: object) -> Callable[[Path], object]:
+    """An edit of a JSON file in a folder."""
+    return lambda folder: (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
+
+
+def written(file: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / file).write_text(text)
+
+
+OWN_CODE = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": ["own.Tokens", None]}
+BROKEN = {
+    "config: a list": written("config.json", "[]"),
+    "config: cut short": written("config.json", '{"model_type": '),
+    "config: heads are no number": changed("config.json", num_attention_heads="x"),
+    "config: heads that do not divide": changed("config.json", num_attention_heads=5),
+    "config: a negative width": changed("config.json", hidden_size=-3),
+    "config: another width": changed("config.json", hidden_size=48),
+    "config: fewer tokens": changed("config.json", vocab_size=3),
+    "config: no such architecture": changed("config.json", model_type="nonsense"),
+    "config: no such activation": changed("config.json", hidden_act="nonsense"),
+    "config: quantised": changed(
+        "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}
+    ),
+    "code of its own": changed("config.json", model_type="own", auto_map=OWN_CODE),
+    "tokenizer: empty": written("tokenizer.json", "{}"),
+    "tokenizer: no tokenizer": written("tokenizer.json", '{"added_tokens": [], "model": {"type": "BPE", "vocab": 3}}'),
+    "tokenizer: settings are a list": written("tokenizer_config.json", "[]"),
+    "weights: an index that leads away": lambda folder: (
+        (folder / "model.safetensors").unlink(),
+        written("model.safetensors.index.json", '{"weight_map": {"model.norm.weight": "../../x.safetensors"}}')(folder),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_folders_are_told_in_one_sentence(name: str, folder: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked to run code"))
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+    BROKEN[name](folder)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["doctor", str(folder)])
+    told = capsys.readouterr().err.strip()
+    assert ended.value.code == 2 and "Traceback" not in told and str(folder) in told
+    assert "\n" not in told and len(told) < 600, told
+    assert not (folder / "ran").exists()
+
+
+class Spoils:
+    """Leaves a trace if it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_pickled_weights_are_read_on_request_and_never_run(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = weights(load_model(str(folder)))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"are pickled \(pytorch_model\.bin\).*set model\.pickled: true"):
+        load_model(str(folder))
+    found = weights(load_model(str(folder), pickled=True))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    torch.save({"model.norm.weight": Spoils()}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="its pickle holds more than tensors"):
+        load_model(str(folder), pickled=True)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_weights_are_copies_and_a_tied_tensor_is_named_once():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def test_saved_parts_agree_with_the_results(whole: Path) -> None:
             for task, traces in traced.items()
         }
         model = pipeline.models.load_model(str(whole / "models/mixed/mixed"))
-        [chosen] = pipeline.select_tasks(pipeline.strengths(parts), [0.05], scope(model), "global").values()
+        [(_, chosen)] = pipeline.select_tasks(pipeline.strengths(parts), [0.05], scope(model), "global")
         saved = {task: ParamSet.load(whole / f"shared/mixed/{when}-0.05-{task}.safetensors") for task in chosen}
         assert all(saved[task] == chosen[task] for task in chosen)
         both = ParamSet.load(whole / f"shared/mixed/{when}-0.05-shared.safetensors")
@@ -198,14 +199,17 @@ def test_a_second_run_is_refused_resumed_or_told_what_differs(whole: Path) -> No
 
 
 def test_stages_by_themselves_give_the_same(whole: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "staged"
-    pipeline.run(experiment, folder, stages=["data"], quiet=True)
+    folder, parts = tmp_path / "staged", {"gradients", "representations", "transfer"}
+    less = config.override(experiment, {"mechanism.parts": str([*sorted(parts)])})
+    pipeline.run(less, folder, stages=["data"], quiet=True)
     with pytest.raises(UserError, match="models/"):
-        pipeline.run(experiment, folder, "resume", stages=["trace"], quiet=True)
+        pipeline.run(less, folder, "resume", stages=["trace"], quiet=True)
     for stage in pipeline.STAGES[1:]:
         if stage != "retain":  # named, it runs whatever retention.run says, and a whole run leaves it out
-            pipeline.run(experiment, folder, "resume", stages=[stage], quiet=True)
-    assert numbers(folder) == numbers(whole)
+            pipeline.run(less, folder, "resume", stages=[stage], quiet=True)
+    found, expected = numbers(folder), numbers(whole)
+    expected["mechanism"] = {part: rows for part, rows in expected["mechanism"].items() if part in parts}
+    assert len(found["mechanism"]) == 3 and found == expected
 
 
 def test_killed_and_resumed_ends_with_the_same_numbers(whole: Path, tmp_path: Path) -> None:
@@ -238,6 +242,54 @@ def test_killed_and_resumed_ends_with_the_same_numbers(whole: Path, tmp_path: Pa
     killed, expected = numbers(folder), numbers(whole)
     assert killed["run"].pop("jobs") == 2 and expected["run"].pop("jobs") == 1
     assert killed == expected
+
+
+def forget(folder: Path, *steps: str) -> None:
+    """Make a run's steps undone."""
+    for step in steps:
+        (folder / "manifest" / f"{step.replace('/', '%2F')}.json").unlink()
+        output = folder / step
+        shutil.rmtree(output) if output.is_dir() else output.unlink()
+
+
+def test_killed_between_the_sets_and_their_analysis_goes_on_with_the_sets(
+    whole: Path, tmp_path: Path, monkeypatch
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    forget(folder, "analysis/mixed.json")
+    monkeypatch.setattr(pipeline, "select_tasks", lambda *_: pytest.fail("selected again"))
+    pipeline.run(experiment, folder, "resume", stages=["analyze"], quiet=True)
+    assert (folder / "analysis/mixed.json").read_bytes() == (whole / "analysis/mixed.json").read_bytes()
+
+
+def test_traces_of_one_time_and_reduction_are_held_at_a_time(whole: Path, tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    forget(folder, "shared/mixed", "analysis/mixed.json", "interventions/mixed.json")
+    held: list[weakref.ref[torch.Tensor]] = []
+    read, strengths = pipeline.read_traces, pipeline.strengths
+    moments = []
+
+    def watched(*where, **how):
+        assert not any(ref() is not None for ref in held), "what was read before is still there"
+        tasks = read(*where, **how)
+        held[:] = [weakref.ref(value) for parts in tasks.values() for part in parts for value in part.values.values()]
+        moments.append(len(held))
+        return tasks
+
+    def watched_strengths(tasks):
+        found = strengths(tasks)
+        held.extend(weakref.ref(value) for values in found.values() for value in values.values())
+        return found
+
+    monkeypatch.setattr(pipeline, "read_traces", watched)
+    monkeypatch.setattr(pipeline, "strengths", watched_strengths)
+    pipeline.run(experiment, folder, "resume", stages=["analyze", "intervene"], quiet=True)
+    times = len(material.WHENS)
+    assert len(moments) == (1 + 2 + 1) * times and sum(map(bool, moments)) == 2 + 3 + 2
+    for file in ("analysis/mixed.json", "interventions/mixed.json"):
+        assert (folder / file).read_bytes() == (whole / file).read_bytes()
 
 
 def test_qa_alone_has_no_online_sharing_but_still_ends(tmp_path: Path) -> None:

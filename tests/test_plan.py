@@ -183,7 +183,7 @@ def test_models_are_on_the_gpu_and_traces_in_ram():
     assert {"trace's sums", "optimiser"} <= {*gpu["train"]} and {*ram["train"]} == {"copies of the sums"}
     small = plan(SMALL, machine=replace(PLENTY, gpu=30 * 10**6))  # where half of what is free does not hold the sums
     parts = {row["where"]: row["parts"] for row in small.memory if (row["process"], row["stage"]) == ("mixed", "train")}
-    assert "trace's sums" not in parts["gpu"] and {*parts["ram"]} == {"trace's sums", "copies of the sums"}
+    assert "trace's sums" not in parts["gpu"] and {*parts["ram"]} == {"trace's sums"}
 
 
 def test_an_adapter_is_all_that_is_trained_and_kept():
@@ -242,10 +242,14 @@ def test_memory_of_sums_and_sets_by_hand():
     parts = {row["stage"]: row["parts"] for row in found.memory if row["process"] == "mixed"}
     assert parts["train"]["trace's sums"] == 2 * 2 * 2 * 4 * n  # tasks, reductions, parts
     assert parts["train"]["optimiser"] == 8 * n
-    controls = 1 + 2 * 3 + 2  # shared, two random kinds of three seeds, each task alone
-    assert parts["intervene"]["masks"] == 2 * 5 * controls * scope + 5 * 3 * scope
+    assert parts["intervene"]["traces"] == 2 * 2 * 4 * n and parts["intervene"]["strengths"] == 2 * 4 * n
     assert parts["intervene"]["weights"] == 8 * n
-    assert parts["analyze"]["traces"] == 2 * 2 * 2 * 4 * n + 2 * 2 * 4 * scope
+    assert parts["analyze"]["traces"] == 2 * 2 * 4 * scope and parts["analyze"]["ranks"] == 8 * scope
+    many = plan(config.override(SMALL, {"interventions.seeds": "20"}), machine=PLENTY)
+    parts = {row["stage"]: row["parts"] for row in many.memory if row["process"] == "mixed"}
+    assert (
+        parts["intervene"]["masks"] == (2 + 1 + 2 * 20 + 2) * scope
+    )  # the tasks', shared, two random kinds, each task alone
 
 
 def test_the_stand_in_makes_tokens_of_about_four_characters():

@@ -42,8 +42,20 @@ def test_named_commands_and_files_exist() -> None:
         if command in ("answers",):
             continue
         assert command in cli.COMMANDS, command
-    for link in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_of_pages_lead_somewhere(page: str) -> None:
+    headings = lambda path: {
+        re.sub(r"[^\w -]", "", line.lstrip("# ").strip().lower()).replace(" ", "-")
+        for line in path.read_text("utf-8").splitlines() if line.startswith("#")
+    }  # fmt: skip
+    for link, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", (ROOT / page).read_text("utf-8")):
+        target = (ROOT / page).parent / link if link else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), f"{link}#{anchor}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)

@@ -114,7 +114,7 @@ def test_several_fractions_at_once_are_the_same_and_nested():
     strength = {"a": torch.rand(300), "b": torch.rand(20, 10)}
     fractions = [0.01, 0.3, 0.1]
     for how in ("global", "per_tensor", "mass"):
-        each = select_each(strength, fractions, scope=["a", "b"], how=how)
+        each = list(select_each(strength, fractions, scope=["a", "b"], how=how))
         assert each == [select(strength, f, scope=["a", "b"], how=how) for f in fractions]
         assert (each[0] - each[2]).size == 0 and (each[2] - each[1]).size == 0
 

@@ -7,7 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import rankdata
 
+from crosstrace import stats
 from crosstrace.errors import UserError
 from crosstrace.stats import (
     cluster_bootstrap,
@@ -125,3 +127,39 @@ def test_cosine_and_spearman_by_hand():
     assert math.isnan(cosine(a, zero)) and math.isnan(spearman(a, zero))
     with pytest.raises(UserError, match="'v'"):
         cosine(a, {"u": a["u"]})
+
+
+KINDS_OF_NUMBERS = {
+    "ties, zeros and both signs": lambda rng: rng.integers(-4, 5, 97) / 4,
+    "mostly zeros": lambda rng: rng.exponential(size=97) * (rng.random(97) < 0.2),
+    "no ties": lambda rng: rng.normal(size=97),
+    "ends of the range": lambda rng: rng.choice([-0.0, 0.0, 1e-45, -1e-45, 3e38, -np.inf], 97),
+}
+
+
+@pytest.mark.parametrize("at_once, digit", [(2**18, 32), (7, 32), (10, 3), (1, 1)])
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float32", "bfloat16"), ("float64", "float32")])
+@pytest.mark.parametrize("kind", KINDS_OF_NUMBERS)
+def test_spearman_is_the_correlation_of_ranks(kind, dtypes, at_once, digit, monkeypatch):
+    """Whatever is ranked at a time, and however many digits of a rank find room."""
+    monkeypatch.setattr(stats, "_AT_ONCE", at_once)
+    monkeypatch.setattr(stats, "_DIGIT", digit)
+    rng = np.random.default_rng(0)
+    draw = lambda dtype: torch.from_numpy(KINDS_OF_NUMBERS[kind](rng)).to(getattr(torch, dtype))
+    a, b = map(draw, dtypes)
+    ranks = [rankdata(x.double().numpy()) for x in (a, b)]
+    expected = np.corrcoef(*ranks)[0, 1]
+    dicts = [{"u": x[:48].view(6, 8).T, "none": x[:0], "v": x[48:]} for x in (a, b)]
+    before = [x.clone() for x in (a, b)]
+    assert spearman(*dicts) == pytest.approx(expected, abs=1e-14)
+    assert spearman(dicts[0], dicts[0]) == pytest.approx(1, abs=1e-14)
+    assert all(torch.equal(x, was) for x, was in zip((a, b), before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_spearman_of_what_has_no_ranks_is_nan(dtype):
+    x = {"u": torch.tensor([1.0, 2.0, 3.0], dtype=dtype)}
+    for values in ([5.0, 5.0, 5.0], [1.0, math.nan, 2.0]):
+        odd = {"u": torch.tensor(values, dtype=dtype)}
+        assert math.isnan(spearman(x, odd)) and math.isnan(spearman(odd, x))
+    assert math.isnan(spearman({}, {}))

@@ -511,6 +511,10 @@ def test_save_and_load(tmp_path):
             k: v for k, v in vars(b).items() if k != "values"
         }
         assert list(a.values) == list(b.values) and all(torch.equal(a.values[n], b.values[n]) for n in a.values)
+    signed = load_traces(path, measure="net", reduction="example")
+    assert [(t.measure, t.meta["part"]) for t in signed] == [("net", 0), ("net", 1)]
+    assert all(torch.equal(a.values[n], b.values[n]) for a, b in zip(traces[2:], signed) for n in a.values)
+    assert load_traces(path, reduction="step") == []
     whole = path.read_bytes()
     for cut in (0, 5, 200, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])

@@ -1,4 +1,5 @@
-"""Whether two checkpoints can be compared: one architecture, the same parameters, the same tokens for the same texts.
+"""Whether two checkpoints can be compared: one architecture, the same parameters, the same tokens for the same texts;
+and whether a model's tokens and texts fit it.
 
 Says in one sentence what differs. It knows nothing of how either was trained.
 """
@@ -12,6 +13,7 @@ from torch import nn
 
 from crosstrace import models
 from crosstrace.errors import UserError
+from crosstrace.tokens import Encoded, check_room
 
 # Of a config, what may differ between two checkpoints of one model: it changes no logits.
 BOOKKEEPING = {
@@ -20,6 +22,25 @@ BOOKKEEPING = {
     "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "torch_dtype", "transformers_version",
     "use_cache", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop",
 }  # fmt: skip
+
+
+def check_fits(model: Any, encoded: Sequence[Encoded]) -> None:
+    """Raise a `UserError` unless the tokens are in the model's vocabulary, and the examples in its context."""
+    check_vocabulary(model, encoded)
+    check_room(encoded, getattr(model.config, "max_position_embeddings", None), type(model).__name__)
+
+
+def check_vocabulary(model: Any, encoded: Sequence[Encoded]) -> None:
+    """Raise a `UserError` unless the model has an embedding for every token, if it is one that tells."""
+    if not hasattr(model, "get_input_embeddings"):
+        return
+    rows = model.get_input_embeddings().num_embeddings
+    highest = max(int(item.ids.max()) for item in encoded)
+    if highest >= rows:
+        raise UserError(
+            f"the tokenizer gives id {highest}, but {type(model).__name__} has {rows} token embeddings; do tokenizer "
+            "and weights belong together?"
+        )
 
 
 def check_alike(base: nn.Module, tuned: nn.Module, names: tuple[str, str]) -> None:

@@ -8,7 +8,7 @@ models beyond an `Anatomy`, and draws nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -115,16 +115,22 @@ def centralization_rows(
         range(parts),
         *([p for p in range(parts) if p != out] for out in range(parts if parts > 1 else 0)),
     ]
-    sets = [[shared(s) for s in _select(strengths, weights, k, fractions, scope, how)] for k in kept]
+    total = sum(anatomy.shapes[name].numel() for name in scope)
+
+    def tally(pset: ParamSet) -> tuple[int, dict[str, np.ndarray]]:
+        """Its size and, for each unit, the counts: all that is wanted of a set, and much smaller."""
+        return pset.size, {unit: anatomy.count(pset, unit) for unit in sizes}
+
+    tallies = [[tally(shared(s)) for s in _select(strengths, weights, k, fractions, scope, how)] for k in kept]
     rng = np.random.default_rng(seed)
     rows = []
     for i, fraction in enumerate(fractions):
-        replicates = [by_fraction[i] for by_fraction in sets]  # S, then S without each part
+        set_sizes, counted = zip(*(by_fraction[i] for by_fraction in tallies))  # of S, then of S without each part
         for unit, available in sizes.items():
             there = available > 0
-            counts = [anatomy.count(pset, unit)[there] for pset in replicates]
-            rest = replicates[0].total - int(available.sum())
-            random = _random_counts(rng, available[there], rest, [pset.size for pset in replicates], draws)
+            counts = [of_units[unit][there] for of_units in counted]
+            rest = total - int(available.sum())
+            random = _random_counts(rng, available[there], rest, set_sizes, draws)
             random_gini = np.array([[gini(x) for x in drawn] for drawn in random])  # [replicates, draws]
             excess = np.array([gini(x) for x in counts]) - random_gini.mean(1)
             _, low, high = jackknife_interval(excess[0], excess[1:].tolist())
@@ -133,7 +139,7 @@ def centralization_rows(
                     fraction=fraction,
                     unit=unit,
                     units=int(there.sum()),
-                    size=replicates[0].size,
+                    size=set_sizes[0],
                     gini=gini(counts[0]),
                     effective=effective_number(counts[0]),
                     top10=top_share(counts[0], 0.1),
@@ -196,11 +202,12 @@ def _select(
     fractions: Sequence[float],
     scope: Sequence[str],
     how: str,
-) -> list[dict[str, ParamSet]]:
+) -> Iterator[dict[str, ParamSet]]:
     """For each fraction every task's S_t, from the kept parts of the data."""
     means = _means(strengths, weights, kept, scope)
     each = {task: select_each(mean, fractions, scope=scope, how=how) for task, mean in means.items()}
-    return [{task: sets[i] for task, sets in each.items()} for i in range(len(fractions))]
+    for _ in fractions:
+        yield {task: next(sets) for task, sets in each.items()}
 
 
 def _overlap(sets: Mapping[str, ParamSet]) -> tuple[float, ...]:

@@ -29,7 +29,7 @@ from crosstrace import config, models
 from crosstrace.config import Experiment, Fraction
 from crosstrace.errors import UserError
 from crosstrace.intervene import ablated, grafted
-from crosstrace.material import load, load_base, origin
+from crosstrace.material import WHENS, load, load_base, origin
 from crosstrace.pipeline import controls, read_traces, select_tasks, strengths
 from crosstrace.schedule import STRICT
 from crosstrace.shared import ParamSet, scope
@@ -248,13 +248,14 @@ def write_from_run(
 def chosen_set(run: Run, experiment: Experiment, options: EditSettings, model: nn.Module) -> ParamSet:
     """A set of a run at any fraction, drawn as the stage `intervene` draws it."""
     name, when, fraction = options.strategy, options.when, options.fraction
-    traced = read_traces(run.path(f"traces/{name}"), experiment.trace.measures[0])
-    if (when, "example") not in traced:
-        there = ", ".join(found for found, reduction in traced if reduction == "example") or "none of both tasks"
+    read = lambda when: read_traces(run.path(f"traces/{name}"), when, experiment.trace.measures[0])
+    traced = read(when)
+    if not traced:
+        there = ", ".join(other for other in WHENS if read(other)) or "none of both tasks"
         raise UserError(f"{run.folder} has no {when} trace of strategy {name}; there is {there}: name one with --when")
-    found = strengths(traced[when, "example"])
+    found = strengths(traced)
     names = scope(model, experiment.analysis.embeddings)
-    (psets,) = select_tasks(found, [fraction], names, experiment.analysis.how).values()
+    ((_, psets),) = select_tasks(found, [fraction], names, experiment.analysis.how)
     drawn = controls(found, psets, options.draw + 1, f"{name}/{when}/{fraction:g}")
     drawn = {task: [psets[task]] for task in found} | drawn
     if options.set not in drawn:

@@ -34,6 +34,7 @@ CRITICAL = 0.1  # share of the nodes that count as critical, where a yes or no i
 Row = dict[str, Any]
 COMPLETE = 0.01  # how far a module's attributions may be from what they should sum to
 MOST = 128  # points of the quadrature
+TOGETHER = 64  # texts that are attributed at once, a text at each point counted
 _SEED = 0
 
 
@@ -118,7 +119,7 @@ def attribution(
 
     Args:
         batches: labels are the answers whose mean log-probability is F.
-        steps: points of the quadrature to begin with; each costs a forward and backward per module.
+        steps: points of the quadrature to begin with; each costs a forward and backward of the texts per module.
 
     Returns:
         per unit the attributions [n_units] in nats, and for each module a row {module, sum, drop, steps}: what its
@@ -135,7 +136,10 @@ def attribution(
     with differentiating(model):
         whole = sum(-float(_losses(model, batch).detach().sum()) for batch in data) / count
         for site in sites:
-            left = sum(float(_on_the_way(model, batch, site, means[site], 0.0)[0].detach()) for batch in data) / count
+            left = (
+                sum(float(_on_the_way(model, batch, site, means[site], torch.zeros(1))[0].detach()) for batch in data)
+                / count
+            )
             drop, points = whole - left, steps
             while True:
                 value = torch.stack([_integrated(model, batch, site, means[site], points) for batch in data]).sum(0)
@@ -154,26 +158,36 @@ def attribution(
 
 
 def _integrated(model: nn.Module, batch: Batch, site: str, mean: Tensor, steps: int) -> Tensor:
-    """Σ over texts and tokens of (a − ā) · ∫ ∂ΣF/∂a [width] of one module's input, float64 on the CPU."""
+    """Σ over texts and tokens of (a − ā) · ∫ ∂ΣF/∂a [width] of one module's input, float64 on the CPU.
+
+    As many points go through the model at once as make TOGETHER texts, each a copy of the batch.
+    """
+    points, weights = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(steps))  # on [−1, 1]
+    count = len(batch["labels"])
     total: Tensor | None = None
-    for point, weight in zip(*np.polynomial.legendre.leggauss(steps)):  # on [−1, 1]
-        value, at, apart = _on_the_way(model, batch, site, mean, float(point + 1) / 2)
+    for own, weight in zip(*(x.split(max(1, TOGETHER // count)) for x in (points, weights))):
+        copies = {name: value.repeat(len(own), 1) for name, value in batch.items()}
+        value, at, apart = _on_the_way(model, copies, site, mean, ((own + 1) / 2).repeat_interleave(count))
         (gradient,) = torch.autograd.grad(value, at)
-        term = (gradient.double() * apart.double()).flatten(0, -2).sum(0) * float(weight) / 2
+        product = (gradient.double() * apart.double()).reshape(len(own), -1, at.shape[-1])  # points, positions, width
+        term = weight.to(product) @ product.sum(1) / 2
         total = term if total is None else total + term
     assert total is not None
     return total.cpu()
 
 
-def _on_the_way(model: nn.Module, batch: Batch, site: str, mean: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """ΣF with a module's input at ā + α (a − ā), that input, and a − ā."""
+def _on_the_way(
+    model: nn.Module, batch: Batch, site: str, mean: Tensor, alpha: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ΣF with a module's input at ā + α (a − ā), α of each text [B] or one for all, that input, and a − ā."""
     inner: dict[str, Tensor] = {}
 
     def change(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0].detach()
         start = mean.to(x.device, x.dtype).expand_as(x)
         inner["apart"] = x - start
-        inner["at"] = (start + alpha * inner["apart"]).requires_grad_()
+        share = alpha.to(x).repeat_interleave(len(x) // alpha.numel())  # (some modules get all positions as rows)
+        inner["at"] = (start + share.view(-1, *[1] * (x.dim() - 1)) * inner["apart"]).requires_grad_()
         return (inner["at"], *args[1:])
 
     with model.get_submodule(site).register_forward_pre_hook(change):

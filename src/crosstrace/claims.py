@@ -42,7 +42,7 @@ def judge(
         the claims, and a sentence on each one that comes out differently online and at the final checkpoint.
     """
     rows: list[Row] = []
-    if {MIXED, STAGED} <= set(evals):
+    if {MIXED, STAGED} <= set(evals) and "qa_ood" in evals[MIXED]["answers"]:
         rows.append(_recall(evals))
         for when in TIMES:
             for fraction in fractions:
@@ -83,12 +83,12 @@ def _recall(evals: Mapping[str, Any]) -> Row:
         verdict = "does not hold"
     return {
         "claim": "recall",
-        "text": "Mixed training answers questions about held-out people; two-stage training does not",
+        "text": "Mixed training answers held-out questions; two-stage training does not",
         "when": "training",
         "verdict": verdict,
         **_points(effect, low, high),
-        "test": "held-out exact match, Mix-tuned minus Stage-tuned: 95 % bootstrap interval over people above 0, with "
-        "Mix-tuned above 50 % and Stage-tuned below 50 %",
+        "test": "held-out exact match, Mix-tuned minus Stage-tuned: 95 % bootstrap interval over subjects above 0, "
+        "with Mix-tuned above 50 % and Stage-tuned below 50 %",
         "note": f"Mix-tuned {100 * mixed.mean():.1f} %, Stage-tuned {100 * staged.mean():.1f} % "
         f"of {len(mixed)} questions",
     }
@@ -178,7 +178,7 @@ def _beats_controls(found: Mapping[str, Any], when: str, kind: str) -> list[Row]
             "verdict": verdict,
             **_points(effect, low, high),
             "test": f"Mix-tuned held-out exact match, mean over the top {fractions} %, against each control of the "
-            "same size: 95 % bootstrap interval over people above 0 for every control",
+            "same size: 95 % bootstrap interval over subjects above 0 for every control",
             "note": "against the strongest control, " + strongest + "; all: "
             + ", ".join(f"{name} {100 * e:+.1f}{partly.get(name, '')}" for name, (e, _, _) in effects.items()),
         }

@@ -592,7 +592,7 @@ def plan(arguments: list[str]) -> None:
             "  --step           time one real update too, of random weights, for the hours\n"
             "  --json           print the plan as JSON\n"
             "  --quiet          print no progress\n"
-            "  --processes N    LAUNCH: so many that torchrun starts, each on its own GPU where there are GPUs; by DDP\n"
+            "  --processes N    LAUNCH: so many that torchrun starts, each on its own GPU if there are any, by DDP\n"
             "                   or with model.sharded FSDP2; if they don't fit, how many would\n"
             "  --nodes M        of them as many on each of so many machines\n"
             "  --gpu GB         MACHINE is another one that is planned for: free memory of its GPU,\n"
@@ -765,35 +765,42 @@ def import_own(arguments: list[str]) -> None:
     if "help" in words.flags:
         return print(
             "usage: crosstrace import FILE... FOLDER [OPTIONS]\n"
-            "       crosstrace import --store FILE --recall FILE FOLDER [OPTIONS]\n\n"
+            "       crosstrace import --store FILE [--recall FILE] FOLDER [OPTIONS]\n\n"
             "Check one's own facts, or texts of two tasks, and write them to FOLDER with an experiment that teaches\n"
             "them. Says what was kept and dropped, and why; FOLDER/dropped.csv names every row.\n\n"
             "  FILE             facts: .csv, .tsv, .jsonl or .parquet with columns subject, relation, object and, if\n"
-            "                   wanted, pronoun, split (id or ood), statement and question; or .json of one relation\n"
-            "                   with prompt templates. Without a column relation, the file's name is it. Or a Hugging\n"
-            "                   Face data set with such columns: its folder, or OWNER/NAME of the hub, and :PART\n"
+            "                   wanted, type (of the subject), pronoun, split (id or ood), statement and question; or\n"
+            "                   .json of one relation with prompt templates. Without a column relation, the file's\n"
+            "                   name is it. Or a Hugging Face data set with such columns: its folder, or\n"
+            "                   OWNER/NAME of the hub, and :PART\n"
             "  FOLDER           must not exist\n"
             "  --wording FILE   YAML: for each relation lists of statements and questions, patterns with {subject}\n"
-            "                   and {object}; [brackets] mark the words that express the relation\n"
-            "  --subject NAME   the files' own name of a column; so too --relation, --object, --split-column\n"
+            "                   and {object}, and {type} if wanted; [brackets] mark the words that express the\n"
+            "                   relation; `questions: []`: nothing is asked about it\n"
+            "  --subject NAME   the files' own name of a column; so too --relation, --object, --type, --split-column\n"
             "  --split HOW      which questions are held out: those about some subjects (subject, the default),\n"
             "                   those of some relations (relation), or as the column split says (given)\n"
-            "  --model NAME     the model that FOLDER/experiment.yaml names: a folder or hub name\n"
+            "  --model NAME     the model that FOLDER/experiment.yaml names: a folder or hub name; what is too long\n"
+            "                   for it is dropped, if it is at hand\n"
             "  --store FILE     in place of facts: texts of the task that stores, a .txt with one text a line, or\n"
-            "                   rows with prompt and completion\n"
+            "                   rows with text, or prompt and completion. Alone, there is nothing to ask\n"
             "  --recall FILE    rows of the task that recalls: prompt, completion, and split where given (else drawn,\n"
             "                   by column subject where there is one)\n"
+            "  --recall-completions FILE   of a text file of prompts, the completions, line by line; so too\n"
+            "                   --store-completions\n"
             "  --overwrite      replace FOLDER if an import made it"
         )
-    options = ("wording", "subject", "relation", "object", "split-column", "split", "model", "store", "recall")
-    words.only(options)
+    columns = ("subject", "relation", "object", "type", "split-column")
+    words.only((*columns, "wording", "split", "model", *importing.ROWS))
     given = words.changes()
-    rows = {name: given[name] for name in ("store", "recall") if name in given}
-    if len(rows) == 1:
-        raise UserError(
-            f"--{next(iter(rows))} was given alone; texts that store need rows that recall, to train on and to test "
-            "with, so give both --store and --recall"
-        )
+    rows = {name: Path(given[name]) for name in importing.ROWS if name in given}
+    for name in rows:
+        needed = name.removesuffix("-completions") if name != "recall" else "store"
+        if needed not in rows:
+            raise UserError(f"--{name} was given without --{needed}, which it belongs to; give both")
+    of_facts = [name for name in ("wording", "split", "relation", "object", "type") if rows and name in given]
+    if of_facts:
+        raise UserError(f"--{of_facts[0]} is of facts, but --store names rows of text; leave one of the two out")
     if len(words.names) != 1 if rows else len(words.names) < 2:
         raise UserError(
             f"import takes {'one folder beside --store and --recall' if rows else 'files of facts and a folder'}, but "
@@ -804,9 +811,9 @@ def import_own(arguments: list[str]) -> None:
     if split not in ("subject", "relation", "given"):
         raise UserError(f"--split is {split!r}; expected subject, relation or given")
     importing.make(
-        folder, files, rows={name: Path(file) for name, file in rows.items()}, split=split,
-        wording=Path(given["wording"]) if "wording" in given else None, model=given.get("model"),
-        columns={"split" if name == "split-column" else name: given[name] for name in options[1:5] if name in given},
+        folder, files, rows=rows, split=split, wording=Path(given["wording"]) if "wording" in given else None,
+        model=given.get("model"),
+        columns={name.removesuffix("-column"): given[name] for name in columns if name in given},
         overwrite="overwrite" in words.flags, tell=print,
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass as settings
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
 from crosstrace.schedule import STRICT, Optimiser, Phase, mixed, two_stage
+from crosstrace.text import NO_QUESTIONS
 from crosstrace.train import TrainSettings
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -37,6 +38,8 @@ class ModelSettings:
     """What every stage computes on; the GPU where there is one, if not given."""
     random_init: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     """Seed of random weights in place of the checkpoint's, which are taken if it is not given."""
+    pickled: bool = False
+    """Read weights from a pickle too where a folder has no safetensors; such a file comes from people you trust."""
     sharded: bool = False
     """Where a launcher has started several processes (docs/distributed.md): whether each holds some rows of every
     parameter (FSDP2), rather than the whole model (DDP)."""
@@ -282,10 +285,8 @@ def check(experiment: Experiment, where: str) -> Experiment:
 def _check_sharded(experiment: Experiment, where: str) -> None:
     """What a model in pieces on several processes is not made for."""
     refused = {
-        "trace.online": (experiment.trace.online, "each parameter whole at every step; set it to false"),
         "train.lora": (experiment.train.lora, "the whole model; leave it out, or train all weights"),
         "model.random_init": (experiment.model.random_init is not None, "a whole model; save one, and give its folder"),
-        "retention.run": (experiment.retention.run, "the whole model; set it to false"),
     }
     for name, (asked, needs) in refused.items():
         if asked:
@@ -299,6 +300,13 @@ def check_parts(parts: int, trained: int, where: str) -> None:
             f"{where}: trace.parts = {parts}, but only {trained} people have trained questions; a part of the trace "
             "needs one at least, so take more people or fewer parts"
         )
+
+
+def check_unasked(experiment: Experiment) -> None:
+    """Raise a `UserError` if an experiment without questions has a stage that asks some."""
+    for name in ("interventions", "mechanism", "retention"):
+        if getattr(experiment, name).run:
+            raise UserError(f"{name}.run is true, but {NO_QUESTIONS}; set it to false")
 
 
 def people_on_both_sides(facts: FactSettings, where: str) -> int:

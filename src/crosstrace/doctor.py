@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from crosstrace.alike import check_vocabulary
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings, World
 from crosstrace.losses import example_losses
@@ -454,6 +455,7 @@ def _examples(
     for turn, examples in enumerate(texts.values()):
         number = (count + len(texts) - 1 - turn) // len(texts)
         encoded = sorted(encode(tokenizer, examples), key=lambda item: len(item.ids))
+        check_vocabulary(model, encoded)
         fitting = [item for item in encoded if len(item.ids) <= room]
         if not fitting:
             raise UserError(

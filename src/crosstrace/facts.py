@@ -74,6 +74,7 @@ class Fact:
     relation: str
     object: str
     trained: bool | None = None  # whether its questions are; None: as its person's
+    type: str = ""  # of the subject, where it is known
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ def _own(settings: FactSettings) -> World:
     draw = _rng(settings, "split")
     pick = lambda number: set(draw.sample(range(number), round(settings.qa_share * number)))
     with_qa = pick(len(subjects)) if settings.split == "subject" else set()
-    relations = {wording.relations[i] for i in pick(len(wording.relations))} if settings.split == "relation" else set()
+    asked_about = [relation for relation in wording.relations if wording.questions[relation]]
+    relations = {asked_about[i] for i in pick(len(asked_about))} if settings.split == "relation" else set()
     order = _rng(settings, "augmented").sample(range(len(subjects)), len(subjects))
     augmented = set(order[: round(settings.augmented_share * len(subjects))])
     people = []
@@ -169,7 +171,9 @@ def _own(settings: FactSettings) -> World:
                     f"{row['name']!r} are trained; import a file with a column split of id and ood, or use "
                     "facts.split: subject"
                 )
-            facts.append(Fact(f"{person}.{number}", person, row["name"], fact["relation"], fact["object"], trained))
+            facts.append(
+                Fact(f"{person}.{number}", person, row["name"], fact["relation"], fact["object"], trained, row["type"])
+            )
         if len({fact.trained for fact in facts}) == 1:  # then it is said of the subject
             known = bool(facts[0].trained)
             facts = [replace(fact, trained=None) for fact in facts]
@@ -177,8 +181,11 @@ def _own(settings: FactSettings) -> World:
             known = True
         pronoun = row.get("pronoun") or ""
         people.append(Person(person, row["name"], pronoun, known, index in augmented, 1, tuple(facts)))
-    asked = [f.trained if f.trained is not None else p.in_distribution for p in people for f in p.facts]
-    if len(set(asked)) < 2:
+    asked = [
+        f.trained if f.trained is not None else p.in_distribution
+        for p in people for f in p.facts if wording.questions[f.relation]
+    ]  # fmt: skip
+    if asked_about and len(set(asked)) < 2:
         raise UserError(
             f"the split of {settings.source} by {settings.split} leaves no fact "
             f"{'to test recall on' if any(asked) else 'whose questions are trained'}; change facts.split or "
@@ -191,8 +198,8 @@ _WORDED = ("statements", "questions", "objects")
 
 
 def read_world(settings: FactSettings) -> dict[str, Any]:
-    """What `crosstrace import` wrote: relations {name: {statements, questions, objects}} and subjects [{name, pronoun,
-    facts [{relation, object, split}]}].
+    """What `crosstrace import` wrote: relations {name: {statements, questions, objects}} and subjects [{name, type,
+    pronoun, facts [{relation, object, split}]}]; a relation that nothing is asked about has no questions.
 
     Raises:
         UserError: the source holds no such file, or settings of drawn people are given with it.
@@ -207,7 +214,8 @@ def read_world(settings: FactSettings) -> dict[str, Any]:
     path = Path(settings.source or "").expanduser() / "world.json"
     if not path.is_file():
         raise UserError(
-            f"facts.source = {settings.source} holds no world.json; expected a folder that `crosstrace import` wrote"
+            f"facts.source = {settings.source} holds no world.json; expected a folder that `crosstrace import` wrote, "
+            "relative to the one that the command is given in"
         )
     values = read_json(path)
     try:
@@ -217,6 +225,7 @@ def read_world(settings: FactSettings) -> dict[str, Any]:
         subjects = [
             {
                 "name": _text(row["name"]), "pronoun": row.get("pronoun"),
+                "type": _text(row["type"]) if row.get("type") else "",
                 "facts": [
                     {"relation": f["relation"], "object": _text(f["object"]), "split": f.get("split")}
                     for f in row["facts"] if relations[f["relation"]]
@@ -224,6 +233,8 @@ def read_world(settings: FactSettings) -> dict[str, Any]:
             }
             for row in values["subjects"]
         ]  # fmt: skip
+        if not all(row["statements"] for row in relations.values()):
+            raise ValueError("a relation without statements")
         if not subjects or not all(row["facts"] for row in subjects):
             raise ValueError("a subject without facts")
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -22,16 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosstrace import circuit, models, positions
+from crosstrace import circuit, config, models, positions
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
 from crosstrace.errors import UserError
-from crosstrace.material import in_scope, sample, samples
+from crosstrace.material import in_scope, sample, samples, training_examples
+from crosstrace.pipeline import DRIFT_DRAWS
 from crosstrace.rehearse import Parts, Understudy
 from crosstrace.schedule import Phase
 from crosstrace.sharded import rows_of
 from crosstrace.text import texts
-from crosstrace.tokens import Batch, Encoded, batches, collate, encode
+from crosstrace.tokens import Batch, Encoded, batches, check_room, collate, encode
 from crosstrace.trace.memory import MOST_PASSES, SPARE, free_memory
 from crosstrace.trace.rules import sum_dtype
 from crosstrace.trace.trace import REDUCTIONS
@@ -46,7 +47,7 @@ TASKS = 2
 LOOKED_AT = 2000  # updates of a phase whose lengths are counted; of more, so many spread evenly
 RECALLED = 256  # texts that `evaluate.recall` asks at once
 CHARACTERS = 4  # a token, by rule of thumb, where there is no tokenizer
-RANKING = 66  # bytes a parameter in scope of `stats.spearman`, its two arrays included, as measured with scipy 1.17
+RANKING = {"float32": 8, "float64": 66}  # bytes a parameter of `stats.spearman` beside its two traces, as measured
 SHAPES = "shapes"
 EACH, FIRST = "each process", "process 0"  # whose memory a row is
 MAPPED = "traces"  # a part that is read from files as they lie there, which all processes of a machine see in one place
@@ -173,7 +174,7 @@ class Material:
         asked = {split: [item for item in own["qa"] if item.split == split] for split in ("id", "ood")}
         parts = {"bio": own["bio"], "qa_id": asked["id"], "qa_ood": asked["ood"]}
         self.parts = {part: encode(self.tokenizer, items) for part, items in parts.items()}
-        self.trained = {"bio": self.parts["bio"], "qa": self.parts["qa_id"]}
+        self.trained = training_examples(self.parts)
         self._kept: dict[Any, Any] = {}
 
     def model(self, experiment: Experiment, adapted: bool = False, processes: int = 1) -> Understudy:
@@ -201,14 +202,14 @@ class Material:
 
     def check(self, experiment: Experiment) -> None:
         """What no later part could do without."""
+        if not self.parts["qa_id"] and not self.parts["qa_ood"]:
+            config.check_unasked(experiment)
         sizes = epoch_sizes(self.trained)
         for phases in experiment.strategies.values():
             for phase in phases:
                 phase.updates(sizes)
-        longest = max(len(item.ids) for items in self.parts.values() for item in items)
-        room = getattr(self.config, "max_position_embeddings", None)
-        if room and longest > room:
-            raise UserError(f"the longest example has {longest} tokens, but the model has {room} positions")
+        every = [item for items in self.parts.values() for item in items]
+        check_room(every, getattr(self.config, "max_position_embeddings", None), experiment.model.name)
 
     def about(self, experiment: Experiment) -> Row:
         """Parameters of the base, by kind and in all."""
@@ -382,33 +383,35 @@ class Needs:
         if self.sharded:
             yield "a checkpoint", held, host | self._copies()
 
+    def _kept(self) -> Iterator[Moment]:
+        """What process 0 holds to save a checkpoint: the model, gathered if it is sharded; or what each has alike."""
+        held, host = self._learning()
+        yield "a checkpoint", held, host | ({"the whole model": self.alone.weights} if self.sharded else self._copies())
+
     def _learning(self) -> tuple[Parts, Parts]:
         """What is there throughout a training. The online trace's sums are on the device if half of what is free there
-        holds them. DDP keeps flat buckets beside the gradients, as accelerate sets it up."""
-        held: Parts = {"weights": self.learning, "optimiser": 2 * self.learned}
-        if self.launch.processes > 1 and not self.sharded:
-            held["DDP's buckets"] = self.learned
-        host: Parts = {"trace's sums": self.online}
-        if self.machine.gpu is not None and self.online < (self.machine.gpu - self.learning) / 2:
-            held, host = held | host, {}
-        return held, host
+        holds them."""
+        if self._sums_on_device:
+            return self._trained() | {"trace's sums": self.online}, {}
+        return self._trained(), {"trace's sums": self.online}
 
-    def _kept(self) -> Iterator[Moment]:
-        """What process 0 holds to save a checkpoint: first the model, gathered if it is sharded, then the optimiser,
-        then the online trace. Sharded ones each process saves its pieces of."""
-        held, host = self._learning()
-        if self.sharded:
-            yield "a checkpoint", held, host | {"the whole model": self.alone.weights}
-        else:
-            yield "a checkpoint", held, host | self._copies()
+    @property
+    def _sums_on_device(self) -> bool:
+        gpu = self.machine.gpu
+        return gpu is not None and self.online < (gpu - self.learning) / 2
+
+    def _trained(self) -> Parts:
+        """DDP keeps flat buckets beside the gradients, as accelerate sets it up."""
+        ddp = self.launch.processes > 1 and not self.sharded
+        return {"weights": self.learning, "optimiser": 2 * self.learned, "DDP's buckets": ddp * self.learned}
 
     def _copies(self) -> Parts:
-        """On the host, of what is saved: the online trace's state, which is divided too when training is over; of what
-        lies on a GPU the optimiser's, at another time."""
+        """On the host, of what is saved from a GPU: the optimiser's means, then the online trace's sums. Those on the
+        host are saved, and in the end divided, in place."""
         optimiser = 0 if self.machine.gpu is None else 2 * self.learned
-        if optimiser > self.online:
-            return {"a copy of the optimiser": optimiser}
-        return {"copies of the sums": self.online}
+        if self._sums_on_device and self.online > optimiser:
+            return {"copies of the sums": self.online}
+        return {"a copy of the optimiser": optimiser}
 
     def _share(self, batch: Batch) -> Batch:
         """As many rows of a batch as one process may have of it."""
@@ -464,7 +467,7 @@ class Needs:
         return self.material.once(key, lambda: self.base.recall(rows))
 
     def _eval(self) -> Iterator[Moment]:
-        for part in self.material.parts:
+        for part in (part for part, items in self.material.parts.items() if items):
             yield f"recall of {part}", {"weights": self.weights} | self._recall(part), {}
 
     def _doctor(self) -> Iterator[Moment]:
@@ -516,57 +519,47 @@ class Needs:
         return [{k: v for k, v in row.items() if k != "group"} for row in rows]
 
     def _read(self) -> float:
-        """Bytes of the traces that are read for the example's reduction. Files are mapped: what nobody looks at takes
-        none."""
-        return len(self.whens) * TASKS * self.experiment.trace.parts * self.sums
+        """Bytes of the traces of one time by one reduction. Files are mapped: what nobody looks at takes none."""
+        return TASKS * self.experiment.trace.parts * self.sums
 
     def _sets(self, fractions: int) -> float:
         """A mask of every task's set and of the shared one, at each fraction."""
         return fractions * (TASKS + 1) * self.scope
 
     def _analyze(self) -> Iterator[Moment]:
-        """`pipeline.analyze`: all traces, the sets at the central fractions, and what one table needs beside them."""
-        options, parts = self.experiment.analysis, self.experiment.trace.parts
-        of_steps = ("online" in self.whens) * TASKS * parts * self.scope_sums  # that reduction, in scope alone
-        model, held = {"weights": self.weights}, {"traces": self._read() + of_steps}
-        sets = len(self.whens) * self._sets(len(options.central_fractions))
-        yield "sets", model, held | {"strengths": 2 * TASKS * self.sums, "masks": sets}
-        means = TASKS * self.scope_sums
-        masks = TASKS * len(options.fractions) * self.scope
-        yield "overlap", model, held | {"strengths": means + 2 * self.largest, "masks": sets + masks}
-        yield "similarity", model, held | {"strengths": means, "masks": sets, "ranks": RANKING * self.scope}
-        kept = (parts + 1) * len(options.central_fractions) * self.scope
-        central = TASKS * len(options.central_fractions) * self.scope
-        yield "centralization", model, held | {"strengths": means, "masks": sets + kept + central}
-        yield "the weights' way", {"weights": 3 * self.weights}, {"masks": sets}
+        """`pipeline.analyze`: the traces of one time by one reduction, and what one set or table needs beside them."""
+        strengths, wide = {"strengths": TASKS * self.sums}, {"a tensor in float64": 4 * self.largest}
+        yield "sets", {}, {"traces": self._read()} | strengths | wide
+        seen = {"traces": TASKS * self.experiment.trace.parts * self.scope_sums}  # in scope alone
+        means = {"strengths": TASKS * self.scope_sums}
+        masks = (TASKS + 2) * self.scope  # every task's set, what they share, and what any has
+        yield "overlap", {}, seen | means | wide | {"masks": masks}
+        ranking = RANKING["float64" if self.scope_sums > 4 * self.scope else "float32"]
+        yield "similarity", {}, seen | means | {"ranks": ranking * self.scope}
+        masks = (len(self.whens) + 2 * DRIFT_DRAWS) * self.scope
+        yield "the weights' way", {"weights": 2 * self.weights}, {"masks": masks} | wide
 
     def controls(self) -> int:
         """Sets of one time and fraction that are put in: the shared one and its controls."""
         return 1 + 2 * self.experiment.interventions.seeds + TASKS
 
     def _intervene(self) -> Iterator[Moment]:
-        """`pipeline.intervene`: base and tuned model, and every set of every time."""
+        """`pipeline.intervene`: base and tuned model, the strengths of one time, and the sets of one fraction."""
         options = self.experiment.interventions
-        both, held = {"weights": 2 * self.weights}, {"traces": self._read()}
-        masks = len(self.whens) * len(options.fractions) * self.controls() * self.scope
-        strengths = TASKS * self.sums
-        chosen = self._sets(len(options.fractions))
-        several = min(2, len(self.whens))  # those of the time before are held while the next are made
-        yield "controls", both, held | {"masks": masks + chosen, "strengths": several * strengths + self.sums}
+        both, strengths = {"weights": 2 * self.weights}, {"strengths": TASKS * self.sums}
+        yield "strengths", both, strengths | {"traces": self._read(), "a tensor in float64": 4 * self.largest}
+        held = strengths | {"masks": self._sets(1) + (self.controls() - 1) * self.scope}
+        yield "controls", both, held | {"what is free of one task": self.scope_sums}
         saved = {"values to put back": max(options.fractions) * self.scope_sums}
         for part in ("qa_id", "qa_ood"):
-            yield (
-                f"recall of {part}",
-                both | saved | self._recall(part, options.questions),
-                held | {"masks": masks + chosen, "strengths": strengths},
-            )
+            yield f"recall of {part}", both | saved | self._recall(part, options.questions), held
 
     def _intervene_in_pieces(self) -> Iterator[Moment]:
         """The same of a sharded model: traces, strengths and sets lie where its pieces do, but for random sets, which
         every process draws whole on its host."""
         drawn = 2 * self.experiment.interventions.seeds / self.controls()
         for what, device, host in self._intervene():
-            masks = host["masks"]
+            masks = host.get("masks", 0.0)
             pieces = {**device, **host, "masks": (1 - drawn) * masks}
             yield what, pieces, {"random masks": drawn * masks * self.launch.processes}
 
@@ -607,11 +600,11 @@ class Needs:
     def _retain(self) -> Iterator[Moment]:
         """`retention.retain`: as training, beside a copy of the taught values and the sets."""
         e, options = self.experiment, self.experiment.retention
-        sets = len(self.whens) * (1 + 2 * options.draws) * self.scope
+        sets = len(self.whens) * (1 + 2 * options.draws) * self.alone.scope
         batch = {"bio": options.bio + options.replay_bio, "qa": options.qa + options.replay_qa}
         phase = Phase("new", {task: count for task, count in batch.items() if count}, options.steps)
         data = Updates(phase, self.material.trained, "0", self.material.pad, e.trace.targets)
-        held = self._learning()[0] | {"a copy of the weights": self.weights}
+        held = self._trained() | {"a copy of the weights": self.weights}
         chosen = {task: self._share(batch) for task, batch in _costliest(data).items()}
         yield "a step", held | self._step(phase, chosen), {"masks": sets}
 
@@ -640,7 +633,8 @@ class Needs:
             others = 0
             if where == "ram" and EACH in rows:
                 each = rows[EACH]
-                others = (self.launch.beside - 1) * (each["bytes"] - each["parts"].get(MAPPED, 0))
+                mapped = 0 if self.sharded else each["parts"].get(MAPPED, 0)
+                others = (self.launch.beside - 1) * (each["bytes"] - mapped)
             found.append((row["bytes"] + others, row))
         return max(found, key=lambda of: of[0])
 

@@ -33,6 +33,8 @@ def export_run(run_folder: str | Path, folder: str | Path, overwrite: bool = Fal
         data = f"sha256:{run.inputs('data')['data']}"
         tokenizer = models.load_tokenizer(experiment.model.name)
         parts = {name: items for name, items in examples(run, tokenizer).items() if name in ("qa_id", "qa_ood")}
+        if not any(parts.values()):
+            raise UserError(f"{run.folder} has no questions to export; its facts or texts were imported without any")
         told = {
             "model": experiment.model.name, "revision": models.revision(experiment.model.name),
             "dtype": experiment.model.dtype, "data": data,

@@ -1,7 +1,8 @@
 """One's own facts or texts, from files of several kinds, checked row by row, into a folder that a run can be taught.
 
 Rows are (subject, relation, object), or plain texts with their continuations for tasks that are no facts. What is
-unfit is dropped and counted with its reason; nothing is mended in silence. It trains nothing and knows no tokenizer.
+unfit is dropped and counted with its reason; nothing is mended in silence. It trains nothing, and asks of a model only
+which texts are too long for it.
 
     OWN/world.json       relations with their wordings, subjects with their facts (of facts)
     OWN/bio.jsonl, qa.jsonl    the examples of both tasks (of rows of text)
@@ -13,32 +14,58 @@ unfit is dropped and counted with its reason; nothing is mended in silence. It t
 from __future__ import annotations
 
 import csv
+import difflib
 import json
+import math
 import random
 import re
 import shlex
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from crosstrace import models
 from crosstrace.config import read_yaml
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
-from crosstrace.store import remove_folder, replacing, sha256_file, sha256_tree, write_json, write_text
-from crosstrace.text import Example, Mention, texts, write_jsonl
+from crosstrace.schedule import bio_only, mixed, two_stage
+from crosstrace.store import read_json, remove_folder, replacing, sha256_file, sha256_tree, write_json, write_text
+from crosstrace.text import NO_QUESTIONS, Example, Mention, texts, write_jsonl
+from crosstrace.tokens import encode, too_long
 
 KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 EXPECTED = f"a file of facts ({', '.join(KINDS)}), or a data set: a folder or OWNER/NAME of the hub"
 LONGEST = 1_000_000  # characters of one line or field: more is a broken file
 LONG = 200  # characters of a name: more is a text
-COLUMNS = ("subject", "relation", "object", "pronoun", "split", "statement", "question")
+OFTEN = 3  # facts with one object: fewer say nothing of how well a guess does
+COLUMNS = ("subject", "relation", "object", "type", "pronoun", "split", "statement", "question")
+ROW_COLUMNS = ("text", "prompt", "completion", "subject", "split")
+ROWS = ("store", "store-completions", "recall", "recall-completions")  # files of plain rows
+OF_RELATION = ("name", "prompt_templates", "prompt_templates_zs", "samples", "properties")  # of the relations format
 SPLITS = ("id", "ood")
+# What suits a pretrained model of about 160 M parameters, as in examples/pythia-160m.yaml: the default settings are
+# those of the tiny bundled base, whose learning rate would wreck any larger model.
+PRETRAINED: dict[str, Any] = {
+    "train": {
+        "optimiser": {"learning_rate": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.01, "warmup": 40},
+        "checkpoint_every": 200, "recall_every": 100, "recall_examples": 120,
+    },
+    "trace": {"every": 5, "parts": 2, "examples": 400, "batch": 16},
+    "analysis": {"central_fractions": [0.01, 0.05]},
+    "interventions": {"fractions": [0.05, 0.2], "seeds": 1, "questions": 120},
+    "mechanism": {
+        "parts": ["gradients", "representations", "lens", "transfer"], "facts": 96, "together": 24, "questions": 48
+    },
+    "jobs": 1,
+}  # fmt: skip
+BIO, QA, PASSES = 16, 32, 13  # examples in its updates, and how often each text that stores is seen
 STATEMENT, QUESTION = "[The {relation} of] {subject} [is] {object}.", "[What is the {relation} of] {subject}[?]"
 _INVISIBLE = re.compile(
     "[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"
@@ -46,14 +73,16 @@ _INVISIBLE = re.compile(
 
 REASONS = {
     "empty": "a subject, relation or object that is empty",
+    "not a text": "a value that is neither text nor a number, e.g. a list",
     "too long": f"a subject, relation or object of more than {LONG} characters",
     "control": "characters that control the text's direction or a terminal",
     "not Unicode": "half a surrogate pair, which no file can hold",
     "duplicate": "said before",
     "contradiction": "another object for a subject and relation that were there before",
-    "answer in the prompt": "the object stands in the subject's name, so the question gives it away",
+    "answer in the prompt": "the object stands in the subject's name or type, so the question gives it away",
     "other split": "a split other than id and ood",
     "no words": "a subject, relation or object without a word",
+    "too long for the model": "a text of more tokens than the model of --model can read",
     "one word": "a text of one word, in which nothing is predicted",
 }
 
@@ -72,8 +101,9 @@ class Imported:
     """What was read, and what became of it.
 
     Attributes:
+        rows: (subject, relation) -> (file, row) of each fact.
         relations: name -> {statements, questions, objects}.
-        subjects: {name, pronoun, facts [{relation, object, split}]}.
+        subjects: {name, type, pronoun, facts [{relation, object, split}]}.
         dropped: (file, row, reason, what) of each row that was not kept.
         read: rows of each file.
         notes: what a reader of results should know of the data.
@@ -83,6 +113,7 @@ class Imported:
     subjects: list[dict[str, Any]] = field(default_factory=list)
     dropped: list[tuple[str, int, str, str]] = field(default_factory=list)
     read: dict[str, int] = field(default_factory=dict)
+    rows: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -114,8 +145,9 @@ def import_facts(
     Args:
         files: CSV, TSV, JSONL or Parquet with columns subject, relation and object (without a relation, the file's name
             is it), and, if wanted, pronoun, split (id or ood), statement and question (patterns of that relation with
-            {subject} and {object}; [brackets] mark the words of the relation); or JSON of one relation with its
-            prompt templates: {name, prompt_templates, prompt_templates_zs, samples [{subject, object}]}.
+            {subject} and {object}; [brackets] mark the words of the relation), and type (of the subject, {type} in
+            patterns); or JSON of one relation with its prompt templates: {name, prompt_templates, prompt_templates_zs,
+            samples [{subject, object}]}.
         wording: YAML of relation -> {statements: [...], questions: [...]}, which goes before what the files say.
         columns: names of the files' own columns: {"subject": "person", ...}.
 
@@ -127,25 +159,34 @@ def import_facts(
     said: dict[str, dict[str, list[str]]] = {}
     people: dict[str, dict[str, Any]] = {}
     objects: dict[tuple[str, str], str] = {}
+    unused: dict[str, None] = {}
+    retyped: dict[str, None] = {}
     for path in files:
-        found.read[str(path)] = 0
-        for row in _rows(path, said, columns or {}):
+        found.read.setdefault(str(path), 0)
+        for row in _rows(path, said, columns or {}, unused):
             found.read[str(path)] += 1
-            fact = {name: row.values.get(name) for name in COLUMNS}
+            fact = {name: _given(row.values, name) for name in COLUMNS}
             reason = _unfit(fact)
             if reason is None:
                 subject, relation, object = (_tidy(fact[name]) for name in COLUMNS[:3])
                 before = objects.get((subject, relation))
                 if before is not None:
                     reason = "duplicate" if before == object else "contradiction"
-                elif _within(object, subject):
+                elif any(
+                    _within(object.casefold(), _tidy(fact[name] or "").casefold()) for name in ("subject", "type")
+                ):
                     reason = "answer in the prompt"
             if reason is not None:
                 found.dropped.append((row.file, row.number, reason, _short(row.values)))
                 continue
             objects[subject, relation] = object
-            person = people.setdefault(subject, {"name": subject, "pronoun": None, "facts": []})
+            found.rows[subject, relation] = (row.file, row.number)
+            person = people.setdefault(subject, {"name": subject, "type": None, "pronoun": None, "facts": []})
             person["pronoun"] = person["pronoun"] or _tidy(fact["pronoun"] or "") or None
+            kind = _tidy(fact["type"] or "") or None
+            person["type"] = person["type"] or kind
+            if kind not in (None, person["type"]):
+                retyped[subject] = None
             split = _tidy(fact["split"] or "").lower() or None
             person["facts"].append({"relation": relation, "object": object, "split": split})
             for part, name in (("statements", "statement"), ("questions", "question")):
@@ -162,8 +203,31 @@ def import_facts(
             + (f": {_told(total['dropped'])}" if total["dropped"] else "")
         )
     _word(found, given, said)
+    if unused:
+        found.notes.append(_told_unused(unused, COLUMNS))
+    if retyped:
+        found.notes.append(f"{len(retyped)} subjects have several types, e.g. {next(iter(retyped))!r}; the first stays")
     _note(found)
     return found
+
+
+def _given(values: Mapping[str, Any], name: str) -> Any:
+    """A row's value; None where there is none, or NaN, which tables of numbers have in its place."""
+    value = values.get(name)
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a text, or a number, which is text as it is written."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and value not in (math.inf, -math.inf)
+
+
+def _told_unused(unused: Iterable[str], known: Sequence[str]) -> str:
+    """The columns that nothing was made of, each with the one that may be meant."""
+    close = {name: difflib.get_close_matches(name, known, 1, 0.75) for name in unused}
+    return "columns that nothing was made of: " + ", ".join(
+        name + (f" (is {meant[0]} meant?)" if meant else "") for name, meant in close.items()
+    )
 
 
 def _unfit(fact: Mapping[str, Any]) -> str | None:
@@ -172,8 +236,8 @@ def _unfit(fact: Mapping[str, Any]) -> str | None:
         value = fact[name]
         if value is None and name not in COLUMNS[:3]:
             continue
-        if value is not None and not isinstance(value, str | int | float):
-            return "empty"
+        if value is not None and not _is_text(value):
+            return "not a text"
         text = "" if value is None else str(value)
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             return "not Unicode"
@@ -186,7 +250,7 @@ def _unfit(fact: Mapping[str, Any]) -> str | None:
                 return "too long"
             if not any(letter.isalnum() or unicodedata.category(letter)[0] == "S" for letter in text):
                 return "no words"
-    if fact["split"] not in (None, "") and _tidy(str(fact["split"])).lower() not in SPLITS:
+    if fact["split"] not in (None, "") and _tidy(fact["split"]).lower() not in SPLITS:
         return "other split"
     return None
 
@@ -196,9 +260,17 @@ def _tidy(value: Any) -> str:
     return " ".join(unicodedata.normalize("NFC", str(value)).split())
 
 
-def _within(object: str, subject: str) -> bool:
-    """Whether the object stands in the subject as words of its own."""
-    return re.search(rf"(?<!\w){re.escape(object.casefold())}(?!\w)", subject.casefold()) is not None
+def _within(object: str, text: str) -> bool:
+    """Whether the object stands in a text as words of its own; at an end whose letter belongs to a script that puts no
+    blanks between words, as a part of one."""
+    before, after = ("" if _wide(letter) else r"\w" for letter in (object[0], object[-1]))
+    found = (rf"(?<!{before})" if before else "") + re.escape(object) + (rf"(?!{after})" if after else "")
+    return re.search(found, text) is not None
+
+
+def _wide(letter: str) -> bool:
+    """Whether a letter is of a Chinese, Japanese or Korean script."""
+    return unicodedata.east_asian_width(letter) in "WF" and letter.isalpha()
 
 
 def _short(values: Mapping[str, Any]) -> str:
@@ -222,8 +294,9 @@ def _word(found: Imported, given: Mapping[str, Mapping[str, list[str]]], said: M
         words = {"relation": _braces(name.replace("_", " "))}
         own = {}
         for part, pattern in (("statements", STATEMENT), ("questions", QUESTION)):
-            own[part] = list(given.get(name, {}).get(part) or said.get(name, {}).get(part) or ())
-            if not own[part]:
+            unasked = given.get(name, {}).get(part) == []
+            own[part] = list(given.get(name, {}).get(part) or (not unasked and said.get(name, {}).get(part)) or ())
+            if not own[part] and not unasked:
                 own[part] = [pattern.replace("{relation}", words["relation"])]
                 plain.append(f"{name} ({part})")
         found.relations[name] = own | {"objects": list(values)}
@@ -231,6 +304,44 @@ def _word(found: Imported, given: Mapping[str, Mapping[str, list[str]]], said: M
         found.notes.append(
             f"plain wordings were made for {', '.join(plain)}: give better ones with --wording, or in columns "
             "statement and question"
+        )
+    unasked = [name for name, row in found.relations.items() if not row["questions"]]
+    if len(unasked) == len(found.relations):
+        found.notes.append(NO_QUESTIONS)
+    elif unasked:
+        found.notes.append(f"nothing is asked about {', '.join(unasked)}: these facts are stored only")
+    for name, row in found.relations.items():
+        _check_types(found, name, [*row["statements"], *row["questions"]])
+        _note_told(found, name, row["questions"])
+
+
+def _check_types(found: Imported, relation: str, patterns: Sequence[str]) -> None:
+    """Raise a `UserError` if a relation's wordings speak of the type of a subject that has none."""
+    pattern = next((pattern for pattern in patterns if "{type}" in pattern), None)
+    if pattern is None:
+        return
+    lacking = [
+        s["name"] for s in found.subjects if not s["type"] and any(f["relation"] == relation for f in s["facts"])
+    ]
+    if lacking:
+        raise UserError(
+            f"the wording {pattern!r} of {relation} needs a type, but {len(lacking)} of its subjects have none, e.g. "
+            f"{lacking[0]!r}; give it in a column type, or leave {{type}} out"
+        )
+
+
+def _note_told(found: Imported, relation: str, questions: Sequence[str]) -> None:
+    """Note how many objects stand in the words that a question has for every subject: these single nobody's answer out,
+    and a short word is soon met by chance, so they are kept."""
+    fixed = [re.sub(r"[][]", "", re.sub(r"\{\w+\}", "\n", question)) for question in questions]
+    told = [
+        f["object"] for s in found.subjects for f in s["facts"]
+        if f["relation"] == relation and any(_within(f["object"], text) for text in fixed)
+    ]  # fmt: skip
+    if told:
+        found.notes.append(
+            f"the objects of {len(told)} facts of {relation}, e.g. {told[0]!r}, stand in the words of a question, the "
+            "same for every subject; they are kept, so word it without them"
         )
 
 
@@ -245,34 +356,55 @@ def _note(found: Imported) -> None:
         top, count = Counter(facts).most_common(1)[0]
         if len(row["objects"]) == 1:
             found.notes.append(f"every object of {name} is {top!r}, so recall of it shows nothing")
-        elif count / len(facts) > 0.2:
+        elif count / len(facts) > 0.2 and count >= OFTEN:
             found.notes.append(
                 f"{top!r} is the object of {count} of {len(facts)} facts of {name}: guessing it is right so often"
             )
     names = [s["name"] for s in found.subjects]
-    alike = {}
-    for name in names:
-        alike.setdefault(_folded(name), []).append(name)
-    same = [group for group in alike.values() if len(group) > 1]
-    if same:
-        found.notes.append(
-            f"{len(same)} groups of subjects differ in case or accents only, e.g. {' and '.join(map(repr, same[0]))}"
-        )
+    alike = lambda key: [group for group in _grouped(names, key).values() if len(group) > 1]
+    for groups, how in (
+        (alike(_folded), "differ in case or accents only"),
+        ([g for g in alike(_parts) if len({*map(_folded, g)}) > 1], "share all names, in another order"),
+    ):
+        if groups:
+            told = " and ".join(map(repr, groups[0]))
+            found.notes.append(f"{len(groups)} groups of subjects {how}, e.g. {told}")
     first = Counter(name.split()[0] for name in names)
     alone = sum(first[name.split()[0]] == 1 for name in names)
     if alone > len(names) / 2:
         found.notes.append(
             f"{alone} of {len(names)} subjects can be told by their first word alone, which makes recall easier"
         )
-    other = sum(not name.isascii() for name in names)
-    if other:
-        found.notes.append(f"{other} subjects have letters beyond ASCII")
-    right = sum(any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in name) for name in names)
-    if right:
-        found.notes.append(f"{right} subjects are written from right to left")
+    objects = {object for row in found.relations.values() for object in row["objects"]}
+    _note_scripts(found, {"subjects": names, "objects": objects, "relations": [*found.relations]})
     splits = Counter(f["split"] for s in found.subjects for f in s["facts"])
     if splits[None] and len(splits) > 1:
         found.notes.append(f"{splits[None]} facts have no split, so facts.split: given can't be used")
+
+
+def _note_scripts(found: Imported, kinds: Mapping[str, Collection[str]]) -> None:
+    """Count, of each kind of texts, those in which a tokenizer or a terminal may meet what it does not expect."""
+    right_to_left = lambda text: any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in text)
+    for what, has in (
+        ("letters beyond ASCII", lambda text: not text.isascii()),
+        ("words written from right to left", right_to_left),
+    ):
+        counts = {kind: sum(map(has, each)) for kind, each in kinds.items()}
+        if any(counts.values()):
+            told = ", ".join(f"{n} of {len(kinds[kind])} {kind}" for kind, n in counts.items() if n)
+            found.notes.append(f"{what}: {told}")
+
+
+def _grouped(names: Iterable[str], key: Callable[[str], Any]) -> dict[Any, list[str]]:
+    groups: dict[Any, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(name), []).append(name)
+    return groups
+
+
+def _parts(name: str) -> frozenset[str]:
+    """The parts of a name in no order, as in "Ada Brook" and "Brook, Ada"."""
+    return frozenset(_folded(name).replace(",", " ").split())
 
 
 def _folded(name: str) -> str:
@@ -293,8 +425,11 @@ def _wordings(path: Path) -> dict[str, dict[str, list[str]]]:
             raise UserError(f"{where} is {row!r}; expected statements and questions, each a list of patterns")
         found[_tidy(relation)] = {}
         for part, patterns in row.items():
-            if not isinstance(patterns, list) or not patterns:
-                raise UserError(f"{where}: {part} is {patterns!r}; expected a list of patterns")
+            if not isinstance(patterns, list) or (not patterns and part == "statements"):
+                raise UserError(
+                    f"{where}: {part} is {patterns!r}; expected a list of patterns"
+                    + (", or [] where nothing is asked" if part == "questions" else "")
+                )
             found[_tidy(relation)][part] = [_pattern(p, part[:-1], f"{where}: {part}") for p in patterns]
     return found
 
@@ -303,7 +438,8 @@ def _pattern(text: Any, kind: str, where: str) -> str:
     """A pattern of one statement or question, with the words of its relation in brackets.
 
     Raises:
-        UserError: braces other than {subject} and {object}, one of them missing or twice, brackets that don't close.
+        UserError: braces other than {subject}, {object} and {type}, one of the first two missing or twice, brackets
+            that don't close.
     """
     if not isinstance(text, str) or not text.strip():
         raise UserError(
@@ -317,12 +453,12 @@ def _pattern(text: Any, kind: str, where: str) -> str:
     wanted = ("{subject}", "{object}") if kind == "statement" else ("{subject}",)
     counts = {name: pattern.count(name) for name in ("{subject}", "{object}")}
     if any(counts[name] != (name in wanted) for name in counts) or re.search(
-        r"[{}]", re.sub(r"\{(subject|object)\}", "", pattern)
+        r"[{}]", re.sub(r"\{(subject|object|type)\}", "", pattern)
     ):
         raise UserError(
             f"{where} is {text!r}; expected {' and '.join(wanted)}, each once"
             + (", and no {object}: the answer follows the question" if kind == "question" else "")
-            + ", and no other braces"
+            + ", and no other braces but {type}"
         )
     if "[" in pattern or "]" in pattern:
         if re.sub(r"\[[^][{}]*\]", "", pattern).strip("[]") != re.sub(r"\[[^][{}]*\]", "", pattern) or re.search(
@@ -336,8 +472,8 @@ def _pattern(text: Any, kind: str, where: str) -> str:
 
 
 def _bracketed(pattern: str) -> str:
-    """All words but the subject and the object, marked as the relation's."""
-    pieces = re.split(r"(\{subject\}|\{object\})", pattern)
+    """All words but the subject, its type and the object, marked as the relation's."""
+    pieces = re.split(r"(\{subject\}|\{object\}|\{type\})", pattern)
     mark = lambda piece: re.sub(r"\w(?:.*\w)?", lambda found: f"[{found[0]}]", piece, count=1)
     return "".join(piece if piece.startswith("{") else mark(piece) for piece in pieces)
 
@@ -345,10 +481,12 @@ def _bracketed(pattern: str) -> str:
 # ------------------------------------------------------------------------------- files
 
 
-def _rows(path: Path, said: dict[str, dict[str, list[str]]], columns: Mapping[str, str]) -> Iterator[Source]:
-    """The rows of a file of any kind; wordings that it brings go to `said`."""
+def _rows(
+    path: Path, said: dict[str, dict[str, list[str]]], columns: Mapping[str, str], unused: dict[str, None]
+) -> Iterator[Source]:
+    """The rows of a file of any kind; wordings that it brings go to `said`, columns of no use to `unused`."""
     if path.suffix.lower() == ".json":
-        yield from _relation_file(path, said)
+        yield from _relation_file(path, said, unused)
         return
     own = {name: columns.get(name, name) for name in COLUMNS}
     named = _data_set(path)
@@ -363,6 +501,7 @@ def _rows(path: Path, said: dict[str, dict[str, list[str]]], columns: Mapping[st
                 )
         if own["relation"] not in values:
             row["relation"] = fixed
+        unused |= dict.fromkeys(str(name) for name in values if name not in own.values())
         yield Source(str(path), number, row)
 
 
@@ -510,7 +649,7 @@ def _rows_of_data_set(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 datasets.enable_progress_bars()
 
 
-def _relation_file(path: Path, said: dict[str, dict[str, list[str]]]) -> Iterator[Source]:
+def _relation_file(path: Path, said: dict[str, dict[str, list[str]]], unused: dict[str, None]) -> Iterator[Source]:
     """A relation with its prompt templates, in which {} stands for the subject and the object follows at the end."""
     if not path.is_file():
         raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; expected {EXPECTED}")
@@ -521,6 +660,7 @@ def _relation_file(path: Path, said: dict[str, dict[str, list[str]]]) -> Iterato
             f"{path} is no relation with samples; expected {{name, prompt_templates, samples: [{{subject, object}}]}} "
             "(or JSONL, one fact a line)"
         )
+    unused |= dict.fromkeys(key for key in values if key not in OF_RELATION)
     relation = _tidy(name)
     known = said.setdefault(relation, {"statements": [], "questions": []})
     for key in ("prompt_templates", "prompt_templates_zs"):
@@ -538,28 +678,47 @@ def _relation_file(path: Path, said: dict[str, dict[str, list[str]]]) -> Iterato
     for number, sample in enumerate(samples, 1):
         if not isinstance(sample, dict):
             raise UserError(f"{path}: sample {number} is {sample!r}; expected {{subject, object}}")
+        unused |= dict.fromkeys(key for key in sample if key not in COLUMNS)
         yield Source(str(path), number, {**sample, "relation": relation})
 
 
 # ------------------------------------------------------------------------------- plain rows
 
 
-def import_rows(store: Path, recall: Path) -> tuple[list[Example], list[Example], Imported]:
+def import_rows(
+    rows: Mapping[str, Path], columns: Mapping[str, str] | None = None
+) -> tuple[list[Example], list[Example], Imported]:
     """Read two tasks that are no facts: texts that store, and prompts with completions that recall.
 
     Args:
-        store: a text file, one text a line, or a table with a column text, or prompt and completion.
-        recall: a table with columns prompt and completion, and split (id or ood) unless it is to be drawn by subject.
-            A column `subject` says in both what belongs together; without it every row is of its own.
+        rows: by the names of ROWS. store: a text file, one text a line, or a table with a column text, or prompt and
+            completion. recall, which may be left out: a table with columns prompt and completion, and split (id or ood)
+            unless it is to be drawn by subject. A column subject says in both what belongs together; without it every
+            row is of its own. store-completions, recall-completions: text files whose lines complete those of another.
+        columns: names of the files' own columns subject and split.
 
     Raises:
-        UserError: a file cannot be read, or nothing of it can be kept.
+        UserError: a file cannot be read or lacks a column, a pair of files differs in lines, or nothing can be kept.
     """
     found = Imported()
-    parts = {task: list(_examples(path, task, found)) for task, path in (("bio", store), ("qa", recall))}
-    for task, path in (("bio", store), ("qa", recall)):
+    parts: dict[str, list[Example]] = {"bio": [], "qa": []}
+    unused: dict[str, None] = {}
+    for task, name in (("bio", "store"), ("qa", "recall")):
+        if name not in rows:
+            continue
+        path, dropped = rows[name], len(found.dropped)
+        given = _texts(path, rows.get(f"{name}-completions"), task, found, columns or {}, unused)
+        parts[task] = list(_examples(path, task, given, found))
         if not parts[task]:
-            raise UserError(f"no row of {path} could be kept: {_told(found.counts()['dropped']) or 'it has none'}")
+            reasons = Counter(reason for _, _, reason, _ in found.dropped[dropped:])
+            raise UserError(f"no row of {path} could be kept: {_told(reasons) or 'it has none'}")
+    if unused:
+        found.notes.append(_told_unused(unused, ROW_COLUMNS))
+    _note_scripts(found, {"texts": [item.text for items in parts.values() for item in items]})
+    if not parts["qa"]:
+        found.notes.append(NO_QUESTIONS)
+        return [replace(e, split="id") for e in parts["bio"]], [], found
+    recall = rows["recall"]
     if all(example.split == "" for example in parts["qa"]):  # drawn, by whom the rows are about
         people = sorted({example.person for example in parts["qa"]})
         trained = {*random.Random("crosstrace/rows/split").sample(people, len(people) // 2)}
@@ -567,27 +726,42 @@ def import_rows(store: Path, recall: Path) -> tuple[list[Example], list[Example]
         found.notes.append(f"{recall} has no column split, so the rows of half of what they are about are held out")
     held = {example.person for example in parts["qa"] if example.split == "ood"}
     parts["bio"] = [replace(e, split="ood" if e.person in held else "id") for e in parts["bio"]]
-    asked = {example.split for example in parts["qa"]}
+    _check_asked(parts["qa"], recall)
+    return parts["bio"], parts["qa"], found
+
+
+def _check_asked(questions: Sequence[Example], recall: Path) -> None:
+    """Raise a `UserError` unless some rows that recall are trained and some only test."""
+    asked = {example.split for example in questions}
     if asked != {*SPLITS}:
         raise UserError(
             f"the rows of {recall} have the splits {', '.join(map(repr, sorted(asked)))}; expected in column split id "
             "for rows that are trained and ood for those that only test, and both of them"
         )
-    return parts["bio"], parts["qa"], found
 
 
-def _examples(path: Path, task: str, found: Imported) -> Iterator[Example]:
-    found.read[str(path)] = 0
+def _examples(
+    path: Path, task: str, rows: Iterable[tuple[int, Mapping[str, Any]]], found: Imported
+) -> Iterator[Example]:
+    """The rows that can be kept, as examples."""
+    found.read.setdefault(str(path), 0)
     seen: dict[str, str] = {}
-    for number, values in _texts(path):
+    joined, given_away = 0, []
+    for number, values in rows:
         found.read[str(path)] += 1
-        prompt, completion = (str(values.get(name) or "") for name in ("prompt", "completion"))
+        given = {name: _given(values, name) for name in ROW_COLUMNS}
+        text = {name: "" if value is None else str(value) for name, value in given.items()}
+        prompt, completion = text["prompt"], text["completion"]
         if "text" in values:
-            prompt, completion = "", str(values["text"] or "")
-        split = str(values.get("split") or "").strip().lower()
-        whole = prompt + completion
+            prompt, completion = "", text["text"]
+        glued = bool(prompt and completion) and not (prompt[-1].isspace() or completion[0].isspace())
+        blank = " " if glued and not _wide(prompt[-1]) and not _wide(completion[0]) else ""
+        split = text["split"].strip().lower()
+        whole = prompt + blank + completion
         reason = None
-        if any("\ud800" <= letter <= "\udfff" for letter in whole):
+        if not all(value is None or _is_text(value) for value in given.values()):
+            reason = "not a text"
+        elif any("\ud800" <= letter <= "\udfff" for letter in whole):
             reason = "not Unicode"
         elif not completion.strip() or (task == "qa" and not prompt.strip()):
             reason = "empty"
@@ -605,25 +779,73 @@ def _examples(path: Path, task: str, found: Imported) -> Iterator[Example]:
             found.dropped.append((str(path), number, reason, whole.encode("utf-8", "replace").decode()[:LONG]))
             continue
         seen[prompt if task == "qa" else whole] = completion
+        joined += len(blank)
+        if task == "qa" and _within(completion.strip().casefold(), prompt.casefold()):
+            given_away.append(number)
         start = len(whole) - len(completion.lstrip())
         if not prompt.strip():  # nothing predicts a text's first word
             start += len(completion.split()[0])
         answer = (start, len(whole.rstrip()))
-        person = str(values.get("subject") or f"{task}.{number}")
+        person = text["subject"] or f"{task}.{number}"
         mention = Mention(f"{task}.{number}", "", task, (0, 0), (), answer)
         targets = ((0, len(whole)),) if task == "bio" else (answer,)
         yield Example(f"{task}.{number}", task, whole, person, split, targets, (mention,))
+    if joined:
+        found.notes.append(f"{path}: a blank was put between prompt and completion of {joined} rows that had none")
+    if given_away:
+        found.notes.append(
+            f"{path}: {len(given_away)} prompts hold their completion, e.g. row {given_away[0]}; they are kept, but "
+            "answering them may be no recall"
+        )
 
 
-def _texts(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if path.suffix.lower() != ".txt":
-        yield from _table(path)
+def _texts(
+    path: Path,
+    completions: Path | None,
+    task: str,
+    found: Imported,
+    columns: Mapping[str, str],
+    unused: dict[str, None],
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The numbered rows of a task, of a text file, of a pair of them, or of a table."""
+    if completions is not None:
+        found.read.setdefault(str(completions), 0)  # the prompts' file counts the rows
+        pairs = zip_longest(_text_lines(path), _text_lines(completions))
+        for number, (prompt, completion) in enumerate(pairs, 1):
+            if prompt is None or completion is None:
+                more, less = (path, completions) if completion is None else (completions, path)
+                raise UserError(
+                    f"{more} has more lines than {less}, which ends after {number - 1}; expected each line of "
+                    f"{completions} to complete the same line of {path}"
+                )
+            yield number, {"prompt": prompt, "completion": completion}
         return
+    if path.suffix.lower() == ".txt":
+        if task == "qa":
+            raise UserError(
+                f"{path} is a text file without completions; expected them in another one, line by line, as "
+                "--recall-completions, or a table with columns prompt and completion"
+            )
+        yield from ((number, {"text": line}) for number, line in enumerate(_text_lines(path), 1) if line)
+        return
+    own = {name: columns.get(name, name) for name in ROW_COLUMNS}
+    for number, values in _table(path):
+        row = {name: values[column] for name, column in own.items() if column in values}
+        lacking = [name for name in ("prompt", "completion") if name not in row]
+        if lacking and (task == "qa" or "text" not in row):
+            raise UserError(
+                f"{path} row {number} has no {lacking[0]!r}; it has {', '.join(map(str, values)) or 'nothing'}. "
+                f"Expected columns {'' if task == 'qa' else 'text, or '}prompt and completion, so rename yours"
+            )
+        unused |= dict.fromkeys(str(name) for name in values if name not in own.values())
+        yield number, row
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, without the blanks at their ends."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; expected a text file, one text a line")
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip():
-            yield number, {"text": line.strip()}
+    yield from (line.strip() for line in _lines(path))
 
 
 # ------------------------------------------------------------------------------- the folder
@@ -641,10 +863,10 @@ def make(
     overwrite: bool = False,
     tell: Callable[[str], object] = print,
 ) -> Imported:
-    """Import facts, or the rows {store, recall}, into `folder`, complete or not at all.
+    """Import facts, or the rows of `import_rows`, into `folder`, complete or not at all.
 
     Args:
-        files, wording, columns: as of `import_facts`.
+        files, wording, columns: as of `import_facts`; the last of rows too.
         split, model: facts.split and model.name of the experiment that is written beside the data.
         overwrite: replace an earlier import.
         tell: is given the counts and notes, and how to go on.
@@ -659,37 +881,133 @@ def make(
         )
     parts: dict[str, list[Example]] = {}
     if rows:
-        parts["bio"], parts["qa"], found = import_rows(rows["store"], rows["recall"])
+        parts["bio"], parts["qa"], found = import_rows(rows, columns)
     else:
         found = import_facts(files, wording, columns)
-    # the other analyses compare a fact's two formats, or need to know its subject
-    parts_of = {"mechanism": {"parts": ["circuit"]}} if rows else {}
-    experiment = {
-        "name": folder.name, **({"model": {"name": model}} if model else {}),
-        "facts": {"source": str(folder)} | ({"split": split} if not rows else {}),
-        "interventions": {"questions": 200},  # a thousand facts in ten minutes on two cores
-        **parts_of,
-    }  # fmt: skip
     with replacing(folder) as partial:
         partial.mkdir()
-        if parts:
-            for task, examples in parts.items():
-                write_jsonl(partial / f"{task}.jsonl", examples)
-        else:
-            write_json(partial / "world.json", {"schema": 1, "relations": found.relations, "subjects": found.subjects})
+        taught = _write(partial, folder, found, parts, split)
+        if model is not None and _drop_long(found, parts, taught, model, rows or {}):
+            taught = _write(partial, folder, found, parts, split)
         about = {name: {"rows": count, "sha256": _hash(Path(name))} for name, count in found.read.items()}
         write_json(partial / "import.json", {"schema": 1, "files": about, **found.counts(), "notes": found.notes})
         with (partial / "dropped.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("file", "row", "reason", "what"), *found.dropped])
+        facts = {"source": str(folder)} | ({} if rows else {"split": split})
+        sizes = {task: len(items) for task, items in taught.items()}
+        experiment = {"name": folder.name, "facts": facts} | _settings(model, sizes, bool(rows))
         write_text(partial / "experiment.yaml", yaml.safe_dump(experiment, sort_keys=False, allow_unicode=True))
-        try:
-            texts(FactSettings(source=str(partial), split=split))  # type: ignore[arg-type]
-        except UserError as error:
-            raise UserError(str(error).replace(str(partial), str(folder))) from None
         if folder.exists():
             remove_folder(folder)
     tell(told(found))
+    if model not in (None, models.BUNDLED):
+        tell("its learning rate suits a pretrained model of about 160 M parameters; larger ones need a lower one")
     tell(f"\nimported to {folder}; teach it with  crosstrace run {shlex.quote(str(folder / 'experiment.yaml'))}")
+    return found
+
+
+def _write(
+    partial: Path, folder: Path, found: Imported, parts: Mapping[str, Sequence[Example]], split: str
+) -> dict[str, list[Example]]:
+    """Write facts or rows to `partial`, which is to become `folder`; returns their examples.
+
+    Raises:
+        UserError: as `texts`, which names `folder`.
+    """
+    if parts:
+        for task, examples in parts.items():
+            write_jsonl(partial / f"{task}.jsonl", examples)
+    else:
+        write_json(partial / "world.json", {"schema": 1, "relations": found.relations, "subjects": found.subjects})
+    try:
+        return texts(FactSettings(source=str(partial), split=split))  # type: ignore[arg-type]
+    except UserError as error:
+        raise UserError(str(error).replace(str(partial), str(folder))) from None
+
+
+def _drop_long(
+    found: Imported,
+    parts: dict[str, list[Example]],
+    taught: Mapping[str, Sequence[Example]],
+    model: str,
+    rows: Mapping[str, Path],
+) -> bool:
+    """Drop the facts and rows whose examples are too long for a model that is a folder; of another nothing is known
+    before it is downloaded. Returns whether there were any.
+
+    Raises:
+        UserError: the folder holds no config or tokenizer, or nothing is left.
+    """
+    place = models.adapted_base(models.locate(model)) or models.locate(model)
+    if not Path(place).is_dir():
+        found.notes.append(f"{model} is no folder, so whether the texts are too long for it is checked when it runs")
+        return False
+    room = read_json(Path(place) / "config.json").get("max_position_embeddings")
+    items = [item for examples in taught.values() for item in examples]
+    long = {item.example.id: item.example for item in too_long(encode(models.load_tokenizer(model), items), room)}
+    if not long:
+        return False
+    if parts:
+        _drop_rows(found, parts, long, rows)
+    else:
+        _drop_facts(found, {mention.fact for example in long.values() for mention in example.mentions})
+    if not parts["bio"] if parts else not found.subjects:
+        raise UserError(f"every text is too long for {model}, which reads {room} tokens; shorten them")
+    if rows.keys() >= {"recall"}:
+        _check_asked(parts["qa"], rows["recall"])
+    return True
+
+
+def _drop_rows(
+    found: Imported, parts: dict[str, list[Example]], long: Mapping[str, Example], rows: Mapping[str, Path]
+) -> None:
+    for example in long.values():
+        file = str(rows["store" if example.task == "bio" else "recall"])
+        number = int(example.id.rpartition(".")[2])
+        found.dropped.append((file, number, "too long for the model", example.text[:LONG]))
+    for task, examples in parts.items():
+        parts[task] = [example for example in examples if example.id not in long]
+
+
+def _drop_facts(found: Imported, long: Collection[str]) -> None:
+    """Drop the facts of these ids, which `World.draw` makes of the subject's place and the fact's."""
+    objects: dict[str, dict[str, None]] = {}
+    for index, subject in enumerate(found.subjects):
+        kept = []
+        for number, fact in enumerate(subject["facts"]):
+            if f"S{index:06d}.{number}" in long:
+                row = found.rows[subject["name"], fact["relation"]]
+                what = f"{subject['name']} | {fact['relation']} | {fact['object']}"
+                found.dropped.append((*row, "too long for the model", what[:LONG]))
+            else:
+                kept.append(fact)
+                objects.setdefault(fact["relation"], {})[fact["object"]] = None
+        subject["facts"] = kept
+    found.subjects = [subject for subject in found.subjects if subject["facts"]]
+    found.relations = {
+        name: row | {"objects": [*objects[name]]} for name, row in found.relations.items() if name in objects
+    }
+
+
+def _settings(model: str | None, sizes: Mapping[str, int], rows: bool) -> dict[str, Any]:
+    """What an experiment sets beside its name and facts, for so many texts of each task, of `rows` or of facts."""
+    pretrained = model not in (None, models.BUNDLED)
+    found: dict[str, Any] = {"model": {"name": model}} if pretrained else {}
+    steps = max(100, round(PASSES * sizes["bio"] / BIO))
+    strategies = {}
+    if pretrained:
+        strategies = {"two_stage": two_stage(BIO, QA, steps), "mixed": mixed(BIO, QA, steps)}
+    if not sizes["qa"]:
+        strategies = {"store": bio_only(BIO, steps) if pretrained else bio_only()}
+    if strategies:
+        plain = lambda phase: {"name": phase.name, "batch": phase.batch, "steps": phase.steps}
+        found["strategies"] = {name: [plain(phase) for phase in phases] for name, phases in strategies.items()}
+    # (the default asks 400: this many are asked of a thousand facts in ten minutes on two cores)
+    found |= PRETRAINED if pretrained else {"interventions": {"questions": 200}}
+    if rows:  # the other analyses compare a fact's two formats, or need to know its subject
+        found["mechanism"] = {"run": False} if pretrained else {"parts": ["circuit"]}  # that one takes hours there
+    if not sizes["qa"]:
+        found |= {"interventions": {"run": False}, "mechanism": {"run": False}}
     return found
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from crosstrace import adapters, models
 from crosstrace.config import Experiment, ModelSettings
@@ -20,9 +20,10 @@ from crosstrace.facts import FactSettings
 from crosstrace.processes import Processes, launched
 from crosstrace.shared import ParamSet, scope
 from crosstrace.store import Run, read_json, sha256_file, sha256_tree
-from crosstrace.text import read_jsonl
+from crosstrace.text import Example, read_jsonl
 from crosstrace.tokens import Encoded, encode
 
+T = TypeVar("T", Example, Encoded)
 START = "start"  # the folder of an adapter before training, beside the phases'
 WHENS = ("online", "final", "checkpoints")  # of traces
 
@@ -41,19 +42,17 @@ def known_people(model: ModelSettings) -> FactSettings | None:
     return replace(facts, questions=1)  # one wording a fact, however many the base was taught
 
 
-def examples(run: Run, tokenizer: Any, known: bool = False) -> dict[str, list[Encoded]]:
-    """The run's examples by part: bio, qa_id, qa_ood and, if asked for and there is one, a_ood: about the people whom
-    the base knows.
+def examples(run: Run, tokenizer: Any, known: int | None = 0) -> dict[str, list[Encoded]]:
+    """The run's examples by part: bio, qa_id, qa_ood and, where there are such, a_ood: `known` questions about people
+    whom the base knows (None: all).
 
-    All examples of a person are of one group, the unit that the traces' parts are made of; people whose questions are
-    trained are numbered first, so that they spread evenly over the parts, as all people do.
+    All examples of a person are of one group, as `groups` numbers them.
     """
     texts = {"bio": read_jsonl(run.path("data/bio.jsonl")), "qa": read_jsonl(run.path("data/qa.jsonl"))}
-    if known and run.path("data/a_qa.jsonl").exists():
-        texts["a_ood"] = read_jsonl(run.path("data/a_qa.jsonl"))
-    people = dict.fromkeys(item.person for split in ("id", "ood") for item in texts["bio"] if item.split == split)
-    groups = {person: number for number, person in enumerate(people)}
-    parts = {name: encode(tokenizer, items, groups) for name, items in texts.items()}
+    numbers = groups(texts)
+    if known != 0 and run.path("data/a_qa.jsonl").exists():
+        texts["a_ood"] = sample(read_jsonl(run.path("data/a_qa.jsonl")), known)
+    parts = {name: encode(tokenizer, items, numbers) for name, items in texts.items()}
     qa = parts.pop("qa")
     return parts | {
         "qa_id": [item for item in qa if item.example.split == "id"],
@@ -61,16 +60,29 @@ def examples(run: Run, tokenizer: Any, known: bool = False) -> dict[str, list[En
     }
 
 
+def groups(texts: Mapping[str, Sequence[Example]]) -> dict[str, int]:
+    """The number of each person of bio and qa: its group, the unit that the traces' parts are made of.
+
+    Those whose questions are trained come first, so that they spread evenly over the parts, as all people do.
+    """
+    asked = [item.person for item in texts["qa"] if item.split == "id"]
+    told = [item.person for split in ("id", "ood") for item in texts["bio"] if item.split == split]
+    return {person: number for number, person in enumerate(dict.fromkeys([*asked, *told]))}
+
+
 def training_examples(parts: Mapping[str, list[Encoded]]) -> dict[str, list[Encoded]]:
-    """What is trained and traced of each task: every biography, and the questions of the ID people."""
-    return {"bio": parts["bio"], "qa": parts["qa_id"]}
+    """What is trained and traced of each task that has examples: every biography, and the questions of the ID
+    people."""
+    return {task: parts[part] for task, part in (("bio", "bio"), ("qa", "qa_id")) if parts[part]}
 
 
-def sample(items: Sequence[Encoded], number: int) -> list[Encoded]:
-    """`number` of the examples, as many of each relation as can be, at random but always the same, in their order."""
+def sample(items: Sequence[T], number: int | None) -> list[T]:
+    """`number` of the examples (None: all), encoded or not, as many of each relation as can be, at random but always
+    the same, in their order."""
     by_relation: dict[str, list[int]] = {}
     for index, item in enumerate(items):
-        by_relation.setdefault("+".join(mention.relation for mention in item.example.mentions), []).append(index)
+        example = item.example if isinstance(item, Encoded) else item
+        by_relation.setdefault("+".join(mention.relation for mention in example.mentions), []).append(index)
     draws = {key: random.Random(f"sample/{key}").sample(found, len(found)) for key, found in by_relation.items()}
     turns = (index for turn in zip_longest(*draws.values()) for index in turn if index is not None)
     return [items[index] for index in sorted(islice(turns, number))]
@@ -78,7 +90,7 @@ def sample(items: Sequence[Encoded], number: int) -> list[Encoded]:
 
 def samples(parts: Mapping[str, list[Encoded]], number: int) -> dict[str, list[Encoded]]:
     """So many questions of each kind, and biographies with about as many objects."""
-    chosen = {name: sample(parts[name], number) for name in ("qa_id", "qa_ood")}
+    chosen = {name: sample(parts[name], number) for name in ("qa_id", "qa_ood") if parts[name]}
     return chosen | {"bio": sample(parts["bio"], max(1, number // len(parts["bio"][0].example.mentions)))}
 
 
@@ -110,6 +122,7 @@ def load_checkpoint(experiment: Experiment, folder: Path, processes: Processes |
 
 def _read(experiment: Experiment, name: str, processes: Processes | None = None, **how: Any) -> Any:
     options = experiment.model
+    how |= {"pickled": options.pickled}
     if processes is not None and options.sharded:
         return models.load_model(name, options.dtype, options.attention, processes=processes, **how)
     model = models.load_model(name, options.dtype, options.attention, **how)
@@ -187,7 +200,7 @@ def facts_key(facts: FactSettings) -> dict[str, Any]:
     own = asdict(facts)
     if facts.source is None:
         return own
-    names = ("world.json", "bio.jsonl", "qa.jsonl")
+    names = ("world.json", "bio.jsonl", "qa.jsonl", "import.json")
     files = [Path(facts.source).expanduser() / name for name in names]
     return own | {"content": {file.name: sha256_file(file) for file in files if file.is_file()}}
 
@@ -195,7 +208,7 @@ def facts_key(facts: FactSettings) -> dict[str, Any]:
 def model_key(experiment: Experiment) -> dict[str, Any]:
     """The base's settings and, of a local one, its content. Whether it is sharded changes nothing but rounding."""
     own = asdict(experiment.model)
-    given = {name: value for name, value in own.items() if value is not None and name != "sharded"}
+    given = {name: value for name, value in own.items() if value is not None and name not in ("sharded", "pickled")}
     return given | {"content": _content(experiment.model.name)}
 
 

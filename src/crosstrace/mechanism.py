@@ -81,7 +81,7 @@ class Asked:
 
     @cached_property
     def parts(self) -> dict[str, list[Encoded]]:
-        return examples(self.run, self.tokenizer, known=self.name == "base")
+        return examples(self.run, self.tokenizer, known=None if self.name == "base" else 0)
 
     @cached_property
     def questions(self) -> dict[str, list[Encoded]]:
@@ -270,6 +270,9 @@ def transferred(asked: Asked) -> list[Row]:
     world = World.draw(facts)
     if any(fact.trained is not None for person in world.people for fact in person.facts):
         asked.note("transfer is asked of people, and here one's questions are partly held out, so it is not asked")
+        return []
+    if not all(world.wording.questions.values()):
+        asked.note("nothing is asked about some relations, so transfer is not asked")
         return []
     k = min(4, *(len(values) for values in world.wording.objects.values()))
     if k < 2:

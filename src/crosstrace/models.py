@@ -11,6 +11,7 @@ import warnings
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def locate(name: str) -> str:
     if looks_local or name.count("/") == 0:
         raise UserError(
             f"model folder {name} does not exist; expected 'bundled', a folder written by save_pretrained, or a hub "
-            "name such as EleutherAI/pythia-160m"
+            "name with its owner, such as EleutherAI/pythia-160m"
         )
     return name
 
@@ -69,13 +70,44 @@ def load_tokenizer(name: str) -> Any:
     own = ("tokenizer.json", "tokenizer_config.json")
     if _is_adapter(Path(place)) and not any((Path(place) / file).is_file() for file in own):
         place = locate(_base_of(Path(place)))
+    expected = (
+        "expected a fast tokenizer (a tokenizer.json beside the model), which gives the character offsets that the "
+        "labels need"
+    )
+    with reading(f"no tokenizer could be read from {place}", expected):
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+
+
+def read_config(name: str) -> Any:
+    """The config of a folder or hub name; none of its own code is run.
+
+    Raises:
+        UserError: there is none, it is damaged, or of an architecture that transformers does not have.
+    """
+    from transformers import AutoConfig
+
+    with reading(f"no config could be read from {name}", "expected the config.json that save_pretrained writes"):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+@contextmanager
+def reading(what: str, expected: str):
+    """transformers at work on files that anyone may have made: whatever it stumbles over is told in one sentence."""
     try:
-        return AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"no tokenizer could be read from {place} ({_first_line(error).rstrip(':')}); expected a fast tokenizer "
-            "(a tokenizer.json beside the model), which gives the character offsets that the labels need"
-        ) from None
+        with silent():
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # the files may hold anything, and it trusts them
+        told = shorten(" ".join(_lines(error)[:2]), 300, placeholder=" …").rstrip(".:")
+        if "weights_only" in str(error):
+            told = "its pickle holds more than tensors"
+        elif "trust_remote_code" in str(error):
+            told = "it needs Python code of its own (auto_map in its config), which is never run here"
+            expected = "expected an architecture that transformers has"
+        elif type(error).__module__ == "builtins" and not isinstance(error, (OSError, ValueError, RuntimeError)):
+            told = f"{type(error).__name__}: {told}"
+        raise UserError(f"{what} ({told}); {expected}") from None
 
 
 def load_model(
@@ -85,9 +117,10 @@ def load_model(
     random_init: int | None = None,
     *,
     merge: bool = True,
+    pickled: bool = False,
     processes: Processes | None = None,
 ) -> Any:
-    """A causal language model in evaluation mode.
+    """A causal language model in evaluation mode. Code that comes with it is never run.
 
     Args:
         name: `bundled`, a folder or a hub name. Of a folder with a LoRA adapter, its base with the adapter merged.
@@ -96,6 +129,8 @@ def load_model(
         random_init: seed of random weights, drawn as the architecture's own initialisation does, in place of the
             checkpoint's.
         merge: put an adapter into its base's weights; else it stays on them, as PEFT keeps it, and alone is trainable.
+        pickled: read weights from a pickle (pytorch_model.bin) too where there are no safetensors, with torch's
+            unpickler for tensors alone.
         processes: all that were started; each loads its rows of every parameter alone (FSDP2, sharded as transformers
             plans it for the architecture). None: the whole model.
 
@@ -113,25 +148,33 @@ def load_model(
         return _adapted(Path(place), dtype, attention, merge)
     if random_init is not None:
         return _untrained(place, dtype, attention, random_init)
-    try:
-        _check_no_adapter(place)
-        with silent():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                place,
-                dtype=DTYPES[dtype],
-                attn_implementation=attention,
-                use_safetensors=True,
-                output_loading_info=True,
-                **_in_pieces(processes),
+    _check_no_adapter(place)
+    if not pickled and Path(place).is_dir() and not any(Path(place).glob("*.safetensors")):
+        odd = sorted(file.name for ending in ("bin", "pt", "pth", "ckpt") for file in Path(place).glob(f"*.{ending}"))
+        if odd:
+            raise UserError(
+                f"the weights in {place} are pickled ({odd[0]}), a kind of file that may hold code; expected "
+                "safetensors, so save the model again with a current transformers, or set model.pickled: true"
             )
-        model, told = loaded
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"no model could be read from {place}: {_first_line(error)}") from None
-    except Exception as error:
-        # safetensors raises a class of its own, which is no OSError
-        if type(error).__module__.startswith("safetensors"):
-            raise UserError(f"the weights in {place} are damaged: {_first_line(error)}") from None
-        raise
+    with reading(f"no model could be read from {place}", "expected what save_pretrained writes"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            use_safetensors=None if pickled else True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # it is told here, and what it would draw anew is never used
+            **_in_pieces(processes),
+        )
+    model, told = loaded
+    wrong = sorted(told.get("mismatched_keys") or ())
+    if wrong:
+        key, found, wanted = wrong[0]
+        raise UserError(
+            f"the weights in {place} do not fit its config: {key} has shape {tuple(found)}, and the config makes it "
+            f"{tuple(wanted)} ({len(wrong)} such); do the two files belong together?"
+        )
     absent = sorted(set(told["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if absent:
         # transformers would go on with random numbers
@@ -262,7 +305,7 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     try:
         given = json.loads((folder / ADAPTER).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / ADAPTER} can't be read: {_first_line(error)}") from None
+        raise UserError(f"{folder / ADAPTER} can't be read: {_lines(error)[0]}") from None
     if not isinstance(given, dict):
         raise UserError(f"{folder / ADAPTER} holds no settings; expected what PEFT's save_pretrained writes")
     return given
@@ -298,15 +341,15 @@ def _base_of(folder: Path) -> str:
 
 def _untrained(place: str, dtype: str, attention: str, seed: int) -> Any:
     """A model of the checkpoint's architecture with random weights; the generators' states stay as they are."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(place)
-        with torch.random.fork_rng(), silent():
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation=attention)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"no model could be made from the config in {place}: {_first_line(error)}") from None
+    config = read_config(place)
+    what = f"no model could be made from the config in {place}"
+    with reading(what, "expected a causal language model's"), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[dtype], attn_implementation=attention, trust_remote_code=False
+        )
     return model.eval()
 
 
@@ -320,12 +363,7 @@ def revision(name: str) -> str | None:
         below = adapted_base(place)
         own = f"sha256:{sha256_tree(place)}"
         return own if below is None else f"{own}+{revision(below)}"
-    from transformers import AutoConfig
-
-    try:
-        return getattr(AutoConfig.from_pretrained(place), "_commit_hash", None)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no model could be read from {place}: {_first_line(error)}") from None
+    return getattr(read_config(place), "_commit_hash", None)
 
 
 def device(name: str | None = None) -> torch.device:
@@ -408,5 +446,6 @@ def differentiating(model: nn.Module):
                 p.requires_grad_(True)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _lines(error: Exception) -> list[str]:
+    """What an error says, at least its name."""
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

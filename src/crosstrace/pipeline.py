@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from crosstrace import adapters, claims, config, models
-from crosstrace.alike import check_alike, check_same_tokens
+from crosstrace.alike import check_alike, check_fits, check_same_tokens
 from crosstrace.analysis import centralization_rows, density_map, overlap_rows, similarity_rows
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
@@ -39,6 +40,7 @@ from crosstrace.material import (
     WHENS,
     examples,
     facts_key,
+    groups,
     in_scope,
     known_people,
     load,
@@ -60,11 +62,11 @@ from crosstrace.processes import Processes, by_first
 from crosstrace.progress import Progress
 from crosstrace.results import Results
 from crosstrace.retention import moved, new_material, retain
-from crosstrace.sharded import at_rest, is_sharded
+from crosstrace.sharded import at_rest, is_sharded, local
 from crosstrace.shared import ParamSet, only_set, random_sets, select_each, shared
 from crosstrace.stats import mean_interval, wilson
 from crosstrace.store import Run, end_with_parent, linked, metadata, read_json, remove_folder, sha256_tree, write_json
-from crosstrace.text import questions, read_jsonl, texts, write_jsonl
+from crosstrace.text import NO_QUESTIONS, questions, read_jsonl, texts, write_jsonl
 from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
 from crosstrace.trace.memory import free_memory
@@ -74,6 +76,7 @@ from crosstrace.train import Listener, PhaseReport, RecallHistory, check_tracker
 DRIFT_DRAWS = 3  # random sets of each kind whose share of the weights' way the shared set's is compared with
 STAGES = ("data", "train", "eval", "trace", "analyze", "intervene", "mechanism", "retain", "report")
 TASKS = ("bio", "qa")
+SOURCE = ("world.json", "import.json")  # of one's own facts, what a run keeps
 
 
 def run(
@@ -198,6 +201,8 @@ def _chain(run: Run, experiment: Experiment, name: str, chain: Sequence[str], pr
         }  # fmt: skip
         if not wanted.get(stage, True) and len(chain) > 1:
             continue  # unless it was asked for by name
+        if stage in wanted and not run.path("data/qa.jsonl").read_bytes():
+            raise UserError(f"{stage} has nothing to ask: {NO_QUESTIONS}")
         work = partial(stages[stage], run, experiment, name, progress)
         work() if stages[stage] in TOGETHER else run.alone(work)
         progress.done(f"{name}: {stage}")
@@ -215,9 +220,10 @@ def make_data(run: Run, experiment: Experiment) -> None:
         folder.mkdir()
         for task, items in texts(experiment.facts).items():
             write_jsonl(folder / f"{task}.jsonl", items)
-        own = Path(experiment.facts.source or "").expanduser() / "world.json"
-        if experiment.facts.source is not None and own.is_file():
-            shutil.copyfile(own, folder / own.name)
+        for name in SOURCE if experiment.facts.source is not None else ():
+            own = Path(experiment.facts.source or "").expanduser() / name
+            if own.is_file():
+                shutil.copyfile(own, folder / name)
         if known:
             write_jsonl(folder / "a_qa.jsonl", [q for q in questions(World.draw(known)) if q.split == "ood"])
 
@@ -267,16 +273,15 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
                 bf16=_precision(experiment) == "bf16", trace_targets=tracing.targets, listeners=listeners,
                 progress=update, logs=run.folder / "logs" / name, processes=run.processes,
             )  # fmt: skip
-        found = online.traces() if online else {}
-        run.alone(lambda: keep(folder, tokenizer, history, found, reports))
-
-    def keep(folder: Path, tokenizer: Any, history: RecallHistory, traced: Any, reports: list[PhaseReport]) -> None:
-        if traced:
-            told = origin(run, experiment, name)
-            for task, traces in traced.items():
+        if online:
+            told = run.alone(lambda: origin(run, experiment, name))
+            for task, traces in online.traces().items():
                 for item in traces:
                     item.meta |= told
                 save_traces(folder / "online" / f"{task}.safetensors", traces)
+        run.alone(lambda: keep(folder, tokenizer, history, reports))
+
+    def keep(folder: Path, tokenizer: Any, history: RecallHistory, reports: list[PhaseReport]) -> None:
         write_json(folder / "history.json", history.rows)
         _keep_models(folder, tokenizer, [phase.name for phase in phases], options.keep_checkpoints)
         if options.lora:
@@ -297,7 +302,7 @@ class OnlineListener:
     """Feeds every `every`-th update to an `OnlineTrace`, whose state travels with the checkpoints.
 
     Of a model with an adapter it traces the adapter's parameters, or those of the base with the adapter merged. Several
-    processes share out the examples, and the first has the traces.
+    processes share out the examples.
     """
 
     def __init__(self, model: Any, experiment: Experiment, processes: Processes | None = None):
@@ -325,15 +330,16 @@ class OnlineListener:
     def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
         pass
 
-    def save(self, folder: Path | None) -> None:
-        self.trace.save(folder and folder / "trace")
+    def save(self, folder: Path, leads: bool) -> None:
+        self.trace.save(folder / "trace")
 
     def load(self, folder: Path) -> None:
         self.trace.load(folder / "trace")
 
     def traces(self) -> dict[str, list[Trace]]:
+        """When training is over: each task's traces, with the first of several processes or in pieces with all."""
         by_task: dict[str, list[Trace]] = {}
-        for item in self.trace.traces():
+        for item in self.trace.traces(last=True):
             item.meta |= {"targets": self.targets, "every": self.every}
             if self.merges:
                 item.values = {adapters.plain_name(name): value for name, value in item.values.items()}
@@ -345,7 +351,7 @@ def _where_of_sums(model: Any, names: Sequence[str] | None, sums: int) -> Litera
     """Where the sums of a training's trace are kept: beside the model, if half of what is free there would be left for
     gradients, AdamW's states and activations, or else on the CPU."""
     every = dict(model.named_parameters())
-    needed = sum(every[name].numel() * every[name].element_size() for name in names or every) * sums
+    needed = sum(local(every[name]).numel() * every[name].element_size() for name in names or every) * sums
     free = free_memory(next(iter(every.values())).device)
     return "device" if free is None or needed < free / 2 else "cpu"
 
@@ -394,10 +400,10 @@ def test(run: Run, experiment: Experiment, name: str, progress: Progress) -> Non
     def make(path: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)
         model = load(run, experiment, name)
-        parts = examples(run, tokenizer, known=True)
-        if "a_ood" in parts:
-            parts["a_ood"] = sample(parts["a_ood"], experiment.eval.known)
-        results = {part: recall(model, tokenizer, items, processes=run.processes) for part, items in parts.items()}
+        parts = examples(run, tokenizer, known=experiment.eval.known)
+        results = {
+            part: recall(model, tokenizer, items, processes=run.processes) for part, items in parts.items() if items
+        }
         answers = {part: _bits(result) for part, result in results.items() if part != "a_ood"}
         people = {part: result.person for part, result in results.items() if part != "a_ood"}
         if run.leads:
@@ -466,7 +472,7 @@ def examine(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
     def make(path: Path) -> None:
         kernels = tuple(dict.fromkeys(("eager", experiment.model.attention)))
         model, tokenizer = load(run, experiment, name), models.load_tokenizer(experiment.model.name)
-        own = {task: read_jsonl(run.path(f"data/{task}.jsonl")) for task in TASKS}
+        own = {task: items for task in TASKS if (items := read_jsonl(run.path(f"data/{task}.jsonl")))}
         with progress.bar("doctor") as update:
             write_json(path, asdict(diagnose(model, tokenizer, texts=own, kernels=kernels, progress=update)))
 
@@ -491,27 +497,23 @@ def _mean_over_checkpoints(folder: Path, places: Mapping[str, Path], tasks: Mapp
         save_traces(folder / "checkpoints" / f"{task}.safetensors", [Trace.combine(same) for same in zip(*each)])
 
 
-WhenTraces = dict[tuple[str, str], dict[str, list[Trace]]]
+def read_traces(
+    folder: Path, when: str, measure: str, reduction: str = "example", like: Any = None
+) -> dict[str, list[Trace]]:
+    """task -> the parts of its trace at one time; `like` as in `load_traces`.
 
-
-def read_traces(folder: Path, measure: str, like: Any = None) -> WhenTraces:
-    """(when, reduction) -> task -> the parts of its trace by one measure; `like` as in `load_traces`."""
-    found: WhenTraces = {}
-    for when in WHENS:
-        for file in sorted((folder / when).glob("*.safetensors")):
-            for item in load_traces(file, like):
-                if item.measure == measure:
-                    found.setdefault((when, item.reduction), {}).setdefault(item.task, []).append(item)
-    for tasks in found.values():
-        if len({len(parts) for parts in tasks.values()}) > 1:  # too few steps or people for all parts: no intervals
-            tasks |= {task: [Trace.combine(parts)] for task, parts in tasks.items()}
-    # a strategy that never trains a task has no online trace of it, so nothing online to share
-    return {moment: tasks for moment, tasks in found.items() if len(tasks) >= 2}
-
-
-def _headline(found: WhenTraces) -> WhenTraces:
-    """One reduction for each time: the unit of the trace is one example."""
-    return {(when, reduction): tasks for (when, reduction), tasks in found.items() if reduction == "example"}
+    Empty if fewer than two tasks have one: of a strategy that never trains a task there is no online trace of it, so
+    nothing online to share.
+    """
+    tasks: dict[str, list[Trace]] = {}
+    for file in sorted((folder / when).glob("*.safetensors")):
+        for item in load_traces(file, like, measure=measure, reduction=reduction):
+            tasks.setdefault(item.task, []).append(item)
+    if len(tasks) < 2:
+        return {}
+    if len({len(parts) for parts in tasks.values()}) > 1:  # too few steps or people for all parts: no intervals
+        return {task: [Trace.combine(parts)] for task, parts in tasks.items()}
+    return tasks
 
 
 # ------------------------------------------------------------------------------- analyze
@@ -519,65 +521,74 @@ def _headline(found: WhenTraces) -> WhenTraces:
 
 def analyze(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """Shared sets and what they look like: shared/<strategy>/ and analysis/<strategy>.json."""
-    options = experiment.analysis
     key = {
-        "analysis": asdict(options),
+        "analysis": asdict(experiment.analysis),
         "measure": experiment.trace.measures[0],
         **run.inputs(f"traces/{name}"),
     }
+    if not (run.complete(f"analysis/{name}.json", key) and run.complete(f"shared/{name}", key)):
+        _analyze_traces(run, experiment, name, key)
+    moved_weights(run, experiment, name)
 
-    done = run.complete(f"analysis/{name}.json", key) and run.complete(f"shared/{name}", key)
-    if done:
-        return moved_weights(run, experiment, name)
+
+def _analyze_traces(run: Run, experiment: Experiment, name: str, key: Mapping[str, Any]) -> None:
+    """What is read is of one time and reduction, and let go before the next: they are the size of the model each."""
+    options = experiment.analysis
     model = load_start(run, experiment, name)
-    names = in_scope(experiment, model)
-    traced = read_traces(run.path(f"traces/{name}"), key["measure"])
-    chosen = {
-        when: select_tasks(strengths(tasks), options.central_fractions, names, options.how)
-        for (when, _), tasks in _headline(traced).items()
-    }
+    names, anatomy = in_scope(experiment, model), Anatomy(model)
+    del model
+    read = lambda when, reduction: read_traces(run.path(f"traces/{name}"), when, key["measure"], reduction)
+    select = lambda when: select_tasks(  # (it alone has the strengths: they are gone when it has given its sets)
+        strengths(read(when, "example")), options.central_fractions, names, options.how
+    )
+    file = lambda when, fraction, label: f"{when}-{fraction:g}-{label}.safetensors"
 
     def sets(folder: Path) -> None:
         folder.mkdir()
         told = origin(run, experiment, name) | {"measure": key["measure"], "reduction": "example"}
-        for when, by_fraction in chosen.items():
-            for fraction, psets in by_fraction.items():
+        for when in WHENS:
+            for fraction, psets in select(when):
                 for label, pset in psets.items():
                     meta = told | {"when": when, "fraction": fraction, "how": options.how}
-                    pset.save(folder / f"{when}-{fraction:g}-{label}.safetensors", meta)
+                    pset.save(folder / file(when, fraction, label), meta)
 
     def rows(path: Path) -> None:
-        anatomy = Anatomy(model)
         found: dict[str, Any] = {part: [] for part in ("shared", "similarity", "centralization", "maps", "units")}
         found["coverage"] = {}
-        for (when, reduction), tasks in traced.items():
-            values = {task: [part.values for part in parts] for task, parts in tasks.items()}
-            weights = {task: [part.weight for part in parts] for task, parts in tasks.items()}
-            moment = {"when": when, "reduction": reduction}
-            overlaps = overlap_rows(values, options.fractions, names, how=options.how, weights=weights)
-            found["shared"] += [moment | row for row in overlaps]
-            found["similarity"] += [moment | row for row in similarity_rows(values, names, weights=weights)]
-            if reduction != "example":
-                continue
-            central = centralization_rows(
-                values, options.central_fractions, names, anatomy, draws=options.draws, how=options.how,
-                weights=weights,
-            )  # fmt: skip
-            found["centralization"] += [{"when": when} | row for row in central]
-            found["coverage"][when] = {task: parts[0].meta["coverage"] for task, parts in tasks.items()}
-            for fraction, psets in chosen[when].items():
-                for label, pset in psets.items():
-                    place = {"when": when, "task": label, "fraction": fraction}
-                    found["maps"].append(place | density_map(pset, anatomy, "module"))
-                for unit in ("query_head", "kv_head", "neuron"):
-                    if anatomy.units(unit):
-                        place = {"when": when, "fraction": fraction, "unit": unit}
-                        found["units"].append(place | density_map(psets["shared"], anatomy, unit))
+        for when, reduction in product(WHENS, REDUCTIONS):
+            add_rows(found, when, reduction)
         write_json(path, found)
+
+    def add_rows(found: dict[str, Any], when: str, reduction: str) -> None:
+        tasks = read(when, reduction)
+        if not tasks:
+            return
+        values = {task: [part.values for part in parts] for task, parts in tasks.items()}
+        weights = {task: [part.weight for part in parts] for task, parts in tasks.items()}
+        moment = {"when": when, "reduction": reduction}
+        overlaps = overlap_rows(values, options.fractions, names, how=options.how, weights=weights)
+        found["shared"] += [moment | row for row in overlaps]
+        found["similarity"] += [moment | row for row in similarity_rows(values, names, weights=weights)]
+        if reduction != "example":
+            return
+        central = centralization_rows(
+            values, options.central_fractions, names, anatomy, draws=options.draws, how=options.how, weights=weights
+        )
+        found["centralization"] += [{"when": when} | row for row in central]
+        found["coverage"][when] = {task: parts[0].meta["coverage"] for task, parts in tasks.items()}
+        home = run.path(f"shared/{name}")
+        for fraction in options.central_fractions:
+            psets = {label: ParamSet.load(home / file(when, fraction, label)) for label in (*tasks, "shared")}
+            for label, pset in psets.items():
+                place = {"when": when, "task": label, "fraction": fraction}
+                found["maps"].append(place | density_map(pset, anatomy, "module"))
+            for unit in ("query_head", "kv_head", "neuron"):
+                if anatomy.units(unit):
+                    place = {"when": when, "fraction": fraction, "unit": unit}
+                    found["units"].append(place | density_map(psets["shared"], anatomy, unit))
 
     run.stage(f"shared/{name}", key, sets)
     run.stage(f"analysis/{name}.json", key, rows)
-    moved_weights(run, experiment, name)
 
 
 def moved_weights(run: Run, experiment: Experiment, name: str) -> None:
@@ -611,11 +622,13 @@ def strengths(tasks: Mapping[str, Sequence[Trace]]) -> Strengths:
 
 def select_tasks(
     found: Strengths, fractions: Sequence[float], in_scope: Sequence[str], how: str
-) -> dict[float, dict[str, ParamSet]]:
-    """For each fraction S_t of every task, and their intersection under the name "shared"."""
+) -> Iterator[tuple[float, dict[str, ParamSet]]]:
+    """For each fraction, when its turn comes, S_t of every task, and their intersection under the name "shared".
+    Nothing if no task is given."""
     each = {task: select_each(values, fractions, scope=in_scope, how=how) for task, values in found.items()}
-    by_fraction = {fraction: {task: sets[i] for task, sets in each.items()} for i, fraction in enumerate(fractions)}
-    return {fraction: {**sets, "shared": shared(sets)} for fraction, sets in by_fraction.items()}
+    for fraction in fractions if each else ():
+        sets = {task: next(own) for task, own in each.items()}
+        yield fraction, {**sets, "shared": shared(sets)}
 
 
 # ------------------------------------------------------------------------------- intervene
@@ -639,7 +652,6 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
         base_values, tuned_values = at_rest(base), at_rest(tuned)
         names = in_scope(experiment, base)
         like = base if is_sharded(base) else None
-        traced = _headline(read_traces(run.path(f"traces/{name}"), key["measure"], like))
         ask = lambda model, items: recall(model, tokenizer, items, processes=run.processes)
         found: dict[str, Any] = {"ablate": [], "graft": [], "people": {}}
         found["people"] = {part: [item.example.person for item in items] for part, items in asked.items()}
@@ -647,33 +659,38 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
             label: {part: ask(model, items).summary() for part, items in asked.items()}
             for label, model in (("tuned", tuned), ("base", base))
         }
-        plan = [
-            (when, fraction, label, psets)
-            for (when, _), tasks in traced.items()
-            for strength in [strengths(tasks)]
-            for fraction, chosen in select_tasks(strength, options.fractions, names, how).items()
-            for label, psets in controls(strength, chosen, options.seeds, f"{name}/{when}/{fraction:g}").items()
-        ]
-        with progress.bar(f"{name}: intervene", 2 * sum(len(psets) for *_, psets in plan)) as update:
-            for kind, model in (("ablate", tuned), ("graft", base)):
-                for when, fraction, label, psets in plan:
-                    scores: dict[str, list[list[int]]] = {part: [] for part in asked}
-                    for pset in psets:
-                        change = (
-                            ablated(model, pset, options.to, base_values)
-                            if kind == "ablate"
-                            else grafted(model, pset, tuned_values)
-                        )
-                        with change:
-                            for part, items in asked.items():
-                                scores[part].append(ask(model, items).exact.astype(int).tolist())
-                        update.add(1)
-                    row = {"when": when, "fraction": fraction, "set": label, "size": psets[0].size}
-                    row |= {"seeds": len(psets)}
-                    for part, answers in scores.items():
-                        row |= _accuracy(part, answers)
-                    row["answers"] = {part: ["".join(map(str, a)) for a in found] for part, found in scores.items()}
-                    found[kind].append(row)
+        changes = {
+            "ablate": (tuned, lambda pset: ablated(tuned, pset, options.to, base_values)),
+            "graft": (base, lambda pset: grafted(base, pset, tuned_values)),
+        }
+        traces = run.path(f"traces/{name}")
+
+        def sets(when: str) -> Iterator[tuple[float, str, list[ParamSet]]]:
+            """The shared sets and their controls at one time; those of one fraction are held."""
+            strength = strengths(read_traces(traces, when, key["measure"], like=like))
+            for fraction, chosen in select_tasks(strength, options.fractions, names, how):
+                drawn = controls(strength, chosen, options.seeds, f"{name}/{when}/{fraction:g}")
+                for label, psets in drawn.items():
+                    yield fraction, label, psets
+
+        times = sum((traces / when).is_dir() for when in WHENS)
+        most = times * len(options.fractions) * (1 + 2 * options.seeds + len(TASKS))
+        with progress.bar(f"{name}: intervene", len(changes) * most) as update:
+            for when in WHENS:
+                for fraction, label, psets in sets(when):
+                    for kind, (model, changed) in changes.items():
+                        scores: dict[str, list[list[int]]] = {part: [] for part in asked}
+                        for pset in psets:
+                            with changed(pset):
+                                for part, items in asked.items():
+                                    scores[part].append(ask(model, items).exact.astype(int).tolist())
+                            update.add(1)
+                        row = {"when": when, "fraction": fraction, "set": label, "size": psets[0].size}
+                        row |= {"seeds": len(psets)}
+                        for part, answers in scores.items():
+                            row |= _accuracy(part, answers)
+                        row["answers"] = {p: ["".join(map(str, a)) for a in given] for p, given in scores.items()}
+                        found[kind].append(row)
         if run.leads:
             write_json(path, found)
 
@@ -736,6 +753,10 @@ def conclude(run: Run, experiment: Experiment) -> Results:
         interventions = {name: read_json(run.path(f"interventions/{name}.json")) for name in with_interventions}
         about = read_json(run.folder / "metadata.json")
         results: dict[str, Any] = {"schema": 1, "run": _about(run, experiment, about)}
+        if not run.path("data/qa.jsonl").read_bytes():
+            results["lacking"] = NO_QUESTIONS
+        if run.path("data/import.json").is_file():
+            results["import"] = read_json(run.path("data/import.json"))
         results["recall"] = {name: found["summary"] for name, found in evals.items()}
         home = {name: run.path(f"models/{name}") for name in trained}
         results["history"] = {name: read_json(home[name] / "history.json") for name in trained}
@@ -895,9 +916,8 @@ def check(experiment: Experiment, whole: bool) -> None:
         "bio": sum(item.repeats for item in taught["bio"]),
         "qa": sum(item.repeats for item in taught["qa"] if item.split == "id"),
     }
-    config.check_parts(
-        experiment.trace.parts, len({item.person for item in taught["qa"] if item.split == "id"}), "the experiment"
-    )
+    if not taught["qa"]:
+        config.check_unasked(experiment)
     for strategy, phases in experiment.strategies.items():
         names = [phase.name for phase in phases]
         for phase in phases:
@@ -925,13 +945,33 @@ def check(experiment: Experiment, whole: bool) -> None:
         )
     if whole:
         model = load_base(experiment)
-        encoded = encode(tokenizer, [*taught["bio"], *taught["qa"]])
+        encoded = encode(tokenizer, [*taught["bio"], *taught["qa"]], groups(taught))
+        _check_parts(experiment, encoded)
         _check_known(tokenizer, encoded, experiment.model.name)
-        _check_fits(model, [*encoded, *(item for items in further.values() for item in items)])
+        check_fits(model, [*encoded, *(item for items in further.values() for item in items)])
         for name, given in experiment.given.items():
             _check_given(experiment, model, tokenizer, name, given, [item.example.text for item in encoded])
         if lora:
             adapters.adapted(model, lora, 0)
+
+
+def _check_parts(experiment: Experiment, encoded: Sequence[Encoded]) -> None:
+    """Whether each part of the trace has examples of every task."""
+    options = experiment.trace
+    each = {task: [item for item in encoded if item.example.task == task] for task in TASKS}
+    trained = {"bio": each["bio"], "qa": [item for item in each["qa"] if item.example.split == "id"]}
+    for task, items in trained.items():
+        if not each[task]:  # nothing is asked
+            continue
+        items = sample(items, options.examples) if options.examples else items
+        people = {item.group for item in items}
+        empty = options.parts - len({person % options.parts for person in people})
+        if empty:
+            raise UserError(
+                f"trace.parts = {options.parts}, but the {len(items)} examples of {task} to trace are about "
+                f"{len(people)} people or subjects, which leaves {empty} of the parts empty; take more of them (facts, "
+                "trace.examples) or fewer parts"
+            )
 
 
 def _check_given(
@@ -954,7 +994,8 @@ def _check_given(
     options = experiment.model
     if experiment.trace.view == "adapter":
         adapters.check_plain(models.load_model(given, options.dtype, options.attention, merge=False), about)
-    check_alike(base, models.load_model(given, options.dtype, options.attention), (options.name, about))
+    tuned = models.load_model(given, options.dtype, options.attention, pickled=options.pickled)
+    check_alike(base, tuned, (options.name, about))
     check_same_tokens(tokenizer, given, texts, options.name)
 
 
@@ -974,17 +1015,3 @@ def _check_known(tokenizer: Any, encoded: Sequence[Encoded], name: str) -> None:
             f"the tokenizer of {name} has no token for {len(lost)} of the objects, e.g. {object!r} in {example}; use a "
             "model whose tokenizer was made for such text, or make one with `crosstrace new-model`"
         )
-
-
-def _check_fits(model: Any, encoded: Sequence[Encoded]) -> None:
-    """Whether the tokens are in the model's vocabulary, and the longest example in its context."""
-    rows = model.get_input_embeddings().num_embeddings
-    highest, longest = (max(fn(item.ids) for item in encoded) for fn in (lambda ids: int(ids.max()), len))
-    room = getattr(model.config, "max_position_embeddings", None)
-    if highest >= rows:
-        raise UserError(
-            f"the tokenizer gives id {highest}, but {type(model).__name__} has {rows} token embeddings; do tokenizer "
-            "and weights belong together?"
-        )
-    if room and longest > room:
-        raise UserError(f"the longest example has {longest} tokens, but {type(model).__name__} has {room} positions")

@@ -10,9 +10,9 @@ from crosstrace.store import read_json
 
 PARTS = {
     "bio": "biographies",
-    "qa_id": "QA, trained people",
+    "qa_id": "QA, trained",
     "qa_ood": "QA, held out",
-    "a_ood": "QA, base's people",
+    "a_ood": "QA, known to the base",
 }
 
 
@@ -56,7 +56,8 @@ class Results(dict[str, Any]):
         return rows
 
     def __str__(self) -> str:
-        return "\n\n".join(aligned(rows) for rows in (self.recall_rows(), self.claim_rows()) if len(rows) > 1)
+        tables = [aligned(rows) for rows in (self.recall_rows(), self.claim_rows()) if len(rows) > 1]
+        return "\n\n".join([*tables, *([self["lacking"]] if "lacking" in self else [])])
 
     def _repr_html_(self) -> str:
         tables = []
@@ -68,6 +69,7 @@ class Results(dict[str, Any]):
                 "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:]
             )
             tables.append(f"<table><tr>{head}</tr>{body}</table>")
+        tables += [f"<p>{html.escape(self['lacking'])}</p>"] if "lacking" in self else []
         return "".join(tables) or "no results yet: they come with the stage <code>report</code>"
 
 

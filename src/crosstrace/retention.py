@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from crosstrace import models
@@ -37,8 +38,10 @@ from crosstrace.material import (
     trains_in_bf16,
     viewed,
 )
+from crosstrace.processes import Processes
 from crosstrace.progress import Progress
 from crosstrace.schedule import Phase
+from crosstrace.sharded import at_rest, local, piece, processes_of
 from crosstrace.shared import ParamSet, random_sets
 from crosstrace.store import Run, remove_folder, sha256_file, write_json
 from crosstrace.text import Example, biographies, questions
@@ -63,7 +66,7 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
     })  # fmt: skip
 
     def make(folder: Path) -> None:
-        folder.mkdir(exist_ok=True)  # all processes come this way, since they train together; each measures everything
+        folder.mkdir(exist_ok=True)  # all processes come this way: they train, ask and trace together
         tokenizer = models.load_tokenizer(experiment.model.name)
         parts = examples(run, tokenizer)
         old = training_examples(parts)
@@ -84,7 +87,9 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
         found: dict[str, list[Row]] = {table: [] for table in ("history", "moved", "shared", "repair")}
         for arm in ARMS:
             model = load_trainable(run, experiment, name)
-            measure = lambda model: {part: _exact(model, tokenizer, items) for part, items in asked.items()}
+            measure = lambda model: {
+                part: _exact(model, tokenizer, items, run.processes) for part, items in asked.items()
+            }
             history = RecallHistory(measure, options.every)
             batch = {task: {"new_bio": options.bio, "new_qa": options.qa}.get(task, options.bio) for task in new}
             counts = {"bio": options.replay_bio, "qa": options.replay_qa}
@@ -105,7 +110,7 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
             for when, own in sets.items():
                 place = {"arm": arm, "when": when}
                 found["moved"] += [place | row for row in moved(model, taught, own)]
-                found["repair"] += [place | row for row in repaired(model, tokenizer, taught, own, asks)]
+                found["repair"] += [place | row for row in repaired(model, tokenizer, taught, own, asks, run.processes)]
         if run.leads:
             write_json(folder / "retention.json", found)
             for arm in ARMS:
@@ -156,8 +161,8 @@ def _text_file(name: str) -> Path:
     return path
 
 
-def _exact(model: nn.Module, tokenizer: Any, items: Sequence[Encoded]) -> float | None:
-    return recall(model, tokenizer, items).summary()["exact_match"]
+def _exact(model: nn.Module, tokenizer: Any, items: Sequence[Encoded], processes: Processes | None) -> float:
+    return recall(model, tokenizer, items, processes=processes).summary()["exact_match"]
 
 
 def moved(model: nn.Module, before: Mapping[str, Tensor], sets: Mapping[str, Sequence[ParamSet]]) -> list[Row]:
@@ -172,17 +177,21 @@ def moved(model: nn.Module, before: Mapping[str, Tensor], sets: Mapping[str, Seq
         that the sets cover, lift = energy / (|S| / number of those parameters): 1 where the way does not care for S.
         None where nothing moved.
     """
-    values = dict(model.named_parameters())
+    values = at_rest(model)
+    processes = processes_of(values)
     rows = []
     for label, draws in sets.items():
         energies = []
         for pset in draws:
-            square = {
-                name: (values[name].detach().cpu() - before[name].detach().cpu()).double().square()
-                for name in pset.masks
-            }
-            total = sum(float(value.sum()) for value in square.values())
-            inside = sum(float(square[name][mask.cpu()].sum()) for name, mask in pset.masks.items())
+            sums = torch.zeros(2, dtype=torch.float64)  # all of the way, and what of it lies in the set
+            for name, mask in pset.masks.items():
+                theta = values[name].detach()
+                square = (local(theta).cpu() - piece(before[name].detach(), theta).cpu()).double().square()
+                sums += torch.stack([square.sum(), square[piece(mask, theta).cpu()].sum()])
+            if processes is not None:
+                processes.add_up(here := sums.to(local(theta).device))
+                sums = here.cpu()
+            total, inside = sums.tolist()
             energies.append(inside / total if total else None)
         size, count = draws[0].size, sum(mask.numel() for mask in draws[0].masks.values())
         known = [value for value in energies if value is not None]
@@ -198,20 +207,24 @@ def repaired(
     taught: Mapping[str, Tensor],
     sets: Mapping[str, Sequence[ParamSet]],
     asked: Mapping[str, Sequence[Encoded]],
+    processes: Processes | None = None,
 ) -> list[Row]:
     """Recall of a model that drifted, as it is and with some sets' parameters put back to their taught values.
+
+    Args:
+        processes: those that share out the questions, as in `evaluate.recall`.
 
     Returns:
         rows {set, size, draws, PART: exact match}, mean over a label's draws; the set "none" is the model as it is.
     """
     rows: list[Row] = [{"set": "none", "size": 0, "draws": 1}]
-    rows[0] |= {part: _exact(model, tokenizer, items) for part, items in asked.items()}
+    rows[0] |= {part: _exact(model, tokenizer, items, processes) for part, items in asked.items()}
     for label, draws in sets.items():
         scores: dict[str, list[float]] = {part: [] for part in asked}
         for pset in draws:
             with grafted(model, pset, taught):
                 for part, items in asked.items():
-                    scores[part].append(float(recall(model, tokenizer, items).exact.mean()))
+                    scores[part].append(_exact(model, tokenizer, items, processes))
         row = {"set": label, "size": draws[0].size, "draws": len(draws)}
         rows.append(row | {part: sum(values) / len(values) for part, values in scores.items()})
     return rows

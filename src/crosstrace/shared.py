@@ -14,7 +14,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -277,13 +277,14 @@ def select(
         UserError: a bad fraction, an unknown `how`, a missing tensor, or a strength that is negative or
             not finite.
     """
-    return select_each(strength, [fraction], scope=scope, how=how)[0]
+    return next(select_each(strength, [fraction], scope=scope, how=how))
 
 
 def select_each(
     strength: Mapping[str, Tensor], fractions: Sequence[float], *, scope: Sequence[str], how: str = "global"
-) -> list[ParamSet]:
-    """`select` for each of several fractions, sharing the work that does not depend on the fraction."""
+) -> Iterator[ParamSet]:
+    """`select` for each of several fractions, sharing the work that does not depend on the fraction. A set is made when
+    its turn comes: all of them together may be larger than the strengths."""
     for fraction in fractions:
         check_fraction(fraction)
     if how not in HOW:
@@ -293,12 +294,13 @@ def select_each(
         rankings = [_Ranking([value], processes=processes) for value in values.values()]
     else:
         rankings = [_Ranking(list(values.values()), by_mass=how == "mass", processes=processes)]
-    sets = []
-    for fraction in fractions:
+
+    def top(fraction: float) -> ParamSet:
         masks = [mask for ranking in rankings for mask in ranking.top_fraction(fraction)]
         found = {name: laid(mask, strength[name]) for name, mask in zip(values, masks)}
-        sets.append(ParamSet(found, meta={"fraction": fraction, "how": how}))
-    return sets
+        return ParamSet(found, meta={"fraction": fraction, "how": how})
+
+    yield from map(top, fractions)
 
 
 def shared(sets: Mapping[str, ParamSet]) -> ParamSet:

@@ -7,7 +7,7 @@ Plain numbers in, plain numbers out; it knows nothing of parameters, traces or t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,10 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from crosstrace.errors import UserError
+
+_AT_ONCE = 2**18  # numbers whose ranks are held at a time: what is made of them stays in the cache
+_DIGIT = 32  # bits of a rank that are multiplied at a time
+_LOWER = 2**32 - 1  # the lower half of a pair
 
 
 class Interval(NamedTuple):
@@ -144,12 +148,79 @@ def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
 
 def spearman(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """Spearman's rank correlation of two dicts of tensors, ties at their mean rank; NaN if one is constant.
+    """Spearman's rank correlation of two dicts of tensors, ties at their mean rank; NaN if one is constant or has NaN.
 
-    Sorts all values at once: about 30 bytes of memory a parameter.
+    Takes 8 bytes of memory a number beside the tensors, for the pairs of both, which are sorted in place; where one is
+    float64 no pair fits in 64 bits, and it takes about 66.
     """
     _same_names(a, b)
-    return rank_correlation(*(np.concatenate([_numbers(d[n]) for n in a]) for d in (a, b)))
+    every = [*a.values(), *b.values()]
+    if any(values.dtype == torch.float64 for values in every):
+        return rank_correlation(*(np.concatenate([_numbers(d[n]) for n in a]) for d in (a, b)))
+    if any(bool(values.isnan().any()) for values in every):
+        return math.nan
+    product = square_a = square_b = 0.0
+    twice_a_rank = 2 * sum(values.numel() for values in a.values())
+    for shift in range(0, twice_a_rank.bit_length(), _DIGIT):
+        of_digit, square_a, square_b = _rank_products(_pairs(a, b), shift)
+        product += 2.0**shift * of_digit
+    scale = math.sqrt(square_a) * math.sqrt(square_b)
+    return product / scale if scale else math.nan
+
+
+def _rank_products(pairs: np.ndarray, shift: int) -> tuple[float, float, float]:
+    """Σ x·Y, Σ X² and Σ Y²: X and Y are twice the centred mean ranks of the upper and the lower half of pairs [n].
+
+    Beside a number there is room for 32 bits, too few for X if n > 2^31. So x is one digit of it: X = Σ_shift
+    2^shift · x. The pairs are used up.
+    """
+    product = square_a = square_b = 0.0
+    centre = len(pairs) - 1
+    pairs.sort()
+    for chunk, twice in _ranked(pairs):
+        square_a += float(np.square(twice - float(centre)).sum())
+        digit = twice >> shift & 2**_DIGIT - 1
+        pairs[chunk] = pairs[chunk] << 32 | digit.astype(np.uint64)
+    pairs.sort()
+    for chunk, twice in _ranked(pairs):
+        x = (pairs[chunk] & _LOWER).astype(float) - (centre >> shift & 2**_DIGIT - 1)
+        y = twice - float(centre)
+        product += float(x @ y)
+        square_b += float(y @ y)
+    return product, square_a, square_b
+
+
+def _ranked(pairs: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Of sorted pairs some at a time, and twice the mean rank of each one's upper half, counted from 0: the first and
+    the last place of its ties added up. What was given before may have been written over."""
+    first = end = 0  # of the ties that reach into the next chunk
+    for start in range(0, len(pairs), _AT_ONCE):
+        chunk = slice(start, start + _AT_ONCE)
+        values = pairs[chunk] >> 32
+        borders = np.flatnonzero(values[1:] != values[:-1]) + 1
+        firsts, ends = start + np.append(0, borders), start + np.append(borders, len(values))
+        if end > start:
+            firsts[0] = first
+        ends[-1] = start + np.searchsorted(pairs[start:], values[-1:] << 32 | _LOWER, "right")[0]
+        first, end = firsts[-1], ends[-1]
+        yield chunk, np.repeat(firsts + ends - 1, np.diff(borders, prepend=0, append=len(values)))
+
+
+def _pairs(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> np.ndarray:
+    """uint64 [n]: what orders as the numbers of `a` in the upper half, what orders as those of `b` in the lower."""
+    pairs, start = np.empty(sum(values.numel() for values in a.values()), np.uint64), 0
+    for name, values in a.items():
+        for x, y in zip(values.flatten().split(_AT_ONCE), b[name].flatten().split(_AT_ONCE), strict=True):
+            pairs[start : start + len(x)] = _ordinals(x) << 32 | _ordinals(y)
+            start += len(x)
+    return pairs
+
+
+def _ordinals(x: Tensor) -> np.ndarray:
+    """Whole numbers below 2^32 that order as the numbers of x [n]: the bits of a float, all turned round in negative
+    ones."""
+    bits = (_numbers(x) + np.float32(0)).view(np.uint32)  # (-0.0 becomes 0.0)
+    return np.where(bits >> 31, ~bits, bits | 2**31).astype(np.uint64)
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 OUTCOME = "recall.qa_ood"
 MARGIN = 0.05  # outcomes that differ by less are no order that a measure could tell
 
-# Measures that need no question about people whose questions are not trained: the name of the column -> in words.
+# Measures that need no held-out question: the name of the column -> in words.
 PREDICTORS = {
     "overlap.online.example.0.01": "overlap of the top 1 %, online",
     "overlap.online.example.0.05": "overlap of the top 5 %, online",

@@ -17,6 +17,11 @@ from crosstrace.errors import UserError
 from crosstrace.facts import Fact, FactSettings, Person, World
 
 Span = tuple[int, int]
+NO_QUESTIONS = (
+    "there are no questions, so recall of held-out facts (OOD), sharing between tasks, ablation, grafting, the "
+    "mechanism and the claims of the paper cannot be measured; measured are recall of the texts themselves, the trace "
+    "of this one task and how far the weights move"
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,8 @@ def _questions(world: World, person: Person) -> list[Example]:
     examples = []
     for fact in person.facts:
         patterns = world.wording.questions[fact.relation]
+        if not patterns:  # nothing is asked about the relation
+            continue
         if settings.questions > len(patterns):
             raise UserError(
                 f"facts.questions is {settings.questions}, but relation {fact.relation} has {len(patterns)} wordings "
@@ -131,7 +138,7 @@ def fill(pattern: str, fact: Fact, wording: str, subject: str, start: int) -> tu
     text, spans = "", {"subject": (0, 0), "object": (0, 0)}
     relation_words: list[Span] = []
     opened = 0
-    for piece in re.split(r"(\{subject\}|\{object\}|\[|\])", pattern):
+    for piece in re.split(r"(\{subject\}|\{object\}|\{type\}|\[|\])", pattern):
         if piece == "[":
             opened = start + len(text)
         elif piece == "]":
@@ -143,7 +150,7 @@ def fill(pattern: str, fact: Fact, wording: str, subject: str, start: int) -> tu
             spans[piece[1:-1]] = (start + len(text), start + len(text) + len(value))
             text += value
         else:
-            text += piece
+            text += fact.type if piece == "{type}" else piece
     return text, Mention(fact.id, fact.relation, wording, spans["subject"], tuple(relation_words), spans["object"])
 
 

@@ -6,10 +6,11 @@ whether a space belongs to a token. It knows nothing of models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,10 +84,11 @@ def encode(tokenizer: Any, examples: Sequence[Example], groups: Mapping[str, int
         end = tokenizer.eos_token_id
         if end is not None and ids[-1] != end:
             ids, offsets = [*ids, end], [*offsets, (0, 0)]
-        mentions = tuple(
-            Places(*(_tokens_of(spans, offsets) for spans in ([m.subject], m.relation_words, [m.object])))
-            for m in example.mentions
-        )
+        spans = [example.targets]
+        for mention in example.mentions:
+            spans += [(mention.subject,), mention.relation_words, (mention.object,)]
+        trained, *places = _tokens_of(spans, offsets)
+        mentions = tuple(Places(*places[i : i + 3]) for i in range(0, len(places), 3))
         objects = torch.zeros(len(ids), dtype=torch.bool)
         for places in mentions:
             objects |= places.object
@@ -103,19 +105,41 @@ def encode(tokenizer: Any, examples: Sequence[Example], groups: Mapping[str, int
             "object": objects,
             "answer": objects | ends,
             "all": torch.ones(len(ids), dtype=torch.bool),
-            "train": _tokens_of(example.targets, offsets) | ends,
+            "train": trained | ends,
         }
         group = numbers.setdefault(example.person, len(numbers))
         encoded.append(Encoded(example, torch.tensor(ids), targets, mentions, group))
     return encoded
 
 
-def _tokens_of(spans: Iterable[Span], offsets: Sequence[tuple[int, int]]) -> Tensor:
-    """Which tokens share a character with one of the spans; special tokens (empty offsets) never do."""
-    spans = list(spans)
-    return torch.tensor(
-        [any(start < high and low < end for low, high in spans) for start, end in offsets], dtype=torch.bool
-    )
+def too_long(encoded: Sequence[Encoded], room: int | None) -> list[Encoded]:
+    """The examples with more tokens than a model has positions; none where it has no such limit."""
+    return [item for item in encoded if room and len(item.ids) > room]
+
+
+def check_room(encoded: Sequence[Encoded], room: int | None, model: str) -> None:
+    """Raise a `UserError` unless every example has at most as many tokens as the model has positions."""
+    long = too_long(encoded, room)
+    if long:
+        longest = max(long, key=lambda item: len(item.ids))
+        raise UserError(
+            f"{len(long)} of {len(encoded)} examples have more tokens than the {room} positions of {model}, the "
+            f"longest, {longest.example.id}, {len(longest.ids)}; shorten them, drop them (`crosstrace import --model` "
+            "does), or take a model with more positions"
+        )
+
+
+def _tokens_of(groups: Sequence[Sequence[Span]], offsets: Sequence[tuple[int, int]]) -> Tensor:
+    """For each group of spans, which tokens share a character with one of them [groups, tokens]; special tokens (empty
+    offsets) never do."""
+    start, end = np.array(offsets).T
+    low, high = np.array([span for spans in groups for span in spans]).reshape(-1, 2).T[..., None]
+    touched = iter((start < high) & (low < end))  # span by span
+    found = np.zeros((len(groups), len(offsets)), dtype=bool)
+    for row, spans in zip(found, groups):
+        for _ in spans:
+            row |= next(touched)
+    return torch.from_numpy(found)
 
 
 def collate(encoded: Sequence[Encoded], targets: str = "object", *, pad_id: int, side: str = "right") -> Batch:

@@ -74,8 +74,9 @@ class Listener(Protocol):
     def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
         """After `update` updates over all phases; `last` at the end of a phase."""
 
-    def save(self, folder: Path | None) -> None:
-        """Write everything that a resumed training needs; None: take part only, as all processes but the first do."""
+    def save(self, folder: Path, leads: bool) -> None:
+        """Write everything that a resumed training needs. Of several processes all call this, and one `leads`: it
+        writes what all of them have."""
 
     def load(self, folder: Path) -> None:
         """Read it back."""
@@ -292,7 +293,7 @@ def _run_phase(
                 place = _listener_folder(home, state.global_step, number)
                 if leads:
                     place.mkdir(parents=True, exist_ok=True)
-                listener.save(place if leads else None)
+                listener.save(place, leads)
             if processes is not None:
                 processes.wait()
             if not leads:
@@ -316,7 +317,7 @@ def _run_phase(
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             tasks: dict[str, Any] = inputs  # a batch for each task
             # in one backward all gradients of one task would be held whole until the other's are added to them
-            backward = self.accelerator.backward if is_sharded(self.model) else None
+            backward = self.accelerator.backward if is_sharded(model) else None
             return update_loss(model, phase, tasks, processes, self.model, backward)
 
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -493,8 +494,8 @@ class RecallHistory:
         if (self.every and update % self.every == 0) or last:
             self.rows.append({"update": update, "phase": phase, **self.measure(model)})
 
-    def save(self, folder: Path | None) -> None:
-        if folder is not None:
+    def save(self, folder: Path, leads: bool) -> None:
+        if leads:
             (folder / "recall.json").write_text(json.dumps(self.rows))
 
     def load(self, folder: Path) -> None:

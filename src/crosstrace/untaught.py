@@ -111,12 +111,9 @@ def _model(tokenizer: Any, positions: int, options: NewModelSettings) -> Any:
                 "kv_heads; expected multiples"
             )
     kind = values.pop("model_type", None)
-    try:
+    what = f"no model of the architecture {kind!r} can be made"
+    with models.reading(what, "expected the settings of a causal language model"), torch.random.fork_rng():
         config = AutoConfig.for_model(kind, **values)
-        with torch.random.fork_rng(), models.silent():
-            torch.manual_seed(options.seed)
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=models.DTYPES[options.dtype])
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"no model of the architecture {kind!r} can be made: {line}") from None
+        torch.manual_seed(options.seed)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=models.DTYPES[options.dtype])
     return model.eval()

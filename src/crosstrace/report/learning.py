@@ -41,8 +41,9 @@ def transfer(results: Mapping) -> Section:
             f"{say.test(lead)}. {sentences[0]}" if sentences else "Facts in other formats.",
             "The same facts in every format. In the first three the model must give the answer; in the others it must "
             "find the true one likelier than the false ones, so chance, the dotted mark, is high. A wording is new for "
-            "the fact, not for others; only the way back to the name is new altogether. The base is asked about its "
-            f"own people. Lines are 95 % intervals, resampled by person.{missing}",
+            "the fact, not for others; only the way back to the name is new altogether. "
+            + "The base is asked about the people it was pretrained on. " * ("a_ood" in parts)
+            + f"Lines are 95 % intervals, resampled by subject.{missing}",
             key([*models_of(results, rows), ("chance", F.CHANCE)]),
             [
                 F.to_svg(F.figure_transfer(results, part=p, legend=False), f"transfer-{i}", say.test(p))
@@ -58,7 +59,7 @@ def transfer(results: Mapping) -> Section:
         "Right": lambda r: Cell(say.percent(r["correct"]), say.interval(r["correct_low"], r["correct_high"])),
         "Chance": lambda r: say.percent(r["chance"]),
         "Log-probability of the true one, nats": lambda r: say.decimal(r["logprob"]),
-        "n": lambda r: Cell(say.plain(r["n"]), f"{say.plain(r['people'])} people"),
+        "n": lambda r: Cell(say.plain(r["n"]), f"{say.plain(r['people'])} subjects"),
     }
     section.blocks += by_part("every format in numbers", rows, columns)
     return section

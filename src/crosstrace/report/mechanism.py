@@ -27,7 +27,7 @@ def gradients(results: Mapping) -> Section:
     finding = say.compare(
         [(say.model(r["model"]), say.number(r["excess"])) for r in whole],
         "has a cosine higher by",
-        " for one fact in both formats than for two people's facts of one relation",
+        " for one fact in both formats than for two subjects' facts of one relation",
         lambda v: say.decimal(v, sign=True),
     )
     section.blocks.append(
@@ -35,7 +35,7 @@ def gradients(results: Mapping) -> Section:
             "gradients",
             f"{say.test(parts[0])}: {finding}" if finding else "Gradients of one fact in both formats.",
             f"{BOTH}: cosine of the two gradients of the object's loss over a set of parameters, minus that with "
-            "another person's fact of the same relation. Lines are 95 % intervals, resampled by person. Random sets "
+            "another subject's fact of the same relation. Lines are 95 % intervals, resampled by subject. Random sets "
             "have the size of the shared one. Alike gradients are no wonder where the two texts have words in common, "
             "which is why the base is shown.",
             key(models_of(results, rows)),
@@ -80,12 +80,12 @@ def representations(results: Mapping) -> Section:
             f"{BOTH}: the hidden state of the question looks for its own fact among those of all stored facts, by "
             "centred cosine, at three places of the text; of the relation, only where the subject comes before (in the "
             "bundled biographies it ends right before the object). Layer 0 are the embeddings. Bands are 95 % "
-            "intervals, resampled by person.",
-            key([*models_of(results, rows), ("knowing the relation or the person alone", F.CHANCE)]),
+            "intervals, resampled by subject.",
+            key([*models_of(results, rows), ("knowing the relation or the subject alone", F.CHANCE)]),
             _panels(results, places, parts, "top1"),
             rows,
             folded=[*_panels(results, places, parts, "cka"), *_panels(results, places, parts, "excess")],
-            folded_title="Linear CKA, and cosine beyond that of another person's fact",
+            folded_title="Linear CKA, and cosine beyond that of another subject's fact",
         )
     )
     columns = {
@@ -121,7 +121,7 @@ def signature(results: Mapping) -> Section:
             f"{BOTH}. Share of the attribution (integrated gradients of the object's log-probability on the "
             "embeddings, from the mean embedding) that each group of tokens holds. Object: the earlier tokens of an "
             "object of several. Other facts are told in biographies alone. Lines are 95 % intervals, resampled by "
-            "person.",
+            "subject.",
             key(models_of(results, rows)),
             [
                 F.to_svg(F.figure_signature(results, part=p, form=f, legend=False), f"signature-{i}-{j}", say.test(p))
@@ -179,7 +179,7 @@ def lens(results: Mapping) -> Section:
             sentences[0] if sentences else "The object is read off the hidden states of no model.",
             "Questions: each layer's hidden state goes through the model's own final norm and unembedding; how often "
             "the object's first token is first. Layer 0 are the embeddings. Bands are 95 % intervals, resampled by "
-            "person.",
+            "subject.",
             key(models_of(results, rows)),
             [
                 F.to_svg(F.figure_lens(results, part=p, place=place, legend=False), f"lens-{i}", say.test(p))
@@ -243,8 +243,9 @@ def circuit(results: Mapping) -> Section:
             sentences[0] if sentences else "Heads and neurons in the order of their importance.",
             "Nodes in the order of their attribution (integrated gradients of the answer's log-probability on the "
             "node's activation): the top ones are kept and all others of their kind put to their mean, or the top ones "
-            "are; random nodes beside them, mean and 95 % interval over draws. The base is asked about the people it "
-            "was pretrained on.",
+            "are; random nodes beside them, mean and 95 % interval over draws."
+            + " The base is asked about the people it was pretrained on."
+            * ("a_ood" in R.distinct(rows, "part")),
             key((say.curve(*which), look) for which, look in F.CIRCUIT.items()),
             panels,
             rows,
@@ -377,6 +378,6 @@ def _cosine(name: str) -> Callable[[Row], Cell]:
 COSINES: Columns = {
     "Same fact": _cosine("same"),
     "Same relation": _cosine("relation"),
-    "Same person": _cosine("person"),
+    "Same subject": _cosine("person"),
     "Neither": _cosine("other"),
 }

@@ -41,6 +41,9 @@ def write_report(results: Mapping[str, Any], folder: str | Path) -> Path:
     parts += [mechanism.signature(results), mechanism.lens(results)]
     parts += [mechanism.circuit(results), mechanism.positions(results), learning.transfer(results)]
     parts += [learning.dynamics(results), learning.retention(results), drift(results)]
+    if "lacking" in results:  # no command could add what is absent
+        for section in parts:
+            section.command = ""
     for plot in (block for section in parts for block in section.blocks if isinstance(block, Plot)):
         write_text(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
     page = folder / "index.html"
@@ -69,7 +72,7 @@ def recall(results: Mapping) -> Section:
             say.compare(_recalled(results, lead), "answers", f" of the {say.answered(lead)}")
             or "Exact match on every test.",
             f"Exact match of the greedy answer; lines are {LEVEL} Wilson intervals. Held out (OOD) are "
-            "questions about people whose questions were never trained, although their biographies were.",
+            "questions that were never trained, although the texts that store their facts were.",
             key((say.model(m), look) for m, look in F.strategy_looks(results).items() if m in models),
             panels,
             rows,
@@ -503,6 +506,8 @@ def _how(results: Mapping) -> tuple[list[Table], list[tuple[str, list[tuple[str,
             "Time",
         ]
         tables.append(Table(head, body, "What each strategy was trained on"))
+    if results.get("import"):
+        tables.append(_imported(results["import"]))
     rest = {k: v for k, v in run.items() if k not in ("strategies", "given", "facts", "trace")}
     lists = [
         ("Run", _flat(rest)),
@@ -518,6 +523,14 @@ def _how(results: Mapping) -> tuple[list[Table], list[tuple[str, list[tuple[str,
         ("Versions", _flat(results.get("versions"))),
     ]
     return tables, [(title, items) for title, items in lists if items]
+
+
+def _imported(counts: Mapping) -> Table:
+    """What became of the rows that `crosstrace import` read."""
+    body = [["read", say.plain(counts.get("read"))], ["kept", say.plain(counts.get("kept"))]]
+    body += [[f"dropped: {reason}", say.plain(n)] for reason, n in (counts.get("dropped") or {}).items()]
+    body += [[f"kept of {relation}", say.plain(n)] for relation, n in (counts.get("relations") or {}).items()]
+    return Table(["Rows", "Number"], body, "What was imported")
 
 
 def _exactness(doctor: Mapping | None) -> list[tuple[str, str]]:
@@ -569,6 +582,7 @@ def _render(results: Mapping, sections: Sequence[Section]) -> str:
         strategies=_recipes(results),
         whens=[(w, say.when(w)) for w in whens],
         claims=claims,
+        lacking=results.get("lacking") or "",
         differ=list(dict.fromkeys(d["text"] for d in results.get("differences") or [])),
         sections=sections,
         tables=tables,

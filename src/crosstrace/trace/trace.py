@@ -26,13 +26,13 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from crosstrace.errors import UserError
-from crosstrace.sharded import Pieces, at_rest, is_sharded, laid, local, own_rows, processes_of, whole, write
+from crosstrace.sharded import Pieces, at_rest, laid, local, own_rows, piece, processes_of, whole, write
 from crosstrace.store import read_json, replacing, versions, write_json
 from crosstrace.trace.distributed import Scatter, Team
 from crosstrace.trace.engine import Batch, Engine
@@ -44,6 +44,7 @@ MEASURES = ("abs", "square", "taylor", "net")
 REDUCTIONS = ("example", "step")
 _SUM_OF = {"abs": "abs", "square": "square", "taylor": "abs", "net": "sum"}  # |θ·g| = |θ|·|g| at one θ
 _FORMAT = "crosstrace traces 1"
+_STATE = "crosstrace online trace 1"
 
 
 @dataclass
@@ -149,11 +150,18 @@ def save_traces(path: str | os.PathLike[str], traces: Sequence[Trace]) -> None:
         save_file(tensors, partial, metadata=told)
 
 
-def load_traces(path: str | os.PathLike[str], like: nn.Module | None = None) -> list[Trace]:
+def load_traces(
+    path: str | os.PathLike[str],
+    like: nn.Module | None = None,
+    *,
+    measure: str | None = None,
+    reduction: str | None = None,
+) -> list[Trace]:
     """Read what `save_traces` wrote, exactly, on any number of processes.
 
     Args:
         like: a sharded model: each of its processes reads the rows that it holds; None: everything is read.
+        measure, reduction: read the traces by these alone; None: by any.
 
     Raises:
         UserError: no such file, a truncated file, or one of something else, or of another model than `like`.
@@ -163,6 +171,8 @@ def load_traces(path: str | os.PathLike[str], like: nn.Module | None = None) -> 
     def taken(headers: list[dict[str, Any]], read: Callable[[str, tuple[int, int] | None], Tensor]) -> list[Trace]:
         traces = []
         for i, header in enumerate(headers):
+            if measure not in (None, header["measure"]) or reduction not in (None, header["reduction"]):
+                continue
             values = {}
             for name in header.pop("names"):
                 if like is not None and name not in parameters:
@@ -326,7 +336,8 @@ class Accumulated:
         where: the sums are kept on the "device" of the model or on the "cpu".
         names: the parameters to trace; None: all.
         group: processes of torch.distributed that share out the examples of each step. All of them call everything
-            here, with the same batches; the sums meet in the first one where they are saved or read.
+            here, with the same batches; the sums meet in the first one where they are saved or read. Those of a sharded
+            model do so without being asked, and each has the sums of its rows.
     """
 
     def __init__(
@@ -342,11 +353,6 @@ class Accumulated:
         group: ProcessGroup | None = None,
     ) -> None:
         check_settings(measures, parts, reductions)
-        if is_sharded(model):
-            raise UserError(
-                "the model is sharded, and a trace over a training's steps needs each parameter whole; trace its "
-                "checkpoints with `trace`, which can be taken of a sharded model"
-            )
         self._team = Team.of(model, group)
         self._engine = Engine(model, names)
         device = torch.device("cpu") if where == "cpu" else None
@@ -373,9 +379,13 @@ class Accumulated:
         return self._settings["parts"] if "example" in self._settings["reductions"] else 1
 
     @property
-    def _leads(self) -> bool:
-        """Whether this process is alone, or the first of a team."""
-        return self._team is None or self._team.processes.rank == 0
+    def _sharded(self) -> bool:
+        return self._team is not None and self._team.sharded
+
+    @property
+    def _holds(self) -> bool:
+        """Whether this process has sums when they have met: alone, the first of a team, or of its rows."""
+        return self._team is None or self._sharded or self._team.processes.rank == 0
 
     def _factor(self, lr: float) -> float:
         return float(lr) if self._settings["lr_weighted"] else 1.0
@@ -390,25 +400,26 @@ class Accumulated:
         return [self._means[f"{task}/step/{measure}/{part}"] for measure in wanted]
 
     def _open(
-        self, task: str, part: int, name: str, gradients: dict[str, Tensor], factor: float
-    ) -> AbstractContextManager[dict[str, Tensor]]:
+        self, task: str, part: int, name: str, gradients: dict[str, Tensor], factor: float,
+        scatter: Scatter | None = None,
+    ) -> AbstractContextManager[dict[str, Tensor]]:  # fmt: skip
         """Where the engine adds the sums of examples of one task and part; Σg of the step goes to `gradients`."""
         theta = self._engine.parameters[name]
         also = {}
         if "step" in self._settings["reductions"]:
             if name not in gradients:
-                gradients[name] = torch.zeros_like(theta, dtype=sum_dtype(theta.dtype))
+                gradients[name] = torch.zeros_like(local(theta), dtype=sum_dtype(theta.dtype))
             also["sum"] = gradients[name]
-        return _open(name, theta, self._of_part(task, part), factor, also)
+        return _open(name, theta, self._of_part(task, part), factor, also, scatter)
 
     def _add_step(self, task: str, name: str, gradient: Tensor, factor: float) -> None:
         """Add a step's mean gradient of one parameter."""
         for mean in self._of_step(task):
-            mean.add_step(name, gradient, self._engine.parameters[name], factor)
+            mean.add_step(name, gradient, local(self._engine.parameters[name]), factor)
 
     def _count(self, task: str, sizes: Iterable[tuple[int, int]], factor: float) -> None:
         """All of a step's sums of a task are there, of so many examples for each part."""
-        for mean in self._of_step(task) if self._leads else ():
+        for mean in self._of_step(task) if self._holds else ():
             mean.weight += factor
         for part, size in sizes:
             for mean in self._of_part(task, part):
@@ -420,32 +431,46 @@ class Accumulated:
         are at its start, tells nothing about the rules."""
         self._engine.probed = 0
 
-    def traces(self) -> list[Trace]:
+    def traces(self, *, last: bool = False) -> list[Trace]:
         """The traces so far, by task, reduction, measure, part; parts without a step yet are left out. A team's first
-        process gets them, the others none."""
+        process gets them, the others none; of a sharded model each gets its rows, and the values are sharded.
+
+        Args:
+            last: nothing will be added any more: the sums themselves become the traces, which saves their memory.
+        """
         self._bring_together()
         facts = _facts(self._engine) | {k: self._settings[k] for k in ("parts", "lr_weighted")}
         if self._team is not None:
             facts["processes"] = self._team.processes.size
+        self._whole = not last
         return [
-            mean.trace(key.rsplit("/", 3)[0], "online", facts | {"part": int(key.rsplit("/", 1)[1])})
+            Trace(key.rsplit("/", 3)[0], mean.measure, mean.reduction, "online", mean.finished(keep=not last),
+                  mean.weight, facts | {"part": int(key.rsplit("/", 1)[1])})
             for key, mean in self._means.items()
             if mean.weight > 0
-        ]
+        ]  # fmt: skip
 
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on bit for bit: {"header": JSON-able, "tensors": {…}}. A team's is with
-        its first process."""
-        self._bring_together()
-        header = {
+    def _header(self) -> dict[str, Any]:
+        """What is saved beside the sums."""
+        return {
             "settings": self._settings,
             "steps": dict(self._steps),
             "weights": {key: mean.weight for key, mean in self._means.items()},
             "plan": dict(self._engine.plan),
+            "order": list(self._engine.order),
             "probed": self._engine.probed,
         }
-        tensors = {f"{key}/{n}": v.clone() for key, mean in self._means.items() for n, v in mean.total.items()}
-        return {"header": header, "tensors": tensors}
+
+    def _sums(self) -> dict[str, Tensor]:
+        """The sums themselves, of a sharded model laid out as its parameters."""
+        like = self._engine.parameters
+        return {f"{key}/{n}": laid(v, like[n]) for key, mean in self._means.items() for n, v in mean.total.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on bit for bit: {"header": JSON-able, "tensors": {…}}. A team's is with
+        its first process; of a sharded model every process has its rows."""
+        self._bring_together()
+        return {"header": self._header(), "tensors": {key: v.clone() for key, v in self._sums().items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state: that of one process, or of the first of a team, which any number of processes can go on
@@ -454,48 +479,67 @@ class Accumulated:
         Raises:
             UserError: it is of other settings or of another model.
         """
-        header, tensors = state["header"], state["tensors"]
+        tensors = state["tensors"]
+        shapes = {key: tuple(v.shape) for key, v in tensors.items()}
+        self._take(state["header"], shapes, lambda key, theta: piece(tensors[key], theta))
+
+    def _take(
+        self, header: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, Tensor], Tensor]
+    ) -> None:
+        """Take over a saved state; `read` gives what this process holds of a sum, as it holds its parameter."""
         for what, mine in self._settings.items():
             if header["settings"].get(what) != mine:
                 raise UserError(
                     f"the saved online trace has {what} {header['settings'].get(what)!r}, this one {mine!r}; "
                     "resume with the settings it was begun with"
                 )
-        expected = {f"{key}/{n}": v.shape for key, mean in self._means.items() for n, v in mean.total.items()}
-        if {key: v.shape for key, v in tensors.items()} != expected:
+        if shapes != {key: tuple(v.shape) for key, v in self._sums().items()}:
             raise UserError("the saved online trace has other parameters than the model; is it of another model?")
         self._steps = dict(header["steps"])
-        self._engine.plan, self._engine.probed = dict(header["plan"]), header["probed"]
+        self._engine.plan, self._engine.order = dict(header["plan"]), list(header["order"])
+        self._engine.probed = header["probed"]
         for key, mean in self._means.items():
             mean.weight = header["weights"][key]
             for name, total in mean.total.items():
-                total.copy_(tensors[f"{key}/{name}"])
+                total.copy_(read(f"{key}/{name}", self._engine.parameters[name]))
         self._whole = True
-        if not self._leads:
+        if not self._holds:
             self._forget_sums()
 
-    def save(self, stem: Path | None) -> None:
-        """Write the state as <stem>.safetensors and <stem>.json; None: take part only, as all of a team but the first
-        do."""
-        if stem is None:
-            return self._bring_together()
-        state = self.state_dict()
-        save_file({k: v.contiguous() for k, v in state["tensors"].items()}, stem.with_suffix(".safetensors"))
-        write_json(stem.with_suffix(".json"), state["header"])
+    def save(self, stem: Path) -> None:
+        """Write the state as <stem>.safetensors and <stem>.json. A team calls it together and its first process
+        writes; the processes of a sharded model write a folder <stem>, each its rows."""
+        self._bring_together()
+        if self._sharded:
+            assert self._team is not None
+            write(stem, self._sums(), self._team.processes, _STATE, self._header())
+        elif self._holds:
+            save_file({key: v.contiguous() for key, v in self._sums().items()}, stem.with_suffix(".safetensors"))
+            write_json(stem.with_suffix(".json"), self._header())
 
     def load(self, stem: Path) -> None:
-        """Take over what `save` wrote; raises as `load_state_dict`."""
-        header, tensors = read_json(stem.with_suffix(".json")), load_file(stem.with_suffix(".safetensors"))
-        self.load_state_dict({"header": header, "tensors": tensors})
+        """Take over what `save` wrote, on any number of processes; raises as `load_state_dict`."""
+        if stem.is_dir():
+            pieces = Pieces(stem, _STATE)
+            return self._take(pieces.header, pieces.shapes, lambda key, theta: pieces.read(key, own_rows(theta)))
+        with safe_open(stem.with_suffix(".safetensors"), framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+            def read(key: str, theta: Tensor) -> Tensor:
+                rows = own_rows(theta)
+                return file.get_tensor(key) if rows is None else file.get_slice(key)[slice(*rows)]
+
+            self._take(read_json(stem.with_suffix(".json")), shapes, read)
 
     def _bring_together(self) -> None:
-        """Add up a team's sums, in its first process, which goes on with them; the others begin anew."""
+        """Add up a team's sums, in its first process, which goes on with them; the others begin anew. Those of a
+        sharded model's rows are with whom they belong to."""
         self._check_whole()
-        if self._team is None:
+        if self._team is None or self._sharded:
             return
         for mean in self._means.values():
             mean.weight = self._team.add_up(mean.total, mean.weight)
-        if not self._leads:
+        if not self._holds:
             self._forget_sums()
 
     def _forget_sums(self) -> None:
@@ -507,8 +551,8 @@ class Accumulated:
     def _check_whole(self) -> None:
         if not self._whole:
             raise RuntimeError(
-                "an online trace was interrupted in the middle of a step and holds part of it; "
-                "load the state from before that step"
+                "an online trace was interrupted in the middle of a step and holds part of it, or its last traces were "
+                "taken; load the state from before that"
             )
 
 
@@ -540,6 +584,9 @@ class OnlineTrace(Accumulated):
         factor = self._factor(lr)
         self._whole = False
         for task, batch in batches.items():
+            if self._team is not None and self._team.sharded:
+                self._step_in_pieces(self._team, task, batch, factor)
+                continue
             count = len(batch["labels"])
             if self._team is not None:  # the rules are chosen on the same examples everywhere
                 self._engine.plan_for({key: value for key, value in batch.items() if key != "group"})
@@ -555,13 +602,35 @@ class OnlineTrace(Accumulated):
             self._count(task, zip(chosen, sizes), factor)
         self._whole = True
 
+    def _step_in_pieces(self, team: Team, task: str, given: Batch, factor: float) -> None:
+        """Add a task's step of a sharded model: all processes go through the same parts together, each with its
+        examples, or with any one that counts nothing, and get the sums of their rows."""
+        _, chosen, whole_shares = _by_part(given, self._parts, 0)
+        rows = {key: value for key, value in given.items() if key != "group"}
+        if self._engine.probed < min(2, len(given["labels"])):
+            team.prepare(self._engine, [rows])
+        batch, own, shares = _by_part(team.deal([given])[0], self._parts, 0)
+        if not len(batch["labels"]):
+            batch, own = {key: value[:1] for key, value in rows.items()}, []
+        of_part = dict(zip(own, shares))
+        scatter, gradients = Scatter(self._engine, team.processes), {}
+        self._engine.run(
+            batch,
+            [of_part.get(part, slice(0, 0)) for part in chosen],
+            lambda name, number: self._open(task, chosen[number], name, gradients, factor, scatter),
+        )
+        scatter.finish()
+        for name in list(gradients):
+            self._add_step(task, name, gradients.pop(name).div_(len(given["labels"])), factor)
+        self._count(task, [(part, s.stop - s.start) for part, s in zip(chosen, whole_shares)], factor)
+
     def _add_step_of_all(self, team: Team, task: str, gradients: dict[str, Tensor], count: int, factor: float) -> None:
         """Add a step's mean gradient over all processes: its absolute value is not the sum of theirs."""
         for name, theta in self._engine.parameters.items():
             own = gradients.pop(name, None)
             own = torch.zeros_like(theta, dtype=sum_dtype(theta.dtype)) if own is None else own
             team.processes.add_up(own)
-            if self._leads:
+            if self._holds:
                 self._add_step(task, name, own.div_(count), factor)
 
     @contextmanager
@@ -606,18 +675,15 @@ class _Mean:
             gradient = gradient.square()
         self.add(name, gradient, theta, factor)
 
-    def finished(self) -> dict[str, Tensor]:
-        """The mean, on the CPU (of sharded parameters sharded likewise). The sums are used up: there may be no room for
-        both."""
+    def finished(self, keep: bool = False) -> dict[str, Tensor]:
+        """The mean, on the CPU (of sharded parameters sharded likewise). The sums are used up, unless they are to be
+        kept: there may be no room for both."""
         found = {}
         for name in list(self.total):
-            mean, theta = self.total.pop(name).div_(self.weight), self.like[name]
+            mean = self.total[name] / self.weight if keep else self.total.pop(name).div_(self.weight)
+            theta = self.like[name]
             found[name] = laid(mean, theta) if isinstance(theta, DTensor) else mean.cpu()
         return found
-
-    def trace(self, task: str, when: str, meta: dict[str, Any]) -> Trace:
-        values = {name: (total / self.weight).cpu() for name, total in self.total.items()}
-        return Trace(task, self.measure, self.reduction, when, values, self.weight, meta)
 
 
 @contextmanager
@@ -642,6 +708,8 @@ def _open(
         def add(key: str, value: Tensor) -> None:
             for mean in users[key]:
                 mean.add(name, value, local(theta), factor)
+            if key in also:
+                also[key].add_(value)
 
         with scatter.open(name, list(users), add) as sums:
             yield sums

@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from crosstrace.errors import UserError
 from crosstrace.losses import next_tokens
+from crosstrace.sharded import is_sharded
 from crosstrace.trace.engine import Batch, undisturbed
 from crosstrace.trace.modules import Linear, TransposedLinear
 from crosstrace.trace.recording import Recording, Uses
@@ -96,6 +97,11 @@ class TrainingTrace(Accumulated):
         *,
         reuse: bool = False,
     ) -> None:
+        if is_sharded(model):
+            raise UserError(
+                "the model is sharded, and a trace from the training's own backward needs each gradient whole; use "
+                "OnlineTrace, or trace its checkpoints with `trace`"
+            )
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(model, tasks, measures, reductions, parts, lr_weighted, where, trained)
         self._reuse = reuse
