@@ -212,7 +212,9 @@ def _candidates(experiment: Experiment) -> Iterator[dict[str, str]]:
         yield {"trace.parts": "2"}
     if e.trace.online:
         yield {"trace.online": "false"}
-    if e.model.dtype != "bfloat16" and (e.train.lora or not e.strategies):  # as all that is trained it loses small steps
+    if e.model.dtype != "bfloat16" and (
+        e.train.lora or not e.strategies
+    ):  # (weights that are trained lose small steps)
         yield {"model.dtype": "bfloat16"}
 
 
