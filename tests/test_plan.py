@@ -211,7 +211,7 @@ def test_an_adapter_is_all_that_is_trained_and_kept():
 
 
 def test_a_sharded_model_is_planned_whole_and_told_so():
-    changes = {"model.sharded": "true", "trace.online": "false"}
+    changes = {"model.sharded": "true"}
     assert "planned as one process" in str(plan(config.override(SMALL, changes), machine=PLENTY))
     assert "planned as one process" not in str(plan(SMALL, machine=PLENTY))
 

@@ -237,7 +237,7 @@ def _candidates(experiment: Experiment) -> Iterator[dict[str, str]]:
         yield {"trace.online": "false"}
     if e.model.dtype != "bfloat16" and (
         e.train.lora or not e.strategies
-    ):  # as all that is trained it loses small steps
+    ):  # (weights that are trained lose small steps)
         yield {"model.dtype": "bfloat16"}
 
 
