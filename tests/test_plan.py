@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,8 @@ from crosstrace import adapters, cli, config, models, pipeline
 from crosstrace.adapters import LoraSettings
 from crosstrace.errors import UserError
 from crosstrace.facts import World
-from crosstrace.footprint import CHARACTERS, Machine, Material, Needs, _stand_in, shape_folder
-from crosstrace.plan import other_machine, plan
+from crosstrace.footprint import CHARACTERS, EACH, FIRST, Launch, Machine, Material, Needs, _stand_in, shape_folder
+from crosstrace.plan import _more_processes, _problems, _remedies, _sharding, other_machine, plan
 from crosstrace.text import biographies, questions
 from crosstrace.tokens import encode
 
@@ -183,7 +185,8 @@ def test_models_are_on_the_gpu_and_traces_in_ram():
     assert {"trace's sums", "optimiser"} <= {*gpu["train"]} and {*ram["train"]} == {"copies of the sums"}
     small = plan(SMALL, machine=replace(PLENTY, gpu=30 * 10**6))  # where half of what is free does not hold the sums
     parts = {row["where"]: row["parts"] for row in small.memory if (row["process"], row["stage"]) == ("mixed", "train")}
-    assert "trace's sums" not in parts["gpu"] and {*parts["ram"]} == {"trace's sums"}
+    assert "trace's sums" not in parts["gpu"]
+    assert {*parts["ram"]} == {"trace's sums", "a copy of the optimiser"}
 
 
 def test_an_adapter_is_all_that_is_trained_and_kept():
@@ -210,10 +213,132 @@ def test_an_adapter_is_all_that_is_trained_and_kept():
     assert Needs(config.override(SMALL, lora), Material(SMALL), PLENTY).adapted == 4 * adapted
 
 
-def test_a_sharded_model_is_planned_whole_and_told_so():
-    changes = {"model.sharded": "true"}
-    assert "planned as one process" in str(plan(config.override(SMALL, changes), machine=PLENTY))
-    assert "planned as one process" not in str(plan(SMALL, machine=PLENTY))
+@cache
+def material() -> Material:
+    """What was rehearsed for one test serves the others."""
+    return Material(SMALL)
+
+
+def needs(processes: int, sharded: bool = False, gpu: int | None = None, nodes: int = 1) -> Needs:
+    experiment = replace(SMALL, model=replace(SMALL.model, sharded=sharded))
+    return Needs(experiment, material(), replace(PLENTY, gpu=gpu), Launch(processes, nodes))
+
+
+def moments(found: Iterator) -> dict[str, dict[str, float]]:
+    return {what: {**host, **device} for what, device, host in found}
+
+
+def rows_of_stage(of: Needs, stage: str, process: str = "mixed") -> dict[tuple[str, str], dict[str, int]]:
+    rows = [row for row in of._stages(process) if row["stage"] == stage]
+    return {(row["whose"], row["where"]): row["parts"] for row in rows}
+
+
+def test_one_process_is_nothing_that_a_launcher_starts():
+    one = needs(1, sharded=True)
+    assert one.memory == Needs(SMALL, material(), PLENTY).memory and {row["whose"] for row in one.memory} == {EACH}
+    told = str(plan(config.override(SMALL, {"model.sharded": "true"}), machine=PLENTY, launch=Launch()))
+    assert "whatever model.sharded says" in told and "each process" not in told
+
+
+def test_ddp_holds_everything_in_each_process_by_hand():
+    one, four, gpu = needs(1), needs(4), needs(4, gpu=10**12)
+    n = sum(p.numel() for p in one.model.parameters())
+    before, train = moments(one._train("mixed")), moments(four._train("mixed"))
+    step, traced = train["a step of mixed"], train["a traced step of mixed"]
+    assert step["weights"] == step["DDP's buckets"] == traced["the step's gradients"] == 4 * n
+    assert step["optimiser"] == 8 * n and step["trace's sums"] == 32 * n
+    assert step["activations"] < 0.5 * before["a step of mixed"]["activations"]  # 1 of 4 texts and 2 of 8 questions
+    assert "the step's gradients" not in before["a traced step of mixed"]
+    assert "DDP's buckets" in moments(gpu._retain())["a step"]
+    found = rows_of_stage(gpu, "train")
+    assert found[EACH, "gpu"]["trace's sums"] == 32 * n and (EACH, "ram") not in found
+    assert found[FIRST, "ram"] == {"copies of the sums": 32 * n}  # which alone saves them
+    for label in ("the trace of bio", "the trace of qa"):  # 2 of 8 in a batch
+        mine, whole = (moments(of._trace())[label] for of in (four, one))
+        assert mine["sums"] == whole["sums"] == 8 * n and mine["activations"] == pytest.approx(
+            whole["activations"] / 4, rel=0.01
+        )
+    for process, stage in (("mixed", "analyze"), ("mixed", "mechanism"), ("base", "trace"), ("base", "mechanism")):
+        ((_, alone),) = rows_of_stage(one, stage, process).items()
+        assert rows_of_stage(four, stage, process) == {(FIRST, "ram"): alone}
+
+
+def test_a_sharded_model_is_held_in_rows_by_hand():
+    of, gpu = needs(4, sharded=True), needs(4, sharded=True, gpu=10**12)
+    parameters = list(of.plain.parameters())
+    rows = sum(-(-len(p) // 4) * (p.numel() // len(p)) for p in parameters)
+    n, largest = (fn(p.numel() for p in parameters) for fn in (sum, max))
+    assert n / 4 <= rows < 1.02 * n / 4
+    train, trace = moments(of._train("mixed")), moments(of._trace())
+    step, traced = train["a step of mixed"], train["a traced step of mixed"]
+    assert step["weights"] == 4 * rows and step["optimiser"] == 8 * rows and step["trace's sums"] == 32 * rows
+    assert step["gathered layers"] > 4 * largest and not step["DDP's buckets"]
+    assert traced["the step's gradients"] == 4 * rows and traced["whole sums on their way"] == 2 * 2 * 4 * largest
+    taken = trace["the trace of qa"]
+    assert taken["sums"] == taken["the task before"] == 8 * rows and taken["gathered layers"] > 4 * largest
+    assert taken["whole sums on their way"] == 2 * 4 * largest
+    saved = moments(of._kept())["a checkpoint"]
+    assert saved["the whole model"] == 4 * n and saved["weights"] == 4 * rows
+    assert moments(gpu._train("mixed"))["a checkpoint"]["copies of the sums"] == 32 * rows  # each its own
+    # alone it has the whole model, which may fit no GPU
+    assert {*rows_of_stage(gpu, "analyze")} == {*rows_of_stage(gpu, "mechanism")} == {(FIRST, "ram")}
+    assert {*rows_of_stage(gpu, "trace", "base")} == {(FIRST, "ram")}
+    intervened = moments(of._intervene_in_pieces())["controls"]
+    assert intervened["strengths"] == 8 * rows and intervened["weights"] == 8 * rows
+    scope = sum(-(-len(p) // 4) * (p.numel() // len(p)) for p in parameters[1:])  # all but the tied embeddings
+    assert intervened["masks"] == (2 + 1 + 2) * scope  # the tasks', shared, each task alone
+    assert intervened["random masks"] == 2 * 3 * of.alone.scope  # two kinds of three seeds
+
+
+def test_processes_of_a_machine_share_its_ram_and_their_work():
+    one, four, two = needs(1), needs(4), needs(4, nodes=2)
+    most = lambda stage: max(sum(parts.values()) for parts in rows_of_stage(four, stage).values())
+    mapped = rows_of_stage(four, "intervene")[EACH, "ram"].get("traces", 0)  # from files, so in memory once
+    alone = max(map(most, ("analyze", "mechanism")))
+    for several, of in ((2, two), (4, four)):
+        shared = [several * most(stage) for stage in ("train", "eval", "trace")]
+        put_in = several * most("intervene") - (several - 1) * mapped
+        assert of.fullest("mixed", "ram")[0] == max(alone, put_in, *shared)
+    work = {(row["process"], row["stage"]): row for row in four.work()}
+    for row in one.work():
+        shared = 1 if row["stage"] == "mechanism" else 4
+        assert work[row["process"], row["stage"]] == row | {"shared_by": shared}
+    told = plan(SMALL, machine=PLENTY, launch=Launch(4, nodes=2))
+    assert told.totals["hours"] == pytest.approx(sum(row["hours"] for row in told.work))  # one strategy after the other
+    assert told.totals["hours"] == pytest.approx(
+        sum(row["flops"] / (1 if row["stage"] == "mechanism" else 4) for row in one.work()) / 1e11 / 3600
+    )
+    assert "4 processes on 2 machines by DDP" in str(told) and "RAM, 2 processes of a machine" in str(told)
+
+
+def test_what_does_not_fit_is_sharded_or_given_more_processes(monkeypatch):
+    monkeypatch.setattr("crosstrace.plan._candidates", lambda experiment: iter([{"trace.batch": "4"}]))
+    less = {"interventions.run": "false", "mechanism.run": "false", "trace.check": "false", "trace.online": "false"}
+    experiment = config.override(replace(SMALL, strategies={"mixed": SMALL.strategies["mixed"]}), less)
+    of = lambda number, sharded, gpu=10**12, nodes=1: Needs(
+        replace(experiment, model=replace(SMALL.model, sharded=sharded)), material(), replace(PLENTY, gpu=round(gpu)),
+        Launch(number, nodes),
+    )  # fmt: skip
+    two, four = (of(number, True).totals()["gpu"] for number in (2, 4))
+    whole = of(2, False).totals()["gpu"]
+    assert four < 0.9 * two < 0.8 * whole
+    large = of(2, False, (two + whole) / 2 / 0.9)
+    assert "memory of each GPU" in _problems(large)[0] and _remedies(large) == (["--model.sharded true"], {})
+    adapter = config.override(SMALL, {"train.lora": "{rank: 4, alpha: 8}"})
+    assert _sharding(SMALL) and not _sharding(adapter)
+    found = _more_processes(of(2, False, (two + four) / 2 / 0.9, nodes=2))
+    assert found == ["--processes 4 --nodes 2 --model.sharded true"]
+
+
+def test_what_several_processes_refuse_is_refused(tmp_path):
+    with models.silent():
+        adapters.adapted(models.load_model("bundled"), LoraSettings(rank=2, alpha=4), 0).save_pretrained(tmp_path / "a")
+    adapters.name_base(tmp_path / "a", "bundled")
+    experiment = replace(SMALL, given={"tuned": str(tmp_path / "a")}, model=replace(SMALL.model, sharded=True))
+    with pytest.raises(UserError, match="can't be loaded in pieces"):
+        plan(experiment, machine=PLENTY, launch=Launch(2))
+    with pytest.raises(UserError, match="leave it out"):
+        plan(SMALL, step=True, launch=Launch(2))
 
 
 def test_given_models_are_analysed_and_not_trained():
@@ -275,6 +400,9 @@ def test_a_folder_with_a_config_alone_is_planned(kind, tmp_path):
         (["CONFIG", "--model.name", "./nowhere"], "does not exist"),
         (["CONFIG", "--gpu", "much"], "--gpu is 'much'; expected a positive number, in GB"),
         (["CONFIG", "--tflops", "-1"], "expected a positive number, in TFLOP/s"),
+        (["CONFIG", "--processes", "0"], "--processes is '0'; expected a number, 1 or more"),
+        (["CONFIG", "--processes", "3", "--nodes", "2"], "3 processes on 2 machines were asked for"),
+        (["CONFIG", "--processes", "2", "--model.sharded", "true", "--train.lora", "{rank: 2}"], "train.lora needs"),
         (["CONFIG", "--facts.peple", "9"], "facts.peple"),
         (["CONFIG", "--strategies.mixed.0.batch", "{poem: 4}"], "trains task 'poem'"),
         (["nowhere.yaml"], "does not exist"),

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from tiny_models import KINDS
 from torch import Tensor
 
 from crosstrace.adapters import LoraSettings, adapted
+from crosstrace.errors import UserError
 from crosstrace.losses import token_losses
-from crosstrace.rehearse import Rehearsal, Understudy
+from crosstrace.models import load_model, save_model
+from crosstrace.processes import Processes
+from crosstrace.rehearse import GATHERED, Rehearsal, Understudy, _others
 from crosstrace.schedule import Phase
+from crosstrace.sharded import at_rest
 from crosstrace.trace.engine import Engine
 from crosstrace.train import update_loss
 
@@ -21,10 +28,10 @@ PHASE = Phase("mixed", {"bio": 4, "qa": 6}, 1)
 ARCHITECTURES = ("llama", "gpt_neox", "gpt2", "qwen3", "qwen3_moe")
 
 
-def understudy(kind: str, attention: str = "eager", **settings) -> Understudy:
+def understudy(kind: str, attention: str = "eager", processes: int = 1, **settings) -> Understudy:
     name, base = KINDS[kind]
     config = getattr(transformers, name)(**(base | {"vocab_size": 211} | settings))
-    return Understudy(config, "float32", attention)
+    return Understudy(config, "float32", attention, processes=processes)
 
 
 def real(of: Understudy) -> torch.nn.Module:
@@ -125,6 +132,73 @@ def test_few_layers_tell_all(kind, bf16, monkeypatch):
 def same(a: dict[str, float], b: dict[str, float]) -> None:
     """Equal in all; two moments may be almost as full, so what it is made of is not compared."""
     assert sum(a.values()) == pytest.approx(sum(b.values()), rel=0.01)
+
+
+WIDE = {"hidden_size": 64, "intermediate_size": 160}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "bf16"),
+    [
+        ("llama", WIDE | {"num_hidden_layers": 6}, False),
+        ("llama", WIDE | {"num_hidden_layers": 6, "tie_word_embeddings": True}, True),
+        ("gpt_neox", WIDE | {"num_hidden_layers": 6}, False),
+        ("gpt2", {}, False),  # of which transformers makes one piece
+        ("qwen3_moe", {}, False),
+    ],
+)
+def test_a_model_in_pieces_holds_what_was_rehearsed(kind, settings, bf16, tmp_path: Path):
+    """The model is real, its rows are loaded and computed with by FSDP2; only the other processes are not there."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    of = understudy(kind, processes=4, **settings)
+    update, asked = of.update(PHASE, BATCHES, bf16), of.recall([BATCHES["qa"]])
+    save_model(real(of), None, tmp_path)
+    with _others(4):
+        model = load_model(str(tmp_path), processes=Processes()).train()
+        plain = model.forward
+        step = lambda: update_loss(model, PHASE, BATCHES, backward=Tensor.backward).backward()
+        if bf16:
+            model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(plain))
+        step()
+        model.zero_grad()
+        assert sum(update.values()) == pytest.approx(allocated(step), rel=0.02)
+        model.zero_grad()
+        model.forward = plain
+
+        def ask() -> None:
+            at_rest(model)
+            with torch.no_grad():
+                row = BATCHES["qa"]
+                logits = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"]).logits
+                losses, _ = token_losses(logits, row["labels"])
+                right = logits[:, :-1].argmax(-1) == row["labels"][:, 1:]
+            del losses, right
+
+        ask()
+        at_rest(model)
+        assert sum(asked.values()) == pytest.approx(allocated(ask), rel=0.06)
+    assert of.traced([BATCHES["qa"]])[GATHERED] > max(4 * p.numel() for p in of.whole.parameters())
+
+
+def test_few_layers_tell_all_of_a_model_in_pieces(monkeypatch):
+    """Where a layer's weights and gradients outweigh its activations, it holds most while its neighbours are sent."""
+    few, whole = (understudy("llama", processes=4, num_hidden_layers=7, **WIDE) for _ in range(2))
+    monkeypatch.setattr(Understudy, "_alike", lambda self: self is few)
+    rows = {"qa": batch(1, 6)}
+    same(few.update(PHASE, rows, False), whole.update(PHASE, rows, False))
+    same(few.recall([rows["qa"]]), whole.recall([rows["qa"]]))
+    same(few.traced([rows["qa"]]), whole.traced([rows["qa"]]))
+    assert len(few._numbers) == 2 and len(whole._numbers) == 1
+
+
+def test_processes_that_do_not_exist_leave_nothing_behind():
+    tell, resize = sys.excepthook, torch.UntypedStorage.resize_
+    understudy("llama", processes=2).recall([BATCHES["qa"]])
+    assert not dist.is_initialized() and sys.excepthook is tell and torch.UntypedStorage.resize_ is resize
+    with _others(2), pytest.raises(UserError, match="has joined a process group already"):
+        understudy("llama", processes=2).recall([BATCHES["qa"]])
+    assert not dist.is_initialized()
 
 
 def test_an_adapter_is_rehearsed_on_its_base():

@@ -557,11 +557,13 @@ class Needs:
     def _intervene_in_pieces(self) -> Iterator[Moment]:
         """The same of a sharded model: traces, strengths and sets lie where its pieces do, but for random sets, which
         every process draws whole on its host."""
-        drawn = 2 * self.experiment.interventions.seeds / self.controls()
+        drawn = 2 * self.experiment.interventions.seeds
         for what, device, host in self._intervene():
-            masks = host.get("masks", 0.0)
-            pieces = {**device, **host, "masks": (1 - drawn) * masks}
-            yield what, pieces, {"random masks": drawn * masks * self.launch.processes}
+            if "masks" in host:
+                pieces = {**device, **host, "masks": host["masks"] - drawn * self.scope}
+                yield what, pieces, {"random masks": drawn * self.alone.scope}
+            else:
+                yield what, {**device, **host}, {}
 
     def _mechanism(self, name: str | None) -> Iterator[Moment]:
         """`mechanism.explain`: its parts one after the other, the model and the shared sets held throughout."""

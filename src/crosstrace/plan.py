@@ -119,8 +119,7 @@ def plan(
     if launch.processes > 1 and step:
         raise UserError(f"--step times an update of one process, but {launch.processes} are planned; leave it out")
     if launch.processes > 1 and experiment.model.sharded:
-        for name in (experiment.model.name, *experiment.given.values()):
-            models.check_pieces(name)
+        _check_pieces(experiment)
     progress("facts and tokens")
     material = Material(experiment)
     material.check(experiment)
@@ -158,6 +157,12 @@ def plan(
     )
 
 
+def _check_pieces(experiment: Experiment) -> None:
+    """What several processes would refuse when they load the models."""
+    for name in (experiment.model.name, *experiment.given.values()):
+        models.check_pieces(name)
+
+
 def other_machine(
     gpu: float | None = None,
     ram: float | None = None,
@@ -188,7 +193,9 @@ def as_json(found: Plan) -> str:
 
 def _problems(needs: Needs) -> list[str]:
     """What does not fit, and by how much."""
-    found, totals, several = [], needs.totals(), needs.launch.processes > 1
+    found, totals, words = [], needs.totals(), dict(_WORDS)
+    if needs.launch.processes > 1:
+        words |= {"gpu": "memory of each GPU", "ram": f"RAM for {_together(needs.launch)}"}
     for where, free in (("gpu", needs.machine.gpu), ("ram", needs.machine.ram), ("disk", needs.machine.disk)):
         if free is None or totals[where] <= SPARE * free:
             continue
@@ -198,10 +205,10 @@ def _problems(needs: Needs) -> list[str]:
         else:
             size, row = max((needs.fullest(process, where) for process in needs.processes()), key=lambda of: of[0])
             most = f"{size_text(size)} of it by {row['process']}: {row['stage']}, {row['moment']}"
-        what = f"{_WORDS[where]} for {_together(needs.launch)}" if several and where == "ram" else _WORDS[where]
+        too_much = size_text(round(totals[where] - SPARE * free))
         found.append(
-            f"{what}: {size_text(totals[where])} are needed at once ({most}), but {size_text(free)} are free, of which "
-            f"{SPARE:.0%} may be planned with: {size_text(round(totals[where] - SPARE * free))} too much"
+            f"{words[where]}: {size_text(totals[where])} are needed at once ({most}), but {size_text(free)} are free, "
+            f"of which {SPARE:.0%} may be planned with: {too_much} too much"
         )
     return found
 
@@ -270,18 +277,15 @@ def _remedies(needs: Needs) -> tuple[list[str], Row]:
 
 
 def _sharding(experiment: Experiment) -> dict[str, str]:
-    """What shards the model among several processes, if that is not refused."""
+    """What shards the model among several processes; nothing if it is, or if that is refused."""
+    change = {"model.sharded": "true"}
     if experiment.model.sharded:
         return {}
-    for change in ({"model.sharded": "true"}, {"model.sharded": "true", "trace.online": "false"}):
-        try:
-            config.override(experiment, change)
-            for name in (experiment.model.name, *experiment.given.values()):
-                models.check_pieces(name)
-        except UserError:
-            continue
-        return change
-    return {}
+    try:
+        _check_pieces(config.override(experiment, change))
+    except UserError:
+        return {}
+    return change
 
 
 def _with(needs: Needs, changes: Mapping[str, str], launch: Launch | None = None) -> Needs:
@@ -292,15 +296,16 @@ def _with(needs: Needs, changes: Mapping[str, str], launch: Launch | None = None
 def _more_processes(needs: Needs) -> list[str]:
     """The fewest processes that the experiment would fit on as it is or sharded: twice as many, and so on, on as many
     machines or on more of them."""
-    launch = needs.launch
-    number = 2 * launch.processes
-    while number <= MOST_PROCESSES:
-        for nodes in (launch.nodes, launch.nodes * number // launch.processes):
-            for change in ({}, _sharding(needs.experiment)):
+    launch, times = needs.launch, 2
+    sharding = _sharding(needs.experiment)
+    while times * launch.processes <= MOST_PROCESSES:
+        number = times * launch.processes
+        for nodes in (launch.nodes, times * launch.nodes):
+            for change in [{}, sharding] if sharding else [{}]:
                 if not _problems(_with(needs, change, Launch(number, nodes))):
                     machines = {"nodes": str(nodes)} if nodes > 1 else {}
                     return [_as_typed({"processes": str(number)} | machines | change)]
-        number *= 2
+        times *= 2
     return []
 
 
@@ -493,7 +498,8 @@ def _told(found: Plan) -> Iterator[str]:
     yield from (f"- {problem}" for problem in found.problems)
     if not found.remedies:
         needed = ", ".join(f"{size_text(size)} of {_WORDS[where]}" for where, size in found.least.items() if size)
-        yield f"No settings would make it fit: with the least that they can ask for it needs {needed}."
+        more = f", nor would more processes, up to {MOST_PROCESSES}" if several else ""
+        yield f"No settings would make it fit{more}: with the least that they can ask for it needs {needed}."
     elif len(found.remedies) == 1:
         yield f"It would fit with {found.remedies[0]}"
     else:
