@@ -168,7 +168,7 @@ def load_model(
             **_in_pieces(processes),
         )
     model, told = loaded
-    wrong = sorted(told.get("mismatched_keys") or ())
+    wrong: list[Any] = sorted(told["mismatched_keys"])
     if wrong:
         key, found, wanted = wrong[0]
         raise UserError(
