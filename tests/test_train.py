@@ -88,7 +88,7 @@ class Listener:
         self._stop("on_updated", update)
         self.told.append(("updated", update, phase, last))
 
-    def save(self, folder):
+    def save(self, folder, leads):
         (folder / "half.json").write_text("{")
         self._stop("save", int(folder.parent.name.rpartition("-")[2]))
 
