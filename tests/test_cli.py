@@ -81,7 +81,7 @@ def test_existing_folders_are_left_alone(capsys, tmp_path: Path) -> None:
     for flag in ([], ["--resume"], ["--overwrite"]):
         assert "holds no crosstrace run" in fails(capsys, "demo", str(foreign), *flag)
     assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
-    cli.main(["data", str(tmp_path / "run"), "--quiet", "--facts.people", "8"])
+    cli.main(["data", str(tmp_path / "run"), "--quiet"])
     before = (tmp_path / "run" / "data" / "bio.jsonl").read_bytes()
     message = fails(capsys, "demo", str(tmp_path / "run"))
     assert "--resume" in message and "--overwrite" in message
@@ -103,7 +103,7 @@ def test_misused_words(capsys, tmp_path: Path) -> None:
 
 
 def test_a_stage_whose_inputs_are_missing(capsys, tmp_path: Path) -> None:
-    cli.main(["data", str(tmp_path / "run"), "--quiet", "--facts.people", "8"])
+    cli.main(["data", str(tmp_path / "run"), "--quiet"])
     message = fails(capsys, "report", str(tmp_path / "run"), "--quiet")
     assert "has no finished" in message
 

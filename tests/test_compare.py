@@ -236,7 +236,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(words, message, tmp_path,
     (tmp_path / "tasks").mkdir()
     if "TASKS" in words:
         pipeline.run(
-            config.override(config.loads(SMALL, "SMALL"), {"facts.people": "4"}), tmp_path / "made", stages=["data"]
+            config.override(config.loads(SMALL, "SMALL"), {"facts.people": "8"}), tmp_path / "made", stages=["data"]
         )
     with pytest.raises(SystemExit) as ended:
         cli.main(["compare", *(str(tmp_path / "made") if word == "TASKS" else word for word in words)])

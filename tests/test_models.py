@@ -199,6 +199,10 @@ BROKEN = {
         (folder / "model.safetensors").unlink(),
         written("model.safetensors.index.json", '{"weight_map": {"model.norm.weight": "../../x.safetensors"}}')(folder),
     ),
+    "weights: an index of pickles": lambda folder: (
+        (folder / "model.safetensors").rename(folder / "other.safetensors"),
+        written("model.safetensors.index.json", '{"weight_map": {"model.norm.weight": "w.bin"}}')(folder),
+    ),
 }
 
 

@@ -342,6 +342,7 @@ def test_bad_input_leaves_an_earlier_run_alone(whole: Path) -> None:
         ({"model.name": "no/such/folder"}, "does not exist"),
         ({"strategies.mixed.0.name": "checkpoints"}, "a folder that crosstrace makes"),
         ({"strategies.mixed.0.batch": "{oops: 3}"}, "oops"),
+        ({"model.name": str(whole / "models/mixed/mixed")}, "would be removed first"),
     ):
         with pytest.raises(UserError, match=message):
             pipeline.run(config.override(experiment, values), whole, "overwrite", quiet=True)

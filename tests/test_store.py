@@ -18,7 +18,16 @@ import torch
 
 from crosstrace import store
 from crosstrace.errors import UserError
-from crosstrace.store import Run, read_json, replacing, sha256_file, sha256_tree, write_json, write_text
+from crosstrace.store import (
+    Run,
+    read_json,
+    remove_folder,
+    replacing,
+    sha256_file,
+    sha256_tree,
+    write_json,
+    write_text,
+)
 
 CONFIG = "seed: 0\ntraining:\n  lr: 0.001\n  phases: [1, 2]\n"
 
@@ -441,3 +450,21 @@ def test_metadata() -> None:
     found = store.metadata()
     assert found["versions"]["torch"] == torch.__version__ and found["threads"] == 1
     assert json.loads(json.dumps(found)) == found
+
+
+def test_a_removal_leaves_neighbours_alone(tmp_path: Path) -> None:
+    for name in ("own", "removed-own"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text("")
+    remove_folder(tmp_path / "own")
+    assert [path.name for path in tmp_path.iterdir()] == ["removed-own"]
+
+
+def test_a_path_through_itself_is_the_same_path(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    with replacing(tmp_path / "own" / ".." / "own") as partial:
+        partial.mkdir()
+        (partial / "new").write_text("")
+        remove_folder(tmp_path / "own")
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]

@@ -88,7 +88,7 @@ class Listener:
         self._stop("on_updated", update)
         self.told.append(("updated", update, phase, last))
 
-    def save(self, folder):
+    def save(self, folder, leads):
         (folder / "half.json").write_text("{")
         self._stop("save", int(folder.parent.name.rpartition("-")[2]))
 
@@ -336,8 +336,8 @@ def test_incomplete_checkpoints_are_discarded(tmp_path: Path):
     assert (home / "checkpoint-3" / "complete").exists()
     assert (home / "checkpoint-6" / "model.safetensors").exists() and not (home / "checkpoint-6" / "complete").exists()
     (home / "checkpoint-6" / "model.safetensors").write_bytes(b"half")
-    (home / "removed-checkpoint-6").mkdir()  # and so was its removal, once
-    (home / "removed-checkpoint-6" / "rest").write_text("")
+    (home / ".removed-checkpoint-6").mkdir()  # and so was its removal, once
+    (home / ".removed-checkpoint-6" / "rest").write_text("")
     model, listener = _model(), Listener()
     _train(model, mixed(2, 3, 7), tmp_path / "cut", [listener])
     assert _same(model, expected)

@@ -300,15 +300,23 @@ def check_folder(folder: str | Path, overwrite: bool) -> None:
         raise UserError(f"{folder} exists; choose another folder, or replace what crosstrace wrote with --overwrite")
     if not (folder / CARD).is_file():
         raise UserError(f"{folder} holds no {CARD}, so crosstrace did not write it, and it was left alone")
+    card = read_json(folder / CARD)
+    written = card.get("files") if isinstance(card, dict) else None
+    foreign = sorted({item.name for item in folder.iterdir()} - {CARD, *(written if isinstance(written, list) else ())})
+    if foreign:
+        raise UserError(f"{folder} holds {foreign[0]}, which its {CARD} does not name, so nothing in it was touched")
 
 
 @contextmanager
 def new_folder(folder: str | Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write to; it is at `folder` once all of it is there, and gone after an exception."""
+    """A folder to write to, with a card; it is at `folder` once all of it is there, and gone after an exception. The
+    card names what lies in it, which alone may be replaced later."""
     check_folder(folder, overwrite)
     with replacing(Path(folder).expanduser()) as partial:
         partial.mkdir()
         yield partial
+        files = sorted(item.name for item in partial.iterdir() if item.name != CARD)
+        write_json(partial / CARD, read_json(partial / CARD) | {"files": files})
 
 
 # ------------------------------------------------------------------------------- the card

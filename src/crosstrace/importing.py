@@ -17,6 +17,7 @@ import csv
 import difflib
 import json
 import math
+import os
 import random
 import re
 import shlex
@@ -50,6 +51,7 @@ ROW_COLUMNS = ("text", "prompt", "completion", "subject", "split")
 ROWS = ("store", "store-completions", "recall", "recall-completions")  # files of plain rows
 OF_RELATION = ("name", "prompt_templates", "prompt_templates_zs", "samples", "properties")  # of the relations format
 SPLITS = ("id", "ood")
+WRITTEN = ("world.json", "bio.jsonl", "qa.jsonl", "import.json", "dropped.csv", "experiment.yaml")  # of an import
 # What suits a pretrained model of about 160 M parameters, as in examples/pythia-160m.yaml: the default settings are
 # those of the tiny bundled base, whose learning rate would wreck any larger model.
 PRETRAINED: dict[str, Any] = {
@@ -874,6 +876,10 @@ def make(
     Raises:
         UserError: as `import_facts` and `import_rows`; the folder exists, or the split leaves nothing on one side.
     """
+    folder = Path(os.path.normpath(folder))
+    foreign = sorted(item.name for item in folder.iterdir() if item.name not in WRITTEN) if folder.is_dir() else []
+    if overwrite and foreign:
+        raise UserError(f"{folder} holds {foreign[0]}, which no import wrote, so nothing in it was touched")
     if folder.exists() and not (overwrite and (folder / "import.json").is_file()):
         raise UserError(
             f"{folder} exists; choose another folder"

@@ -20,7 +20,7 @@ from torch import nn
 from crosstrace.errors import UserError
 from crosstrace.processes import Processes
 from crosstrace.sharded import at_rest, is_sharded
-from crosstrace.store import sha256_tree
+from crosstrace.store import read_json, sha256_tree
 
 BUNDLED = "bundled"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
@@ -156,6 +156,8 @@ def load_model(
                 f"the weights in {place} are pickled ({odd[0]}), a kind of file that may hold code; expected "
                 "safetensors, so save the model again with a current transformers, or set model.pickled: true"
             )
+    if not pickled:
+        _check_index(Path(place))
     with reading(f"no model could be read from {place}", "expected what save_pretrained writes"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
@@ -168,7 +170,7 @@ def load_model(
             **_in_pieces(processes),
         )
     model, told = loaded
-    wrong = sorted(told.get("mismatched_keys") or ())
+    wrong: list[Any] = sorted(told["mismatched_keys"])
     if wrong:
         key, found, wanted = wrong[0]
         raise UserError(
@@ -204,6 +206,20 @@ def _in_pieces(processes: Processes | None) -> dict[str, Any]:
 
 def _is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER).is_file()
+
+
+def _check_index(folder: Path) -> None:
+    """Raise a `UserError` if a folder's index of weights names other files than safetensors in it."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} has no weight_map; expected what save_pretrained writes") from None
+    odd = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    if odd:
+        raise UserError(f"{index} names {odd[0]}; expected safetensors files beside it, so it was edited or damaged")
 
 
 def _check_no_adapter(place: str) -> None:

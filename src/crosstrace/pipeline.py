@@ -109,6 +109,8 @@ def run(
         )
     if processes is not None:
         check_place(experiment, processes)
+    if mode == "overwrite":
+        _check_outside(experiment, folder)
     by_first(processes, lambda: check(experiment, whole=mode != "resume"))
     with Run.together(folder, config.dumps(experiment), mode, processes) as opened:  # type: ignore[arg-type]
         about = {"precision": _precision(experiment), "threads": experiment.threads}
@@ -508,6 +510,8 @@ def read_traces(
     tasks: dict[str, list[Trace]] = {}
     for file in sorted((folder / when).glob("*.safetensors")):
         for item in load_traces(file, like, measure=measure, reduction=reduction):
+            if item.task not in TASKS:  # it would name files
+                raise UserError(f"{file} holds a trace of {item.task!r}; expected {' or '.join(TASKS)}: was it edited?")
             tasks.setdefault(item.task, []).append(item)
     if len(tasks) < 2:
         return {}
@@ -900,6 +904,18 @@ def check_place(experiment: Experiment, processes: Processes) -> None:
             f"model.device is cpu, but the {processes.size} processes were joined through their GPUs ({through}); "
             "start them with CUDA_VISIBLE_DEVICES= in the environment"
         )
+
+
+def _check_outside(experiment: Experiment, folder: Path) -> None:
+    """Raise a `UserError` if the run that is to be overwritten holds what the experiment reads."""
+    read = {"model.name": experiment.model.name, "facts.source": experiment.facts.source,
+            "retention.text": experiment.retention.text}  # fmt: skip
+    read |= {f"given.{name}": place for name, place in experiment.given.items()}
+    for name, place in read.items():
+        if place and Path(place).expanduser().resolve().is_relative_to(folder.expanduser().resolve()):
+            raise UserError(
+                f"{name} = {place} lies in {folder}, which would be removed first; choose another run folder"
+            )
 
 
 RESERVED = ("checkpoints", "online", START)  # what lies beside the phases in a strategy's folder

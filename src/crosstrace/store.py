@@ -56,7 +56,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Whoever reads `path` sees the old content or the new, never a part of it.
     """
-    path = Path(path)
+    path = Path(os.path.normpath(path))  # own/../own would be gone with own
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     _remove(partial)
@@ -116,7 +116,7 @@ def linked(source: str, target: str) -> str:
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder, if it is there; renamed first, so that a half-deleted one never passes for what it was."""
-    doomed = folder.with_name(f"removed-{folder.name}")
+    doomed = folder.with_name(f".removed-{folder.name}")  # (a name that nobody gives to what is to stay)
     _remove(doomed)  # an earlier removal may have been interrupted
     if folder.exists():
         folder.rename(doomed)

@@ -260,7 +260,7 @@ def _run_phase(
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.integrations.integration_utils import TensorBoardCallback
 
-    optimiser = phase.optimiser or options.optimiser
+    optimiser, sharded = phase.optimiser or options.optimiser, is_sharded(model)
     leads = processes is None or processes.rank == 0
     last = by_first(processes, lambda: _last_checkpoint(home))
     if last is not None and last == len(data):
@@ -317,7 +317,7 @@ def _run_phase(
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             tasks: dict[str, Any] = inputs  # a batch for each task
             # in one backward all gradients of one task would be held whole until the other's are added to them
-            backward = self.accelerator.backward if is_sharded(model) else None
+            backward = self.accelerator.backward if sharded else None
             return update_loss(model, phase, tasks, processes, self.model, backward)
 
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -365,7 +365,7 @@ def _run_phase(
         bf16=bf16,
         save_strategy="steps",
         save_steps=options.checkpoint_every,
-        save_only_model=is_sharded(model),  # the Trainer can't save its optimiser: it is done when the weights are
+        save_only_model=sharded,  # the Trainer can't save its optimiser: it is done when the weights are
         logging_strategy="steps" if options.report_to else "no",
         logging_steps=LOG_EVERY,
         logging_first_step=True,
