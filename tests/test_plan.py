@@ -273,10 +273,11 @@ def test_a_sharded_model_is_held_in_rows_by_hand():
     step, traced = train["a step of mixed"], train["a traced step of mixed"]
     assert step["weights"] == 4 * rows and step["optimiser"] == 8 * rows and step["trace's sums"] == 32 * rows
     assert step["gathered layers"] > 4 * largest and not step["DDP's buckets"]
-    assert traced["the step's gradients"] == 4 * rows and traced["whole sums on their way"] == 2 * 2 * 4 * largest
+    assert traced["the step's gradients"] == 4 * rows and traced["whole sums on their way"] == 3 * 2 * 4 * largest
     taken = trace["the trace of qa"]
     assert taken["sums"] == taken["the task before"] == 8 * rows and taken["gathered layers"] > 4 * largest
-    assert taken["whole sums on their way"] == 2 * 4 * largest
+    assert taken["whole sums on their way"] == 3 * 4 * largest  # of two, and gloo's copy of one
+    assert moments(gpu._trace())["the trace of qa"]["whole sums on their way"] == 2 * 4 * largest
     saved = moments(of._kept())["a checkpoint"]
     assert saved["the whole model"] == 4 * n and saved["weights"] == 4 * rows
     assert moments(gpu._train("mixed"))["a checkpoint"]["copies of the sums"] == 32 * rows  # each its own

@@ -28,10 +28,10 @@ PHASE = Phase("mixed", {"bio": 4, "qa": 6}, 1)
 ARCHITECTURES = ("llama", "gpt_neox", "gpt2", "qwen3", "qwen3_moe")
 
 
-def understudy(kind: str, attention: str = "eager", processes: int = 1, **settings) -> Understudy:
+def understudy(kind: str, attention: str = "eager", processes: int = 1, gloo: bool = False, **settings) -> Understudy:
     name, base = KINDS[kind]
     config = getattr(transformers, name)(**(base | {"vocab_size": 211} | settings))
-    return Understudy(config, "float32", attention, processes=processes)
+    return Understudy(config, "float32", attention, processes=processes, gloo=gloo)
 
 
 def real(of: Understudy) -> torch.nn.Module:
@@ -178,7 +178,9 @@ def test_a_model_in_pieces_holds_what_was_rehearsed(kind, settings, bf16, tmp_pa
         ask()
         at_rest(model)
         assert sum(asked.values()) == pytest.approx(allocated(ask), rel=0.06)
-    assert of.traced([BATCHES["qa"]])[GATHERED] > max(4 * p.numel() for p in of.whole.parameters())
+    gathered = of.traced([BATCHES["qa"]])[GATHERED]
+    by_gloo = understudy(kind, processes=4, gloo=True, **settings).traced([BATCHES["qa"]])[GATHERED]
+    assert by_gloo > gathered > max(4 * p.numel() for p in of.whole.parameters())
 
 
 def test_few_layers_tell_all_of_a_model_in_pieces(monkeypatch):

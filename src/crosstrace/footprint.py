@@ -177,12 +177,14 @@ class Material:
         self.trained = training_examples(self.parts)
         self._kept: dict[Any, Any] = {}
 
-    def model(self, experiment: Experiment, adapted: bool = False, processes: int = 1) -> Understudy:
+    def model(
+        self, experiment: Experiment, adapted: bool = False, processes: int = 1, gloo: bool = False
+    ) -> Understudy:
         """The base without numbers, or the model that is trained on it: with an adapter, if the experiment has one;
         in pieces on several processes."""
         options, lora = experiment.model, experiment.train.lora if adapted else None
-        make = lambda: Understudy(self.config, options.dtype, options.attention, lora, processes)
-        return self.once(("model", options.dtype, options.attention, repr(lora), processes), make)
+        make = lambda: Understudy(self.config, options.dtype, options.attention, lora, processes, gloo)
+        return self.once(("model", options.dtype, options.attention, repr(lora), processes, gloo), make)
 
     def asked(self, part: str, number: int | None = None) -> list[Encoded]:
         """Some examples of a part, as the stages choose them; the same list every time."""
@@ -283,9 +285,12 @@ class Needs:
         if number > 1:
             self.alone = Needs(experiment, material, replace(machine, gpu=None) if self.sharded else machine)
         holders = number if self.sharded else 1
-        self.learner = material.model(experiment, True, holders)
+        self.gloo = self.sharded and machine.gpu is None
+        self.learner = material.model(experiment, True, holders, self.gloo)
         merged = experiment.trace.view == "merged"
-        self.base = material.model(experiment, False, holders) if merged else self.learner  # as later stages see it
+        self.base = self.learner  # as the stages after training see it
+        if merged:
+            self.base = material.model(experiment, False, holders, self.gloo)
         self.model, self.plain = self.base.whole, material.model(experiment).whole
         named = dict(self.model.named_parameters())
         inside = in_scope(experiment, self.model)
@@ -331,8 +336,8 @@ class Needs:
                 for where, parts in (("gpu", device), ("ram", host)):
                     sizes = {part: round(size) for part, size in parts.items() if size}
                     key = stage, EACH if self.launch.processes == 1 else whose, where
-                    others = [fullest[k] for k in (key, (stage, EACH, where)) if k in fullest]
-                    if sum(sizes.values()) > max([sum(sizes.values()) for _, sizes in others] or [0]):
+                    known = [fullest[k][1] for k in (key, (stage, EACH, where)) if k in fullest]
+                    if sum(sizes.values()) > max([sum(other.values()) for other in known] or [0]):
                         fullest[key] = what, sizes
         for (stage, whose, where), (what, sizes) in fullest.items():
             place = {"process": process, "stage": stage, "whose": whose, "where": where, "moment": what}
@@ -384,7 +389,8 @@ class Needs:
             yield "a checkpoint", held, host | self._copies()
 
     def _kept(self) -> Iterator[Moment]:
-        """What process 0 holds to save a checkpoint: the model, gathered if it is sharded; or what each has alike."""
+        """What process 0 holds to save a checkpoint: of a sharded model the whole, gathered; else it saves alone what
+        all have."""
         held, host = self._learning()
         yield "a checkpoint", held, host | ({"the whole model": self.alone.weights} if self.sharded else self._copies())
 
@@ -446,8 +452,8 @@ class Needs:
         return parts | {"a tensor's sums": 2 * self.largest}
 
     def _on_their_way(self, kinds: int) -> float:
-        """`trace.distributed.Scatter`: whole sums of two parameters."""
-        return 2 * kinds * self.alone.largest
+        """`trace.distributed.Scatter`: whole sums of two parameters, and the copy of one that gloo sends."""
+        return (2 + self.gloo) * kinds * self.alone.largest
 
     def _estimate(self, rows: Sequence[Mapping[str, Tensor]]) -> Parts:
         """Activations of the costliest of some batches, as a trace itself estimates them, and what is gathered."""
@@ -458,7 +464,7 @@ class Needs:
 
     def _recall(self, part: str, number: int | None = None) -> Parts:
         """What `evaluate.recall` holds beside the weights: of its last and longest batch, and of the one before. Each
-        process asks its share, every so manieth by length."""
+        of N processes asks its share, every N-th by length."""
         items, pad, size = self.material.asked(part, number), self.material.pad, self.launch.processes
         share = lambda: sorted(items, key=lambda item: len(item.ids))[(len(items) - 1) % size :: size]
         last = lambda: list(batches(share(), RECALLED, "answer", pad_id=pad))[-2:]
@@ -776,7 +782,7 @@ class Needs:
 
 def _held(p: Tensor, holders: int) -> int:
     """How many of a parameter's numbers the first of its holders has, if they have rows of it in equal parts."""
-    return p.numel() if holders == 1 else rows_of(len(p), 0, holders)[1] * (p.numel() // len(p))
+    return p.numel() if holders == 1 or not p.dim() else rows_of(len(p), 0, holders)[1] * (p.numel() // len(p))
 
 
 def _bytes(p: Tensor, holders: int = 1) -> int:

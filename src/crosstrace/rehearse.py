@@ -202,16 +202,20 @@ def _others(processes: int) -> Iterator[Any]:
 
 
 class _Unsent:
-    """In place of FSDP2's collectives: their buffers are made, and nothing is sent."""
+    """In place of FSDP2's collectives: their buffers are made, and the copy that gloo sends, but nothing is sent."""
+
+    def __init__(self, gloo: bool) -> None:
+        self._gloo = gloo
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def __call__(self, *_: Any, **__: Any) -> None:
-        pass
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *_: Any, **__: Any) -> None:
+        if self._gloo:
+            torch.empty_like(max(output_tensor, input_tensor, key=Tensor.numel))
 
 
-def _in_pieces(model: Any, mesh: Any) -> Any:
+def _in_pieces(model: Any, mesh: Any, gloo: bool) -> Any:
     """The model as `models.load_model` gives it to the processes of the mesh: in pieces, tied when it is so."""
     from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -220,13 +224,17 @@ def _in_pieces(model: Any, mesh: Any) -> Any:
     if tied:
         head.weight = nn.Parameter(torch.empty_like(head.weight))
     config = DistributedConfig(fsdp_size=mesh.size())
-    model = type(model).maybe_distribute_model(model, config, SimpleNamespace(get_mesh=lambda _: mesh))
+    try:
+        model = type(model).maybe_distribute_model(model, config, SimpleNamespace(get_mesh=lambda _: mesh))
+    except ValueError as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"{type(model).__name__} can't be had in pieces on several processes: {why}") from None
     if tied:
         model.tie_weights()
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(_Unsent())  # pyright: ignore[reportArgumentType]
-            module.set_custom_reduce_scatter(_Unsent())  # pyright: ignore[reportArgumentType]
+            module.set_custom_all_gather(_Unsent(gloo))  # pyright: ignore[reportArgumentType]
+            module.set_custom_reduce_scatter(_Unsent(gloo))  # pyright: ignore[reportArgumentType]
     return model
 
 
@@ -237,6 +245,7 @@ class Understudy:
         lora: put a new adapter of these settings on it.
         processes: how many hold the model in pieces; what is rehearsed is the part of the first, which holds no less
             than any other. The batches are its own.
+        gloo: they are joined through gloo, as on the CPU.
 
     Attributes:
         whole: the model on the meta device: all its parameters' names, shapes and types, in pieces or not.
@@ -252,9 +261,10 @@ class Understudy:
         attention: str,
         lora: adapters.LoraSettings | None = None,
         processes: int = 1,
+        gloo: bool = False,
     ) -> None:
         self._config, self._dtype, self._attention, self._lora = config, dtype, attention, lora
-        self._processes = processes
+        self._processes, self._gloo = processes, gloo
         # of layers alike, so many at each end: while one of a model in pieces is computed its neighbours are on the way
         self._ends = 1 if processes == 1 else 2
         self.whole: Any = self._made(config, torch.device("meta"))
@@ -301,7 +311,7 @@ class Understudy:
                 mode = FakeTensorMode(allow_non_fake_inputs=True)
                 model = self._of_layers(number, mode)
                 with silent(), mode:
-                    found.append(_in_pieces(model, mesh))
+                    found.append(_in_pieces(model, mesh, self._gloo))
             yield found
 
     def _of_layers(self, number: int, device: Any) -> Any:
