@@ -208,6 +208,11 @@ def run(
         models.load_model = given
 
 
+def ran(processes: int) -> Sequence[str]:
+    """Of which kinds so many processes make whole runs: four processes take minutes for one on two cores."""
+    return KINDS if processes <= 2 else KINDS[:1]
+
+
 @contextmanager
 def stopped(at: int, stop: Callable[[], None]) -> Iterator[None]:
     """Within the context, trainings call `stop` after so many updates."""
@@ -233,7 +238,7 @@ def all_of_it(home: Path, how: str, processes: Processes) -> None:
     """The functions, and the stages that are shared; under DDP also a training that is interrupted and gone on with."""
     name = f"{how}{processes.size}"
     study(home, name, how, processes)
-    run(home, f"{name}-run", processes, how == "fsdp", stages=SHARED)
+    run(home, f"{name}-run", processes, how == "fsdp", ran(processes.size), SHARED)
     if how == "ddp":
         with pytest.raises(UserError, match=r"model\.module"):
             wrapped = nn.parallel.DistributedDataParallel(load_model(str(home / "models" / "llama")))

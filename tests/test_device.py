@@ -9,7 +9,7 @@ import pytest
 import torch
 from far import FAR, Far, far_away
 from test_pipeline import SMALL, numbers
-from tiny_models import tiny_model
+from tiny_models import tiny_base, tiny_model
 
 from crosstrace import config, models, pipeline
 from crosstrace.errors import UserError
@@ -39,7 +39,8 @@ def test_what_is_far_does_not_mix() -> None:
 
 def test_all_stages_compute_where_they_are_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but training: where that happens is the Trainer's business."""
-    experiment = config.override(config.loads(SMALL, "SMALL"), LESS)
+    base = tiny_base(layers=1)  # on a device that is only played each operation takes a millisecond
+    experiment = config.override(config.loads(SMALL, "SMALL"), LESS | {"model.name": str(base)})
     near, far = tmp_path / "near", tmp_path / "far"
     pipeline.run(experiment, near, quiet=True, stages=["data", "train"])
     shutil.copytree(near, far)

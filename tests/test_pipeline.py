@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_base
 
-from crosstrace import config, material, pipeline
+from crosstrace import config, material, pipeline, store
 from crosstrace.errors import UserError
 from crosstrace.evaluate import recall
 from crosstrace.mechanism import PARTS, WITHOUT_BASE
@@ -43,7 +44,7 @@ retention: {people: 24, steps: 4, bio: 4, qa: 8, replay_bio: 2, replay_qa: 4, ev
 eval: {known: 60}
 jobs: 1
 """
-experiment = config.loads(SMALL, "SMALL")
+experiment = config.override(config.loads(SMALL, "SMALL"), {"model.name": str(tiny_base())})
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def numbers(folder: Path) -> dict:
 def test_results_hold_what_they_promise(whole: Path) -> None:
     results = Results.read(whole)
     for model in ("base", "two_stage", "mixed"):
-        for part in ("bio", "qa_id", "qa_ood", "a_ood"):
+        for part in ("bio", "qa_id", "qa_ood"):
             cell = results["recall"][model][part]
             assert 0 <= cell["low"] <= cell["exact_match"] <= cell["high"] <= 1 and cell["n"] > 0
     assert results["recall"]["base"]["qa_ood"]["n"] == 16 * 6
@@ -112,7 +113,6 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
         followed = found["dynamics"][strategy]
         assert [row["update"] for row in followed["rows"]] == phases, "the base and the end of every phase"
         assert {row["measure"] for row in followed["appearance"]} == set(followed["rows"][0]) - {"update", "phase"}
-    assert {row["part"] for row in found["transfer"]["base"]} == {"a_ood"}
     assert all(row["incomplete"] == 0 for row in found["signature"]["mixed"] if row["group"] == "all")
     groups = {row["group"] for row in found["gradients"]["mixed"]}
     assert groups == {"all", "layer", "kind", "query_head", "shared", "rest", "random", "random_per_tensor"}
@@ -126,11 +126,10 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
         assert size["shared"] == size["random"] == size["random_per_tensor"] == pset.size
         assert size["rest"] == whole_size - pset.size
     assert all(row["facts"] == 12 and row["people"] == 2 for row in found["gradients"]["base"])
-    for name, parts in (("base", {"a_ood"}), ("mixed", {"qa_id", "qa_ood"})):
-        whole_circuit = found["circuit"][name]
-        assert {row["part"] for row in whole_circuit["curves"]} == parts
-        assert {row["unit"] for row in whole_circuit["alone"]} == {"query_head", "neuron"}
-        assert len(whole_circuit["heads"]) == len(parts) and len(whole_circuit["modules"]) == 6 * len(parts)
+    whole_circuit = found["circuit"]["mixed"]
+    assert {row["part"] for row in whole_circuit["curves"]} == {"qa_id", "qa_ood"}
+    assert {row["unit"] for row in whole_circuit["alone"]} == {"query_head", "neuron"}
+    assert len(whole_circuit["heads"]) == 2 and len(whole_circuit["modules"]) == 2 * 4
     assert {row["when"] for row in found["circuit"]["mixed"]["agreement"]} == {"online", "final"}
     ends = {
         len(row["places"]): row["exact_match"]
@@ -143,6 +142,26 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
         for name, count in (("base", 0), ("mixed", 4)):  # nowhere it is the base, everywhere the tuned model
             model = material.load(opened, experiment, name)
             assert ends[count] == recall(model, words, items).summary()["exact_match"]
+
+
+def test_what_the_bundled_base_knows_is_asked_and_explained(tmp_path: Path) -> None:
+    values = {
+        "model.name": "bundled", "facts.people": "16", "train.recall_every": "0", "trace.online": "false",
+        "strategies": "{mixed: [{name: all, batch: {bio: 8, qa: 8}, steps: 2}]}", "interventions.run": "false",
+        "mechanism.parts": "[circuit, transfer]",
+    }  # fmt: skip
+    stages = [stage for stage in pipeline.STAGES if stage not in ("retain", "report")]
+    pipeline.run(config.override(experiment, values), tmp_path / "run", quiet=True, stages=stages)
+    known = {
+        name: store.read_json(tmp_path / f"run/eval/{name}.json")["summary"]["a_ood"] for name in ("base", "mixed")
+    }
+    assert known["mixed"]["a_ood"]["n"] == 60 and known["base"]["a_ood"]["exact_match"] > 0.5
+    explained = lambda name, part: store.read_json(tmp_path / f"run/mechanism/{name}/{part}.json")
+    assert {row["part"] for row in explained("base", "transfer")} == {"a_ood"}
+    for name, parts in (("base", {"a_ood"}), ("mixed", {"qa_id", "qa_ood"})):
+        circuit = explained(name, "circuit")
+        assert {row["part"] for row in circuit["curves"]} == parts
+        assert len(circuit["heads"]) == len(parts) and len(circuit["modules"]) == 6 * len(parts)
 
 
 def test_saved_parts_agree_with_the_results(whole: Path) -> None:
@@ -169,7 +188,7 @@ def test_saved_parts_agree_with_the_results(whole: Path) -> None:
 
 
 def test_an_intervention_gives_what_editing_by_hand_gives(whole: Path) -> None:
-    base = pipeline.models.load_model("bundled")
+    base = pipeline.models.load_model(experiment.model.name)
     tuned = pipeline.models.load_model(str(whole / "models/mixed/mixed"))
     both = ParamSet.load(whole / "shared/mixed/final-0.05-shared.safetensors")
     with torch.no_grad():
@@ -213,7 +232,7 @@ def test_stages_by_themselves_give_the_same(whole: Path, tmp_path: Path) -> None
 
 
 def test_killed_and_resumed_ends_with_the_same_numbers(whole: Path, tmp_path: Path) -> None:
-    (tmp_path / "small.yaml").write_text(SMALL.replace("jobs: 1", "jobs: 2"))
+    (tmp_path / "small.yaml").write_text(config.dumps(config.override(experiment, {"jobs": "2"})))
     folder = tmp_path / "killed"
     command = [
         sys.executable,

@@ -15,6 +15,7 @@ import psutil
 import pyarrow.parquet
 import pytest
 import yaml
+from tiny_models import tiny_base
 
 from crosstrace import cli, config, study
 from crosstrace.errors import UserError
@@ -36,7 +37,7 @@ jobs: 1
 """
 GRID = {
     "name": "grid",
-    "experiment": yaml.safe_load(EXPERIMENT),
+    "experiment": yaml.safe_load(EXPERIMENT) | {"model": {"name": str(tiny_base())}},
     "vary": {"length": {"short": {}, "long": {"strategies.mixed.0.steps": 3}}},
     "seeds": [1, 2],
     "cores": 2,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
+import tempfile
+from pathlib import Path
 
 import torch
 import transformers
@@ -73,6 +77,20 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float64, tied: bool | None 
     finally:
         torch.random.set_rng_state(state)
     return in_float64(model).eval() if dtype == torch.float64 else model.eval()
+
+
+@functools.cache
+def tiny_base(layers: int = 2) -> Path:
+    """A folder with a tiny Llama of random weights and the bundled tokenizer, for whole runs of little computation; it
+    is there until the process ends."""
+    from crosstrace.models import load_tokenizer, save_model
+
+    tokenizer = load_tokenizer("bundled")
+    sizes = {"num_hidden_layers": layers, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    folder = Path(tempfile.mkdtemp(prefix="crosstrace-tiny-base-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    save_model(tiny_model("llama", torch.float32, tied=True, **sizes), tokenizer, folder)
+    return folder
 
 
 def in_float64(model: nn.Module) -> nn.Module:
