@@ -48,6 +48,12 @@ def test_nothing_said_is_the_default():
     assert loads("", "here") == loads("{}", "here") == Experiment()
 
 
+# lists of lists, each many times in the next: 9^10 words when they are written out
+ENDLESS = "facts:\n  people:\n" + "\n".join(
+    f"    - &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]" for n in range(10)
+)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -82,6 +88,13 @@ def test_nothing_said_is_the_default():
         ("strategies: {base: [{name: a, batch: {bio: 1}, steps: 1}]}", r"strategy 'base' cannot name a folder"),
         ("facts: {people: 5", r"here is not valid YAML: .*line 1"),
         ("a: b: c", r"here is not valid YAML"),
+        ("name: 2020-99-99", r"here is not valid YAML: month must be in"),
+        ("name: " + "[" * 5000, r"here is not valid YAML"),
+        ("? [name]\n: 1", r"here is not valid YAML: a name is a list"),
+        ("facts: {people: " + "9" * 5000 + "}", r"here is not valid YAML"),
+        (ENDLESS, r"setting facts\.people is \[.*, but input should be a valid integer"),
+        ("facts: {biographies: 1000000000}", r"setting facts\.biographies is 1000000000, but input should be less"),
+        ("strategies: {x: [{name: a, batch: {bio: 1000000000000}, steps: 1}]}", r"batch\.bio is 10+, but "),
         ("- 1", r"here holds a list; expected settings"),
         ("facts", r"here holds a str; expected settings"),
         ("1: 2", r"here: .*1"),
@@ -139,6 +152,7 @@ def test_overrides():
         ("strategies.two_stage.7.steps", "5", r"'7' is no item of a list of \d; items are numbered from 0"),
         ("strategies.two_stage.first.steps", "5", r"'first' is no item of a list of 2"),
         ("analysis.fractions.99", "0.5", r"'99' is no item of a list"),
+        ("name", "2020-99-99", r"--name 2020-99-99: the value is not valid YAML"),
         ("facts.people", "[5", r"--facts\.people \[5: the value is not valid YAML"),
         ("facts.people", "3", r"the command line: setting facts\.people is 3, but input should be greater"),
         ("facts.qa_share", "1", r"the command line: facts\.qa_share = 1"),

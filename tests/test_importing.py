@@ -513,6 +513,8 @@ def test_unfit_commands_are_told_in_a_sentence(tmp_path: Path, capsys: pytest.Ca
     [
         lambda v: v.pop("relations"), lambda v: v.update(subjects=[]), lambda v: v["subjects"][0].pop("facts"),
         lambda v: v["subjects"][0]["facts"][0].update(relation="x"), lambda v: v["subjects"][0].update(name=7),
+        lambda v: v["subjects"][0].update(pronoun=7), lambda v: v["subjects"][0].update(name="\ud800"),
+        lambda v: v["relations"]["city"].update(statements=[]), lambda v: v["subjects"].append(3),
         lambda v: v["subjects"][0]["facts"][0].update(object=""), lambda v: v["relations"]["city"].update(statements=3),
     ],
 )  # fmt: skip

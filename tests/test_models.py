@@ -195,6 +195,11 @@ BROKEN = {
     "tokenizer: empty": written("tokenizer.json", "{}"),
     "tokenizer: no tokenizer": written("tokenizer.json", '{"added_tokens": [], "model": {"type": "BPE", "vocab": 3}}'),
     "tokenizer: settings are a list": written("tokenizer_config.json", "[]"),
+    "weights: a pipe": lambda folder: (
+        (folder / "model.safetensors").unlink(),
+        os.mkfifo(folder / "model.safetensors"),
+    ),
+    "weights: a device": lambda folder: (folder / "more.safetensors").symlink_to("/dev/zero"),
     "weights: an index that leads away": lambda folder: (
         (folder / "model.safetensors").unlink(),
         written("model.safetensors.index.json", '{"weight_map": {"model.norm.weight": "../../x.safetensors"}}')(folder),

@@ -152,9 +152,7 @@ def test_what_the_bundled_base_knows_is_asked_and_explained(tmp_path: Path) -> N
     }  # fmt: skip
     stages = [stage for stage in pipeline.STAGES if stage not in ("retain", "report")]
     pipeline.run(config.override(experiment, values), tmp_path / "run", quiet=True, stages=stages)
-    known = {
-        name: store.read_json(tmp_path / f"run/eval/{name}.json")["summary"]["a_ood"] for name in ("base", "mixed")
-    }
+    known = {name: store.read_json(tmp_path / f"run/eval/{name}.json")["summary"] for name in ("base", "mixed")}
     assert known["mixed"]["a_ood"]["n"] == 60 and known["base"]["a_ood"]["exact_match"] > 0.5
     explained = lambda name, part: store.read_json(tmp_path / f"run/mechanism/{name}/{part}.json")
     assert {row["part"] for row in explained("base", "transfer")} == {"a_ood"}

@@ -220,7 +220,10 @@ def test_an_equal_rebuilt_output_spares_what_depends_on_it(tmp_path: Path) -> No
     assert log == ["b"]
 
 
-@pytest.mark.parametrize("tamper", ["change", "remove", "same size", "record"])
+RECORDS = ("{", "[" * 100_000, '{"key": 1, "hash": 2, "seconds": "x", "files": 3}')
+
+
+@pytest.mark.parametrize("tamper", ["change", "remove", "same size", *RECORDS])
 def test_tampered_output_is_rebuilt(tmp_path: Path, clean: dict[str, bytes], tamper: str) -> None:
     folder, log = tmp_path / "run", []
     create_and_work(folder, "new")()
@@ -232,7 +235,7 @@ def test_tampered_output_is_rebuilt(tmp_path: Path, clean: dict[str, bytes], tam
     elif tamper == "same size":
         weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     else:
-        (folder / "manifest" / "models%2Fmixed.json").write_text("{")
+        (folder / "manifest" / "models%2Fmixed.json").write_text(tamper)
     with Run.create(folder, CONFIG, "resume") as run:
         with pytest.raises(UserError, match="models/mixed"):
             run.inputs("models/mixed")

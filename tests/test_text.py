@@ -170,6 +170,11 @@ def _without(key: str):
         _without("repeats"),
         lambda line: json.dumps(json.loads(line) | {"targets": [[1, 2, 3]]}).encode(),
         lambda line: json.dumps(json.loads(line) | {"targets": [["a", "b"]]}).encode(),
+        lambda line: json.dumps(json.loads(line) | {"targets": [[0, 10**9]]}).encode(),
+        lambda line: json.dumps(json.loads(line) | {"text": 7}).encode(),
+        lambda line: json.dumps(json.loads(line) | {"text": "\ud800" * 9000}).encode(),
+        lambda line: json.dumps(json.loads(line) | {"repeats": 10**12}).encode(),
+        lambda line: b"[" * 100_000,
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, spoil):

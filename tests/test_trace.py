@@ -526,6 +526,11 @@ def test_save_and_load(tmp_path):
     save_file({"x": torch.zeros(2)}, path)
     with pytest.raises(UserError, match="no traces"):
         load_traces(path)
+    header = {"task": "qa", "measure": "abs", "reduction": "example", "names": ["x"]}
+    for told in ("{", "3", "[3]", "[{}]", json.dumps([header]), json.dumps([header | {"names": 3}])):
+        save_file({"0/x": torch.zeros(2)}, path, {"format": "crosstrace traces 1", "traces": told})
+        with pytest.raises(UserError, match="can't be read as traces"):
+            load_traces(path)
     with pytest.raises(UserError, match="no trace file"):
         load_traces(tmp_path / "absent")
 

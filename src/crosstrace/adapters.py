@@ -32,7 +32,7 @@ _PREFIX, _INNER = "base_model.model.", ".base_layer"  # what PEFT adds to the na
 class LoraSettings:
     """A LoRA adapter, which is trained in place of all weights."""
 
-    rank: Annotated[int, Field(ge=1)] = 8
+    rank: Annotated[int, Field(ge=1, le=65_536)] = 8
     """Rows of A and columns of B."""
     alpha: Annotated[int, Field(ge=1)] = 16
     """B·A counts alpha/rank times."""

@@ -33,7 +33,7 @@ from crosstrace.material import WHENS, load, load_base, origin
 from crosstrace.pipeline import controls, read_traces, select_tasks, strengths
 from crosstrace.schedule import STRICT
 from crosstrace.shared import ParamSet, scope
-from crosstrace.store import Run, metadata, read_json, replacing, write_json, write_text
+from crosstrace.store import Run, expanded, metadata, read_json, replacing, write_json, write_text
 
 CARD = "crosstrace.json"
 _INSIDE = "crosstrace"
@@ -53,7 +53,7 @@ class EditSettings:
     set: str = "shared"
     """The shared set, a task's own (bio, qa), or a control of the shared set's size: bio_only, qa_only, random,
     random_per_tensor."""
-    draw: Annotated[int, Field(ge=0)] = 0
+    draw: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Which of the random sets, counted from 0; those of the stage `intervene` are the first ones."""
 
 
@@ -293,7 +293,7 @@ def _measured(run: Run, kind: str, options: EditSettings) -> dict[str, Any] | No
 
 def check_folder(folder: str | Path, overwrite: bool) -> None:
     """Raise a `UserError` if something is at `folder`, unless it is one of crosstrace's and may be replaced."""
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     if not folder.exists() and not folder.is_symlink():
         return
     if not overwrite:
@@ -312,7 +312,7 @@ def new_folder(folder: str | Path, overwrite: bool) -> Iterator[Path]:
     """A folder to write to, with a card; it is at `folder` once all of it is there, and gone after an exception. The
     card names what lies in it, which alone may be replaced later."""
     check_folder(folder, overwrite)
-    with replacing(Path(folder).expanduser()) as partial:
+    with replacing(expanded(folder)) as partial:
         partial.mkdir()
         yield partial
         files = sorted(item.name for item in partial.iterdir() if item.name != CARD)

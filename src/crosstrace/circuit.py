@@ -304,15 +304,16 @@ def agreement(scores: np.ndarray, pset: ParamSet, anatomy: Anatomy, unit: str, p
     if len(weight) < 3 or np.ptp(share) == 0 or np.ptp(weight) == 0:
         return row | dict.fromkeys(("spearman", "spearman_p", "within", "within_p", "auc", "auc_p"))
 
-    # All statistics are sums over ranks.
+    # All statistics are sums over ranks less their mean.
     held, target, m = rankdata(share), rankdata(weight), critical.sum()
-    held_norm, target_norm = (np.linalg.norm(x - x.mean()) for x in (held, target))
+    held, target = held - held.mean(), target - target.mean()
+    norm, ranks = np.linalg.norm(held) * np.linalg.norm(target), m * (~critical).sum()
     draw = np.random.default_rng(_SEED)
     spearman, auc = np.empty(permutations + 1), np.empty(permutations + 1)
     for number in range(permutations + 1):
         dealt = draw.permutation(held) if number else held
-        spearman[number] = (dealt - held.mean()) @ (target - target.mean()) / (held_norm * target_norm)
-        auc[number] = (dealt[critical].sum() - m * (m + 1) / 2) / (m * (~critical).sum())
+        spearman[number] = dealt @ target / norm
+        auc[number] = 0.5 + dealt[critical].sum() / ranks
     extreme = lambda values: float((np.abs(values) >= abs(values[0]) - 1e-12).mean())  # the found one counts
     layer = np.array([label.partition(".")[0] for label in anatomy.units(unit)])[has]
     within = _within(share, weight, layer, permutations, draw)

@@ -16,6 +16,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from errno import EDQUOT, ENOSPC
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -108,7 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, BrokenPipeError):  # whoever reads our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
-        print(f"crosstrace: a file could not be read or written: {error}; is the disk full?", file=sys.stderr)
+        full = "; the disk is full" if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT) else ""
+        print(f"crosstrace: a file could not be read or written: {error}{full}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         way = (

@@ -14,6 +14,7 @@ from crosstrace import config
 from crosstrace.config import Experiment, ModelSettings, TraceSettings
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
+from crosstrace.store import expanded
 from crosstrace.text import read_jsonl, texts
 
 FILES = ("bio.jsonl", "qa.jsonl")
@@ -38,7 +39,7 @@ def comparison(base: str, tuned: Sequence[str], tasks: str) -> Experiment:
             raise UserError(f"{given[name]} and {model} would both be called {name}; write one of them as NAME={model}")
         given[name] = model
     return Experiment(
-        name="compare", model=ModelSettings(name=base), facts=tasks_in(Path(tasks).expanduser()), strategies={},
+        name="compare", model=ModelSettings(name=base), facts=tasks_in(expanded(tasks)), strategies={},
         given=given, trace=TraceSettings(online=False),
     )  # fmt: skip
 

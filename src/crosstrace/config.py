@@ -6,6 +6,7 @@ saved file is the runnable one: `crosstrace run RUN/config.yaml` repeats the run
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -230,6 +231,8 @@ class _Unique(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a name is a list or mapping", key.start_mark)
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
@@ -352,7 +355,7 @@ def loads(text: str, where: str) -> Experiment:
 def _settings_in(text: str, where: str) -> dict[str, Any]:
     try:
         values = yaml.load(text, _Unique)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # (a date like 2020-99-99; brackets without end)
         problem = " ".join(str(error).split())
         raise UserError(f"{where} is not valid YAML: {problem}") from None
     if values is None:
@@ -391,7 +394,7 @@ def value_of(name: str, text: str) -> Any:
     """
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         raise UserError(f"--{name} {text}: the value is not valid YAML") from None
 
 
@@ -445,7 +448,7 @@ def _sentence(error: ValidationError, where: str) -> str:
 def complaint(error: ValidationError) -> str:
     """pydantic's first problem: the setting, what it is, what it should be."""
     first = error.errors()[0]
-    found = repr(first.get("input"))
+    found = reprlib.repr(first.get("input"))  # (lists of one list of lists are endless when they are written out)
     found = found if len(found) < 60 else found[:57] + "..."
     name = ".".join(str(part) for part in first["loc"])
     return f"setting {name} is {found}, but {first['msg'][0].lower()}{first['msg'][1:]}"

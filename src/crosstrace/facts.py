@@ -11,14 +11,13 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import count
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 
 from crosstrace.errors import UserError
-from crosstrace.store import read_json
+from crosstrace.store import expanded, read_json
 from crosstrace.wording import NAME_PARTS, RELATIONS, Wording, names, objects, packaged, pronouns
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -34,23 +33,23 @@ class FactSettings:
     """Seed of names, objects, wordings and the split."""
     qa_share: Share = 0.5
     """Share of the people whose question-answer pairs are trained (in distribution); the rest are OOD."""
-    biographies: Annotated[int, Field(ge=1)] = 1
+    biographies: Annotated[int, Field(ge=1, le=1000)] = 1
     """Biographies per person, each worded anew."""
     augmented_share: Share = 0.0
     """Share of the people who get `augmented_biographies` in permuted order instead."""
-    augmented_biographies: Annotated[int, Field(ge=1)] = 5
+    augmented_biographies: Annotated[int, Field(ge=1, le=1000)] = 5
     """Biographies of an augmented person."""
     order: Literal["fixed", "permuted"] = "fixed"
     """Order of the sentences in a biography."""
     subject: Literal["name", "pronoun", "either"] = "pronoun"
     """How sentences after the first name the person; `either` draws one way for each biography."""
-    questions: Annotated[int, Field(ge=1)] = 1
+    questions: Annotated[int, Field(ge=1, le=1000)] = 1
     """Differently worded questions for each fact."""
     frequency: Literal["uniform", "zipf"] = "uniform"
     """How often a person's examples occur in an epoch: once, or after Zipf's law."""
     zipf_exponent: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Exponent s of Zipf's law: the person of rank r occurs max(1, round(zipf_top / r^s)) times."""
-    zipf_top: Annotated[int, Field(ge=1)] = 20
+    zipf_top: Annotated[int, Field(ge=1, le=100_000)] = 20
     """Occurrences of the most frequent person under Zipf's law."""
     population: Literal["A", "B"] = "B"
     """Which half of all names people are drawn from: the bundled base knows people of A, none of B."""
@@ -211,7 +210,7 @@ def read_world(settings: FactSettings) -> dict[str, Any]:
                 f"facts.{name} is of people that are drawn, but facts.source names one's own; leave {name} out"
                 + (", or use facts.subjects" if name == "people" else "")
             )
-    path = Path(settings.source or "").expanduser() / "world.json"
+    path = expanded(settings.source or "") / "world.json"
     if not path.is_file():
         raise UserError(
             f"facts.source = {settings.source} holds no world.json; expected a folder that `crosstrace import` wrote, "
@@ -224,7 +223,7 @@ def read_world(settings: FactSettings) -> dict[str, Any]:
         }
         subjects = [
             {
-                "name": _text(row["name"]), "pronoun": row.get("pronoun"),
+                "name": _text(row["name"]), "pronoun": _text(row["pronoun"]) if row.get("pronoun") else None,
                 "type": _text(row["type"]) if row.get("type") else "",
                 "facts": [
                     {"relation": f["relation"], "object": _text(f["object"]), "split": f.get("split")}
@@ -248,6 +247,7 @@ def read_world(settings: FactSettings) -> dict[str, Any]:
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{value!r} in place of a text")
+    value.encode()  # (half a surrogate pair is no text)
     return value
 
 

@@ -19,7 +19,7 @@ from crosstrace import config, models
 from crosstrace.artefacts import CARD, check_folder, new_folder
 from crosstrace.errors import UserError
 from crosstrace.material import examples
-from crosstrace.store import Run, metadata, write_json, write_text
+from crosstrace.store import Run, expanded, metadata, write_json, write_text
 from crosstrace.tokens import Encoded
 
 _COMMON = "_questions"  # without .yaml, so that the harness takes it for no task
@@ -94,7 +94,7 @@ def write_tasks(
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         },
     }  # fmt: skip
-    target = Path(folder).expanduser().resolve()
+    target = expanded(folder).resolve()
     about = metadata()
     told = {"format": "crosstrace lm-eval tasks 1", **dict(card or {})}
     tasks = {

@@ -601,7 +601,10 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} can't be read as Parquet: {str(error).splitlines()[0]}") from None
-    yield from enumerate(table.to_pylist(), 1)
+    try:
+        yield from enumerate(table.to_pylist(), 1)
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # text that is no UTF-8, times without a date
+        raise UserError(f"{path} holds a value that can't be read: {str(error).splitlines()[0]}") from None
 
 
 def _data_set(path: Path) -> tuple[Path, str] | None:

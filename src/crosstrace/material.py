@@ -19,7 +19,7 @@ from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
 from crosstrace.processes import Processes, launched
 from crosstrace.shared import ParamSet, scope
-from crosstrace.store import Run, read_json, sha256_file, sha256_tree
+from crosstrace.store import Run, expanded, read_json, sha256_file, sha256_tree
 from crosstrace.text import Example, read_jsonl
 from crosstrace.tokens import Encoded, encode
 
@@ -201,7 +201,7 @@ def facts_key(facts: FactSettings) -> dict[str, Any]:
     if facts.source is None:
         return own
     names = ("world.json", "bio.jsonl", "qa.jsonl", "import.json")
-    files = [Path(facts.source).expanduser() / name for name in names]
+    files = [expanded(facts.source) / name for name in names]
     return own | {"content": {file.name: sha256_file(file) for file in files if file.is_file()}}
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from crosstrace.errors import UserError
 from crosstrace.processes import Processes
 from crosstrace.sharded import at_rest, is_sharded
-from crosstrace.store import read_json, sha256_tree
+from crosstrace.store import expanded, read_json, sha256_tree
 
 BUNDLED = "bundled"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
@@ -41,11 +41,11 @@ def locate(name: str) -> str:
     """The folder or hub name that `name` stands for.
 
     Raises:
-        UserError: `name` looks like a folder and is none.
+        UserError: `name` looks like a folder and is none, or the folder holds other things than files.
     """
     if name == BUNDLED:
         return str(bundled_folder())
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not _is_adapter(folder):
@@ -53,6 +53,11 @@ def locate(name: str) -> str:
                 f"model folder {name} holds no config.json; expected a folder written by save_pretrained, so the path "
                 "probably names its parent or an unfinished download"
             )
+        for item in folder.iterdir():
+            if item.exists() and not item.is_file() and not item.is_dir():  # reading it might never end
+                raise UserError(
+                    f"{item} is a pipe or a device; expected the files of a model, written by save_pretrained"
+                )
         return str(folder)
     if looks_local or name.count("/") == 0:
         raise UserError(
@@ -339,7 +344,7 @@ def _base_of(folder: Path) -> str:
     remedy = f"put its absolute path, 'bundled' or a hub name as base_model_name_or_path into {folder / ADAPTER}"
     if not isinstance(base, str) or not base:
         raise UserError(f"the adapter in {folder} does not tell its base; {remedy}")
-    path = Path(base).expanduser()
+    path = expanded(base)
     if base != BUNDLED and not path.is_absolute() and (base.startswith(".") or path.is_dir()):
         raise UserError(f"the adapter in {folder} names its base by the relative path {base}; {remedy}")
     try:

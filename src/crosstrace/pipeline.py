@@ -65,7 +65,17 @@ from crosstrace.retention import moved, new_material, retain
 from crosstrace.sharded import at_rest, is_sharded, local
 from crosstrace.shared import ParamSet, only_set, random_sets, select_each, shared
 from crosstrace.stats import mean_interval, wilson
-from crosstrace.store import Run, end_with_parent, linked, metadata, read_json, remove_folder, sha256_tree, write_json
+from crosstrace.store import (
+    Run,
+    end_with_parent,
+    expanded,
+    linked,
+    metadata,
+    read_json,
+    remove_folder,
+    sha256_tree,
+    write_json,
+)
 from crosstrace.text import NO_QUESTIONS, questions, read_jsonl, texts, write_jsonl
 from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
@@ -223,7 +233,7 @@ def make_data(run: Run, experiment: Experiment) -> None:
         for task, items in texts(experiment.facts).items():
             write_jsonl(folder / f"{task}.jsonl", items)
         for name in SOURCE if experiment.facts.source is not None else ():
-            own = Path(experiment.facts.source or "").expanduser() / name
+            own = expanded(experiment.facts.source or "") / name
             if own.is_file():
                 shutil.copyfile(own, folder / name)
         if known:
@@ -912,7 +922,7 @@ def _check_outside(experiment: Experiment, folder: Path) -> None:
             "retention.text": experiment.retention.text}  # fmt: skip
     read |= {f"given.{name}": place for name, place in experiment.given.items()}
     for name, place in read.items():
-        if place and Path(place).expanduser().resolve().is_relative_to(folder.expanduser().resolve()):
+        if place and expanded(place).resolve().is_relative_to(expanded(folder).resolve()):
             raise UserError(
                 f"{name} = {place} lies in {folder}, which would be removed first; choose another run folder"
             )

@@ -464,7 +464,8 @@ def _told(found: Plan) -> Iterator[str]:
     yield "\n" + _right(rows)
     rows = [["memory", "where", "at most", "made of"]]
     for r in found.memory:
-        parts = ", ".join(f"{what} {size_text(size)}" for what, size in sorted(r["parts"].items(), key=lambda x: -x[1]))
+        most = sorted(r["parts"].items(), key=lambda part: -part[1])
+        parts = ", ".join(f"{what} {size_text(size)}" for what, size in most if size > r["bytes"] / 1000)
         where = f"{r['where']}, {r['whose']}" if several else r["where"]
         rows.append([f"{r['process']}: {r['stage']}", where, size_text(r["bytes"]), f"{r['moment']}: {parts}"])
     yield "\n" + aligned(rows)

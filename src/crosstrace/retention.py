@@ -43,7 +43,7 @@ from crosstrace.progress import Progress
 from crosstrace.schedule import Phase
 from crosstrace.sharded import at_rest, local, piece, processes_of
 from crosstrace.shared import ParamSet, random_sets
-from crosstrace.store import Run, remove_folder, sha256_file, write_json
+from crosstrace.store import Run, expanded, remove_folder, sha256_file, write_json
 from crosstrace.text import Example, biographies, questions
 from crosstrace.tokens import Encoded, encode
 from crosstrace.train import RecallHistory, train
@@ -155,7 +155,7 @@ def new_material(experiment: Experiment, tokenizer: Any) -> dict[str, list[Encod
 
 
 def _text_file(name: str) -> Path:
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.is_file():
         raise UserError(f"retention.text = {name} is no file; expected a text file in UTF-8, one text a line")
     return path

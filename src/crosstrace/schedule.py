@@ -14,6 +14,7 @@ from crosstrace.errors import UserError
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 MOST = 100_000_000  # updates of a phase; more can only be a slip
+WIDEST = 1_000_000  # examples of a task in an update
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -43,7 +44,7 @@ class Phase:
 
     name: str
     """Names the folder of the model after this phase."""
-    batch: dict[str, Annotated[int, Field(ge=1)]]
+    batch: dict[str, Annotated[int, Field(ge=1, le=WIDEST)]]
     """Examples of each task in one update, e.g. {bio: 64, qa: 128}."""
     steps: Annotated[int, Field(ge=1, le=MOST)] | None = None
     """Updates. Give either this or `epochs`."""
@@ -51,7 +52,7 @@ class Phase:
     """Passes over the first task of `batch`."""
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Weight of each task's mean loss in the sum that is minimised; 1 where not given."""
-    replay: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    replay: dict[str, Annotated[int, Field(ge=1, le=WIDEST)]] = Field(default_factory=dict)
     """Examples of earlier tasks added to every update, e.g. {bio: 8} in a phase of questions."""
     optimiser: Optimiser | None = None
     """This phase's optimiser; the training's own where not given."""

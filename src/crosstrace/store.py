@@ -83,13 +83,18 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with ~ and ~user resolved; a user whom nobody knows stays as it is written, so it is not found."""
+    return Path(os.path.expanduser(path))
+
+
 def read_json(path: str | Path) -> Any:
     """Read JSON; a missing or broken file is a `UserError` that names it."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; the step that writes it has not run") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); it was edited or damaged") from None
 
 
@@ -245,7 +250,7 @@ class Run:
         Raises:
             UserError: the folder is not fit for it, its configuration differs, or a process works in it.
         """
-        folder = Path(folder).expanduser().resolve()
+        folder = expanded(folder).resolve()
         state = _state(folder)
         if state == "foreign":
             raise UserError(
@@ -346,7 +351,7 @@ class Run:
         A worker dies with its parent (within a second), so that a killed experiment leaves nobody who still
         writes; until then, `create` in another process waits.
         """
-        folder = Path(folder).expanduser().resolve()
+        folder = expanded(folder).resolve()
         ended = threading.Event()
         end_with_parent(os.getppid(), ended)
         run = cls(folder, _lock_workers(folder, fcntl.LOCK_SH, WORKERS_PATIENCE))
@@ -497,10 +502,12 @@ class Run:
     def _read_record(self, name: str) -> dict[str, Any] | None:
         try:
             record = json.loads(self._record(name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
         # a damaged record counts as none: the step is built again
-        whole = isinstance(record, dict) and {"key", "hash", "seconds", "files"} <= record.keys()
+        kinds = {"key": str, "hash": str, "seconds": (int, float), "files": dict}
+        whole = isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+        whole = whole and all(isinstance(e, dict) and {"size", "sha256"} <= e.keys() for e in record["files"].values())
         return record if whole else None
 
     def _is_intact(self, name: str, record: Mapping[str, Any]) -> bool:

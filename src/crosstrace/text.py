@@ -15,8 +15,10 @@ from pathlib import Path
 
 from crosstrace.errors import UserError
 from crosstrace.facts import Fact, FactSettings, Person, World
+from crosstrace.store import expanded
 
 Span = tuple[int, int]
+MOST_REPEATS = 100_000  # of an example in an epoch
 NO_QUESTIONS = (
     "there are no questions, so recall of held-out facts (OOD), sharing between tasks, ablation, grafting, the "
     "mechanism and the claims of the paper cannot be measured; measured are recall of the texts themselves, the trace "
@@ -63,7 +65,7 @@ def texts(settings: FactSettings) -> dict[str, list[Example]]:
         UserError: as `World.draw`, or the source's own rows cannot be read.
     """
     if settings.source is not None:
-        home = Path(settings.source).expanduser()
+        home = expanded(settings.source)
         rows = {task: home / f"{task}.jsonl" for task in ("bio", "qa")}
         if not (home / "world.json").exists() and all(path.is_file() for path in rows.values()):
             return {task: read_jsonl(path) for task, path in rows.items()}
@@ -182,9 +184,11 @@ def read_jsonl(path: Path) -> list[Example]:
                     for m in row["mentions"]
                 )  # fmt: skip
                 targets = tuple(_span(s) for s in row["targets"])
-                examples.append(Example(row["id"], row["task"], row["text"], row["person"], row["split"], targets,
-                                        mentions, row["repeats"]))  # fmt: skip
-            except (ValueError, KeyError, TypeError) as error:
+                example = Example(row["id"], row["task"], row["text"], row["person"], row["split"], targets,
+                                  mentions, row["repeats"])  # fmt: skip
+                _check_values(example)
+                examples.append(example)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"{path} line {number} is not an example ({type(error).__name__}: {error}); expected the JSON that "
                     "`crosstrace data` writes, so the file was edited or truncated"
@@ -194,4 +198,23 @@ def read_jsonl(path: Path) -> list[Example]:
 
 def _span(value: list[int]) -> Span:
     start, end = value
-    return int(start), int(end)
+    if not isinstance(start, int) or not isinstance(end, int):
+        raise TypeError(f"{value} in place of a first and a last character")
+    return start, end
+
+
+def _check_values(example: Example) -> None:
+    """Raise a `ValueError` or `TypeError` unless an example that was read is one of whole texts and spans in them."""
+    words = (example.id, example.task, example.text, example.person)
+    for value in [*words, *(word for m in example.mentions for word in (m.fact, m.relation))]:
+        if not isinstance(value, str):
+            raise TypeError(f"{value!r:.60} in place of a text")
+        value.encode()  # (half a surrogate pair is no text)
+    if not isinstance(example.repeats, int) or not 1 <= example.repeats <= MOST_REPEATS:
+        raise ValueError(f"repeats is {example.repeats!r:.60}; expected a number from 1 to {MOST_REPEATS:,}")
+    spans = [*example.targets]
+    for mention in example.mentions:
+        spans += [mention.subject, *mention.relation_words, mention.object]
+    for start, end in spans:
+        if not 0 <= start <= end <= len(example.text):
+            raise ValueError(f"characters {start} to {end} of a text of {len(example.text)}")

@@ -197,7 +197,9 @@ def load_traces(
             )
     except FileNotFoundError:
         raise UserError(f"there is no trace file {path}; take the trace first") from None
-    except (SafetensorError, OSError) as why:
+    except UserError:
+        raise
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as why:
         raise UserError(f"{path} can't be read as traces ({why}); it is truncated or another kind of file") from why
 
 
