@@ -171,6 +171,7 @@ def test_a_full_disk_and_a_small_gpu_are_told(capsys, tmp_path):
     assert ended.value.code == 1
     printed = capsys.readouterr().out
     assert "memory of the GPU: " in printed and "disk: " in printed and "hours: not known" in printed
+    assert "With --processes 2 it is looked for" in printed
 
 
 def test_models_are_on_the_gpu_and_traces_in_ram():

@@ -501,6 +501,8 @@ def _told(found: Plan) -> Iterator[str]:
         needed = ", ".join(f"{size_text(size)} of {_WORDS[where]}" for where, size in found.least.items() if size)
         more = f", nor would more processes, up to {MOST_PROCESSES}" if several else ""
         yield f"No settings would make it fit{more}: with the least that they can ask for it needs {needed}."
+        if not several and found.machine["gpu"] is not None:
+            yield "With --processes 2 it is looked for how many GPUs would hold it."
     elif len(found.remedies) == 1:
         yield f"It would fit with {found.remedies[0]}"
     else:
