@@ -151,6 +151,7 @@ def test_overrides():
         ("facts.people.x.y", "5", r"--facts\.people\.x\.y: there is no setting 'x' inside a single value"),
         ("strategies.two_stage.7.steps", "5", r"'7' is no item of a list of \d; items are numbered from 0"),
         ("strategies.two_stage.first.steps", "5", r"'first' is no item of a list of 2"),
+        ("strategies.two_stage.\u00b2.steps", "5", r"'\u00b2' is no item of a list of 2"),
         ("analysis.fractions.99", "0.5", r"'99' is no item of a list"),
         ("name", "2020-99-99", r"--name 2020-99-99: the value is not valid YAML"),
         ("facts.people", "[5", r"--facts\.people \[5: the value is not valid YAML"),

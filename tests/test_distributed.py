@@ -283,6 +283,8 @@ def test_damaged_pieces_are_told(tmp_path):
         ({"tensors": tensors([[0, 2], [2, 2], [2, 2]])}, "all rows"),
         ({"tensors": tensors([[0, 2], ["x", 3], [3, 3]])}, "can't be understood"),
         ({"tensors": 3}, "can't be understood"),
+        ({"header": 3}, "can't be understood"),
+        ({"header": [3]}, "can't be understood"),
     ]
     for number, (change, told) in enumerate(changes):
         with pytest.raises(UserError, match=told):
@@ -299,6 +301,9 @@ def test_damaged_pieces_are_told(tmp_path):
         Pieces(cut, "things").read("w")
     with pytest.raises(UserError, match="does not exist"):
         Pieces(tmp_path / "absent", "things")
+    for number, told in enumerate(({}, {"traces": 3}, {"traces": [{}]})):
+        with pytest.raises(UserError, match="can't be read as traces"):
+            load_traces(by_hand(tmp_path / f"told{number}", kind="crosstrace traces 1", header=told))
     for load in (load_traces, ParamSet.load):
         with pytest.raises(UserError, match="was another folder"):
             load(by_hand(tmp_path / load.__qualname__))

@@ -403,6 +403,8 @@ def test_a_folder_with_a_config_alone_is_planned(kind, tmp_path):
         (["CONFIG", "--gpu", "much"], "--gpu is 'much'; expected a positive number, in GB"),
         (["CONFIG", "--tflops", "-1"], "expected a positive number, in TFLOP/s"),
         (["CONFIG", "--processes", "0"], "--processes is '0'; expected a number, 1 or more"),
+        (["CONFIG", "--processes", "\u00b2"], "expected a number, 1 or more"),
+        (["CONFIG", "--processes", "99999999999"], "99,999,999,999 processes were asked for; expected 1,024 at most"),
         (["CONFIG", "--processes", "3", "--nodes", "2"], "3 processes on 2 machines were asked for"),
         (["CONFIG", "--processes", "2", "--model.sharded", "true", "--train.lora", "{rank: 2}"], "train.lora needs"),
         (["CONFIG", "--facts.peple", "9"], "facts.peple"),

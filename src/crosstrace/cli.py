@@ -630,7 +630,7 @@ _LAUNCH = ("processes", "nodes")
 
 
 def _count(name: str, value: str | None) -> int:
-    if value is None or not value.isdigit() or value.strip("0") == "":
+    if value is None or not value.isdecimal() or value.strip("0") == "":
         raise UserError(f"--{name} is {value!r}; expected a number, 1 or more")
     return int(value)
 
@@ -671,7 +671,7 @@ def doctor(arguments: list[str]) -> None:
         )
     given = words.changes()
     number = given.pop("examples", "4")
-    if not number.isdigit():
+    if not number.isdecimal():
         raise UserError(f"--examples is {number!r}; expected a number, 2 or more")
     options = ModelSettings(name=words.names[0], **given)  # type: ignore[arg-type]
     from crosstrace.doctor import diagnose

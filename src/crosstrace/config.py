@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass as settings
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
 from crosstrace.schedule import STRICT, Optimiser, Phase, mixed, two_stage
+from crosstrace.store import NO_YAML
 from crosstrace.text import NO_QUESTIONS
 from crosstrace.train import TrainSettings
 
@@ -355,7 +356,7 @@ def loads(text: str, where: str) -> Experiment:
 def _settings_in(text: str, where: str) -> dict[str, Any]:
     try:
         values = yaml.load(text, _Unique)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # (a date like 2020-99-99; brackets without end)
+    except NO_YAML as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{where} is not valid YAML: {problem}") from None
     if values is None:
@@ -394,7 +395,7 @@ def value_of(name: str, text: str) -> Any:
     """
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+    except NO_YAML:
         raise UserError(f"--{name} {text}: the value is not valid YAML") from None
 
 
@@ -425,7 +426,7 @@ def _descend(at: Any, step: str, name: str) -> Any:
 
 
 def _index(at: list[Any], step: str, name: str) -> int:
-    if not step.isdigit() or int(step) >= len(at):
+    if not step.isdecimal() or int(step) >= len(at):
         raise UserError(f"--{name}: {step!r} is no item of a list of {len(at)}; items are numbered from 0")
     return int(step)
 

@@ -50,6 +50,7 @@ CHARACTERS = 4  # a token, by rule of thumb, where there is no tokenizer
 RANKING = {"float32": 8, "float64": 66}  # bytes a parameter of `stats.spearman` beside its two traces, as measured
 SHAPES = "shapes"
 EACH, FIRST = "each process", "process 0"  # whose memory a row is
+MOST_TOGETHER = 1024  # processes that are planned; of a small model on so many it takes minutes
 MAPPED = "traces"  # a part that is read from files as they lie there, which all processes of a machine see in one place
 
 
@@ -94,7 +95,7 @@ class Launch:
         nodes: machines, with as many processes each.
 
     Raises:
-        UserError: the processes don't divide among the machines.
+        UserError: the processes don't divide among the machines, or are more than can be rehearsed.
     """
 
     processes: int = 1
@@ -105,6 +106,11 @@ class Launch:
             raise UserError(
                 f"{self.processes} processes on {self.nodes} machines were asked for; expected as many on each, one at "
                 "least"
+            )
+        if self.processes > MOST_TOGETHER:
+            raise UserError(
+                f"{self.processes:,} processes were asked for; expected {MOST_TOGETHER:,} at most, since what FSDP2 "
+                "does for each of them is rehearsed"
             )
 
     @property

@@ -1017,8 +1017,8 @@ def _settings(model: str | None, sizes: Mapping[str, int], rows: bool) -> dict[s
         found["strategies"] = {name: [plain(phase) for phase in phases] for name, phases in strategies.items()}
     found |= PRETRAINED if pretrained else SMALL
     if rows:  # the other analyses compare a fact's two formats, or need to know its subject
-        parts = {"run": False} if pretrained else {"parts": ["circuit"]}  # (that one takes hours there)
-        found["mechanism"] = found["mechanism"] | parts
+        # (that one takes hours there)
+        found["mechanism"] = {"run": False} if pretrained else SMALL["mechanism"] | {"parts": ["circuit"]}
     if not sizes["qa"]:
         found |= {"interventions": {"run": False}, "mechanism": {"run": False}}
     return found

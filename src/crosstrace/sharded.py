@@ -214,7 +214,7 @@ class Pieces:
         if not isinstance(index, dict) or index.get("kind") != kind:
             raise UserError(f"{path} does not hold what was expected ({kind}); was another folder given in its place?")
         try:
-            self.header: dict[str, Any] = index["header"]
+            self.header: dict[str, Any] = dict(index["header"])
             self.shapes = {name: tuple(entry["shape"]) for name, entry in index["tensors"].items()}
             self._rows = {
                 name: [(int(a), int(b)) for a, b in entry["rows"]] for name, entry in index["tensors"].items()

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Mode = Literal["new", "resume", "overwrite"]
+# what PyYAML raises: for a date like 2020-99-99, a list as a key and brackets without end, none of its own errors
+NO_YAML = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 PARTIAL = ".partial-"
 WORKERS_PATIENCE = 30.0  # seconds given to the workers of a killed process to notice and end
 
@@ -624,7 +626,7 @@ def _same_config(saved: Path, config_text: str) -> None:
     """Raise a `UserError` that names the first setting in which `config_text` differs from the saved file."""
     try:
         old, new = (dict(_settings(yaml.safe_load(text))) for text in (saved.read_text(encoding="utf-8"), config_text))
-    except (ValueError, yaml.YAMLError):
+    except NO_YAML:
         raise UserError(f"{saved} is damaged, so the run cannot be continued; start again with --overwrite") from None
     for name in [*new, *old]:
         was, now = old.get(name, "not set"), new.get(name, "not set")

@@ -183,10 +183,10 @@ def load_traces(
             traces.append(Trace(values=values, **header))
         return traces
 
-    if os.path.isdir(path):
-        pieces = Pieces(path, _FORMAT)
-        return taken(pieces.header["traces"], pieces.read)
     try:
+        if os.path.isdir(path):
+            pieces = Pieces(path, _FORMAT)
+            return taken(pieces.header["traces"], pieces.read)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
