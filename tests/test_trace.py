@@ -434,7 +434,7 @@ def test_only_step_needs_no_work_per_example(monkeypatch):
     online = OnlineTrace(model, ["qa"], ("abs", "net"), ("step",))
     plan = plan_of(model, examples)
     monkeypatch.setattr(rules, "_blocks", lambda *_: pytest.fail("worked per example"))
-    monkeypatch.setattr(Engine, "_probe", lambda engine, _: setattr(engine, "plan", plan))
+    monkeypatch.setattr(Engine, "_probe", lambda engine, *_: setattr(engine, "plan", plan))
     online.step({"qa": pad(examples)})
     state = {k: v.clone() for k, v in model.state_dict().items()}
     for t in online.traces():

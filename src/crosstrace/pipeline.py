@@ -336,8 +336,6 @@ class OnlineListener:
             return
         with adapters.merged(model) if self.merges else nullcontext():
             self.trace.step(batches, lr)
-        if update == 0 and adapters.is_adapted(model):
-            self.trace.replan()  # while B is zero, A has no gradient that would tell how to trace it
 
     def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
         pass

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -30,8 +30,8 @@ from crosstrace.sharded import at_rest, is_sharded
 from crosstrace.trace.memory import Estimate, Plan, Where, estimate
 from crosstrace.trace.modules import RULES
 from crosstrace.trace.probe import AGREES, Trial, Way, hollow, pair_of, settled
-from crosstrace.trace.recording import Recording, Uses
-from crosstrace.trace.rules import Held, Rule, Unfit, fold, main_output, reduce, sum_dtype
+from crosstrace.trace.recording import Recording, Uses, random_states
+from crosstrace.trace.rules import Held, Rule, Unfit, fold, made, main_output, reduce, sum_dtype
 
 Batch = Mapping[str, Tensor]
 HELD = 1 << 26  # most elements of per-example gradients that are held at once for parameters without a rule
@@ -57,6 +57,8 @@ class Engine:
         self.plan: dict[str, Way | None] = {}  # per parameter; None: no rule, one example at a time
         self.order: list[str] = []  # in which the backward of the examples that it was tried on reached them
         self.probed = 0  # examples the plan was tried on
+        self.untold: set[str] = set()  # parameters whose gradient was zero then, which tells nothing about a rule
+        self.seen = 0  # batches since
         for name, p in self.parameters.items():
             if p.dtype not in AGREES:
                 raise UserError(f"parameter {name!r} is {p.dtype}, which has no gradient; load the model unquantised")
@@ -67,17 +69,14 @@ class Engine:
                 own = module._parameters.items()
                 self.owners[owner] = {local: known[id(p)] for local, p in own if id(p) in known}
         self._adopted = False
-        embedding = _embeddings(model, "input")
-        self._head = _embeddings(model, "output")
-        self._explicit_positions = any(  # learned positions looked up once for the whole batch mix its examples
-            isinstance(m, nn.Embedding) and m is not embedding for m in model.modules()
-        )
+        get_head = getattr(model, "get_output_embeddings", None)
+        self._head = get_head() if get_head is not None else None
 
     def run(self, batch: Batch, shares: Sequence[slice], into: Into) -> None:
         """Trace one batch.
 
         Args:
-            batch: input_ids, attention_mask, labels [B, T]; position_ids [B, T] where padding is on the left.
+            batch: input_ids, attention_mask, labels [B, T]; padding may be on either side.
             shares: disjoint slices of the batch's examples, each summed by itself.
             into: called once per parameter and share as (parameter, number of the share); gives a context whose
                 value are the tensors that the share's sums are added to: of "sum" Σg, "abs" Σ|g| and "square" Σg²
@@ -89,19 +88,27 @@ class Engine:
         """
         batch = self.checked(batch)
         rows = range(len(batch["labels"]))
+        refused: list[set[str]] = [set() for _ in shares]
 
         def add(name: str, rules: list[Rule]) -> None:
             if self.sharded and not rules:
                 return
             for number, share in enumerate(shares):
-                with into(name, number) as sums:
-                    if rows[share]:
-                        reduce(rules, sums, share)
+                try:
+                    with into(name, number) as sums:
+                        if rows[share]:
+                            reduce(rules, sums, share)
+                except Unfit:
+                    if self.sharded:
+                        raise self._refusal(name) from None
+                    refused[number].add(name)
 
         with undisturbed(self.model):
             missing = self._visit(batch, add)
-            if missing:
-                self.one_by_one(batch, shares, sorted(missing), into)
+            for number, share in enumerate(shares):
+                names = sorted(missing | refused[number])
+                if names:
+                    self.one_by_one(batch, share, names, partial(into, number=number))
 
     def visit(self, batch: Batch, use: Callable[[str, list[Rule]], None]) -> None:
         """Give each parameter's rules, which hold a batch's per-example gradients, to `use`: for more than sums.
@@ -127,7 +134,7 @@ class Engine:
                     size -= self.parameters[names[-1]].numel() * count
                 held = {name: _zeros(self.parameters[name], count) for name in names}
                 for i in range(count):
-                    for name, gradient in zip(names, self._alone(batch, i, names)):
+                    for name, gradient in zip(names, self.alone(batch, i, names)):
                         if gradient is not None:
                             held[name][i] = gradient
                 for name in names:
@@ -144,16 +151,19 @@ class Engine:
                 missing.discard(name)
                 use(name, rules)
             elif self.sharded:  # at once: all processes must go the same way through the backward
-                raise UserError(
-                    f"parameter {name!r} is used in a way that no rule knows, and one example at a time can't be "
-                    "traced while the model is sharded; trace it unsharded"
-                )
+                raise self._refusal(name)
 
         if any(way is not None for way in self.plan.values()):
             idle = [name for name, way in self.plan.items() if way == []]
             with self._backward(batch, deliver, idle):
                 pass
         return missing
+
+    def _refusal(self, name: str) -> UserError:
+        return UserError(
+            f"parameter {name!r} is used in a way that no rule knows, and one example at a time can't be traced while "
+            "the model is sharded; trace it unsharded"
+        )
 
     def plan_for(self, batch: Batch) -> None:
         """Find each parameter's rule now, on this batch, if it is not known yet; `run` does so by itself."""
@@ -164,13 +174,17 @@ class Engine:
     def rules(self, name: str, uses: Uses) -> list[Rule] | None:
         """The planned rules of a parameter's recorded uses; None if there are none that fit these."""
         way = self.plan[name]
-        if way is None or [[call.name, local] for call, local in uses] != [use[:2] for use in way]:
-            return None  # called otherwise than when it was probed
+        if way is None or not self.expects(name, uses):
+            return None
         by_name = {rule.name: rule for rule in RULES}
         try:
-            return [by_name[rule](call, local) for (call, local), (_, _, rule) in zip(uses, way)]
+            return [made(by_name[rule], call, local) for (call, local), (_, _, rule) in zip(uses, way)]
         except Unfit:
             return None
+
+    def expects(self, name: str, uses: Uses) -> bool:
+        """Whether a parameter's calls are those of when it was probed."""
+        return [[call.name, local] for call, local in uses] == [use[:2] for use in self.plan[name] or ()]
 
     def planned(self, name: str) -> list[type[Rule]]:
         """The rules that serve a parameter."""
@@ -202,7 +216,8 @@ class Engine:
         `keep`, the calls and all that a rule may ask for are held until the context is left.
         """
         shape = (batch["labels"].shape[0], batch["labels"].shape[1])
-        recording = Recording(self.owners, shape, deliver, set(self.owners) if keep else self.reading(), keep=keep)
+        reading, rerun = (set(self.owners),) * 2 if keep else (self.reading(), self.rerun())
+        recording = Recording(self.owners, shape, deliver, reading, keep=keep, rerun=rerun)
         try:
             with recording.watching(self.model):
                 losses = self.losses(batch, only_targets=True)
@@ -214,13 +229,13 @@ class Engine:
                 )
             # The model's first calls are where the backward ends; on the way there it passes all others.
             sources = recording.sources
-            ends = [GradientEdge(call.node, 0) for call in sources] + [x for name in idle for x in self._live[name]]
+            ends = [GradientEdge(call.node, 0) for call in sources] + self.ends(idle)
             # (torch's stubs do not know a list of both.)
             found = torch.autograd.grad(losses.sum(), ends, allow_unused=True) if ends else ()  # pyright: ignore
             for call, e in zip(sources, found):
                 if e is not None:
                     recording.arrived(call, e)
-            for name, gradient in zip(idle, self._by_name(idle, found[len(sources) :])):
+            for name, gradient in zip(idle, self.by_name(idle, found[len(sources) :])):
                 if gradient is None:
                     deliver(name, [])
             yield
@@ -229,30 +244,75 @@ class Engine:
 
     def reading(self) -> set[str]:
         """Modules whose outputs some rule of the plan reads."""
-        reads = {rule.name for rule in RULES if rule.reads_output}
-        return {owner for way in self.plan.values() for owner, _, rule in way or () if rule in reads}
+        return self._served_by({rule.name for rule in RULES if rule.reads_output})
+
+    def rerun(self) -> set[str]:
+        """Modules that some rule of the plan runs again."""
+        return self._served_by({rule.name for rule in RULES if rule.reruns})
+
+    def _served_by(self, rules: set[str]) -> set[str]:
+        return {owner for way in self.plan.values() for owner, _, rule in way or () if rule in rules}
 
     # ---- the general path
 
-    def one_by_one(self, batch: Batch, shares: Sequence[slice], names: Sequence[str], into: Into) -> None:
-        """One example after the other, its gradients restricted to `names`."""
-        for number, share in enumerate(shares):
-            with ExitStack() as open_sums:
-                sums = {name: open_sums.enter_context(into(name, number)) for name in names}
-                for i in range(len(batch["labels"]))[share]:
-                    for name, gradient in zip(names, self._alone(batch, i, names)):
-                        if gradient is not None:
-                            fold(gradient.to(sum_dtype(gradient.dtype), copy=True).unsqueeze(0), sums[name])
+    def one_by_one(
+        self,
+        batch: Batch,
+        share: slice,
+        names: Sequence[str],
+        into: Callable[[str], AbstractContextManager[dict[str, Tensor]]],
+        alone: Callable[[int], Sequence[Tensor | None]] | None = None,
+    ) -> None:
+        """One example of the share after the other, its gradients restricted to `names`.
 
-    def _alone(self, batch: Batch, i: int, names: Sequence[str]) -> tuple[Tensor | None, ...]:
+        Args:
+            alone: gives example i's gradients; each by itself and without its padding if not given.
+        """
+        with ExitStack() as open_sums:
+            sums = {name: open_sums.enter_context(into(name)) for name in names}
+            for i in range(len(batch["labels"]))[share]:
+                for name, gradient in zip(names, alone(i) if alone is not None else self.alone(batch, i, names)):
+                    if gradient is not None:
+                        fold(gradient.to(sum_dtype(gradient.dtype), copy=True).unsqueeze(0), sums[name])
+
+    def alone(self, batch: Batch, i: int, names: Sequence[str]) -> tuple[Tensor | None, ...]:
         """∂ℓ_i/∂θ of the named parameters, of example i by itself and without its padding."""
         own = batch["attention_mask"][i].bool()
         example = {key: value[i : i + 1, own] for key, value in batch.items()}
         loss = self.losses(example, only_targets=False).sum()
-        ends = [x for name in names for x in self._live[name]]
-        return self._by_name(names, torch.autograd.grad(loss, ends, allow_unused=True))
+        return self.by_name(names, torch.autograd.grad(loss, self.ends(names), allow_unused=True))
 
-    def _by_name(self, names: Sequence[str], found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    @contextmanager
+    def streaming(self, names: Iterable[str], use: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """In a backward within, each named parameter's gradient is given to `use` when it is there, and none is kept.
+        A parameter without gradient does not come."""
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        using = False
+
+        def come(name: str, gradient: Tensor) -> Tensor | None:
+            nonlocal using
+            if using:  # a rule's own backward
+                return None
+            parts[name].append(gradient)
+            if len(parts[name]) == len(self._live[name]):
+                using = True
+                try:
+                    use(name, functools.reduce(torch.add, parts.pop(name)))
+                finally:
+                    using = False
+            return hollow(gradient)
+
+        with ExitStack() as hooks:
+            for name in names:
+                for x in self._live[name]:
+                    hooks.callback(x.register_hook(partial(come, name)).remove)
+            yield
+
+    def ends(self, names: Iterable[str]) -> list[Tensor]:
+        """The named parameters as autograd sees them."""
+        return [x for name in names for x in self._live[name]]
+
+    def by_name(self, names: Sequence[str], found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The gradients of the parameters, from those of all that autograd sees of them."""
         left = iter(found)
         each = [[g for _ in self._live[name] if (g := next(left)) is not None] for name in names]
@@ -264,7 +324,12 @@ class Engine:
         if not self._adopted:
             self._adopt(batch)
         if self.probed < min(2, len(batch["labels"])):
-            self._probe(batch)
+            self._probe(batch, list(self.parameters))
+            self.seen = 0
+        elif self.untold and self.seen & (self.seen - 1) == 0 and not self.sharded:
+            # Again, ever more rarely, what had no gradient: that of an adapter's A is zero until its B is not.
+            self._probe(batch, sorted(self.untold))
+        self.seen += 1
 
     def _adopt(self, batch: Batch) -> None:
         """Give parameters to the closest module around whose calls show them example by example.
@@ -291,10 +356,11 @@ class Engine:
                     hooks.callback(module.register_forward_pre_hook(gathered).remove)
 
                 def note(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                    apart[name] = apart.get(name, True) and main_output(output, rows) is not None
+                    once = isinstance(output, Tensor) and output.shape[:2] == (1, pair["labels"].shape[1])  # for all
+                    apart[name] = apart.get(name, True) and (once or main_output(output, rows) is not None)
 
                 hooks.callback(module.register_forward_hook(note).remove)
-            self.losses(pair, only_targets=True)
+            self._check_calm(pair)
         for owner in [owner for owner in self.owners if not apart.get(owner)]:
             around = owner
             while around and not apart.get(around):
@@ -305,49 +371,60 @@ class Engine:
                     own[f"{owner[len(around) + 1 :]}.{local}"] = name
         self._adopted = True
 
-    def _probe(self, batch: Batch) -> None:
-        """Choose each parameter's way: the first that is right for the longest and the shortest example."""
+    def _check_calm(self, batch: Batch) -> None:
+        """Raise a `UserError` if the model draws random numbers that its losses depend on."""
+        device = batch["labels"].device
+        drew: list[str] = []
+        before = random_states(device)
+
+        def note(module: nn.Module, args: Any, output: Any, name: str) -> None:
+            if not drew and not all(torch.equal(a, b) for a, b in zip(before, random_states(device))):
+                drew.append(name)
+
+        with ExitStack() as hooks:
+            for name, module in self.model.named_modules():
+                hooks.callback(module.register_forward_hook(partial(note, name=name)).remove)
+            first = self.losses(batch, only_targets=True)
+        if drew and not torch.equal(first, self.losses(batch, only_targets=True)):
+            raise UserError(
+                f"the model draws random numbers in evaluation mode too, first in {drew[0] or 'its own forward'}, so "
+                "that it has no one gradient to trace; switch that off (dropout that is always on, sampling, noise)"
+            )
+
+    def _probe(self, batch: Batch, names: Sequence[str]) -> None:
+        """Choose the way of these parameters: the first that is right for the longest and the shortest example."""
         pair = pair_of(batch["attention_mask"])
-        self.plan = dict.fromkeys(self.parameters)
+        self.plan |= dict.fromkeys(names)
         uses: dict[str, Uses] = {}
         reached: set[str] = set()
+        told: set[str] = set()
         with self._backward({key: value[pair] for key, value in batch.items()}, uses.__setitem__, keep=True):
             for rules in (RULES[:-1], RULES):
-                left = {name: of for name, of in uses.items() if not self.plan[name]}
+                left = {name: uses[name] for name in names if name in uses and not self.plan[name]}
                 trials = {name: Trial(self._live[name][0], of, rules) for name, of in left.items()}
                 for place, i in enumerate(pair if trials else ()):
                     reached |= self._compare(batch, i, place, trials)
+                told |= {name for name, trial in trials.items() if trial.told}
                 self.plan |= settled(trials)
-        for name in self.parameters:
+        for name in names:
             if name not in reached and name not in uses:
-                gradients = [self._alone(batch, i, [name])[0] for i in pair]
+                gradients = [self.alone(batch, i, [name])[0] for i in pair]
                 if all(gradient is None for gradient in gradients):
                     self.plan[name] = []
-        self.probed, self.order = len(pair), list(uses)
+        self.untold = self.untold - set(names) | {name for name in names if name in uses and name not in told}
+        self.probed = len(pair)
+        self.order += [name for name in uses if name not in self.order]
 
     def _compare(self, batch: Batch, i: int, place: int, trials: Mapping[str, Trial]) -> set[str]:
         """Judge the trials by example i alone; gives the parameters that it has a gradient of."""
         reached: set[str] = set()
-        parts: dict[str, list[Tensor]] = defaultdict(list)
-        judging = False
 
-        def judge(name: str, gradient: Tensor) -> Tensor | None:
-            nonlocal judging
-            if judging:  # a rule's own backward
-                return None
-            judging = True
+        def judge(name: str, gradient: Tensor) -> None:
             reached.add(name)
-            parts[name].append(gradient)
-            if len(parts[name]) == len(self._live[name]):
-                trials[name].judge(place, functools.reduce(torch.add, parts.pop(name)))
-            judging = False
-            return hollow(gradient)  # gradients come one by one, and none is kept
+            trials[name].judge(place, gradient)
 
-        with ExitStack() as hooks:
-            for name in trials:
-                for x in self._live[name]:
-                    hooks.callback(x.register_hook(partial(judge, name)).remove)
-            self._alone(batch, i, list(trials))
+        with self.streaming(trials, judge):
+            self.alone(batch, i, list(trials))
         for name in trials.keys() - reached if not self.sharded else ():  # (whose rules would find pieces by now)
             trials[name].judge(place, None)
         return reached
@@ -362,8 +439,6 @@ class Engine:
             "position_ids": batch.get("position_ids"),
             "use_cache": False,
         }
-        if inputs["position_ids"] is None and self._explicit_positions:
-            inputs["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
         accepted = inspect.signature(self.model.forward).parameters
         anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
         inputs = {k: v for k, v in inputs.items() if v is not None and (anything or k in accepted)}
@@ -401,7 +476,11 @@ class Engine:
             return estimate(self.model, losses, batches, sums, where, passes, self.parameters)
 
     def checked(self, batch: Batch) -> dict[str, Tensor]:
-        """The batch on the model's device, its shapes checked."""
+        """The batch on the model's device, its shapes checked; padding on its right, where it moves no position.
+
+        A model counts its positions as it likes (RoBERTa begins behind the padding's); position_ids that only say
+        0, 1, … for every example are left out, so that it does.
+        """
         lacking = [key for key in ("input_ids", "attention_mask", "labels") if key not in batch]
         if lacking:
             raise UserError(f"a batch to trace lacks {lacking[0]!r}; it has {', '.join(map(repr, batch)) or 'nothing'}")
@@ -426,16 +505,25 @@ class Engine:
                 "its loss is undefined; are all its labels -100?"
             )
         device = next(iter(self.parameters.values())).device
-        return {key: value.to(device) for key, value in batch.items()}
+        return {key: value.to(device) for key, value in _plain(batch).items()}
+
+
+def _plain(batch: Batch) -> dict[str, Tensor]:
+    """The batch with padding on the right, without position_ids that only count."""
+    there = batch["attention_mask"] != 0
+    plain = dict(batch)
+    if "position_ids" in plain and bool((plain["position_ids"] == there.cumsum(1) - 1)[there].all()):
+        del plain["position_ids"]
+    if bool((~there[:, :-1] & there[:, 1:]).any()):
+        order = (~there).to(torch.uint8).argsort(dim=1, stable=True)
+        plain = {key: value.gather(1, order) for key, value in plain.items()}
+        plain["labels"] = plain["labels"].clone()
+        plain["labels"][~there.gather(1, order)] = -100
+    return plain
 
 
 def _zeros(parameter: Tensor, count: int) -> Tensor:
     return parameter.new_zeros((count, *parameter.shape), dtype=sum_dtype(parameter.dtype))
-
-
-def _embeddings(model: nn.Module, which: str) -> nn.Module | None:
-    get = getattr(model, f"get_{which}_embeddings", None)
-    return get() if get is not None else None
 
 
 @contextmanager

@@ -253,12 +253,14 @@ class Alone(Rule):
 
     A tensor argument with a row (or T rows) per example is cut, any other is taken as shared by all examples.
     That is a guess, which a later batch may refute (T = B by chance), so one example must first give the
-    recorded output again. One run serves all parameters of the call: the others' sums are kept until asked for.
+    recorded output again, with None in the place of a cache. One run serves all parameters of the call: the others'
+    sums are kept until asked for.
     A tensor with several uses has to be run again for each of its blocks.
     """
 
     name = "alone"
     reruns = True
+    lazy = True
     nested = True
 
     def __init__(self, call: Call, local: str) -> None:
@@ -267,6 +269,7 @@ class Alone(Rule):
         self.call, self.local = call, local
         self.batch, self.height = call.flat or (call.rows, 1)
         if "fits" not in call.kept:
+            call.kept["fits"] = False  # also where it fails
             call.kept["fits"] = self._fits()
         if not call.kept["fits"]:
             raise Unfit
@@ -278,15 +281,12 @@ class Alone(Rule):
             return False
         i = int(e.flatten(1).abs().amax(1).argmax()) // self.height
         rows = self._rows(i)
-        try:
-            again = self._run(i).detach()
-        except (Unfit, RuntimeError, ValueError, TypeError, IndexError):  # it does not like one example alone
-            return False
+        again = self._run(i).detach()
         y, reached = y[rows], e[rows] != 0  # elsewhere, e.g. at padding, it may give anything
         if again.shape != y.shape:
             return False
         difference, scale = (torch.where(reached, x, 0).norm() for x in (again - y, y))
-        return bool(difference <= torch.finfo(y.dtype).eps ** 0.25 * scale)
+        return bool(difference <= max(torch.finfo(y.dtype).eps ** 0.5, 1e-6) * scale)
 
     def _gradient(self) -> Tensor:
         """e as the module gave its output, [B, …] or [B·T, …]."""
@@ -306,7 +306,7 @@ class Alone(Rule):
             return x[i : i + 1] if x.dim() and len(x) == self.batch else x
 
         args, kwargs = self.call.arguments(cut)
-        with torch.enable_grad():
+        with torch.enable_grad(), self.call.as_it_was():
             return tree_leaves(self.call.module(*args, **kwargs))[self.call.place]
 
     def _gradients(self, i: int, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:

@@ -7,13 +7,14 @@ examples from a recorded batch of two, and the first that gives autograd's is ta
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from crosstrace.trace.recording import Uses
-from crosstrace.trace.rules import Call, Rule, Unfit, reduce, sum_dtype
+from crosstrace.trace.rules import Call, Rule, Unfit, fitting, made, reduce, sum_dtype
 
 Way = list[list[str]]  # a parameter's uses in order, each [module, local name, rule]; empty: no use, no gradient
 
@@ -56,7 +57,7 @@ class Trial:
         """Compare with the gradient of the batch's example i alone (None: it has none)."""
         self.told |= gradient is not None and bool(gradient.any())
         for rules in self._ways():
-            worst = max(misfit(rules, i, gradient, self.parameter, totals) for totals in (True, False))
+            worst = max(misfit(rules, i, gradient, self.parameter, totals=totals) for totals in (True, False))
             names = tuple(rule.name for rule in rules)
             self.misfits[names] = max(self.misfits.get(names, 0.0), worst)
 
@@ -76,12 +77,32 @@ class Trial:
         yield from itertools.product(*(list(_fitting(call, local, self.rules)) for call, local in self.uses))
 
 
-def misfit(rules: Sequence[Rule], i: int, gradient: Tensor | None, parameter: Tensor, totals: bool) -> float:
-    """Difference between the rules' gradient of example i and the given, in units of what rounding explains.
+def misfit(
+    rules: Sequence[Rule],
+    i: int,
+    gradient: Tensor | None,
+    parameter: Tensor,
+    *,
+    totals: bool,
+    dtype: torch.dtype | None = None,
+) -> float:
+    """Difference between the rules' gradient of example i and the given, in units of what rounding explains; infinite
+    if the rules fail.
 
     Args:
         totals: ask for Σg alone, which rules give without work per example; else in the way of Σ|g|.
+        dtype: of the multiplications; the parameter's if not given.
     """
+    try:
+        with fitting():
+            return _misfit(rules, i, gradient, parameter, totals, dtype or parameter.dtype)
+    except Unfit:
+        return math.inf
+
+
+def _misfit(
+    rules: Sequence[Rule], i: int, gradient: Tensor | None, parameter: Tensor, totals: bool, dtype: torch.dtype
+) -> float:
     only = slice(i, i + 1)
 
     def found(rules: Sequence[Rule]) -> Tensor:
@@ -96,7 +117,9 @@ def misfit(rules: Sequence[Rule], i: int, gradient: Tensor | None, parameter: Te
         size = float(gradient.norm(dtype=difference.dtype))
     apart = float(difference.norm())
     del difference  # as large as the parameter
-    relative, terms = AGREES[parameter.dtype]
+    if not math.isfinite(apart):
+        return math.inf
+    relative, terms = AGREES[dtype]
     if apart <= WELL * relative * size:
         return apart / (relative * size) if apart else 0.0
     return apart / (relative * size + terms * float(found([rule.magnitude() for rule in rules]).norm()))
@@ -109,11 +132,11 @@ def hollow(gradient: Tensor) -> Tensor:
 
 def _fitting(call: Call, local: str, rules: Sequence[type[Rule]]) -> Iterator[Rule]:
     for rule in rules:
-        try:
-            if rule.nested or "." not in local:
-                yield rule(call, local)
-        except Unfit:
-            continue
+        if rule.nested or "." not in local:
+            try:
+                yield made(rule, call, local)
+            except Unfit:
+                continue
 
 
 def settled(trials: Mapping[str, Trial]) -> dict[str, Way]:

@@ -9,7 +9,7 @@ Shapes: B examples, T positions.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from crosstrace.trace.rules import Arrangement, Call, is_lookup, main_output
 Uses = Sequence[tuple[Call, str]]  # a parameter's calls in order, each with the module's own name of the parameter
 Replace = Callable[[Call, Tensor], Tensor | None]
 AS_IT_IS = Arrangement()
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes that are no state of a module's own
 
 
 class Recording:
@@ -34,6 +35,7 @@ class Recording:
         deliver: called as (parameter, its uses) once all of them have their e. A parameter is not delivered if one
             of its calls can't be told apart by example or does not reach the loss. The calls are cleared afterwards.
         reading: the modules whose outputs are kept for the rules.
+        rerun: the modules that a rule may run again: whether their calls are repeatable is found out.
         arrangement: how rows become the rules' examples; None: not known yet, see `arrange`.
         replace: may give another tensor of the same values for a call's output, whose own backward then calls
             `arrived`; None leaves the output as it is.
@@ -49,9 +51,12 @@ class Recording:
         arrangement: Arrangement | None = AS_IT_IS,
         replace: Replace | None = None,
         keep: bool = False,
+        rerun: Collection[str] = (),
     ) -> None:
         self.owners, self.shape, self.deliver, self.reading = owners, shape, deliver, reading
-        self.arrangement, self.replace, self.keep = arrangement, replace, keep
+        self.arrangement, self.replace, self.keep, self.rerun = arrangement, replace, keep, rerun
+        self.before: dict[str, list[list[Any]]] = defaultdict(list)  # what the calls going on have found
+        self.aside: Callable[[Call, Tensor], None] | None = None  # who gets what arrives, in the place of the rules
         self.early: list[tuple[Call, Tensor]] = []  # what arrived before the arrangement
         self.calls: list[Call] = []
         self.sources: list[Call] = []  # those whose inputs need no gradient: the model's first
@@ -67,13 +72,20 @@ class Recording:
                 if not owner and not root:
                     continue
                 module = model.get_submodule(owner)
+                if owner in self.rerun:
+                    hooks.callback(module.register_forward_pre_hook(partial(self.begin, owner)).remove)
                 hooks.callback(module.register_forward_hook(partial(self.record, owner), with_kwargs=True).remove)
             yield
         self.settle()
 
+    def begin(self, owner: str, module: nn.Module, args: Any) -> None:
+        """A call begins of a module that may be run again."""
+        self.before[owner].append(_state(module))
+
     def record(self, owner: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
         """Note a call; gives the tensor to put in the place of its output, if any."""
         own, count = self.owners[owner], self.shape[0]
+        repeatable = bool(self.before[owner]) and _same(self.before[owner].pop(), _state(module))
         first = not any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves((args, kwargs)))
         if not own and not first:
             return None
@@ -95,7 +107,9 @@ class Recording:
         kept = result if owner in self.reading else None
         node = result.grad_fn if spread is None else result.grad_fn.next_functions[0][0]
         call = Call(owner, module, args, kwargs, only, kept, node, flat, rows=rows, place=place)
-        call.locals = tuple(own)
+        call.locals, call.repeatable = tuple(own), repeatable
+        device = result.device.type
+        call.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         self.calls.append(call)
         for local, name in own.items():
             self.of[name].append((call, local))
@@ -118,6 +132,9 @@ class Recording:
 
     def arrived(self, call: Call, e: Tensor) -> None:
         """The gradient of a call's output is there."""
+        if self.aside is not None:
+            self.aside(call, e)
+            return
         if self.arrangement is None:
             self.early.append((call, e))
             return
@@ -146,6 +163,31 @@ class Recording:
         self.early.clear()
         for call in self.calls:
             call.clear()
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """The states of the generators that a model on this device draws from."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _state(module: nn.Module) -> list[Any]:
+    """What a call would change that draws random numbers or keeps something in its module, itself or how often it was
+    changed; the modules within included."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    found: list[Any] = [(None, bytes(state.numpy())) for state in random_states(device)]
+    for inner in module.modules():
+        for kept in (vars(inner), inner._buffers):
+            for name, value in kept.items():
+                if name not in _OF_EVERY_MODULE:
+                    changes = value._version if isinstance(value, Tensor) and not value.is_inference() else None
+                    size = len(value) if isinstance(value, (list, dict, set)) else None
+                    found.append((value, (name, changes, size)))
+    return found
+
+
+def _same(before: list[Any], after: list[Any]) -> bool:
+    return len(before) == len(after) and all(a is c and b == d for (a, b), (c, d) in zip(before, after))
 
 
 def _lookup(node: Any) -> Any:

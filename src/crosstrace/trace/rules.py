@@ -15,8 +15,11 @@ Shapes: B examples, T positions, O and I outputs and inputs, c examples of a blo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -32,6 +35,11 @@ SMALL = 1 << 17
 ROWS = 64  # fewest rows of a tile
 COLUMNS = 1024  # of a linear layer's tile, at least: products of few long rows are slow (10240 -> 2560: 260 ms, 197 so)
 REPLAYED = 1 << 16  # largest parameter whose per-example gradients may all be held at once
+
+
+# Arguments of a call that it leaves as they are; any other object may hold a state, as a cache does.
+PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, torch.Size)
+PLAIN += (nn.Module, type, FunctionType)
 
 
 class Unfit(Exception):
@@ -83,6 +91,8 @@ class Call:
     rows: int = 0  # of the output: B, or B·T
     place: int = 0  # of `output` among all that the module gave
     locals: tuple[str, ...] = ()  # the module's names of all parameters this call is recorded for
+    repeatable: bool = False  # it drew no random number and left no state in its module, so it can be made again
+    autocast: torch.dtype | None = None  # that it was made in
     arrangement: Arrangement = field(default_factory=Arrangement)
     kept: dict[Any, Any] = field(default_factory=dict)  # what a rule found for several of them at once
 
@@ -120,10 +130,21 @@ class Call:
         self._check_unchanged()
         return [self.arranged(x) for x in self._tensors()]
 
+    def as_it_was(self) -> AbstractContextManager[Any]:
+        """The autocast that the call was made in."""
+        device = self.e.device.type if self.e is not None else "cpu"
+        return torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None)
+
     def arguments(self, change: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """args and kwargs with every tensor changed."""
+        """args and kwargs with every tensor changed, and None in the place of an object that the call may have changed,
+        such as a cache: it was empty before if the same output comes without it, which the caller has to check."""
         self._check_unchanged()
-        swap = lambda x: change(self.arranged(x)) if isinstance(x, Tensor) else x
+
+        def swap(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                return change(self.arranged(x))
+            return x if isinstance(x, PLAIN) else None
+
         return tree_map(swap, self.args), tree_map(swap, self.kwargs)
 
     def arranged(self, x: Tensor) -> Tensor:
@@ -158,9 +179,15 @@ class Call:
 
     def again(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """The module's output for another input and other parameters."""
-        swap = lambda value: x if value is self.input else value
+        if not all(isinstance(value, (Tensor, *PLAIN)) for value in tree_leaves((self.args, self.kwargs))):
+            raise Unfit  # an object that the call may have changed
+
+        def swap(value: Any) -> Any:
+            return x if value is self.input else value
+
         args, kwargs = tree_map(swap, self.args), tree_map(swap, self.kwargs)
-        return tree_leaves(torch.func.functional_call(self.module, parameters, args, kwargs))[self.place]
+        with self.as_it_was():
+            return tree_leaves(torch.func.functional_call(self.module, parameters, args, kwargs))[self.place]
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -178,7 +205,8 @@ class Rule:
     name: str
     batch: int  # B
     reads_output = True  # whether `call.result()` is asked for: only then is the module's output kept
-    reruns = False  # whether it runs the module again, dropout and all
+    reruns = False  # whether it runs the module again
+    lazy = False  # whether it does so only when it is asked for products, and may then find that it does not fit
     nested = False  # whether `local` may name a parameter of a module inside, e.g. "conv1d.weight"
 
     def __init__(self, call: Call, local: str) -> None:
@@ -435,11 +463,31 @@ class Replay(Held):
             again = lambda w: call.again(x.unsqueeze(0), {local: w}).to(e.dtype)
             return torch.func.vjp(again, parameter)[1](e.unsqueeze(0))[0]
 
-        try:
-            grads = torch.vmap(gradient)(x, call.gradient())
-        except RuntimeError as why:  # what vmap cannot trace, e.g. a branch on the data
-            raise Unfit from why
+        grads = torch.vmap(gradient)(x, call.gradient())  # (which can't trace everything, e.g. a branch on the data)
         super().__init__(grads.to(sum_dtype(grads.dtype)))
+
+
+def made(rule: type[Rule], call: Call, local: str) -> Rule:
+    """The rule for this use of the parameter.
+
+    Raises:
+        Unfit: it does not know this use, or fails on it, in whatever way.
+    """
+    if rule.reruns and not call.repeatable:
+        raise Unfit
+    with fitting():
+        return rule(call, local)
+
+
+@contextmanager
+def fitting() -> Iterator[None]:
+    """A rule at work on a module that may be of any kind: what it stumbles over says that it does not fit."""
+    try:
+        yield
+    except (Unfit, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as why:
+        raise Unfit from why
 
 
 def main_output(output: Any, rows: Container[int]) -> int | None:
@@ -472,8 +520,17 @@ def reduce(
         totals: where "sum" is all that is wanted, it may be had without work per example.
         weighted: where given, Σ_i w_i g_i of the same products is added to it.
         weights: w_i of all examples of the batch.
+
+    Raises:
+        Unfit: a rule found only now that it does not fit; nothing has been added.
     """
-    if weighted is not None:
+    if any(use.lazy for use in uses):
+        apart = {name: torch.zeros_like(total) for name, total in sums.items()}
+        with fitting():
+            _blocks(uses, apart, examples, uses[0].batch) if len(uses) > 1 else uses[0].reduce(apart, examples)
+        for name, total in sums.items():
+            total.add_(apart[name])
+    elif weighted is not None:
         _blocks(uses, sums, examples, uses[0].batch, weighted, weights)
     elif totals and list(sums) == ["sum"]:
         for use in uses:

@@ -222,8 +222,9 @@ def trace(
     Args:
         model: left as it was found: mode, flags, `.grad`, hooks, random state. Of one sharded by FSDP2 the values are
             sharded likewise, on its device.
-        batches: dicts of input_ids, attention_mask, labels [B, T]; position_ids too under left padding; and, for
-            `parts`, group [B]. Examples packed into one row are taken apart where position_ids begin anew.
+        batches: dicts of input_ids, attention_mask, labels [B, T], padded on either side; for `parts`, group [B] too.
+            A model counts its own positions unless position_ids [B, T] other than 0, 1, … are given. Examples packed
+            into one row are taken apart where position_ids begin anew.
         task: its name in the result.
         measures: of MEASURES; several cost little more than one.
         parts: examples of group g count for part g % parts, so that intervals can be taken over disjoint parts of
@@ -429,8 +430,8 @@ class Accumulated:
         self._steps[task] += 1
 
     def replan(self) -> None:
-        """Choose each parameter's rule anew at the next step: a first one whose gradients are zero, as an adapter's
-        are at its start, tells nothing about the rules."""
+        """Choose each parameter's rule anew at the next step: after the model was changed, such as by another adapter
+        put on it."""
         self._engine.probed = 0
 
     def traces(self, *, last: bool = False) -> list[Trace]:
@@ -461,6 +462,8 @@ class Accumulated:
             "plan": dict(self._engine.plan),
             "order": list(self._engine.order),
             "probed": self._engine.probed,
+            "untold": sorted(self._engine.untold),
+            "seen": self._engine.seen,
         }
 
     def _sums(self) -> dict[str, Tensor]:
@@ -499,7 +502,8 @@ class Accumulated:
             raise UserError("the saved online trace has other parameters than the model; is it of another model?")
         self._steps = dict(header["steps"])
         self._engine.plan, self._engine.order = dict(header["plan"]), list(header["order"])
-        self._engine.probed = header["probed"]
+        self._engine.probed, self._engine.seen = header["probed"], header["seen"]
+        self._engine.untold = set(header["untold"])
         for key, mean in self._means.items():
             mean.weight = header["weights"][key]
             for name, total in mean.total.items():

@@ -8,7 +8,13 @@ The training's loss must be L = Σ_i w_i ℓ_i over the examples of its batches,
 labels; then e, the gradient of L, is that of ℓ_i times w_i in the rows of example i, and dividing by w_i gives back the
 trace's unit, one example. w_i is n_i / N for the loss of transformers' causal language models (n_i labels of the
 example, N of the batch or of all batches of an update), times whatever the training multiplies its loss with. That it
-is so is checked on the gradient of the logits in every batch.
+is so is checked in every batch, where the loss falls apart into its examples (`split`).
+
+A training's forward may differ from the one that the rules were chosen on: dropout, a cache that it fills, modules that
+evaluation does not call. So the rules are tried on it too, against the gradients of single examples that its own graph
+gives. What no rule serves there is computed one example at a time: by itself, where that was seen to give the same
+gradient, else through the training's graph. Nothing is left out: at the end of a step every parameter whose gradient
+the training changed has been traced, or an error names it.
 
 What is not known here: examples packed into one row, and losses that mix examples (an auxiliary loss of experts).
 """
@@ -16,9 +22,10 @@ What is not known here: examples packed into one row, and losses that mix exampl
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -31,14 +38,14 @@ from crosstrace.losses import next_tokens
 from crosstrace.sharded import is_sharded
 from crosstrace.trace.engine import Batch, undisturbed
 from crosstrace.trace.modules import Linear, TransposedLinear
-from crosstrace.trace.recording import Recording, Uses
-from crosstrace.trace.rules import Arrangement, Call, reduce, sum_dtype
+from crosstrace.trace.probe import AGREES, misfit, pair_of
+from crosstrace.trace.recording import Recording, Uses, random_states
+from crosstrace.trace.rules import Arrangement, Call, Unfit, reduce, sum_dtype
+from crosstrace.trace.split import Split, splits
 from crosstrace.trace.trace import Accumulated
 
 COLUMNS = ("task", "group", "loss_weight", "loss_labels")  # of a batch, for the trace alone: the model never sees them
-# How far the logits' gradient may be from Σ_i w_i ∂ℓ_i, relative to its norm: rounding, and dtype of the logits.
-AGREES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.02}
-CHECKED = 16  # examples of a batch whose targets are looked at for that
+SAMPLE = 4096  # elements of a gradient by which two of the same parameter are compared
 _LISTENING: WeakKeyDictionary[nn.Module, TrainingTrace] = WeakKeyDictionary()
 
 
@@ -54,9 +61,20 @@ class _Pass:
     others: list[str]  # tensors that the model got besides the batch
     recording: Recording
     wanted: dict[Call, Tensor] = field(default_factory=dict)  # a linear layer's weight gradient, to be filled
-    unseen: bool = False  # the logits' gradient is to be checked and has not come
+    unseen: bool = False  # the loss is to be checked where it falls apart, and its gradient there has not come
     factor: Tensor | None = None  # what the training multiplied its loss with, once its backward has begun
+    before: list[Tensor] = field(default_factory=list)  # the states of the random generators before the forward
+    drew: bool = False  # whether it drew random numbers
+    loss: float | None = None  # that the model gave
+    refused: set[str] = field(default_factory=set)  # parameters whose rule did not fit, against what was planned
     hooks: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def scale(self) -> Tensor:
+        """[B] what the gradient of the training's loss is multiplied by to be that of ℓ_i; 0 without a target."""
+        assert self.factor is not None
+        whole = self.factor * self.weights
+        return torch.where(whole == 0, 0, 1 / whole)
 
 
 class TrainingTrace(Accumulated):
@@ -74,8 +92,12 @@ class TrainingTrace(Accumulated):
 
     where several forwards and backwards in one step accumulate. Where the model does not compute the loss itself, a
     batch must have `loss_labels` [B, T], what is trained on, and `loss_weight` [B], w_i. With transformers' Trainer
-    use `TraceCallback`. Parameters that have no rule are computed one example at a time at the end of a step, without
-    dropout. Frozen parameters are left out.
+    use `TraceCallback`. Dropout is traced as it was drawn. Frozen parameters are left out.
+
+    The first forward costs more: the rules are tried on it. A parameter that no rule serves is computed one example at
+    a time: at the end of the step, at the price of about one more forward and backward of the batch; or, where one
+    example by itself has another gradient (dropout, a cache that was filled), through the training's graph, at the
+    price of a backward of the whole batch for each example. `late` says how large a share that is.
 
     Args:
         model, tasks, measures, parts, lr_weighted, where: as in `Accumulated`.
@@ -111,7 +133,12 @@ class TrainingTrace(Accumulated):
         self._passes: list[_Pass] = []
         self._gradients: dict[str, dict[str, Tensor]] = {}  # per task, Σg of the step
         self._step_factor = 1.0
-        self._checked = 0  # passes whose loss was checked
+        self._seen = 0  # passes so far
+        self._tries = 0  # passes that the rules were tried on
+        self._untried = set(self._engine.parameters)  # whose rules were not seen to be right in the training's forward
+        self._calm: set[str] = set()  # parameters whose gradient is the same where an example is by itself
+        self._alive: set[str] = set()  # parameters whose gradient and trace were both seen not to be zero
+        self._grads: dict[str, tuple[int, int]] = {}  # which gradients there were when the step began
         self._late_numel = self._passed = 0  # parameters (a pass) computed one example at a time; passes
 
     def __enter__(self) -> TrainingTrace:
@@ -132,7 +159,7 @@ class TrainingTrace(Accumulated):
 
     @property
     def late(self) -> float:
-        """Share of the parameters computed one example at a time at the end of steps, over all passes so far."""
+        """Share of the parameters computed one example at a time, over all passes so far."""
         whole = sum(p.numel() for p in self._engine.parameters.values())
         return self._late_numel / (whole * self._passed) if self._passed else 0.0
 
@@ -160,30 +187,63 @@ class TrainingTrace(Accumulated):
         self._check_whole()
         self._active, self._whole = True, False
         self._step_factor = self._factor(lr)
+        self._grads = self._marks()
+
+    def _marks(self) -> dict[str, tuple[int, int]]:
+        """Which gradient each parameter has, and how often it was changed."""
+        grads = {name: p.grad for name, p in self._engine.parameters.items()}
+        return {name: (id(grad), grad._version) for name, grad in grads.items() if grad is not None}
 
     def end(self) -> None:
         """End the step, before the parameters are changed."""
         sizes: dict[str, dict[int, int]] = {}
+        changed = {name for name, mark in self._marks().items() if self._grads.get(name) != mark}
         for done in self._passes:
-            if done.factor is None:
+            if done.factor is None and not done.recording.early:
                 continue  # a forward without a backward
-            if done.unseen:
+            if done.factor is None or done.unseen:
                 raise UserError(
-                    "the training's backward does not pass through the logits that its model gives, so its loss can't "
-                    "be checked; expected a loss made of them"
+                    "the training's backward does not come through the loss, the logits or the log-probabilities that "
+                    "its model gives, so its loss can't be checked; expected a loss made of them (not of hidden states, "
+                    "as fused heads outside of the model make it), or use OnlineTrace"
                 )
             self._passed += 1
-            self._late(done)
+            self._late(done, changed)
             for task, part, share in done.shares:
                 of_task = sizes.setdefault(task, {})
                 of_task[part] = of_task.get(part, 0) + share.stop - share.start
+        if changed and not sizes:
+            raise UserError(
+                f"a step of the training changed gradients ({min(changed)} and {len(changed) - 1} others), but no "
+                "forward of the model that is traced had to do with it; expected the loss to come from a call of that "
+                "very model in training, not of a part of it, a copy or a compiled one; or use OnlineTrace"
+            )
         for task, of_task in sizes.items():
             gradients = self._gradients.pop(task, {})
             for name in list(gradients):
                 self._add_step(task, name, gradients.pop(name).div_(sum(of_task.values())), self._step_factor)
             self._count(task, of_task.items(), self._step_factor)
+        self._check_alive(changed)
         self._forget()
         self._whole = True
+
+    def _check_alive(self, changed: set[str]) -> None:
+        """Raise a `UserError` if a parameter that the training has changed the gradient of has a trace of zero."""
+        # θ·g is zero where θ is, g² where it is too small for a float, and all at a learning rate of zero
+        means = [mean for mean in self._means.values() if mean.measure in ("abs", "net")]
+        if not means or not self._step_factor:
+            return
+        for name in sorted(changed - self._alive):
+            grad = self._engine.parameters[name].grad
+            if grad is None or not grad.any():
+                continue
+            if not any(bool(mean.total[name].any()) for mean in means):
+                raise UserError(
+                    f"parameter {name!r} gets a gradient in the training, but none of its examples gives it one, so it "
+                    "can't be traced there; does something else than their loss change it, such as a penalty on "
+                    "weights? Trace checkpoints, or use OnlineTrace"
+                )
+            self._alive.add(name)
 
     def _forget(self) -> None:
         """Let go of what was recorded."""
@@ -272,16 +332,17 @@ class TrainingTrace(Accumulated):
         engine.plan_for(batch)
         self._active = True
         moved = None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
-        missing = {name for name, way in engine.plan.items() if way != []}
+        missing = set(engine.parameters)
         given = {"input_ids", "attention_mask", "position_ids", "labels", "num_items_in_batch"}
         others = sorted(name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in given)
         done = _Pass(batch, shares, weights, moved, missing, others, None)  # pyright: ignore[reportArgumentType]
-        deliver = lambda name, uses: self._deliver(done, name, uses)
-        replace = (lambda call, result: self._shared(done, call, result)) if self._reuse else None
-        done.recording = Recording(
-            engine.owners, (ids.shape[0], ids.shape[1]), deliver, engine.reading(), None, replace
-        )
+        deliver, replace = partial(self._deliver, done), partial(self._shared, done) if self._reuse else None
+        shape, rerun = (ids.shape[0], ids.shape[1]), engine.rerun()
+        done.recording = Recording(engine.owners, shape, deliver, engine.reading(), None, replace, rerun=rerun)
         done.hooks.enter_context(done.recording.watching(engine.model, root=False))
+        if "" in rerun:
+            done.recording.begin("", engine.model, args)
+        done.before = random_states(ids.device)
         return done
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -304,71 +365,149 @@ class TrainingTrace(Accumulated):
             )
         for call in done.recording.sources:
             call.node.register_prehook(lambda e, call=call: done.recording.arrived(call, e[0]))
-        loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
+        done.drew = any(not torch.equal(a, b) for a, b in zip(done.before, random_states(done.weights.device)))
+        loss = getattr(output, "loss", None)
         loss = loss if isinstance(loss, Tensor) and loss.requires_grad else None
-        if logits is None or not logits.requires_grad or logits.shape[:2] != done.recording.shape:
-            if loss is None:
-                raise UserError("the training's model gives neither a loss nor logits [examples, positions, tokens]")
-        else:
-            self._check_loss(done, logits)
+        shape, labels = done.recording.shape, done.batch["labels"]
+        found = splits(output, shape, labels, done.weights, done.order, self._seen)
+        if not found and loss is None:
+            raise UserError(
+                "the training's model gives neither a loss nor logits [examples, positions, tokens] with a gradient; "
+                "expected one of them, or use OnlineTrace"
+            )
+        self._seen += 1
+        done.unseen = bool(found)
+        for split in found:
+            split.node.register_prehook(partial(self._splits, done, split))
         if loss is not None:
-            loss.register_hook(lambda e: self._begun(done, e))
+            done.loss = float(loss.detach())
+            loss.register_hook(partial(self._told, done))
 
     # ---- the training's backward
 
-    def _check_loss(self, done: _Pass, logits: Tensor) -> None:
-        """See to it that the gradient of the logits is Σ_i w_i ∂ℓ_i.
+    def _told(self, done: _Pass, e: Tensor) -> None:
+        """The loss's gradient has come: what the training multiplied it with."""
+        if done.recording.aside is None:
+            self._multiplied(done, e)
+            if not done.unseen:
+                done.recording.arrange(Arrangement(done.order, done.scale))
 
-        All positions without a target must have none; the first and the last target of some examples, others in every
-        batch, must have the one of the cross-entropy: all of the vocabulary is too much to look at each time.
-        """
-        wanted = next_tokens(done.batch["labels"])
-        targets = wanted != -100
-        count = len(wanted)
-        some = (torch.arange(min(CHECKED, count), device=logits.device) + CHECKED * self._checked) % count
-        self._checked += 1
-        span = torch.arange(wanted.shape[1], device=logits.device) * targets[some]
-        rows, place = some.repeat(2), torch.cat([targets[some].to(torch.uint8).argmax(1), span.argmax(1)])
-        there = rows if done.order is None else done.order[rows]
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        expected = logits.detach()[there, place].to(wide).softmax(-1)
-        expected[torch.arange(len(rows), device=rows.device), wanted[rows, place]] -= 1
-        share = (done.weights[rows] / targets.sum(1)[rows]).unsqueeze(1)
-        expected *= share
-        empty = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
-        empty[slice(0, count) if done.order is None else done.order[:count]] = ~targets
-        done.unseen = True
+    def _splits(self, done: _Pass, split: Split, gradients: Sequence[Tensor]) -> None:
+        """The gradient has come to where the loss falls apart."""
+        if done.recording.aside is not None:
+            return  # of a backward of the trace's own
+        e = gradients[0]
+        factor = split.factor(e, done.factor)
+        done.unseen = False
+        if done.recording.arrangement is not None:
+            return  # the loss is made of two such places
+        if done.factor is None:
+            self._multiplied(done, factor)
+        if self._untried and (self._tries == 0 or self._seen & (self._seen - 1) == 0):
+            self._try(done, split, e)
+        through = [name for name in self._without_rule(done) if done.drew or name not in self._calm]
+        if through:
+            self._through(done, split, e, through)
+        done.recording.arrange(Arrangement(done.order, done.scale))
 
-        def check(gradients: Sequence[Tensor]) -> None:
-            e, done.unseen = gradients[0], False
-            got = e[there, place].to(wide)
-            if done.factor is None:
-                self._begun(done, (got * expected).sum() / expected.square().sum())
-            assert done.factor is not None
-            apart = (got - done.factor.to(wide) * expected).norm(dim=1)
-            noise = 2 * torch.finfo(e.dtype).eps * (share.squeeze(1) * done.factor).abs()
-            right = bool((apart <= AGREES[e.dtype] * got.norm(dim=1) + noise).all())
-            if not right or bool((e[..., :8].abs().amax(-1) * empty).any()):
-                raise UserError(
-                    "the training's loss is not the weighted mean over examples that the trace takes it for (label "
-                    "smoothing, another loss, or other weights?); expected the mean cross-entropy of the labels, or "
-                    "the columns loss_labels and loss_weight that say how it differs"
-                )
-
-        node: Any = logits.grad_fn
-        while node.name() == "ToCopyBackward0":  # accelerate gives a float32 copy, which the loss is not made of
-            node = node.next_functions[0][0]
-        node.register_prehook(check)
-
-    def _begun(self, done: _Pass, factor: Tensor) -> None:
-        """The backward has begun, and what the loss was multiplied with is known."""
+    def _multiplied(self, done: _Pass, factor: Tensor) -> None:
+        """What the training multiplied its loss with is known."""
         done.factor = factor.detach().double()
         if not bool(done.factor.isfinite()) or not bool(done.factor):
             raise UserError(
                 f"the training multiplies its loss with {float(done.factor)}; expected a finite factor, not 0"
             )
-        scale = done.factor * done.weights
-        done.recording.arrange(Arrangement(done.order, torch.where(scale == 0, 0, 1 / scale)))
+
+    def _without_rule(self, done: _Pass) -> list[str]:
+        """The parameters that this forward uses in a way that no rule is planned for."""
+        engine, recording = self._engine, done.recording
+        return sorted(
+            name for name, way in engine.plan.items()
+            if way is None or name in recording.hidden
+            or (name in recording.of and not engine.expects(name, recording.of[name]))
+        )  # fmt: skip
+
+    @contextmanager
+    def _apart(self, done: _Pass, arrived: Callable[[Call, Tensor], None]) -> Iterator[None]:
+        """For a backward of the trace's own through the training's graph: what arrives goes to `arrived`, and the
+        training goes on as if nothing had been."""
+        done.recording.aside, active, self._active = arrived, self._active, False
+        try:
+            with torch.autocast(done.weights.device.type, enabled=False):
+                yield
+        finally:
+            done.recording.aside, self._active = None, active
+
+    def _try(self, done: _Pass, split: Split, e: Tensor) -> None:
+        """Compare each parameter's rule, and its gradient where an example is by itself, with the gradient of single
+        examples that the training's own graph gives. A rule that differs is given up."""
+        self._tries += 1
+        engine, recording = self._engine, done.recording
+        names = sorted(self._untried)
+        calls = {call: [name for name in engine.owners[call.name].values() if name in recording.of]
+                 for call in recording.calls}  # fmt: skip
+        told: set[str] = set()
+        wrong: set[str] = set()
+        apart: set[str] = set()
+        for i in pair_of(done.batch["attention_mask"]):
+            by_itself: dict[str, Tensor] = {}
+            waiting = {call: set(of) for call, of in calls.items()}
+
+            def arrived(call: Call, gradient: Tensor) -> None:
+                call.e, call.arrangement = gradient.detach(), Arrangement(done.order, done.scale)
+
+            def judge(name: str, gradient: Tensor, i: int = i) -> None:
+                theta, uses = engine.parameters[name], recording.of.get(name, [])
+                gradient = gradient.to(sum_dtype(theta.dtype)) * done.scale[i].to(sum_dtype(theta.dtype))
+                half = next((call.autocast for call in recording.calls if call.autocast is not None), theta.dtype)
+                if gradient.any():
+                    told.add(name)
+                there = bool(uses) and all(call.e is not None for call, _ in uses)
+                rules = engine.rules(name, uses) if there and engine.plan[name] else None
+                if rules is None or any(
+                    misfit(rules, i, gradient, theta, totals=totals, dtype=half) > 1 for totals in (True, False)
+                ):
+                    wrong.add(name)
+                if name not in by_itself or not _alike(by_itself[name], _sample(gradient), AGREES[half][0]):
+                    apart.add(name)
+                for call, _ in uses:
+                    waiting[call].discard(name)
+                    if not waiting[call]:
+                        call.e, call.kept = None, {}
+
+            with self._apart(done, arrived):
+                with undisturbed(engine.model), engine.streaming(names, partial(_note, by_itself)):
+                    engine.alone(done.batch, i, names)
+                with engine.streaming(names, judge):
+                    torch.autograd.grad(
+                        [split.edge], engine.ends(names), [split.only(e, i)], retain_graph=True, allow_unused=True
+                    )  # pyright: ignore[reportArgumentType]
+            for call in recording.calls:
+                call.e, call.kept = None, {}
+        self._untried -= told
+        self._calm = (self._calm - apart) | (told - apart)
+        engine.plan |= dict.fromkeys(wrong)
+
+    def _through(self, done: _Pass, split: Split, e: Tensor, names: list[str]) -> None:
+        """What no rule serves, one example after the other through the training's own graph."""
+        engine = self._engine
+
+        def alone(i: int) -> list[Tensor | None]:
+            found = torch.autograd.grad(
+                [split.edge], engine.ends(names), [split.only(e, i)], retain_graph=True, allow_unused=True
+            )  # pyright: ignore[reportArgumentType]
+            factor = float(done.scale[i])
+            return [None if g is None else g.to(sum_dtype(g.dtype)) * factor for g in engine.by_name(names, found)]
+
+        with self._apart(done, lambda call, gradient: None):
+            for task, part, share in done.shares:
+                engine.one_by_one(done.batch, share, names, partial(self._sums_of, task, part), alone)
+        self._late_numel += sum(engine.parameters[name].numel() for name in names)
+        done.missing -= set(names)
+
+    def _sums_of(self, task: str, part: int, name: str) -> AbstractContextManager[dict[str, Tensor]]:
+        """Where the sums of a task's examples of one part are added for a parameter."""
+        return self._open(task, part, name, self._gradients.setdefault(task, {}), self._step_factor)
 
     def _shared(self, done: _Pass, call: Call, result: Tensor) -> Tensor | None:
         """For a linear layer's output: the same, its weight's gradient to come from the trace's products."""
@@ -396,34 +535,31 @@ class TrainingTrace(Accumulated):
         return _Shared.apply(result.detach(), call.input, weight, bias, kinds[way[0][2]], gradient)
 
     def _deliver(self, done: _Pass, name: str, uses: Uses) -> None:
-        device = done.weights.device
-        with ExitStack() as apart:
-            apart.enter_context(torch.autocast(device.type, enabled=False))
-            if any(rule.reruns for rule in self._engine.planned(name)):  # the training's random numbers are its own
-                apart.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        if name not in done.missing:
+            return  # it went through the training's graph
+        with torch.autocast(done.weights.device.type, enabled=False):
             rules = self._engine.rules(name, uses)
             if rules is None:
-                done.missing.add(name)
+                done.refused.add(name)
                 return
             total = done.wanted.pop(uses[0][0], None) if uses and uses[0][1] == "weight" else None
             weights = [] if total is None or done.factor is None else (done.factor * done.weights).tolist()
-            for task, part, share in done.shares:
-                with self._open(task, part, name, self._gradients.setdefault(task, {}), self._step_factor) as sums:
-                    reduce(rules, sums, share, weighted=total, weights=weights)
+            for number, (task, part, share) in enumerate(done.shares):
+                try:
+                    with self._sums_of(task, part, name) as sums:
+                        reduce(rules, sums, share, weighted=total, weights=weights)
+                except Unfit:
+                    if number:
+                        raise self._refusal(name) from None
+                    done.refused.add(name)
+                    return
         done.missing.discard(name)
 
-    def _late(self, done: _Pass) -> None:
-        """What no rule served, one example at a time."""
+    def _late(self, done: _Pass, changed: set[str]) -> None:
+        """What no rule served, each example by itself, where the training's gradient is the same."""
         engine, recording = self._engine, done.recording
-        names = []
-        for name, way in engine.plan.items():
-            called = name in recording.of or name in recording.hidden
-            if way == [] or (way is not None and name in done.missing and not called):
-                # no gradient, as was planned, or of a module that this forward left out; or a use that no call shows
-                if engine.parameters[name].grad is not None and way == []:
-                    names.append(name)
-            elif name in done.missing:
-                names.append(name)
+        called = {*done.refused, *recording.hidden, *recording.of}
+        names = sorted(done.missing & (changed if changed else called))
         if not names:
             return
         if done.others:
@@ -431,16 +567,54 @@ class TrainingTrace(Accumulated):
                 f"parameter {names[0]!r} has no rule, and the model got {done.others[0]!r}, which it would not get "
                 "where one example at a time is traced; expected input_ids, attention_mask and position_ids only"
             )
-        self._late_numel += sum(engine.parameters[name].numel() for name in names)
-
-        def into(name: str, number: int) -> AbstractContextManager[dict[str, Tensor]]:
-            task, part, _ = done.shares[number]
-            return self._open(task, part, name, self._gradients.setdefault(task, {}), self._step_factor)
-
         active, self._active = self._active, False
         with undisturbed(engine.model):
-            engine.one_by_one(done.batch, [share for _, _, share in done.shares], names, into)
+            if done.drew or not (set(names) <= self._calm or self._has_the_same_loss(done)):
+                raise self._refusal(next(name for name in names if done.drew or name not in self._calm))
+            for task, part, share in done.shares:
+                engine.one_by_one(done.batch, share, names, partial(self._sums_of, task, part))
         self._active = active
+        self._late_numel += sum(engine.parameters[name].numel() for name in names)
+
+    def _has_the_same_loss(self, done: _Pass) -> bool:
+        """Whether the examples by themselves have the loss that the training's model gave: all that is known where it
+        gives nothing else."""
+        if done.loss is None or self._tries:
+            return False
+        with torch.no_grad():
+            count = len(done.batch["labels"])
+            mask = done.batch["attention_mask"].bool()
+            whole = 0.0
+            for i in range(count):
+                example = {key: value[i : i + 1, mask[i]] for key, value in done.batch.items()}
+                whole += float(done.weights[i]) * float(self._engine.losses(example, only_targets=True))
+        dtypes = {call.autocast or call.module.get_parameter(call.locals[0]).dtype
+                  for call in done.recording.calls if call.locals}  # fmt: skip
+        return abs(whole - done.loss) <= max(AGREES[dtype][0] for dtype in dtypes) / 10 * abs(done.loss)
+
+    def _refusal(self, name: str) -> UserError:
+        return UserError(
+            f"parameter {name!r} can't be traced in a step of this training: no rule serves its use there, and an "
+            "example by itself does not have the gradient that it has in the training (dropout, a cache, modules that "
+            "training alone calls); switch that off, or use OnlineTrace, which traces the model without it"
+        )
+
+
+def _note(samples: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+    samples[name] = _sample(gradient)
+
+
+def _sample(gradient: Tensor) -> Tensor:
+    """Some of a gradient's elements, spread over it."""
+    flat = gradient.flatten()
+    return flat[:: max(1, len(flat) // SAMPLE)].clone()
+
+
+def _alike(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether two samples of a gradient differ by no more than rounding explains."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    a, b = a.to(wide), b.to(wide)
+    return bool((a - b).norm() <= tolerance * b.norm())
 
 
 def _plain(module: nn.Module) -> bool:
