@@ -233,8 +233,8 @@ def test_only_trained_parameters_and_examples_with_targets():
     [
         (lambda batch: batch.pop("task"), "no column 'task'"),
         (lambda batch: batch.update(task=torch.full((4,), 2)), "from 0 to 1"),
-        (lambda batch: batch.pop("labels"), "labels or, where"),
-        (lambda batch: batch.update(loss_weight=torch.ones(4)), "labels or, where"),
+        (lambda batch: batch.pop("labels"), "no labels, so its loss is computed outside"),
+        (lambda batch: batch.update(loss_weight=torch.ones(4)), "both columns"),
         (lambda batch: batch.update(labels=batch["input_ids"].clone()), "count padding"),
         (lambda batch: batch.update(task=[0, 1]), "has shape"),
         (lambda batch: batch.update(task=[0.5, 1, 0, 0]), "from 0 to 1"),

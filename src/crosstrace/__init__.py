@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from crosstrace.text import biographies, questions
     from crosstrace.tokens import batches, encode
     from crosstrace.trace import OnlineTrace, Trace, TrainingTrace
-    from crosstrace.trace.callback import TraceCallback
+    from crosstrace.trace.callback import KeepColumns, TraceCallback
 
 _HOME = {
     "config": ["Experiment"],
@@ -36,13 +36,13 @@ _HOME = {
     "text": ["biographies", "questions"],
     "tokens": ["batches", "encode"],
     "trace": ["OnlineTrace", "Trace", "TrainingTrace"],
-    "trace.callback": ["TraceCallback"],
+    "trace.callback": ["KeepColumns", "TraceCallback"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: RUF022  (in the order in which an experiment uses them)
     "Experiment", "run", "Results", "FactSettings", "World", "biographies", "questions", "load_model", "load_tokenizer",
-    "encode", "batches", "recall", "Trace", "OnlineTrace", "TrainingTrace", "TraceCallback", "ParamSet", "scope",
+    "encode", "batches", "recall", "Trace", "OnlineTrace", "TrainingTrace", "TraceCallback", "KeepColumns", "ParamSet", "scope",
     "select", "ablated", "grafted", "UserError",
 ]  # fmt: skip
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import TrainerCallback
 
 from crosstrace.errors import UserError
@@ -22,7 +23,8 @@ class TraceCallback(TrainerCallback):
         trainer.add_callback(tracing)
 
     The data set has a column `task`, the number of each example's task in that list (and `group` for `parts`);
-    `TrainingArguments` needs remove_unused_columns=False. Gradient accumulation, clipping and mixed precision are as
+    `TrainingArguments` needs remove_unused_columns=False, and a data collator that would leave the column out, as TRL's
+    does, `KeepColumns` around it. Gradient accumulation, clipping and mixed precision are as
     in any training. Checkpoints of the Trainer carry the trace's state, and a resumed training goes on with it.
 
     Args:
@@ -61,6 +63,11 @@ class TraceCallback(TrainerCallback):
                 "the Trainer removes columns that the model does not know, and with them 'task'; set "
                 "remove_unused_columns=False in its TrainingArguments"
             )
+        if args.label_smoothing_factor:
+            raise UserError(
+                f"label_smoothing_factor is {args.label_smoothing_factor}, and the trace knows the mean cross-entropy "
+                "of the labels alone; set it to 0, or use OnlineTrace"
+            )
         self.close()
         self.trace = TrainingTrace(kwargs["model"], *self._arguments, reuse=self._reuse)
         if state.global_step:
@@ -98,3 +105,28 @@ class TraceCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trace is not None:
             self.trace.__exit__()
+
+
+class KeepColumns:
+    """A data collator that keeps what the trace needs of each example, beside what another collator makes of the rest.
+
+        trainer.data_collator = KeepColumns(trainer.data_collator)
+
+    Args:
+        collator: makes a batch, a mapping, of a list of examples.
+        columns: of numbers, one for each example, those that the examples have.
+    """
+
+    def __init__(
+        self, collator: Callable[[list[Any]], Mapping[str, Any]], columns: Sequence[str] = ("task", "group")
+    ) -> None:
+        self.collator, self.columns = collator, tuple(columns)
+
+    def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
+        kept = {
+            name: torch.tensor([int(example[name]) for example in examples])
+            for name in self.columns
+            if name in examples[0]
+        }
+        rest = [{name: value for name, value in example.items() if name not in kept} for example in examples]
+        return {**self.collator(rest), **kept}

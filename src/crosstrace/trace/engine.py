@@ -229,10 +229,10 @@ class Engine:
                 )
             # The model's first calls are where the backward ends; on the way there it passes all others.
             sources = recording.sources
-            ends = [GradientEdge(call.node, 0) for call in sources] + self.ends(idle)
+            ends = [GradientEdge(node, 0) for _, node in sources] + self.ends(idle)
             # (torch's stubs do not know a list of both.)
             found = torch.autograd.grad(losses.sum(), ends, allow_unused=True) if ends else ()  # pyright: ignore
-            for call, e in zip(sources, found):
+            for (call, _), e in zip(sources, found):
                 if e is not None:
                     recording.arrived(call, e)
             for name, gradient in zip(idle, self.by_name(idle, found[len(sources) :])):

@@ -59,7 +59,8 @@ class Recording:
         self.aside: Callable[[Call, Tensor], None] | None = None  # who gets what arrives, in the place of the rules
         self.early: list[tuple[Call, Tensor]] = []  # what arrived before the arrangement
         self.calls: list[Call] = []
-        self.sources: list[Call] = []  # those whose inputs need no gradient: the model's first
+        # those whose inputs need no gradient, the model's first, with the node whose gradient e is
+        self.sources: list[tuple[Call, Any]] = []
         self.of: dict[str, list[tuple[Call, str]]] = defaultdict(list)
         self.blind = False  # a call was made without gradients
         self.hidden: set[str] = set()  # parameters of a call whose output does not show the examples
@@ -93,7 +94,6 @@ class Recording:
         if count > 1 and isinstance(output, Tensor) and output.requires_grad and output.shape[:1] == (1,):
             # One row for all examples, as positions are looked up: their gradients meet in what broadcasts it.
             output = spread = output.expand(count, *output.shape[1:])
-            first = False
         place = main_output(output, (count, count * self.shape[1]))
         if place is None:
             self.blind |= not torch.is_grad_enabled()
@@ -115,9 +115,9 @@ class Recording:
             self.of[name].append((call, local))
             call.waiting.add(name)
         if first:
-            call.node = _lookup(result.grad_fn)
-            self.sources.append(call)
-            return None
+            call.node = _lookup(call.node)
+            self.sources.append((call, call.node if spread is None else result.grad_fn))
+            return spread
         other = self.replace(call, result) if self.replace is not None and result is output and spread is None else None
         if other is None:  # else its own backward tells what arrives
             # A hook set now sees the gradient of this output, whatever is done to it in place later.
@@ -161,6 +161,7 @@ class Recording:
     def close(self) -> None:
         """Let go of all tensors: an output's hook holds its call, a cycle that no collector sees."""
         self.early.clear()
+        self.sources.clear()
         for call in self.calls:
             call.clear()
 

@@ -108,9 +108,13 @@ class FusedSplit(Split):
         rows, place = (self.wanted[:, : x.shape[1]] != -100).nonzero(as_tuple=True)
         self.there, self.shares = (self.rows[rows], place), self.share[rows].unsqueeze(1)
         self.expected = -self.shares.to(torch.promote_types(x.dtype, torch.float32))
+        self.constant = x.detach() == 0  # as a fused head leaves it where there is no label
 
     def factor(self, e: Tensor, known: Tensor | None) -> Tensor:
         return super().factor(e.unsqueeze(-1), known)
+
+    def _outside(self, e: Tensor) -> Tensor:
+        return super()._outside(e) & ~self.constant
 
 
 def splits(

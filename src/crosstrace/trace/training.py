@@ -273,19 +273,34 @@ class TrainingTrace(Accumulated):
         found = ", ".join(repr(name) for name in (*kwargs, *columns)) or "nothing by name"
         if not isinstance(ids, Tensor) or ids.dim() != 2:
             raise UserError(f"the training's forward got {found}; the trace expects input_ids [examples, positions]")
+        if labels is None and not columns.keys() & {"loss_labels", "loss_weight"}:
+            raise UserError(
+                f"the training's forward got {found}, and no labels, so its loss is computed outside of the model (by "
+                "compute_loss_func, by label smoothing, which can't be traced, or by a loop of one's own); expected "
+                "labels, or the columns loss_labels and loss_weight, which say what the loss is made of"
+            )
         if labels is None or ("loss_labels" in columns) != ("loss_weight" in columns):
             raise UserError(
-                f"the training's forward got {found}; the trace expects labels or, where the loss is computed outside "
-                "of the model, the columns loss_labels and loss_weight"
+                f"the training's forward got {found}; where the loss is computed outside of the model, the trace "
+                "expects both columns, loss_labels and loss_weight"
             )
         if "task" not in columns:
             raise UserError(
-                f"the training's batch has {found}, but no column 'task' with the number of each example's task; "
-                "with transformers' Trainer set remove_unused_columns=False, or it takes the column away (or has a "
-                "training been interrupted whose trace still listens? leave its context, or close its callback)"
+                f"the training's batch has {found}, but no column 'task' with the number of each example's task; a "
+                "Trainer takes it away unless remove_unused_columns=False, and many data collators do (TRL's too) "
+                "unless wrapped: trainer.data_collator = KeepColumns(trainer.data_collator)"
             )
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
+        positions = kwargs.get("position_ids")
+        if "cu_seq_lens_q" in kwargs or (
+            isinstance(positions, Tensor) and positions.shape == ids.shape and _packed(positions, mask)
+        ):
+            raise UserError(
+                "the training packs several examples into a row, and its own backward can't be taken apart into them; "
+                "expected one example a row (with TRL packing=False and padding_free=False, with transformers another "
+                "collator than DataCollatorWithFlattening), or use OnlineTrace, which unpacks"
+            )
         for name, value in (*columns.items(), ("labels", labels), ("attention_mask", mask)):
             shape = ids.shape if name in ("labels", "loss_labels", "attention_mask") else ids.shape[:1]
             if value.shape != shape:
@@ -363,8 +378,8 @@ class TrainingTrace(Accumulated):
                 "the training adds the model's auxiliary loss, which mixes examples; the trace expects "
                 "output_router_logits=False"
             )
-        for call in done.recording.sources:
-            call.node.register_prehook(lambda e, call=call: done.recording.arrived(call, e[0]))
+        for call, node in done.recording.sources:
+            node.register_prehook(lambda e, call=call: done.recording.arrived(call, e[0]))
         done.drew = any(not torch.equal(a, b) for a, b in zip(done.before, random_states(done.weights.device)))
         loss = getattr(output, "loss", None)
         loss = loss if isinstance(loss, Tensor) and loss.requires_grad else None
@@ -615,6 +630,12 @@ def _alike(a: Tensor, b: Tensor, tolerance: float) -> bool:
     wide = torch.promote_types(a.dtype, torch.float32)
     a, b = a.to(wide), b.to(wide)
     return bool((a - b).norm() <= tolerance * b.norm())
+
+
+def _packed(positions: Tensor, mask: Tensor) -> bool:
+    """Whether positions begin anew within a row."""
+    both = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    return bool(((positions.diff(dim=1) <= 0) & both).any())
 
 
 def _plain(module: nn.Module) -> bool:
