@@ -382,10 +382,10 @@ def _note(found: Imported) -> None:
                 f"{top!r} is the object of {count} of {len(facts)} facts of {name}: guessing it is right so often"
             )
     names = [s["name"] for s in found.subjects]
-    alike = lambda key: [group for group in _grouped(names, key).values() if len(group) > 1]
+    in_another_order = [group for group in _alike(names, _parts) if len({*map(_folded, group)}) > 1]
     for groups, how in (
-        (alike(_folded), "differ in case or accents only"),
-        ([g for g in alike(_parts) if len({*map(_folded, g)}) > 1], "share all names, in another order"),
+        (_alike(names, _folded), "differ in case or accents only"),
+        (in_another_order, "share all names, in another order"),
     ):
         if groups:
             told = " and ".join(map(repr, groups[0]))
@@ -405,22 +405,30 @@ def _note(found: Imported) -> None:
 
 def _note_scripts(found: Imported, kinds: Mapping[str, Collection[str]]) -> None:
     """Count, of each kind of texts, those in which a tokenizer or a terminal may meet what it does not expect."""
-    right_to_left = lambda text: any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in text)
-    for what, has in (
-        ("letters beyond ASCII", lambda text: not text.isascii()),
-        ("words written from right to left", right_to_left),
+    for what, is_such in (
+        ("letters beyond ASCII", _is_beyond_ascii),
+        ("words written from right to left", _is_right_to_left),
     ):
-        counts = {kind: sum(map(has, each)) for kind, each in kinds.items()}
+        counts = {kind: sum(map(is_such, each)) for kind, each in kinds.items()}
         if any(counts.values()):
             told = ", ".join(f"{n} of {len(kinds[kind])} {kind}" for kind, n in counts.items() if n)
             found.notes.append(f"{what}: {told}")
 
 
-def _grouped(names: Iterable[str], key: Callable[[str], Any]) -> dict[Any, list[str]]:
+def _is_beyond_ascii(text: str) -> bool:
+    return not text.isascii()
+
+
+def _is_right_to_left(text: str) -> bool:
+    return any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in text)
+
+
+def _alike(names: Iterable[str], key: Callable[[str], Any]) -> list[list[str]]:
+    """The groups of names, of two or more, that have the same key."""
     groups: dict[Any, list[str]] = {}
     for name in names:
         groups.setdefault(key(name), []).append(name)
-    return groups
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _parts(name: str) -> frozenset[str]:
@@ -495,8 +503,8 @@ def _pattern(text: Any, kind: str, where: str) -> str:
 def _bracketed(pattern: str) -> str:
     """All words but the subject, its type and the object, marked as the relation's."""
     pieces = re.split(r"(\{subject\}|\{object\}|\{type\})", pattern)
-    mark = lambda piece: re.sub(r"\w(?:.*\w)?", lambda found: f"[{found[0]}]", piece, count=1)
-    return "".join(piece if piece.startswith("{") else mark(piece) for piece in pieces)
+    marked = (re.sub(r"(\w(?:.*\w)?)", r"[\1]", piece, count=1) for piece in pieces)
+    return "".join(piece if piece.startswith("{") else words for piece, words in zip(pieces, marked))
 
 
 # ------------------------------------------------------------------------------- files
@@ -878,8 +886,10 @@ def _settings(model: str | None, sizes: Mapping[str, int], rows: bool) -> dict[s
     if not sizes["qa"]:
         strategies = {"store": bio_only(BIO, steps) if pretrained else bio_only()}
     if strategies:
-        plain = lambda phase: {"name": phase.name, "batch": phase.batch, "steps": phase.steps}
-        found["strategies"] = {name: [plain(phase) for phase in phases] for name, phases in strategies.items()}
+        found["strategies"] = {
+            name: [{"name": phase.name, "batch": phase.batch, "steps": phase.steps} for phase in phases]
+            for name, phases in strategies.items()
+        }
     found |= PRETRAINED if pretrained else SMALL
     if rows:  # the other analyses compare a fact's two formats, or need to know its subject
         # (that one takes hours there)
