@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import string
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from tiny_models import tiny_model
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
-from crosstrace import artefacts, cli, config, harness, models, pipeline
+from crosstrace import artefacts, cli, config, harness, models, pipeline, untaught
 from crosstrace.errors import UserError
 from crosstrace.evaluate import recall
 from crosstrace.intervene import ablated, grafted
@@ -22,6 +29,8 @@ from crosstrace.material import examples
 from crosstrace.results import Results
 from crosstrace.shared import ParamSet, scope
 from crosstrace.store import Run, read_json
+from crosstrace.text import Example, Mention
+from crosstrace.tokens import collate, encode
 
 EXPERIMENT = """
 facts: {people: 24}
@@ -180,21 +189,154 @@ def test_tasks_hold_the_runs_questions(whole: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed (pip install 'crosstrace[lm-eval]')")
 def test_the_real_harness_gives_the_runs_numbers(whole: Path, tmp_path: Path) -> None:
     harness.export_run(whole, tmp_path / "tasks")
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args",
-               f"pretrained={whole / 'models/mixed/mixed'},dtype=float32",
-               "--include_path", str(tmp_path / "tasks"), "--tasks", "crosstrace_demo", "--device", "cpu",
-               "--batch_size", "16",
-               "--output_path", str(tmp_path / "out")]  # fmt: skip
-    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path,
-                   env=clean | {"HF_HOME": str(tmp_path / "hf")})  # fmt: skip
-    (file,) = (tmp_path / "out").rglob("results_*.json")
-    found, measured = read_json(file)["results"], Results.read(whole)["recall"]["mixed"]
+    found = asked_by_lm_eval(tmp_path, whole / "models/mixed/mixed", "crosstrace_demo")
+    measured = Results.read(whole)["recall"]["mixed"]
     for part in ("qa_id", "qa_ood"):
         assert found[f"crosstrace_demo_{part}"]["acc,none"] == pytest.approx(measured[part]["exact_match"])
         assert found[f"crosstrace_demo_{part}_generate"]["exact_match,none"] == pytest.approx(
             measured[part]["exact_match"]
         )
+
+
+# answers that a reader of files may take for a date, a time, a number or a truth value; the blank before digits is a
+# token of its own where a tokenizer splits numbers as Llama 3 and Qwen do
+LOOKS: dict[str, list[str]] = {
+    "born": [f"19{n:02}-0{n % 9 + 1}-{n + 10}" for n in range(12)],
+    "opens": [f"{n + 8:02}:30:00" for n in range(12)],
+    "founded": [str(1890 + 3 * n) for n in range(12)],
+    "code": [f"00{n}" for n in range(12)],
+    "member": ["true", "false"] * 6,
+    "seen": [f"1998-01-{n + 10}T13:05:00" for n in range(12)],
+    "size": [f"{n}.10" for n in range(12)],
+    "city": ["Lyon", "NA", "null", "Oslo", "None", "Bonn", "nan", "Rome", "Nice", "inf", "Bern", "Kiel"],
+}
+
+
+def looks() -> list[Example]:
+    """Questions whose answers look like something else."""
+    found = []
+    for name, answers in LOOKS.items():
+        for n, answer in enumerate(answers):
+            text = f"What is the {name} of Person{chr(65 + n)}? It is {answer}"
+            start = len(text) - len(answer)
+            mention = Mention(f"{name}.{n}", name, "q", (0, 0), (), (start, len(text)))
+            found.append(Example(f"{name}.{n}.qa", "qa", text, f"P{n}", "ood", (mention.object,), (mention,)))
+    return found
+
+
+def look_tokenizer(kind: str) -> Any:
+    """A tokenizer of the questions of `looks`: it splits numbers into three digits (`llama3`) or one (`qwen`), keeps
+    them whole (`bytes`), writes blanks as a letter (`sentencepiece`), or begins every text with a token (`begin`)."""
+    tokenizer = Tokenizer(BPE(unk_token=None))
+    digits = {"llama3": "{1,3}", "qwen": "", "begin": "{1,3}"}.get(kind)
+    if digits is not None:
+        words = rf"[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(words), behavior="isolated"), byte_level]
+        )
+    elif kind == "sentencepiece":
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Metaspace(), pre_tokenizers.Digits(individual_digits=True)]
+        )
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.Metaspace() if kind == "sentencepiece" else decoders.ByteLevel()
+    alphabet = [*string.printable, "▁"] if kind == "sentencepiece" else pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<pad>", "</s>", "<s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([example.text for example in looks()], trainer)
+    if kind == "begin":
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
+
+
+def as_the_harness_loads(folder: Path) -> dict[str, Any]:
+    datasets = pytest.importorskip("datasets")
+    common = yaml.safe_load((folder / "_questions").read_text())
+    cache = {"cache_dir": str(folder.parent / "cache")}
+    return datasets.load_dataset(path=common["dataset_path"], **common["dataset_kwargs"], **cache)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "qwen", "bytes", "sentencepiece", "begin"])
+def test_answers_are_strings_whatever_they_look_like_under_every_tokenizer(tmp_path: Path, kind: str) -> None:
+    tokenizer = look_tokenizer(kind)
+    items = encode(tokenizer, looks())
+    parts = {name: [item for item in items if item.example.mentions[0].relation == name] for name in LOOKS}
+    card = harness.write_tasks(parts, tokenizer, "looks", tmp_path / "tasks")
+    loaded = as_the_harness_loads(tmp_path / "tasks")
+    for name, answers in LOOKS.items():
+        rows = [json.loads(line) for line in (tmp_path / "tasks" / f"{name}.jsonl").read_text().splitlines()]
+        asked = loaded[f"{name}_generate"]
+        assert list(asked) == rows and [row["answer"] for row in asked] == answers
+        assert all(feature.dtype == "string" for feature in asked.features.values())
+        assert card["tasks"][f"crosstrace_looks_{name}_generate"]["left_out"] == 0
+        for row, item in zip(asked, parts[name]):
+            first = item.targets["answer"].tolist().index(True)
+            assert tokenizer(row["prompt"])["input_ids"] == item.ids[:first].tolist()
+            assert row["generated"].strip() == row["answer"]
+        scored = card["tasks"][f"crosstrace_looks_{name}"]
+        assert scored["questions"] == len(loaded.get(name, []))
+        assert scored["left_out_by_relation"] == ({name: 12} if scored["questions"] == 0 else {})
+        for row in loaded.get(name, []):
+            assert not row["prompt"][-1].isspace() and (row["prompt"] + row["continuation"]).endswith("</s>")
+    blanks = {name for name in LOOKS if not card["tasks"][f"crosstrace_looks_{name}"]["questions"]}
+    splits_numbers = kind in ("llama3", "qwen", "sentencepiece", "begin")
+    assert blanks == ({"born", "opens", "founded", "code", "seen", "size"} if splits_numbers else set())
+    assert harness.summary(card).endswith("crosstrace_looks_city_generate  12 questions, exact_match")
+    assert ("0 questions, acc; left out 12 of born" in harness.summary(card)) == splits_numbers
+    assert ("| 12 of born |" in (tmp_path / "tasks" / "README.md").read_text()) == splits_numbers
+
+
+def test_what_is_left_out_is_counted_by_relation(tmp_path: Path) -> None:
+    tokenizer = look_tokenizer("bytes")
+    examples = looks()
+    for n, example in enumerate(examples[:3]):  # text after the answer
+        examples[n] = replace(example, text=example.text + " I think")
+    card = harness.write_tasks({"qa": encode(tokenizer, examples)}, tokenizer, "looks", tmp_path / "tasks")
+    for way in ("", "_generate"):
+        told = card["tasks"][f"crosstrace_looks_qa{way}"]
+        assert told["left_out_by_relation"] == {"born": 3} and told["left_out"] == 3
+    assert "left out 3 of born" in harness.summary(card)
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed (pip install 'crosstrace[lm-eval]')")
+def test_the_real_harness_finds_what_recall_finds_of_answers_that_look_like_dates(tmp_path: Path) -> None:
+    tokenizer = look_tokenizer("llama3")
+    items = encode(tokenizer, looks())
+    options = untaught.NewModelSettings(width=64, heads=4, layers=2, neurons=128, positions=64)
+    model = untaught._model(tokenizer, 64, options).train()
+    batch = collate([item for n, item in enumerate(items) if n % 4], "answer", pad_id=tokenizer.pad_token_id)
+    batch.pop("group")
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        model(**batch).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    models.save_model(model.eval(), tokenizer, tmp_path / "model")
+    parts = {name: [item for item in items if item.example.mentions[0].relation == name] for name in LOOKS}
+    parts["every"] = items
+    card = harness.write_tasks(parts, tokenizer, "looks", tmp_path / "tasks")
+    found = asked_by_lm_eval(tmp_path, tmp_path / "model", "crosstrace_looks")
+    for part, questions in parts.items():
+        exact = recall(model, tokenizer, questions).exact
+        assert 0 < exact.mean() < 1
+        assert found[f"crosstrace_looks_{part}_generate"]["exact_match,none"] == pytest.approx(exact.mean())
+        if card["tasks"][f"crosstrace_looks_{part}"]["questions"]:
+            is_scored = [harness.question(item, tokenizer).is_scored for item in questions]
+            assert found[f"crosstrace_looks_{part}"]["acc,none"] == pytest.approx(exact[is_scored].mean())
+
+
+def asked_by_lm_eval(folder: Path, model: Path, tasks: str) -> dict[str, Any]:
+    """The results of lm_eval, asked the tasks in folder/tasks."""
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32",
+               "--include_path", str(folder / "tasks"), "--tasks", tasks, "--device", "cpu", "--batch_size", "16",
+               "--output_path", str(folder / "out")]  # fmt: skip
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run(command, check=True, capture_output=True, cwd=folder, env=clean | {"HF_HOME": str(folder / "hf")})
+    (file,) = (folder / "out").rglob("results_*.json")
+    return read_json(file)["results"]
 
 
 # ------------------------------------------------------------------------------- trackers

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -190,6 +191,115 @@ def test_a_number_is_text_nothing_stays_nothing_and_a_list_is_no_text(tmp_path: 
     )
     pyarrow.parquet.write_table(nan, tmp_path / "size.parquet")
     assert imported(tmp_path, tmp_path / "size.parquet", overwrite=True).counts()["dropped"] == {"empty": 1}
+
+
+VALUES = [
+    ("007", "NA", "1.10"), ("1998", "null", "1e3"), ("Ed Fox", "True", "1998-01-02"), ("2001-05-03", "NA", "None"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("road", ["csv", "jsonl", "parquet", "folder of csv", "folder of jsonl", "relation"])
+def test_values_are_the_same_by_every_road(tmp_path: Path, road: str) -> None:
+    path = tmp_path / ("facts" if road.startswith("folder") else f"facts.{road}")
+    rows = [dict(zip(("subject", "relation", "object"), row)) for row in VALUES]
+    if road.startswith("folder"):
+        pytest.importorskip("datasets")
+        path.mkdir()
+    if road.endswith("csv"):
+        table(path / "train.csv" if path.is_dir() else path, VALUES)
+    elif road.endswith("jsonl"):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (path / "train.jsonl" if path.is_dir() else path).write_text(lines.replace('"1.10"', "1.10"))
+    elif road == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    files = [path]
+    if road == "relation":
+        files = []
+        for name in dict.fromkeys(relation for _, relation, _ in VALUES):
+            samples = [row for row in rows if row["relation"] == name]
+            text = json.dumps({"name": name, "samples": samples}).replace('"1.10"', "1.10")
+            (tmp_path / f"{name}.json").write_text(text)
+            files.append(tmp_path / f"{name}.json")
+    found = importing.import_facts(files)
+    assert {(s["name"], f["relation"], f["object"]) for s in found.subjects for f in s["facts"]} == {*VALUES}
+
+
+def test_numbers_of_every_column_are_as_they_are_written(tmp_path: Path) -> None:
+    (tmp_path / "facts.jsonl").write_text(
+        '{"subject": 1.10, "relation": 2e3, "object": 3.0, "type": 4.50, "pronoun": 5.0, "split": "id"}\n'
+    )
+    (fact,) = importing.import_facts([tmp_path / "facts.jsonl"]).subjects
+    assert fact == {
+        "name": "1.10", "type": "4.50", "pronoun": "5.0",
+        "facts": [{"relation": "2e3", "object": "3.0", "split": "id"}],
+    }  # fmt: skip
+    (tmp_path / "store.jsonl").write_text('{"prompt": 1.10, "completion": 2e3, "subject": 7.0}\n')
+    (tmp_path / "recall.csv").write_text('prompt,completion,subject,split\n007, "NA", 7.0,id\n1.10,1e3,8.0,ood\n')
+    store, recall, _ = importing.import_rows({name: tmp_path / f"{name}.{kind}" for name, kind in
+                                              (("store", "jsonl"), ("recall", "csv"))})  # fmt: skip
+    assert [(item.text, item.person) for item in store] == [("1.10 2e3", "7.0")]
+    assert [(item.text, item.person) for item in recall] == [("007 NA", "7.0"), ("1.10 1e3", "8.0")]
+
+
+def test_numbers_of_parquet_rows_of_text(tmp_path: Path) -> None:
+    columns = {"prompt": ["When?", "How much?"], "completion": [1998.0, 1.1], "split": ["id", "ood"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "recall.parquet")
+    (tmp_path / "store.txt").write_text("It was then.\n")
+    rows = {"store": tmp_path / "store.txt", "recall": tmp_path / "recall.parquet"}
+    assert [item.text for item in importing.import_rows(rows)[1]] == ["When? 1998", "How much? 1.1"]
+
+
+def test_relations_of_a_wording_file_are_named_as_it_is_written(tmp_path: Path) -> None:
+    names = ["1.10", "007", "1e3", "no", "2001-05-03", "null"]
+    text = "".join(f"{name}: {{statements: ['{{subject}} has {{object}}.']}}\n" for name in names)
+    path = table(tmp_path / "facts.csv", [(f"Subject {n}", name, f"o{n}") for n, name in enumerate(names)])
+    found = imported(tmp_path, path, wording=worded(tmp_path, text))
+    assert all(found.relations[name]["statements"] == ["{subject} [has] {object}."] for name in names)
+
+
+def test_a_column_without_a_name_is_told_as_one(tmp_path: Path) -> None:
+    path = table(tmp_path / "facts.csv", [("0", *row) for row in CITIES], ("", *HEAD))
+    assert "columns that nothing was made of: one without a name" in imported(tmp_path, path).notes
+
+
+@settings(deadline=None)
+@given(st.lists(st.text("ab 1.京é", min_size=1, max_size=4), max_size=6), st.lists(st.text("ab 1.京é\n"), max_size=3))
+def test_objects_in_texts_are_found_as_one_by_one(objects: list[str], lines: list[str]) -> None:
+    found = {object for object in objects if any(importing._within(object, line) for line in lines)}
+    assert importing._standing(objects, lines) == found
+    slow = set()
+    for object in objects:
+        before, after = ("" if importing._wide(letter) else r"\w" for letter in (object[0], object[-1]))
+        whole = (f"(?<!{before})" if before else "") + re.escape(object) + (f"(?!{after})" if after else "")
+        slow |= {object} if any(re.search(whole, line) for line in lines) else set()
+    assert found == slow
+
+
+@pytest.mark.parametrize("relations", [1, 10**6])
+def test_the_work_of_an_import_grows_with_its_rows(tmp_path: Path, relations: int) -> None:
+    def calls(rows: int) -> int:
+        """How often anything was called while so many rows were imported, each with wordings of its own."""
+        patterns = "In {}, {{subject}} has {{object}}.", "In {}, {{subject}}?"
+        worded = [
+            (f"Ada {n}", f"r{n % relations}", f"town {n}", *(pattern.format(n) for pattern in patterns))
+            for n in range(1000, 1000 + rows)
+        ]
+        path = table(tmp_path / "facts.csv", worded, (*HEAD, "statement", "question"))
+        count = 0
+
+        def counted(*_) -> None:
+            nonlocal count
+            count += 1
+
+        sys.setprofile(counted)
+        try:
+            importing.import_facts([path])
+        finally:
+            sys.setprofile(None)
+        return count
+
+    calls(10)  # what is imported or compiled once
+    assert calls(400) < 2.2 * calls(200)
 
 
 def test_objects_in_names_types_and_questions_are_found(tmp_path: Path) -> None:
@@ -409,7 +519,10 @@ DAMAGED: dict[str, tuple[str, bytes, str]] = {
     "short": ("facts.csv", b"subject,relation,object\na,b\n", "has 2 fields"),
     "quote": ("facts.csv", b'subject,relation,object\n"a,b,c\n', "malformed CSV"),
     "latin-1": ("facts.csv", "subject,relation,object\nZo\xeb,b,c\n".encode("latin-1"), "is not UTF-8"),
-    "utf-16": ("facts.csv", "subject,relation,object\na,b,c\n".encode("utf-16"), "is not UTF-8"),
+    "utf-16": ("facts.csv", "subject,relation,object\na,b,c\n".encode("utf-16-le"), "as has text in UTF-16"),
+    "semicolons": ("facts.csv", b"subject;relation;object\na;b;c\n", "columns separated by semicolons"),
+    "no names": ("facts.csv", b"subject,object,,\na,b,,\n", "no names for columns 3, 4"),
+    "json twice": ("facts.jsonl", b'{"subject": "a", "object": "b", "object": "c"}\n', "gives 'object' twice"),
     "zero": ("facts.csv", b"subject,relation,object\na\0,b,c\n", "zero byte"),
     "endless csv": ("facts.csv", b"subject,relation,object\na,b," + b"x" * 10_000_000, "are its line ends missing"),
     "endless field": ("facts.csv", b'subject,relation,object\na,b,"' + b"x\n" * 900_000 + b'"', "field larger"),
@@ -776,3 +889,21 @@ def test_texts_too_long_for_the_model_are_dropped_at_import_and_named_by_a_run(t
     (tmp_path / "store.txt").write_text("and so on " * 40)
     with pytest.raises(UserError, match="every text is too long"):
         imported(tmp_path, rows=store, overwrite=True, model=str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
+def test_a_model_that_calls_its_context_otherwise_drops_what_its_run_would_refuse(tmp_path: Path, kind: str) -> None:
+    rows = [*CITIES, ("Ed Fox", "city", " ".join(["Rome"] * 40))]
+    path = table(tmp_path / "facts.csv", rows)
+    imported(tmp_path, path)
+    lines = [item.text for items in texts(own(tmp_path)).values() for item in items]
+    options = untaught.NewModelSettings(
+        architecture=kind, width=16, heads=2, layers=1, neurons=32, vocabulary=300, positions=48
+    )
+    untaught.new_model(tmp_path / "model", lines, options)
+    assert ("n_positions" in read_json(tmp_path / "model" / "config.json")) == (kind == "gpt2")
+    with pytest.raises(UserError, match="more tokens than the 48 positions"):
+        taught(tmp_path)
+    found = imported(tmp_path, path, overwrite=True, model=str(tmp_path / "model"))
+    assert found.counts()["dropped"] == {"too long for the model": 1} and found.dropped[0][1] == 6
+    taught(tmp_path)

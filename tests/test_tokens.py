@@ -12,7 +12,7 @@ from tiny_facts import tiny_world, tokenizer
 from crosstrace import wording
 from crosstrace.errors import UserError
 from crosstrace.text import Example, Mention, biographies, questions
-from crosstrace.tokens import IGNORE, batches, collate, encode
+from crosstrace.tokens import IGNORE, batches, collate, context_length, encode
 
 KINDS = ["word", "space", "spaceless", "bos"]
 
@@ -146,3 +146,23 @@ def test_batches_hold_every_example_once_in_order_or_by_length():
 
 def test_no_examples_no_tokens():
     assert encode(tokenizer("word"), []) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "expected"),
+    [
+        ("gpt2", {"n_positions": 48}, 48), ("gptj", {"n_positions": 48}, 48), ("ctrl", {"n_positions": 48}, 48),
+        ("rwkv", {"context_length": 48}, 48), ("mpt", {"max_seq_len": 48}, 48), ("llama", {}, 2048),
+        ("llama", {"max_position_embeddings": 48}, 48), ("opt", {"max_position_embeddings": 48}, 48),
+        ("gemma3", {"text_config": {"max_position_embeddings": 48}}, 48), ("whisper", {"max_target_positions": 48}, 48),
+        ("xlnet", {}, None), ("mamba", {}, None), ("bloom", {}, None),
+    ],
+)  # fmt: skip
+def test_a_context_length_is_known_by_any_of_its_names(kind: str, values: dict, expected: int | None) -> None:
+    from transformers import AutoConfig
+
+    assert context_length(AutoConfig.for_model(kind, **values)) == expected
+
+
+def test_a_config_without_a_context_length_has_no_limit() -> None:
+    assert context_length(None) is None and context_length(object()) is None

@@ -13,7 +13,7 @@ from torch import nn
 
 from crosstrace import models
 from crosstrace.errors import UserError
-from crosstrace.tokens import Encoded, check_room
+from crosstrace.tokens import Encoded, check_room, context_length
 
 # Of a config, what may differ between two checkpoints of one model: it changes no logits.
 BOOKKEEPING = {
@@ -27,7 +27,7 @@ BOOKKEEPING = {
 def check_fits(model: Any, encoded: Sequence[Encoded]) -> None:
     """Raise a `UserError` unless the tokens are in the model's vocabulary, and the examples in its context."""
     check_vocabulary(model, encoded)
-    check_room(encoded, getattr(model.config, "max_position_embeddings", None), type(model).__name__)
+    check_room(encoded, context_length(model.config), type(model).__name__)
 
 
 def check_vocabulary(model: Any, encoded: Sequence[Encoded]) -> None:

@@ -560,12 +560,10 @@ def export(arguments: list[str]) -> None:
         )
     run, folder = _run_and_folder(words)
     words.only(())
-    from crosstrace.harness import export_run
+    from crosstrace.harness import export_run, summary
 
     card = export_run(run, folder, "overwrite" in words.flags)
-    for task, told in card["tasks"].items():
-        print(f"{task}  {told['questions']} questions, {told['metric']}")
-    print(f"\n{card['command']}")
+    print(f"{summary(card)}\n\n{card['command']}")
 
 
 # ------------------------------------------------------------------------------- the rest

@@ -227,7 +227,7 @@ _ADAPTER = TypeAdapter(Experiment)
 
 
 class _Unique(yaml.SafeLoader):
-    """YAML in which no setting is given twice: the first would be lost without a word."""
+    """YAML in which no setting is given twice, as the first would be lost without a word, and all names are text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -237,6 +237,8 @@ class _Unique(yaml.SafeLoader):
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
+            if key.tag != "tag:yaml.org,2002:merge":
+                key.tag = "tag:yaml.org,2002:str"  # as it is written: a relation may be called 1.10 or no
         return super().construct_mapping(node, deep)
 
 

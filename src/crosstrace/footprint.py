@@ -32,7 +32,7 @@ from crosstrace.rehearse import Parts, Understudy
 from crosstrace.schedule import Phase
 from crosstrace.sharded import rows_of
 from crosstrace.text import texts
-from crosstrace.tokens import Batch, Encoded, batches, check_room, collate, encode
+from crosstrace.tokens import Batch, Encoded, batches, check_room, collate, context_length, encode
 from crosstrace.trace.memory import MOST_PASSES, SPARE, free_memory
 from crosstrace.trace.rules import sum_dtype
 from crosstrace.trace.trace import REDUCTIONS
@@ -217,7 +217,7 @@ class Material:
             for phase in phases:
                 phase.updates(sizes)
         every = [item for items in self.parts.values() for item in items]
-        check_room(every, getattr(self.config, "max_position_embeddings", None), experiment.model.name)
+        check_room(every, context_length(self.config), experiment.model.name)
 
     def about(self, experiment: Experiment) -> Row:
         """Parameters of the base, by kind and in all."""

@@ -3,13 +3,21 @@
 Two tasks for each part of the questions: by log-likelihood, whose `acc` is crosstrace's exact match, token by token;
 and by generation, whose `exact_match` compares the greedy answer as text. Only questions that the harness tokenizes as
 crosstrace does are written. It needs no lm_eval and asks nothing itself.
+
+    <folder>/<part>.parquet, <part>_generate.parquet    the questions of each task, every value as a string: of JSON the
+                                                        harness would take dates and times for such
+    <folder>/<part>.jsonl                               all questions of a part, for people to read
+    <folder>/*.yaml, _questions                         the tasks, and what they have in common
+    <folder>/README.md, crosstrace.json                 how to ask, and what was left out
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +31,24 @@ from crosstrace.store import Run, expanded, metadata, write_json, write_text
 from crosstrace.tokens import Encoded
 
 _COMMON = "_questions"  # without .yaml, so that the harness takes it for no task
+GENERATE = "_generate"  # ends the names of tasks by generation
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question as the harness takes it.
+
+    Attributes:
+        row: id, person, relation, fact and answer; the prompt; its continuation, which the task by log-likelihood
+            judges; and what a right model generates.
+        tokens: number of the answer's tokens, its end token among them.
+        is_scored: whether the harness judges by log-likelihood the very tokens that crosstrace does. It moves blanks at
+            a prompt's end to the continuation, so it would judge a token for the blank alone too.
+    """
+
+    row: dict[str, str]
+    tokens: int
+    is_scored: bool
 
 
 def export_run(run_folder: str | Path, folder: str | Path, overwrite: bool = False) -> dict[str, Any]:
@@ -72,23 +98,21 @@ def write_tasks(
     if tokenizer.eos_token is None:
         raise UserError("the tokenizer has no end token (eos_token), so the harness can't tell where an answer ends")
     group = "crosstrace_" + (re.sub("[^a-z0-9]+", "_", name.lower()).strip("_") or "run")
-    rows = {
-        part: [row for item in items if (row := _row(item, tokenizer)) is not None] for part, items in parts.items()
-    }
-    for part, found in rows.items():
+    asked = {part: [found for item in items if (found := question(item, tokenizer))] for part, items in parts.items()}
+    for part, found in asked.items():
         if not found:
             raise UserError(
                 f"none of the {len(parts[part])} questions of {part} is tokenized by the harness as crosstrace does, "
                 "which asks one answer at the end of a text; does the tokenizer put an end token after every text, or "
                 "merge the answer with what stands before it?"
             )
-    longest = max(row.pop("tokens") for found in rows.values() for row in found)
+    longest = max(item.tokens for found in asked.values() for item in found)
     ways = {
         "": {
             "output_type": "loglikelihood", "doc_to_target": "continuation",
             "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         },
-        "_generate": {
+        GENERATE: {
             "output_type": "generate_until", "doc_to_target": "generated",
             "generation_kwargs": {"until": [tokenizer.eos_token], "do_sample": False, "max_gen_toks": longest},
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
@@ -97,53 +121,91 @@ def write_tasks(
     target = expanded(folder).resolve()
     about = metadata()
     told = {"format": "crosstrace lm-eval tasks 1", **dict(card or {})}
-    tasks = {
-        f"{group}_{part}{way}": {
-            "part": part, "metric": settings["metric_list"][0]["metric"], "questions": len(rows[part]),
-            "left_out": len(parts[part]) - len(rows[part]),
-        }
-        for part in parts for way, settings in ways.items()
-    }  # fmt: skip
+    rows: dict[str, list[dict[str, str]]] = {}  # by what a task's name ends in
+    tasks: dict[str, dict[str, Any]] = {}
+    for part, found in asked.items():
+        for way, settings in ways.items():
+            rows[part + way] = [item.row for item in found if way == GENERATE or item.is_scored]
+            left_out = Counter(relation(item) for item in parts[part])
+            left_out.subtract(row["relation"] for row in rows[part + way])
+            tasks[f"{group}_{part}{way}"] = {
+                "part": part, "metric": settings["metric_list"][0]["metric"], "questions": len(rows[part + way]),
+                "left_out": left_out.total(), "left_out_by_relation": {name: n for name, n in left_out.items() if n},
+            }  # fmt: skip
     arguments = "pretrained=MODEL" + (f",dtype={told['dtype']}" if "dtype" in told else "")
     command = f"lm_eval --model hf --model_args {arguments} --include_path {target} --tasks {group}"
+    written = [task for task, told in tasks.items() if told["questions"]]
     told |= {"group": group, "tasks": tasks, "command": command, "versions": about["versions"], "git": about["git"]}
     with new_folder(folder, overwrite) as partial:
-        for part, found in rows.items():
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
+        for part, found in asked.items():
+            lines = [json.dumps(item.row, ensure_ascii=False) + "\n" for item in found]
             write_text(partial / f"{part}.jsonl", "".join(lines))
             for way, settings in ways.items():
-                task = {"include": _COMMON, "task": f"{group}_{part}{way}", "test_split": part, **settings}
-                write_text(partial / f"{task['task']}.yaml", _yaml(task))
-        files = {part: f"{part}.jsonl" for part in rows}
+                if rows[part + way]:
+                    _write_strings(partial / f"{part}{way}.parquet", rows[part + way])
+                    task = {"include": _COMMON, "task": f"{group}_{part}{way}", "test_split": part + way, **settings}
+                    write_text(partial / f"{task['task']}.yaml", _yaml(task))
+        files = {split: f"{split}.parquet" for split in rows if rows[split]}
         common = {
-            "dataset_path": "json", "dataset_kwargs": {"data_dir": str(target), "data_files": files},
+            "dataset_path": "parquet", "dataset_kwargs": {"data_dir": str(target), "data_files": files},
             "doc_to_text": "prompt", "num_fewshot": 0,
             "metadata": {"version": 1.0} | {key: told[key] for key in ("model", "revision", "data") if key in told},
         }  # fmt: skip
         write_text(partial / _COMMON, _yaml(common))
-        write_text(partial / f"{group}.yaml", _yaml({"group": group, "task": list(tasks)}))
+        write_text(partial / f"{group}.yaml", _yaml({"group": group, "task": written}))
         write_text(partial / "README.md", _readme(told))
         write_json(partial / CARD, told)
     return told
 
 
-def _row(item: Encoded, tokenizer: Any) -> dict[str, Any] | None:
+def question(item: Encoded, tokenizer: Any) -> Question | None:
     """A question as the harness takes it; None if it would not see the very tokens that `recall` judges."""
     example, ids, judged = item.example, item.ids.tolist(), item.targets["answer"].tolist()
     if len(example.mentions) != 1:
         return None
     mention, first = example.mentions[0], judged.index(True)
-    prompt = example.text[: mention.object[0]].rstrip()
-    continuation = example.text[len(prompt) :] + tokenizer.eos_token
-    asked, whole = ((tokenizer(text)["input_ids"] if text else []) for text in (prompt, prompt + continuation))
-    if not all(judged[first:]) or not asked or asked != ids[:first] or whole != ids:
+    if not all(judged[first:]):
         return None
+    # before a number many tokenizers have a token for the blank alone, which then belongs to the prompt
+    until_object = example.text[: mention.object[0]]
+    prompts = [text for text in (until_object.rstrip(), until_object) if text]
+    prompt = next((text for text in prompts if tokenizer(text)["input_ids"] == ids[:first]), None)
+    if prompt is None:
+        return None
+    continuation = example.text[len(prompt) :] + tokenizer.eos_token
     generated = tokenizer.decode(ids[first:], skip_special_tokens=True).split(tokenizer.eos_token)[0]
-    return {
+    row = {
         "id": example.id, "person": example.person, "relation": mention.relation, "fact": mention.fact,
         "answer": example.text[slice(*mention.object)], "prompt": prompt, "continuation": continuation,
-        "generated": generated, "tokens": len(ids) - first,
+        "generated": generated,
     }  # fmt: skip
+    is_scored = prompt == prompt.rstrip() and tokenizer(prompt + continuation)["input_ids"] == ids
+    return Question(row, len(ids) - first, is_scored)
+
+
+def relation(item: Encoded) -> str:
+    """What a question asks about."""
+    return ", ".join(dict.fromkeys(mention.relation for mention in item.example.mentions))
+
+
+def _write_strings(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Write rows as Parquet whose columns are strings, whatever they look like."""
+    import pyarrow
+    import pyarrow.parquet
+
+    schema = pyarrow.schema([(name, pyarrow.string()) for name in rows[0]])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows], schema), path)
+
+
+def summary(card: Mapping[str, Any]) -> str:
+    """What was written and what was left out of it, a task a line."""
+    lines = []
+    for task, told in card["tasks"].items():
+        left_out = ", ".join(f"{count} of {name}" for name, count in told["left_out_by_relation"].items())
+        lines.append(
+            f"{task}  {told['questions']} questions, {told['metric']}" + f"; left out {left_out}" * bool(left_out)
+        )
+    return "\n".join(lines)
 
 
 def _yaml(values: Mapping[str, Any]) -> str:
@@ -151,10 +213,10 @@ def _yaml(values: Mapping[str, Any]) -> str:
 
 
 def _readme(card: Mapping[str, Any]) -> str:
-    rows = "\n".join(
-        f"| `{task}` | `{told['metric']}` | {told['questions']} | {told['left_out']} |"
-        for task, told in card["tasks"].items()
-    )
+    rows = ""
+    for task, told in card["tasks"].items():
+        left_out = ", ".join(f"{count} of {name}" for name, count in told["left_out_by_relation"].items()) or "none"
+        rows += f"| `{task}` | `{told['metric']}` | {told['questions']} | {left_out} |\n"
     data = f" of the data `{card['data']}`" if "data" in card else ""
     model = f" for models with the tokenizer of `{card['model']}`" if "model" in card else ""
     return f"""# {card["group"]}
@@ -170,10 +232,11 @@ If you move this folder, change `data_dir` in `{_COMMON}`.
 | task | metric | questions | left out |
 |---|---|---|---|
 {rows}
-
 - `acc` of the tasks by log-likelihood is crosstrace's exact match: every token of the answer, its end token among them,
   is the most likely one after the true tokens before it. The harness sees the very tokens that crosstrace judges;
-  questions of which that is not so are left out.
+  questions of which that is not so are left out. Among them are answers before which the tokenizer has a token for the
+  blank alone, as Llama 3 and Qwen have before numbers: the harness would judge that token too. A task that would have
+  no question is not written.
 - `exact_match` of the tasks by generation compares the greedy answer, up to the end token, with the answer as the
   tokenizer decodes it. It differs where a model writes the answer's text in other tokens, or special tokens inside it,
   which the harness drops: right here, wrong by the tokens.

@@ -15,13 +15,10 @@ from __future__ import annotations
 
 import csv
 import difflib
-import json
-import math
 import os
 import random
 import re
 import shlex
-import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -37,13 +34,11 @@ from crosstrace.config import read_yaml
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
 from crosstrace.schedule import bio_only, mixed, two_stage
-from crosstrace.store import read_json, remove_folder, replacing, sha256_file, sha256_tree, write_json, write_text
+from crosstrace.store import remove_folder, replacing, sha256_file, sha256_tree, write_json, write_text
+from crosstrace.tables import EXPECTED, data_set_of, read_lines, read_object, read_table
 from crosstrace.text import NO_QUESTIONS, Example, Mention, texts, write_jsonl
-from crosstrace.tokens import encode, too_long
+from crosstrace.tokens import context_length, encode, too_long
 
-KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-EXPECTED = f"a file of facts ({', '.join(KINDS)}), or a data set: a folder or OWNER/NAME of the hub"
-LONGEST = 1_000_000  # characters of one line or field: more is a broken file
 LONG = 200  # characters of a name: more is a text
 OFTEN = 3  # facts with one object: fewer say nothing of how well a guess does
 COLUMNS = ("subject", "relation", "object", "type", "pronoun", "split", "statement", "question")
@@ -51,6 +46,7 @@ ROW_COLUMNS = ("text", "prompt", "completion", "subject", "split")
 ROWS = ("store", "store-completions", "recall", "recall-completions")  # files of plain rows
 OF_RELATION = ("name", "prompt_templates", "prompt_templates_zs", "samples", "properties")  # of the relations format
 SPLITS = ("id", "ood")
+Said = dict[str, dict[str, dict[str, None]]]  # relation -> statements, questions -> its different patterns, in order
 WRITTEN = ("world.json", "bio.jsonl", "qa.jsonl", "import.json", "dropped.csv", "experiment.yaml")  # of an import
 # What suits a pretrained model of about 160 M parameters, as in examples/pythia-160m.yaml: the default settings are
 # those of the tiny bundled base, whose learning rate would wreck any larger model.
@@ -73,13 +69,14 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 BIO, QA, PASSES = 16, 32, 13  # examples in its updates, and how often each text that stores is seen
 STATEMENT, QUESTION = "[The {relation} of] {subject} [is] {object}.", "[What is the {relation} of] {subject}[?]"
+_WORD = re.compile(r"\w")
 _INVISIBLE = re.compile(
     "[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"
 )
 
 REASONS = {
     "empty": "a subject, relation or object that is empty",
-    "not a text": "a value that is neither text nor a number, e.g. a list",
+    "not a text": "a value that is neither text nor a number nor a date, e.g. a list, a truth value or bytes",
     "too long": f"a subject, relation or object of more than {LONG} characters",
     "control": "characters that control the text's direction or a terminal",
     "not Unicode": "half a surrogate pair, which no file can hold",
@@ -134,10 +131,16 @@ class Imported:
             "kept": self.kept,
             "dropped": dict(Counter(reason for _, _, reason, _ in self.dropped)),
             "subjects": len(self.subjects),
-            "relations": {
-                name: sum(f["relation"] == name for s in self.subjects for f in s["facts"]) for name in self.relations
-            },
+            "relations": {name: len(facts) for name, facts in self.by_relation().items()},
         }
+
+    def by_relation(self) -> dict[str, list[tuple[dict[str, Any], str]]]:
+        """Relation -> (subject, object) of each of its facts."""
+        facts: dict[str, list[tuple[dict[str, Any], str]]] = {name: [] for name in self.relations}
+        for subject in self.subjects:
+            for fact in subject["facts"]:
+                facts.setdefault(fact["relation"], []).append((subject, fact["object"]))
+        return facts
 
 
 # ------------------------------------------------------------------------------- facts
@@ -162,7 +165,7 @@ def import_facts(
     """
     found = Imported()
     given = _wordings(wording) if wording else {}
-    said: dict[str, dict[str, list[str]]] = {}
+    said: Said = {}
     people: dict[str, dict[str, Any]] = {}
     objects: dict[tuple[str, str], str] = {}
     unused: dict[str, None] = {}
@@ -171,7 +174,7 @@ def import_facts(
         found.read.setdefault(str(path), 0)
         for row in _rows(path, said, columns or {}, unused):
             found.read[str(path)] += 1
-            fact = {name: _given(row.values, name) for name in COLUMNS}
+            fact = {name: row.values.get(name) for name in COLUMNS}
             reason = _unfit(fact)
             if reason is None:
                 subject, relation, object = (_tidy(fact[name]) for name in COLUMNS[:3])
@@ -198,9 +201,7 @@ def import_facts(
             for part, name in (("statements", "statement"), ("questions", "question")):
                 if fact[name]:
                     where = f"{row.file} row {row.number}: {name}"
-                    known = said.setdefault(relation, {"statements": [], "questions": []})[part]
-                    pattern = _pattern(fact[name], name, where)
-                    known += [pattern] if pattern not in known else []
+                    _known(said, relation)[part][_pattern(fact[name], name, where)] = None
     found.subjects = list(people.values())
     if not found.kept:
         total = found.counts()
@@ -217,22 +218,16 @@ def import_facts(
     return found
 
 
-def _given(values: Mapping[str, Any], name: str) -> Any:
-    """A row's value; None where there is none, or NaN, which tables of numbers have in its place."""
-    value = values.get(name)
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _is_text(value: Any) -> bool:
-    """Whether a value is a text, or a number, which is text as it is written."""
-    return isinstance(value, str | int | float) and not isinstance(value, bool) and value not in (math.inf, -math.inf)
+def _known(said: Said, relation: str) -> dict[str, dict[str, None]]:
+    """The wordings of a relation that files have brought so far."""
+    return said.setdefault(relation, {"statements": {}, "questions": {}})
 
 
 def _told_unused(unused: Iterable[str], known: Sequence[str]) -> str:
     """The columns that nothing was made of, each with the one that may be meant."""
     close = {name: difflib.get_close_matches(name, known, 1, 0.75) for name in unused}
     return "columns that nothing was made of: " + ", ".join(
-        name + (f" (is {meant[0]} meant?)" if meant else "") for name, meant in close.items()
+        (name or "one without a name") + (f" (is {meant[0]} meant?)" if meant else "") for name, meant in close.items()
     )
 
 
@@ -242,9 +237,9 @@ def _unfit(fact: Mapping[str, Any]) -> str | None:
         value = fact[name]
         if value is None and name not in COLUMNS[:3]:
             continue
-        if value is not None and not _is_text(value):
+        if not isinstance(value, str | None):
             return "not a text"
-        text = "" if value is None else str(value)
+        text = value or ""
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             return "not Unicode"
         if _INVISIBLE.search(text):
@@ -269,9 +264,14 @@ def _tidy(value: Any) -> str:
 def _within(object: str, text: str) -> bool:
     """Whether the object stands in a text as words of its own; at an end whose letter belongs to a script that puts no
     blanks between words, as a part of one."""
-    before, after = ("" if _wide(letter) else r"\w" for letter in (object[0], object[-1]))
-    found = (rf"(?<!{before})" if before else "") + re.escape(object) + (rf"(?!{after})" if after else "")
-    return re.search(found, text) is not None
+    start = text.find(object)
+    while start >= 0:
+        end = start + len(object)
+        begins = _wide(object[0]) or not _WORD.match(text[start - 1 : start])
+        if begins and (_wide(object[-1]) or not _WORD.match(text[end : end + 1])):
+            return True
+        start = text.find(object, start + 1)
+    return False
 
 
 def _wide(letter: str) -> bool:
@@ -280,23 +280,21 @@ def _wide(letter: str) -> bool:
 
 
 def _short(values: Mapping[str, Any]) -> str:
-    text = " | ".join(str(values.get(name, "")) for name in COLUMNS[:3])
+    said = (values.get(name) for name in COLUMNS[:3])
+    text = " | ".join("" if value is None else str(value) for value in said)
     return text.encode("utf-8", "replace").decode()[:LONG]
 
 
-def _word(found: Imported, given: Mapping[str, Mapping[str, list[str]]], said: Mapping[str, Any]) -> None:
+def _word(found: Imported, given: Mapping[str, Mapping[str, list[str]]], said: Said) -> None:
     """Give every relation its wordings: of the wording file, else of the facts' files, else the plain ones."""
-    objects: dict[str, dict[str, None]] = {}
-    for subject in found.subjects:
-        for fact in subject["facts"]:
-            objects.setdefault(fact["relation"], {})[fact["object"]] = None
-    unknown = [name for name in given if name not in objects]
+    facts = found.by_relation()
+    unknown = [name for name in given if name not in facts]
     if unknown:
         raise UserError(
-            f"the wording file words {unknown[0]!r}, but no fact has that relation; relations are {', '.join(objects)}"
+            f"the wording file words {unknown[0]!r}, but no fact has that relation; relations are {', '.join(facts)}"
         )
     plain = []
-    for name, values in objects.items():
+    for name, rows in facts.items():
         words = {"relation": _braces(name.replace("_", " "))}
         own = {}
         for part, pattern in (("statements", STATEMENT), ("questions", QUESTION)):
@@ -305,7 +303,7 @@ def _word(found: Imported, given: Mapping[str, Mapping[str, list[str]]], said: M
             if not own[part] and not unasked:
                 own[part] = [pattern.replace("{relation}", words["relation"])]
                 plain.append(f"{name} ({part})")
-        found.relations[name] = own | {"objects": list(values)}
+        found.relations[name] = own | {"objects": [*dict.fromkeys(object for _, object in rows)]}
     if plain:
         found.notes.append(
             f"plain wordings were made for {', '.join(plain)}: give better ones with --wording, or in columns "
@@ -317,18 +315,16 @@ def _word(found: Imported, given: Mapping[str, Mapping[str, list[str]]], said: M
     elif unasked:
         found.notes.append(f"nothing is asked about {', '.join(unasked)}: these facts are stored only")
     for name, row in found.relations.items():
-        _check_types(found, name, [*row["statements"], *row["questions"]])
-        _note_told(found, name, row["questions"])
+        _check_types(name, facts[name], [*row["statements"], *row["questions"]])
+        _note_told(found, name, facts[name], row["questions"])
 
 
-def _check_types(found: Imported, relation: str, patterns: Sequence[str]) -> None:
+def _check_types(relation: str, facts: Sequence[tuple[dict[str, Any], str]], patterns: Sequence[str]) -> None:
     """Raise a `UserError` if a relation's wordings speak of the type of a subject that has none."""
     pattern = next((pattern for pattern in patterns if "{type}" in pattern), None)
     if pattern is None:
         return
-    lacking = [
-        s["name"] for s in found.subjects if not s["type"] and any(f["relation"] == relation for f in s["facts"])
-    ]
+    lacking = [subject["name"] for subject, _ in facts if not subject["type"]]
     if lacking:
         raise UserError(
             f"the wording {pattern!r} of {relation} needs a type, but {len(lacking)} of its subjects have none, e.g. "
@@ -336,19 +332,38 @@ def _check_types(found: Imported, relation: str, patterns: Sequence[str]) -> Non
         )
 
 
-def _note_told(found: Imported, relation: str, questions: Sequence[str]) -> None:
+def _note_told(
+    found: Imported, relation: str, facts: Sequence[tuple[dict[str, Any], str]], questions: Sequence[str]
+) -> None:
     """Note how many objects stand in the words that a question has for every subject: these single nobody's answer out,
     and a short word is soon met by chance, so they are kept."""
     fixed = [re.sub(r"[][]", "", re.sub(r"\{\w+\}", "\n", question)) for question in questions]
-    told = [
-        f["object"] for s in found.subjects for f in s["facts"]
-        if f["relation"] == relation and any(_within(f["object"], text) for text in fixed)
-    ]  # fmt: skip
+    standing = _standing({object for _, object in facts}, fixed)
+    told = [object for _, object in facts if object in standing]
     if told:
         found.notes.append(
             f"the objects of {len(told)} facts of {relation}, e.g. {told[0]!r}, stand in the words of a question, the "
             "same for every subject; they are kept, so word it without them"
         )
+
+
+def _standing(objects: Collection[str], texts: Iterable[str]) -> set[str]:
+    """The objects that stand in one of the texts as `_within` sees it. Each text is gone through once, however many
+    objects there are: where a word may begin, every length that an object has is looked up."""
+    lengths = sorted({len(object) for object in objects})
+    standing = set()
+    for text in dict.fromkeys(texts):
+        # a word begins and ends beside what is no letter of a word; one in a script without blanks, anywhere
+        wide = {place for place, letter in enumerate(text) if _wide(letter)}
+        begins = wide | {place.start() for place in re.finditer(r"(?<!\w)", text)}
+        ends = {place + 1 for place in wide} | {place.start() for place in re.finditer(r"(?!\w)", text)}
+        for begin in begins:
+            for length in lengths:
+                if begin + length > len(text):
+                    break
+                if begin + length in ends and text[begin : begin + length] in objects:
+                    standing.add(text[begin : begin + length])
+    return standing
 
 
 def _braces(text: str) -> str:
@@ -357,20 +372,20 @@ def _braces(text: str) -> str:
 
 def _note(found: Imported) -> None:
     """What makes recall easier or harder than it looks."""
-    for name, row in found.relations.items():
-        facts = [f["object"] for s in found.subjects for f in s["facts"] if f["relation"] == name]
-        top, count = Counter(facts).most_common(1)[0]
-        if len(row["objects"]) == 1:
+    for name, facts in found.by_relation().items():
+        objects = Counter(object for _, object in facts)
+        top, count = objects.most_common(1)[0]
+        if len(objects) == 1:
             found.notes.append(f"every object of {name} is {top!r}, so recall of it shows nothing")
         elif count / len(facts) > 0.2 and count >= OFTEN:
             found.notes.append(
                 f"{top!r} is the object of {count} of {len(facts)} facts of {name}: guessing it is right so often"
             )
     names = [s["name"] for s in found.subjects]
-    alike = lambda key: [group for group in _grouped(names, key).values() if len(group) > 1]
+    in_another_order = [group for group in _alike(names, _parts) if len({*map(_folded, group)}) > 1]
     for groups, how in (
-        (alike(_folded), "differ in case or accents only"),
-        ([g for g in alike(_parts) if len({*map(_folded, g)}) > 1], "share all names, in another order"),
+        (_alike(names, _folded), "differ in case or accents only"),
+        (in_another_order, "share all names, in another order"),
     ):
         if groups:
             told = " and ".join(map(repr, groups[0]))
@@ -390,22 +405,30 @@ def _note(found: Imported) -> None:
 
 def _note_scripts(found: Imported, kinds: Mapping[str, Collection[str]]) -> None:
     """Count, of each kind of texts, those in which a tokenizer or a terminal may meet what it does not expect."""
-    right_to_left = lambda text: any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in text)
-    for what, has in (
-        ("letters beyond ASCII", lambda text: not text.isascii()),
-        ("words written from right to left", right_to_left),
+    for what, is_such in (
+        ("letters beyond ASCII", _is_beyond_ascii),
+        ("words written from right to left", _is_right_to_left),
     ):
-        counts = {kind: sum(map(has, each)) for kind, each in kinds.items()}
+        counts = {kind: sum(map(is_such, each)) for kind, each in kinds.items()}
         if any(counts.values()):
             told = ", ".join(f"{n} of {len(kinds[kind])} {kind}" for kind, n in counts.items() if n)
             found.notes.append(f"{what}: {told}")
 
 
-def _grouped(names: Iterable[str], key: Callable[[str], Any]) -> dict[Any, list[str]]:
+def _is_beyond_ascii(text: str) -> bool:
+    return not text.isascii()
+
+
+def _is_right_to_left(text: str) -> bool:
+    return any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in text)
+
+
+def _alike(names: Iterable[str], key: Callable[[str], Any]) -> list[list[str]]:
+    """The groups of names, of two or more, that have the same key."""
     groups: dict[Any, list[str]] = {}
     for name in names:
         groups.setdefault(key(name), []).append(name)
-    return groups
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _parts(name: str) -> frozenset[str]:
@@ -480,24 +503,22 @@ def _pattern(text: Any, kind: str, where: str) -> str:
 def _bracketed(pattern: str) -> str:
     """All words but the subject, its type and the object, marked as the relation's."""
     pieces = re.split(r"(\{subject\}|\{object\}|\{type\})", pattern)
-    mark = lambda piece: re.sub(r"\w(?:.*\w)?", lambda found: f"[{found[0]}]", piece, count=1)
-    return "".join(piece if piece.startswith("{") else mark(piece) for piece in pieces)
+    marked = (re.sub(r"(\w(?:.*\w)?)", r"[\1]", piece, count=1) for piece in pieces)
+    return "".join(piece if piece.startswith("{") else words for piece, words in zip(pieces, marked))
 
 
 # ------------------------------------------------------------------------------- files
 
 
-def _rows(
-    path: Path, said: dict[str, dict[str, list[str]]], columns: Mapping[str, str], unused: dict[str, None]
-) -> Iterator[Source]:
+def _rows(path: Path, said: Said, columns: Mapping[str, str], unused: dict[str, None]) -> Iterator[Source]:
     """The rows of a file of any kind; wordings that it brings go to `said`, columns of no use to `unused`."""
     if path.suffix.lower() == ".json":
         yield from _relation_file(path, said, unused)
         return
     own = {name: columns.get(name, name) for name in COLUMNS}
-    named = _data_set(path)
+    named = data_set_of(path)
     fixed = _tidy(named[0].name if named else path.stem)
-    for number, values in _table(path):
+    for number, values in read_table(path):
         row = {name: values.get(column) for name, column in own.items()}
         for name in ("subject", "object"):
             if own[name] not in values:
@@ -511,158 +532,11 @@ def _rows(
         yield Source(str(path), number, row)
 
 
-def _table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The numbered rows of a CSV, TSV, JSONL or Parquet file, or of a data set."""
-    kind = path.suffix.lower()
-    if _data_set(path):
-        yield from _rows_of_data_set(path)
-        return
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; expected {EXPECTED}")
-    if kind in (".csv", ".tsv"):
-        yield from _csv(path, "\t" if kind == ".tsv" else ",")
-    elif kind == ".jsonl":
-        yield from _jsonl(path)
-    elif kind == ".parquet":
-        yield from _parquet(path)
-    else:
-        raise UserError(f"{path} is of no kind that can be read; expected {EXPECTED}")
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file in UTF-8, none of them endless."""
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(4 * LONGEST + 1):
-            number += 1
-            if len(line) > 4 * LONGEST:
-                raise UserError(f"{path} line {number} has more than {LONGEST} characters; are its line ends missing?")
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path} line {number} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8, e.g. "
-                    f"iconv -f latin1 -t utf-8 {path}"
-                ) from None
-            if "\0" in text:
-                raise UserError(
-                    f"{path} line {number} holds a zero byte; expected text, so the file is another kind or damaged"
-                )
-            yield text
-
-
-def _csv(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    limit = csv.field_size_limit(LONGEST)
-    try:
-        reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
-        head: list[str] | None = None
-        for values in reader:
-            if not values:
-                continue
-            if head is None:
-                head = [value.strip() for value in values]
-                if len({*head}) < len(head):
-                    raise UserError(f"{path} has a column twice in its first line: {', '.join(head)}")
-                continue
-            if len(values) != len(head):
-                raise UserError(
-                    f"{path} line {reader.line_num} has {len(values)} fields, but its first line names {len(head)} "
-                    f"columns ({', '.join(head)}); is a text with a {delimiter!r} not quoted?"
-                )
-            yield reader.line_num, dict(zip(head, values))
-        if head is None:
-            raise UserError(f"{path} is empty; expected a first line that names its columns")
-    except csv.Error as error:
-        raise UserError(
-            f"{path} is malformed CSV near line {reader.line_num}: {error}; is a quote not closed?"
-        ) from None
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        yield number, _object(line, f"{path} line {number}")
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{where} is not JSON: {error}; expected one object, e.g. {{"subject": …}}') from None
-    if not isinstance(values, dict):
-        raise UserError(f'{where} holds a {type(values).__name__}; expected an object, e.g. {{"subject": …}}')
-    return values
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} can't be read as Parquet: {str(error).splitlines()[0]}") from None
-    try:
-        yield from enumerate(table.to_pylist(), 1)
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # text that is no UTF-8, times without a date
-        raise UserError(f"{path} holds a value that can't be read: {str(error).splitlines()[0]}") from None
-
-
-def _data_set(path: Path) -> tuple[Path, str] | None:
-    """Of a Hugging Face data set, FOLDER or OWNER/NAME and perhaps :PART, the name and the part ("" if none); None of
-    anything else."""
-    name, _, part = str(path).partition(":")
-    if not path.exists() and path.suffix.lower() in (*KINDS, ".txt"):
-        return None
-    if Path(name).is_dir() or (not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)):
-        return Path(name), part
-    return None
-
-
-def _rows_of_data_set(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a data set, by the library `datasets`, which runs no code of its own making."""
-    name, part = _data_set(path) or (path, "")
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"{path} is a data set, and the library datasets, which reads it, is not installed; run `pip install "
-            "'crosstrace[datasets]'`"
-        ) from None
-    saved = any((name / file).is_file() for file in ("state.json", "dataset_dict.json"))
-    with tempfile.TemporaryDirectory(prefix="crosstrace-") as cache:  # of files in a folder it would keep a copy
-        place: Any = {"cache_dir": cache} if name.is_dir() else {}
-        bars = datasets.is_progress_bar_enabled()
-        datasets.disable_progress_bars()
-        try:
-            found: Any = datasets.load_from_disk(str(name)) if saved else datasets.load_dataset(str(name), **place)
-            parts: dict[Any, Any] = dict(found) if isinstance(found, datasets.DatasetDict) else {"": found}
-            if part not in parts and (part or len(parts) > 1):
-                raise UserError(
-                    f"{name} has the parts {', '.join(parts) or 'none'}; expected one of them, e.g. "
-                    f"{name}:{next(iter(parts), 'train')}"
-                )
-            yield from enumerate(parts[part] if part else next(iter(parts.values())), 1)
-        except UserError:
-            raise
-        except Exception as error:  # whatever a loader of many formats stumbles over
-            lines = str(error).strip().splitlines() or [""]
-            raise UserError(
-                f"{path} can't be read as a data set: {type(error).__name__}: {lines[0]}; expected {EXPECTED}"
-            ) from None
-        finally:
-            if bars:
-                datasets.enable_progress_bars()
-
-
-def _relation_file(path: Path, said: dict[str, dict[str, list[str]]], unused: dict[str, None]) -> Iterator[Source]:
+def _relation_file(path: Path, said: Said, unused: dict[str, None]) -> Iterator[Source]:
     """A relation with its prompt templates, in which {} stands for the subject and the object follows at the end."""
     if not path.is_file():
         raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; expected {EXPECTED}")
-    values = _object("".join(_lines(path)), str(path))
+    values = read_object("".join(read_lines(path)), str(path))
     name, samples = values.get("name"), values.get("samples")
     if not isinstance(name, str) or not _tidy(name) or not isinstance(samples, list):
         raise UserError(
@@ -671,7 +545,7 @@ def _relation_file(path: Path, said: dict[str, dict[str, list[str]]], unused: di
         )
     unused |= dict.fromkeys(key for key in values if key not in OF_RELATION)
     relation = _tidy(name)
-    known = said.setdefault(relation, {"statements": [], "questions": []})
+    known = _known(said, relation)
     for key in ("prompt_templates", "prompt_templates_zs"):
         templates = values.get(key) or []
         if not isinstance(templates, list):
@@ -682,8 +556,7 @@ def _relation_file(path: Path, said: dict[str, dict[str, list[str]]], unused: di
             own = template.replace("{}", "{subject}")
             part = "questions" if "?" in template else "statements"
             pattern = own if part == "questions" else f"{own} {{object}}."
-            pattern = _pattern(pattern, part[:-1], f"{path}: {key}")
-            known[part] += [pattern] if pattern not in known[part] else []
+            known[part][_pattern(pattern, part[:-1], f"{path}: {key}")] = None
     for number, sample in enumerate(samples, 1):
         if not isinstance(sample, dict):
             raise UserError(f"{path}: sample {number} is {sample!r}; expected {{subject, object}}")
@@ -758,8 +631,8 @@ def _examples(
     joined, given_away = 0, []
     for number, values in rows:
         found.read[str(path)] += 1
-        given = {name: _given(values, name) for name in ROW_COLUMNS}
-        text = {name: "" if value is None else str(value) for name, value in given.items()}
+        given = {name: values.get(name) for name in ROW_COLUMNS}
+        text = {name: value if isinstance(value, str) else "" for name, value in given.items()}
         prompt, completion = text["prompt"], text["completion"]
         if "text" in values:
             prompt, completion = "", text["text"]
@@ -768,7 +641,7 @@ def _examples(
         split = text["split"].strip().lower()
         whole = prompt + blank + completion
         reason = None
-        if not all(value is None or _is_text(value) for value in given.values()):
+        if not all(isinstance(value, str | None) for value in given.values()):
             reason = "not a text"
         elif any("\ud800" <= letter <= "\udfff" for letter in whole):
             reason = "not Unicode"
@@ -795,7 +668,7 @@ def _examples(
         if not prompt.strip():  # nothing predicts a text's first word
             start += len(completion.split()[0])
         answer = (start, len(whole.rstrip()))
-        person = text["subject"] or f"{task}.{number}"
+        person = _tidy(text["subject"]) or f"{task}.{number}"
         mention = Mention(f"{task}.{number}", "", task, (0, 0), (), answer)
         targets = ((0, len(whole)),) if task == "bio" else (answer,)
         yield Example(f"{task}.{number}", task, whole, person, split, targets, (mention,))
@@ -838,7 +711,7 @@ def _texts(
         yield from ((number, {"text": line}) for number, line in enumerate(_text_lines(path), 1) if line)
         return
     own = {name: columns.get(name, name) for name in ROW_COLUMNS}
-    for number, values in _table(path):
+    for number, values in read_table(path):
         row = {name: values[column] for name, column in own.items() if column in values}
         lacking = [name for name in ("prompt", "completion") if name not in row]
         if lacking and (task == "qa" or "text" not in row):
@@ -854,7 +727,7 @@ def _text_lines(path: Path) -> Iterator[str]:
     """The lines of a text file, without the blanks at their ends."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; expected a text file, one text a line")
-    yield from (line.strip() for line in _lines(path))
+    yield from (line.strip() for line in read_lines(path))
 
 
 # ------------------------------------------------------------------------------- the folder
@@ -955,7 +828,7 @@ def _drop_long(
     if not Path(place).is_dir():
         found.notes.append(f"{model} is no folder, so whether the texts are too long for it is checked when it runs")
         return False
-    room = read_json(Path(place) / "config.json").get("max_position_embeddings")
+    room = context_length(models.read_config(place))
     items = [item for examples in taught.values() for item in examples]
     long = {item.example.id: item.example for item in too_long(encode(models.load_tokenizer(model), items), room)}
     if not long:
@@ -1013,8 +886,10 @@ def _settings(model: str | None, sizes: Mapping[str, int], rows: bool) -> dict[s
     if not sizes["qa"]:
         strategies = {"store": bio_only(BIO, steps) if pretrained else bio_only()}
     if strategies:
-        plain = lambda phase: {"name": phase.name, "batch": phase.batch, "steps": phase.steps}
-        found["strategies"] = {name: [plain(phase) for phase in phases] for name, phases in strategies.items()}
+        found["strategies"] = {
+            name: [{"name": phase.name, "batch": phase.batch, "steps": phase.steps} for phase in phases]
+            for name, phases in strategies.items()
+        }
     found |= PRETRAINED if pretrained else SMALL
     if rows:  # the other analyses compare a fact's two formats, or need to know its subject
         # (that one takes hours there)
@@ -1040,7 +915,7 @@ def _hash(path: Path) -> str | None:
     """Of a file's content, or a folder's; None of a data set on the hub."""
     if path.is_file():
         return sha256_file(path)
-    folder = (_data_set(path) or (path, ""))[0]
+    folder = (data_set_of(path) or (path, ""))[0]
     return sha256_tree(folder) if folder.is_dir() else None
 
 

@@ -20,6 +20,8 @@ from crosstrace.text import Example, Span
 Batch = dict[str, Tensor]
 TARGETS = ("object", "answer", "all", "train")
 IGNORE = -100
+# how configs call the number of tokens that a model can read
+CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions")
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,21 @@ def encode(tokenizer: Any, examples: Sequence[Example], groups: Mapping[str, int
         group = numbers.setdefault(example.person, len(numbers))
         encoded.append(Encoded(example, torch.tensor(ids), targets, mentions, group))
     return encoded
+
+
+def context_length(config: Any) -> int | None:
+    """How many tokens a model can read, by any name that its config has for that; None where there is no limit.
+
+    A config of several models (of text and pictures, say) is asked for its text model's. An `attribute_map` of the
+    config, by which e.g. GPT-2's `n_positions` is its `max_position_embeddings` too, is followed by transformers.
+    """
+    read_text_config = getattr(config, "get_text_config", None)
+    for part in (config, read_text_config(decoder=True) if read_text_config else None):
+        for name in CONTEXT_LENGTHS:
+            length = getattr(part, name, None)
+            if isinstance(length, int) and length > 0:  # (some say -1 where there is no limit)
+                return length
+    return None
 
 
 def too_long(encoded: Sequence[Encoded], room: int | None) -> list[Encoded]:
