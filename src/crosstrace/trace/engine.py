@@ -150,7 +150,7 @@ class Engine:
             if rules is not None:
                 missing.discard(name)
                 use(name, rules)
-            elif self.sharded:  # at once: all processes must go the same way through the backward
+            elif self.sharded and self.plan[name] != []:  # at once: all processes must go the same way through the backward
                 raise self._refusal(name)
 
         if any(way is not None for way in self.plan.values()):
@@ -406,12 +406,12 @@ class Engine:
                     reached |= self._compare(batch, i, place, trials)
                 told |= {name for name, trial in trials.items() if trial.told}
                 self.plan |= settled(trials)
-        for name in names:
-            if name not in reached and name not in uses:
-                gradients = [self.alone(batch, i, [name])[0] for i in pair]
-                if all(gradient is None for gradient in gradients):
-                    self.plan[name] = []
-        self.untold = self.untold - set(names) | {name for name in names if name in uses and name not in told}
+        unseen = [name for name in names if name not in uses]  # no call shows them
+        for i in pair if unseen else ():
+            gradients = self.alone(batch, i, unseen)
+            reached |= {name for name, gradient in zip(unseen, gradients) if gradient is not None}
+        self.plan |= {name: [] for name in names if name not in reached}
+        self.untold = (self.untold - set(names)) | {name for name in uses if name in reached - told and name in names}
         self.probed = len(pair)
         self.order += [name for name in uses if name not in self.order]
 

@@ -438,8 +438,8 @@ class TrainingTrace(Accumulated):
         engine, recording = self._engine, done.recording
         return sorted(
             name for name, way in engine.plan.items()
-            if way is None or name in recording.hidden
-            or (name in recording.of and not engine.expects(name, recording.of[name]))
+            if way is None or (way and name in recording.hidden)
+            or (way and name in recording.of and not engine.expects(name, recording.of[name]))
         )  # fmt: skip
 
     @contextmanager
