@@ -103,7 +103,7 @@ def test_weights_that_lack_a_parameter_are_no_model(folder: Path):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight and 0 other parameters"):
+    with pytest.raises(UserError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight of LlamaForCausalLM"):
         load_model(str(folder))
 
 
@@ -164,7 +164,7 @@ def test_other_problems_of_a_folder(folder: Path):
     with pytest.raises(UserError, match="no tokenizer could be read"):
         load_tokenizer(str(folder))
     (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match="no model could be read"):
+    with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
         load_model(str(folder))
 
 

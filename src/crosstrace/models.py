@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from crosstrace import weights
 from crosstrace.errors import UserError
 from crosstrace.processes import Processes
 from crosstrace.sharded import at_rest, is_sharded
@@ -161,8 +162,8 @@ def load_model(
                 f"the weights in {place} are pickled ({odd[0]}), a kind of file that may hold code; expected "
                 "safetensors, so save the model again with a current transformers, or set model.pickled: true"
             )
-    if not pickled:
-        _check_index(Path(place))
+    if Path(place).is_dir():
+        weights.check_files(Path(place))
     with reading(f"no model could be read from {place}", "expected what save_pretrained writes"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
@@ -174,21 +175,8 @@ def load_model(
             ignore_mismatched_sizes=True,  # it is told here, and what it would draw anew is never used
             **_in_pieces(processes),
         )
-    model, told = loaded
-    wrong: list[Any] = sorted(told["mismatched_keys"])
-    if wrong:
-        key, found, wanted = wrong[0]
-        raise UserError(
-            f"the weights in {place} do not fit its config: {key} has shape {tuple(found)}, and the config makes it "
-            f"{tuple(wanted)} ({len(wrong)} such); do the two files belong together?"
-        )
-    absent = sorted(set(told["missing_keys"]) & {name for name, _ in model.named_parameters()})
-    if absent:
-        # transformers would go on with random numbers
-        raise UserError(
-            f"the weights in {place} lack {absent[0]} and {len(absent) - 1} other parameters of "
-            f"{type(model).__name__}; expected all of them, so the folder is damaged or holds another kind of model"
-        )
+    model, report = loaded
+    weights.check_loaded(model, report, _folder(place))
     _check_finite(model, place)
     return model.eval()
 
@@ -213,18 +201,11 @@ def _is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER).is_file()
 
 
-def _check_index(folder: Path) -> None:
-    """Raise a `UserError` if a folder's index of weights names other files than safetensors in it."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    try:
-        names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} has no weight_map; expected what save_pretrained writes") from None
-    odd = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
-    if odd:
-        raise UserError(f"{index} names {odd[0]}; expected safetensors files beside it, so it was edited or damaged")
+def _folder(place: str) -> Path:
+    """Where the files of a folder or of a hub name lie, once they were downloaded."""
+    from transformers.utils import cached_file
+
+    return Path(place) if Path(place).is_dir() else Path(str(cached_file(place, "config.json"))).parent
 
 
 def _check_no_adapter(place: str) -> None:
