@@ -165,6 +165,10 @@ def load_model(
     if Path(place).is_dir():
         weights.check_files(Path(place))
     with reading(f"no model could be read from {place}", "expected what save_pretrained writes"):
+        if _in_pieces(processes):
+            with torch.device("meta"):
+                empty = AutoModelForCausalLM.from_config(read_config(place), trust_remote_code=False)
+            weights.check_shapes(empty, _folder(place))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
             dtype=DTYPES[dtype],

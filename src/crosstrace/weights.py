@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +62,11 @@ def check_loaded(model: Any, report: Mapping[str, Any], folder: Path) -> None:
         report: what from_pretrained gives with output_loading_info.
         folder: where the checkpoint's files lie.
     """
-    wrong = sorted(report["mismatched_keys"])
-    if wrong:
-        name, found, expected = wrong[0]
-        raise UserError(
-            f"the weights in {folder} do not fit its config: {name} has shape {tuple(found)}, and the config makes it "
-            f"{tuple(expected)} ({len(wrong)} such); do the two files belong together?"
-        )
+    _check_shapes(sorted(report["mismatched_keys"]), folder)
     stored = _stored(folder)
     missing = sorted(report["missing_keys"])
     unexpected = sorted(_left_over(model, set(report["unexpected_keys"]), stored, folder))
-    kind = type(model).__name__
+    kind = type(model).__name__.removeprefix("FSDP")  # as transformers calls the class of a model in pieces
     if missing:
         more = f", and hold {_several(unexpected)}, for which it has no place" if unexpected else ""
         raise UserError(
@@ -86,6 +80,32 @@ def check_loaded(model: Any, report: Mapping[str, Any], folder: Path) -> None:
             "or the weights must be saved without these"
         )
     _check_tied(model, folder)
+
+
+def check_shapes(empty: Any, folder: Path) -> None:
+    """Raise a `UserError` if a weight of a folder has another shape than in the model, which needs no numbers.
+
+    For a model that is loaded in pieces: one process may find its rows and another not, and they would wait for each
+    other forever.
+    """
+    own, prefix, wrong = empty.state_dict(), empty.base_model_prefix, []
+    for name, file in sorted(_stored(folder).items()):
+        place = next((key for key in (name, f"{prefix}.{name}") if key in own), None)
+        if place is not None:
+            with safe_open(file, framework="pt") as opened:
+                found = tuple(opened.get_slice(name).get_shape())
+            if found != tuple(own[place].shape):
+                wrong.append((place, found, own[place].shape))
+    _check_shapes(wrong, folder)
+
+
+def _check_shapes(wrong: Sequence[tuple[str, Sequence[int], Sequence[int]]], folder: Path) -> None:
+    if wrong:
+        name, found, expected = wrong[0]
+        raise UserError(
+            f"the weights in {folder} do not fit its config: {name} has shape {tuple(found)}, and the config makes it "
+            f"{tuple(expected)} ({len(wrong)} such); do the two files belong together?"
+        )
 
 
 def _check_tied(model: Any, folder: Path) -> None:
