@@ -73,7 +73,9 @@ CHANGED_CONFIGS: dict[str, tuple[str, dict, dict, str]] = {
 @pytest.mark.parametrize("shards", [False, True])
 def test_weights_that_the_config_has_no_place_for_are_refused_with_their_names(case, shards, tmp_path):
     kind, settings, change, name = CHANGED_CONFIGS[case]
-    folder = saved(tiny_model(kind, torch.float32, **settings), tmp_path / "m", max_shard_size="9KB" if shards else "1GB")
+    folder = saved(
+        tiny_model(kind, torch.float32, **settings), tmp_path / "m", max_shard_size="9KB" if shards else "1GB"
+    )
     assert (folder / INDEX).is_file() == shards
     load_model(str(folder))
     configured(folder, **change)
@@ -182,7 +184,10 @@ def test_copies_of_tied_weights_change_nothing_unless_they_differ(tmp_path):
         assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
     rewritten(folder, lambda tensors: tensors | {"shared.weight": embeddings + 1})
     refused(folder, "shared.weight", "has no place")
-    rewritten(folder, lambda tensors: {k: v for k, v in tensors.items() if k != "shared.weight"} | {"lm_head.weight": embeddings + 1})
+    rewritten(
+        folder,
+        lambda tensors: {k: v for k, v in tensors.items() if k != "shared.weight"} | {"lm_head.weight": embeddings + 1},
+    )
     refused(folder, "ties lm_head.weight to model.embed_tokens.weight", "with different values", "tie_word_embeddings")
 
 
@@ -255,9 +260,15 @@ def test_an_index_that_does_not_describe_its_files_is_refused(sharded):
     norm = where["model.norm.weight"]
     other = next(file for file in where.values() if file != norm)
     for change, part in (
-        (lambda names: names | {"model.norm.weight": other}, f"puts model.norm.weight into {other}, but it lies in {norm}"),
+        (
+            lambda names: names | {"model.norm.weight": other},
+            f"puts model.norm.weight into {other}, but it lies in {norm}",
+        ),
         (lambda names: names | {"model.more.weight": norm}, f"puts model.more.weight into {norm}, but it lies in none"),
-        (lambda names: {k: v for k, v in names.items() if k != "model.norm.weight"}, f"puts model.norm.weight into no file, but it lies in {norm}"),
+        (
+            lambda names: {k: v for k, v in names.items() if k != "model.norm.weight"},
+            f"puts model.norm.weight into no file, but it lies in {norm}",
+        ),
         (lambda names: {k: v for k, v in names.items() if v != other}, f"{other} does not belong to {INDEX}"),
         (lambda names: names | {"model.norm.weight": "model-00099-of-00099.safetensors"}, "is missing"),
     ):

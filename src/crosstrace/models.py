@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import defaultdict
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +16,7 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from crosstrace import weights
 from crosstrace.errors import UserError
@@ -25,6 +26,9 @@ from crosstrace.store import expanded, read_json, sha256_tree
 
 BUNDLED = "bundled"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
+# How an adapter began (PEFT's init_lora_weights): on the base as it is, or on one that PEFT changes again in the same way
+LEAVE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+CHANGE_BASE = ("pissa", "olora")
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -247,28 +251,41 @@ def _adapted(folder: Path, dtype: str, attention: str, merge: bool) -> Any:
             f"adapter folder {folder} holds no {ADAPTER_WEIGHTS}; expected what PEFT's save_pretrained writes (an "
             "adapter_model.bin is a pickle, which may run code and is not read)"
         )
+    initial = given.get("init_lora_weights", True)
+    initial = initial.lower() if isinstance(initial, str) else initial
+    if initial not in (*LEAVE_BASE, *CHANGE_BASE):
+        raise UserError(
+            f"the adapter in {folder} was begun with init_lora_weights {initial!r}, which changes the base's weights in "
+            "a way that the folder does not tell, so that nobody can restore them; merge it where it was trained "
+            "(merge_and_unload) and save the model, or train with another initialisation"
+        )
     peft = import_peft(f"{folder} holds a LoRA adapter, and peft, which reads it")
-    model = load_model(base, dtype, attention)
+    # PEFT knows these decompositions of the base's weights in single precision only
+    decomposed = dtype == "float64" and initial in (*CHANGE_BASE, "mica")
+    model = load_model(base, "float32" if decomposed else dtype, attention)
+    own = dict(model.named_parameters(remove_duplicate=False))
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     tied = ends[1] is not None and ends[0].weight is ends[1].weight
     with _fitting(folder, base):
         options = peft.LoraConfig.from_pretrained(str(folder))
         options.inference_mode = True
         tuned = peft.PeftModel(model, options)
-        adapted = [tuned.get_input_embeddings(), tuned.get_output_embeddings()] != ends
-        told = tuned.load_adapter(str(folder), "default", torch_device="cpu")
-    odd = [*(key for key in told.missing_keys if "lora_" in key), *told.unexpected_keys]
+    _check_further_weights(tuned, own, folder, base)
+    with _fitting(folder, base):
+        report = tuned.load_adapter(str(folder), "default", torch_device="cpu")
+    odd = [*(key for key in report.missing_keys if "lora_" in key), *report.unexpected_keys]
     if odd:  # PEFT would go on without them
         raise UserError(
             f"the adapter in {folder} does not fit its base {base}: its weights lack, or the base has no place for, "
             f"{odd[0]} and {len(odd) - 1} others; was it trained on another model?"
         )
-    if tied and adapted:  # what is merged for one use would change the other
-        raise UserError(
-            f"the adapter in {folder} changes the embeddings or the unembedding, which are one tensor in its base "
-            f"{base}, so it can't be merged; expected an adapter of the layers in between"
-        )
     _check_finite(tuned, str(folder), only="lora_")
+    if decomposed:
+        for p in tuned.parameters():
+            p.data = p.data.to(DTYPES[dtype])
+    if tied and [tuned.get_input_embeddings(), tuned.get_output_embeddings()] != ends:
+        _check_tied_ends(tuned, folder, base)
+    _check_shared_layers(tuned, folder, base)
     if merge:
         with _fitting(folder, base):
             tuned = tuned.merge_and_unload()
@@ -278,6 +295,84 @@ def _adapted(folder: Path, dtype: str, attention: str, merge: bool) -> Any:
     for name, p in tuned.named_parameters():  # PEFT has frozen the base, and of an adapter to be read all of it
         p.requires_grad_(merge or "lora_" in name)
     return tuned.eval()
+
+
+def _check_further_weights(tuned: Any, own: dict[str, nn.Parameter], folder: Path, base: str) -> None:
+    """Raise a `UserError` unless an adapter's file has the biases, tokens and modules that its config names, and no
+    other weights than these, its matrices, and copies of the base's.
+
+    PEFT would go on without the former, and put the latter into the base, if need be into both uses of a tied tensor.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    with _fitting(folder, base):
+        expected = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
+        found = load_file(folder / ADAPTER_WEIGHTS)
+    missing = sorted(name for name in expected - set(found) if "lora_" not in name)
+    if missing:
+        raise UserError(
+            f"the adapter in {folder} lacks {missing[0]} and {len(missing) - 1} others that its {ADAPTER} names (bias, "
+            "modules_to_save, trainable_token_indices); expected what PEFT's save_pretrained writes"
+        )
+    for name in sorted(set(found) - expected):
+        place = own.get(name.removeprefix("base_model.model.").replace(".base_layer", ""))
+        if "lora_" in name or place is None or found[name].shape != place.shape:
+            continue  # PEFT tells of those
+        if not torch.equal(found[name].to(place.dtype), place):
+            raise UserError(
+                f"the adapter in {folder} holds {name}, which its {ADAPTER} does not name and which differs from the "
+                f"base {base}; expected it among modules_to_save, so merge the adapter where it was trained and save "
+                "the model"
+            )
+
+
+def _check_tied_ends(tuned: Any, folder: Path, base: str) -> None:
+    """Raise a `UserError` if merging an adapter changes what its tied embeddings and unembedding give: PEFT may add to
+    the one tensor for each of its uses."""
+    from crosstrace.adapters import merged
+
+    with _fitting(folder, base):
+        before = _uses(tuned)
+        with merged(tuned):
+            after = _uses(tuned)
+    for one, other in zip(before, after):
+        # merging rounds each value once
+        if ((one - other).abs() > 8 * torch.finfo(one.dtype).eps * one.abs().max()).any():
+            raise UserError(
+                f"the adapter in {folder} can't be merged exactly: it changes the embeddings or the unembedding of its base "
+                f"{base}, which are one tensor, and what is added for one use changes the other too; expected both as "
+                "modules_to_save or with the same trainable_token_indices (and ensure_weight_tying), or a base that was "
+                "saved untied (tie_word_embeddings: false)"
+            )
+
+
+def _check_shared_layers(tuned: Any, folder: Path, base: str) -> None:
+    """Raise a `UserError` if layers of the base that share a tensor have matrices of their own: PEFT would add all of
+    them to it."""
+    owners: dict[int, set[int]] = defaultdict(set)
+    for module in tuned.modules():
+        for p in module.parameters(recurse=False):
+            owners[id(p)].add(id(module))
+    ends = {id(tuned.get_input_embeddings()), id(tuned.get_output_embeddings())}
+    for name, module in tuned.named_modules():
+        if not hasattr(module, "lora_A") or id(module) in ends:
+            continue
+        if any(len(owners[id(p)]) > 1 for p in module.get_base_layer().parameters(recurse=False)):
+            raise UserError(
+                f"the adapter in {folder} can't be merged exactly: in its base {base} as it changes it "
+                f"(layer_replication), {name} shares its tensor with another layer; expected layers of their own, so save "
+                "the base with these layers copied first"
+            )
+
+
+@torch.no_grad()
+def _uses(model: Any) -> tuple[Tensor, Tensor]:
+    """The embedding of every token [tokens, width], and the unembedding of some unit vectors [some, tokens]."""
+    words, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tokens, width = model.get_base_model().get_input_embeddings().weight.shape
+    units = torch.eye(width, dtype=model.dtype)[:: max(1, width // 16)]
+    return words(torch.arange(tokens)).clone(), head(units).clone()
 
 
 @contextmanager
