@@ -22,7 +22,7 @@ from crosstrace import weights
 from crosstrace.errors import UserError
 from crosstrace.processes import Processes
 from crosstrace.sharded import at_rest, is_sharded
-from crosstrace.store import expanded, read_json, sha256_tree
+from crosstrace.store import expanded, sha256_tree
 
 BUNDLED = "bundled"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
@@ -211,7 +211,7 @@ def _is_adapter(folder: Path) -> bool:
 
 def _folder(place: str) -> Path:
     """Where the files of a folder or of a hub name lie, once they were downloaded."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     return Path(place) if Path(place).is_dir() else Path(str(cached_file(place, "config.json"))).parent
 
