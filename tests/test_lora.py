@@ -410,7 +410,9 @@ TIED_EXACT: dict[str, tuple[str, dict]] = {
     "tokens, tied": ("llama", {"trainable_token_indices": {"embed_tokens": [3]}, "ensure_weight_tying": True}),
     "tokens of GPT-2": ("gpt2", {"target_modules": ["c_attn"], "trainable_token_indices": {"wte": [3]}}),
     "the tensor": ("llama", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
-    "the tensor by both names": ("llama", {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
+    "the tensor by both names": (
+        "llama", {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    ),
     "one for each use": ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}),
     "the unembedding alone": ("llama", {"modules_to_save": ["lm_head"]}),
     "the embeddings alone": ("llama", {"modules_to_save": ["embed_tokens"]}),
@@ -441,7 +443,7 @@ def test_adapters_of_tied_embeddings_that_merge_exactly_are_read(case, tmp_path)
 @pytest.mark.parametrize("merge", [True, False])
 def test_adapters_of_tied_embeddings_that_do_not_merge_are_told(settings, dtype, merge, tmp_path):
     moved("llama", tmp_path, tied=True, **settings).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UserError, match="can't be merged exactly: .* which are one tensor") as found:
+    with pytest.raises(UserError, match=r"can't be merged exactly: .* which are one tensor") as found:
         load_model(str(tmp_path / "adapter"), dtype, merge=merge)
     assert "ensure_weight_tying" in str(found.value) and "\n" not in str(found.value)
 

@@ -150,7 +150,8 @@ def test_buffers_of_old_checkpoints_change_nothing(tmp_path):
     mask = torch.ones(9, 9).tril().bool()[None, None]
     for kind, more in (
         ("llama", {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": rotary for i in range(2)}),
-        ("gpt_neox", {"gpt_neox.layers.0.attention.bias": mask, "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
+        ("gpt_neox", {"gpt_neox.layers.0.attention.bias": mask,
+                      "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
                       "gpt_neox.layers.0.attention.rotary_emb.inv_freq": rotary}),
         ("gpt2", {"h.0.attn.bias": mask.to(torch.uint8), "h.1.attn.masked_bias": torch.tensor(-1e4)}),
         ("opt", {"model.decoder.embed_positions.position_ids": torch.arange(9)[None]}),
@@ -199,8 +200,8 @@ def test_the_config_of_an_untied_model_may_not_tie_it(tmp_path):
 
 GLM = {
     "vocab_size": 53, "hidden_size": 24, "intermediate_size": 40, "moe_intermediate_size": 20, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 6, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 99,
-    "num_hidden_layers": 47,
+    "num_key_value_heads": 2, "head_dim": 6, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "first_k_dense_replace": 99, "num_hidden_layers": 47,
 }  # fmt: skip
 
 

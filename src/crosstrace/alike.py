@@ -90,8 +90,8 @@ def check_alike(base: nn.Module, tuned: nn.Module, names: tuple[str, str]) -> No
             for name in changing[:3]
         ]
         raise UserError(
-            f"{of_tuned} computes otherwise than {of_base}: {', '.join(values)}; expected a model that was trained from "
-            "this base"
+            f"{of_tuned} computes otherwise than {of_base}: {', '.join(values)}; expected a model that was trained "
+            "from this base"
         )
 
 

@@ -26,7 +26,7 @@ from crosstrace.store import expanded, sha256_tree
 
 BUNDLED = "bundled"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
-# How an adapter began (PEFT's init_lora_weights): on the base as it is, or on one that PEFT changes again in the same way
+# How an adapter began (PEFT's init_lora_weights): on the base as it is, or on one that PEFT changes the same way again.
 LEAVE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 CHANGE_BASE = ("pissa", "olora")
 DTYPES = {
@@ -52,8 +52,12 @@ def locate(name: str) -> str:
         return str(bundled_folder())
     folder = expanded(name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if folder.is_file():
+        _check_no_gguf([folder], name)
+        raise UserError(f"{name} is a file; expected the folder of a model, written by save_pretrained")
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not _is_adapter(folder):
+            _check_no_gguf(sorted(folder.iterdir()), name)
             raise UserError(
                 f"model folder {name} holds no config.json; expected a folder written by save_pretrained, so the path "
                 "probably names its parent or an unfinished download"
@@ -70,6 +74,18 @@ def locate(name: str) -> str:
             "name with its owner, such as EleutherAI/pythia-160m"
         )
     return name
+
+
+def _check_no_gguf(files: list[Path], name: str) -> None:
+    """Raise a `UserError` if a file is GGUF, and say how transformers makes a folder of it."""
+    for file in files:
+        if file.suffix.lower() == ".gguf":
+            verb = "is" if file == expanded(name) else "holds"
+            raise UserError(
+                f"{name} {verb} a GGUF file ({file.name}), which is not read here; expected a folder written by save_pretrained, so make one with transformers: from_pretrained(folder, "
+                "gguf_file=name), then model.hf_quantizer = None and del model.config.quantization_config, then "
+                "save_pretrained, and the tokenizer likewise (docs/guide.md has the lines)"
+            )
 
 
 def load_tokenizer(name: str) -> Any:
@@ -166,6 +182,7 @@ def load_model(
                 f"the weights in {place} are pickled ({odd[0]}), a kind of file that may hold code; expected "
                 "safetensors, so save the model again with a current transformers, or set model.pickled: true"
             )
+        _check_no_gguf(sorted(Path(place).iterdir()), place)
     if Path(place).is_dir():
         weights.check_files(Path(place))
     with reading(f"no model could be read from {place}", "expected what save_pretrained writes"):
@@ -255,8 +272,8 @@ def _adapted(folder: Path, dtype: str, attention: str, merge: bool) -> Any:
     initial = initial.lower() if isinstance(initial, str) else initial
     if initial not in (*LEAVE_BASE, *CHANGE_BASE):
         raise UserError(
-            f"the adapter in {folder} was begun with init_lora_weights {initial!r}, which changes the base's weights in "
-            "a way that the folder does not tell, so that nobody can restore them; merge it where it was trained "
+            f"the adapter in {folder} was begun with init_lora_weights {initial!r}, which changes the base's weights "
+            "in a way that the folder does not tell, so that nobody can restore them; merge it where it was trained "
             "(merge_and_unload) and save the model, or train with another initialisation"
         )
     peft = import_peft(f"{folder} holds a LoRA adapter, and peft, which reads it")
@@ -340,10 +357,10 @@ def _check_tied_ends(tuned: Any, folder: Path, base: str) -> None:
         # merging rounds each value once
         if ((one - other).abs() > 8 * torch.finfo(one.dtype).eps * one.abs().max()).any():
             raise UserError(
-                f"the adapter in {folder} can't be merged exactly: it changes the embeddings or the unembedding of its base "
-                f"{base}, which are one tensor, and what is added for one use changes the other too; expected both as "
-                "modules_to_save or with the same trainable_token_indices (and ensure_weight_tying), or a base that was "
-                "saved untied (tie_word_embeddings: false)"
+                f"the adapter in {folder} can't be merged exactly: it changes the embeddings or the unembedding of its "
+                f"base {base}, which are one tensor, and what is added for one use changes the other too; expected both "
+                "as modules_to_save or with the same trainable_token_indices (and ensure_weight_tying), or a base that "
+                "was saved untied (tie_word_embeddings: false)"
             )
 
 
@@ -361,8 +378,8 @@ def _check_shared_layers(tuned: Any, folder: Path, base: str) -> None:
         if any(len(owners[id(p)]) > 1 for p in module.get_base_layer().parameters(recurse=False)):
             raise UserError(
                 f"the adapter in {folder} can't be merged exactly: in its base {base} as it changes it "
-                f"(layer_replication), {name} shares its tensor with another layer; expected layers of their own, so save "
-                "the base with these layers copied first"
+                f"(layer_replication), {name} shares its tensor with another layer; expected layers of their own, so "
+                "save the base with these layers copied first"
             )
 
 

@@ -50,8 +50,8 @@ def check_files(folder: Path) -> None:
     others = [name for name in names if SHARD.fullmatch(name) and name not in used]
     if others and _named_file(folder) is None:
         raise UserError(
-            f"{folder} holds two sets of weights: {others[0]} does not belong to {index.name if index else WHOLE}; move "
-            "one set elsewhere"
+            f"{folder} holds two sets of weights: {others[0]} does not belong to {index.name if index else WHOLE}; "
+            "move one set elsewhere"
         )
 
 
@@ -182,7 +182,7 @@ def _is_harmless(name: str, model: Any, stored: Mapping[str, Path]) -> bool:
 
 
 def _is_mask(value: Tensor) -> bool:
-    """Whether a buffer says what a causal decoder may look at: ones up to the diagonal, or the number for the others."""
+    """Whether a buffer says what a causal decoder may look at: ones up to the diagonal, or the number for the rest."""
     if value.numel() == 1:
         return float(value) <= -1e4
     rows, columns = value.shape[-2:] if value.dim() >= 2 else (0, 1)
@@ -226,8 +226,8 @@ def _check_index(index: Path) -> set[str]:
     if wrong:
         where = " and ".join(found.get(wrong[0], [])) or "none of its files"
         raise UserError(
-            f"{index} puts {wrong[0]} into {places.get(wrong[0], 'no file')}, but it lies in {where} ({len(wrong)} such); "
-            "expected the index of these files, so they are of two checkpoints, or a download is not complete"
+            f"{index} puts {wrong[0]} into {places.get(wrong[0], 'no file')}, but it lies in {where} ({len(wrong)} "
+            "such); expected the index of these files, so they are of two checkpoints, or a download is not complete"
         )
     return set(files)
 
