@@ -82,9 +82,10 @@ def _check_no_gguf(files: list[Path], name: str) -> None:
         if file.suffix.lower() == ".gguf":
             verb = "is" if file == expanded(name) else "holds"
             raise UserError(
-                f"{name} {verb} a GGUF file ({file.name}), which is not read here; expected a folder written by save_pretrained, so make one with transformers: from_pretrained(folder, "
-                "gguf_file=name), then model.hf_quantizer = None and del model.config.quantization_config, then "
-                "save_pretrained, and the tokenizer likewise (docs/guide.md has the lines)"
+                f"{name} {verb} a GGUF file ({file.name}), which is not read here; expected a folder written by "
+                "save_pretrained, so make one with transformers: from_pretrained(folder, gguf_file=name), then "
+                "model.hf_quantizer = None and del model.config.quantization_config, then save_pretrained, and the "
+                "tokenizer likewise (docs/guide.md has the lines)"
             )
 
 
@@ -358,7 +359,7 @@ def _check_tied_ends(tuned: Any, folder: Path, base: str) -> None:
         if ((one - other).abs() > 8 * torch.finfo(one.dtype).eps * one.abs().max()).any():
             raise UserError(
                 f"the adapter in {folder} can't be merged exactly: it changes the embeddings or the unembedding of its "
-                f"base {base}, which are one tensor, and what is added for one use changes the other too; expected both "
+                f"base {base}, which are one tensor, and what is added for one use changes the other; expected both "
                 "as modules_to_save or with the same trainable_token_indices (and ensure_weight_tying), or a base that "
                 "was saved untied (tie_word_embeddings: false)"
             )
