@@ -10,6 +10,7 @@ The test calls `study` and `run` for one process itself.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_facts import tiny_examples, tokenizer
 from tiny_models import in_float64
 from torch import nn
@@ -251,7 +253,26 @@ def all_of_it(home: Path, how: str, processes: Processes) -> None:
         again()
         run(home, f"{name}-lora", processes, kinds=["llama"], stages=FURTHER, changes=LORA)
     if name == "fsdp2":
+        misfits(home, processes)
         run(home, f"{name}-further", processes, True, ["llama"], FURTHER, RETAINED)
+
+
+def misfits(home: Path, processes: Processes) -> None:
+    """A folder that does not fit its config is refused by every process, and none waits for another."""
+    for case, change in (
+        ("another shape", lambda tensors: {"model.norm.weight": tensors["model.norm.weight"][:-1].clone()}),
+        ("left over", lambda tensors: {"lm_head.bias": torch.ones(3)}),
+        ("lacking", lambda tensors: {"model.norm.weight": None}),
+    ):
+        folder = home / "misfits" / case
+        if processes.rank == 0:
+            shutil.copytree(home / "models" / "llama", folder)
+            tensors = load_file(folder / "model.safetensors")
+            left = {name: x for name, x in (tensors | change(tensors)).items() if x is not None}
+            save_file(left, folder / "model.safetensors", {"format": "pt"})
+        processes.wait()
+        with pytest.raises(UserError, match=r"lm_head\.bias" if case == "left over" else r"model\.norm\.weight"):
+            load_model(str(folder), processes=processes)
 
 
 def killed(home: Path, processes: Processes) -> None:

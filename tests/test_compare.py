@@ -199,6 +199,81 @@ def test_models_that_are_no_checkpoints_of_one_are_told() -> None:
         assert "\n" not in str(found.value)
 
 
+NO_CHANGE: list[tuple[str, dict, dict]] = [
+    ("llama", {}, {"unsloth_version": "2026.1", "tokenizer_class": "Tokens", "quantization": {"a": 1}}),
+    ("llama", {}, {"max_position_embeddings": 4096, "pretraining_tp": 2, "sliding_window": 8}),  # which Llama has not
+    ("llama", {}, {"rope_theta": 10000.0, "use_cache": False, "output_attentions": True, "return_dict": False}),
+    ("qwen3_moe", {}, {"output_router_logits": True, "router_aux_loss_coef": 0.5}),
+    ("mistral", {"sliding_window": None}, {"sliding_window": None, "max_position_embeddings": 8}),
+    ("gpt2", {}, {"summary_type": "mean", "n_ctx": 1024}),
+    ("falcon", {}, {"ffn_hidden_size": 96, "hidden_dropout": 0.3}),
+]
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+CHANGE: list[tuple[str, dict, dict, str]] = [
+    ("llama", {}, {"rms_norm_eps": 1e-5}, r"rms_norm_eps is 1e-05"),
+    ("llama", {}, {"hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
+    ("llama", {}, {"rope_theta": 5e5}, r"rope_parameters\.rope_theta is 500000"),
+    (
+        "llama",
+        {"rope_parameters": DYNAMIC},
+        {"rope_parameters": DYNAMIC | {"factor": 4.0}},
+        r"rope_parameters\.factor is 4",
+    ),
+    (
+        "llama",
+        {"rope_parameters": DYNAMIC},
+        {"rope_parameters": DYNAMIC, "max_position_embeddings": 2048},
+        "max_position",
+    ),
+    ("llama", {}, {"num_attention_heads": 2, "head_dim": 12, "num_key_value_heads": 1}, "num_attention_heads is 2"),
+    ("mistral", {"sliding_window": 4096}, {"sliding_window": None}, "sliding_window is None"),
+    ("mistral", {"sliding_window": 4096}, {"sliding_window": 2048}, "sliding_window is 2048"),
+    ("gemma3", {}, {"layer_types": ["full_attention", "full_attention"]}, "layer_types is"),
+    ("gemma3", {}, {"query_pre_attn_scalar": 8}, "query_pre_attn_scalar is 8"),
+    ("gemma3", {}, {"final_logit_softcapping": 3.0}, "final_logit_softcapping is 3"),
+    ("qwen3_moe", {}, {"num_experts_per_tok": 1}, "num_experts_per_tok is 1"),
+    ("qwen3_moe", {}, {"norm_topk_prob": True}, "norm_topk_prob is True"),
+    ("gpt2", {}, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+    ("gpt_neox", {}, {"rotary_pct": 0.25}, "partial_rotary_factor is 0.25"),
+    ("gpt_neox", {}, {"use_parallel_residual": False}, "use_parallel_residual is False"),
+    ("falcon", {}, {"alibi": True}, "alibi is True"),
+]
+
+
+def two_models(kind: str, of_base: dict, of_tuned: dict, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Two models with other weights; the tuned one is asked after one text, as the base may be."""
+    return tiny_model(kind, dtype, **of_base), tiny_model(kind, dtype, seed=1, **of_tuned)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind, of_base, of_tuned", NO_CHANGE)
+def test_settings_that_change_no_logits_may_differ(kind, of_base, of_tuned, dtype) -> None:
+    base, tuned = two_models(kind, of_base, of_tuned, dtype)
+    before = snapshot(base)
+    check_alike(base, tuned, ("the base", "tuned"))
+    check_alike(tuned, base, ("the base", "tuned"))
+    assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
+
+
+@pytest.mark.parametrize("kind, of_base, of_tuned, message", CHANGE)
+def test_settings_that_change_logits_are_told_by_name(kind, of_base, of_tuned, message) -> None:
+    base, tuned = two_models(
+        kind, of_base | {"tokenizer_class": "A"}, of_tuned | {"tokenizer_class": "B"}, torch.float32
+    )
+    with pytest.raises(UserError, match=f"tuned computes otherwise than the base: .*{message}") as found:
+        check_alike(base, tuned, ("the base", "tuned"))
+    assert "tokenizer_class" not in str(found.value)
+    with pytest.raises(UserError, match="computes otherwise"):
+        check_alike(tuned, base, ("the base", "tuned"))
+
+
+def test_two_classes_that_compute_the_same_are_one_model() -> None:
+    llama = tiny_model("llama", torch.float32)
+    check_alike(llama, tiny_model("mistral", torch.float32, sliding_window=None), ("the base", "tuned"))
+    with pytest.raises(UserError, match="tuned is a MistralForCausalLM and the base a LlamaForCausalLM"):
+        check_alike(llama, tiny_model("mistral", torch.float32, sliding_window=4096), ("the base", "tuned"))
+
+
 def test_another_tokenizer_and_a_folder_without_tasks_are_told(tmp_path: Path) -> None:
     pipeline.run(
         config.override(config.loads(SMALL, "SMALL"), {"facts.people": "16"}), tmp_path / "made", stages=["data"]

@@ -308,17 +308,191 @@ def test_bad_adapters_are_told_in_one_sentence_and_nothing_of_theirs_is_run(case
             load_tokenizer(str(place))
 
 
-def test_a_base_of_tied_embeddings_can_not_take_an_adapter_of_theirs(tmp_path):
-    """PEFT would merge into both uses what was trained for one."""
-    save_model(tiny_model("llama", torch.float32, tied=True), WORDS, tmp_path / "base")
-    for name, targets in (("ends", ["q_proj", "lm_head"]), ("between", ["q_proj"])):
-        get_peft_model(load_model(str(tmp_path / "base")), LoraConfig(target_modules=targets)).save_pretrained(
-            tmp_path / name
+def moved(kind: str, home: Path, tied: bool | None = None, **settings) -> Any:
+    """A base in home/base with an adapter of these settings, all of whose weights are moved at random."""
+    if not (home / "base").exists():
+        save_model(tiny_model(kind, torch.float32, tied=tied), WORDS, home / "base")
+    model: Any = get_peft_model(load_model(str(home / "base")), adapter_config(kind, **settings)).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def assert_loads_exactly(model: Any, place: Path) -> Any:
+    """The saved adapter gives the logits of the model that was saved, merged and on its base; the merged model."""
+    batch = {"input_ids": torch.arange(1, 15).view(2, 7), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    truth, base = logits(model, batch), load_model(model.peft_config["default"].base_model_name_or_path)
+    loaded = load_model(str(place))
+    assert (logits(base, batch) - truth).abs().max() > 1e-2
+    torch.testing.assert_close(logits(loaded, batch), truth, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(load_model(str(place), merge=False), batch), truth, rtol=1e-5, atol=1e-5)
+    save_model(loaded, None, place.parent / "merged")
+    torch.testing.assert_close(logits(load_model(str(place.parent / "merged")), batch), logits(loaded, batch))
+    return loaded
+
+
+Q_AND_DOWN = {"target_modules": ["q_proj", "down_proj"]}
+EXACT: dict[str, tuple[str, dict]] = {
+    "rslora": ("llama", Q_AND_DOWN | {"use_rslora": True}),
+    "patterns": ("llama", {"rank_pattern": {"layers.0.self_attn.q_proj": 5}, "alpha_pattern": {"v_proj": 20}}),
+    "transposed": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "transposed, not said": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": False}),
+    "DoRA": ("llama", Q_AND_DOWN | {"use_dora": True}),
+    "biases of B": ("gpt_neox", {"target_modules": ["query_key_value"], "lora_bias": True}),
+    "biases of targets": ("gpt_neox", {"target_modules": ["query_key_value"], "bias": "lora_only"}),
+    "all biases": ("gpt_neox", {"target_modules": ["query_key_value"], "bias": "all"}),
+    "some layers": ("llama", {"layers_to_transform": [1]}),
+    "all but some modules": ("llama", {"exclude_modules": ["v_proj", "layers.0.mlp.up_proj"]}),
+    "modules by pattern": ("llama", {"target_modules": r".*\.1\.self_attn\.(q|k)_proj"}),
+    "all linear layers": ("qwen3", {"target_modules": "all-linear"}),
+    "experts": ("qwen3_moe", {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "gate.weight"]}),
+    "experts and modules": ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}),
+    "whole modules": ("llama", Q_AND_DOWN | {"modules_to_save": ["lm_head", "embed_tokens", "norm"]}),
+    "the ends": ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "tokens": ("llama", Q_AND_DOWN | {"trainable_token_indices": [3, 5]}),
+    **{f"begun {how}": ("llama", {"r": 4, "init_lora_weights": how})
+       for how in ("gaussian", "orthogonal", "eva", "mica", "pissa", "olora")},
+    "begun transposed": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "init_lora_weights": "pissa"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_an_adapter_of_any_settings_is_the_model_that_was_saved(case, tmp_path):
+    kind, settings = EXACT[case]
+    model = moved(kind, tmp_path, **settings)
+    model.save_pretrained(tmp_path / "adapter")
+    assert_loads_exactly(model, tmp_path / "adapter")
+
+
+def test_adapters_that_decompose_the_base_are_read_in_double_precision_too(tmp_path):
+    for how in ("pissa", "olora", "mica"):
+        model = moved("llama", tmp_path, r=4, init_lora_weights=how)
+        model.save_pretrained(tmp_path / how)
+        batch = pad(make_examples(2))
+        loaded = load_model(str(tmp_path / how), "float64")
+        assert {p.dtype for p in loaded.parameters()} == {torch.float64}
+        torch.testing.assert_close(logits(loaded, batch).float(), logits(model, batch), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["pissa_niter_4", "PiSSA_niter_16", "corda", "lora_ga", "loftq", "of tomorrow", 3])
+def test_adapters_begun_on_a_base_that_can_not_be_restored_are_refused(how, tmp_path):
+    """PEFT's own reload is off by as much as the base was changed, by other random numbers or not at all."""
+    model = moved("llama", tmp_path)
+    model.save_pretrained(tmp_path / "adapter")
+    _settings(init_lora_weights=how)(tmp_path / "adapter")
+    with pytest.raises(UserError, match="changes the base's weights in a way that the folder does not tell") as found:
+        load_model(str(tmp_path / "adapter"))
+    assert repr(how).lower() in str(found.value) and "merge_and_unload" in str(found.value)
+
+
+def test_such_an_adapter_that_peft_converts_is_read(tmp_path):
+    save_model(tiny_model("llama", torch.float32), WORDS, tmp_path / "base")
+    model: Any = get_peft_model(
+        load_model(str(tmp_path / "base")), adapter_config("llama", r=4, init_lora_weights="pissa_niter_4")
+    )
+    model.peft_config["default"].init_lora_weights = True  # as PEFT's guide says
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa_niter_4"
+    with torch.no_grad():
+        for name in adapter_names(model):
+            model.get_parameter(name).add_(0.1)
+    model.eval().save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    assert_loads_exactly(model, tmp_path / "adapter")
+
+
+TIED_EXACT: dict[str, tuple[str, dict]] = {
+    "tokens": ("llama", {"trainable_token_indices": [3, 5]}),
+    "tokens by name": ("llama", {"trainable_token_indices": {"embed_tokens": [3, 5]}}),
+    "tokens by both names": ("llama", {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [3, 5]}}),
+    "tokens, tied": ("llama", {"trainable_token_indices": {"embed_tokens": [3]}, "ensure_weight_tying": True}),
+    "tokens of GPT-2": ("gpt2", {"target_modules": ["c_attn"], "trainable_token_indices": {"wte": [3]}}),
+    "the tensor": ("llama", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "the tensor by both names": (
+        "llama", {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    ),
+    "one for each use": ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "the unembedding alone": ("llama", {"modules_to_save": ["lm_head"]}),
+    "the embeddings alone": ("llama", {"modules_to_save": ["embed_tokens"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TIED_EXACT)
+def test_adapters_of_tied_embeddings_that_merge_exactly_are_read(case, tmp_path):
+    kind, settings = TIED_EXACT[case]
+    model = moved(kind, tmp_path, tied=True, **settings)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = assert_loads_exactly(model, tmp_path / "adapter")
+    tied = loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+    assert tied == loaded.config.tie_word_embeddings == (case.startswith("tokens") or case.startswith("the tensor"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "ensure_weight_tying": True},
+        {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [4]}},
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("merge", [True, False])
+def test_adapters_of_tied_embeddings_that_do_not_merge_are_told(settings, dtype, merge, tmp_path):
+    moved("llama", tmp_path, tied=True, **settings).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"can't be merged exactly: .* which are one tensor") as found:
+        load_model(str(tmp_path / "adapter"), dtype, merge=merge)
+    assert "ensure_weight_tying" in str(found.value) and "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("settings", [{}, {"layers_to_transform": [1]}])
+def test_adapters_of_layers_that_share_a_tensor_are_told(settings, tmp_path):
+    """PEFT would merge into one layer what was trained for several."""
+    moved("llama", tmp_path, layer_replication=[[0, 2], [1, 2]], **settings).save_pretrained(tmp_path / "adapter")
+    for merge in (True, False):
+        with pytest.raises(UserError, match=r"can't be merged exactly: .*layer_replication.* shares its tensor"):
+            load_model(str(tmp_path / "adapter"), merge=merge)
+
+
+def test_weights_of_an_adapter_that_its_settings_do_not_name_are_refused(tmp_path):
+    """PEFT would put them into the base, and of a tied base into both uses, or leave them out."""
+    for tied in (False, True):
+        home = tmp_path / str(tied)
+        moved("llama", home, tied=tied, modules_to_save=["lm_head", "norm"]).save_pretrained(home / "adapter")
+        _settings(modules_to_save=None)(home / "adapter")
+        with pytest.raises(
+            UserError, match=r"holds base_model\.model\.lm_head\.weight, which its adapter_config\.json does"
+        ):
+            load_model(str(home / "adapter"))
+    home = tmp_path / "biases"
+    moved("gpt_neox", home, target_modules=["query_key_value"], bias="all").save_pretrained(home / "adapter")
+    _settings(bias="none")(home / "adapter")
+    with pytest.raises(UserError, match=r"bias"):
+        load_model(str(home / "adapter"))
+
+
+def test_weights_of_an_adapter_that_its_settings_name_must_be_there(tmp_path):
+    for name, kind, settings, part in (
+        ("a", "gpt_neox", {"target_modules": ["query_key_value"], "bias": "all"}, "dense.bias"),
+        ("b", "llama", {"modules_to_save": ["norm"]}, "norm.weight"),
+        ("c", "llama", {"trainable_token_indices": [3]}, "token_adapter"),
+    ):
+        moved(kind, tmp_path / name, **settings).save_pretrained(tmp_path / name / "adapter")
+        _weights(lambda tensors, part=part: {k: v for k, v in tensors.items() if part not in k})(
+            tmp_path / name / "adapter"
         )
-    with pytest.raises(UserError, match="which are one tensor in its base"):
-        load_model(str(tmp_path / "ends"))
-    loaded = load_model(str(tmp_path / "between"))
-    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+        with pytest.raises(UserError, match=rf"lacks \S*{part}"):
+            load_model(str(tmp_path / name / "adapter"))
+
+
+def test_copies_of_the_base_in_an_adapter_change_nothing(tmp_path):
+    model = moved("llama", tmp_path)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert_loads_exactly(model, tmp_path / "adapter")
 
 
 def test_random_weights_and_a_missing_peft_are_told(saved, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import defaultdict
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -15,15 +16,19 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from crosstrace import weights
 from crosstrace.errors import UserError
 from crosstrace.processes import Processes
 from crosstrace.sharded import at_rest, is_sharded
-from crosstrace.store import expanded, read_json, sha256_tree
+from crosstrace.store import expanded, sha256_tree
 
 BUNDLED = "bundled"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
+# How an adapter began (PEFT's init_lora_weights): on the base as it is, or on one that PEFT changes the same way again.
+LEAVE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+CHANGE_BASE = ("pissa", "olora")
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -47,8 +52,12 @@ def locate(name: str) -> str:
         return str(bundled_folder())
     folder = expanded(name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if folder.is_file():
+        _check_no_gguf([folder], name)
+        raise UserError(f"{name} is a file; expected the folder of a model, written by save_pretrained")
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not _is_adapter(folder):
+            _check_no_gguf(sorted(folder.iterdir()), name)
             raise UserError(
                 f"model folder {name} holds no config.json; expected a folder written by save_pretrained, so the path "
                 "probably names its parent or an unfinished download"
@@ -65,6 +74,19 @@ def locate(name: str) -> str:
             "name with its owner, such as EleutherAI/pythia-160m"
         )
     return name
+
+
+def _check_no_gguf(files: list[Path], name: str) -> None:
+    """Raise a `UserError` if a file is GGUF, and say how transformers makes a folder of it."""
+    for file in files:
+        if file.suffix.lower() == ".gguf":
+            verb = "is" if file == expanded(name) else "holds"
+            raise UserError(
+                f"{name} {verb} a GGUF file ({file.name}), which is not read here; expected a folder written by "
+                "save_pretrained, so make one with transformers: from_pretrained(folder, gguf_file=name), then "
+                "model.hf_quantizer = None and del model.config.quantization_config, then save_pretrained, and the "
+                "tokenizer likewise (docs/guide.md has the lines)"
+            )
 
 
 def load_tokenizer(name: str) -> Any:
@@ -161,9 +183,14 @@ def load_model(
                 f"the weights in {place} are pickled ({odd[0]}), a kind of file that may hold code; expected "
                 "safetensors, so save the model again with a current transformers, or set model.pickled: true"
             )
-    if not pickled:
-        _check_index(Path(place))
+        _check_no_gguf(sorted(Path(place).iterdir()), place)
+    if Path(place).is_dir():
+        weights.check_files(Path(place))
     with reading(f"no model could be read from {place}", "expected what save_pretrained writes"):
+        if _in_pieces(processes):
+            with torch.device("meta"):
+                empty = AutoModelForCausalLM.from_config(read_config(place), trust_remote_code=False)
+            weights.check_shapes(empty, _folder(place))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
             dtype=DTYPES[dtype],
@@ -174,21 +201,8 @@ def load_model(
             ignore_mismatched_sizes=True,  # it is told here, and what it would draw anew is never used
             **_in_pieces(processes),
         )
-    model, told = loaded
-    wrong: list[Any] = sorted(told["mismatched_keys"])
-    if wrong:
-        key, found, wanted = wrong[0]
-        raise UserError(
-            f"the weights in {place} do not fit its config: {key} has shape {tuple(found)}, and the config makes it "
-            f"{tuple(wanted)} ({len(wrong)} such); do the two files belong together?"
-        )
-    absent = sorted(set(told["missing_keys"]) & {name for name, _ in model.named_parameters()})
-    if absent:
-        # transformers would go on with random numbers
-        raise UserError(
-            f"the weights in {place} lack {absent[0]} and {len(absent) - 1} other parameters of "
-            f"{type(model).__name__}; expected all of them, so the folder is damaged or holds another kind of model"
-        )
+    model, report = loaded
+    weights.check_loaded(model, report, _folder(place))
     _check_finite(model, place)
     return model.eval()
 
@@ -213,18 +227,11 @@ def _is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER).is_file()
 
 
-def _check_index(folder: Path) -> None:
-    """Raise a `UserError` if a folder's index of weights names other files than safetensors in it."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    try:
-        names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} has no weight_map; expected what save_pretrained writes") from None
-    odd = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
-    if odd:
-        raise UserError(f"{index} names {odd[0]}; expected safetensors files beside it, so it was edited or damaged")
+def _folder(place: str) -> Path:
+    """Where the files of a folder or of a hub name lie, once they were downloaded."""
+    from transformers.utils.hub import cached_file
+
+    return Path(place) if Path(place).is_dir() else Path(str(cached_file(place, "config.json"))).parent
 
 
 def _check_no_adapter(place: str) -> None:
@@ -262,28 +269,41 @@ def _adapted(folder: Path, dtype: str, attention: str, merge: bool) -> Any:
             f"adapter folder {folder} holds no {ADAPTER_WEIGHTS}; expected what PEFT's save_pretrained writes (an "
             "adapter_model.bin is a pickle, which may run code and is not read)"
         )
+    initial = given.get("init_lora_weights", True)
+    initial = initial.lower() if isinstance(initial, str) else initial
+    if initial not in (*LEAVE_BASE, *CHANGE_BASE):
+        raise UserError(
+            f"the adapter in {folder} was begun with init_lora_weights {initial!r}, which changes the base's weights "
+            "in a way that the folder does not tell, so that nobody can restore them; merge it where it was trained "
+            "(merge_and_unload) and save the model, or train with another initialisation"
+        )
     peft = import_peft(f"{folder} holds a LoRA adapter, and peft, which reads it")
-    model = load_model(base, dtype, attention)
+    # PEFT knows these decompositions of the base's weights in single precision only
+    decomposed = dtype == "float64" and initial in (*CHANGE_BASE, "mica")
+    model = load_model(base, "float32" if decomposed else dtype, attention)
+    own = dict(model.named_parameters(remove_duplicate=False))
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     tied = ends[1] is not None and ends[0].weight is ends[1].weight
     with _fitting(folder, base):
         options = peft.LoraConfig.from_pretrained(str(folder))
         options.inference_mode = True
         tuned = peft.PeftModel(model, options)
-        adapted = [tuned.get_input_embeddings(), tuned.get_output_embeddings()] != ends
-        told = tuned.load_adapter(str(folder), "default", torch_device="cpu")
-    odd = [*(key for key in told.missing_keys if "lora_" in key), *told.unexpected_keys]
+    _check_further_weights(tuned, own, folder, base)
+    with _fitting(folder, base):
+        report = tuned.load_adapter(str(folder), "default", torch_device="cpu")
+    odd = [*(key for key in report.missing_keys if "lora_" in key), *report.unexpected_keys]
     if odd:  # PEFT would go on without them
         raise UserError(
             f"the adapter in {folder} does not fit its base {base}: its weights lack, or the base has no place for, "
             f"{odd[0]} and {len(odd) - 1} others; was it trained on another model?"
         )
-    if tied and adapted:  # what is merged for one use would change the other
-        raise UserError(
-            f"the adapter in {folder} changes the embeddings or the unembedding, which are one tensor in its base "
-            f"{base}, so it can't be merged; expected an adapter of the layers in between"
-        )
     _check_finite(tuned, str(folder), only="lora_")
+    if decomposed:
+        for p in tuned.parameters():
+            p.data = p.data.to(DTYPES[dtype])
+    if tied and [tuned.get_input_embeddings(), tuned.get_output_embeddings()] != ends:
+        _check_tied_ends(tuned, folder, base)
+    _check_shared_layers(tuned, folder, base)
     if merge:
         with _fitting(folder, base):
             tuned = tuned.merge_and_unload()
@@ -293,6 +313,84 @@ def _adapted(folder: Path, dtype: str, attention: str, merge: bool) -> Any:
     for name, p in tuned.named_parameters():  # PEFT has frozen the base, and of an adapter to be read all of it
         p.requires_grad_(merge or "lora_" in name)
     return tuned.eval()
+
+
+def _check_further_weights(tuned: Any, own: dict[str, nn.Parameter], folder: Path, base: str) -> None:
+    """Raise a `UserError` unless an adapter's file has the biases, tokens and modules that its config names, and no
+    other weights than these, its matrices, and copies of the base's.
+
+    PEFT would go on without the former, and put the latter into the base, if need be into both uses of a tied tensor.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    with _fitting(folder, base):
+        expected = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
+        found = load_file(folder / ADAPTER_WEIGHTS)
+    missing = sorted(name for name in expected - set(found) if "lora_" not in name)
+    if missing:
+        raise UserError(
+            f"the adapter in {folder} lacks {missing[0]} and {len(missing) - 1} others that its {ADAPTER} names (bias, "
+            "modules_to_save, trainable_token_indices); expected what PEFT's save_pretrained writes"
+        )
+    for name in sorted(set(found) - expected):
+        place = own.get(name.removeprefix("base_model.model.").replace(".base_layer", ""))
+        if "lora_" in name or place is None or found[name].shape != place.shape:
+            continue  # PEFT tells of those
+        if not torch.equal(found[name].to(place.dtype), place):
+            raise UserError(
+                f"the adapter in {folder} holds {name}, which its {ADAPTER} does not name and which differs from the "
+                f"base {base}; expected it among modules_to_save, so merge the adapter where it was trained and save "
+                "the model"
+            )
+
+
+def _check_tied_ends(tuned: Any, folder: Path, base: str) -> None:
+    """Raise a `UserError` if merging an adapter changes what its tied embeddings and unembedding give: PEFT may add to
+    the one tensor for each of its uses."""
+    from crosstrace.adapters import merged
+
+    with _fitting(folder, base):
+        before = _uses(tuned)
+        with merged(tuned):
+            after = _uses(tuned)
+    for one, other in zip(before, after):
+        # merging rounds each value once
+        if ((one - other).abs() > 8 * torch.finfo(one.dtype).eps * one.abs().max()).any():
+            raise UserError(
+                f"the adapter in {folder} can't be merged exactly: it changes the embeddings or the unembedding of its "
+                f"base {base}, which are one tensor, and what is added for one use changes the other; expected both "
+                "as modules_to_save or with the same trainable_token_indices (and ensure_weight_tying), or a base that "
+                "was saved untied (tie_word_embeddings: false)"
+            )
+
+
+def _check_shared_layers(tuned: Any, folder: Path, base: str) -> None:
+    """Raise a `UserError` if layers of the base that share a tensor have matrices of their own: PEFT would add all of
+    them to it."""
+    owners: dict[int, set[int]] = defaultdict(set)
+    for module in tuned.modules():
+        for p in module.parameters(recurse=False):
+            owners[id(p)].add(id(module))
+    ends = {id(tuned.get_input_embeddings()), id(tuned.get_output_embeddings())}
+    for name, module in tuned.named_modules():
+        if not hasattr(module, "lora_A") or id(module) in ends:
+            continue
+        if any(len(owners[id(p)]) > 1 for p in module.get_base_layer().parameters(recurse=False)):
+            raise UserError(
+                f"the adapter in {folder} can't be merged exactly: in its base {base} as it changes it "
+                f"(layer_replication), {name} shares its tensor with another layer; expected layers of their own, so "
+                "save the base with these layers copied first"
+            )
+
+
+@torch.no_grad()
+def _uses(model: Any) -> tuple[Tensor, Tensor]:
+    """The embedding of every token [tokens, width], and the unembedding of some unit vectors [some, tokens]."""
+    words, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tokens, width = model.get_base_model().get_input_embeddings().weight.shape
+    units = torch.eye(width, dtype=model.dtype)[:: max(1, width // 16)]
+    return words(torch.arange(tokens)).clone(), head(units).clone()
 
 
 @contextmanager
