@@ -25,6 +25,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
+from crosstrace import interrupts
 from crosstrace.errors import UserError
 
 DEMO, COMPARED = Path("runs/demo"), Path("runs/compare")
@@ -113,13 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"crosstrace: a file could not be read or written: {error}{full}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        way = (
-            "go on with --resume"
-            if command in ("demo", "run", "study", "compare")
-            else "give the same command again to go on"
-        )
-        print(f"crosstrace: interrupted; {way}", file=sys.stderr)
-        raise SystemExit(130) from None
+        interrupts.tell(command)
+        raise SystemExit(interrupts.exit_code()) from None
 
 
 def _side_by_side(command: str, rest: list[str]) -> None:

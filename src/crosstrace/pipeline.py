@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
@@ -25,7 +24,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from crosstrace import adapters, claims, config, models
+from crosstrace import adapters, claims, config, interrupts, models
 from crosstrace.alike import check_alike, check_fits, check_same_tokens
 from crosstrace.analysis import centralization_rows, density_map, overlap_rows, similarity_rows
 from crosstrace.anatomy import Anatomy
@@ -165,27 +164,27 @@ def _strategies(run: Run, experiment: Experiment, stages: Sequence[str], progres
         initializer=start_worker,
         initargs=(os.getpid(),),
     ) as pool:
-        jobs = [
-            pool.submit(_work, run.folder, experiment, name, chain, progress.quiet, position)
-            for position, name in enumerate(names)
-        ]
         try:
             for job in as_completed(jobs):
                 job.result()
         except BaseException:
-            for job in jobs:
-                job.cancel()
             for worker in list((pool._processes or {}).values()):  # or the pool would wait for all their stages
                 worker.terminate()
             raise
 
+            with interrupts.held_back():
+                jobs = [
+                    pool.submit(_work, run.folder, experiment, name, chain, progress.quiet, position)
+                    for position, name in enumerate(names)
+                ]
 
 def start_worker(leader: int) -> None:
     """Make this process a worker of the process `leader`, with which it ends."""
     end_with_parent(leader)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the leader ends its workers
+    interrupts.leave_to_leader()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+            pool.shutdown(cancel_futures=True)
 
 def _work(folder: Path, experiment: Experiment, name: str, chain: Sequence[str], quiet: bool, position: int) -> None:
     with Run.attach(folder) as attached:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from crosstrace import interrupts
 from crosstrace.errors import UserError
 from crosstrace.store import end_with_parent
 
@@ -176,3 +177,7 @@ def _lost(error: BaseException) -> bool:
     """Whether a collective failed because another process is gone."""
     network = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
     return isinstance(error, network) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+        if isinstance(error, KeyboardInterrupt) or interrupts.received() is not None:
+            sys.stdout.flush()
+            interrupts.tell(place=f"{place}: ")
+            os._exit(interrupts.exit_code())

@@ -24,7 +24,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as settings
 
-from crosstrace import config
+from crosstrace import config, interrupts
 from crosstrace.config import Experiment
 from crosstrace.errors import UserError
 from crosstrace.progress import Progress
@@ -373,8 +373,9 @@ def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: 
                         break
                 home = opened.folder / "runs" / planned.label
                 process = context.Process(target=_work, args=(home, waiting.pop(0).experiment, os.getpid()))
-                process.start()
-                running.append(_Running(planned, process, time.time(), peaks.get(planned.label, 0)))
+                with interrupts.held_back():
+                    process.start()
+                    running.append(_Running(planned, process, time.time(), peaks.get(planned.label, 0)))
             time.sleep(POLL)
             now = {item.planned.label: _memory(item.process.pid) for item in running}
             for item in running:
