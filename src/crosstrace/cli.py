@@ -348,6 +348,13 @@ def _run(experiment: Any, folder: Path, words: _Words) -> None:
     results = _run_pipeline(experiment, folder, words.mode, quiet=words.quiet)
     print(results)
     print(f"\nreport   {folder / 'report' / 'index.html'}\nresults  {folder / 'results.json'}")
+    _end_of_run(results)
+
+
+def _end_of_run(results: Any) -> None:
+    """Exit with code 3 if parts of the run were left out."""
+    if results and results.get("left_out"):
+        raise SystemExit(3)
 
 
 def compare(arguments: list[str]) -> None:
@@ -408,6 +415,7 @@ def study(arguments: list[str]) -> None:
     results = study.run(options, folder, words.mode, quiet=words.quiet)
     print(study.told(results))
     print(f"\nreport   {folder / 'report' / 'index.html'}\ntable    {folder / 'table.csv'}")
+    _end_of_run(results)
 
 
 # ------------------------------------------------------------------------------- single stages
@@ -437,7 +445,9 @@ def _stage(name: str, about: str) -> Callable[[list[str]], None]:
         results = _run_pipeline(experiment, folder, "resume", stages=[name], quiet=words.quiet)
         if results:
             print(results)
+        if name == "report":
             print(f"\nreport   {folder / 'report' / 'index.html'}")
+        _end_of_run(results)
 
     return command
 

@@ -24,6 +24,7 @@ from crosstrace.errors import UserError
 from crosstrace.evaluate import recall
 from crosstrace.facts import World
 from crosstrace.intervene import grafted, snapshot
+from crosstrace.left_out import optional
 from crosstrace.material import (
     examples,
     facts_key,
@@ -53,6 +54,7 @@ ARMS = ("alone", "replay")
 OTHERS_SEED = 10_000  # added to the seed of the taught world
 
 
+@optional("retain", "retention/{}")
 def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """Train a taught model further, with and without replay: retention/<strategy>.json."""
     options = experiment.retention

@@ -10,6 +10,7 @@ bytes is skipped, any other is built again. This module knows nothing of what a 
     <folder>/manifest/RUN             marks the folder as a crosstrace run
     <folder>/manifest/<step>.json     one record per finished step ("/" in its name is written %2F)
     <folder>/manifest/started/        when the steps that keep their partial folder began
+    <folder>/manifest/left_out/       parts that failed and that the run does without (see left_out.py)
     <folder>/<step>                   a finished file or folder
 """
 
@@ -219,6 +220,17 @@ def _remove(path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------- the run
+
+
+class MissingStep(UserError):
+    """A step is needed that is not finished; `step` is its name."""
+
+    def __init__(self, step: str, message: str):
+        super().__init__(message)
+        self.step = step
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.step, str(self))
 
 
 class Run:
@@ -475,7 +487,9 @@ class Run:
         for name in names:
             record = self._read_record(name)
             if record is None:
-                raise UserError(f"{self.folder} has no finished {name!r} yet; run the stage that makes it first")
+                raise MissingStep(
+                    name, f"{self.folder} has no finished {name!r} yet; run the stage that makes it first"
+                )
             if not self._is_intact(name, record):
                 raise UserError(
                     f"{self.path(name)} is not as the run left it (a file is missing or changed); "
