@@ -148,7 +148,7 @@ def _told(run: Run, experiment: Experiment, progress: Progress) -> Results:
     page = Part("report", makes=("report",))
     attempt(run, page, lambda: make_report(run, results, progress), progress.note)
     if left_out.rows(run) != results["left_out"]:  # what could not be drawn is told in the results too
-        results = conclude(run, experiment, progress)
+        results = conclude(run, experiment, Progress(quiet=True))
     return results
 
 
@@ -185,6 +185,7 @@ def _strategies(run: Run, experiment: Experiment, stages: Sequence[str], progres
             for worker in list((pool._processes or {}).values()):  # or the pool would wait for all their stages
                 worker.terminate()
             pool.shutdown(cancel_futures=True)
+            run.clean()  # what they were writing
             raise
 
 

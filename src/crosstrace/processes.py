@@ -160,6 +160,7 @@ def main(work: Callable[[Processes], None]) -> NoReturn:
 
     A program of several processes is `if __name__ == "__main__": main(work)`; nothing after it is run. The group is
     joined through accelerate (NCCL where there are GPUs, gloo elsewhere) and left at the end.
+    If the work raises SystemExit, in all processes alike, that is its end and its status.
     Where one process fails, it says why in one line on stderr and ends with code 1 (2 for a mistake of the user's); the
     others can't go on without it, and the launcher ends them; a mistake that all find is told by process 0. A trace is
     in memory alone, so nothing half-written stays; a training goes on from its last checkpoint when the program is
@@ -180,7 +181,7 @@ def main(work: Callable[[Processes], None]) -> NoReturn:
     try:
         PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         processes = Processes()
-        work(processes)
+        code = _exit_code_of(work, processes)
         processes.wait()  # whoever leaves first must not look dead to the others
     except BaseException as error:
         code = 1
@@ -202,10 +203,19 @@ def main(work: Callable[[Processes], None]) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)  # leaving the group would wait for the others
     dist.destroy_process_group()
-    _end()
+    _end(code)
 
 
-def _end() -> NoReturn:
+def _exit_code_of(work: Callable[[Processes], None], processes: Processes) -> int:
+    """Do the work; the status that it wants to end with, 0 if it says nothing."""
+    try:
+        work(processes)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _end(code: int) -> NoReturn:
     """End the process as multiprocessing ends its own: all that waits for the end is done, then no code runs any more.
 
     Tearing the interpreter down is not safe here. Gloo's threads let go of a collective's tensors after whoever waited
@@ -219,7 +229,7 @@ def _end() -> NoReturn:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def is_lost(error: BaseException) -> bool:

@@ -301,7 +301,7 @@ class Run:
                 _same_config(saved, config_text)
             run = cls(folder, lock)
             _lock_workers(folder, fcntl.LOCK_EX, WORKERS_PATIENCE).close()
-            run._clean()
+            run.clean()
             return run
         except BaseException:
             lock.close()
@@ -541,8 +541,8 @@ class Run:
             self._intact.add((name, record["hash"]))
         return intact
 
-    def _clean(self) -> None:
-        """Remove every partial path, save the folders that a step asked to keep (inside those too)."""
+    def clean(self) -> None:
+        """Remove what ended processes left half-written, save folders that a step asked to keep (inside those too)."""
         for base, folders, files in os.walk(self.folder):
             # the runs of a study are cleared by those who go on with them
             folders[:] = [entry for entry in folders if not Path(base, entry, "manifest", "RUN").is_file()]
