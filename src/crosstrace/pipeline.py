@@ -723,8 +723,7 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
                             row |= _accuracy(part, answers)
                         row["answers"] = {p: ["".join(map(str, a)) for a in given] for p, given in scores.items()}
                         found[kind].append(row)
-        if run.leads:
-            write_json(path, found)
+        run.alone(lambda: write_json(path, found))
 
     run.stage(f"interventions/{name}.json", key, make)
 

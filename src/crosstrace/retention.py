@@ -113,10 +113,12 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
                 place = {"arm": arm, "when": when}
                 found["moved"] += [place | row for row in moved(model, taught, own)]
                 found["repair"] += [place | row for row in repaired(model, tokenizer, taught, own, asks, run.processes)]
-        if run.leads:
-            write_json(folder / "retention.json", found)
-            for arm in ARMS:
-                remove_folder(folder / arm)
+        run.alone(lambda: keep(folder, found))
+
+    def keep(folder: Path, found: dict[str, list[Row]]) -> None:
+        write_json(folder / "retention.json", found)
+        for arm in ARMS:
+            remove_folder(folder / arm)
 
     run.stage(f"retention/{name}", key, make, keep_partial=True)
 
