@@ -130,7 +130,7 @@ def attribution(
         nodes sum to, what ablating all of them does take away, and the points that it took. They differ by more than a
         per cent where even MOST points are too few: where something jumps on the way, as a router's choice does.
     """
-    _sites(anatomy, units)
+    sites = [site for site in _sites(anatomy, units) if site in means]
     found = {unit: np.zeros(len(anatomy.units(unit))) for unit in units}
     rows = []
     data = [_here(model, batch) for batch in batches]
@@ -139,7 +139,7 @@ def attribution(
     count = sum(len(batch["labels"]) for batch in data)
     with differentiating(model):
         whole = sum(-float(_losses(model, batch).detach().sum()) for batch in data) / count
-        for site in means:
+        for site in sites:
             left = (
                 sum(float(_on_the_way(model, batch, site, means[site], torch.zeros(1))[0].detach()) for batch in data)
                 / count

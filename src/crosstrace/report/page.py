@@ -603,13 +603,18 @@ def _render(results: Mapping, sections: Sequence[Section]) -> str:
         strategies=_recipes(results),
         whens=[(w, say.when(w)) for w in whens],
         claims=claims,
-        lacking=results.get("lacking") or "",
+        lacking=results.get("lacking") or _why_no_claims(results),
         differ=list(dict.fromkeys(d["text"] for d in results.get("differences") or [])),
         sections=sections,
         tables=tables,
         lists=lists,
         replay=REPLAY,
     )
+
+
+def _why_no_claims(results: Mapping) -> str:
+    """Why the claims could not be judged; empty if they were."""
+    return next((r["reason"] for r in results.get("left_out") or [] if r["part"] == "claims"), "")
 
 
 def _models(results: Mapping) -> list[str]:

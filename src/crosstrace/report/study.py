@@ -48,7 +48,7 @@ def write_study(results: Mapping[str, Any], rows: Sequence[Row], folder: str | P
         ("Machine", [(say.spoken(k), say.plain(v)) for k, v in machine.items()]),
         ("Most memory of a run", [("GiB", say.decimal(about["peak_gib"], 1))]),
         ("Versions", [(k, say.plain(v)) for k, v in results["versions"].items()]),
-        ("Left out", [(f"{r['run'] or 'study'}: {part_name(r)}", r["reason"]) for r in results["left_out"]]),
+        ("Left out", [(f"{r['run'] or 'study'}: {part_name(r)}", r["reason"]) for r in results.get("left_out") or []]),
     ]
     page = folder / "index.html"
     text = render(
