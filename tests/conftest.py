@@ -13,7 +13,23 @@ import numpy as np
 import pytest
 import torch
 
+from crosstrace import left_out
+from crosstrace.errors import UserError
+
 torch.set_num_threads(1)
+
+_stops_a_run = left_out.stops_a_run
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_fault_is_left_out() -> None:
+    """A run leaves out a part that fails; a test must fail with it, unless it asks for `parts_may_fail`."""
+    left_out.stops_a_run = lambda error: not isinstance(error, UserError) or _stops_a_run(error)
+
+
+@pytest.fixture
+def parts_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(left_out, "stops_a_run", _stops_a_run)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from crosstrace import cli, config, models, pipeline, processes, schedule
+from crosstrace.results import Results
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -207,3 +208,20 @@ def test_what_one_process_does_is_refused_under_a_launcher(capsys, monkeypatch) 
 def test_settings_print_a_config_that_runs(capsys, tmp_path: Path) -> None:
     cli.main(["settings"])
     assert config.loads(capsys.readouterr().out, "printed") == config.Experiment()
+
+
+@pytest.mark.parametrize("arguments", [["demo", "x"], ["mechanism", "x"], ["report", "x"]])
+def test_a_run_with_parts_left_out_says_so_at_its_end(
+    capsys, monkeypatch, tmp_path: Path, arguments: list[str]
+) -> None:
+    row = {"stage": "mechanism", "part": "lens", "model": "mixed", "error": "KeyError", "reason": "KeyError: 'at'"}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.yaml").write_text("name: x\n")
+    monkeypatch.setattr(pipeline, "run", lambda *_, **__: Results(left_out=[row]))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 3
+    assert "left out: mixed: mechanism, lens: KeyError: 'at'" in capsys.readouterr().out
+    monkeypatch.setattr(pipeline, "run", lambda *_, **__: Results(left_out=[]))
+    cli.main(arguments)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from tiny_models import tiny_base
 
-from crosstrace import config, material, pipeline, store
+from crosstrace import claims, config, material, mechanism, pipeline, store
 from crosstrace.errors import UserError
 from crosstrace.evaluate import recall
 from crosstrace.mechanism import PARTS, WITHOUT_BASE
@@ -408,3 +408,83 @@ def test_taught_models_are_trained_further_on_request(whole: Path, tmp_path: Pat
             assert tables["history"][0]["qa_id"] == next(r for r in tables["history"] if r["arm"] == arm)["qa_id"]
     assert list((folder / "retention" / "mixed").iterdir()) == [folder / "retention" / "mixed" / "retention.json"]
     assert 'id="retention"' in (folder / "report" / "index.html").read_text()
+
+
+def broken(*_: object, **__: object) -> None:
+    raise ZeroDivisionError("a fault\nof two lines")
+
+
+def test_what_fails_after_training_is_left_out_told_and_tried_again(
+    whole: Path, tmp_path: Path, monkeypatch, parts_may_fail, capsys
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    forget(
+        folder, "doctor.json", "shared/mixed", "analysis/mixed.json", "drift/two_stage.json", "results.json", "report",
+        "mechanism/base/lens.json", "mechanism/two_stage/lens.json", "mechanism/mixed/circuit.json",
+        "interventions/mixed.json",
+    )  # fmt: skip
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    with monkeypatch.context() as patch:
+        patch.setitem(mechanism.PARTS, "lens", broken)
+        for module, name in ((pipeline, "_analyze_traces"), (pipeline, "drift"), (pipeline, "controls"),
+                             (claims, "judge")):  # fmt: skip
+            patch.setattr(module, name, broken)
+        patch.setattr("crosstrace.doctor.diagnose", broken)
+        patch.setattr("crosstrace.report.figures.figure_transfer", broken)
+        results = pipeline.run(experiment, folder, "resume")
+    rows = {(row["stage"], row["part"], row["model"]): row for row in results["left_out"]}
+    assert set(rows) == {
+        ("trace", "doctor", "base"), ("analyze", "", "mixed"), ("analyze", "drift", "mixed"),
+        ("analyze", "drift", "two_stage"), ("intervene", "", "mixed"), ("mechanism", "lens", "base"),
+        ("mechanism", "lens", "two_stage"), ("mechanism", "gradients", "mixed"), ("mechanism", "circuit", "mixed"),
+        ("report", "claims", ""), ("report", "section transfer", ""),
+    }  # fmt: skip
+    assert results == Results.read(folder)
+    assert rows["mechanism", "lens", "base"]["error"] == "ZeroDivisionError"
+    assert rows["mechanism", "circuit", "mixed"]["reason"] == "it needs shared/mixed, which is left out"
+    whole_results = Results.read(whole)
+    assert set(results["shared"]) == {"two_stage"} and set(results["mechanism"]["lens"]) == {"mixed"}
+    assert results["shared"]["two_stage"] == whole_results["shared"]["two_stage"], "what does not need it goes on"
+    assert results["mechanism"]["lens"]["mixed"] == whole_results["mechanism"]["lens"]["mixed"]
+    assert results["claims"] == [] and "doctor" not in results and results["recall"] == whole_results["recall"]
+    told = [line.strip() for line in capsys.readouterr().err.splitlines() if "is left out: " in line]
+    assert len(told) == len(rows) and all(str(results).count(row["reason"]) for row in rows.values())
+    assert "base: mechanism, lens is left out: ZeroDivisionError: a fault of two lines" in told
+    page = (folder / "report" / "index.html").read_text()
+    assert "Base is left out: ZeroDivisionError: a fault of two lines" in page
+    assert "The section transfer could not be drawn: ZeroDivisionError" in page
+
+    kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+    results = pipeline.run(experiment, folder, "resume", quiet=True)
+    assert results["left_out"] == [] and numbers(folder) == numbers(whole), "tried again, all is there"
+    after = {path: path.stat().st_mtime_ns for path in (*before, *kept) if path.exists()}
+    for path in (folder / "mechanism/mixed/lens.json", folder / "analysis/two_stage.json", *before):
+        assert after[path] == (before | kept)[path], "the rest is not done again"
+
+
+def test_what_fails_in_training_stops_the_run(whole: Path, tmp_path: Path, monkeypatch, parts_may_fail) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for step, name in (("models/mixed", "train"), ("eval/mixed.json", "recall"), ("traces/mixed", "trace")):
+        if (folder / "manifest" / f"{step.replace('/', '%2F')}.json").exists():
+            forget(folder, step)
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, name, broken)
+            with pytest.raises(ZeroDivisionError):
+                pipeline.run(experiment, folder, "resume", stages=["train", "eval", "trace"], quiet=True)
+        if step == "models/mixed":
+            shutil.copytree(whole, folder, dirs_exist_ok=True)
+
+
+def test_an_earlier_result_of_a_part_that_is_left_out_is_not_reported(
+    whole: Path, tmp_path: Path, monkeypatch, parts_may_fail
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    record = folder / "manifest" / "mechanism%2Fmixed%2Flens.json.json"
+    record.write_text(record.read_text().replace('"key": "', '"key": "of other inputs '))
+    monkeypatch.setitem(mechanism.PARTS, "lens", broken)
+    results = pipeline.run(experiment, folder, "resume", quiet=True)
+    assert set(results["mechanism"]["lens"]) == {"base", "two_stage"}
+    assert [row["model"] for row in results["left_out"]] == ["mixed"]

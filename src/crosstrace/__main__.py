@@ -1,6 +1,25 @@
-"""`python -m crosstrace` is the command line."""
+"""`crosstrace` and `python -m crosstrace`: the command line, which a signal ends cleanly while it is still imported."""
 
-from crosstrace.cli import main
+from __future__ import annotations
+
+from crosstrace import interrupts
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        interrupts.listen()
+        from crosstrace import cli
+
+        cli.main()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if interrupts.received() is None and not isinstance(error, KeyboardInterrupt):
+            raise
+        interrupts.tell()  # a module that was half imported may have made another exception of it
+        raise SystemExit(interrupts.exit_code()) from None
+
 
 if __name__ == "__main__":
     main()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from crosstrace.anatomy import Anatomy
 from crosstrace.errors import UserError
 from crosstrace.evaluate import Recall, recall
+from crosstrace.forward import forward
 from crosstrace.losses import example_losses
 from crosstrace.models import differentiating, evaluating, pad_id
 from crosstrace.shared import ParamSet
@@ -43,15 +44,18 @@ def node_means(
 ) -> dict[str, Tensor]:
     """Mean of every node's activation over all tokens of the texts: module path -> [width], float64.
 
+    A module that no text goes through is not there: cross-attention, for example, if there is nothing to attend to.
+
     Raises:
         UserError: the model's heads and neurons are not known (see `Anatomy`), or there is no text.
     """
     sites = _sites(anatomy, units)
-    sums = {site: torch.zeros((), dtype=torch.float64) for site in sites}
+    sums: dict[str, Tensor] = {}
     count = 0
 
     def add(site: str, x: Tensor, mask: Tensor) -> None:
-        sums[site] = sums[site].to(x.device) + x.double().flatten(0, -2)[mask.flatten() != 0].sum(0)
+        own = x.double().flatten(0, -2)[mask.flatten() != 0].sum(0)
+        sums[site] = sums[site] + own if site in sums else own
 
     with evaluating(model):
         for batch in batches:
@@ -60,7 +64,7 @@ def node_means(
                 for site in sites:
                     read = lambda module, args, site=site, mask=batch["attention_mask"]: add(site, args[0], mask)
                     hooks.callback(model.get_submodule(site).register_forward_pre_hook(read).remove)
-                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                forward(model, batch)
             count += int(batch["attention_mask"].sum())
     if not count:
         raise UserError("the nodes' means need at least one text")
@@ -87,7 +91,7 @@ def nodes_ablated(
             columns[site] = columns.get(site, torch.zeros(len(index), dtype=torch.bool)) | torch.isin(index, wanted)
     with ExitStack() as hooks:
         for site, chosen in columns.items():
-            if not chosen.any():
+            if site not in means or not chosen.any():
                 continue
             module = model.get_submodule(site)
             device = next(module.parameters()).device
@@ -126,7 +130,7 @@ def attribution(
         nodes sum to, what ablating all of them does take away, and the points that it took. They differ by more than a
         per cent where even MOST points are too few: where something jumps on the way, as a router's choice does.
     """
-    sites = _sites(anatomy, units)
+    sites = [site for site in _sites(anatomy, units) if site in means]
     found = {unit: np.zeros(len(anatomy.units(unit))) for unit in units}
     rows = []
     data = [_here(model, batch) for batch in batches]
@@ -362,8 +366,7 @@ def _answered(found: Recall, items: Sequence[Encoded]) -> np.ndarray:
 
 
 def _losses(model: nn.Module, batch: Batch) -> Tensor:
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    return example_losses(output.logits, batch["labels"])
+    return example_losses(forward(model, batch).logits, batch["labels"])
 
 
 def _here(model: nn.Module, batch: Batch) -> Batch:

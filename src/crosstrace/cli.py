@@ -25,6 +25,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
+from crosstrace import interrupts
 from crosstrace.errors import UserError
 
 DEMO, COMPARED = Path("runs/demo"), Path("runs/compare")
@@ -113,13 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"crosstrace: a file could not be read or written: {error}{full}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        way = (
-            "go on with --resume"
-            if command in ("demo", "run", "study", "compare")
-            else "give the same command again to go on"
-        )
-        print(f"crosstrace: interrupted; {way}", file=sys.stderr)
-        raise SystemExit(130) from None
+        interrupts.tell(command)
+        raise SystemExit(interrupts.exit_code()) from None
 
 
 def _side_by_side(command: str, rest: list[str]) -> None:
@@ -352,6 +348,13 @@ def _run(experiment: Any, folder: Path, words: _Words) -> None:
     results = _run_pipeline(experiment, folder, words.mode, quiet=words.quiet)
     print(results)
     print(f"\nreport   {folder / 'report' / 'index.html'}\nresults  {folder / 'results.json'}")
+    _end_of_run(results)
+
+
+def _end_of_run(results: Any) -> None:
+    """Exit with code 3 if parts of the run were left out."""
+    if results and results.get("left_out"):
+        raise SystemExit(3)
 
 
 def compare(arguments: list[str]) -> None:
@@ -412,6 +415,7 @@ def study(arguments: list[str]) -> None:
     results = study.run(options, folder, words.mode, quiet=words.quiet)
     print(study.told(results))
     print(f"\nreport   {folder / 'report' / 'index.html'}\ntable    {folder / 'table.csv'}")
+    _end_of_run(results)
 
 
 # ------------------------------------------------------------------------------- single stages
@@ -441,7 +445,9 @@ def _stage(name: str, about: str) -> Callable[[list[str]], None]:
         results = _run_pipeline(experiment, folder, "resume", stages=[name], quiet=words.quiet)
         if results:
             print(results)
+        if name == "report":
             print(f"\nreport   {folder / 'report' / 'index.html'}")
+        _end_of_run(results)
 
     return command
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from crosstrace.errors import UserError
+from crosstrace.forward import forward
 from crosstrace.models import evaluating
 from crosstrace.shared import ParamSet
 from crosstrace.stats import cluster_bootstrap, finite, jackknife
@@ -182,10 +183,11 @@ def representation_consistency(
     """Hidden states of a fact's two formats, layer by layer, where its subject ends, its relation ends, and where its
     object is predicted (`answer`: the token before the object).
 
-    The states of each format are centred over the facts; where all are the same, as those of a question mark's
-    embedding, nothing is defined. cosine and the baselines as in `gradient_consistency`; cka is
-    linear CKA, ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖) (Kornblith et al. 2019); in retrieval the state of the text that recalls a fact
-    looks for that fact among all that are stored, by cosine.
+    If a model keeps several streams beside each other, a state is all of them, one after the other. The states of each
+    format are centred over the facts; where all are the same, as those of a question mark's embedding, nothing is
+    defined. cosine and the baselines as in `gradient_consistency`; cka is linear CKA, ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖)
+    (Kornblith et al. 2019); in retrieval the state of the text that recalls a fact looks for that fact among all that
+    are stored, by cosine.
 
     Args:
         other: the model that reads the texts which recall, where it is not the same: of as many layers and as wide.
@@ -209,10 +211,9 @@ def representation_consistency(
             continue
         chosen = [pair for pair, has in zip(pairs, there) if has]
         kinds = pairing[there][:, there]
-        x, y = (
-            torch.stack([state[place] for state, has in zip(states, there) if has], 1) for states in (stored, recalled)
-        )  # [layers, facts, width]
-        for layer, (a, b) in enumerate(zip(x, y)):
+        x, y = ([state[place] for state, has in zip(states, there) if has] for states in (stored, recalled))
+        for layer in range(len(x[0])):
+            a, b = (torch.stack([state[layer].flatten() for state in states]) for states in (x, y))  # [facts, width]
             rows.append({"place": place, "layer": layer} | _alike(a, b, chosen, kinds))
     return rows
 
@@ -284,29 +285,75 @@ def _gram(x: Tensor) -> Tensor:
     return x @ x.t()
 
 
-def hidden_states(model: nn.Module, items: Sequence[Encoded], pad_id: int, batch_size: int) -> list[dict[str, Tensor]]:
-    """Per text, place -> the hidden states [layers + 1, width] there, float64 on the CPU."""
-    device = next(model.parameters()).device
-    found: dict[int, dict[str, Tensor]] = {}
+def hidden_states(
+    model: nn.Module, items: Sequence[Encoded], pad_id: int, batch_size: int
+) -> list[dict[str, list[Tensor]]]:
+    """Per text, place -> the hidden state of each layer there, the embeddings' first, float64 on the CPU.
+
+    A state is [width]. If a model keeps several streams beside each other (Gemma 3n, hyper-connections), the state of
+    a token is all of them, [streams, width].
+
+    Raises:
+        UserError: the model gives no hidden states, or it can't be told which part of them belongs to which token.
+    """
+    found: dict[int, dict[str, list[Tensor]]] = {}
     order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
+    axes: list[tuple[int, int]] | None = None
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = collate([items[i] for i in chosen], pad_id=pad_id)
-            inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
-            states = getattr(model(**inputs, output_hidden_states=True), "hidden_states", None)
-            if states is None:
-                raise UserError(
-                    f"{type(model).__name__} gives no hidden_states, which are read layer by layer; "
-                    "expected a transformers model that honours output_hidden_states"
-                )
+            states = _states(model, batch)
+            if axes is None:
+                axes = token_axes(model, states, batch["input_ids"].shape)
             at = [places(items[i]) for i in chosen]
-            tokens = torch.tensor([[own.get(place, 0) for place in PLACES] for own in at], device=device)
-            rows = torch.arange(len(chosen), device=device).unsqueeze(1)
-            picked = torch.stack([state[rows, tokens] for state in states]).double().cpu()  # [layers + 1, B, places, …]
+            tokens = torch.tensor([[own.get(place, 0) for place in PLACES] for own in at], device=states[0].device)
+            rows = torch.arange(len(chosen), device=tokens.device).unsqueeze(1)
+            picked = [state.movedim(own, (0, 1))[rows, tokens].double().cpu() for state, own in zip(states, axes)]
             for row, (i, own) in enumerate(zip(chosen, at)):
-                found[i] = {place: picked[:, row, PLACES.index(place)] for place in own}
+                found[i] = {place: [state[row, PLACES.index(place)] for state in picked] for place in own}
     return [found[i] for i in range(len(items))]
+
+
+def _states(model: nn.Module, batch: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    states = getattr(forward(model, batch, output_hidden_states=True), "hidden_states", None)
+    if not states:
+        raise UserError(
+            f"{type(model).__name__} gives no hidden_states, which are read layer by layer; "
+            "expected a transformers model that honours output_hidden_states"
+        )
+    return states
+
+
+def token_axes(model: nn.Module, states: Sequence[Tensor], shape: Sequence[int]) -> list[tuple[int, int]]:
+    """Along which axes of each layer's hidden states its texts and their tokens lie.
+
+    Args:
+        states: of a batch of texts.
+        shape: of that batch, [texts, tokens].
+
+    Raises:
+        UserError: there are no such axes.
+    """
+    if shape[0] != shape[1] and all(state.dim() == 3 and state.shape[:2] == tuple(shape) for state in states):
+        return [(0, 1)] * len(states)
+    # which axis is which can't be told from their lengths alone: seen from texts of other numbers and lengths
+    device = next(model.parameters()).device
+    seen = []
+    for size in ((2, 5), (3, 7)):
+        ids = torch.zeros(size, dtype=torch.long, device=device)
+        small = _states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        seen.append([state.shape for state in small])
+    axes = []
+    for few, many in zip(*seen, strict=True):
+        changes = list(zip(few, many))
+        if [change for change in changes if change[0] != change[1]] != [(2, 3), (5, 7)]:
+            raise UserError(
+                f"{type(model).__name__} gives hidden states {list(few)} for two texts of 5 tokens, in which tokens "
+                "can't be told apart; expected one state for each token"
+            )
+        axes.append((changes.index((2, 3)), changes.index((5, 7))))
+    return axes
 
 
 def places(item: Encoded) -> dict[str, int]:

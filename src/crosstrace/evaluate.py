@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from crosstrace.errors import UserError
+from crosstrace.forward import forward
 from crosstrace.losses import token_losses
 from crosstrace.models import evaluating, pad_id
 from crosstrace.processes import Processes
@@ -84,25 +85,28 @@ def recall(
     if processes is not None:
         # as many for each, one of them twice where they don't divide: a sharded model is asked by all at once
         order = [*processes.share(order), *order[-1:]][: -(-len(order) // processes.size)]
-    rows: dict[int, list[tuple[bool, bool, float]]] = {}
     device = next(model.parameters()).device
-    with evaluating(model):
-        at = 0
-        for batch in batches([encoded[i] for i in order], batch_size, "answer", pad_id=pad_id(tokenizer)):
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            labels = batch["labels"]
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            losses, _ = token_losses(logits, labels)
-            right = (logits[:, :-1].argmax(-1) == labels[:, 1:]).cpu().numpy()
-            losses = losses.double().cpu().numpy()
-            for row in range(len(labels)):
-                rows[order[at + row]] = [
-                    (bool(right[row, t].all()), bool(right[row, t[0]]), float(-losses[row, t].sum()))
-                    for t in answers(encoded[order[at + row]])
-                ]
-            at += len(labels)
-    if processes is not None:
-        rows = {i: found for share in processes.gathered(rows) for i, found in share.items()}
+
+    def ask() -> dict[int, list[tuple[bool, bool, float]]]:
+        rows, at = {}, 0
+        with evaluating(model):
+            for batch in batches([encoded[i] for i in order], batch_size, "answer", pad_id=pad_id(tokenizer)):
+                batch = {name: tensor.to(device) for name, tensor in batch.items()}
+                labels = batch["labels"]
+                logits = forward(model, batch).logits
+                losses, _ = token_losses(logits, labels)
+                right = (logits[:, :-1].argmax(-1) == labels[:, 1:]).cpu().numpy()
+                losses = losses.double().cpu().numpy()
+                for row in range(len(labels)):
+                    rows[order[at + row]] = [
+                        (bool(right[row, t].all()), bool(right[row, t[0]]), float(-losses[row, t].sum()))
+                        for t in answers(encoded[order[at + row]])
+                    ]
+                at += len(labels)
+        return rows
+
+    shares = [ask()] if processes is None else processes.gathered_from(ask)
+    rows = {i: found for share in shares for i, found in share.items()}
     flat = [result for i in range(len(encoded)) for result in rows[i]]
     mentions = [(item.example.person, mention) for item in encoded for mention in item.example.mentions]
     return Recall(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from crosstrace.anatomy import Anatomy
 from crosstrace.consistency import PLACES, hidden_states, mean_over_people, places
 from crosstrace.errors import UserError
+from crosstrace.forward import forward
 from crosstrace.models import evaluating
 from crosstrace.tokens import Batch, Encoded, collate
 
@@ -38,7 +39,9 @@ def logit_lens(model: nn.Module, items: Sequence[Encoded], *, pad_id: int, batch
     and the object is predicted (`answer`: the token before the object).
 
     The states are those that each layer gets, and what the final norm gets; all of them go through the model itself
-    from its final norm on, so that at `answer` the last layer's reading is the model's own prediction.
+    from its final norm on, so that at `answer` the last layer's reading is the model's own prediction. If the model
+    keeps several streams beside each other, the state of a layer is all of them, and the model joins them as it joins
+    those that its last layer gives.
 
     Args:
         items: texts about one fact each. A text without a place (see `consistency.places`) is left out there.
@@ -74,13 +77,19 @@ def logit_lens(model: nn.Module, items: Sequence[Encoded], *, pad_id: int, batch
         where = [(i, place) for i, own in zip(chosen, states) for place in own]
         if not where:
             continue
-        x = torch.stack([state for own in states for state in own.values()])  # [where, layers, width]
-        texts = torch.tensor([i for i, _ in where]).repeat_interleave(x.shape[1])
-        read = [
-            _read(unembedded(model, norm, part), [objects[i] for i in of], tokens, others[of])
-            for part, of in zip(x.flatten(0, 1).split(_ROWS), texts.split(_ROWS))
-        ]
-        for (i, place), values in zip(where, torch.cat(read).view(*x.shape[:2], -1).numpy()):
+        # every state of every text and layer, one after the other
+        flat = [state for own in states for layers in own.values() for state in layers]
+        texts = torch.tensor([i for i, _ in where]).repeat_interleave(len(flat) // len(where))
+        read = torch.empty(len(flat), 3, dtype=torch.float64)
+        in_streams = torch.tensor([state.dim() == 2 for state in flat])
+        if in_streams.any():
+            check_joined(model, items[0].ids)
+        for alike in (in_streams, ~in_streams):
+            for part in alike.nonzero()[:, 0].split(_ROWS) if alike.any() else ():
+                own, of = torch.stack([flat[number] for number in part]), texts[part]
+                logits = joined(model, own) if in_streams[part[0]] else unembedded(model, norm, own)
+                read[part] = _read(logits, [objects[i] for i in of], tokens, others[of])
+        for (i, place), values in zip(where, read.view(len(where), -1, 3).numpy()):
             found[place][i] = values
     rows = []
     for place, there in found.items():
@@ -117,18 +126,9 @@ def _residual_stream(model: nn.Module, norm: nn.Module) -> Iterator[None]:
     Those of transformers end after the norm for most models, and Mamba's leave the embeddings out.
 
     Raises:
-        UserError: it can't be told which of its modules are the layers.
+        UserError: as `_layers`.
     """
-    whole: Any = model
-    decoder = getattr(model, "get_decoder", lambda: None)()
-    number = whole.config.get_text_config().num_hidden_layers
-    modules = (decoder if isinstance(decoder, nn.Module) else model).modules()
-    layers = next((m for m in modules if isinstance(m, nn.ModuleList) and len(m) == number), None)
-    if layers is None:
-        raise UserError(
-            f"the layers of {type(model).__name__} could not be told; expected a list of {number} modules, as many as "
-            "its config says"
-        )
+    layers = _layers(model)
     seen: list[Tensor] = []
     note = lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"])
 
@@ -143,6 +143,25 @@ def _residual_stream(model: nn.Module, norm: nn.Module) -> Iterator[None]:
         yield
 
 
+def _layers(model: nn.Module) -> nn.ModuleList:
+    """The model's layers, in their order.
+
+    Raises:
+        UserError: it can't be told which of its modules they are.
+    """
+    whole: Any = model
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    number = whole.config.get_text_config().num_hidden_layers
+    modules = (decoder if isinstance(decoder, nn.Module) else model).modules()
+    layers = next((m for m in modules if isinstance(m, nn.ModuleList) and len(m) == number), None)
+    if layers is None:
+        raise UserError(
+            f"the layers of {type(model).__name__} could not be told; expected a list of {number} modules, as many as "
+            "its config says"
+        )
+    return layers
+
+
 def final_norm(model: nn.Module, ids: Tensor) -> nn.Module:
     """The norm between the last layer and the unembedding: from its input on, the model does nothing that needs more
     than the state of one token.
@@ -154,19 +173,18 @@ def final_norm(model: nn.Module, ids: Tensor) -> nn.Module:
         UserError: there is no such norm.
     """
     called: list[tuple[nn.Module, Tensor]] = []
-    device = next(model.parameters()).device
-    inputs = {"input_ids": ids.unsqueeze(0).to(device), "attention_mask": torch.ones_like(ids).unsqueeze(0).to(device)}
+    text = {"input_ids": ids.unsqueeze(0), "attention_mask": torch.ones_like(ids).unsqueeze(0)}
     note = lambda module, args, output: called.append((module, args[0])) if args else None
     with ExitStack() as hooks, evaluating(model):
         for path, module in model.named_modules():
             if "norm" in type(module).__name__.lower() and not any(part.isdigit() for part in path.split(".")):
                 hooks.callback(module.register_forward_hook(note).remove)
-        logits = model(**inputs).logits[0]
+        logits = forward(model, text).logits[0]
     if called:
         norm, states = called[-1]
         try:
             found = unembedded(model, norm, states[0])
-        except RuntimeError:  # more than an unembedding comes after it, for which the shapes don't fit
+        except (RuntimeError, IndexError):  # more than an unembedding comes after it, for which the shapes don't fit
             found = torch.empty(0)
         if found.shape == logits.shape and torch.allclose(found, logits, rtol=0.05, atol=0.05 * float(logits.std())):
             return norm
@@ -185,7 +203,46 @@ def unembedded(model: nn.Module, norm: nn.Module, states: Tensor) -> Tensor:
     ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
     put = lambda module, args: (states.unsqueeze(1).to(args[0].device, args[0].dtype), *args[1:])
     with norm.register_forward_pre_hook(put), evaluating(model):
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.flatten(0, 1)
+        return forward(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits.flatten(0, 1)
+
+
+def joined(model: nn.Module, states: Tensor) -> Tensor:
+    """Logits [n, V] of states [n, streams, width] of a model that keeps several streams beside each other.
+
+    They take the place of what the last layer gives, and the model itself joins the streams to one state and goes on.
+
+    Raises:
+        UserError: as `_layers`.
+    """
+    ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    last = _layers(model)[-1]
+
+    def put(module: nn.Module, args: Any, output: Any) -> Any:
+        own = output[0] if isinstance(output, tuple) else output
+        new = states.unsqueeze(1).to(own)  # [n, one token, streams, width]
+        if len(own) > 1:  # the streams come first
+            new = new.movedim(2, 0)
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    with last.register_forward_hook(put), evaluating(model):
+        return forward(model, text).logits.flatten(0, 1)
+
+
+def check_joined(model: nn.Module, ids: Tensor) -> None:
+    """Raise a `UserError` if what the last layer gives for the text `ids` [T] does not alone give the model's logits
+    of it, by `joined`."""
+    given: list[Tensor] = []
+    note = lambda module, args, output: given.append(output[0] if isinstance(output, tuple) else output)
+    with _layers(model)[-1].register_forward_hook(note), evaluating(model):
+        text = {"input_ids": ids.unsqueeze(0), "attention_mask": torch.ones_like(ids).unsqueeze(0)}
+        wanted = forward(model, text).logits[0]
+    states = given[0][:, 0].movedim(0, 1) if len(given[0]) > 1 else given[0][0]  # [T, streams, width]
+    if not torch.allclose(joined(model, states), wanted, rtol=0.05, atol=0.05 * float(wanted.std())):
+        raise UserError(
+            f"{type(model).__name__} joins its streams by more than what the last layer gives, so the logit lens can't "
+            "read those of earlier layers; expected a model that goes on from the last layer's states alone"
+        )
 
 
 # ------------------------------------------------------------------------------- attention patterns
@@ -282,13 +339,11 @@ def _attentions(model: nn.Module, batch: Batch, modules: Sequence[str]) -> dict[
             mask = mask > torch.finfo(mask.dtype).min / 2
         seen[path] = weights.cpu(), mask.expand(weights.shape).cpu()
 
-    device = next(model.parameters()).device
-    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
     with ExitStack() as hooks:
         for path in modules:
             hook = lambda module, args, kwargs, output, path=path: note(path, module, kwargs, output)
             hooks.callback(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
-        model(**inputs, output_attentions=True)
+        forward(model, batch, output_attentions=True)
     return seen
 
 

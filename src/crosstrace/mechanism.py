@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
@@ -22,6 +22,7 @@ from crosstrace.consistency import FactPair, fact_pairs, gradient_consistency, r
 from crosstrace.errors import UserError
 from crosstrace.evaluate import recall
 from crosstrace.facts import World
+from crosstrace.left_out import Part, attempt
 from crosstrace.material import (
     checkpoints,
     examples,
@@ -48,18 +49,22 @@ HEADS = 4  # the most important ones, whose attention is told
 def explain(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """How the base or a taught model recalls: mechanism/<model>/<part>.json."""
     options = experiment.mechanism
-    shared_sets = [] if name == "base" else [f"shared/{name}"]
     key = {
         "mechanism": {k: v for k, v in asdict(options).items() if k not in ("run", "parts")},
         "embeddings": experiment.analysis.embeddings, "model": model_inputs(run, experiment, name),
-        "threads": experiment.threads, **run.inputs("data", *shared_sets),
+        "threads": experiment.threads, **run.inputs("data"),
     }  # fmt: skip
     asked = Asked(run, experiment, name, progress)
+
+    def make(part: str, step: str) -> None:
+        sets = [f"shared/{name}"] if part in OF_SHARED_SETS and name != "base" else []
+        run.stage(step, key | run.inputs(*sets), lambda path: write_json(path, PARTS[part](asked)))
+
     for part in options.parts:
         if (name == "base" and part in WITHOUT_BASE) or (name in experiment.given and part == "dynamics"):
             continue
-        make = lambda path, part=part: write_json(path, PARTS[part](asked))
-        run.stage(f"mechanism/{name}/{part}.json", key, make)
+        step = f"mechanism/{name}/{part}.json"
+        attempt(run, Part("mechanism", name, (step,), part), partial(make, part, step), progress.note)
 
 
 @dataclass
@@ -168,11 +173,7 @@ def along_layers(asked: Asked) -> list[Row]:
     rows: list[Row] = []
     for part, pairs in asked.facts.items():
         for name in signature.FORMATS:
-            try:
-                found = lens.logit_lens(asked.model, [getattr(pair, name) for pair in pairs], pad_id=asked.pad_id)
-            except UserError as why:  # a model without a norm at its end
-                asked.note(f"no logit lens, since {why}")
-                return []
+            found = lens.logit_lens(asked.model, [getattr(pair, name) for pair in pairs], pad_id=asked.pad_id)
             rows += [{"part": part, "format": name} | row for row in found]
     return rows
 
@@ -187,9 +188,10 @@ def circuits(asked: Asked) -> dict[str, list[Row]]:
     for unit in circuit.NODES:
         if unit not in units:
             asked.note(f"no {unit} of {type(model).__name__} is in the circuit: its place is not known")
-    questions = asked.questions if units else {}
-    with asked.bar("circuit", len(questions)) as update:
-        for part, items in questions.items():
+    if not units:
+        raise UserError(f"the place of the heads and neurons of {type(model).__name__} is not known")
+    with asked.bar("circuit", len(asked.questions)) as update:
+        for part, items in asked.questions.items():
             place = {"part": part}
             data = circuit.answer_batches(items, tokenizer)
             means = circuit.node_means(model, data, anatomy, units)
@@ -235,6 +237,7 @@ def at_positions(asked: Asked) -> list[Row]:
     rows: list[Row] = []
     names = in_scope(asked.experiment, base) if is_adapted(base) else None
     psets = positions.components(Anatomy(base), names)
+    refused: UserError | None = None
     with asked.bar("positions", 2 * len(psets) * len(positions.CHOICES)) as update:
         for component, pset in psets.items():
             where: list[positions.Positions] = []  # the choice of tokens that is asked about
@@ -244,6 +247,7 @@ def at_positions(asked: Asked) -> list[Row]:
                     graft.enter_context(positions.grafted_at(base, pset, values, chosen))
                 except UserError as why:  # a model whose weights can't be told apart by token
                     asked.note(f"nothing of {component} is grafted at positions, since {why}")
+                    refused = why
                     continue
                 for (part, items), places in product(asked.questions.items(), positions.CHOICES):
                     where.append(positions.at_places(items, places))
@@ -251,6 +255,8 @@ def at_positions(asked: Asked) -> list[Row]:
                     place = {"part": part, "component": component, "places": list(places)}
                     rows.append(place | {k: found[k] for k in ("exact_match", "low", "high", "n", "logprob")})
                     update.add(1)
+    if refused is not None and not rows:
+        raise refused
     return rows
 
 
@@ -344,4 +350,5 @@ PARTS: Mapping[str, Callable[[Asked], Any]] = {
     "transfer": transferred,
     "dynamics": over_training,
 }
+OF_SHARED_SETS: Sequence[str] = ("gradients", "circuit")  # these read what analyze has found
 WITHOUT_BASE: Sequence[str] = ("positions", "dynamics")  # it is where both begin

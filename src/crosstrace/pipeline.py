@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
@@ -25,7 +24,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from crosstrace import adapters, claims, config, models
+from crosstrace import adapters, claims, config, interrupts, left_out, models
 from crosstrace.alike import check_alike, check_fits, check_same_tokens
 from crosstrace.analysis import centralization_rows, density_map, overlap_rows, similarity_rows
 from crosstrace.anatomy import Anatomy
@@ -35,6 +34,7 @@ from crosstrace.errors import UserError
 from crosstrace.evaluate import Recall, recall, summaries
 from crosstrace.facts import World
 from crosstrace.intervene import ablated, grafted
+from crosstrace.left_out import Part, attempt, optional
 from crosstrace.material import (
     START,
     WHENS,
@@ -100,6 +100,9 @@ def run(
 ) -> Results:
     """Run an experiment in `folder` and return its results, as `results.json` holds them.
 
+    If a part of an analysis fails, it is left out and the rest goes on: `results["left_out"]` tells which and why, and
+    the next attempt tries it again. What fails in training, recall or the trace stops the run.
+
     Args:
         experiment: all settings.
         folder: the run folder.
@@ -121,7 +124,7 @@ def run(
         check_place(experiment, processes)
     if mode == "overwrite":
         _check_outside(experiment, folder)
-    by_first(processes, lambda: check(experiment, whole=mode != "resume"))
+    by_first(processes, lambda: check(experiment, whole=mode != "resume", stages=stages))
     with Run.together(folder, config.dumps(experiment), mode, processes) as opened:  # type: ignore[arg-type]
         about = {"precision": _precision(experiment), "threads": experiment.threads}
         about["processes"] = 1 if processes is None else processes.size
@@ -132,16 +135,21 @@ def run(
             progress.done("data", opened.seconds().get("data"))
         _strategies(opened, experiment, stages, progress)
         if "report" not in stages:
-            return Results()
-
-        def told() -> Results:
-            results = conclude(opened, experiment)
-            make_report(opened, results)
-            return results
-
-        results = opened.alone(told)
+            missing = opened.alone(lambda: [row for row in left_out.rows(opened) if row["stage"] in stages])
+            return Results(left_out=missing) if missing else Results()
+        results = opened.alone(lambda: _told(opened, experiment, progress))
         progress.done("report", opened.seconds().get("report"))
         return results
+
+
+def _told(run: Run, experiment: Experiment, progress: Progress) -> Results:
+    """The results, and a report of them."""
+    results = conclude(run, experiment, progress)
+    page = Part("report", makes=("report",))
+    attempt(run, page, lambda: make_report(run, results, progress), progress.note)
+    if left_out.rows(run) != results["left_out"]:  # what could not be drawn is told in the results too
+        results = conclude(run, experiment, Progress(quiet=True))
+    return results
 
 
 # ------------------------------------------------------------------------------- strategies, several at once
@@ -165,25 +173,26 @@ def _strategies(run: Run, experiment: Experiment, stages: Sequence[str], progres
         initializer=start_worker,
         initargs=(os.getpid(),),
     ) as pool:
-        jobs = [
-            pool.submit(_work, run.folder, experiment, name, chain, progress.quiet, position)
-            for position, name in enumerate(names)
-        ]
         try:
+            with interrupts.held_back():
+                jobs = [
+                    pool.submit(_work, run.folder, experiment, name, chain, progress.quiet, position)
+                    for position, name in enumerate(names)
+                ]
             for job in as_completed(jobs):
                 job.result()
         except BaseException:
-            for job in jobs:
-                job.cancel()
             for worker in list((pool._processes or {}).values()):  # or the pool would wait for all their stages
                 worker.terminate()
+            pool.shutdown(cancel_futures=True)
+            run.clean()  # what they were writing
             raise
 
 
 def start_worker(leader: int) -> None:
     """Make this process a worker of the process `leader`, with which it ends."""
     end_with_parent(leader)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the leader ends its workers
+    interrupts.leave_to_leader()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
@@ -475,6 +484,7 @@ def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress)
     run.stage(f"traces/{name}", key, make)
 
 
+@optional("trace", "doctor.json", name="doctor")
 def examine(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """Whether the base is traced exactly here, on a few of the run's own examples: doctor.json."""
     from crosstrace.doctor import diagnose
@@ -532,6 +542,13 @@ def read_traces(
 
 
 def analyze(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+    """What the traces select and what that looks like, and how far the weights moved."""
+    select_shared(run, experiment, name, progress)
+    moved_weights(run, experiment, name, progress)
+
+
+@optional("analyze", "shared/{}", "analysis/{}.json")
+def select_shared(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """Shared sets and what they look like: shared/<strategy>/ and analysis/<strategy>.json."""
     key = {
         "analysis": asdict(experiment.analysis),
@@ -540,7 +557,6 @@ def analyze(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
     }
     if not (run.complete(f"analysis/{name}.json", key) and run.complete(f"shared/{name}", key)):
         _analyze_traces(run, experiment, name, key)
-    moved_weights(run, experiment, name)
 
 
 def _analyze_traces(run: Run, experiment: Experiment, name: str, key: Mapping[str, Any]) -> None:
@@ -603,7 +619,8 @@ def _analyze_traces(run: Run, experiment: Experiment, name: str, key: Mapping[st
     run.stage(f"analysis/{name}.json", key, rows)
 
 
-def moved_weights(run: Run, experiment: Experiment, name: str) -> None:
+@optional("analyze", "drift/{}.json", name="drift")
+def moved_weights(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """How far the weights went from the base, and how much of the way lies in the shared sets: drift/<model>.json."""
     key = {
         "model": model_inputs(run, experiment, name), "base": model_key(experiment), "view": experiment.trace.view,
@@ -646,6 +663,7 @@ def select_tasks(
 # ------------------------------------------------------------------------------- intervene
 
 
+@optional("intervene", "interventions/{}.json")
 def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """Ablation and grafting of the shared set and of its controls: interventions/<strategy>.json."""
     options, how = experiment.interventions, experiment.analysis.how
@@ -703,8 +721,7 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
                             row |= _accuracy(part, answers)
                         row["answers"] = {p: ["".join(map(str, a)) for a in given] for p, given in scores.items()}
                         found[kind].append(row)
-        if run.leads:
-            write_json(path, found)
+        run.alone(lambda: write_json(path, found))
 
     run.stage(f"interventions/{name}.json", key, make)
 
@@ -740,28 +757,38 @@ def _accuracy(part: str, answers: list[list[int]]) -> dict[str, float]:
 # ------------------------------------------------------------------------------- conclude and report
 
 
-def conclude(run: Run, experiment: Experiment) -> Results:
+def conclude(run: Run, experiment: Experiment, progress: Progress) -> Results:
     """Gather everything into results.json and test the paper's claims on it."""
     names, trained = experiment.taught, [*experiment.strategies]
-    with_interventions = [n for n in names if run.path(f"interventions/{n}.json").exists()]
+    absent = left_out.steps(run)
+    is_done = lambda step: step not in absent and run.path(step).exists()
     needed = ["data", "eval/base.json"]
     for name in names:
         needed += [f"eval/{name}.json", f"traces/{name}", f"analysis/{name}.json", f"drift/{name}.json"]
     needed += [f"models/{name}" for name in trained]
+    needed += ["doctor.json"] if experiment.trace.check else []
+    with_interventions = [name for name in names if is_done(f"interventions/{name}.json")]
     needed += [f"interventions/{name}.json" for name in with_interventions]
     mechanism = {
-        part: [n for n in ("base", *names) if run.path(f"mechanism/{n}/{part}.json").exists()]
+        part: [name for name in ("base", *names) if is_done(f"mechanism/{name}/{part}.json")]
         for part in experiment.mechanism.parts
     }
     needed += [f"mechanism/{name}/{part}.json" for part, found in mechanism.items() for name in found]
-    retained = [name for name in names if run.path(f"retention/{name}").exists()]
+    retained = [name for name in names if is_done(f"retention/{name}")]
     needed += [f"retention/{name}" for name in retained]
-    needed += ["doctor.json"] if experiment.trace.check else []
-    key = {"inputs": run.inputs(*needed), "experiment": config.plain(experiment)}
+    claimed = Part("report", name="claims")
+    key = {
+        "inputs": run.inputs(*(step for step in needed if step not in absent)),
+        "experiment": config.plain(experiment),
+        "left_out": [row for row in left_out.rows(run) if row["part"] != claimed.name],
+    }
+    if run.complete("results.json", key):
+        return Results.read(run.path("results.json"))
 
-    def make(path: Path) -> None:
+    def gather() -> dict[str, Any]:
         evals = {name: read_json(run.path(f"eval/{name}.json")) for name in ("base", *names)}
-        analyses = {name: read_json(run.path(f"analysis/{name}.json")) for name in names}
+        analyses = {name: read_json(run.path(f"analysis/{name}.json")) for name in names
+                    if f"analysis/{name}.json" not in absent}  # fmt: skip
         interventions = {name: read_json(run.path(f"interventions/{name}.json")) for name in with_interventions}
         about = read_json(run.folder / "metadata.json")
         results: dict[str, Any] = {"schema": 1, "run": _about(run, experiment, about)}
@@ -773,9 +800,11 @@ def conclude(run: Run, experiment: Experiment) -> Results:
         home = {name: run.path(f"models/{name}") for name in trained}
         results["history"] = {name: read_json(home[name] / "history.json") for name in trained}
         results["training"] = {name: _training(run, name) for name in trained}
-        results["drift"] = {name: read_json(run.path(f"drift/{name}.json")) for name in names}
+        results["drift"] = {
+            name: read_json(run.path(f"drift/{name}.json")) for name in names if f"drift/{name}.json" not in absent
+        }
         for part in ("shared", "similarity", "centralization", "maps", "units"):
-            results[part] = {name: analyses[name][part] for name in names}
+            results[part] = {name: found[part] for name, found in analyses.items()}
         results["interventions"] = {
             name: {kind: [_without_answers(row) for row in found[kind]] for kind in ("ablate", "graft")}
             | {"untouched": found["untouched"]}
@@ -786,28 +815,53 @@ def conclude(run: Run, experiment: Experiment) -> Results:
             for part, found in mechanism.items()
         }
         results["retention"] = {name: read_json(run.path(f"retention/{name}") / "retention.json") for name in retained}
-        judged = claims.judge(results, evals, interventions, experiment.analysis.central_fractions, experiment.given)
-        results["claims"], results["differences"] = judged
-        if experiment.trace.check:
+        results["claims"], results["differences"] = [], []
+
+        def judge() -> None:
+            fractions = experiment.analysis.central_fractions
+            judged = claims.judge(results, evals, interventions, fractions, experiment.given)
+            results["claims"], results["differences"] = judged
+
+        attempt(run, claimed, judge, progress.note)
+        if experiment.trace.check and "doctor.json" not in absent:
             diagnosis = read_json(run.path("doctor.json"))
             results["doctor"] = {key: diagnosis[key] for key in ("verdict", "problems", "checks")}
-        results["coverage"] = {name: analyses[name]["coverage"] for name in names}
+        results["coverage"] = {name: found["coverage"] for name, found in analyses.items()}
+        results["left_out"] = left_out.rows(run)
         results["seconds"] = _seconds(run)
         results["versions"] = about["versions"]
-        write_json(path, results)
+        return results
 
-    return Results.read(run.stage("results.json", key, make))
+    results = gather()
+    if not results["claims"] and any(row["part"] == claimed.name for row in results["left_out"]):
+        key["without"] = claimed.name  # so it is not done, and is tried again
+    return Results.read(run.stage("results.json", key, lambda path: write_json(path, results)))
 
 
-def make_report(run: Run, results: Mapping[str, Any]) -> Path:
-    """Render report/index.html from the results."""
-    from crosstrace.report import write_report
+def make_report(run: Run, results: Mapping[str, Any], progress: Progress) -> None:
+    """Render report/index.html from the results. A section that can't be drawn says so, and is tried again."""
+    from crosstrace.report.page import draw, write_page
+
+    others = [row for row in results["left_out"] if row["stage"] != "report"]
+    key: dict[str, Any] = {"results": dict(results) | {"left_out": others}}
+    if run.complete("report", key):
+        return
+    sections = draw(results)
+    for section in sections:
+        part = Part("report", name=f"section {section.id}")
+        if section.failure is None:
+            left_out.forget(run, part)
+        else:
+            left_out.record(run, part, section.failure)
+            progress.note(f"{part} is left out: {section.failure.reason}")
+    if any(section.failure for section in sections):
+        key["without"] = [section.id for section in sections if section.failure]  # so it is not done
 
     def make(folder: Path) -> None:
         folder.mkdir()
-        write_report(dict(results), folder)
+        write_page(results, sections, folder)
 
-    return run.stage("report", run.inputs("results.json"), make) / "index.html"
+    run.stage("report", key, make)
 
 
 def _seconds(run: Run) -> dict[str, float]:
@@ -929,11 +983,12 @@ def _check_outside(experiment: Experiment, folder: Path) -> None:
 RESERVED = ("checkpoints", "online", START)  # what lies beside the phases in a strategy's folder
 
 
-def check(experiment: Experiment, whole: bool) -> None:
+def check(experiment: Experiment, whole: bool, stages: Sequence[str] = STAGES) -> None:
     """What would otherwise fail only later, when an earlier run may already be gone or hours have passed.
 
     Args:
         whole: read the model too.
+        stages: those that are asked for.
     """
     taught = texts(experiment.facts)
     sizes = {
@@ -960,7 +1015,8 @@ def check(experiment: Experiment, whole: bool) -> None:
     tokenizer = models.load_tokenizer(experiment.model.name)
     check_fast(tokenizer)
     known_people(experiment.model)
-    further = new_material(experiment, tokenizer) if experiment.retention.run else {}
+    retains = experiment.retention.run or ("retain" in stages and len(stages) == 1)  # named, it runs whatever is set
+    further = new_material(experiment, tokenizer) if retains else {}
     lora = experiment.train.lora
     if lora and models.adapted_base(models.locate(experiment.model.name)) is not None:
         raise UserError(

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from crosstrace.anatomy import Anatomy
 from crosstrace.errors import UserError
+from crosstrace.forward import forward, without_cache
 from crosstrace.intervene import check_values
 from crosstrace.models import evaluating
 from crosstrace.shared import ParamSet
@@ -136,7 +137,10 @@ def grafted_at(
         if not isinstance(base, Tensor):
             return base
         where, axis = now[0], axes[id(module)][place]
-        if axis == 0:  # all tokens of the batch in one row
+        if axis is None:  # looked up once for all texts, without an axis for them
+            base, grafted = (x.expand(len(where), *x.shape) for x in (base, grafted))
+            mask = where
+        elif axis == 0:  # all tokens of the batch in one row
             mask = where.flatten()
         else:
             mask = where.view(len(where), *[1] * (axis - 1), -1)
@@ -167,7 +171,7 @@ def grafted_at(
 def _probe(model: nn.Module, values: dict[str, Tensor]) -> Tensor:
     """Logits of two short texts, with other values of some parameters."""
     ids = torch.zeros(2, 5, dtype=torch.long, device=next(model.parameters()).device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **without_cache(model)}
     with evaluating(model):
         return torch.func.functional_call(model, values, kwargs=inputs).logits
 
@@ -187,10 +191,10 @@ def components(anatomy: Anatomy, names: Sequence[str] | None = None) -> dict[str
     return {name: pset for name, pset in found.items() if pset.masks}
 
 
-def _token_axes(model: nn.Module, modules: Sequence[nn.Module]) -> dict[int, list[int]]:
+def _token_axes(model: nn.Module, modules: Sequence[nn.Module]) -> dict[int, list[int | None]]:
     """Along which axis of its outputs each module has the tokens: seen from texts of two lengths.
 
-    0 stands for B·T rows; no shape by itself could tell tokens from heads.
+    0 stands for B·T rows, None for T rows, alike for all texts; no shape by itself could tell tokens from heads.
     """
     shapes: dict[int, list[list[torch.Size]]] = {id(module): [] for module in modules}
     note = lambda module, args, output: shapes[id(module)].append(
@@ -202,8 +206,8 @@ def _token_axes(model: nn.Module, modules: Sequence[nn.Module]) -> dict[int, lis
             hooks.callback(module.register_forward_hook(note).remove)
         for length in (5, 7):
             ids = torch.zeros(2, length, dtype=torch.long, device=device)
-            model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    axes: dict[int, list[int]] = {}
+            forward(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    axes: dict[int, list[int | None]] = {}
     for module in modules:
         seen = shapes[id(module)]
         half = len(seen) // 2  # a module may be called more than once in a forward
@@ -216,5 +220,5 @@ def _token_axes(model: nn.Module, modules: Sequence[nn.Module]) -> dict[int, lis
                     f"a {type(module).__name__} gives {list(short)} for two texts of 5 tokens, in which tokens can't "
                     "be told apart; grafting at positions expects one output for each token"
                 )
-            axes[id(module)].append(changed[0] if changed else 0)
+            axes[id(module)].append(None if sizes == [(5, 7)] and changed == [0] else changed[0] if changed else 0)
     return axes

@@ -19,12 +19,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from crosstrace import interrupts
 from crosstrace.errors import UserError
 from crosstrace.store import end_with_parent
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=30)  # others wait while one works alone; one that is gone is noticed without
+AGREEMENT = timedelta(seconds=60)  # for all to say whether they have failed
 FIRST_SPEAKS = 3.0  # seconds that process 0 has to tell a mistake that all have found, before another does
+
+
+class FailedElsewhere(RuntimeError):
+    """Another process has failed, without which this one can't go on."""
+
+    def __init__(self, rank: int, error: object):
+        super().__init__(f"process {rank}: {error if isinstance(error, str) else f'{type(error).__name__}: {error}'}")
+        self.rank, self.told = rank, str(self).partition(": ")[2]
+
+    def __reduce__(self) -> tuple[type, tuple[int, str]]:
+        return type(self), (self.rank, self.told)
 
 
 class Processes:
@@ -46,6 +59,7 @@ class Processes:
             )
         self.group = dist.group.WORLD if group is None else group
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self._aside: Any = None  # the group of `agreed`, made when it is first needed
         if self.rank < 0:
             raise UserError("this process is none of the group that it was given; expected a group that it belongs to")
 
@@ -76,6 +90,7 @@ class Processes:
 
         Raises:
             UserError: fn raised it; it is raised in all.
+            FailedElsewhere: in the others, if fn raised another exception in process 0.
         """
         result: Any = None
         if self.rank == 0:
@@ -83,10 +98,43 @@ class Processes:
                 result = fn()
             except UserError as error:
                 result = error
+            except Exception as error:
+                self.from_first(FailedElsewhere(0, error))
+                raise
         result = self.from_first(result)
-        if isinstance(result, UserError):
+        if isinstance(result, (UserError, FailedElsewhere)):
             raise result
         return result
+
+    def gathered_from(self, fn: Callable[[], T]) -> list[T]:
+        """fn() of all, by rank; small ones.
+
+        Raises:
+            Exception: fn raised it here; in the others it is FailedElsewhere.
+        """
+        try:
+            value: Any = fn()
+        except Exception as error:
+            self.gathered(FailedElsewhere(self.rank, error))
+            raise
+        values = self.gathered(value)
+        for found in values:
+            if isinstance(found, FailedElsewhere):
+                raise found
+        return values
+
+    def agreed(self, value: T) -> list[T]:
+        """Everyone's value, by rank, of a moment that some may never come to: they wait for one that has failed.
+
+        Raises:
+            RuntimeError: not all have come within AGREEMENT.
+        """
+        if self._aside is None:
+            ranks = dist.get_process_group_ranks(self.group)
+            self._aside = dist.new_group(ranks, timeout=AGREEMENT, backend="gloo", use_local_synchronization=True)
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, self._aside)
+        return values
 
     def wait(self) -> None:
         """Until all are here."""
@@ -112,6 +160,7 @@ def main(work: Callable[[Processes], None]) -> NoReturn:
 
     A program of several processes is `if __name__ == "__main__": main(work)`; nothing after it is run. The group is
     joined through accelerate (NCCL where there are GPUs, gloo elsewhere) and left at the end.
+    If the work raises SystemExit, in all processes alike, that is its end and its status.
     Where one process fails, it says why in one line on stderr and ends with code 1 (2 for a mistake of the user's); the
     others can't go on without it, and the launcher ends them; a mistake that all find is told by process 0. A trace is
     in memory alone, so nothing half-written stays; a training goes on from its last checkpoint when the program is
@@ -132,17 +181,19 @@ def main(work: Callable[[Processes], None]) -> NoReturn:
     try:
         PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         processes = Processes()
-        work(processes)
+        code = _exit_code_of(work, processes)
         processes.wait()  # whoever leaves first must not look dead to the others
     except BaseException as error:
         code = 1
+        if isinstance(error, KeyboardInterrupt) or interrupts.received() is not None:
+            sys.stdout.flush()
+            interrupts.tell(place=f"{place}: ")
+            os._exit(interrupts.exit_code())
         if isinstance(error, UserError):
             code, why = 2, str(error)
             if os.environ["RANK"] != "0":
                 time.sleep(FIRST_SPEAKS)  # the launcher ends this process as soon as process 0 has
-        elif isinstance(error, KeyboardInterrupt):
-            code, why = 130, "interrupted"
-        elif _lost(error):
+        elif is_lost(error):
             why = "it can't go on: another process has ended, whose own message says why"
         else:
             traceback.print_exc()
@@ -152,10 +203,19 @@ def main(work: Callable[[Processes], None]) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)  # leaving the group would wait for the others
     dist.destroy_process_group()
-    _end()
+    _end(code)
 
 
-def _end() -> NoReturn:
+def _exit_code_of(work: Callable[[Processes], None], processes: Processes) -> int:
+    """Do the work; the status that it wants to end with, 0 if it says nothing."""
+    try:
+        work(processes)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _end(code: int) -> NoReturn:
     """End the process as multiprocessing ends its own: all that waits for the end is done, then no code runs any more.
 
     Tearing the interpreter down is not safe here. Gloo's threads let go of a collective's tensors after whoever waited
@@ -169,10 +229,10 @@ def _end() -> NoReturn:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
-def _lost(error: BaseException) -> bool:
-    """Whether a collective failed because another process is gone."""
-    network = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
-    return isinstance(error, network) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+def is_lost(error: BaseException) -> bool:
+    """Whether this process can't go on because another one is gone or has failed."""
+    lost = (FailedElsewhere, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+    return isinstance(error, lost) or (isinstance(error, RuntimeError) and "gloo" in str(error))

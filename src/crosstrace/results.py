@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,16 @@ class Results(dict[str, Any]):
             rows.append([claim["text"], claim["when"], claim["verdict"], told])
         return rows
 
+    def left_out_lines(self) -> list[str]:
+        """A line for each part of an analysis that the run does without, with the reason."""
+        return [f"left out: {part_name(row)}: {row['reason']}" for row in self.get("left_out") or []]
+
     def __str__(self) -> str:
         tables = [aligned(rows) for rows in (self.recall_rows(), self.claim_rows()) if len(rows) > 1]
-        return "\n\n".join([*tables, *([self["lacking"]] if "lacking" in self else [])])
+        left_out = "\n".join(self.left_out_lines())
+        return "\n\n".join(
+            [*tables, *([self["lacking"]] if "lacking" in self else []), *([left_out] if left_out else [])]
+        )
 
     def _repr_html_(self) -> str:
         tables = []
@@ -70,7 +78,14 @@ class Results(dict[str, Any]):
             )
             tables.append(f"<table><tr>{head}</tr>{body}</table>")
         tables += [f"<p>{html.escape(self['lacking'])}</p>"] if "lacking" in self else []
+        tables += [f"<p>{html.escape(line)}</p>" for line in self.left_out_lines()]
         return "".join(tables) or "no results yet: they come with the stage <code>report</code>"
+
+
+def part_name(row: Mapping[str, Any]) -> str:
+    """A part that is left out, e.g. "mixed: mechanism, lens"."""
+    name = f"{row['stage']}, {row['part']}" if row["part"] else row["stage"]
+    return f"{row['model']}: {name}" if row["model"] else name
 
 
 def aligned(rows: list[list[str]]) -> str:

@@ -24,6 +24,7 @@ from crosstrace.errors import UserError
 from crosstrace.evaluate import recall
 from crosstrace.facts import World
 from crosstrace.intervene import grafted, snapshot
+from crosstrace.left_out import optional
 from crosstrace.material import (
     examples,
     facts_key,
@@ -53,6 +54,7 @@ ARMS = ("alone", "replay")
 OTHERS_SEED = 10_000  # added to the seed of the taught world
 
 
+@optional("retain", "retention/{}")
 def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """Train a taught model further, with and without replay: retention/<strategy>.json."""
     options = experiment.retention
@@ -111,10 +113,12 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
                 place = {"arm": arm, "when": when}
                 found["moved"] += [place | row for row in moved(model, taught, own)]
                 found["repair"] += [place | row for row in repaired(model, tokenizer, taught, own, asks, run.processes)]
-        if run.leads:
-            write_json(folder / "retention.json", found)
-            for arm in ARMS:
-                remove_folder(folder / arm)
+        run.alone(lambda: keep(folder, found))
+
+    def keep(folder: Path, found: dict[str, list[Row]]) -> None:
+        write_json(folder / "retention.json", found)
+        for arm in ARMS:
+            remove_folder(folder / arm)
 
     run.stage(f"retention/{name}", key, make, keep_partial=True)
 

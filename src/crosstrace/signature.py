@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from crosstrace.circuit import COMPLETE
 from crosstrace.consistency import FactPair, mean_over_people
 from crosstrace.errors import UserError
+from crosstrace.forward import forward
 from crosstrace.losses import example_losses
 from crosstrace.models import differentiating, evaluating
 from crosstrace.tokens import IGNORE, Batch, Encoded, collate
@@ -250,9 +251,9 @@ def input_signature(
 
 def _logits(model: nn.Module, batch: Batch, change: Callable[[Tensor], Tensor]) -> Tensor:
     """The model's logits with the output of its embedding module changed."""
-    put: Callable[..., Tensor] = lambda module, args, output: change(output)
+    put: Callable[..., Tensor] = lambda module, args, output: change(output).clone()  # CTRL scales it in place
     with _embedding(model).register_forward_hook(put):
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return forward(model, batch).logits
 
 
 def _embedding(model: nn.Module) -> nn.Module:

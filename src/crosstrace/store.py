@@ -10,6 +10,7 @@ bytes is skipped, any other is built again. This module knows nothing of what a 
     <folder>/manifest/RUN             marks the folder as a crosstrace run
     <folder>/manifest/<step>.json     one record per finished step ("/" in its name is written %2F)
     <folder>/manifest/started/        when the steps that keep their partial folder began
+    <folder>/manifest/left_out/       parts that failed and that the run does without (see left_out.py)
     <folder>/<step>                   a finished file or folder
 """
 
@@ -221,6 +222,17 @@ def _remove(path: Path) -> None:
 # -------------------------------------------------------------------------------- the run
 
 
+class MissingStep(UserError):
+    """A step is needed that is not finished; `step` is its name."""
+
+    def __init__(self, step: str, message: str):
+        super().__init__(message)
+        self.step = step
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.step, str(self))
+
+
 class Run:
     """One run folder, locked while this object is open; use it in a `with` block or `close()` it.
 
@@ -289,7 +301,7 @@ class Run:
                 _same_config(saved, config_text)
             run = cls(folder, lock)
             _lock_workers(folder, fcntl.LOCK_EX, WORKERS_PATIENCE).close()
-            run._clean()
+            run.clean()
             return run
         except BaseException:
             lock.close()
@@ -475,7 +487,9 @@ class Run:
         for name in names:
             record = self._read_record(name)
             if record is None:
-                raise UserError(f"{self.folder} has no finished {name!r} yet; run the stage that makes it first")
+                raise MissingStep(
+                    name, f"{self.folder} has no finished {name!r} yet; run the stage that makes it first"
+                )
             if not self._is_intact(name, record):
                 raise UserError(
                     f"{self.path(name)} is not as the run left it (a file is missing or changed); "
@@ -527,8 +541,8 @@ class Run:
             self._intact.add((name, record["hash"]))
         return intact
 
-    def _clean(self) -> None:
-        """Remove every partial path, save the folders that a step asked to keep (inside those too)."""
+    def clean(self) -> None:
+        """Remove what ended processes left half-written, save folders that a step asked to keep (inside those too)."""
         for base, folders, files in os.walk(self.folder):
             # the runs of a study are cleared by those who go on with them
             folders[:] = [entry for entry in folders if not Path(base, entry, "manifest", "RUN").is_file()]

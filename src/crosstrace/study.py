@@ -24,9 +24,10 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as settings
 
-from crosstrace import config
+from crosstrace import config, interrupts, left_out
 from crosstrace.config import Experiment
 from crosstrace.errors import UserError
+from crosstrace.left_out import Part, attempt
 from crosstrace.progress import Progress
 from crosstrace.schedule import STRICT
 from crosstrace.store import (
@@ -233,13 +234,15 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
         write_text(opened.folder / "study.yaml", text)
         machine = metadata()
         write_json(opened.folder / "metadata.json", machine)
-        failed = _make(opened, runs, study, Progress(quiet))
-        done = [run for run in runs if opened.complete(_step(run), _key(run))]
+        progress = Progress(quiet)
+        failed = _make(opened, runs, study, progress)
+        done = [run for run in runs if _is_made(opened, run)]
         if not done:
             raise UserError(f"no run of the study was made: {failed[0] if failed else 'there is none'}")
         reports = [read_json(opened.path(_step(planned))) for planned in done]
         rows = [row for planned, report in zip(done, reports) for row in _rows(planned, report)]
-        results = _concluded(study, _compared(study, runs), done, reports, rows, machine) | {"failed": failed}
+        results = _concluded(opened, study, _compared(study, runs), done, reports, rows, machine, progress)
+        results |= {"failed": failed}
         # always anew: they cost seconds, and a later version of crosstrace may say more of the same runs
         write_text(opened.folder / "table.csv", to_csv(rows))
         with replacing(opened.folder / "table.parquet") as partial:
@@ -261,12 +264,14 @@ def _compared(study: StudySettings, runs: Sequence[Planned]) -> tuple[str, str] 
 
 
 def _concluded(
+    opened: Run,
     study: StudySettings,
     compare: tuple[str, str] | None,
     done: Sequence[Planned],
     reports: Sequence[Mapping[str, Any]],
     rows: list[Row],
     machine: Mapping[str, Any],
+    progress: Progress,
 ) -> dict[str, Any]:
     """What results.json holds."""
     from crosstrace import summary
@@ -282,13 +287,22 @@ def _concluded(
         "hours": sum(report["seconds"] for report in reports) / 3600,
         "peak_gib": max(report["peak_bytes"] for report in reports) / GIB,
     }
-    found = summary.findings(rows, compare) | {"claims": summary.claims_over_runs(judged)}
+    found: dict[str, list[Row]] = {}
+    work = summary.findings(rows, compare) | {"claims": lambda: summary.claims_over_runs(judged)}
+    for name, find in work.items():
+        found[name] = []
+        attempt(
+            opened, Part("study", name=name), lambda name=name, find=find: found[name].extend(find()), progress.note
+        )
+    lacking = [{"run": planned.label, **row} for planned, report in zip(done, reports)
+               for row in report["results"].get("left_out") or []]  # fmt: skip
     kept = {name: machine[name] for name in ("cpu", "cores", "device", "platform")}
     # the runs' own, not those of who adds them up
     kept["git"] = _alike(report["results"]["run"]["git"] for report in reports)
     names = dict.fromkeys(name for report in reports for name in report["results"]["versions"])
     versions = {name: _alike(report["results"]["versions"].get(name) for report in reports) for name in names}
-    return {"schema": 1, "study": about, **found, "machine": kept, "versions": versions}
+    lacking += [{"run": "", **row} for row in left_out.rows(opened)]
+    return {"schema": 1, "study": about, **found, "left_out": lacking, "machine": kept, "versions": versions}
 
 
 def _alike(values: Iterable[Any]) -> Any:
@@ -334,6 +348,16 @@ def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     return found
 
 
+def _is_made(opened: Run, planned: Planned) -> bool:
+    """Whether there are results of a run, be it with parts left out."""
+    return any(opened.complete(_step(planned), key) for key in (_key(planned), _key_without(planned)))
+
+
+def _key_without(planned: Planned) -> dict[str, Any]:
+    """The key of the results of a run with parts left out, which is tried again."""
+    return _key(planned) | {"left_out": True}
+
+
 @dataclass
 class _Running:
     """A run that a process of its own is making."""
@@ -348,7 +372,7 @@ def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: 
     """Make what is not complete, as many at once as the budget allows; returns what failed and why."""
     waiting = [planned for planned in runs if not opened.complete(_step(planned), _key(planned))]
     cores = _cores(study)
-    expected = max((read_json(opened.path(_step(p)))["peak_bytes"] for p in runs if p not in waiting), default=0)
+    expected = max((read_json(opened.path(_step(p)))["peak_bytes"] for p in runs if _is_made(opened, p)), default=0)
     if waiting and study.memory and expected > study.memory * GIB:
         raise UserError(
             f"a run of the study needed {expected / GIB:.1f} GiB, but the budget is {study.memory:g} GiB; give it more"
@@ -373,8 +397,9 @@ def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: 
                         break
                 home = opened.folder / "runs" / planned.label
                 process = context.Process(target=_work, args=(home, waiting.pop(0).experiment, os.getpid()))
-                process.start()
-                running.append(_Running(planned, process, time.time(), peaks.get(planned.label, 0)))
+                with interrupts.held_back():
+                    process.start()
+                    running.append(_Running(planned, process, time.time(), peaks.get(planned.label, 0)))
             time.sleep(POLL)
             now = {item.planned.label: _memory(item.process.pid) for item in running}
             for item in running:
@@ -444,15 +469,18 @@ def _why(home: Path, code: int) -> str:
 
 
 def _keep(opened: Run, planned: Planned, home: Path, peak: int, keep: str) -> None:
-    """Take a finished run's results into the study, and drop what nobody reads any more."""
+    """Take a finished run's results into the study, and drop what nobody reads any more: what is left out is tried
+    again, so such a run keeps all."""
+
+    results = read_json(home / "results.json")
 
     def make(path: Path) -> None:
-        results = read_json(home / "results.json")
         about = {"points": planned.points, "seed": planned.seed, "peak_bytes": peak}
         write_json(path, about | {"seconds": sum(results["seconds"].values()), "results": results})
 
-    opened.stage(_step(planned), _key(planned), make)
-    if keep == "results":
+    lacking = bool(results["left_out"])
+    opened.stage(_step(planned), _key_without(planned) if lacking else _key(planned), make)
+    if keep == "results" and not lacking:
         for name in HEAVY:
             remove_folder(home / name)
 
@@ -497,7 +525,7 @@ def _to_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def told(results: Mapping[str, Any]) -> str:
     """The findings as text: recall by setting, and what predicts it."""
-    from crosstrace.results import aligned
+    from crosstrace.results import aligned, part_name
 
     share = lambda row: (
         f"{row['mean']:.3f}" + (f" [{row['low']:.3f}, {row['high']:.3f}]" if row["low"] is not None else "")
@@ -523,4 +551,5 @@ def told(results: Mapping[str, Any]) -> str:
                 ]
             )
         text += "\n\n" + aligned(rows)
-    return text
+    lacking = [f"left out: {row['run'] or 'study'}: {part_name(row)}: {row['reason']}" for row in results["left_out"]]
+    return "\n\n".join([text, *(["\n".join(lacking)] if lacking else [])])

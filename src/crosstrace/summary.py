@@ -97,18 +97,18 @@ def measures(results: Mapping[str, Any], strategy: str) -> Row:
             found |= {f"recall.{part}": cell["exact_match"], f"logprob.{part}": cell["logprob"]}
     if strategy in results["training"]:  # not of a model that was tuned elsewhere
         found["updates"] = results["training"][strategy]["updates"]
-    for row in results["shared"][strategy]:
+    for row in results["shared"].get(strategy) or []:
         found[f"overlap.{row['when']}.{row['reduction']}.{row['fraction']:g}"] = row["overlap"]
-    for row in results["similarity"][strategy]:
+    for row in results["similarity"].get(strategy) or []:
         for name in ("spearman", "cosine"):
             found[f"{name}.{row['when']}.{row['reduction']}"] = row[name]
-    for row in results["centralization"][strategy]:
+    for row in results["centralization"].get(strategy) or []:
         found[f"excess_gini.{row['when']}.{row['unit']}.{row['fraction']:g}"] = row["excess_gini"]
     for kind in ("ablate", "graft"):
-        for row in (results["interventions"].get(strategy) or {}).get(kind) or []:
+        for row in ((results.get("interventions") or {}).get(strategy) or {}).get(kind) or []:
             for part in ("qa_id", "qa_ood"):
                 found[f"{kind}.{row['when']}.{row['fraction']:g}.{row['set']}.{part}"] = row[part]
-    of = {part: tables.get(strategy) or {} for part, tables in results["mechanism"].items()}
+    of = {part: tables.get(strategy) or {} for part, tables in (results.get("mechanism") or {}).items()}
     for row in of.get("gradients", ()):
         if row["group"] == "all":
             found |= {f"gradient.{row['part']}.{name}": row[name] for name in ("same", "excess", "first")}
@@ -152,14 +152,13 @@ def measures(results: Mapping[str, Any], strategy: str) -> Row:
     return found
 
 
-def findings(rows: Sequence[Row], compare: tuple[str, str] | None) -> Row:
-    """What the table says: {levels, differences, effects, prediction}, lists of rows as the functions below give
-    them."""
+def findings(rows: Sequence[Row], compare: tuple[str, str] | None) -> dict[str, Callable[[], list[Row]]]:
+    """What the table says: the name of each finding -> what gives its rows, one of the functions below."""
     return {
-        "levels": levels(rows),
-        "differences": differences(rows, compare) if compare else [],
-        "effects": effects(rows),
-        "prediction": prediction(rows),
+        "levels": lambda: levels(rows),
+        "differences": lambda: differences(rows, compare) if compare else [],
+        "effects": lambda: effects(rows),
+        "prediction": lambda: prediction(rows),
     }
 
 

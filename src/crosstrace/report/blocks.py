@@ -3,11 +3,12 @@ numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
+from crosstrace.left_out import Failure, hindrance
 from crosstrace.report import figures as F
 from crosstrace.report.rows import Row
 
@@ -62,6 +63,8 @@ class Section:
     blocks: list[Table | Plot] = field(default_factory=list)
     absent: str = ""  # what was not run; replaces everything else
     command: str = ""
+    left_out: Sequence[str] = ()  # models that it lacks, with the reason
+    failure: Failure | None = None  # why it could not be drawn
 
 
 def key(entries: Iterable[tuple[str, F.Look]]) -> list[dict[str, str]]:
@@ -76,6 +79,17 @@ def key(entries: Iterable[tuple[str, F.Look]]) -> list[dict[str, str]]:
         }
         for label, look in entries
     ]
+
+
+def drawn(builders: Iterable[tuple[str, Callable[[Mapping], Section]]], results: Mapping) -> list[Section]:
+    """The sections of a page, by id and what draws each. One that can't be drawn has nothing but its `failure`."""
+    sections = []
+    for id, build in builders:
+        failure = hindrance(lambda build=build: sections.append(build(results)))
+        if failure is not None:
+            text = f"The section {id} could not be drawn: {failure.reason}"
+            sections.append(Section(id, id, absent=text, failure=failure))
+    return sections
 
 
 def render(template: str, **values: Any) -> str:

@@ -11,6 +11,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from crosstrace.report import figures as F
 from crosstrace.report import learning, mechanism
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
-from crosstrace.report.blocks import Cell, Plot, Section, Table, key, render
+from crosstrace.report.blocks import Cell, Plot, Section, Table, drawn, key, render
 from crosstrace.report.drift import drift
 from crosstrace.report.rows import Row
+from crosstrace.results import part_name
 from crosstrace.store import write_text
 
 REPLAY = "crosstrace run RUN/config.yaml NEWRUN"
@@ -33,21 +35,39 @@ def write_report(results: Mapping[str, Any], folder: str | Path) -> Path:
     `results` is a results.json as read. Parts that it lacks are left out of the page, which then names the
     command that adds them. An existing page and CSVs of the same names are replaced.
     """
+    return write_page(results, draw(results), folder)
+
+
+def draw(results: Mapping[str, Any]) -> list[Section]:
+    """All sections of the page. One that can't be drawn has nothing but its `failure`."""
+    sections = drawn([(id, build) for id, _, build in SECTIONS], results)
+    for section, (id, stage, _) in zip(sections, SECTIONS):
+        if section.failure is not None:
+            continue
+        section.left_out = _left_out(results, id, stage)
+        if section.left_out and section.absent:
+            section.command = stage
+        if "lacking" in results:  # no command could add what is absent
+            section.command = ""
+    return sections
+
+
+def _left_out(results: Mapping, section: str, stage: str) -> list[str]:
+    """Which models a section lacks, and why."""
+    part = section if stage == "mechanism" or section == "drift" else ""
+    rows = R.where(results.get("left_out") or [], stage=stage)
+    rows = [r for r in rows if r["part"] == part or (stage == "mechanism" and not r["part"])]
+    return [f"{say.model(r['model'])} is left out: {r['reason']}" for r in rows]
+
+
+def write_page(results: Mapping[str, Any], sections: Sequence[Section], folder: str | Path) -> Path:
+    """Write the page of some sections and the CSVs beside it, as `write_report`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [recall(results), training(results), overlap(results), places(results), centralization(results)]
-    parts += [intervention(results, "ablate"), intervention(results, "graft")]
-    parts += [mechanism.gradients(results), mechanism.representations(results)]
-    parts += [mechanism.signature(results), mechanism.lens(results)]
-    parts += [mechanism.circuit(results), mechanism.positions(results), learning.transfer(results)]
-    parts += [learning.dynamics(results), learning.retention(results), drift(results)]
-    if "lacking" in results:  # no command could add what is absent
-        for section in parts:
-            section.command = ""
-    for plot in (block for section in parts for block in section.blocks if isinstance(block, Plot)):
+    for plot in (block for section in sections for block in section.blocks if isinstance(block, Plot)):
         write_text(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
     page = folder / "index.html"
-    write_text(page, _render(results, parts))
+    write_text(page, _render(results, sections))
     return page
 
 
@@ -521,6 +541,7 @@ def _how(results: Mapping) -> tuple[list[Table], list[tuple[str, list[tuple[str,
         ("Coverage: share of the parameters by rule", _flat(results.get("coverage"), say.percent)),
         ("Time by stage", _flat(results.get("seconds"), say.seconds)),
         ("Versions", _flat(results.get("versions"))),
+        ("Left out", [(part_name(r), r["reason"]) for r in results.get("left_out") or []]),
     ]
     return tables, [(title, items) for title, items in lists if items]
 
@@ -582,13 +603,18 @@ def _render(results: Mapping, sections: Sequence[Section]) -> str:
         strategies=_recipes(results),
         whens=[(w, say.when(w)) for w in whens],
         claims=claims,
-        lacking=results.get("lacking") or "",
+        lacking=results.get("lacking") or _why_no_claims(results),
         differ=list(dict.fromkeys(d["text"] for d in results.get("differences") or [])),
         sections=sections,
         tables=tables,
         lists=lists,
         replay=REPLAY,
     )
+
+
+def _why_no_claims(results: Mapping) -> str:
+    """Why the claims could not be judged; empty if they were."""
+    return next((r["reason"] for r in results.get("left_out") or [] if r["part"] == "claims"), "")
 
 
 def _models(results: Mapping) -> list[str]:
@@ -636,3 +662,25 @@ def _first(rows: Sequence[Row]) -> Row:
 def _top(rows: Iterable[Row]) -> float:
     shares = (say.number(v) for r in rows for v in r.get("values", [r.get("share")]))
     return max((v for v in shares if math.isfinite(v)), default=0.0)
+
+
+# id, the stage whose left-out parts it tells, and what draws it
+SECTIONS: Sequence[tuple[str, str, Callable[[Mapping], Section]]] = (
+    ("recall", "eval", recall),
+    ("training", "train", training),
+    ("shared", "analyze", overlap),
+    ("where", "analyze", places),
+    ("centralization", "analyze", centralization),
+    ("ablate", "intervene", partial(intervention, kind="ablate")),
+    ("graft", "intervene", partial(intervention, kind="graft")),
+    ("gradients", "mechanism", mechanism.gradients),
+    ("representations", "mechanism", mechanism.representations),
+    ("signature", "mechanism", mechanism.signature),
+    ("lens", "mechanism", mechanism.lens),
+    ("circuit", "mechanism", mechanism.circuit),
+    ("positions", "mechanism", mechanism.positions),
+    ("transfer", "mechanism", learning.transfer),
+    ("dynamics", "mechanism", learning.dynamics),
+    ("retention", "retain", learning.retention),
+    ("drift", "analyze", drift),
+)

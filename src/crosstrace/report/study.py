@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from crosstrace.report import figures as F
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
-from crosstrace.report.blocks import Cell, Plot, Section, Table, key, render
+from crosstrace.report.blocks import Cell, Plot, Section, Table, drawn, key, render
 from crosstrace.report.rows import Row
+from crosstrace.results import part_name
 from crosstrace.store import write_text
 from crosstrace.summary import HEADLINE, SHARES
 
@@ -32,7 +34,8 @@ def write_study(results: Mapping[str, Any], rows: Sequence[Row], folder: str | P
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [recall(results), differences(results), effects(results), claims(results), prediction(results, rows)]
+    builders = {"recall": recall, "differences": differences, "effects": effects, "claims": claims}
+    parts = drawn([*builders.items(), ("prediction", partial(prediction, rows=rows))], results)
     for plot in (block for section in parts for block in section.blocks if isinstance(block, Plot)):
         write_text(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
     about = results["study"]
@@ -45,6 +48,7 @@ def write_study(results: Mapping[str, Any], rows: Sequence[Row], folder: str | P
         ("Machine", [(say.spoken(k), say.plain(v)) for k, v in machine.items()]),
         ("Most memory of a run", [("GiB", say.decimal(about["peak_gib"], 1))]),
         ("Versions", [(k, say.plain(v)) for k, v in results["versions"].items()]),
+        ("Left out", [(f"{r['run'] or 'study'}: {part_name(r)}", r["reason"]) for r in results.get("left_out") or []]),
     ]
     page = folder / "index.html"
     text = render(
@@ -55,7 +59,7 @@ def write_study(results: Mapping[str, Any], rows: Sequence[Row], folder: str | P
         strategies=[(say.model(s), text) for s, text in about["strategies"].items()],
         sections=parts,
         failed=results["failed"],
-        lists=lists,
+        lists=[(title, items) for title, items in lists if items],
     )
     write_text(page, text)
     return page

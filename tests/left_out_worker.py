@@ -1,0 +1,51 @@
+"""What each process of test_left_out_distributed.py does: small runs, of which a part fails in some of the processes.
+
+python -m torch.distributed.run --standalone --nproc-per-node 2 left_out_worker.py shared|alone|first CONFIG RUN
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from crosstrace import config, evaluate, pipeline, processes, store
+from crosstrace.processes import Processes
+
+
+def fails(*_: object, **__: object) -> None:
+    raise ValueError("a fault")
+
+
+def fails_of_interventions(path: Path, value: object) -> None:
+    if path.parent.name == "interventions":
+        fails()
+    store.write_json(path, value)
+
+
+def work(where: str, file: Path, folder: Path, joined: Processes) -> None:
+    experiment = config.load(file)
+    pipeline.run(experiment, folder, "resume", stages=["data", "train", "eval", "trace", "analyze"], quiet=True,
+                 processes=joined)  # fmt: skip
+    given = evaluate.forward, pipeline.write_json
+    if where == "shared" and joined.rank == 1:  # while it asks its share of the questions
+        evaluate.forward = fails
+    elif where == "alone" and joined.rank == 1:  # while the other waits for its share
+        processes.AGREEMENT = timedelta(seconds=5)
+        pipeline.ablated = fails
+    elif where == "first" and joined.rank == 0:  # when it writes what all have found
+        pipeline.write_json = fails_of_interventions
+    results = pipeline.run(experiment, folder, "resume", stages=["intervene"], quiet=True, processes=joined)
+    assert [(row["stage"], row["model"]) for row in results["left_out"]] == [("intervene", "mixed")], results
+    evaluate.forward, pipeline.write_json = given
+    results = pipeline.run(experiment, folder, "resume", quiet=True, processes=joined)
+    assert results["left_out"] == [] and results["interventions"]["mixed"], "it is tried again"
+    raise SystemExit(3)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    where, file, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    processes.main(lambda joined: work(where, file, folder, joined))
