@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import KINDS, tiny_model
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from crosstrace import adapters, cli, config, models, pipeline
@@ -35,7 +36,7 @@ SMALL = config.parse(
             ],
             "mixed": [{"name": "mixed", "batch": {"bio": 4, "qa": 8}, "steps": 3}],
         },
-        "train": {"recall_examples": 12},
+        "train": {"recall_examples": 12, "precision": "float32"},  # not what the processor has
         "trace": {"parts": 2, "batch": 8},
         "interventions": {"questions": 8},
         "mechanism": {"questions": 8, "facts": 12},
@@ -220,8 +221,11 @@ def material() -> Material:
     return Material(SMALL)
 
 
-def needs(processes: int, sharded: bool = False, gpu: int | None = None, nodes: int = 1) -> Needs:
-    experiment = replace(SMALL, model=replace(SMALL.model, sharded=sharded))
+def needs(
+    processes: int, sharded: bool = False, gpu: int | None = None, nodes: int = 1, precision: str = "float32"
+) -> Needs:
+    training = replace(SMALL.train, precision=precision)
+    experiment = replace(SMALL, model=replace(SMALL.model, sharded=sharded), train=training)
     return Needs(experiment, material(), replace(PLENTY, gpu=gpu), Launch(processes, nodes))
 
 
@@ -262,6 +266,17 @@ def test_ddp_holds_everything_in_each_process_by_hand():
     for process, stage in (("mixed", "analyze"), ("mixed", "mechanism"), ("base", "trace"), ("base", "mechanism")):
         ((_, alone),) = rows_of_stage(one, stage, process).items()
         assert rows_of_stage(four, stage, process) == {(FIRST, "ram"): alone}
+
+
+def test_autocast_keeps_the_weights_that_it_has_cast_whatever_the_batch():
+    of = needs(4, precision="bf16")
+    cast = 2 * sum(module.weight.numel() for module in of.model.modules() if isinstance(module, nn.Linear))
+    mine, whole, single = (
+        moments(needs(n, precision=precision)._train("mixed"))["a step of mixed"]
+        for n, precision in ((4, "bf16"), (1, "bf16"), (1, "float32"))
+    )
+    assert mine["weights in bf16"] == cast and "weights in bf16" not in single
+    assert mine["activations"] < whole["activations"] < single["activations"]
 
 
 def test_a_sharded_model_is_held_in_rows_by_hand():
