@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,3 +41,20 @@ def measured(measure: str, gradient: Tensor, parameter: Tensor) -> Tensor:
         return (parameter.detach() * gradient).abs()
     assert measure == "net"
     return gradient
+
+
+def training_trace(
+    model: nn.Module, batch: Mapping[str, Tensor], rows: Sequence[int], seed: int, measure: str = "abs"
+) -> dict[str, Tensor]:
+    """The measure's mean over rows of a batch, each row's gradient by itself, through the forward that a training makes
+    of the whole batch when its random numbers begin at `seed`."""
+    torch.manual_seed(seed)
+    losses = example_losses(model(**batch).logits, batch["labels"])
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total: dict[str, Tensor] = {}
+    for row in rows:
+        gradients = torch.autograd.grad(losses[row], list(parameters.values()), retain_graph=True, allow_unused=True)
+        for (name, p), gradient in zip(parameters.items(), gradients):
+            value = measured(measure, torch.zeros_like(p) if gradient is None else gradient, p)
+            total[name] = total.get(name, torch.zeros_like(p)) + value
+    return {name: value / len(rows) for name, value in total.items()}

@@ -78,14 +78,19 @@ def trainer_of(tmp_path: Any) -> Iterator[Any]:
     from crosstrace.models import load_tokenizer
 
     def make(
-        model: nn.Module, callbacks: list[TrainerCallback], *, labels: bool = True, keep: bool = True, given: Any = None,
+        model: nn.Module,
+        callbacks: list[TrainerCallback],
+        *,
+        labels: bool = True,
+        keep: bool = True,
+        given: Any = None,
         **options: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         chosen = {"output_dir": str(tmp_path), "max_steps": 3, "per_device_train_batch_size": 4, "report_to": "none",
                   "learning_rate": 0.01, "disable_tqdm": True, "remove_unused_columns": False, "use_cpu": True,
                   "save_strategy": "no", "bf16": False, "gradient_checkpointing": False} | options  # fmt: skip
-        trainer = SFTTrainer(model, SFTConfig(**chosen), train_dataset=Dataset.from_list(rows(labels)),
-                             processing_class=load_tokenizer("bundled"), callbacks=callbacks, **(given or {}))  # fmt: skip
+        given = {"train_dataset": Dataset.from_list(rows(labels)), "callbacks": callbacks, **(given or {})}
+        trainer = SFTTrainer(model, SFTConfig(**chosen), processing_class=load_tokenizer("bundled"), **given)
         if keep:
             trainer.data_collator = KeepColumns(trainer.data_collator)
         return trainer

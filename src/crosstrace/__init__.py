@@ -42,8 +42,8 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: RUF022  (in the order in which an experiment uses them)
     "Experiment", "run", "Results", "FactSettings", "World", "biographies", "questions", "load_model", "load_tokenizer",
-    "encode", "batches", "recall", "Trace", "OnlineTrace", "TrainingTrace", "TraceCallback", "KeepColumns", "ParamSet", "scope",
-    "select", "ablated", "grafted", "UserError",
+    "encode", "batches", "recall", "Trace", "OnlineTrace", "TrainingTrace", "TraceCallback", "KeepColumns", "ParamSet",
+    "scope", "select", "ablated", "grafted", "UserError",
 ]  # fmt: skip
 
 

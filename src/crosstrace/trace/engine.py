@@ -57,7 +57,7 @@ class Engine:
         self.plan: dict[str, Way | None] = {}  # per parameter; None: no rule, one example at a time
         self.order: list[str] = []  # in which the backward of the examples that it was tried on reached them
         self.probed = 0  # examples the plan was tried on
-        self.untold: set[str] = set()  # parameters whose gradient was zero then, which tells nothing about a rule
+        self.untold: set[str] = set()  # parameters that had no gradient then, which tells nothing about a rule
         self.seen = 0  # batches since
         for name, p in self.parameters.items():
             if p.dtype not in AGREES:
@@ -107,8 +107,12 @@ class Engine:
             missing = self._visit(batch, add)
             for number, share in enumerate(shares):
                 names = sorted(missing | refused[number])
+
+                def of_share(name: str, number: int = number) -> AbstractContextManager[dict[str, Tensor]]:
+                    return into(name, number)
+
                 if names:
-                    self.one_by_one(batch, share, names, partial(into, number=number))
+                    self.one_by_one(batch, share, names, of_share)
 
     def visit(self, batch: Batch, use: Callable[[str, list[Rule]], None]) -> None:
         """Give each parameter's rules, which hold a batch's per-example gradients, to `use`: for more than sums.
@@ -150,7 +154,9 @@ class Engine:
             if rules is not None:
                 missing.discard(name)
                 use(name, rules)
-            elif self.sharded and self.plan[name] != []:  # at once: all processes must go the same way through the backward
+            elif (
+                self.sharded and self.plan[name] != []
+            ):  # at once: all processes must go the same way through the backward
                 raise self._refusal(name)
 
         if any(way is not None for way in self.plan.values()):
@@ -411,7 +417,7 @@ class Engine:
             gradients = self.alone(batch, i, unseen)
             reached |= {name for name, gradient in zip(unseen, gradients) if gradient is not None}
         self.plan |= {name: [] for name in names if name not in reached}
-        self.untold = (self.untold - set(names)) | {name for name in uses if name in reached - told and name in names}
+        self.untold = (self.untold - set(names)) | {name for name in names if name in uses and name not in told}
         self.probed = len(pair)
         self.order += [name for name in uses if name not in self.order]
 

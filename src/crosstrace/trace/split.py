@@ -1,5 +1,5 @@
-"""Where a training's loss falls apart into its examples: at the logits that the model gives, or at the log-probabilities
-of the labels, where a fused head gives those alone (as TRL's trainers use it).
+"""Where a training's loss falls apart into its examples: at the logits that the model gives, or at the
+log-probabilities of the labels, where a fused head gives those alone (as TRL's trainers use it).
 
 A loss L = Σ_i w_i ℓ_i has a known gradient there, up to a factor: that is what a training is checked by. And the rows
 of one example, alone and sent through the training's own graph, give the gradient of that example's ℓ_i.
@@ -78,7 +78,8 @@ class Split:
         if not right or bool((self._size(e) * self._outside(e)).any()):
             raise UserError(
                 "the training's loss is not the weighted mean over examples that the trace takes it for; expected the "
-                "mean cross-entropy of the labels (no label smoothing, no loss of TRL's other than nll), or the columns "
+                "mean cross-entropy of the labels, each predicted from the token before it (no label smoothing, no "
+                "loss of TRL's other than nll, no model that leaves the shift to its user), or the columns "
                 "loss_labels and loss_weight that say how it differs"
             )
         return factor.detach().double()
@@ -122,8 +123,16 @@ def splits(
 ) -> Sequence[Split]:
     """The places in a model's output where its loss may fall apart; `shape` is [rows, T] of its input."""
     found = []
-    for name, kind, wanted in (("logits", Split, (shape,)), ("log_probs", FusedSplit, (shape, (shape[0], shape[1] - 1)))):
+    for name, kind, wanted in (
+        ("logits", Split, (shape,)),
+        ("log_probs", FusedSplit, (shape, (shape[0], shape[1] - 1))),
+    ):
         x = getattr(output, name, None)
-        if isinstance(x, Tensor) and x.requires_grad and x.dim() == 2 + (kind is Split) and tuple(x.shape[:2]) in wanted:
+        if (
+            isinstance(x, Tensor)
+            and x.requires_grad
+            and x.dim() == 2 + (kind is Split)
+            and tuple(x.shape[:2]) in wanted
+        ):
             found.append(kind(x, labels, weights, order, number))
     return found

@@ -67,6 +67,7 @@ class _Pass:
     drew: bool = False  # whether it drew random numbers
     loss: float | None = None  # that the model gave
     refused: set[str] = field(default_factory=set)  # parameters whose rule did not fit, against what was planned
+    unreached: set[str] = field(default_factory=set)  # parameters that no example's loss reaches
     hooks: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -204,8 +205,8 @@ class TrainingTrace(Accumulated):
             if done.factor is None or done.unseen:
                 raise UserError(
                     "the training's backward does not come through the loss, the logits or the log-probabilities that "
-                    "its model gives, so its loss can't be checked; expected a loss made of them (not of hidden states, "
-                    "as fused heads outside of the model make it), or use OnlineTrace"
+                    "its model gives, so its loss can't be checked; expected a loss made of them (not of hidden "
+                    "states, as fused heads outside of the model make it), or use OnlineTrace"
                 )
             self._passed += 1
             self._late(done, changed)
@@ -238,12 +239,15 @@ class TrainingTrace(Accumulated):
             if grad is None or not grad.any():
                 continue
             if not any(bool(mean.total[name].any()) for mean in means):
-                raise UserError(
-                    f"parameter {name!r} gets a gradient in the training, but none of its examples gives it one, so it "
-                    "can't be traced there; does something else than their loss change it, such as a penalty on "
-                    "weights? Trace checkpoints, or use OnlineTrace"
-                )
+                raise self._no_example(name)
             self._alive.add(name)
+
+    def _no_example(self, name: str) -> UserError:
+        return UserError(
+            f"parameter {name!r} gets a gradient in the training, but none of its examples gives it one, so it can't "
+            "be traced there; does something else than their loss change it, such as a penalty on weights? Trace "
+            "checkpoints, or use OnlineTrace"
+        )
 
     def _forget(self) -> None:
         """Let go of what was recorded."""
@@ -420,7 +424,8 @@ class TrainingTrace(Accumulated):
             self._multiplied(done, factor)
         if self._untried and (self._tries == 0 or self._seen & (self._seen - 1) == 0):
             self._try(done, split, e)
-        through = [name for name in self._without_rule(done) if done.drew or name not in self._calm]
+        without = [*self._without_rule(done), *self._reached(done, split, e)]
+        through = [name for name in without if done.drew or name not in self._calm]
         if through:
             self._through(done, split, e, through)
         done.recording.arrange(Arrangement(done.order, done.scale))
@@ -442,6 +447,17 @@ class TrainingTrace(Accumulated):
             or (way and name in recording.of and not engine.expects(name, recording.of[name]))
         )  # fmt: skip
 
+    def _reached(self, done: _Pass, split: Split, e: Tensor) -> list[str]:
+        """The parameters that were planned to have no gradient and have one. (It costs nothing if none has: autograd
+        computes what leads to a parameter alone.)"""
+        idle = [name for name, way in self._engine.plan.items() if way == []]
+        if not idle:
+            return []
+        with self._apart(done, _ignore):
+            gradients = self._through_graph(split, e, idle)
+        done.unreached = {name for name, gradient in zip(idle, gradients) if gradient is None}
+        return [name for name in idle if name not in done.unreached]
+
     @contextmanager
     def _apart(self, done: _Pass, arrived: Callable[[Call, Tensor], None]) -> Iterator[None]:
         """For a backward of the trace's own through the training's graph: what arrives goes to `arrived`, and the
@@ -457,64 +473,77 @@ class TrainingTrace(Accumulated):
         """Compare each parameter's rule, and its gradient where an example is by itself, with the gradient of single
         examples that the training's own graph gives. A rule that differs is given up."""
         self._tries += 1
+        trials = [self._try_one(done, split, e, i) for i in pair_of(done.batch["attention_mask"])]
+        told, wrong, differ = (set().union(*of) for of in zip(*trials))
+        self._untried -= told
+        self._calm = (self._calm - differ) | (told - differ)
+        self._engine.plan |= dict.fromkeys(wrong)
+
+    def _try_one(self, done: _Pass, split: Split, e: Tensor, i: int) -> tuple[set[str], set[str], set[str]]:
+        """The same for example i: the parameters not tried before that have a gradient which is not zero, those of
+        them whose rule is wrong, and those with another gradient where the example is by itself."""
         engine, recording = self._engine, done.recording
         names = sorted(self._untried)
-        calls = {call: [name for name in engine.owners[call.name].values() if name in recording.of]
-                 for call in recording.calls}  # fmt: skip
+        waiting = {
+            call: {name for name in engine.owners[call.name].values() if name in recording.of}
+            for call in recording.calls
+        }
+        half = next((call.autocast for call in recording.calls if call.autocast is not None), None)
+        by_itself: dict[str, Tensor] = {}
         told: set[str] = set()
         wrong: set[str] = set()
-        apart: set[str] = set()
-        for i in pair_of(done.batch["attention_mask"]):
-            by_itself: dict[str, Tensor] = {}
-            waiting = {call: set(of) for call, of in calls.items()}
+        differ: set[str] = set()
 
-            def arrived(call: Call, gradient: Tensor) -> None:
-                call.e, call.arrangement = gradient.detach(), Arrangement(done.order, done.scale)
+        def note(name: str, gradient: Tensor) -> None:
+            by_itself[name] = _sample(gradient)
 
-            def judge(name: str, gradient: Tensor, i: int = i) -> None:
-                theta, uses = engine.parameters[name], recording.of.get(name, [])
-                gradient = gradient.to(sum_dtype(theta.dtype)) * done.scale[i].to(sum_dtype(theta.dtype))
-                half = next((call.autocast for call in recording.calls if call.autocast is not None), theta.dtype)
-                if gradient.any():
-                    told.add(name)
-                there = bool(uses) and all(call.e is not None for call, _ in uses)
-                rules = engine.rules(name, uses) if there and engine.plan[name] else None
-                if rules is None or any(
-                    misfit(rules, i, gradient, theta, totals=totals, dtype=half) > 1 for totals in (True, False)
-                ):
-                    wrong.add(name)
-                if name not in by_itself or not _alike(by_itself[name], _sample(gradient), AGREES[half][0]):
-                    apart.add(name)
-                for call, _ in uses:
-                    waiting[call].discard(name)
-                    if not waiting[call]:
-                        call.e, call.kept = None, {}
+        def arrived(call: Call, gradient: Tensor) -> None:
+            call.e, call.arrangement = gradient.detach(), Arrangement(done.order, done.scale)
 
-            with self._apart(done, arrived):
-                with undisturbed(engine.model), engine.streaming(names, partial(_note, by_itself)):
-                    engine.alone(done.batch, i, names)
-                with engine.streaming(names, judge):
-                    torch.autograd.grad(
-                        [split.edge], engine.ends(names), [split.only(e, i)], retain_graph=True, allow_unused=True
-                    )  # pyright: ignore[reportArgumentType]
-            for call in recording.calls:
-                call.e, call.kept = None, {}
-        self._untried -= told
-        self._calm = (self._calm - apart) | (told - apart)
-        engine.plan |= dict.fromkeys(wrong)
+        def judge(name: str, gradient: Tensor) -> None:
+            theta, uses = engine.parameters[name], recording.of.get(name, [])
+            dtype = half or theta.dtype
+            gradient = gradient.to(sum_dtype(theta.dtype)) * done.scale[i].to(sum_dtype(theta.dtype))
+            if gradient.any():
+                told.add(name)
+            there = bool(uses) and all(call.e is not None for call, _ in uses)
+            rules = engine.rules(name, uses) if there and engine.plan[name] else None
+            if rules is None or any(
+                misfit(rules, i, gradient, theta, totals=totals, dtype=dtype) > 1 for totals in (True, False)
+            ):
+                wrong.add(name)
+            if name not in by_itself or not _alike(by_itself[name], _sample(gradient), AGREES[dtype][0]):
+                differ.add(name)
+            for call, _ in uses:
+                waiting[call].discard(name)
+                if not waiting[call]:
+                    call.e, call.kept = None, {}
+
+        with self._apart(done, arrived):
+            with undisturbed(engine.model), engine.streaming(names, note):
+                engine.alone(done.batch, i, names)
+            with engine.streaming(names, judge):
+                self._through_graph(split, split.only(e, i), names)
+        for call in recording.calls:
+            call.e, call.kept = None, {}
+        return told, wrong, differ
+
+    def _through_graph(self, split: Split, e: Tensor, names: Sequence[str]) -> tuple[Tensor | None, ...]:
+        """The named parameters' gradients by the training's own graph, for a gradient where the loss falls apart."""
+        ends: Any = self._engine.ends(names)
+        found = torch.autograd.grad([split.edge], ends, [e], retain_graph=True, allow_unused=True)
+        return self._engine.by_name(names, found)
 
     def _through(self, done: _Pass, split: Split, e: Tensor, names: list[str]) -> None:
         """What no rule serves, one example after the other through the training's own graph."""
         engine = self._engine
 
         def alone(i: int) -> list[Tensor | None]:
-            found = torch.autograd.grad(
-                [split.edge], engine.ends(names), [split.only(e, i)], retain_graph=True, allow_unused=True
-            )  # pyright: ignore[reportArgumentType]
+            found = self._through_graph(split, split.only(e, i), names)
             factor = float(done.scale[i])
-            return [None if g is None else g.to(sum_dtype(g.dtype)) * factor for g in engine.by_name(names, found)]
+            return [None if g is None else g.to(sum_dtype(g.dtype)) * factor for g in found]
 
-        with self._apart(done, lambda call, gradient: None):
+        with self._apart(done, _ignore):
             for task, part, share in done.shares:
                 engine.one_by_one(done.batch, share, names, partial(self._sums_of, task, part), alone)
         self._late_numel += sum(engine.parameters[name].numel() for name in names)
@@ -577,6 +606,9 @@ class TrainingTrace(Accumulated):
         names = sorted(done.missing & (changed if changed else called))
         if not names:
             return
+        elsewhere = sorted(done.unreached.intersection(names))
+        if elsewhere:
+            raise self._no_example(elsewhere[0])
         if done.others:
             raise UserError(
                 f"parameter {names[0]!r} has no rule, and the model got {done.others[0]!r}, which it would not get "
@@ -615,8 +647,8 @@ class TrainingTrace(Accumulated):
         )
 
 
-def _note(samples: dict[str, Tensor], name: str, gradient: Tensor) -> None:
-    samples[name] = _sample(gradient)
+def _ignore(call: Call, gradient: Tensor) -> None:
+    pass
 
 
 def _sample(gradient: Tensor) -> Tensor:
