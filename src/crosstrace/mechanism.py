@@ -186,7 +186,7 @@ def circuits(asked: Asked) -> dict[str, list[Row]]:
     found: dict[str, list[Any]] = {table: [] for table in tables}
     for unit in circuit.NODES:
         if unit not in units:
-            asked.note(f"no {unit} of {type(model).__name__} is in the circuit: its place is not known")
+            asked.note(f"no {unit} of {type(model).__name__} is in the circuit: {anatomy.why(unit)}")
     questions = asked.questions if units else {}
     with asked.bar("circuit", len(questions)) as update:
         for part, items in questions.items():
