@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+
+import architectures
 import numpy as np
 import pytest
 import torch
@@ -240,16 +243,19 @@ def test_unknown_geometry_has_layers_but_no_heads():
     assert anatomy.units("layer") == ["L0", "L1"] and "other" in anatomy.units("kind")
     like = ParamSet({n: torch.rand(p.shape) < 0.1 for n, p in model.named_parameters()})
     assert anatomy.count(random_set(like, 0), "layer").sum() > 0
-    with pytest.raises(UserError, match="geometry is not known"):
+    with pytest.raises(UserError, match="no heads: no attention module of a known form"):
         anatomy.members("query_head", "L0.H0")
 
 
-def test_a_fused_projection_of_an_unknown_architecture_is_not_guessed():
+def test_a_fused_projection_of_an_unknown_architecture_is_found_by_trying():
     model = tiny_model("gpt_neox")
+    known = Anatomy(model)
     model.config.model_type = "something_new"
     anatomy = Anatomy(model)
-    assert anatomy.units("query_head") == [] and len(anatomy.units("neuron")) == 80
-    assert anatomy.kind["gpt_neox.layers.0.attention.query_key_value.weight"] == "attention.qkv"
+    assert anatomy.units("query_head") == known.units("query_head") and anatomy.notes == []
+    for unit in ("query_head", "kv_head", "head"):
+        for label in known.units(unit):
+            assert anatomy.members(unit, label) == known.members(unit, label)
 
 
 def test_unknown_units_and_labels_are_named():
@@ -265,3 +271,417 @@ def test_plain_modules_without_config_are_mapped_too():
     anatomy = Anatomy(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)))
     assert anatomy.kind == {"0.weight": "other", "0.bias": "other", "1.weight": "norm", "1.bias": "norm"}
     assert anatomy.units("query_head") == []
+
+
+# ---- a map is believed only if perturbing shows it
+
+
+def reach(model: nn.Module, site: str, changes: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The slow way: which columns of a module's input change, in its first call, if some weights do. bool [columns]
+
+    Args:
+        changes: parameter -> the mask of what is perturbed.
+    """
+    seen, module, named = [], model.get_submodule(site), dict(model.named_parameters())
+    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+    bits = {name: named[name].detach().clone() for name in changes}
+    drawn = torch.Generator().manual_seed(5)
+    ids = torch.arange(3, 12).view(1, -1)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+            calls = len(seen)
+            for name, mask in changes.items():
+                noise = torch.randn(mask.shape, generator=drawn).to(bits[name])
+                named[name].copy_(torch.where(mask, bits[name] + noise, bits[name]))
+            model(input_ids=ids, use_cache=False)
+    finally:
+        handle.remove()
+        with torch.no_grad():
+            for name, value in bits.items():
+                named[name].copy_(value)
+    before, after = (x.reshape(-1, x.shape[-1]) for x in (seen[0], seen[calls]))
+    return (after - before).abs().amax(0) > 1e-6 * before.abs().max()
+
+
+def check_units(model: nn.Module, anatomy: Anatomy, most: int = 3) -> dict[str, int]:
+    """Perturb some units of each kind, one at a time, and compare what moves with the map; how many were perturbed.
+
+    Units of a site are the first, one in the middle and the last; of layers that are alike only the first is looked at.
+    """
+    checked: dict[str, int] = {"query_head": 0, "kv_head": 0, "neuron": 0}
+    sites = {unit: anatomy.sites(unit) for unit in checked}
+    for unit in ("query_head", "neuron"):
+        looked: set[str] = set()
+        for site, index in sites[unit].items():
+            form = ".".join(part for part in site.split(".") if not part.isdigit())
+            if form in looked:
+                continue
+            looked.add(form)
+            numbers = index.unique().tolist()
+            for number in {numbers[i * (len(numbers) - 1) // (most - 1)] for i in range(most)}:
+                found = reach(model, site, without(model, anatomy, unit, number, site))
+                where = f"{unit} {anatomy.units(unit)[number]} of {site}"
+                if unit == "neuron":  # a ReLU may never fire
+                    assert not (found & (index != number)).any(), where
+                else:
+                    assert torch.equal(found, index == number), where
+                checked[unit] += 1
+            if unit == "query_head":
+                checked["kv_head"] += check_keys(model, anatomy, site, index)
+    return checked
+
+
+def check_keys(model: nn.Module, anatomy: Anatomy, site: str, index: torch.Tensor) -> int:
+    """Perturb each key/value head of an attention module: whole query heads move, each for one key/value head."""
+    home, count = site.rpartition(".")[0] + ".", 0
+    moved = torch.zeros(len(index), dtype=torch.int64)
+    for number, label in enumerate(anatomy.units("kv_head")):
+        changes = without(model, anatomy, "kv_head", number, site)
+        if not any(name.startswith(home) for name in changes):
+            continue
+        found = reach(model, site, changes)
+        heads = index[found].unique()
+        assert torch.equal(found, torch.isin(index, heads)), f"{label} of {site}"
+        moved += found
+        count += 1
+    assert (moved == 1).all(), site
+    return count
+
+
+def without(model: nn.Module, anatomy: Anatomy, unit: str, number: int, site: str) -> dict[str, torch.Tensor]:
+    """A unit's parameters, without those of the output projection."""
+    masks = anatomy.members(unit, anatomy.units(unit)[number]).masks
+    return {name: mask for name, mask in masks.items() if mask.any() and not name.startswith(f"{site}.")}
+
+
+def naive_heads(model: nn.Module, anatomy: Anatomy) -> dict[str, bool]:
+    """Attention modules with separate projections of plain heads that were not believed, and whether their rows and
+    columns agree after all, looked at in the slow way."""
+    found = {}
+    try:
+        heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
+    except Exception:  # each layer has its own number
+        return {}
+    for path, module in model.named_modules():
+        linear = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+        out = next((name for name in ("o_proj", "out_proj", "dense") if name in linear), None)
+        site = f"{path}.{out}"
+        if not heads or out is None or site in anatomy.sites("query_head"):
+            continue
+        width = linear[out].in_features
+        kv = linear["k_proj"].out_features * heads // width if {"q_proj", "k_proj", "v_proj"} <= linear.keys() else 0
+        if not kv or width % heads or heads % kv or linear["q_proj"].out_features != width:
+            continue
+        try:
+            found[site] = all(
+                torch.equal(reach(model, site, {f"{path}.{name}.weight": rows(linear[name], count, unit)}),
+                            torch.arange(width) // (width // count) == unit)
+                for name, count in (("q_proj", heads), ("k_proj", kv), ("v_proj", kv)) for unit in range(count)
+            )  # fmt: skip
+        except IndexError:  # never called
+            continue
+    return found
+
+
+def rows(projection: nn.Linear, units: int, unit: int) -> torch.Tensor:
+    """A mask of a unit's rows, if the units have equal blocks of them."""
+    of = torch.arange(projection.out_features) // (projection.out_features // units)
+    return (of == unit).view(-1, 1).expand(projection.weight.shape)
+
+
+# Architectures with something of their own; `test_every_architecture` goes through all of them.
+SOME = [
+    "afmoe", "bitnet", "bloom", "deepseek_v3", "diffllama", "doge", "falcon", "gemma3_text", "gpt_bigcode", "gpt_neox",
+    "gpt_oss", "gptj", "granite_swa", "minimax_m2", "mpt", "olmo2", "opt", "persimmon", "phi", "phi3", "qwen3_next",
+    "qwen3", "stablelm",
+]  # fmt: skip
+
+
+def check_architecture(kind: str) -> str:
+    """Check one architecture against the slow way; what was believed of it, as a line."""
+    model = architectures.tiny(kind)
+    anatomy = Anatomy(model)
+    if any("a short forward fails" in note for note in anatomy.notes):
+        return f"{kind}: {anatomy.notes[0]}"
+    checked = check_units(model, anatomy)
+    wrongly = [site for site, agrees in naive_heads(model, anatomy).items() if agrees]
+    assert not wrongly, f"{kind}: {wrongly} not believed, though rows and columns agree"
+    assert anatomy.units("query_head") or any(note.startswith("no heads") for note in anatomy.notes)
+    assert anatomy.units("neuron") or any(note.startswith("no neurons") for note in anatomy.notes)
+    return f"{kind}: {len(anatomy.units('query_head'))} heads, {len(anatomy.units('neuron'))} neurons, {checked}"
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_some_architectures(kind):
+    check_architecture(kind)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("CROSSTRACE_SLOW"), reason="takes minutes; set CROSSTRACE_SLOW=1")
+def test_every_architecture():
+    lines, unbuilt = [], []
+    for kind in architectures.names():
+        try:
+            architectures.tiny(kind)
+        except Exception as error:
+            unbuilt.append(f"{kind}: not built ({type(error).__name__})")
+            continue
+        lines.append(check_architecture(kind))
+    print("\n".join(lines + unbuilt))
+    assert len(lines) > 150
+
+
+@pytest.mark.parametrize("kind", ["diffllama", "olmo2", "bitnet", "minimax_m2"])
+def test_heads_whose_rows_reach_other_columns_are_not_believed(kind):
+    anatomy = Anatomy(architectures.tiny(kind))
+    assert anatomy.units("query_head") == anatomy.units("kv_head") == [] and not anatomy.sites("query_head")
+    assert any("a query head's rows of Q moves columns of other units too" in note for note in anatomy.notes)
+    assert anatomy.kind["model.layers.0.self_attn.q_proj.weight"] == "attention.q"  # modules and layers stay
+    with pytest.raises(UserError, match="moves columns of other units"):
+        anatomy.members("query_head", "L0.H0")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "phi3", "gpt_neox", "olmo2", "falcon"])
+def test_no_dtype_changes_what_is_believed(kind, dtype):
+    anatomy = Anatomy(tiny_model(kind, dtype))
+    assert len(anatomy.units("query_head")) == (0 if kind == "olmo2" else 8) and anatomy.units("neuron")
+
+
+ORDERS = {
+    "heads in reverse": lambda columns: columns.flip(0),
+    "heads by turns": lambda columns: columns.view(4, 6).T.reshape(-1),
+    "one column off": lambda columns: columns.roll(1),
+    "two columns exchanged": lambda columns: torch.cat([columns[:5], columns[6:7], columns[5:6], columns[7:]]),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_one_layer_with_columns_in_another_order(order):
+    model, columns = tiny_model("llama"), ORDERS[order](torch.arange(24))
+    out = model.get_submodule("model.layers.1.self_attn.o_proj")
+    out.register_forward_pre_hook(lambda module, args: (args[0][..., columns],))
+    anatomy = Anatomy(model)
+    assert anatomy.units("query_head") == [f"L0.H{h}" for h in range(4)]
+    (note,) = anatomy.notes
+    assert note.startswith("no heads in self_attn of layer 1: perturbing a query head's rows of Q moves")
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "swapped"])
+def test_gate_and_up_in_one_projection(layout):
+    """Phi-3's halves come in either order, or by turns as in GPT-OSS: the layout that holds is found."""
+    model = tiny_model("phi3", torch.float32)
+    for layer in model.model.layers:
+        mlp = layer.mlp
+
+        class Mlp(type(mlp)):
+            def forward(self, x):
+                both = self.gate_up_proj(x)
+                gate, up = (both[..., ::2], both[..., 1::2]) if layout == "interleaved" else both.chunk(2, -1)[::-1]
+                return self.down_proj(up * self.activation_fn(gate))
+
+        mlp.__class__ = Mlp
+    anatomy = Anatomy(model)
+    name = "model.layers.0.mlp.gate_up_proj.weight"
+    chosen = anatomy.members("neuron", "L0.N3").masks[name].any(1).nonzero()[:, 0].tolist()
+    assert chosen == ([6, 7] if layout == "interleaved" else [3, 43])
+    assert check_units(model, anatomy)["neuron"]
+
+
+def test_a_number_of_heads_that_is_not_the_models_own():
+    """Two heads of twice the width pass for one head, row by row and column by column, but for their mixing."""
+    for told in (2, 8):
+        model = tiny_model("llama", num_key_value_heads=4)
+        model.config.num_attention_heads = told
+        anatomy = Anatomy(model)
+        assert anatomy.units("query_head") == [] and anatomy.notes[0].startswith("no heads in self_attn: ")
+        for layer in model.model.layers:  # a module may know better
+            layer.self_attn.num_heads = 4
+        assert len(Anatomy(model).units("query_head")) == 8
+
+
+def test_shared_projections_are_of_no_head():
+    model = tiny_model("llama", num_key_value_heads=4)
+    attention = model.get_submodule("model.layers.0.self_attn")
+    attention.k_proj.weight = attention.q_proj.weight
+    anatomy = Anatomy(model)
+    assert {label.partition(".")[0] for label in anatomy.units("query_head")} == {"L1"}
+    assert any("layer 0: its projections share weights" in note for note in anatomy.notes)
+
+
+class Extras(nn.Module):
+    """Attention with a parameter of its own in front of the output projection, for `add`."""
+
+    def __init__(self, attention, shape, reader):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+        )  # fmt: skip
+        self.own, self.reader = nn.Parameter(torch.randn(shape, dtype=torch.float64)), reader
+
+    def forward(self, hidden_states, **kwargs):
+        shape = (*hidden_states.shape[:-1], -1, 6)
+        q, k, v = (x(hidden_states).view(shape).transpose(1, 2) for x in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v, scores = self.reader(self.own, q, k, v)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        weights = q @ k.transpose(2, 3) if scores is None else q @ k.transpose(2, 3) + scores
+        mask = torch.ones(weights.shape[-2:], dtype=torch.bool).tril()
+        mixed = weights.masked_fill(~mask, -1e9).softmax(-1) @ v
+        return self.o_proj(mixed.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
+
+
+# case -> (shape of the parameter, what it does to q, k, v and the scores, its unit)
+OWN = {
+    "scale of query heads": ((4, 1, 1), lambda p, q, k, v: (q * p, k, v, None), "query_head"),
+    "scale of key heads": ((2, 1, 1), lambda p, q, k, v: (q, k * p, v, None), "kv_head"),
+    "norm of each value head": ((2, 6), lambda p, q, k, v: (q, k, v * p.unsqueeze(1), None), "kv_head"),
+    "a flat norm": ((24,), lambda p, q, k, v: (q * p.view(4, 1, 6), k, v, None), "query_head"),
+    "a flat norm, by turns": ((24,), lambda p, q, k, v: (q * p.view(6, 4).T.unsqueeze(1), k, v, None), "query_head"),
+    "bias by distance": ((5, 4), lambda p, q, k, v: (q, k, v, distances(p, q)), "query_head"),
+    "of one head": ((6,), lambda p, q, k, v: (torch.cat([q[:, :1], q[:, 1:2] * p, q[:, 2:]], 1), k, v, None), "one"),
+    "of all heads": ((6,), lambda p, q, k, v: (q * p, k, v, None), None),
+    "of two heads": ((2,), lambda p, q, k, v: (q * p.repeat_interleave(2).view(4, 1, 1), k, v, None), "kv_head"),
+    "four numbers, but not of four heads": ((4,), lambda p, q, k, v: (q * p.sum(), k, v, None), None),
+    "of nothing": ((4,), lambda p, q, k, v: (q, k, v, None), "nothing"),
+}
+
+
+def distances(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    places = torch.arange(q.shape[2])
+    apart = (places.view(-1, 1) - places).clamp(0, len(p) - 1)
+    return p[apart].permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_what_other_parameters_belong_to(case):
+    shape, reader, unit = OWN[case]
+    model = tiny_model("llama")
+    layer = model.get_submodule("model.layers.1")
+    layer.self_attn = Extras(layer.self_attn, shape, reader)
+    name = "model.layers.1.self_attn.own"
+    anatomy = Anatomy(model)
+    assert len(anatomy.units("query_head")) == 8
+    owners = {u: {i for i in range(8) if member(anatomy, u, i, name).any()} for u in ("query_head", "kv_head")}
+    said = [note for note in anatomy.notes if "model.layers.*.self_attn.own" in note]
+    if unit in (None, "nothing"):
+        assert not owners["query_head"] and not owners["kv_head"]
+        assert bool(said) == (unit is None)  # what moves nothing here is not of attention
+        return
+    assert not said
+    if unit == "one":
+        assert owners == {"query_head": {5}, "kv_head": set()} and member(anatomy, "query_head", 5, name).all()
+        return
+    other = "kv_head" if unit == "query_head" else "query_head"
+    assert not owners[other] and owners[unit] == ({4, 5, 6, 7} if unit == "query_head" else {2, 3})
+    for number in owners[unit]:
+        mask = member(anatomy, unit, number, name)
+        site = "model.layers.1.self_attn.o_proj"
+        index = anatomy.sites("query_head")[site]
+        own = index == number if unit == "query_head" else (index - 4) // 2 == number - 2
+        assert torch.equal(reach(model, site, {name: mask}), own)
+        assert mask.sum() == mask.numel() / len(owners[unit])
+
+
+def member(anatomy: Anatomy, unit: str, number: int, name: str) -> torch.Tensor:
+    labels = anatomy.units(unit)
+    return anatomy.members(unit, labels[number], [name]).masks[name] if number < len(labels) else torch.zeros(1)
+
+
+def test_sinks_and_gates_belong_to_their_heads():
+    for kind, name in (("gpt_oss", "sinks"), ("granite_swa", "sinks"), ("afmoe", "gate_proj.weight")):
+        model = architectures.tiny(kind)
+        anatomy = Anatomy(model)
+        full = f"model.layers.1.self_attn.{name}"
+        shape = model.get_parameter(full).shape
+        for head in range(4):
+            chosen = anatomy.members("query_head", f"L1.H{head}", [full]).masks[full].reshape(shape[0], -1)
+            assert chosen.any(1).nonzero()[:, 0].tolist() == list(
+                range(head * shape[0] // 4, (head + 1) * shape[0] // 4)
+            )
+            assert chosen.sum() == chosen.numel() / 4
+
+
+def test_norms_of_single_heads_belong_to_them():
+    model = architectures.tiny("stablelm", qk_layernorm=True, num_key_value_heads=2)
+    anatomy = Anatomy(model)
+    home = "model.layers.0.self_attn"
+    for unit, layer_norm, count in (("query_head", "q_layernorm", 4), ("kv_head", "k_layernorm", 2)):
+        for number in range(count):
+            name = f"{home}.{layer_norm}.norms.{number}.weight"
+            label = anatomy.units(unit)[number]
+            assert anatomy.members(unit, label, [name]).masks[name].all(), name
+    cohere = architectures.tiny("cohere", use_qk_norm=True)
+    anatomy, name = Anatomy(cohere), f"{home}.q_norm.weight"
+    assert anatomy.members("query_head", "L0.H2", [name]).masks[name].any(1).tolist() == [False, False, True, False]
+
+
+def test_nothing_is_left_changed():
+    model = tiny_model("qwen3", torch.float32, attention_dropout=0.5).train()
+    model.get_submodule("model.layers.0").eval()
+    model.get_parameter("model.layers.0.self_attn.q_norm.weight").requires_grad_(False)
+    seen = []
+    out = model.get_submodule("model.layers.1.self_attn.o_proj")
+    out.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    own = out.forward
+    out.forward = own
+
+    def state():
+        modules = [
+            (m.training, len(m._forward_hooks), len(m._forward_pre_hooks), m.__dict__.get("forward"))
+            for m in model.modules()
+        ]
+        return modules, [(p.requires_grad, p.grad, p._version) for p in model.parameters()]
+
+    before, bits = state(), [p.detach().clone() for p in model.parameters()]
+    drawn = torch.random.get_rng_state()
+    anatomy = Anatomy(model)
+    assert len(anatomy.units("query_head")) == 8 and seen
+    assert state() == before and torch.equal(torch.random.get_rng_state(), drawn)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), bits))
+    with torch.inference_mode():
+        again = Anatomy(model)
+    assert again.units("query_head") == anatomy.units("query_head") and again.notes == anatomy.notes
+    assert not torch.is_inference_mode_enabled() and state() == before
+
+
+def test_a_model_that_fails_has_no_heads_and_is_left_as_it_was():
+    model = tiny_model("llama").train()
+
+    def fail(module, args):
+        raise RuntimeError("not today")
+
+    hook = model.get_submodule("model.layers.1").register_forward_pre_hook(fail)
+    anatomy = Anatomy(model)
+    assert anatomy.units("query_head") == anatomy.units("neuron") == []
+    assert anatomy.notes[0] == "no heads in self_attn: it could not be tried, since a short forward fails (not today)"
+    hook.remove()
+    assert all("forward" not in module.__dict__ for module in model.modules()) and model.training
+    assert len(Anatomy(model).units("query_head")) == 8
+
+
+def test_models_without_numbers_are_not_tried():
+    with torch.device("meta"):
+        model = tiny_model("llama", torch.float32)
+    anatomy = Anatomy(model)
+    assert anatomy.units("layer") == ["L0", "L1"] and anatomy.units("query_head") == []
+    assert "no numbers here" in anatomy.notes[0]
+
+
+def test_an_adapter_shares_its_projections_heads():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model("llama", torch.float32), LoraConfig(r=2, target_modules="all-linear"))
+    anatomy = Anatomy(model)
+    assert anatomy.notes == [] and len(anatomy.units("query_head")) == 8
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"
+    assert anatomy.members("query_head", "L0.H1", [name]).masks[name].any(1).nonzero()[:, 0].tolist() == list(
+        range(6, 12)
+    )
+
+
+def test_the_bundled_base_is_believed():
+    from crosstrace.models import load_model
+
+    anatomy = Anatomy(load_model("bundled"))
+    assert anatomy.notes == [] and len(anatomy.units("query_head")) == 12

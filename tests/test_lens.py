@@ -35,7 +35,7 @@ PATHS = {
     "opt": ("model.decoder.layers", "model.decoder.final_layer_norm"),
     "mamba": ("backbone.layers", "backbone.norm_f"),
 }
-ATTENTIVE = [kind for kind in PATHS if kind != "mamba"]
+ATTENTIVE = [kind for kind in PATHS if kind not in ("mamba", "olmo2")]  # OLMo 2 mixes its heads in a norm
 
 
 @functools.cache

@@ -379,7 +379,7 @@ def _sites(anatomy: Anatomy, units: Sequence[str]) -> list[str]:
     unknown = [unit for unit in units if not anatomy.sites(unit)]
     if unknown:
         raise UserError(
-            f"the model has no {unknown[0]} whose place is known; circuits need a model whose geometry "
-            "crosstrace can read (docs/method.md, Centralization)"
+            f"the model has no {unknown[0]} whose place is known ({anatomy.why(unknown[0])}); circuits need a model "
+            "whose geometry crosstrace can read (docs/method.md, Centralization)"
         )
     return found

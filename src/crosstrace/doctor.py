@@ -2,8 +2,12 @@
 
 A handful of examples goes through the model in every way that must not matter: alone and padded, alone and in a
 batch, once and again, one at a time over `torch.autograd.grad` and by the fast trace; and, to know what the dtype
-and the attention kernel cost, in float32 with eager attention. Where two ways differ by more than rounding, the
-module that makes the difference is looked for and named.
+and the attention kernel cost, in float32 with eager attention.
+
+How far rounding takes two such ways apart depends on the model, on the dtype and on the machine, so it is measured
+(`_Noise`): with one rounding more in every module, forward and backward, and with an example beside copies of itself.
+Where two ways differ by more, the module that makes the difference is looked for and named. A cause is named only
+after it was tried, for example that `attention_mask` is ignored after other tokens under the padding moved the output.
 
 It sees what these examples show: a kernel that only fails on longer texts or larger batches passes.
 """
@@ -19,11 +23,13 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from statistics import median
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from crosstrace.alike import check_vocabulary
 from crosstrace.errors import UserError
@@ -40,15 +46,14 @@ from crosstrace.trace.rules import sum_dtype
 Row = dict[str, Any]
 Gradients = dict[str, Tensor]  # a parameter that the loss does not reach is left out
 
-# Largest relative error that rounding explains. Longer sums in another order cost float32 a few 1e-6 in three layers,
-# more in deeper models; float64 is no better, because transformers computes norms and softmax in float32 even then.
-# Half precision is as wide as the engine's AGREES: bfloat16 was 5 % off in three layers.
-TOLERANCES = {
-    torch.float64: 1e-4,
-    torch.float32: 1e-4,
-    torch.float16: 0.05,
-    torch.bfloat16: 0.15,
-}
+# Two ways through the model may differ by LIMIT times its noise (see `_Noise`). An example beside copies of itself may
+# differ by COPIES times what one rounding more does: other shapes are multiplied by other kernels, which were up to 16
+# times as far apart (a model of 30 layers, two threads).
+LIMIT = 4.0
+COPIES = 40.0
+ROUNDINGS = 8  # nothing is judged more finely than so many roundings of the dtype
+# The same again must be the same; more than this is noise that no rounding explains, whatever else the model does.
+TWICE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.15}
 # Where the yardstick tells a parameter's rounding error in the run's dtype, so many times that is explained too.
 EXPLAINED = 2.0
 # Errors are relative to the parameter's largest gradient, or to these shares of the largest one of its module and of
@@ -69,8 +74,9 @@ class Diagnosis:
         problems: one sentence for each reason of an inexact verdict: what differs, where, why, what to do.
         checks: one row for each comparison: check, what, worst (the parameter), error (largest difference relative to
             the parameter's largest gradient, or of the loss relative to it or to one nat), frobenius (the same in
-            norms), tolerance, ok (None: information only) and disagree (the parameters beyond the tolerance, worst
-            first, each with error and frobenius; at most SHOWN). An error of None is not a finite number.
+            norms), tolerance (of that parameter), ok (None: information only) and disagree (the parameters beyond
+            their tolerance, worst first, each with error and frobenius; at most SHOWN). An error of None is not a
+            finite number. The check "noise" is what one rounding more does, of which the tolerances are made.
         coverage: "rules", the share of the parameters by rule ("general": one example at a time); and the parameters
             of the general path and those without gradient, by their patterns.
         model: its name.
@@ -92,7 +98,10 @@ class Diagnosis:
 
     def rows(self) -> list[list[str]]:
         """The checks as text, a header first."""
-        number = lambda x: "not finite" if x is None else f"{x:.1e}"
+
+        def number(x: float | None) -> str:
+            return "not finite" if x is None else f"{x:.1e}"
+
         rows = [["check", "what", "error", "tolerance", "", "worst parameter"]]
         for row in self.checks:
             tolerance = "" if row["tolerance"] is None else number(row["tolerance"])
@@ -116,7 +125,10 @@ class Diagnosis:
         return "\n".join(self.summary()) + "\n\n" + aligned(self.rows())
 
     def _repr_html_(self) -> str:
-        cells = lambda row, tag: "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in row) + "</tr>"
+
+        def cells(row: Sequence[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in row) + "</tr>"
+
         head, *body = self.rows()
         table = cells(head, "th") + "".join(cells(row, "td") for row in body)
         return "".join(f"<p>{html.escape(line)}</p>" for line in self.summary()) + f"<table>{table}</table>"
@@ -155,15 +167,26 @@ def diagnose(
         return _Examination(model, items, pad_id(tokenizer), kernels, yardstick).diagnosis(progress)
 
 
-class _Comparison:
-    """Errors of one comparison, the largest over all examples: numbers alone are kept, never gradients."""
+class _Limits(Protocol):
+    """Tolerances of a comparison."""
 
-    def __init__(self, check: str, what: str, tolerance: float | None) -> None:
-        self.check, self.what, self.tolerance = check, what, tolerance
+    def limit(self, name: str) -> float: ...
+
+    def loss_limit(self) -> float: ...
+
+
+class _Comparison:
+    """Errors of one comparison, the largest over all examples: numbers alone are kept, never gradients.
+
+    Attributes:
+        noise: by which its errors are judged; None for information only.
+    """
+
+    def __init__(self, check: str, what: str, noise: _Limits | None = None) -> None:
+        self.check, self.what, self.noise = check, what, noise
         self.loss = 0.0
         self.errors: dict[str, tuple[float, float]] = {}  # parameter -> largest error, and in norms
         self.example = 0  # with the largest error
-        self.explained: dict[str, float] = {}  # parameter -> error that rounding was seen to cause
 
     def add(self, example: int, got: tuple[float, Gradients], expected: tuple[float, Gradients]) -> None:
         before = max(self.loss, self.worst()[1])
@@ -190,7 +213,11 @@ class _Comparison:
 
     def limit(self, name: str) -> float:
         """The tolerance for one parameter; all are the same where nothing is judged."""
-        return 1.0 if self.tolerance is None else max(self.tolerance, self.explained.get(name, 0.0))
+        return 1.0 if self.noise is None else self.noise.limit(name)
+
+    def loss_limit(self) -> float:
+        """The tolerance for the loss."""
+        return math.inf if self.noise is None else self.noise.loss_limit()
 
     def ranked(self) -> list[str]:
         """The parameters that differ at all, by their share of what is tolerated, worst first."""
@@ -203,30 +230,106 @@ class _Comparison:
 
     def disagree(self) -> list[Row]:
         """The parameters beyond what is tolerated, worst first."""
-        beyond = [n for n in self.ranked() if self.tolerance is not None and self.errors[n][0] > self.limit(n)]
+        beyond = [n for n in self.ranked() if self.noise is not None and self.errors[n][0] > self.limit(n)]
         return [
             {"parameter": n, "error": _json(self.errors[n][0]), "frobenius": _json(self.errors[n][1])} for n in beyond
         ]
 
     def fails(self) -> bool:
-        return self.tolerance is not None and (self.loss > self.tolerance or bool(self.disagree()))
+        return self.noise is not None and (self.loss > self.loss_limit() or bool(self.disagree()))
 
     def effect(self) -> str:
         """What differs, in words."""
-        told = lambda x: f"by {100 * x:.2g} %" if math.isfinite(x) else "to what is no finite number"
-        if self.tolerance is not None and self.loss > self.tolerance:
-            return f"moves the loss {told(self.loss)}"
+
+        def by(x: float) -> str:
+            return f"by {100 * x:.2g} %" if math.isfinite(x) else "to what is no finite number"
+
+        if self.loss > self.loss_limit():
+            return f"moves the loss {by(self.loss)}"
         name, error = self.worst()
-        return f"leaves the loss, but moves the gradient of {name} {told(error)}"
+        return f"leaves the loss, but moves the gradient of {name} {by(error)}"
 
     def rows(self) -> list[Row]:
         name, error = self.worst()
         norm = max((norm for _, norm in self.errors.values()), default=0.0)
-        limit = None if self.tolerance is None else self.limit(name)
+        judged = self.noise is not None
         return [
-            _row(self.check, f"{self.what}: loss", self.loss, self.tolerance),
-            _row(self.check, f"{self.what}: gradient", error, limit, name, norm, self.disagree()),
-        ]
+            _row(self.check, f"{self.what}: loss", self.loss, self.loss_limit() if judged else None),
+            _row(
+                self.check, f"{self.what}: gradient", error, self.limit(name) if judged else None, name, norm,
+                self.disagree(),
+            ),
+        ]  # fmt: skip
+
+
+class _Noise:
+    """How far rounding alone takes this model's gradients and losses, on this machine, in this dtype.
+
+    Two things are measured for each parameter p:
+
+        u_p  the largest error over all examples if every module's output, and the gradient that arrives at it, is
+             rounded once more: a random number between -1 and 1 times the dtype's epsilon times the root of the
+             tensor's mean square is added;
+        c_p  the error of the shortest example beside copies of itself, as many tokens as when it is padded, which
+             kernels may sum in another order.
+
+    With n_p = max(u_p, median of u over the parameters), p may differ by
+
+        max(LIMIT · max(n_p, min(c_p, COPIES · n_p)), ROUNDINGS · epsilon),
+
+    and by EXPLAINED times its error against float32 where that is known. Losses likewise, with their own u and c.
+    """
+
+    def __init__(self, dtype: torch.dtype, what: str = "one rounding more") -> None:
+        self.epsilon = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)  # norms and softmax are no finer
+        self.rounded = _Comparison("noise", f"{what} in every module")
+        self.copies = _Comparison("batch", "beside copies of itself", _CopiesNoise(self))
+        self.against_float32: _Comparison | None = None
+
+    def own(self, name: str) -> float:
+        """n_p"""
+        errors = [error for error, _ in self.rounded.errors.values()]
+        typical = median(errors) if errors else 0.0
+        return max(self.rounded.errors.get(name, (0.0, 0.0))[0], typical)
+
+    def limit(self, name: str) -> float:
+        """The tolerance for a parameter's gradient."""
+        own = self.own(name)
+        copies = self.copies.errors.get(name, (0.0, 0.0))[0]
+        known = self.against_float32.errors.get(name, (0.0, 0.0))[0] if self.against_float32 is not None else 0.0
+        noise = max(LIMIT * max(own, min(copies, COPIES * own)), EXPLAINED * known)
+        return max(noise, ROUNDINGS * self.epsilon)
+
+    def loss_limit(self) -> float:
+        """The tolerance for the loss."""
+        own = self.rounded.loss
+        return max(LIMIT * max(own, min(self.copies.loss, COPIES * own)), ROUNDINGS * self.epsilon)
+
+
+class _CopiesNoise:
+    """The tolerance for an example beside copies of itself."""
+
+    def __init__(self, noise: _Noise) -> None:
+        self.noise = noise
+
+    def limit(self, name: str) -> float:
+        return max(COPIES * self.noise.own(name), ROUNDINGS * self.noise.epsilon)
+
+    def loss_limit(self) -> float:
+        return max(COPIES * self.noise.rounded.loss, ROUNDINGS * self.noise.epsilon)
+
+
+class _TwiceNoise:
+    """The tolerance for the same again: what is random in the model is in its noise too, so there is a fixed end."""
+
+    def __init__(self, noise: _Noise, most: float) -> None:
+        self.noise, self.most = noise, most
+
+    def limit(self, name: str) -> float:
+        return min(self.noise.limit(name), self.most)
+
+    def loss_limit(self) -> float:
+        return min(self.noise.loss_limit(), self.most)
 
 
 class _Examination:
@@ -240,35 +343,40 @@ class _Examination:
         self.device = str(device)
         on_device = lambda batch: {key: value.to(device) for key, value in batch.items()}
         self.alone = [on_device(_padded([item], padding, "right")) for item in items]
+        self.shortest = min(range(len(items)), key=lambda i: len(items[i].ids))
         self.padded = {side: on_device(_padded(items, padding, side)) for side in ("right", "left")}
 
-        dtypes = sorted({p.dtype for p in self.parameters.values()}, key=lambda d: TOLERANCES[d])
+        dtypes = sorted({p.dtype for p in self.parameters.values()}, key=lambda d: torch.finfo(d).eps)
         self.dtype = "+".join(str(d).removeprefix("torch.") for d in dtypes)
         self.attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-        tolerance = TOLERANCES[dtypes[-1]]  # of the coarsest
-        half = dtypes[-1] in (torch.float16, torch.bfloat16)
+        coarsest = dtypes[-1]
+        half = coarsest in (torch.float16, torch.bfloat16)
         self.standard = None  # the yardstick
         if yardstick:
             self.standard = copy.deepcopy(model).float() if half else model
         self.precise = "float32" if half else self.dtype
         names = dict.fromkeys([*kernels, self.attention]) if yardstick and self.attention else {}
-        limit = TOLERANCES[torch.float32] if half else tolerance
 
-        self.twice = _Comparison("twice", "the same again", tolerance)
-        self.sides = {side: _Comparison("padding", f"on the {side}", tolerance) for side in self.padded}
-        self.together = _Comparison("batch", "among others", tolerance)
-        self.kernels = {name: _Comparison("kernel", f"{name}, {self.precise}", limit) for name in names}
+        self.noise = _Noise(coarsest)
+        self.precise_noise = _Noise(torch.float32, "float32, one rounding more") if half else self.noise
+        self.twice = _Comparison("twice", "the same again", _TwiceNoise(self.noise, TWICE[coarsest]))
+        self.sides = {side: _Comparison("padding", f"on the {side}", self.noise) for side in self.padded}
+        self.together = _Comparison("batch", "among others", self.noise)
+        self.kernels = {name: _Comparison("kernel", f"{name}, {self.precise}", self.precise_noise) for name in names}
         self.kernels.pop("eager", None)  # is the yardstick
         self.unsupported: dict[str, str] = {}
-        self.rounded = _Comparison("dtype", f"{self.dtype} against float32", None) if half and yardstick else None
+        self.rounded = _Comparison("dtype", f"{self.dtype} against float32") if half and yardstick else None
+        self.noise.against_float32 = self.rounded
         self.direction = 0.0  # largest 1 - cosine of the whole gradient with the one in float32
-        self.trace = _Comparison("trace", "fast, against one at a time", tolerance)
+        self.trace = _Comparison("trace", "fast, against one at a time", self.noise)
         self.total: Gradients = {}  # Σ|g| by the reference loop
 
     def diagnosis(self, progress: Callable[[int, int], None] | None) -> Diagnosis:
         steps = len(self.alone) + 1
+        among_others = _each_row(self.model, self.padded["right"])
         for i, batch in enumerate(self.alone):
-            loss, gradients = _gradients(self.model, batch)
+            torch.manual_seed(0)  # what is random in the model is the same with one rounding more
+            loss, gradients = alone = _gradients(self.model, batch)
             if not math.isfinite(loss):
                 kernel = f" with attention {self.attention}" if self.attention else ""
                 hint = "" if self.dtype == "float32" else ", or does the dtype overflow (try --model.dtype float32)"
@@ -280,41 +388,55 @@ class _Examination:
             for name, g in gradients.items():
                 size = g.abs().to(sum_dtype(g.dtype))
                 self.total[name] = self.total[name].add_(size) if name in self.total else size
-            self.twice.add(i, _gradients(self.model, batch), (loss, gradients))
+            torch.manual_seed(0)
+            with _one_rounding_more(self.model):
+                self.noise.rounded.add(i, _gradients(self.model, batch), alone)
+            if i == self.shortest:
+                self.noise.copies.add(i, _gradients(self.model, self._copies(i)), alone)
+            self.twice.add(i, _gradients(self.model, batch), alone)
             for side, comparison in self.sides.items():
-                comparison.add(i, _gradients(self.model, _one(self.padded[side], i)), (loss, gradients))
-            self.together.add(i, _gradients(self.model, self.padded["right"], i), (loss, gradients))
+                comparison.add(i, _gradients(self.model, _one(self.padded[side], i)), alone)
+            self.together.add(i, next(among_others), alone)
             self._against_yardstick(i, loss, gradients)
-            del gradients
+            del gradients, alone
             if progress is not None:
                 progress(i + 1, steps)
         told = self._traced()
-        if self.rounded is not None:
-            explained = {name: EXPLAINED * error for name, (error, _) in self.rounded.errors.items()}
-            for comparison in (self.twice, *self.sides.values(), self.together, self.trace):
-                comparison.explained = explained
         if progress is not None:
             progress(steps, steps)
         return self._told(self._rows(), self._problems() or told)
 
+    def _copies(self, i: int) -> Batch:
+        """One example so many times that it has as many tokens as when it is padded, at least twice."""
+        length = self.padded["right"]["input_ids"].shape[1]
+        times = max(2, -(-length // self.alone[i]["input_ids"].shape[1]))
+        return {key: value.repeat(times, 1) for key, value in self.alone[i].items()}
+
     def _against_yardstick(self, i: int, loss: float, gradients: Gradients) -> None:
         if self.standard is None:
             return
+
+        def with_kernel(name: str | None) -> tuple[float, Gradients]:
+            if self.standard is self.model and name == self.attention:
+                return loss, gradients  # that is what was computed
+            with _kernel(self.standard, name):
+                return _gradients(self.standard, self.alone[i])
+
         try:
-            with _kernel(self.standard, "eager" if self.attention else None):
-                exact = _gradients(self.standard, self.alone[i])
+            exact = with_kernel("eager" if self.attention else None)
         except Exception as why:  # a kernel may fail in any way
             self.unsupported["eager"] = _short(why)
-            self.standard = self.rounded = None
+            self.standard = self.rounded = self.noise.against_float32 = None
             self.kernels.clear()
             return
         if self.rounded is not None:
             self.rounded.add(i, (loss, gradients), exact)
             self.direction = max(self.direction, 1 - _cosine(gradients, exact[1]))
+            with _kernel(self.standard, "eager" if self.attention else None), _one_rounding_more(self.standard):
+                self.precise_noise.rounded.add(i, _gradients(self.standard, self.alone[i]), exact)
         for name, comparison in list(self.kernels.items()):
             try:
-                with _kernel(self.standard, name):
-                    comparison.add(i, _gradients(self.standard, self.alone[i]), exact)
+                comparison.add(i, with_kernel(name), exact)
             except Exception as why:
                 self.unsupported[name] = _short(why)
                 del self.kernels[name]
@@ -341,7 +463,8 @@ class _Examination:
 
     def _rows(self) -> list[Row]:
         rows = []
-        for comparison in (self.twice, *self.sides.values(), self.together, *self.kernels.values(), self.rounded):
+        alike = (self.noise.rounded, self.twice, *self.sides.values(), self.noise.copies, self.together)
+        for comparison in (*alike, *self.kernels.values(), self.rounded):
             rows += comparison.rows() if comparison is not None else []
         if self.rounded is not None:
             what = f"{self.rounded.what}: 1 - cosine"
@@ -352,69 +475,150 @@ class _Examination:
         return [*rows, trace | {"what": f"{self.trace.what}: Σ|g|"}]
 
     def _problems(self) -> list[str]:
-        tolerance = self.twice.tolerance or 0.0
         if self.twice.fails():
             batch = self.alone[self.twice.example]
-            culprit = _culprit(_record(self.model, batch, 0), _record(self.model, batch, 0), tolerance)
+            culprit = _culprit(_record(self.model, batch, 0), _record(self.model, batch, 0), {}, self.noise.epsilon)
             return [
                 f"the same example again {self.twice.effect()}: {culprit or 'the model'} is noisy in evaluation mode "
                 "(dropout that is always on, sampling, a nondeterministic kernel); switch that off, no other "
                 "comparison means anything before"
             ]
-        found = []
-        other = self.attention not in (None, "eager")
-        kernel = f"the attention kernel {self.attention} (try --model.attention eager)" if other else "its forward"
-        for side, comparison in self.sides.items():
-            if comparison.fails():
-                i = comparison.example
-                padded = _record(self.model, _one(self.padded[side], i), 0)
-                culprit = _culprit(_record(self.model, self.alone[i], 0), padded, tolerance)
-                ignored = "attention_mask" if side == "right" else "attention_mask or position_ids"
-                cause = f"gives other outputs for the same tokens, as if {kernel} ignored {ignored}"
-                if comparison.loss == math.inf:
-                    cause = f"fails on padding in {self.dtype} (try another --model.attention or --model.dtype)"
-                spared = side == "left" and not self.sides["right"].fails()
-                found.append(
-                    f"padding on the {side} {comparison.effect()}: {culprit or 'the model'} {cause}"
-                    + ("; pad on the right, as crosstrace itself does, which is exact" if spared else "")
-                )
-        if self.together.fails() and not self.sides["right"].fails():
-            i = self.together.example
-            batch = self.padded["right"]
-            culprit = _culprit(_record(self.model, _one(batch, i), 0), _record(self.model, batch, i), tolerance)
-            found.append(
-                f"company in a batch {self.together.effect()}: {culprit or 'the model'} mixes examples (statistics "
-                "over the batch, shared capacity); traces fall back to one example at a time, but training and recall "
-                "depend on who shares a batch, so change the module, or train and evaluate in batches of one"
-            )
+        found = [self._padding(side) for side, comparison in self.sides.items() if comparison.fails()]
+        if (self.together.fails() or self.noise.copies.fails()) and not self.sides["right"].fails():
+            found.append(self._company())
         own = self.kernels.get(self.attention or "")
         if own is not None and own.fails() and self.standard is not None:
-            records = []
-            for name in ("eager", self.attention):
-                with _kernel(self.standard, name):
-                    records.append(_record(self.standard, self.alone[own.example], 0))
-            culprit = _culprit(records[0], records[1], own.tolerance or 0.0)
-            found.append(
-                f"the attention kernel {self.attention} instead of eager, in {self.precise}, {own.effect()}"
-                + (f", first in {culprit}" if culprit else "")
-                + "; use --model.attention eager"
-            )
+            found.append(self._other_kernel(own, self.standard))
         if self.rounded is not None and self.direction > DIRECTION:
             found.append(
                 f"gradients in {self.dtype} point elsewhere than in float32 (cosine {1 - self.direction:.2f}, worst "
                 f"{self.rounded.worst()[0]}), so rounding rules them; use --model.dtype float32"
             )
         if self.trace.fails() and "" not in self.trace.errors:
-            name, error = self.trace.worst()
-            way = self.engine.plan.get(name)
-            rule = "one at a time" if way is None else "+".join(rule for _, _, rule in way) or "no gradient"
-            others = len(self.trace.disagree()) - 1
-            found.append(
-                f"the fast trace of {name}{f' and {others} other parameters' if others else ''} is off by "
-                f"{100 * error:.2g} % (rule: {rule}): that rule is wrong for this module; please report it with this "
-                "table, and do not trust traces of these parameters"
-            )
+            found += self._wrong_rule(found)
         return found
+
+    def _padding(self, side: str) -> str:
+        """What padding on one side does, where, and which causes were tried."""
+        comparison, i = self.sides[side], self.sides[side].example
+        padded = _one(self.padded[side], i)
+        spared = side == "left" and not self.sides["right"].fails()
+        advice = "; pad on the right, as crosstrace itself does, which is exact" if spared else ""
+        place = self._place(self.alone[i], padded, 0, 0)
+        if comparison.loss == math.inf:
+            cause = f"{place} fails on padding in {self.dtype} (try another --model.attention or --model.dtype)"
+            return f"padding on the {side} {comparison.effect()}: {cause}{advice}"
+        other = self._other_tokens_under(padded)
+        if self._differ(padded, other, 0):
+            reader = self._place(padded, other, 0, 0)
+            kernel = self._kernel_advice()
+            cause = f"{reader} ignored attention_mask: other tokens under the padding move its output{kernel}"
+        else:
+            cause = f"{place} gives something else, though other tokens under the padding change nothing"
+            if "position_ids" in padded and not _accepts(self.model, "position_ids"):
+                cause += "; its forward takes no position_ids"
+            elif "position_ids" in padded and not self._differ(padded, _reversed_positions(padded), 0):
+                cause += "; other position_ids change nothing either, so positions may be counted from the padding on"
+        return f"padding on the {side} {comparison.effect()}: {cause}{advice}"
+
+    def _company(self) -> str:
+        """What company in a batch does, where, and which causes were tried."""
+        batch = self.padded["right"]
+        failing = self.together if self.together.fails() else self.noise.copies
+        i = failing.example
+        if self._differ(batch, self._other_neighbours(i), i):
+            place = self._place(batch, self._other_neighbours(i), i, i)
+            cause = (
+                f"{place} mixes examples: other neighbours move its output (statistics over the batch, shared capacity)"
+            )
+        else:
+            crowd, row = (batch, i) if failing is self.together else (self._copies(i), 0)
+            single = _one(batch, i) if failing is self.together else self.alone[i]
+            place = self._place(single, crowd, 0, row)
+            cause = f"{place} gives something else in a larger batch, whatever the other examples are"
+        return (
+            f"company in a batch {failing.effect()}: {cause}; traces fall back to one example at a time where they "
+            "must, but training and recall depend on who shares a batch, so change the module, or train and evaluate "
+            "in batches of one"
+        )
+
+    def _other_kernel(self, own: _Comparison, standard: Any) -> str:
+        records, batch = [], self.alone[own.example]
+        for name in ("eager", self.attention):
+            with _kernel(standard, name):
+                records.append(_record(standard, batch, 0))
+        with _kernel(standard, "eager"), _one_rounding_more(standard):
+            noise = _noise_of(records[0], _record(standard, batch, 0))
+        culprit = _culprit(records[0], records[1], noise, self.precise_noise.epsilon)
+        return (
+            f"the attention kernel {self.attention} instead of eager, in {self.precise}, {own.effect()}"
+            + (f", first in {culprit}" if culprit else "")
+            + "; use --model.attention eager"
+        )
+
+    def _wrong_rule(self, others: list[str]) -> list[str]:
+        """The rule that gives another trace. It is to blame only if the gradients in the same batch are right."""
+        right = [row["parameter"] for row in self.trace.disagree()]
+        wrong = {row["parameter"] for c in (self.together, *self.sides.values()) for row in c.disagree()}
+        blamed = [name for name in right if name not in wrong]
+        if not blamed:
+            return [] if others else ["the fast trace differs as the gradients in a batch do"]
+        name = blamed[0]
+        way = self.engine.plan.get(name)
+        rule = "one at a time" if way is None else "+".join(rule for _, _, rule in way) or "no gradient"
+        return [
+            f"the fast trace of {name}{f' and {len(blamed) - 1} other parameters' if len(blamed) > 1 else ''} is off "
+            f"by {100 * self.trace.errors[name][0]:.2g} % (rule: {rule}), though the gradients of the examples in the "
+            "same batch are right: that rule is wrong for this module; please report it with this table, and do not "
+            "trust traces of these parameters"
+        ]
+
+    # ---- what causes are tried with
+
+    def _kernel_advice(self) -> str:
+        return (
+            f" (try --model.attention eager instead of {self.attention})"
+            if self.attention not in (None, "eager")
+            else ""
+        )
+
+    def _other_tokens_under(self, batch: Batch) -> Batch:
+        """The same example with other tokens where it is padded."""
+        rows = torch.cat([x["input_ids"][0] for x in self.alone])
+        length = batch["input_ids"].shape[1]
+        others = rows.repeat(-(-length // len(rows)))[:length].view(1, -1).expand_as(batch["input_ids"])
+        return {**batch, "input_ids": torch.where(batch["attention_mask"] == 0, others, batch["input_ids"])}
+
+    def _other_neighbours(self, i: int) -> Batch:
+        """The batch with other tokens in all examples but one; lengths and masks stay."""
+        batch = self.padded["right"]
+        ids = batch["input_ids"].roll(1, 0).roll(1, 1)  # another example's tokens
+        ids = torch.where(batch["attention_mask"].bool(), ids, batch["input_ids"])
+        ids[i] = batch["input_ids"][i]
+        return {**batch, "input_ids": ids}
+
+    def _differ(self, first: Batch, second: Batch, row: int) -> bool:
+        """Whether two batches give a row another loss or other gradients, beyond the noise."""
+        comparison = _Comparison("", "", self.noise)
+        comparison.add(0, _gradients(self.model, second, row), _gradients(self.model, first, row))
+        return comparison.fails()
+
+    def _place(self, first: Batch, second: Batch, row: int, other_row: int) -> str:
+        """The module that makes two ways of one example differ, in the forward or else in the backward."""
+        records = _record(self.model, first, row), _record(self.model, second, other_row)
+        with _one_rounding_more(self.model):
+            noise = _noise_of(records[0], _record(self.model, first, row))
+        epsilon = self.noise.epsilon
+        culprit = _culprit(*records, noise, epsilon)
+        if culprit is not None:
+            return culprit
+        backwards = (
+            _record(self.model, first, row, backward=True),
+            _record(self.model, second, other_row, backward=True),
+        )
+        with _one_rounding_more(self.model):
+            noise = _noise_of(backwards[0], _record(self.model, first, row, backward=True))
+        return _backward_culprit(*backwards, noise, epsilon) or "the model"
 
     def _told(self, rows: list[Row], problems: list[str]) -> Diagnosis:
         plan = self.engine.plan
@@ -479,12 +683,21 @@ def _one(batch: Batch, row: int) -> Batch:
     return {key: value[row : row + 1] for key, value in batch.items()}
 
 
+def _reversed_positions(batch: Batch) -> Batch:
+    """The batch with other positions."""
+    return {**batch, "position_ids": batch["position_ids"].flip(1)}
+
+
+def _accepts(model: Any, name: str) -> bool:
+    """Whether the model's forward takes an argument."""
+    accepted = inspect.signature(model.forward).parameters
+    return name in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+
+
 def _logits(model: Any, batch: Batch) -> Tensor:
     """The model's answer to what it accepts of a batch; not the engine's, which is to be judged."""
-    accepted = inspect.signature(model.forward).parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     inputs = {key: value for key, value in batch.items() if key != "labels"} | {"use_cache": False}
-    output = model(**{key: value for key, value in inputs.items() if anything or key in accepted})
+    output = model(**{key: value for key, value in inputs.items() if _accepts(model, key)})
     return output if isinstance(output, Tensor) else output.logits
 
 
@@ -494,6 +707,43 @@ def _gradients(model: Any, batch: Batch, row: int = 0) -> tuple[float, Gradients
     parameters = dict(model.named_parameters())
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return float(loss.detach()), {name: g for name, g in zip(parameters, found) if g is not None}
+
+
+def _each_row(model: Any, batch: Batch) -> Iterator[tuple[float, Gradients]]:
+    """ℓ and ∂ℓ/∂θ of one example of the batch after the other, from one forward."""
+    losses = example_losses(_logits(model, batch), batch["labels"])
+    parameters = dict(model.named_parameters())
+    for row, loss in enumerate(losses):
+        more = row + 1 < len(losses)
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=more)
+        yield float(loss.detach()), {name: g for name, g in zip(parameters, found) if g is not None}
+
+
+@contextmanager
+def _one_rounding_more(model: Any) -> Iterator[None]:
+    """Every module's output, and the gradient that arrives at it, is rounded once more: see `_Noise`."""
+    device = next(model.parameters()).device
+    random = torch.Generator(device).manual_seed(0)
+
+    def rounded(x: Tensor) -> Tensor:
+        epsilon = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
+        size = x.detach().to(torch.promote_types(x.dtype, torch.float32)).square().mean().sqrt().to(x.dtype)
+        noise = torch.empty_like(x).uniform_(-1, 1, generator=random)
+        return x + epsilon * size * noise
+
+    def changed(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
+            return x
+        y = rounded(x)
+        if y.requires_grad:
+            y.register_hook(rounded)
+        return y
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            hook = module.register_forward_hook(lambda module, args, output: tree_map(changed, output))
+            hooks.callback(hook.remove)
+        yield
 
 
 @contextmanager
@@ -522,51 +772,126 @@ def _kernel(model: Any, name: str | None) -> Iterator[None]:
 # ---------------------------------------------------------------- who makes the difference
 
 
-def _record(model: Any, batch: Batch, row: int) -> list[tuple[str, str, list[Tensor], list[Tensor]]]:
-    """What every module got and gave for one example, at its own tokens, in the order in which they finished."""
+@dataclass
+class _Seen:
+    """What one module got and gave for one example, at its own tokens; or the gradients that arrived at both."""
+
+    name: str
+    kind: str
+    got: list[Tensor]
+    gave: list[Tensor]
+
+    def __str__(self) -> str:
+        return f"module {self.name} ({self.kind})" if self.name else self.kind
+
+
+def _record(model: Any, batch: Batch, row: int, backward: bool = False) -> list[_Seen]:
+    """What every module got and gave for one example, in the order in which they finished.
+
+    Args:
+        backward: the gradients of the example's loss instead, at the same tensors.
+    """
     own = batch["attention_mask"][row].bool()
     shape = batch["input_ids"].shape
     if "position_ids" not in batch:  # or padding on the left alone would be fed positions
         batch = {**batch, "position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
-    def kept(value: Any) -> list[Tensor]:
-        found = []
+    def at_tokens(x: Any) -> Tensor | None:
+        if not isinstance(x, Tensor):
+            return None
+        if x.shape[:2] == shape:
+            return x[row, own]
+        if x.shape[:1] == (shape.numel(),):  # a router sees [B·T, …]
+            return x.unflatten(0, shape)[row, own]
+        return None
+
+    def keep(value: Any, kept: list[Tensor]) -> None:
         for x in tree_leaves(value):
-            if isinstance(x, Tensor) and x.shape[:2] == shape:
-                found.append(x[row, own])
-            elif isinstance(x, Tensor) and x.shape[:1] == (shape.numel(),):  # a router sees [B·T, …]
-                found.append(x.unflatten(0, shape)[row, own])
-        return found
+            mine = at_tokens(x)
+            if mine is None:
+                continue
+            if not backward:
+                kept.append(mine.detach())
+            elif x.requires_grad:
+                kept.append(torch.zeros(()))  # until its gradient comes; none may
+                x.register_hook(partial(put, kept, len(kept) - 1))
 
-    record: list[tuple[str, str, list[Tensor], list[Tensor]]] = []
+    def put(kept: list[Tensor], place: int, gradient: Tensor) -> None:
+        mine = at_tokens(gradient)
+        if mine is not None:
+            kept[place] = mine.detach()
 
-    def recorder(name: str) -> Callable[..., None]:
-        return lambda module, args, kwargs, output: record.append(
-            (name, type(module).__name__, kept((args, kwargs)), kept(output))
-        )
+    record: list[_Seen] = []
 
-    with ExitStack() as hooks, torch.no_grad():
+    def note(name: str, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        seen = _Seen(name, type(module).__name__, [], [])
+        keep((args, kwargs), seen.got)
+        keep(output, seen.gave)
+        record.append(seen)
+
+    with ExitStack() as hooks, torch.set_grad_enabled(backward):
         for name, module in model.named_modules():
-            hooks.callback(module.register_forward_hook(recorder(name), with_kwargs=True).remove)
-        _logits(model, batch)
+            hook = module.register_forward_hook(
+                lambda module, args, kwargs, output, name=name: note(name, module, args, kwargs, output),
+                with_kwargs=True,
+            )
+            hooks.callback(hook.remove)
+        if backward:
+            _gradients(model, batch, row)
+        else:
+            _logits(model, batch)
     return record
 
 
-def _culprit(first: Sequence[Any], second: Sequence[Any], tolerance: float) -> str | None:
+Tolerances = Mapping[str, tuple[float, float]]  # module -> largest error of what it got and of what it gave
+
+
+def _noise_of(first: Sequence[_Seen], second: Sequence[_Seen]) -> Tolerances:
+    """How far two records are apart that only rounding tells apart."""
+    return {a.name: (_apart(a.got, b.got), _apart(a.gave, b.gave)) for a, b in zip(first, second)}
+
+
+def _culprit(first: Sequence[_Seen], second: Sequence[_Seen], noise: Tolerances, epsilon: float) -> str | None:
     """The first module that gives something else for the same; the smallest, as parts finish before the whole."""
-    for (name, kind, got, gave), (other, _, got_too, gave_too) in zip(first, second):
-        if name != other:
+    for a, b in zip(first, second):
+        if a.name != b.name:
             return None
-        if _same(got, got_too, tolerance) and not _same(gave, gave_too, tolerance):
-            return f"module {name} ({kind})" if name else kind
+        got, gave = (max(COPIES * x, ROUNDINGS * epsilon) for x in noise.get(a.name, (0.0, 0.0)))
+        if _apart(a.got, b.got) <= got and not _apart(a.gave, b.gave) <= gave:
+            return str(a)
     return None
 
 
-def _same(first: Sequence[Tensor], second: Sequence[Tensor], tolerance: float) -> bool:
+def _backward_culprit(first: Sequence[_Seen], second: Sequence[_Seen], noise: Tolerances, epsilon: float) -> str | None:
+    """The last module that passes another gradient down though the same arrives, and at which output it begins."""
+    culprit, begins = None, None
+    for a, b in zip(reversed(first), reversed(second)):
+        if a.name != b.name:
+            return None
+        got, gave = (max(COPIES * x, ROUNDINGS * epsilon) for x in noise.get(a.name, (0.0, 0.0)))
+        same = _apart(a.gave, b.gave) <= gave
+        if begins is None and not same:
+            begins = a
+        inside = culprit is None or a.name.startswith(f"{culprit.name}.") or not culprit.name
+        if inside and same and not _apart(a.got, b.got) <= got:
+            culprit = a
+    if culprit is None:
+        return None
+    where = f", from the output of {begins.name} on" if begins is not None and begins.name else ""
+    return f"the backward of {culprit}{where}"
+
+
+def _apart(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """The largest difference of some tensors from others, relative to the largest number of each."""
     if [x.shape for x in first] != [x.shape for x in second]:
-        return False
-    close = lambda x, y: x.numel() == 0 or bool((x - y).abs().max() <= tolerance * y.abs().max())
-    return all(close(x.double(), y.double()) for x, y in zip(first, second))
+        return math.inf
+    largest = 0.0
+    for x, y in zip(first, second):
+        if x.numel() == 0:
+            continue
+        difference, size = float((x.double() - y.double()).abs().max()), float(y.double().abs().max())
+        largest = max(largest, 0.0 if difference == 0 else _finite(difference / size) if size > 0 else math.inf)
+    return largest
 
 
 # ---------------------------------------------------------------- numbers

@@ -278,7 +278,10 @@ def attention_patterns(
     anatomy = Anatomy(model)
     labels = anatomy.units("query_head")
     if not labels:
-        raise UserError(f"{type(model).__name__} has no attention heads whose place is known, so no patterns of theirs")
+        raise UserError(
+            f"{type(model).__name__} has no attention heads whose place is known, so no patterns of theirs: "
+            f"{anatomy.why('query_head')}"
+        )
     unknown = [head for head in heads if not 0 <= head < len(labels)]
     if unknown:
         raise UserError(f"query head {unknown[0]} was asked for; expected numbers from 0 to {len(labels) - 1}")

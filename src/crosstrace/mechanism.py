@@ -187,9 +187,10 @@ def circuits(asked: Asked) -> dict[str, list[Row]]:
     found: dict[str, list[Any]] = {table: [] for table in tables}
     for unit in circuit.NODES:
         if unit not in units:
-            asked.note(f"no {unit} of {type(model).__name__} is in the circuit: its place is not known")
+            asked.note(f"no {unit} of {type(model).__name__} is in the circuit: {anatomy.why(unit)}")
     if not units:
-        raise UserError(f"the place of the heads and neurons of {type(model).__name__} is not known")
+        reasons = "; ".join(anatomy.why(unit) for unit in circuit.NODES)
+        raise UserError(f"the place of the heads and neurons of {type(model).__name__} is not known: {reasons}")
     with asked.bar("circuit", len(asked.questions)) as update:
         for part, items in asked.questions.items():
             place = {"part": part}

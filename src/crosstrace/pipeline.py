@@ -556,15 +556,17 @@ def select_shared(run: Run, experiment: Experiment, name: str, progress: Progres
         **run.inputs(f"traces/{name}"),
     }
     if not (run.complete(f"analysis/{name}.json", key) and run.complete(f"shared/{name}", key)):
-        _analyze_traces(run, experiment, name, key)
+        _analyze_traces(run, experiment, name, key, progress)
 
 
-def _analyze_traces(run: Run, experiment: Experiment, name: str, key: Mapping[str, Any]) -> None:
+def _analyze_traces(run: Run, experiment: Experiment, name: str, key: Mapping[str, Any], progress: Progress) -> None:
     """What is read is of one time and reduction, and let go before the next: they are the size of the model each."""
     options = experiment.analysis
     model = load_start(run, experiment, name)
     names, anatomy = in_scope(experiment, model), Anatomy(model)
     del model
+    for note in anatomy.notes:
+        progress.note(f"{name}: {note}")
     read = lambda when, reduction: read_traces(run.path(f"traces/{name}"), when, key["measure"], reduction)
     select = lambda when: select_tasks(  # (it alone has the strengths: they are gone when it has given its sets)
         strengths(read(when, "example")), options.central_fractions, names, options.how
@@ -582,7 +584,7 @@ def _analyze_traces(run: Run, experiment: Experiment, name: str, key: Mapping[st
 
     def rows(path: Path) -> None:
         found: dict[str, Any] = {part: [] for part in ("shared", "similarity", "centralization", "maps", "units")}
-        found["coverage"] = {}
+        found["coverage"], found["anatomy"] = {}, anatomy.notes
         for when, reduction in product(WHENS, REDUCTIONS):
             add_rows(found, when, reduction)
         write_json(path, found)
