@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from crosstrace.doctor import Diagnosis, _Comparison, _Noise, diagnose
+from crosstrace.doctor import Diagnosis, _Comparison, _Errors, _Noise, diagnose
 from crosstrace.errors import UserError
 from crosstrace.models import load_model, load_tokenizer
 from crosstrace.trace import rules
@@ -62,7 +62,7 @@ def test_half_precision_is_measured_against_float32() -> None:
     found = diagnose(model, WORDS)
     assert found.verdict == "exact" and found.dtype == "bfloat16", str(found)
     noise = [row for row in found.checks if row["check"] == "dtype"]
-    assert [row["ok"] for row in noise] == [None, None, True]
+    assert [row["ok"] for row in noise] == [None, None, None, True]
     assert 1e-4 < noise[1]["error"] < 1 and noise[1]["worst"] in dict(model.named_parameters())
     without = diagnose(model, WORDS, examples=2, yardstick=False)
     assert {row["check"] for row in without.checks} == {"noise", "twice", "padding", "batch", "trace"}
@@ -138,10 +138,10 @@ def test_a_broken_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules.Linear, "product", wrong)
     problem, found = inexact(patient(), examples=3, yardstick=False)
     assert problem.startswith("the fast trace of ") and "(rule: linear)" in problem and "1 %" in problem
-    (row,) = [row for row in found.checks if row["ok"] is False]
-    assert row["check"] == "trace" and row["worst"] in problem
+    row, scale = [row for row in found.checks if row["ok"] is False]
+    assert row["check"] == scale["check"] == "trace" and scale["worst"] in problem
     errors = [parameter["error"] for parameter in row["disagree"]]
-    assert errors == pytest.approx([0.01] * len(errors), rel=0.01) and errors[0] == row["error"]
+    assert errors == pytest.approx([0.01] * len(errors), rel=0.01)
 
 
 def test_a_broken_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,8 +224,8 @@ class Given:
     def __init__(self, limits: dict[str, float], loss: float) -> None:
         self.limits, self.loss = limits, loss
 
-    def limit(self, name: str) -> float:
-        return self.limits.get(name, 0.1)
+    def limit(self, name: str) -> _Errors:
+        return _Errors(*[self.limits.get(name, 0.1)] * 3)
 
     def loss_limit(self) -> float:
         return self.loss
@@ -239,34 +239,58 @@ def test_disagreement_is_ranked_by_what_is_tolerated() -> None:
     assert not comparison.fails() and comparison.worst() == ("", 0.0)
     comparison.add(3, (3.0, other), (2.5, gradients))
     assert comparison.example == 3 and comparison.loss == pytest.approx(0.2)
-    assert comparison.errors["a"] == pytest.approx((0.25, 0.5 / 5**0.5)) and comparison.errors["b"] == (0.5, 0.5)
-    assert comparison.errors["c"] == (0.0, 0.0)
+    # a: (0, 0.5) beside (1, 2): 0.5 of 2; of the norm √5; along (1, 2)/√5 it is 1/√5
+    assert comparison.errors["a"] == pytest.approx((0.25, 0.5 / 5**0.5, 0.2))
+    assert comparison.errors["b"] == pytest.approx((0.5, 0.5, 0.5)) and comparison.errors["c"] == (0.0, 0.0, 0.0)
     assert [row["parameter"] for row in comparison.disagree()] == ["b", "a"]
     comparison.noise = Given({"b": 0.6}, 0.1)
     assert [row["parameter"] for row in comparison.disagree()] == ["a"]
-    assert [row["ok"] for row in comparison.rows()] == [False, False]
+    assert [row["ok"] for row in comparison.rows()] == [False, False, False]
     comparison.noise = Given({"b": 0.6, "a": 0.3}, 0.25)
-    assert not comparison.fails() and [row["ok"] for row in comparison.rows()] == [True, True]
+    assert not comparison.fails() and [row["ok"] for row in comparison.rows()] == [True, True, True]
     comparison.noise = None
-    assert not comparison.fails() and [row["ok"] for row in comparison.rows()] == [None, None]
+    assert not comparison.fails() and [row["ok"] for row in comparison.rows()] == [None, None, None]
+
+
+def test_an_error_that_is_a_factor_shows_in_the_scale() -> None:
+    torch.manual_seed(0)
+    expected = {"a": torch.randn(1000)}
+    rounded, off = _Comparison("", ""), _Comparison("", "")
+    rounded.add(0, (1.0, {"a": expected["a"] + 1e-3 * torch.randn(1000)}), (1.0, expected))
+    off.add(0, (1.0, {"a": expected["a"] * 0.999}), (1.0, expected))
+    assert off.errors["a"] == pytest.approx((1e-3, 1e-3, 1e-3), rel=1e-3)
+    assert rounded.errors["a"].norm == pytest.approx(1e-3, rel=0.1) and rounded.errors["a"].scale < 1e-4
+
+
+def errors(**largest: float) -> dict[str, _Errors]:
+    return {name: _Errors(x, x, x / 10) for name, x in largest.items()}
 
 
 def test_tolerances_by_hand() -> None:
     """Three parameters with errors of 1e-5, 2e-5 and 9e-5 by one rounding more; and beside copies."""
-    noise = _Noise(torch.float32)
-    noise.rounded.errors = {"a": (1e-5, 0.0), "b": (2e-5, 0.0), "c": (9e-5, 0.0)}
-    noise.rounded.loss = 1e-6
-    assert [noise.limit(name) for name in "abc"] == pytest.approx([8e-5, 8e-5, 36e-5])  # a has the median's
-    assert noise.loss_limit() == pytest.approx(4e-6) and noise.limit("d") == pytest.approx(8e-5)
-    noise.copies.errors = {"a": (3e-5, 0.0), "b": (1.0, 0.0), "c": (1e-5, 0.0)}
-    assert [noise.limit(name) for name in "abc"] == pytest.approx([12e-5, 40 * 8e-5, 36e-5])
-    assert [noise.copies.limit(name) for name in "abc"] == pytest.approx([80e-5, 80e-5, 360e-5])
-    assert [row["parameter"] for row in noise.copies.disagree()] == ["b"]
-    noise.against_float32 = _Comparison("dtype", "bfloat16 against float32")
-    noise.against_float32.errors = {"c": (1e-3, 0.0)}
-    assert noise.limit("c") == pytest.approx(2e-3)
-    quiet = _Noise(torch.bfloat16)
-    assert quiet.limit("a") == quiet.loss_limit() == 8 * 2**-7
+
+    def noise(dtype: torch.dtype = torch.float32, **copies: float) -> _Noise:
+        made = _Noise(dtype)
+        made.rounded.errors, made.rounded.loss = errors(a=1e-5, b=2e-5, c=9e-5), 1e-6
+        made.copies.errors = errors(**copies)
+        return made
+
+    quiet = noise()
+    assert [quiet.limit(name).largest for name in "abc"] == pytest.approx([16e-5, 16e-5, 72e-5])  # a has the median's
+    assert [quiet.limit(name).scale for name in "abc"] == pytest.approx([16e-6, 16e-6, 72e-6])
+    assert quiet.loss_limit() == pytest.approx(8e-6) and quiet.limit("d").largest == pytest.approx(16e-5)
+    loud = noise(a=3e-5, b=1.0, c=1e-5)
+    assert [loud.limit(name).largest for name in "abc"] == pytest.approx([24e-5, 40 * 16e-5, 72e-5])
+    assert [loud.copies.limit(name).largest for name in "abc"] == pytest.approx([80e-5, 80e-5, 360e-5])
+    assert [row["parameter"] for row in loud.copies.disagree()] == ["b"]
+    loud.against_float32 = _Comparison("dtype", "bfloat16 against float32")
+    loud.against_float32.errors = errors(c=1e-3)
+    assert loud.limit("c").largest == pytest.approx(2e-3)
+    layers = _Noise(torch.float32)
+    layers.rounded.errors = errors(**{"layers.0.w": 1e-5, "layers.11.w": 8e-5, "v": 1e-5, "u": 1e-5})
+    assert layers.limit("layers.0.w").largest == layers.limit("layers.3.w").largest == pytest.approx(64e-5)
+    nothing = _Noise(torch.bfloat16)
+    assert nothing.limit("a").largest == nothing.loss_limit() == 8 * 2**-7
 
 
 def test_mistakes() -> None:
@@ -379,17 +403,18 @@ def test_a_fault_of_a_thousandth_is_found_and_its_place_named(fault, layers: int
 
 
 @pytest.mark.parametrize("layers", [2, 30])
-def test_a_rule_off_by_a_thousandth(monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
-    right = rules.Linear.product
+@pytest.mark.parametrize(("rule", "method"), [(rules.Linear, "product"), (rules.Gain, "_gradients")])
+def test_a_rule_off_by_a_thousandth(monkeypatch: pytest.MonkeyPatch, rule: type, method: str, layers: int) -> None:
+    right = getattr(rule, method)
 
-    def wrong(self, out, examples, rows, beta):
-        right(self, out, examples, rows, beta)
-        if self.batch > 2:
-            out.mul_(1.001)
+    def wrong(self, first, *others):
+        result = right(self, first, *others)
+        gradient = first if result is None else result  # `product` gives nothing back
+        return gradient.mul_(1.001) if self.batch > 2 else result  # a batch of two the engine's own probe looks at
 
-    monkeypatch.setattr(rules.Linear, "product", wrong)
+    monkeypatch.setattr(rule, method, wrong)
     problem, found = inexact(patient(num_hidden_layers=layers), examples=3, yardstick=False)
-    assert "(rule: linear)" in problem and "0.1 %" in problem and failed(found) == {"trace"}
+    assert f"(rule: {rule.name})" in problem and "0.1 %" in problem and failed(found) == {"trace"}
 
 
 @pytest.mark.parametrize("layers", [2, 30])

@@ -23,9 +23,9 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from statistics import median
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ Gradients = dict[str, Tensor]  # a parameter that the loss does not reach is lef
 # Two ways through the model may differ by LIMIT times its noise (see `_Noise`). An example beside copies of itself may
 # differ by COPIES times what one rounding more does: other shapes are multiplied by other kernels, which were up to 16
 # times as far apart (a model of 30 layers, two threads).
-LIMIT = 4.0
+LIMIT = 8.0
 COPIES = 40.0
 ROUNDINGS = 8  # nothing is judged more finely than so many roundings of the dtype
 # The same again must be the same; more than this is noise that no rounding explains, whatever else the model does.
@@ -72,11 +72,12 @@ class Diagnosis:
     Attributes:
         verdict: "exact" or "inexact".
         problems: one sentence for each reason of an inexact verdict: what differs, where, why, what to do.
-        checks: one row for each comparison: check, what, worst (the parameter), error (largest difference relative to
-            the parameter's largest gradient, or of the loss relative to it or to one nat), frobenius (the same in
-            norms), tolerance (of that parameter), ok (None: information only) and disagree (the parameters beyond
-            their tolerance, worst first, each with error and frobenius; at most SHOWN). An error of None is not a
-            finite number. The check "noise" is what one rounding more does, of which the tolerances are made.
+        checks: one row for each comparison. check, what; worst: the parameter; error: the largest difference, relative
+            to the parameter's largest gradient, of the loss relative to it or to one nat, of a "scale" by which share
+            the gradient is too large or too small as a whole; frobenius: the difference in norms; tolerance: of that
+            parameter; ok: None is information only; disagree: the parameters beyond their tolerance, worst first, each
+            with error, frobenius and scale, at most SHOWN. An error of None is not a finite number. The check "noise"
+            is what one rounding more does, of which the tolerances are made.
         coverage: "rules", the share of the parameters by rule ("general": one example at a time); and the parameters
             of the general path and those without gradient, by their patterns.
         model: its name.
@@ -167,10 +168,25 @@ def diagnose(
         return _Examination(model, items, pad_id(tokenizer), kernels, yardstick).diagnosis(progress)
 
 
+class _Errors(NamedTuple):
+    """How far a gradient is from the one expected.
+
+    Attributes:
+        largest: of all its numbers, relative to the largest gradient (see NEIGHBOURS).
+        norm: ‖got − expected‖, relative to ‖expected‖.
+        scale: |⟨got − expected, expected⟩| relative to ‖expected‖²: it is too large or too small as a whole. Rounding
+            errors cancel in it, so it shows a wrong factor long before the others do.
+    """
+
+    largest: float = 0.0
+    norm: float = 0.0
+    scale: float = 0.0
+
+
 class _Limits(Protocol):
     """Tolerances of a comparison."""
 
-    def limit(self, name: str) -> float: ...
+    def limit(self, name: str) -> _Errors: ...
 
     def loss_limit(self) -> float: ...
 
@@ -185,54 +201,69 @@ class _Comparison:
     def __init__(self, check: str, what: str, noise: _Limits | None = None) -> None:
         self.check, self.what, self.noise = check, what, noise
         self.loss = 0.0
-        self.errors: dict[str, tuple[float, float]] = {}  # parameter -> largest error, and in norms
+        self.errors: dict[str, _Errors] = {}  # parameter -> its largest errors
         self.example = 0  # with the largest error
 
     def add(self, example: int, got: tuple[float, Gradients], expected: tuple[float, Gradients]) -> None:
-        before = max(self.loss, self.worst()[1])
+        before = self._most()
         self.loss = max(self.loss, _finite(abs(got[0] - expected[0]) / max(abs(expected[0]), 1.0)))
-        scales = _scales(expected[1])
+        sizes = _scales(expected[1])
         for name in expected[1] | got[1]:
-            self.gradient(name, got[1].get(name), expected[1].get(name), scales.get(name, 0.0))
-        if max(self.loss, self.worst()[1]) > before:
+            self.gradient(name, got[1].get(name), expected[1].get(name), sizes.get(name, 0.0))
+        if self._most() > before:
             self.example = example
 
-    def gradient(self, name: str, got: Tensor | None, expected: Tensor | None, scale: float) -> None:
-        """Add one parameter; None is a gradient of zero."""
+    def gradient(self, name: str, got: Tensor | None, expected: Tensor | None, size: float) -> None:
+        """Add one parameter; None is a gradient of zero. `size` is what its largest error is relative to."""
         some = expected if got is None else got
         if some is None:
             return
         wide = torch.promote_types(some.dtype, torch.float32)
         a, b = (torch.zeros((), dtype=wide, device=some.device) if x is None else x.to(wide) for x in (got, expected))
         difference = a - b
-        largest, norm = float(difference.abs().max()), float(difference.norm())
-        old = self.errors.get(name, (0.0, 0.0))
-        relative = lambda x, size: 0.0 if x == 0 else _finite(x / size) if size > 0 else math.inf
-        new = relative(largest, scale), relative(norm, max(float(b.norm()), scale))
-        self.errors[name] = max(old[0], new[0]), max(old[1], new[1])
+        length = max(float(b.norm()), size)
+        along = float((difference * (b / length)).sum().abs()) if length > 0 else 0.0
+        new = _Errors(
+            _relative(float(difference.abs().max()), size),
+            _relative(float(difference.norm()), length),
+            _relative(along, length),
+        )
+        old = self.errors.get(name, _Errors())
+        self.errors[name] = _largest(old, new)
 
-    def limit(self, name: str) -> float:
-        """The tolerance for one parameter; all are the same where nothing is judged."""
-        return 1.0 if self.noise is None else self.noise.limit(name)
+    def _most(self) -> float:
+        return max([self.loss, *(errors.largest for errors in self.errors.values())])
+
+    def limit(self, name: str) -> _Errors:
+        """The tolerances for one parameter; all are the same where nothing is judged."""
+        return _Errors(1.0, 1.0, 1.0) if self.noise is None else self.noise.limit(name)
 
     def loss_limit(self) -> float:
         """The tolerance for the loss."""
         return math.inf if self.noise is None else self.noise.loss_limit()
 
-    def ranked(self) -> list[str]:
-        """The parameters that differ at all, by their share of what is tolerated, worst first."""
-        differ = [name for name, (error, _) in self.errors.items() if error > 0]
-        return sorted(differ, key=lambda name: -self.errors[name][0] / self.limit(name))
+    def ranked(self) -> list[tuple[float, str, str]]:
+        """(share of what is tolerated, parameter, "largest" or "scale"), where there is any error, worst first."""
+        shares = []
+        for name, errors in self.errors.items():
+            limit = self.limit(name)
+            kind = "scale" if errors.scale / limit.scale > errors.largest / limit.largest else "largest"
+            if errors.largest > 0:
+                shares.append((getattr(errors, kind) / getattr(limit, kind), name, kind))
+        return sorted(shares, key=lambda row: -row[0])
 
-    def worst(self) -> tuple[str, float]:
-        name = next(iter(self.ranked()), "")
-        return name, self.errors[name][0] if name in self.errors else 0.0
+    def worst(self, kind: str = "largest") -> tuple[str, float]:
+        """The parameter with the largest share of what is tolerated in one kind of error, and that error."""
+        shares = {n: getattr(e, kind) / getattr(self.limit(n), kind) for n, e in self.errors.items() if e.largest > 0}
+        name = max(shares, key=lambda n: shares[n], default="")
+        return name, getattr(self.errors.get(name, _Errors()), kind)
 
     def disagree(self) -> list[Row]:
         """The parameters beyond what is tolerated, worst first."""
-        beyond = [n for n in self.ranked() if self.noise is not None and self.errors[n][0] > self.limit(n)]
+        beyond = [name for share, name, _ in self.ranked() if self.noise is not None and share > 1]
         return [
-            {"parameter": n, "error": _json(self.errors[n][0]), "frobenius": _json(self.errors[n][1])} for n in beyond
+            {"parameter": name, "error": _json(largest), "frobenius": _json(norm), "scale": _json(scale)}
+            for name, (largest, norm, scale) in ((name, self.errors[name]) for name in beyond)
         ]
 
     def fails(self) -> bool:
@@ -246,38 +277,42 @@ class _Comparison:
 
         if self.loss > self.loss_limit():
             return f"moves the loss {by(self.loss)}"
-        name, error = self.worst()
-        return f"leaves the loss, but moves the gradient of {name} {by(error)}"
+        _, name, kind = next(iter(self.ranked()), (0.0, "", "largest"))
+        error = getattr(self.errors.get(name, _Errors()), kind)
+        return (
+            f"leaves the loss, but moves the gradient of {name} {by(error)}{' as a whole' if kind == 'scale' else ''}"
+        )
 
     def rows(self) -> list[Row]:
-        name, error = self.worst()
-        norm = max((norm for _, norm in self.errors.values()), default=0.0)
         judged = self.noise is not None
-        return [
-            _row(self.check, f"{self.what}: loss", self.loss, self.loss_limit() if judged else None),
-            _row(
-                self.check, f"{self.what}: gradient", error, self.limit(name) if judged else None, name, norm,
-                self.disagree(),
-            ),
-        ]  # fmt: skip
+        rows = [_row(self.check, f"{self.what}: loss", self.loss, self.loss_limit() if judged else None)]
+        norm = max((errors.norm for errors in self.errors.values()), default=0.0)
+        for kind, what in (("largest", "gradient"), ("scale", "gradient's scale")):
+            name, error = self.worst(kind)
+            limit = getattr(self.limit(name), kind) if judged else None
+            disagree = self.disagree() if kind == "largest" or error > (limit or math.inf) else ()
+            rows.append(_row(self.check, f"{self.what}: {what}", error, limit, name, norm, disagree))
+        return rows
 
 
 class _Noise:
     """How far rounding alone takes this model's gradients and losses, on this machine, in this dtype.
 
-    Two things are measured for each parameter p:
+    Two things are measured for each parameter p, for its largest error and for the error of its scale:
 
-        u_p  the largest error over all examples if every module's output, and the gradient that arrives at it, is
-             rounded once more: a random number between -1 and 1 times the dtype's epsilon times the root of the
-             tensor's mean square is added;
-        c_p  the error of the shortest example beside copies of itself, as many tokens as when it is padded, which
-             kernels may sum in another order.
+        u_p  the largest over all examples if every module's output, and the gradient that arrives at it, is rounded
+             once more: a random number between -1 and 1 times the dtype's epsilon times the root of the tensor's mean
+             square is added;
+        c_p  that of the shortest example beside copies of itself, as many tokens as when it is padded, which kernels
+             may sum in another order.
 
-    With n_p = max(u_p, median of u over the parameters), p may differ by
+    A few examples show u_p too small by chance, so parameters at the same place in different layers share the largest,
+    and none has less than the median of all: n_p = max(u_q over q alike p, median of u). p may differ by
 
         max(LIMIT · max(n_p, min(c_p, COPIES · n_p)), ROUNDINGS · epsilon),
 
-    and by EXPLAINED times its error against float32 where that is known. Losses likewise, with their own u and c.
+    and by EXPLAINED times its error against float32 where that is known. Losses likewise, with their own u and c. The
+    tolerances are made when they are first asked for.
     """
 
     def __init__(self, dtype: torch.dtype, what: str = "one rounding more") -> None:
@@ -286,47 +321,56 @@ class _Noise:
         self.copies = _Comparison("batch", "beside copies of itself", _CopiesNoise(self))
         self.against_float32: _Comparison | None = None
 
-    def own(self, name: str) -> float:
-        """n_p"""
-        errors = [error for error, _ in self.rounded.errors.values()]
-        typical = median(errors) if errors else 0.0
-        return max(self.rounded.errors.get(name, (0.0, 0.0))[0], typical)
+    @cached_property
+    def _alike(self) -> tuple[_Errors, dict[str, _Errors]]:
+        """The medians, and the largest errors of the parameters at the same place in different layers."""
+        every = list(self.rounded.errors.values())
+        alike: dict[str, _Errors] = {}
+        for name, errors in self.rounded.errors.items():
+            place = _pattern(name)
+            alike[place] = _largest(errors, alike.get(place, _Errors()))
+        return _Errors(*(median(values) for values in zip(*every))) if every else _Errors(), alike
 
-    def limit(self, name: str) -> float:
-        """The tolerance for a parameter's gradient."""
-        own = self.own(name)
-        copies = self.copies.errors.get(name, (0.0, 0.0))[0]
-        known = self.against_float32.errors.get(name, (0.0, 0.0))[0] if self.against_float32 is not None else 0.0
-        noise = max(LIMIT * max(own, min(copies, COPIES * own)), EXPLAINED * known)
-        return max(noise, ROUNDINGS * self.epsilon)
+    def own(self, name: str) -> _Errors:
+        """n_p"""
+        typical, alike = self._alike
+        return _largest(typical, alike.get(_pattern(name), _Errors()))
+
+    def limit(self, name: str) -> _Errors:
+        """The tolerances for a parameter's gradient."""
+        own, copies = self.own(name), self.copies.errors.get(name, _Errors())
+        known = self.against_float32.errors.get(name, _Errors()) if self.against_float32 is not None else _Errors()
+        return _Errors(*(self._tolerance(n, c, f) for n, c, f in zip(own, copies, known)))
 
     def loss_limit(self) -> float:
         """The tolerance for the loss."""
-        own = self.rounded.loss
-        return max(LIMIT * max(own, min(self.copies.loss, COPIES * own)), ROUNDINGS * self.epsilon)
+        return self._tolerance(self.rounded.loss, self.copies.loss)
+
+    def _tolerance(self, n: float, c: float, against_float32: float = 0.0) -> float:
+        return max(LIMIT * max(n, min(c, COPIES * n)), EXPLAINED * against_float32, ROUNDINGS * self.epsilon)
 
 
 class _CopiesNoise:
-    """The tolerance for an example beside copies of itself."""
+    """The tolerances for an example beside copies of itself."""
 
     def __init__(self, noise: _Noise) -> None:
         self.noise = noise
 
-    def limit(self, name: str) -> float:
-        return max(COPIES * self.noise.own(name), ROUNDINGS * self.noise.epsilon)
+    def limit(self, name: str) -> _Errors:
+        return _Errors(*(max(COPIES * n, ROUNDINGS * self.noise.epsilon) for n in self.noise.own(name)))
 
     def loss_limit(self) -> float:
         return max(COPIES * self.noise.rounded.loss, ROUNDINGS * self.noise.epsilon)
 
 
 class _TwiceNoise:
-    """The tolerance for the same again: what is random in the model is in its noise too, so there is a fixed end."""
+    """The tolerances for the same again: what is random in the model is in its noise too, so they have a fixed end."""
 
     def __init__(self, noise: _Noise, most: float) -> None:
         self.noise, self.most = noise, most
 
-    def limit(self, name: str) -> float:
-        return min(self.noise.limit(name), self.most)
+    def limit(self, name: str) -> _Errors:
+        return _Errors(*(min(limit, self.most) for limit in self.noise.limit(name)))
 
     def loss_limit(self) -> float:
         return min(self.noise.loss_limit(), self.most)
@@ -373,7 +417,6 @@ class _Examination:
 
     def diagnosis(self, progress: Callable[[int, int], None] | None) -> Diagnosis:
         steps = len(self.alone) + 1
-        among_others = _each_row(self.model, self.padded["right"])
         for i, batch in enumerate(self.alone):
             torch.manual_seed(0)  # what is random in the model is the same with one rounding more
             loss, gradients = alone = _gradients(self.model, batch)
@@ -396,7 +439,7 @@ class _Examination:
             self.twice.add(i, _gradients(self.model, batch), alone)
             for side, comparison in self.sides.items():
                 comparison.add(i, _gradients(self.model, _one(self.padded[side], i)), alone)
-            self.together.add(i, next(among_others), alone)
+            self.together.add(i, _gradients(self.model, self.padded["right"], i), alone)
             self._against_yardstick(i, loss, gradients)
             del gradients, alone
             if progress is not None:
@@ -455,7 +498,7 @@ class _Examination:
         try:
             self.engine.run(self.padded["right"], [slice(None)], into)
         except UserError as why:
-            self.trace.errors[""] = math.inf, math.inf
+            self.trace.errors[""] = _Errors(math.inf, math.inf, math.inf)
             return [str(why)]
         return []
 
@@ -471,8 +514,9 @@ class _Examination:
             rows.append(_row("dtype", what, self.direction, DIRECTION, self.rounded.worst()[0]))
         for name, why in self.unsupported.items():
             rows.append(_row("kernel", f"{name}: not supported here ({why})", None, None))
-        (_, trace) = self.trace.rows()
-        return [*rows, trace | {"what": f"{self.trace.what}: Σ|g|"}]
+        _, trace, scale = self.trace.rows()
+        what = f"{self.trace.what}: Σ|g|"
+        return [*rows, trace | {"what": what}, scale | {"what": f"{what}'s scale"}]
 
     def _problems(self) -> list[str]:
         if self.twice.fails():
@@ -565,12 +609,13 @@ class _Examination:
             return [] if others else ["the fast trace differs as the gradients in a batch do"]
         name = blamed[0]
         way = self.engine.plan.get(name)
+        errors = self.trace.errors[name]
         rule = "one at a time" if way is None else "+".join(rule for _, _, rule in way) or "no gradient"
         return [
             f"the fast trace of {name}{f' and {len(blamed) - 1} other parameters' if len(blamed) > 1 else ''} is off "
-            f"by {100 * self.trace.errors[name][0]:.2g} % (rule: {rule}), though the gradients of the examples in the "
-            "same batch are right: that rule is wrong for this module; please report it with this table, and do not "
-            "trust traces of these parameters"
+            f"by {100 * max(errors.largest, errors.scale):.2g} % (rule: {rule}), though the gradients of the examples "
+            "in the same batch are right: that rule is wrong for this module; please report it with this table, and do "
+            "not trust traces of these parameters"
         ]
 
     # ---- what causes are tried with
@@ -622,11 +667,10 @@ class _Examination:
 
     def _told(self, rows: list[Row], problems: list[str]) -> Diagnosis:
         plan = self.engine.plan
-        pattern = lambda name: re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
         coverage = {
             "rules": self.engine.coverage() if plan else {},
-            "general": list(dict.fromkeys(pattern(name) for name, way in plan.items() if way is None)),
-            "no gradient": list(dict.fromkeys(pattern(name) for name, way in plan.items() if way == [])),
+            "general": list(dict.fromkeys(_pattern(name) for name, way in plan.items() if way is None)),
+            "no gradient": list(dict.fromkeys(_pattern(name) for name, way in plan.items() if way == [])),
         }
         config = getattr(self.model, "config", None)
         return Diagnosis(
@@ -707,16 +751,6 @@ def _gradients(model: Any, batch: Batch, row: int = 0) -> tuple[float, Gradients
     parameters = dict(model.named_parameters())
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return float(loss.detach()), {name: g for name, g in zip(parameters, found) if g is not None}
-
-
-def _each_row(model: Any, batch: Batch) -> Iterator[tuple[float, Gradients]]:
-    """ℓ and ∂ℓ/∂θ of one example of the batch after the other, from one forward."""
-    losses = example_losses(_logits(model, batch), batch["labels"])
-    parameters = dict(model.named_parameters())
-    for row, loss in enumerate(losses):
-        more = row + 1 < len(losses)
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=more)
-        yield float(loss.detach()), {name: g for name, g in zip(parameters, found) if g is not None}
 
 
 @contextmanager
@@ -895,6 +929,19 @@ def _apart(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
 
 
 # ---------------------------------------------------------------- numbers
+
+
+def _pattern(name: str) -> str:
+    """A parameter's name without the numbers of its layer and expert."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _relative(x: float, size: float) -> float:
+    return 0.0 if x == 0 else _finite(x / size) if size > 0 else math.inf
+
+
+def _largest(first: _Errors, second: _Errors) -> _Errors:
+    return _Errors(*(max(pair) for pair in zip(first, second)))
 
 
 def _scales(expected: Mapping[str, Tensor]) -> dict[str, float]:
