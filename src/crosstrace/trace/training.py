@@ -60,6 +60,7 @@ class _Pass:
     missing: set[str]  # parameters not traced yet
     others: list[str]  # tensors that the model got besides the batch
     recording: Recording
+    by_itself: dict[int, dict[str, Tensor]]  # for the examples that rules are tried on, samples of their gradients
     wanted: dict[Call, Tensor] = field(default_factory=dict)  # a linear layer's weight gradient, to be filled
     unseen: bool = False  # the loss is to be checked where it falls apart, and its gradient there has not come
     factor: Tensor | None = None  # what the training multiplied its loss with, once its backward has begun
@@ -347,14 +348,18 @@ class TrainingTrace(Accumulated):
             start += size
 
         engine = self._engine
-        self._active = False  # the plan's own forwards are not the training's
+        by_itself = {}
+        self._active = False  # the forwards here are not the training's
         engine.plan_for(batch)
+        if self._untried and (self._tries == 0 or self._seen & (self._seen - 1) == 0):  # ever more rarely
+            with undisturbed(engine.model):
+                by_itself = {i: self._samples(batch, i) for i in pair_of(batch["attention_mask"])}
         self._active = True
         moved = None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
         missing = set(engine.parameters)
         given = {"input_ids", "attention_mask", "position_ids", "labels", "num_items_in_batch"}
         others = sorted(name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in given)
-        done = _Pass(batch, shares, weights, moved, missing, others, None)  # pyright: ignore[reportArgumentType]
+        done = _Pass(batch, shares, weights, moved, missing, others, None, by_itself)  # pyright: ignore[reportArgumentType]
         deliver, replace = partial(self._deliver, done), partial(self._shared, done) if self._reuse else None
         shape, rerun = (ids.shape[0], ids.shape[1]), engine.rerun()
         done.recording = Recording(engine.owners, shape, deliver, engine.reading(), None, replace, rerun=rerun)
@@ -422,7 +427,7 @@ class TrainingTrace(Accumulated):
             return  # the loss is made of two such places
         if done.factor is None:
             self._multiplied(done, factor)
-        if self._untried and (self._tries == 0 or self._seen & (self._seen - 1) == 0):
+        if done.by_itself:
             self._try(done, split, e)
         without = [*self._without_rule(done), *self._reached(done, split, e)]
         through = [name for name in without if done.drew or name not in self._calm]
@@ -473,7 +478,7 @@ class TrainingTrace(Accumulated):
         """Compare each parameter's rule, and its gradient where an example is by itself, with the gradient of single
         examples that the training's own graph gives. A rule that differs is given up."""
         self._tries += 1
-        trials = [self._try_one(done, split, e, i) for i in pair_of(done.batch["attention_mask"])]
+        trials = [self._try_one(done, split, e, i) for i in done.by_itself]
         told, wrong, differ = (set().union(*of) for of in zip(*trials))
         self._untried -= told
         self._calm = (self._calm - differ) | (told - differ)
@@ -489,13 +494,10 @@ class TrainingTrace(Accumulated):
             for call in recording.calls
         }
         half = next((call.autocast for call in recording.calls if call.autocast is not None), None)
-        by_itself: dict[str, Tensor] = {}
+        by_itself = done.by_itself[i]
         told: set[str] = set()
         wrong: set[str] = set()
         differ: set[str] = set()
-
-        def note(name: str, gradient: Tensor) -> None:
-            by_itself[name] = _sample(gradient)
 
         def arrived(call: Call, gradient: Tensor) -> None:
             call.e, call.arrangement = gradient.detach(), Arrangement(done.order, done.scale)
@@ -519,14 +521,24 @@ class TrainingTrace(Accumulated):
                 if not waiting[call]:
                     call.e, call.kept = None, {}
 
-        with self._apart(done, arrived):
-            with undisturbed(engine.model), engine.streaming(names, note):
-                engine.alone(done.batch, i, names)
-            with engine.streaming(names, judge):
-                self._through_graph(split, split.only(e, i), names)
+        with self._apart(done, arrived), engine.streaming(names, judge):
+            self._through_graph(split, split.only(e, i), names)
         for call in recording.calls:
             call.e, call.kept = None, {}
         return told, wrong, differ
+
+    def _samples(self, batch: Batch, i: int) -> dict[str, Tensor]:
+        """Some elements of each untried parameter's gradient of example i by itself. They are had before the training's
+        forward: a model may change its weights for evaluation (RWKV)."""
+        samples: dict[str, Tensor] = {}
+
+        def note(name: str, gradient: Tensor) -> None:
+            samples[name] = _sample(gradient)
+
+        names = sorted(self._untried)
+        with self._engine.streaming(names, note):
+            self._engine.alone(batch, i, names)
+        return samples
 
     def _through_graph(self, split: Split, e: Tensor, names: Sequence[str]) -> tuple[Tensor | None, ...]:
         """The named parameters' gradients by the training's own graph, for a gradient where the loss falls apart."""
