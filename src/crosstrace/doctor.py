@@ -389,6 +389,7 @@ class _Examination:
         self.alone = [on_device(_padded([item], padding, "right")) for item in items]
         self.shortest = min(range(len(items)), key=lambda i: len(items[i].ids))
         self.padded = {side: on_device(_padded(items, padding, side)) for side in ("right", "left")}
+        self.padded["left"]["position_ids"] += _first_position(model, self.alone[0])
 
         dtypes = sorted({p.dtype for p in self.parameters.values()}, key=lambda d: torch.finfo(d).eps)
         self.dtype = "+".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -732,6 +733,21 @@ def _reversed_positions(batch: Batch) -> Batch:
     return {**batch, "position_ids": batch["position_ids"].flip(1)}
 
 
+def _first_position(model: Any, batch: Batch) -> int:
+    """What the model counts its positions from: 0, or what comes after the padding's (RoBERTa)."""
+    after = (getattr(getattr(model, "config", None), "pad_token_id", None) or 0) + 1
+    if not _accepts(model, "position_ids"):
+        return 0
+    inputs = {key: batch[key][:1] for key in ("input_ids", "attention_mask")}
+    positions = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device).unsqueeze(0)
+    with torch.no_grad():
+        own, from_0, from_after = (
+            model(**inputs, **told).logits
+            for told in ({}, {"position_ids": positions}, {"position_ids": positions + after})
+        )
+    return after if (from_after - own).norm() < 0.1 * (from_0 - own).norm() else 0
+
+
 def _accepts(model: Any, name: str) -> bool:
     """Whether the model's forward takes an argument."""
     accepted = inspect.signature(model.forward).parameters
@@ -828,7 +844,8 @@ def _record(model: Any, batch: Batch, row: int, backward: bool = False) -> list[
     own = batch["attention_mask"][row].bool()
     shape = batch["input_ids"].shape
     if "position_ids" not in batch:  # or padding on the left alone would be fed positions
-        batch = {**batch, "position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+        positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        batch = {**batch, "position_ids": positions + _first_position(model, batch)}
 
     def at_tokens(x: Any) -> Tensor | None:
         if not isinstance(x, Tensor):
