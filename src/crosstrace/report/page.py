@@ -593,6 +593,8 @@ def _render(results: Mapping, sections: Sequence[Section]) -> str:
         subject.append(f"{say.plain(run['parameters'])} parameters")
     if run.get("seed") is not None:
         subject.append(f"seed {run['seed']}")
+    if run.get("precision") and run.get("strategies"):
+        subject.append(f"trained in {run['precision']}")
     whens, claims = _claims(results)
     tables, lists = _how(results)
     return render(
