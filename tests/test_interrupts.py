@@ -38,17 +38,27 @@ def group(leader: int) -> list[str]:
     return found
 
 
+def hear() -> None:
+    """In a new process: no signal is ignored, as SIGINT is in what a shell started in the background."""
+    for number in interrupts.WORDS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def end(arguments: list[str], number: signal.Signals, delay: float, whole_group: bool) -> subprocess.Popen[str]:
     """Start the command line, send it a signal when it has listened for `delay` seconds, and check how it ends."""
     process = subprocess.Popen(
         [sys.executable, "-m", "crosstrace", *arguments],
-        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=hear, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while not listens(process):
-        time.sleep(0.001)
-    time.sleep(delay)
-    (os.killpg if whole_group else os.kill)(process.pid, number)
-    _, told = process.communicate(timeout=60)
+    try:
+        while not listens(process):
+            time.sleep(0.001)
+        time.sleep(delay)
+        (os.killpg if whole_group else os.kill)(process.pid, number)
+        _, told = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 128 + number, told
     lines = told.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"crosstrace: {interrupts.WORDS[number]}; "), told
