@@ -1018,6 +1018,8 @@ def check(experiment: Experiment, whole: bool, stages: Sequence[str] = STAGES) -
     check_fast(tokenizer)
     known_people(experiment.model)
     retains = experiment.retention.run or ("retain" in stages and len(stages) == 1)  # named, it runs whatever is set
+    if retains and not taught["qa"]:
+        raise UserError(f"retain has nothing to ask: {NO_QUESTIONS}")
     further = new_material(experiment, tokenizer) if retains else {}
     lora = experiment.train.lora
     if lora and models.adapted_base(models.locate(experiment.model.name)) is not None:
