@@ -323,34 +323,35 @@ def changed(output, value):
     return (value, *output[1:]) if isinstance(output, tuple) else value
 
 
-def scaled_if_padded(model: nn.Module, place: nn.Module) -> None:
+def scale(model: nn.Module, place: nn.Module, when: str) -> None:
     now = Padded(model)
-    place.register_forward_hook(lambda m, args, out: changed(out, first(out) * 1.001) if now.yes else out)
+    place.register_forward_hook(lambda m, args, out: changed(out, first(out) * 1.001) if getattr(now, when) else out)
+
+
+def scale_backward(model: nn.Module, place: nn.Module, when: str) -> None:
+    now = Padded(model)
+
+    def hook(module, args, output):
+        if getattr(now, when) and first(output).requires_grad:
+            first(output).register_hook(lambda g: g * 1.001)
+
+    place.register_forward_hook(hook)
+
+
+def scaled_if_padded(model: nn.Module, place: nn.Module) -> None:
+    scale(model, place, "yes")
 
 
 def backward_scaled_if_padded(model: nn.Module, place: nn.Module) -> None:
-    now = Padded(model)
-
-    def hook(module, args, output):
-        if now.yes and first(output).requires_grad:
-            first(output).register_hook(lambda g: g * 1.001)
-
-    place.register_forward_hook(hook)
+    scale_backward(model, place, "yes")
 
 
 def scaled_in_company(model: nn.Module, place: nn.Module) -> None:
-    now = Padded(model)
-    place.register_forward_hook(lambda m, args, out: changed(out, first(out) * 1.001) if now.several else out)
+    scale(model, place, "several")
 
 
 def backward_scaled_in_company(model: nn.Module, place: nn.Module) -> None:
-    now = Padded(model)
-
-    def hook(module, args, output):
-        if now.several and first(output).requires_grad:
-            first(output).register_hook(lambda g: g * 1.001)
-
-    place.register_forward_hook(hook)
+    scale_backward(model, place, "several")
 
 
 def mixed_with_neighbours(model: nn.Module, place: nn.Module) -> None:

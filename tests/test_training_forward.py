@@ -281,6 +281,20 @@ def test_a_fresh_adapter_is_traced_by_rules_from_its_third_step_on(batch):
         assert_same(found.values, total[TASKS.index(found.task)])
 
 
+def test_rules_that_are_chosen_anew_are_tried_anew(batch):
+    """What training does otherwise is not forgotten when the rules are chosen again, on the model in evaluation."""
+    torch.manual_seed(1)
+    model = Whole("mixes examples in training").train()
+    with TrainingTrace(model, TASKS) as tracing:
+        for number in range(4):
+            if number == 2:
+                tracing.replan()
+            with tracing.step():
+                model(**batch).loss.backward()
+            model.zero_grad()
+    assert_exact(model, tracing, batch)
+
+
 # ---------------------------------------------------------------------------------- what is told
 
 

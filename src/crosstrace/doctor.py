@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import html
-import inspect
 import math
 import re
 import textwrap
@@ -34,6 +33,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from crosstrace.alike import check_vocabulary
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings, World
+from crosstrace.forward import accepted
 from crosstrace.losses import example_losses
 from crosstrace.models import pad_id, silent
 from crosstrace.results import aligned
@@ -560,7 +560,7 @@ class _Examination:
             cause = f"{reader} ignored attention_mask: other tokens under the padding move its output{kernel}"
         else:
             cause = f"{place} gives something else, though other tokens under the padding change nothing"
-            if "position_ids" in padded and not _accepts(self.model, "position_ids"):
+            if "position_ids" in padded and not accepted(self.model, {"position_ids": None}):
                 cause += "; its forward takes no position_ids"
             elif "position_ids" in padded and not self._differ(padded, _reversed_positions(padded), 0):
                 cause += "; other position_ids change nothing either, so positions may be counted from the padding on"
@@ -736,7 +736,7 @@ def _reversed_positions(batch: Batch) -> Batch:
 def _first_position(model: Any, batch: Batch) -> int:
     """What the model counts its positions from: 0, or what comes after the padding's (RoBERTa)."""
     after = (getattr(getattr(model, "config", None), "pad_token_id", None) or 0) + 1
-    if not _accepts(model, "position_ids"):
+    if not accepted(model, {"position_ids": None}):
         return 0
     inputs = {key: batch[key][:1] for key in ("input_ids", "attention_mask")}
     positions = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device).unsqueeze(0)
@@ -748,16 +748,10 @@ def _first_position(model: Any, batch: Batch) -> int:
     return after if (from_after - own).norm() < 0.1 * (from_0 - own).norm() else 0
 
 
-def _accepts(model: Any, name: str) -> bool:
-    """Whether the model's forward takes an argument."""
-    accepted = inspect.signature(model.forward).parameters
-    return name in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-
-
 def _logits(model: Any, batch: Batch) -> Tensor:
     """The model's answer to what it accepts of a batch; not the engine's, which is to be judged."""
     inputs = {key: value for key, value in batch.items() if key != "labels"} | {"use_cache": False}
-    output = model(**{key: value for key, value in inputs.items() if _accepts(model, key)})
+    output = model(**accepted(model, inputs))
     return output if isinstance(output, Tensor) else output.logits
 
 

@@ -26,6 +26,11 @@ def forward(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> An
 
 def without_cache(model: nn.Module) -> dict[str, Any]:
     """The arguments that keep a model from filling a cache; none if it has no such argument."""
-    accepted = inspect.signature(model.forward).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    return {"use_cache": False} if takes_any or "use_cache" in accepted else {}
+    return accepted(model, {"use_cache": False})
+
+
+def accepted(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the named arguments that the model's forward takes."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {name: value for name, value in arguments.items() if takes_any or name in parameters}

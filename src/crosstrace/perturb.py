@@ -23,7 +23,6 @@ It knows no architecture and no names; what it is given to try comes from `anato
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
+from crosstrace.forward import accepted
 from crosstrace.sharded import is_sharded
 
 TOKENS = 8
@@ -236,8 +236,6 @@ class _Forward:
         known = _vocabulary(self.model)
         text = (torch.arange(TOKENS, 2 * TOKENS) % known).expand(self.examples, TOKENS).to(device)
         inputs = {"input_ids": text, "attention_mask": torch.ones_like(text), "use_cache": False}
-        accepted = inspect.signature(self.decoder.forward).parameters
-        anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
         devices = [device] if device.type == "cuda" else []
         with ExitStack() as stack:
             stack.enter_context(_resting(self.model))
@@ -247,7 +245,7 @@ class _Forward:
                 stack.enter_context(_stand_in(projection, self._give(projection)))
             for output in {id(m.output): m.output for m in self.maps}.values():
                 stack.enter_context(_stand_in(output, self._take(output)))
-            self.decoder(**{name: value for name, value in inputs.items() if anything or name in accepted})
+            self.decoder(**accepted(self.decoder, inputs))
         return self.seen
 
     def _give(self, projection: nn.Module) -> Callable[..., Tensor]:

@@ -12,7 +12,6 @@ The engine knows the model, the loss and its batches; it knows neither tasks nor
 from __future__ import annotations
 
 import functools
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -25,10 +24,12 @@ from torch.autograd.graph import GradientEdge
 from torch.distributed.tensor import DTensor
 
 from crosstrace.errors import UserError
+from crosstrace.forward import accepted
 from crosstrace.losses import aligned_losses, next_tokens
 from crosstrace.sharded import at_rest, is_sharded
 from crosstrace.trace.memory import Estimate, Plan, Where, estimate
 from crosstrace.trace.modules import RULES
+from crosstrace.trace.packed import is_packed
 from crosstrace.trace.probe import AGREES, Trial, Way, hollow, pair_of, settled
 from crosstrace.trace.recording import Recording, Uses, random_states
 from crosstrace.trace.rules import Held, Rule, Unfit, fold, made, main_output, reduce, sum_dtype
@@ -154,9 +155,8 @@ class Engine:
             if rules is not None:
                 missing.discard(name)
                 use(name, rules)
-            elif (
-                self.sharded and self.plan[name] != []
-            ):  # at once: all processes must go the same way through the backward
+            elif self.sharded and self.plan[name] != []:
+                # at once: all processes must go the same way through the backward
                 raise self._refusal(name)
 
         if any(way is not None for way in self.plan.values()):
@@ -445,9 +445,7 @@ class Engine:
             "position_ids": batch.get("position_ids"),
             "use_cache": False,
         }
-        accepted = inspect.signature(self.model.forward).parameters
-        anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-        inputs = {k: v for k, v in inputs.items() if v is not None and (anything or k in accepted)}
+        inputs = accepted(self.model, {name: value for name, value in inputs.items() if value is not None})
 
         # A token after padding is an example's first: nothing predicts it, whichever side the padding is on.
         mask, labels = batch["attention_mask"], batch["labels"].clone()
@@ -497,8 +495,7 @@ class Engine:
                     f"batch tensor {key!r} has shape {list(value.shape)}; expected [examples, positions] "
                     f"like input_ids, which has {list(shape)}"
                 )
-        both = (batch["attention_mask"][:, 1:] != 0) & (batch["attention_mask"][:, :-1] != 0)
-        if "position_ids" in batch and bool((batch["position_ids"].diff(dim=1).lt(0) & both).any()):
+        if "position_ids" in batch and is_packed(batch["position_ids"], batch["attention_mask"]):
             raise UserError(
                 "position_ids of a batch to trace begin anew within a row, so several examples are packed into it; "
                 "expected one example a row (`unpacked` makes it so)"

@@ -15,6 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 FILL = {"labels": -100}  # of padding; 0 for all others
 
 
+def is_packed(positions: Tensor, mask: Tensor) -> bool:
+    """Whether position_ids [rows, positions] begin anew within a row, padding (mask 0) aside."""
+    both = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    return bool(((positions.diff(dim=1) <= 0) & both).any())
+
+
 def unpacked(batch: Mapping[str, Tensor], by_length: bool = False) -> list[dict[str, Tensor]]:
     """The batch with one example a row, padded on the right; one without packed rows as it is.
 

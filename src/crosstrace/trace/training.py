@@ -38,6 +38,7 @@ from crosstrace.losses import next_tokens
 from crosstrace.sharded import is_sharded
 from crosstrace.trace.engine import Batch, undisturbed
 from crosstrace.trace.modules import Linear, TransposedLinear
+from crosstrace.trace.packed import is_packed
 from crosstrace.trace.probe import AGREES, misfit, pair_of
 from crosstrace.trace.recording import Recording, Uses, random_states
 from crosstrace.trace.rules import Arrangement, Call, Unfit, reduce, sum_dtype
@@ -66,7 +67,7 @@ class _Pass:
     factor: Tensor | None = None  # what the training multiplied its loss with, once its backward has begun
     before: list[Tensor] = field(default_factory=list)  # the states of the random generators before the forward
     drew: bool = False  # whether it drew random numbers
-    loss: float | None = None  # that the model gave
+    loss: Tensor | None = None  # that the model gave
     refused: set[str] = field(default_factory=set)  # parameters whose rule did not fit, against what was planned
     unreached: set[str] = field(default_factory=set)  # parameters that no example's loss reaches
     hooks: ExitStack = field(default_factory=ExitStack)
@@ -299,7 +300,7 @@ class TrainingTrace(Accumulated):
         mask = torch.ones_like(ids) if mask is None else mask
         positions = kwargs.get("position_ids")
         if "cu_seq_lens_q" in kwargs or (
-            isinstance(positions, Tensor) and positions.shape == ids.shape and _packed(positions, mask)
+            isinstance(positions, Tensor) and positions.shape == ids.shape and is_packed(positions, mask)
         ):
             raise UserError(
                 "the training packs several examples into a row, and its own backward can't be taken apart into them; "
@@ -350,8 +351,11 @@ class TrainingTrace(Accumulated):
         engine = self._engine
         by_itself = {}
         self._active = False  # the forwards here are not the training's
+        before = dict(engine.plan)
         engine.plan_for(batch)
-        if self._untried and (self._tries == 0 or self._seen & (self._seen - 1) == 0):  # ever more rarely
+        chosen = {name for name, way in engine.plan.items() if before.get(name) != way}
+        self._untried |= chosen
+        if self._untried and (chosen or self._tries == 0 or self._seen & (self._seen - 1) == 0):  # ever more rarely
             with undisturbed(engine.model):
                 by_itself = {i: self._samples(batch, i) for i in pair_of(batch["attention_mask"])}
         self._active = True
@@ -404,7 +408,7 @@ class TrainingTrace(Accumulated):
         for split in found:
             split.node.register_prehook(partial(self._splits, done, split))
         if loss is not None:
-            done.loss = float(loss.detach())
+            done.loss = loss.detach()
             loss.register_hook(partial(self._told, done))
 
     # ---- the training's backward
@@ -643,13 +647,13 @@ class TrainingTrace(Accumulated):
         with torch.no_grad():
             count = len(done.batch["labels"])
             mask = done.batch["attention_mask"].bool()
-            whole = 0.0
+            whole, given = 0.0, float(done.loss)
             for i in range(count):
                 example = {key: value[i : i + 1, mask[i]] for key, value in done.batch.items()}
                 whole += float(done.weights[i]) * float(self._engine.losses(example, only_targets=True))
         dtypes = {call.autocast or call.module.get_parameter(call.locals[0]).dtype
                   for call in done.recording.calls if call.locals}  # fmt: skip
-        return abs(whole - done.loss) <= max(AGREES[dtype][0] for dtype in dtypes) / 10 * abs(done.loss)
+        return abs(whole - given) <= max(AGREES[dtype][0] for dtype in dtypes) / 10 * abs(given)
 
     def _refusal(self, name: str) -> UserError:
         return UserError(
@@ -674,12 +678,6 @@ def _alike(a: Tensor, b: Tensor, tolerance: float) -> bool:
     wide = torch.promote_types(a.dtype, torch.float32)
     a, b = a.to(wide), b.to(wide)
     return bool((a - b).norm() <= tolerance * b.norm())
-
-
-def _packed(positions: Tensor, mask: Tensor) -> bool:
-    """Whether positions begin anew within a row."""
-    both = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
-    return bool(((positions.diff(dim=1) <= 0) & both).any())
 
 
 def _plain(module: nn.Module) -> bool:
