@@ -1,14 +1,17 @@
-"""The Triton kernel against a plain sum in float64.
+"""The kernels, that for the CPU and the Triton one, against a plain sum in float64.
 
-The tests of its logic run in Triton's interpreter, which needs no GPU but must be switched on before Triton is
-imported: one test runs this file again in a process where it is on.
+The tests of the Triton kernel's logic run in Triton's interpreter, which needs no GPU but must be switched on before
+Triton is imported: one test runs this file again in a process where it is on. The CPU's kernel is compiled for this
+processor and for lesser ones.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +23,7 @@ from test_trace import make_examples, pad
 from tiny_models import tiny_model
 from torch import Tensor
 
-from crosstrace.trace import kernels, trace
+from crosstrace.trace import cpu_kernel, kernels, rules, trace
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
@@ -52,6 +55,13 @@ def expected(left: Tensor, right: Tensor, examples: slice, lengths: Tensor | Non
         for name, fold in FOLDS.items():
             sums[name] += fold(g)
     return sums
+
+
+def linear_rule(left: Tensor, right: Tensor) -> rules.Linear:
+    linear = rules.Linear.__new__(rules.Linear)
+    linear.left, linear.right, linear.batch, linear.arrangement = left, right, len(left), rules.Arrangement()
+    linear.on_gpu = False
+    return linear
 
 
 def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 3e-6) -> None:
@@ -169,11 +179,8 @@ def test_interpreter_shares_add_up_and_calls_repeat_bit_for_bit():
 
 @interpreted
 def test_interpreter_agrees_with_the_plain_twin():
-    from crosstrace.trace import rules
-
     left, right = factors(5, 6, 17, 33)
-    linear = rules.Linear.__new__(rules.Linear)
-    linear.left, linear.right, linear.batch, linear.arrangement = left, right, len(left), rules.Arrangement()
+    linear = linear_rule(left, right)
     got, want = zeros(left, right), zeros(left, right)
     kernels.per_example_sums(left, right, got, slice(None, None, 2))
     rules._blocks([linear], want, slice(None, None, 2), len(left))
@@ -208,6 +215,184 @@ def test_interpreter_nothing_to_add():
     kernels.per_example_sums(*factors(2, 0, 4, 5), sums, slice(None))
     kernels.per_example_sums(*factors(2, 3, 4, 5), sums, slice(2, 2))
     assert not any(bool(x.any()) for x in sums.values())
+
+
+# ---- on the CPU: tiles of 4 rows and of 48, 24 or 12 columns, by the processor
+
+
+def avx2() -> bool:
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+WAYS = {
+    "native": cpu_kernel.WAYS[0],
+    "one thread": cpu_kernel.WAYS[1],
+    "avx2": ("-mavx2", "-mfma", "-fopenmp"),
+    "any": ("-fopenmp",),
+}
+
+
+@pytest.fixture(params=list(WAYS))
+def compiled(request, monkeypatch) -> ctypes.CDLL:
+    """The kernel compiled for this processor and for others that it can play."""
+    if INTERPRETED or cpu_kernel._library() is None:
+        pytest.skip("needs a C++ compiler")
+    if request.param == "avx2" and not avx2():
+        pytest.skip("needs AVX2")
+    library = ctypes.CDLL(str(cpu_kernel._built(["c++"], WAYS[request.param])))
+    monkeypatch.setattr(cpu_kernel, "_library", lambda: library)
+    return library
+
+
+HALVES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32),
+          (torch.float32, torch.bfloat16)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtypes", HALVES)
+@pytest.mark.parametrize(
+    "sizes",
+    [(3, 5, 17, 33), (3, 1, 17, 33), (1, 16, 16, 32), (2, 17, 5, 7), (2, 40, 50, 70), (2, 3, 1, 1), (3, 2, 300, 49),
+     (60, 90, 6, 50), (2, 1700, 9, 20), (2, 3, 9000, 17)],
+)  # fmt: skip
+def test_cpu_equals_the_plain_sum(compiled, sizes, dtypes):
+    left, right = (x.to(dtype) for x, dtype in zip(factors(*sizes), dtypes, strict=True))
+    sums = zeros(left, right)
+    assert cpu_kernel.takes(left, right, sums)
+    cpu_kernel.per_example_sums(left, right, sums, range(len(left)))
+    assert_close(sums, expected(left, right, slice(None)), 1e-5 if torch.bfloat16 in dtypes else 3e-6)
+
+
+@pytest.mark.parametrize("names", SUBSETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpu_any_subset_of_the_sums_with_scales_and_weights(compiled, names, dtype):
+    left, right = factors(6, 5, 17, 60, dtype)
+    examples, scale, weights = [4, 0, 2, 5], torch.tensor([-2.0, 0.0, 1.5, 3.0]), torch.tensor([1.0, 2.0, -0.5, 4.0])
+    scaled = left.double()[examples] * scale.view(-1, 1, 1)
+    want = expected(scaled, right[examples], slice(None))
+    want["weighted"] = expected(scaled * weights.view(-1, 1, 1), right[examples], slice(None))["sum"]
+    sums = zeros(left, right, (*names, "weighted"))
+    cpu_kernel.per_example_sums(left, right, sums, examples, scale, weights)
+    assert_close(sums, want, 1e-5)
+
+
+@pytest.mark.parametrize("left_is_gradient", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpu_positions_without_gradient_are_not_read(compiled, dtype, left_is_gradient):
+    left, right = factors(5, 9, 17, 33, dtype)
+    e, a = (left, right) if left_is_gradient else (right, left)
+    for b, t in [(0, 0), (1, 3), (1, 4), (1, 8), *((2, t) for t in range(9))]:
+        e[b, t], a[b, t] = 0.0, 0.0
+    e[3, :8] = 0.0
+    e[3, :8, -1] = 1e-3  # the last column alone
+    want = expected(left, right, slice(None))
+    a[1, 3], a[2] = float("nan"), float("inf")
+    sums = zeros(left, right)
+    cpu_kernel.per_example_sums(left, right, sums, range(5), left_is_gradient=left_is_gradient)
+    assert_close(sums, want, 1e-5)
+
+
+def test_cpu_strides_and_part_of_a_larger_tensor(compiled):
+    left, right = torch.randn(17, 5, 3).permute(2, 1, 0), torch.randn(6, 10, 70)[::2, ::2, 3:36]
+    whole = {name: torch.full((20, 40), 7.0) for name in ALL}
+    part = {name: x[2:19, 3:36] for name, x in whole.items()}
+    cpu_kernel.per_example_sums(left, right, part, torch.tensor([2, 0]))
+    for name, want in expected(left, right, slice(2, None, -2)).items():
+        assert_close({name: part[name]}, {name: want + 7})
+        part[name].fill_(7.0)
+        assert bool((whole[name] == 7).all()), name
+
+
+def test_cpu_threads_change_no_bit(compiled, monkeypatch):
+    left, right = factors(20, 90, 600, 100)
+    runs = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        runs.append(zeros(left, right))
+        cpu_kernel.per_example_sums(left, right, runs[-1], range(20))
+    assert all(torch.equal(runs[0][name], other[name]) for other in runs[1:] for name in ALL)
+
+
+def test_cpu_nothing_to_add_and_what_is_wrong_is_named(compiled):
+    left, right = factors(2, 3, 4, 5)
+    sums = zeros(left, right)
+    cpu_kernel.per_example_sums(left, right, sums, [])
+    cpu_kernel.per_example_sums(left[:, :0], right[:, :0], sums, [0])
+    assert not any(bool(x.any()) for x in sums.values())
+    assert not cpu_kernel.takes(left.double(), right, sums)
+    assert not cpu_kernel.takes(left.half(), right, sums)
+    assert not cpu_kernel.takes(left, right, {"abs": torch.zeros(5, 4).t()})
+    assert not cpu_kernel.takes(left, right, {"abs": torch.zeros(4, 5), "sum": torch.zeros(4, 9)[:, :5]})
+    call = cpu_kernel.per_example_sums
+    with pytest.raises(ValueError, match="float32 and bfloat16"):
+        call(left.double(), right, sums, [0])
+    with pytest.raises(ValueError, match=r"\[2, 3, 4\] and \[2, 2, 5\]"):
+        call(left, right[:, :2], sums, [0])
+    with pytest.raises(ValueError, match=r"expected some of .* \[4, 5\]"):
+        call(left, right, {"net": torch.zeros(4, 5)}, [0])
+    with pytest.raises(ValueError, match="from 0 to 2; there are 2"):
+        call(left, right, sums, [0, 2])
+    with pytest.raises(ValueError, match=r"shape \[1\]; expected \[2\]"):
+        call(left, right, sums, [0, 1], torch.ones(1))
+    with pytest.raises(ValueError, match="belong together"):
+        call(left, right, sums, [0], weights=torch.ones(1))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpu_serves_the_engine(compiled, dtype, tied, monkeypatch):
+    """A whole model's trace with the kernel and without; in parts, so that shares are taken."""
+    model = tiny_model("llama", dtype, tied=tied, vocab_size=2000)
+    called = []
+    inner = cpu_kernel.per_example_sums
+    monkeypatch.setattr(cpu_kernel, "per_example_sums", lambda *a, **k: (called.append(a[0].shape[-1]), inner(*a, **k)))
+    data = [pad(make_examples(4))]
+    with_kernel = trace(model, data, task="qa", measures=("abs", "square"), parts=2)
+    assert 2000 in called and 24 in called
+    monkeypatch.setenv(cpu_kernel.SWITCH, "off")
+    monkeypatch.setattr(cpu_kernel, "_library", lambda: None)
+    called.clear()
+    without = trace(model, data, task="qa", measures=("abs", "square"), parts=2)
+    assert not called
+    for a, b in zip(with_kernel, without, strict=True):
+        for name, value in a.values.items():
+            scale = float(b.values[name].abs().max())
+            assert float((value - b.values[name]).abs().max()) <= 1e-5 * max(scale, 1e-20), name
+
+
+@pytest.mark.parametrize("reason", ["switched off", "no compiler", "compiler fails", "no cache"])
+def test_cpu_without_a_library_pytorch_computes(reason, monkeypatch, tmp_path):
+    cpu_kernel._compiled.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if reason == "switched off":
+        monkeypatch.setenv(cpu_kernel.SWITCH, "off")
+    elif reason == "no cache":
+        (tmp_path / "cache").write_text("a file")
+    else:
+        monkeypatch.setenv("CXX", str(tmp_path / "none") if reason == "no compiler" else "false")
+    left, right = factors(2, 3, 4, 5)
+    there = cpu_kernel.takes(left, right, zeros(left, right))
+    cpu_kernel._compiled.cache_clear()
+    assert there == (reason == "no cache" and shutil.which("c++") is not None and not INTERPRETED)
+    sums = zeros(left, right)
+    linear_rule(left, right).reduce(sums, slice(None))
+    assert_close(sums, expected(left, right, slice(None)))
+
+
+def test_a_library_is_compiled_once_and_one_that_fails_is_not_kept(monkeypatch, tmp_path):
+    if cpu_kernel._library() is None:
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    way = ()
+    first = cpu_kernel._built(["c++"], way)
+    made = first.stat().st_mtime_ns
+    assert cpu_kernel._built(["c++"], way) == first and first.stat().st_mtime_ns == made
+    assert oct(first.parent.stat().st_mode & 0o777) == "0o700"
+    broken = tmp_path / "source.cpp"
+    broken.write_text("int main( {")
+    monkeypatch.setattr(cpu_kernel, "SOURCE", broken)
+    with pytest.raises(subprocess.CalledProcessError):
+        cpu_kernel._built(["c++"], way)
+    assert sorted(path.suffix for path in first.parent.iterdir()) == [".lock", ".lock", ".so"]
 
 
 # ---- without the kernel

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from crosstrace.trace import cpu_kernel
 from crosstrace.trace.rules import (
     Call,
     Embedding,
@@ -206,6 +207,17 @@ class Experts(Rule):
         for number, own in self._groups(pairs):
             self._matrix(out)[number].addmm_(self.left[pairs[own]].t(), self.right[pairs[own]])
 
+    def along(self, directions: Tensor, i: int) -> Tensor:
+        width = 1 if self.flat else self.left.shape[1]
+        found = directions.new_zeros(self.count, width, directions.shape[1])
+        pairs = self._of(slice(i, i + 1))
+        left, right = (x[pairs].to(directions.dtype) for x in (self.left, self.right))
+        if self.flat:
+            left, right = right, left
+        for number, own in self._groups(pairs):
+            found[number] = left[own].t() @ (right[own] @ directions)
+        return found.squeeze(1) if self.flat else found
+
     def reduce(self, sums: dict[str, Tensor], examples: slice) -> None:
         """Expert by expert, over the examples routed to it alone."""
         pairs = self._of(examples)
@@ -230,6 +242,12 @@ class _Routed(Rule):
     def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
         left = self.left[examples, :, rows].transpose(1, 2)
         torch.baddbmm(out, left, self.right[examples], beta=beta, out=out)
+
+    def reduce(self, sums: dict[str, Tensor], examples: slice) -> None:
+        if cpu_kernel.takes(self.left, self.right, sums):
+            cpu_kernel.per_example_sums(self.left, self.right, sums, range(self.batch)[examples])
+        else:
+            super().reduce(sums, examples)
 
 
 def _gate(module: Any, up_name: str) -> Callable[[Tensor], Tensor]:

@@ -15,7 +15,8 @@ Shapes: B examples, T positions, O and I outputs and inputs, c examples of a blo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterator, Sequence
+import functools
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from crosstrace.trace import kernels
+from crosstrace.trace import cpu_kernel, kernels
 
 # Elements of one example's tile, 4 MB in float32: with 64 positions a matmul of fewer rows is slower than what the
 # cache saves (benchmarks/tiles.py). Several examples share a block of that size only where their tiles are small.
@@ -224,6 +225,11 @@ class Rule:
         """Fold the gradients of `examples` into `sums`, where this is the parameter's only use."""
         _blocks([self], sums, examples, self.batch)
 
+    def along(self, directions: Tensor, i: int) -> Tensor | None:
+        """g_i v for each column v of `directions` [K, D], K the parameter's last size: [..., D]; None where that is not
+        cheaper than the gradient."""
+        return None
+
     def magnitude(self) -> Rule:
         """The same use with the absolute values of all it multiplies: the scale of its rounding errors."""
         twin = copy.copy(self)
@@ -243,22 +249,50 @@ class Linear(Rule):
     def __init__(self, call: Call, local: str) -> None:
         assert call.e is not None
         a, e, weight = call.by_example(call.raw_tensor()), call.by_example(call.e), getattr(call.module, local)
+        if call.autocast == e.dtype != a.dtype:
+            a = a.to(e.dtype)  # as autocast hands it to the product, and to that of the weight's gradient
         left, right = (a, e) if self.transposed else (e, a)
         if weight.shape != (left.shape[-1], right.shape[-1]) or a.shape[:-1] != e.shape[:-1] or a.dim() < 2:
             raise Unfit
         self.batch = len(e)
         self.arrangement = call.arrangement
-        self.kernel = a.dtype == e.dtype and self.arrangement.untouched and kernels.available(e)
-        if not self.kernel:  # which takes half precision as it is
+        self.on_gpu = a.dtype == e.dtype and self.arrangement.scale is None and kernels.available(e)
+        if self.on_gpu and self.arrangement.order is not None:  # whose kernel takes the rows as they come
+            left, right = self.arrangement.rows(left), self.arrangement.rows(right)
+            self.arrangement = Arrangement()
+        # as they are: half precision is not widened before it must be
+        self.left, self.right = (x.unsqueeze(1).flatten(1, -2) for x in (left, right))
+
+    @functools.cached_property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """left [B, T', …] and right [B, T', …], without positions that no example of the batch needs; in the dtype of
+        the sums, but for the GPU's kernel."""
+        e = self.right if self.transposed else self.left
+        left, right = self.left, self.right
+        if not self.on_gpu:
             left, right = left.to(sum_dtype(e.dtype)), right.to(sum_dtype(e.dtype))
-        self.left, self.right = _occupied(left, right, e)
+        return _occupied(left, right, e)
+
+    @functools.cached_property
+    def has_one_position(self) -> bool:
+        """Whether every example has at most one position with a gradient."""
+        e = self.right if self.transposed else self.left
+        if e.shape[1] == 1:
+            return True
+        some = e[..., :8]  # few columns tell nearly always
+        return all(int((x != 0).any(-1).sum(1).max()) <= 1 for x in (some, e))
+
+    def magnitude(self) -> Rule:
+        twin = super().magnitude()
+        vars(twin).pop("factors", None)
+        return twin
 
     def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
         if len(out) == 1:  # a large tile: rows and scale cost nothing here
             places, factors = self.arrangement.places, self.arrangement.factors
             row = examples.start if places is None else places[examples.start]
             alpha = 1.0 if factors is None else factors[examples.start]
-            left, right = (x[row : row + 1].to(out.dtype) for x in (self.left, self.right))
+            left, right = (x[row : row + 1].to(out.dtype) for x in self.factors)
             torch.baddbmm(out, left[..., rows].transpose(1, 2), right, beta=beta, alpha=alpha, out=out)
             return
         left, right = self._chosen(examples, out.dtype)
@@ -269,29 +303,50 @@ class Linear(Rule):
         out.addmm_(left.t(), right)
 
     def reduce(self, sums: dict[str, Tensor], examples: slice) -> None:
-        """On a GPU in one kernel, in which a product never leaves the registers.
+        """In one kernel, in which a product never leaves the registers, where there is one for these factors.
 
         Where every example has one position (of a single target, in the layers after the last attention), its gradient
         is e aᵀ: |e aᵀ| = |e| |a|ᵀ, so that one product over the batch gives Σ|g|, and another Σg².
         """
-        if self.left.shape[1] == 1:
+        if self.has_one_position:
             left, right = (x.squeeze(1) for x in self._chosen(examples, next(iter(sums.values())).dtype))
             for name, total in sums.items():
                 change = {"sum": lambda x: x, "abs": torch.abs, "square": torch.square}[name]
                 total.addmm_(change(left).t(), change(right))
-        elif self.kernel and all(total.dtype == torch.float32 for total in sums.values()):
-            kernels.per_example_sums(self.left, self.right, sums, examples)
+        elif self.on_gpu and all(total.dtype == torch.float32 for total in sums.values()):
+            kernels.per_example_sums(*self.factors, sums, examples)
+        elif cpu_kernel.takes(self.left, self.right, sums):
+            self.reduce_by_cpu_kernel(sums, examples)
         else:
             parts = max(1, self.right.shape[-1] // COLUMNS)
             columns = zip(*(total.chunk(parts, -1) for total in sums.values()))
-            for right, totals in zip(self.right.chunk(parts, -1), columns):
+            left, right = self.factors
+            for piece, totals in zip(right.chunk(parts, -1), columns):
                 part = copy.copy(self)
-                part.right = right
+                part.factors = (left, piece)
                 _blocks([part], dict(zip(sums, totals)), examples, self.batch)
+
+    def reduce_by_cpu_kernel(self, sums: Mapping[str, Tensor], examples: slice, weights: Sequence[float] = ()) -> None:
+        """`reduce` of factors that `cpu_kernel` takes; "weighted" among the sums is Σ_i w_i g_i, w_i = weights[i]."""
+        order, scale = self.arrangement.order, self.arrangement.scale
+        chosen = range(self.batch)[examples]
+        cpu_kernel.per_example_sums(
+            self.left,
+            self.right,
+            sums,
+            list(chosen) if order is None else order[examples],
+            None if scale is None else scale[examples],
+            torch.tensor([weights[i] for i in chosen]) if "weighted" in sums else None,
+            left_is_gradient=not self.transposed,
+        )
+
+    def along(self, directions: Tensor, i: int) -> Tensor:
+        left, right = self._chosen(slice(i, i + 1), directions.dtype)
+        return left[0].t() @ (right[0] @ directions)
 
     def gram(self) -> Tensor | None:
         """⟨g_i, g_j⟩ [B, B] in float64, by Σ_{t,s} (e_it · e_js)(a_it · a_js); None where `product` is cheaper."""
-        count, length, width = self.left.shape
+        count, length, width = self.factors[0].shape
         height = self.right.shape[-1]
         if count * length**2 * (width + height) >= (length + count) * width * height:
             return None
@@ -308,7 +363,7 @@ class Linear(Rule):
     def _chosen(self, examples: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         order, scale = self.arrangement.order, self.arrangement.scale
         rows = examples if order is None else order[examples]
-        left, right = self.left[rows].to(dtype), self.right[rows].to(dtype)
+        left, right = (x[rows].to(dtype) for x in self.factors)
         return left if scale is None else left * scale[examples].to(dtype).view(-1, 1, 1), right
 
 
@@ -350,6 +405,10 @@ class Embedding(Rule):
 
     def total(self, out: Tensor, examples: slice) -> None:
         out.index_add_(0, self.ids[examples].flatten(), self.e[examples].flatten(0, 1))
+
+    def along(self, directions: Tensor, i: int) -> Tensor:
+        found = directions.new_zeros(self.rows, directions.shape[1])
+        return found.index_add_(0, self.ids[i], self.e[i].to(directions.dtype) @ directions)
 
     def reduce(self, sums: dict[str, Tensor], examples: slice) -> None:
         """Only the rows that occur: one per pair (example, id)."""
@@ -530,15 +589,53 @@ def reduce(
             _blocks(uses, apart, examples, uses[0].batch) if len(uses) > 1 else uses[0].reduce(apart, examples)
         for name, total in sums.items():
             total.add_(apart[name])
-    elif weighted is not None:
-        _blocks(uses, sums, examples, uses[0].batch, weighted, weights)
-    elif totals and list(sums) == ["sum"]:
+    elif totals and weighted is None and list(sums) == ["sum"]:
         for use in uses:
             use.total(sums["sum"], examples)
+    elif weighted is None and (linear := _tied(uses, sums, examples)):
+        _reduce_tied(linear, uses, sums, examples)
+    elif weighted is not None:
+        every = sums | {"weighted": weighted}
+        if len(uses) == 1 and isinstance(uses[0], Linear) and cpu_kernel.takes(uses[0].left, uses[0].right, every):
+            uses[0].reduce_by_cpu_kernel(every, examples, weights)
+        else:
+            _blocks(uses, sums, examples, uses[0].batch, weighted, weights)
     elif len(uses) == 1:
         uses[0].reduce(sums, examples)
     elif uses:
         _blocks(uses, sums, examples, uses[0].batch)
+
+
+def _tied(uses: Sequence[Rule], sums: Mapping[str, Tensor], examples: slice) -> Linear | None:
+    """The product among the uses of a tied embedding, if the CPU's kernel takes it and most rows are not looked up."""
+    products = [use for use in uses if type(use) is Linear]
+    lookups = [use for use in uses if isinstance(use, Embedding)]
+    if len(products) != 1 or not lookups or len(products) + len(lookups) != len(uses):
+        return None
+    linear = products[0]
+    few = sum(use.ids[examples].numel() for use in lookups) < linear.left.shape[-1] // 2
+    return linear if few and cpu_kernel.takes(linear.left, linear.right, sums) else None
+
+
+def _reduce_tied(linear: Linear, uses: Sequence[Rule], sums: Mapping[str, Tensor], examples: slice) -> None:
+    """Add the sums of a tied embedding: rows that no example looks up have the product's gradient alone, which the
+    kernel folds; in the others the uses are added before."""
+    lookups = [use for use in uses if isinstance(use, Embedding)]
+    looked_up = torch.cat([use.ids[examples].flatten() for use in lookups]).unique()
+    apart = {name: total[looked_up] for name, total in sums.items()}
+    linear.reduce_by_cpu_kernel(sums, examples)
+    parts: list[Rule] = []
+    for use in uses:
+        part = copy.copy(use)
+        if isinstance(part, Linear):
+            left, right = linear.factors
+            part.factors = (left[..., looked_up], right)
+        elif isinstance(part, Embedding):
+            part.rows, part.ids = len(looked_up), torch.searchsorted(looked_up, part.ids)
+        parts.append(part)
+    _blocks(parts, apart, examples, linear.batch)
+    for name, total in sums.items():
+        total[looked_up] = apart[name]
 
 
 def fold(block: Tensor, sums: dict[str, Tensor]) -> None:

@@ -1,0 +1,222 @@
+"""Kernel for the CPU: the per-example sums of a linear layer in one pass, compiled on first use.
+
+The twin of the Triton kernel in `kernels`. PyTorch has to write every block of per-example gradients to memory before
+it can take |g|; in `cpu_kernel.cpp` the gradient of an example stays in registers, and only the sums are written.
+
+The source needs no header but the standard ones, so a C++ compiler turns it into a library in seconds, once per
+machine and version: the library lies in the user's cache. (`torch.utils.cpp_extension.load` would need ninja on the
+path, and waits for ever on the lock of a process that was killed.) Where there is no compiler, or the environment
+variable CROSSTRACE_CPU_KERNEL is "off", `takes` says no, and PyTorch computes the same sums (`rules._blocks`).
+
+This module knows neither rules, models nor losses.
+
+Shapes: B examples, T positions, R rows and K columns of the parameter.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
+SWITCH = "CROSSTRACE_CPU_KERNEL"
+KINDS = ("sum", "abs", "square", "weighted")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+FLAGS = ("-std=c++17", "-O3", "-fPIC")
+# Tried in order. With OpenMP the kernel shares torch's threads: the library is not linked with a runtime of its own,
+# but finds the one that torch has loaded. (Clang's code asks for another one than GCC's, which torch may not have.)
+WAYS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
+_LINK = ("-shared", "-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-shared",)
+LONGEST = 300  # seconds that a compiler may take
+
+
+def takes(left: Tensor, right: Tensor, sums: Mapping[str, Tensor]) -> bool:
+    """Whether `per_example_sums` takes such factors and sums: dtypes, on the CPU, and a library for it."""
+    return (
+        all(x.device.type == "cpu" and x.dtype in DTYPES for x in (left, right))
+        and all(x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in sums.values())
+        and len({x.stride(0) for x in sums.values()}) == 1
+        and _library() is not None
+    )
+
+
+def per_example_sums(
+    left: Tensor,
+    right: Tensor,
+    sums: Mapping[str, Tensor],
+    examples: Sequence[int] | Tensor,
+    scale: Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    left_is_gradient: bool = True,
+) -> None:
+    """Add Σ_b f(s_b G_b) to `sums`, where G_b = Σ_t left[b, t]ᵀ right[b, t] is example b's gradient of a linear layer.
+
+    For the formula see `kernels.per_example_sums`. Products of bfloat16 factors are exact, where the processor
+    multiplies them (AVX-512 BF16) and where they are widened first; all sums are kept in float32. Positions at which
+    the output's gradient is zero are not multiplied. A sum's order does not depend on the number of threads: the same
+    call on the same machine gives the same bits.
+
+    Args:
+        left: [B, T, R], float32 or bfloat16.
+        right: [B, T, K], likewise.
+        sums: of "sum" Σ s G, "abs" Σ |s G|, "square" Σ (s G)² and "weighted" Σ w s G those wanted: float32 [R, K] with
+            dense rows, of equal strides. Added to in place.
+        examples: which b, in the order in which they are added.
+        scale: s of each of these examples; None: 1.
+        weights: w of each of these examples; for "weighted" alone.
+        left_is_gradient: whether `left` is the output's gradient, else `right` is.
+
+    Raises:
+        ValueError: the factors or sums are none that it `takes`, or do not belong together.
+        MemoryError: the sums may then be incomplete.
+    """
+    if not takes(left, right, sums):
+        raise ValueError("the kernel for the CPU takes float32 and bfloat16 factors and float32 sums with dense rows")
+    shape = (left.shape[-1], right.shape[-1])
+    if left.dim() != 3 or right.dim() != 3 or left.shape[:2] != right.shape[:2]:
+        raise ValueError(f"the factors have shapes {list(left.shape)} and {list(right.shape)}; expected [B, T, R|K]")
+    unknown = [name for name in sums if name not in KINDS]
+    if unknown or any(total.shape != shape for total in sums.values()):
+        raise ValueError(f"the sums are {sorted(sums)}; expected some of {', '.join(KINDS)}, each {list(shape)}")
+    if ("weighted" in sums) != (weights is not None):
+        raise ValueError("the weighted sum and the weights belong together")
+    rows = torch.as_tensor(examples, dtype=torch.int64).contiguous()
+    if not sums or not len(rows) or left.numel() == 0 or right.numel() == 0:
+        return
+    if int(rows.min()) < 0 or int(rows.max()) >= len(left):
+        raise ValueError(f"examples are from {int(rows.min())} to {int(rows.max())}; there are {len(left)}")
+    per_example = []
+    for values in (scale, weights):
+        given = None if values is None else values.to(torch.float32).contiguous()
+        if given is not None and given.shape != rows.shape:
+            raise ValueError(f"scale and weights have shape {list(given.shape)}; expected {list(rows.shape)}")
+        per_example.append(given)
+    left, right = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (left, right))
+    library = _library()
+    assert library is not None
+    failed = library.crosstrace_per_example_sums(
+        *_factor(left),
+        *_factor(right),
+        _address(rows),
+        *map(_address, per_example),
+        ctypes.c_int64(len(rows)),
+        ctypes.c_int64(left.shape[1]),
+        *map(ctypes.c_int64, shape),
+        int(left_is_gradient),
+        torch.get_num_threads(),
+        *(_address(sums.get(name)) for name in KINDS),
+        ctypes.c_int64(next(iter(sums.values())).stride(0)),
+    )
+    if failed:
+        raise MemoryError("no memory for the packed factors of a layer's per-example gradients")
+
+
+def description() -> str:
+    """How this process computes per-example sums on the CPU, for a run's metadata."""
+    library = _library()
+    if library is None:
+        return "by PyTorch"
+    return "compiled, bfloat16 multiplied as it is" if library.crosstrace_multiplies_bfloat16() else "compiled"
+
+
+def _factor(x: Tensor) -> tuple[object, ...]:
+    return _address(x), DTYPES[x.dtype], ctypes.c_int64(x.stride(0)), ctypes.c_int64(x.stride(1))
+
+
+def _address(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+# ---- the library
+
+
+def _library() -> ctypes.CDLL | None:
+    """The compiled library; None where there is none."""
+    return None if os.environ.get(SWITCH, "").lower() in ("off", "0", "no", "false") else _compiled()
+
+
+@functools.cache
+def _compiled() -> ctypes.CDLL | None:
+    if sys.platform == "win32":
+        return None
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    for way in WAYS:
+        with suppress(OSError, subprocess.SubprocessError):
+            return ctypes.CDLL(str(_built(compiler, way)))
+    return None
+
+
+def _built(compiler: Sequence[str], way: Sequence[str]) -> Path:
+    """The library's path, compiled unless it lies in the cache.
+
+    Its name holds everything it depends on: the source, the flags, and what the compiler defines for this processor.
+
+    Raises:
+        OSError, subprocess.SubprocessError: no compiler, or it fails.
+    """
+    defined = subprocess.run(
+        [*compiler, *FLAGS, *way, "-dM", "-E", "-x", "c++", os.devnull],
+        capture_output=True,
+        check=True,
+        timeout=LONGEST,
+    ).stdout
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join((*FLAGS, *way)).encode(), defined])).hexdigest()
+    library = _cache() / f"cpu_kernel-{key[:20]}.so"
+    with _alone(library.with_suffix(".lock")):
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                made, linked = Path(folder) / "cpu_kernel.o", Path(folder) / library.name
+                steps = (
+                    [*FLAGS, *way, "-c", str(SOURCE), "-o", str(made)],
+                    [*_LINK, str(made), "-o", str(linked)],  # without -fopenmp: no runtime of its own
+                )
+                for step in steps:
+                    subprocess.run([*compiler, *step], capture_output=True, check=True, timeout=LONGEST)
+                ctypes.CDLL(str(linked))  # only what loads is kept
+                os.replace(linked, library)
+    return library
+
+
+def _cache() -> Path:
+    """The folder for compiled libraries, which only its user can write to."""
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(root).expanduser() / "crosstrace"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        seen = folder.stat()
+        if os.access(folder, os.W_OK) and seen.st_uid == os.getuid() and not seen.st_mode & 0o022:
+            return folder
+    except (OSError, RuntimeError):  # no home, or one that can't be written to
+        pass
+    return _cache_of_process()
+
+
+@functools.cache
+def _cache_of_process() -> Path:
+    folder = tempfile.TemporaryDirectory(prefix="crosstrace-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Keep other processes out meanwhile; a process that is killed lets go of it."""
+    import fcntl
+
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
