@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from crosstrace import interrupts
+from crosstrace import interrupts, machine
 
 
 def main() -> None:
     """Run the command line."""
     try:
         interrupts.listen()
+        machine.prepare()
         from crosstrace import cli
 
         cli.main()

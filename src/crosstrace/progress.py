@@ -1,4 +1,5 @@
-"""What a waiting user sees: a bar with time left on a terminal, else a line for each finished stage, on stderr."""
+"""What a waiting user sees on stderr: a bar with the time left on a terminal; else a line for each finished stage, and
+one a minute of a stage that takes longer."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+EVERY = 60  # seconds between the lines of a stage where there is no terminal
 
 
 class Progress:
@@ -19,7 +22,7 @@ class Progress:
 
     @contextmanager
     def bar(self, label: str, total: int | None = None) -> Iterator[Bar]:
-        """A bar for one piece of work; call it with (done, total), or `add` to it."""
+        """A bar for one piece of work: call it with (done, total), or `add` to it."""
         from tqdm import tqdm
 
         bar = tqdm(
@@ -31,7 +34,7 @@ class Progress:
             dynamic_ncols=True,
         )
         with bar:
-            yield Bar(bar)
+            yield Bar(bar, None if self.draws or self.quiet else label, total)
 
     def note(self, text: str) -> None:
         """Say something that a stage found out, unless quiet."""
@@ -52,18 +55,53 @@ class Progress:
 
 
 class Bar:
-    """A tqdm bar that can be told where it stands, or how much was done."""
+    """A tqdm bar that is told where the work stands, or how much was done.
 
-    def __init__(self, bar: Any):
-        self._bar = bar
+    Args:
+        label: of the lines that are printed in the bar's place, one a minute; None: no lines.
+    """
+
+    def __init__(self, bar: Any, label: str | None, total: int | None):
+        self._bar, self._label, self._total = bar, label, total
+        self._done, self._first, self._doing = 0, 0, ""
+        self._began = self._told = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
+        self._bar.total = self._total = total
+        if not self._done:
+            self._first = done - 1  # a resumed run's, of another day
+        self.add(done - self._done)
 
     def label(self, text: str) -> None:
         """Say what is being done, where there is nothing to count."""
+        self._doing = text
         self._bar.set_postfix_str(text)
+        self._tell()
 
     def add(self, number: int) -> None:
+        """So much more is done."""
+        self._done += number
         self._bar.update(number)
+        self._tell()
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        if self._label is None or now - self._told < EVERY:
+            return
+        self._told = now
+        print(f"  {self._label:24} {self._state(now - self._began)}", file=sys.stderr, flush=True)
+
+    def _state(self, seconds: float) -> str:
+        """How far the work is, and how long the rest will take at the pace so far."""
+        if not self._done or not self._total:
+            return f"{duration(seconds)} so far" + (f", {self._doing}" if self._doing else "")
+        left = seconds * (self._total - self._done) / max(1, self._done - self._first)
+        return f"{100 * self._done / self._total:.0f} % in {duration(seconds)}, about {duration(left)} left"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 40 s, 3 min, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

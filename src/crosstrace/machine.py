@@ -1,0 +1,37 @@
+"""How a process of ours uses the machine: settings of the C library and of OpenMP, set before torch is loaded.
+
+The command line and its workers call this; who imports crosstrace as a library sets what they like.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from contextlib import suppress
+
+# of glibc's malloc.h
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+KEPT = (1 << 31) - 1  # bytes of freed memory that a process keeps for its next tensors
+MAPPED = 1 << 30  # bytes of a tensor that is given back to the system at once
+SPINS = 1000  # rounds that a thread waits for the next piece of work before it sleeps: some microseconds
+
+
+def prepare() -> None:
+    """Keep freed memory, and let idle threads sleep.
+
+    By default glibc gives a tensor's memory back to the system when it is freed, and gets pages of zeros for the next
+    one: up to a fifth of a training step (benchmarks/smollm2_shape.py). And by default OpenMP's threads wait spinning
+    for milliseconds: where something else needs the core, a step takes several times as long. What the user has set
+    in the environment stays.
+    """
+    if not any(name.startswith("OMP_WAIT") or name == "GOMP_SPINCOUNT" for name in os.environ):
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+    if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        # (older versions refuse more than 32 MB; the others alone would make every tensor a mapping of its own)
+        if mallopt(_MMAP_THRESHOLD, MAPPED) or mallopt(_MMAP_THRESHOLD, 1 << 25):
+            mallopt(_TRIM_THRESHOLD, KEPT)
+            mallopt(_TOP_PAD, 1 << 26)

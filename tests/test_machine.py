@@ -1,0 +1,33 @@
+"""What the command line sets before torch is loaded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def prepared(given: dict[str, str]) -> tuple[str, list[int]]:
+    """GOMP_SPINCOUNT, and the parameters that malloc was told, in a process with some environment."""
+    code = (
+        "import ctypes, os\nfrom crosstrace import machine\ntold = []\n"
+        "class Library:\n    def mallopt(self, parameter, value): told.append(parameter); return 1\n"
+        "machine.ctypes.CDLL = lambda name: Library()\nmachine.prepare()\n"
+        "import sys\nprint(os.environ.get('GOMP_SPINCOUNT', ''), *told, 'torch' in sys.modules)"
+    )
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_WAIT", "GOMP_", "MALLOC_"))}
+    done = subprocess.run([sys.executable, "-c", code], env=kept | given, capture_output=True, text=True, check=True)
+    *told, has_torch = done.stdout.split(" ")
+    assert has_torch.strip() == "False"
+    return told[0], [int(parameter) for parameter in told[1:]]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_freed_memory_is_kept_and_threads_sleep_unless_the_user_says_otherwise():
+    spins, told = prepared({})
+    assert 0 < int(spins) < 10_000 and sorted(told) == [-3, -2, -1]
+    assert prepared({"GOMP_SPINCOUNT": "7"}) == ("7", told)
+    assert prepared({"OMP_WAIT_POLICY": "active"}) == ("", told)
+    assert prepared({"MALLOC_TRIM_THRESHOLD_": "131072"}) == (spins, [])
