@@ -29,9 +29,9 @@ def work(where: str, file: Path, folder: Path, joined: Processes) -> None:
     experiment = config.load(file)
     pipeline.run(experiment, folder, "resume", stages=["data", "train", "eval", "trace", "analyze"], quiet=True,
                  processes=joined)  # fmt: skip
-    given = evaluate.forward, pipeline.write_json
+    given = evaluate.judged, pipeline.write_json
     if where == "shared" and joined.rank == 1:  # while it asks its share of the questions
-        evaluate.forward = fails
+        evaluate.judged = fails
     elif where == "alone" and joined.rank == 1:  # while the other waits for its share
         processes.AGREEMENT = timedelta(seconds=5)
         pipeline.ablated = fails
@@ -39,7 +39,7 @@ def work(where: str, file: Path, folder: Path, joined: Processes) -> None:
         pipeline.write_json = fails_of_interventions
     results = pipeline.run(experiment, folder, "resume", stages=["intervene"], quiet=True, processes=joined)
     assert [(row["stage"], row["model"]) for row in results["left_out"]] == [("intervene", "mixed")], results
-    evaluate.forward, pipeline.write_json = given
+    evaluate.judged, pipeline.write_json = given
     results = pipeline.run(experiment, folder, "resume", quiet=True, processes=joined)
     assert results["left_out"] == [] and results["interventions"]["mixed"], "it is tried again"
     raise SystemExit(3)

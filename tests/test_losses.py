@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from crosstrace.losses import example_losses, token_losses
+from crosstrace.losses import cross_entropies, example_losses, next_tokens
 
 
 def test_by_hand():
@@ -15,7 +15,7 @@ def test_by_hand():
     logits = torch.tensor([[[math.log(3), 0.0], [0.0, 0.0], [9.0, -9.0]]], dtype=torch.float64).repeat(2, 1, 1)
     labels = torch.tensor([[1, 0, 1], [-100, -100, 1]])
     expected = torch.tensor([[math.log(4 / 3), math.log(2)], [0.0, math.log(2)]], dtype=torch.float64)
-    losses, targets = token_losses(logits, labels)
+    losses, targets = cross_entropies(logits, next_tokens(labels))[:, :-1], next_tokens(labels)[:, :-1] != -100
     torch.testing.assert_close(losses, expected)
     assert targets.tolist() == [[True, True], [False, True]]
     mean = torch.tensor([(math.log(4 / 3) + math.log(2)) / 2, math.log(2)], dtype=torch.float64)

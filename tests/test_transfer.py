@@ -210,7 +210,7 @@ def test_rows_equal_a_loop_over_single_candidates(kind):
     world = tiny_world()
     values = {fact.id: fact.object for person in world.people for fact in person.facts}
     model.train()
-    rows = of(transfer(model, WORDS, world, parts=["qa_ood"], number=4, k=3, batch_size=5), "qa_ood")
+    rows = of(transfer(model, WORDS, world, parts=["qa_ood"], number=4, k=3, tokens=40), "qa_ood")
     assert all(module.training for module in model.modules())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -252,7 +252,7 @@ def test_a_model_is_left_as_it_was_after_an_error():
 
 def test_batch_size_and_padding_do_not_matter():
     model = tiny_model("llama", vocab_size=len(WORDS), max_position_embeddings=128)
-    plain, *others = [transfer(model, WORDS, tiny_world(), number=6, batch_size=size) for size in (1, 7, 500)]
+    plain, *others = [transfer(model, WORDS, tiny_world(), number=6, tokens=size) for size in (1, 100, 8192)]
     for rows in others:
         for row, expected in zip(rows, plain, strict=True):
             assert row | {"logprob": 0} == expected | {"logprob": 0}

@@ -6,19 +6,25 @@ of it is the argmax given the true tokens before. It knows nothing of training o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from crosstrace.errors import UserError
-from crosstrace.forward import forward
-from crosstrace.losses import token_losses
+from crosstrace.forward import inputs_of, logits_at
+from crosstrace.losses import cross_entropies, next_tokens, target_positions
 from crosstrace.models import evaluating, pad_id
 from crosstrace.processes import Processes
+from crosstrace.sharded import is_sharded
 from crosstrace.stats import wilson
-from crosstrace.tokens import Encoded, batches
+from crosstrace.tokens import Batch, Encoded, token_batches
+
+TOKENS = 8192  # that go through a model at once, padding included
+LOGITS = 1 << 25  # that are held at once: 134 MB in float32, a few times over
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,9 @@ def recall(
     model: Any,
     tokenizer: Any,
     encoded: Sequence[Encoded],
-    batch_size: int = 256,
+    tokens: int = TOKENS,
     processes: Processes | None = None,
+    bf16: bool = False,
 ) -> Recall:
     """Ask a model every question, or every object inside biographies.
 
@@ -80,23 +87,27 @@ def recall(
 
     An example with one mention is an answer with its end token; each mention of an example with several (a
     biography) is an answer of its own, judged on the object's tokens, given the true text before it.
+
+    Args:
+        tokens: that go through the model at once, padding included; the answers depend on it by rounding alone.
+        bf16: multiply in bfloat16 (autocast). Faster where the processor does so; an answer whose first and second
+            token are nearly as likely may come out otherwise.
     """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
     if processes is not None:
         # as many for each, one of them twice where they don't divide: a sharded model is asked by all at once
         order = [*processes.share(order), *order[-1:]][: -(-len(order) // processes.size)]
     device = next(model.parameters()).device
+    vocabulary = _vocabulary(model, tokenizer)
+    # logits of all positions where somebody has put a hook on the output embeddings
+    most = tokens if _reads_few(model) else min(tokens, max(1, LOGITS // vocabulary))
 
     def ask() -> dict[int, list[tuple[bool, bool, float]]]:
         rows, at = {}, 0
-        with evaluating(model):
-            for batch in batches([encoded[i] for i in order], batch_size, "answer", pad_id=pad_id(tokenizer)):
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            for batch in recall_batches([encoded[i] for i in order], most, vocabulary, pad_id(tokenizer)):
+                right, losses = (x.cpu().numpy() for x in judged(model, batch))
                 labels = batch["labels"]
-                logits = forward(model, batch).logits
-                losses, _ = token_losses(logits, labels)
-                right = (logits[:, :-1].argmax(-1) == labels[:, 1:]).cpu().numpy()
-                losses = losses.double().cpu().numpy()
                 for row in range(len(labels)):
                     rows[order[at + row]] = [
                         (bool(right[row, t].all()), bool(right[row, t[0]]), float(-losses[row, t].sum()))
@@ -117,6 +128,37 @@ def recall(
         [person for person, _ in mentions],
         [mention.fact for _, mention in mentions],
     )
+
+
+def recall_batches(encoded: Sequence[Encoded], tokens: int, vocabulary: int, pad: int) -> Iterator[Batch]:
+    """The batches in which texts, the shortest first, are asked: few enough that their logits are no burden."""
+    return token_batches(encoded, tokens, "answer", pad_id=pad, predictions=max(1, LOGITS // vocabulary))
+
+
+def judged(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Whether each position's prediction is the next token's label, and the loss of that label in nats [B, T]; False
+    and 0 where there is none. Logits are there where they are needed alone."""
+    wanted = next_tokens(batch["labels"]).to(next(model.parameters()).device)
+    positions = target_positions(wanted)
+    logits = logits_at(model, positions, inputs_of(model, batch), despite_hooks=_reads_few(model))
+    chosen = wanted.gather(1, positions)
+    right = torch.zeros_like(wanted, dtype=torch.bool).scatter(1, positions, logits.argmax(-1) == chosen)
+    losses = cross_entropies(logits, chosen).double()
+    return right, torch.zeros_like(wanted, dtype=torch.float64).scatter(1, positions, losses)
+
+
+def _reads_few(model: Any) -> bool:
+    """Whether the output embeddings may be given some positions alone: an intervention on them may tell tokens apart by
+    their place. (The hooks of a sharded model are FSDP2's.)"""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return is_sharded(model) or head is None or not (head._forward_hooks or head._forward_pre_hooks)
+
+
+def _vocabulary(model: Any, tokenizer: Any) -> int:
+    """How many logits a position has."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "vocab_size", None) or len(tokenizer)
 
 
 def answers(item: Encoded) -> list[np.ndarray]:

@@ -26,13 +26,14 @@ from crosstrace import circuit, config, models, positions
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
 from crosstrace.errors import UserError
+from crosstrace.evaluate import TOKENS, recall_batches
 from crosstrace.material import in_scope, sample, samples, training_examples
 from crosstrace.pipeline import DRIFT_DRAWS
 from crosstrace.rehearse import Parts, Understudy
 from crosstrace.schedule import Phase
 from crosstrace.sharded import rows_of
 from crosstrace.text import texts
-from crosstrace.tokens import Batch, Encoded, batches, check_room, collate, context_length, encode
+from crosstrace.tokens import IGNORE, Batch, Encoded, batches, check_room, collate, context_length, encode
 from crosstrace.trace.memory import MOST_PASSES, SPARE, free_memory
 from crosstrace.trace.rules import sum_dtype
 from crosstrace.trace.trace import REDUCTIONS
@@ -45,7 +46,6 @@ Moment = tuple[
 Work = Counter  # "tokens": positions that go through the model; "pairs": Σ of each text's length squared
 TASKS = 2
 LOOKED_AT = 2000  # updates of a phase whose lengths are counted; of more, so many spread evenly
-RECALLED = 256  # texts that `evaluate.recall` asks at once
 CHARACTERS = 4  # a token, by rule of thumb, where there is no tokenizer
 RANKING = {"float32": 8, "float64": 66}  # bytes a parameter of `stats.spearman` beside its two traces, as measured
 SHAPES = "shapes"
@@ -469,12 +469,18 @@ class Needs:
         return self.material.once(key, lambda: self.base.traced(rows))
 
     def _recall(self, part: str, number: int | None = None) -> Parts:
-        """What `evaluate.recall` holds beside the weights: of its last and longest batch, and of the one before. Each
-        of N processes asks its share, every N-th by length."""
+        """What `evaluate.recall` holds beside the weights, of the batch with most tokens and that with most answers.
+        Each of N processes asks its share, every N-th by length."""
         items, pad, size = self.material.asked(part, number), self.material.pad, self.launch.processes
         share = lambda: sorted(items, key=lambda item: len(item.ids))[(len(items) - 1) % size :: size]
-        last = lambda: list(batches(share(), RECALLED, "answer", pad_id=pad))[-2:]
-        rows = self.material.once(("recalled", part, number, size), last)
+
+        def largest() -> list[Batch]:
+            found = list(recall_batches(share(), TOKENS, self.base.whole.config.get_text_config().vocab_size, pad))
+            tokens = [row["labels"].numel() for row in found]
+            answers = [len(row["labels"]) * int((row["labels"] != IGNORE).sum(1).max()) for row in found]
+            return [found[sizes.index(max(sizes))] for sizes in (tokens, answers)]
+
+        rows = self.material.once(("recalled", part, number, size), largest)
         key = ("recall", id(self.base), tuple(row["input_ids"].shape for row in rows))
         return self.material.once(key, lambda: self.base.recall(rows))
 
@@ -729,25 +735,25 @@ class Needs:
             rows.append({"process": process, "stage": stage, "where": "ram" if of.machine.gpu is None else "gpu",
                          "dtype": dtype, "flops": flops, "shared_by": of.launch.processes})  # fmt: skip
 
-        asked = sum((work_of(items, RECALLED) for items in seen.parts.values()), Counter())
+        asked = sum((_asked(items) for items in seen.parts.values()), Counter())
         for name in e.taught:
             if name in e.strategies:
                 steps = sum(self.flops(_seen(data)) for _, data in self.phases(name))
                 updates = sum(len(data) for _, data in self.phases(name))
                 chosen = samples(seen.parts, e.train.recall_examples)
-                few = sum((work_of(items, RECALLED) for items in chosen.values()), Counter())
+                few = sum((_asked(items) for items in chosen.values()), Counter())
                 times = 1 + len(self.phases(name)) + (updates // e.train.recall_every if e.train.recall_every else 0)
                 # of a frozen base there is no gradient of the weights, a third of it all
                 add(name, "train", (2 if e.train.lora else 3) * steps + times * self.flops(few))
-                add(name, "train, traced", 3 * steps / e.trace.every if e.trace.online else 0.0)
+                shares = e.trace.forward == "training" and self.launch.processes == 1 and not e.train.lora
+                add(name, "train, traced", (3 - shares) * steps / e.trace.every if e.trace.online else 0.0)
             add(name, "eval", self.flops(asked))
             chosen = [sample(i, e.trace.examples) if e.trace.examples else i for i in seen.trained.values()]
             once = 3 * sum(self.flops(work_of(items, e.trace.batch)) for items in chosen)
             places = sum(len(_saved(len(data), e.train.checkpoint_every)) for _, data in self.phases(name)) or 1
             add(name, "trace", once * (places if e.trace.checkpoints else 1))
             if e.interventions.run:
-                few = sum((work_of(seen.asked(p, e.interventions.questions), RECALLED)
-                           for p in ("qa_id", "qa_ood")), Counter())  # fmt: skip
+                few = sum((_asked(seen.asked(p, e.interventions.questions)) for p in ("qa_id", "qa_ood")), Counter())
                 sets = len(self.whens) * len(e.interventions.fractions) * self.controls()
                 add(name, "intervene", (2 * sets + 2) * self.flops(few))
             if e.mechanism.run:
@@ -784,6 +790,12 @@ class Needs:
         }
         costs["dynamics"] = o.checkpoints * (costs["gradients"] + few * qa * 4 * layers * o.steps)
         return sum(costs[part] for part in o.parts)
+
+
+def _asked(items: Sequence[Encoded]) -> Counter[str]:
+    """The work of `evaluate.recall`."""
+    longest = max((len(item.ids) for item in items), default=1)
+    return work_of(items, max(1, TOKENS // longest))
 
 
 def _held(p: Tensor, holders: int) -> int:

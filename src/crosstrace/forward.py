@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,9 +20,52 @@ def forward(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> An
         batch: input_ids and attention_mask, on any device; what else it holds is not read.
         options: further arguments, such as output_attentions.
     """
+    return model(**inputs_of(model, batch), **options)
+
+
+def inputs_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of a model's forward for the texts of a batch, on its device."""
     device = next(model.parameters()).device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-    return model(**inputs, **options, **without_cache(model))
+    return inputs | without_cache(model)
+
+
+def logits_at(
+    model: nn.Module,
+    positions: Tensor | None,
+    inputs: Mapping[str, Any],
+    within: nn.Module | None = None,
+    despite_hooks: bool = True,
+) -> Tensor:
+    """The logits of a forward at some positions alone, [B, P, V]; at all of them if none are given.
+
+    The other positions' logits are not computed where the model hands its hidden states [B, T, H] to its output
+    embeddings, as nearly all do: logits are the largest tensor of a forward.
+
+    Args:
+        positions: [B, P], for each text.
+        inputs: of the forward; input_ids [B, T] among them.
+        within: the language model, if `model` is wrapped around it.
+        despite_hooks: leave positions out even if hooks on the output embeddings would see that; else all positions
+            go through.
+    """
+    chosen = False
+
+    def choose(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        nonlocal chosen
+        if chosen or positions is None or len(args) != 1 or args[0].shape[:2] != inputs["input_ids"].shape:
+            return None
+        chosen = True
+        return (rows_at(args[0], positions),)
+
+    head = getattr(within or model, "get_output_embeddings", lambda: None)()
+    with ExitStack() as hooks:
+        is_hooked = head is not None and bool(head._forward_hooks or head._forward_pre_hooks)
+        if head is not None and positions is not None and (despite_hooks or not is_hooked):
+            hooks.callback(head.register_forward_pre_hook(choose).remove)
+        output = model(**inputs)
+    logits = output if isinstance(output, Tensor) else output.logits
+    return logits if chosen or positions is None else rows_at(logits, positions)
 
 
 def without_cache(model: nn.Module) -> dict[str, Any]:
@@ -34,3 +78,8 @@ def accepted(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {name: value for name, value in arguments.items() if takes_any or name in parameters}
+
+
+def rows_at(x: Tensor, positions: Tensor) -> Tensor:
+    """x [B, T, N] at positions [B, P]: [B, P, N]."""
+    return x.take_along_dim(positions.unsqueeze(-1), 1)

@@ -10,20 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every target token.
-
-    Args:
-        logits: [B, T, V]; position t predicts token t + 1.
-        labels: [B, T], aligned with the tokens; -100 where a token is no target.
-
-    Returns:
-        losses [B, T-1] in nats (0 where there is no target) and the mask [B, T-1] of targets.
-    """
-    wanted = next_tokens(labels)
-    return _cross_entropies(logits, wanted)[:, :-1], wanted[:, :-1] != -100
-
-
 def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """ℓ_i [B]: the mean over example i's target tokens of their cross-entropy, in nats.
 
@@ -38,9 +24,20 @@ def next_tokens(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
+def target_positions(wanted: Tensor) -> Tensor:
+    """The positions that are to predict something, [B, P], P the most that a row has; filled up with others.
+
+    Args:
+        wanted: [B, T], as `next_tokens` gives it.
+    """
+    target = wanted != -100
+    most = int(target.sum(1).max())
+    return target.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+
+
 def aligned_losses(logits: Tensor, wanted: Tensor) -> Tensor:
     """ℓ_i [B] as `example_losses`, of logits [B, K, V] whose position k predicts the token wanted[:, k], [B, K]."""
-    losses = _cross_entropies(logits, wanted)
+    losses = cross_entropies(logits, wanted)
     count = (wanted != -100).sum(1)
     if bool((count == 0).any()):
         row = int((count == 0).nonzero()[0])
@@ -51,8 +48,10 @@ def aligned_losses(logits: Tensor, wanted: Tensor) -> Tensor:
     return losses.sum(1) / count
 
 
-def _cross_entropies(logits: Tensor, wanted: Tensor) -> Tensor:
-    """[B, K]; 0 where nothing is wanted. The logits are not sliced or transposed: they are what is large here."""
+def cross_entropies(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Of logits [B, K, V] and the tokens that they are to predict [B, K], in nats; 0 where nothing is wanted.
+
+    The logits are not sliced or transposed: they are what is large here."""
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="none")

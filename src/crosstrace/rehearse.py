@@ -34,7 +34,8 @@ from torch.utils._pytree import tree_leaves
 from crosstrace import adapters
 from crosstrace.anatomy import Anatomy
 from crosstrace.errors import UserError
-from crosstrace.losses import example_losses, token_losses
+from crosstrace.evaluate import judged
+from crosstrace.losses import example_losses
 from crosstrace.models import DTYPES, differentiating, silent
 from crosstrace.schedule import Phase
 from crosstrace.sharded import local
@@ -440,10 +441,8 @@ class Understudy:
                 self._marking(model, seen),
             ):
                 for row in rows:
-                    logits = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"]).logits
-                    losses, _ = token_losses(logits, row["labels"])
-                    right = logits[:, :-1].argmax(-1) == row["labels"][:, 1:]
-                del logits, losses, right
+                    held = judged(model, row)
+                del held
             return seen.peaks()
 
         return self._held(rehearse)

@@ -188,3 +188,23 @@ def batches(
     items = sorted(encoded, key=lambda item: len(item.ids)) if by_length else list(encoded)
     for start in range(0, len(items), size):
         yield collate(items[start : start + size], targets, pad_id=pad_id)
+
+
+def token_batches(
+    encoded: Sequence[Encoded], tokens: int, targets: str = "object", *, pad_id: int, predictions: int | None = None
+) -> Iterator[Batch]:
+    """Batches in the given order, each of as many texts as have at most `tokens` tokens with their padding and at most
+    `predictions` target tokens, filled up likewise; of one text at least."""
+    chosen: list[Encoded] = []
+    longest = most = 0
+    for item in encoded:
+        wanted = int(item.targets[targets].sum())
+        number = len(chosen) + 1
+        too_many = predictions is not None and number * max(most, wanted) > predictions
+        if chosen and (number * max(longest, len(item.ids)) > tokens or too_many):
+            yield collate(chosen, targets, pad_id=pad_id)
+            chosen, longest, most = [], 0, 0
+        chosen.append(item)
+        longest, most = max(longest, len(item.ids)), max(most, wanted)
+    if chosen:
+        yield collate(chosen, targets, pad_id=pad_id)

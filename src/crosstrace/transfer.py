@@ -21,7 +21,7 @@ from torch import nn
 
 from crosstrace.consistency import mean_over_people
 from crosstrace.errors import UserError
-from crosstrace.evaluate import recall
+from crosstrace.evaluate import TOKENS, recall
 from crosstrace.facts import Fact, Person, World
 from crosstrace.text import Example, Mention, Span, biographies, fill, questions
 from crosstrace.tokens import Encoded, encode
@@ -60,7 +60,7 @@ def transfer(
     number: int = 96,
     k: int = 4,
     seed: int = 0,
-    batch_size: int = 64,
+    tokens: int = TOKENS,
 ) -> list[Row]:
     """How many of a world's facts a model gives or recognises in each format; for the arguments see `formats`.
 
@@ -78,7 +78,7 @@ def transfer(
     for part in parts:
         found, absent = formats(world, tokenizer, part, number=number, k=k, seed=seed)
         texts = {id(text): text for items in found.values() for item in items for text in item.candidates}
-        judged = recall(model, tokenizer, list(texts.values()), batch_size)
+        judged = recall(model, tokenizer, list(texts.values()), tokens)
         exact, logprob = (dict(zip(texts, values)) for values in (judged.exact, judged.logprob))
         for name in FORMATS:
             items, right = found.get(name, []), []
