@@ -155,7 +155,7 @@ def test_both_views_are_traced_exactly_over_training(kind, measure):
         listener, totals, generator = OnlineListener(model, options), [], torch.Generator().manual_seed(3)
         for update in range(3):
             examples = make_examples(4, seed=update)
-            listener.on_update(model, {"bio": pad(examples)}, 0.1, update)
+            listener.on_update(model, {"bio": pad(examples)}, 0.1, update, {})
             calm_model = copy.deepcopy(model).eval()
             if view == "merged":
                 totals.append(reference_trace(calm_model.merge_and_unload().requires_grad_(True), examples, measure))

@@ -278,6 +278,120 @@ def test_a_later_batch_that_differs_from_the_probed_one_is_never_silently_wrong(
         trace(model, batches(examples, 3), task="qa")
 
 
+@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("gpt2", False), ("qwen3_moe", False)])
+def test_gradients_along_a_direction_are_the_gradients_times_it(kind, tied):
+    """What the probe compares parameters of a kind by."""
+    model = tiny_model(kind, tied=tied)
+    seen = set()
+
+    def compare(name: str, of: list[rules.Rule]) -> None:
+        theta = model.get_parameter(name)
+        directions = torch.randn(theta.shape[-1], 3, dtype=theta.dtype)
+        for i in range(4):
+            parts = [rule.along(directions, i) for rule in of]
+            if any(part is None for part in parts):
+                continue
+            whole = torch.zeros_like(theta)
+            rules.reduce(of, {"sum": whole}, slice(i, i + 1), totals=False)
+            torch.testing.assert_close(sum(parts), whole @ directions, rtol=1e-9, atol=1e-12)
+            seen.update(rule.name for rule in of)
+
+    Engine(model).visit(pad(make_examples(4)), compare)
+    assert {"transposed linear" if kind == "gpt2" else "linear", "embedding"} <= seen
+    assert kind != "qwen3_moe" or "experts" in seen
+
+
+LONG = 7  # tokens
+
+
+class Scaled(nn.Linear):
+    """A linear layer whose rule depends on a number that its kind does not show."""
+
+    factor = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
+class Uneven(nn.Module):
+    """Layers of one kind of which one is used otherwise; `same` are all as the first."""
+
+    def __init__(self, odd: int | None, how: str) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 8)
+        self.layers = nn.ModuleList(Scaled(8, 8) for _ in range(4))
+        self.out = nn.Linear(8, VOCABULARY)
+        self.odd, self.how = odd, how
+        if odd is not None and how == "scaled":
+            self.layers[odd].factor = 1.5
+
+    def forward(self, input_ids, attention_mask):
+        x = self.embed(input_ids)
+        for number, layer in enumerate(self.layers):
+            y = layer(x)
+            if number == self.odd and self.how == "unseen use":
+                y = y + nn.functional.linear(x, layer.weight * 0.01)
+            if number == self.odd and self.how == "in long texts":
+                is_long = (attention_mask.sum(1) > LONG).view(-1, 1, 1)
+                y = y + nn.functional.linear(x, layer.weight) * is_long
+            x = torch.tanh(y) + x
+        return self.out(x)
+
+
+@pytest.mark.parametrize("odd", [None, 0, 2, 3])
+@pytest.mark.parametrize("how", ["scaled", "unseen use", "in long texts"])
+def test_a_layer_that_differs_from_its_kind_is_found(odd, how):
+    torch.manual_seed(0)
+    model = Uneven(odd, how).double()
+    examples = make_examples(6)
+    assert {example["labels"].shape[1] > LONG for example in examples[:3]} == {True, False}
+    (got,) = trace(model, batches(examples, 3), task="qa")
+    assert_same(got.values, reference_trace(model, examples, "abs"))
+    assert (not got.meta["coverage"].keys() <= {"linear", "shift", "embedding"}) == (odd is not None)
+
+
+def test_a_plan_serves_the_next_trace_of_the_same_model(monkeypatch):
+    probes = []
+    inner = Engine._probe
+    monkeypatch.setattr(Engine, "_probe", lambda engine, *a: (probes.append(1), inner(engine, *a))[1])
+    model = Uneven(None, "").double()
+    examples = make_examples(6)
+
+    def check(number: int, names=None) -> None:
+        (got,) = trace(model, batches(examples, 3), task="qa")
+        assert_same(got.values, reference_trace(model, examples, "abs"))
+        assert len(probes) == number
+
+    check(1)
+    check(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)  # another checkpoint
+    check(1)
+    model.layers[1].factor = 2.0
+    check(2)
+    model.layers[2] = nn.Linear(8, 8).double()
+    check(3)
+    handle = model.layers[0].register_forward_hook(lambda module, args, y: y * 3)
+    check(4)
+    handle.remove()
+    check(5)
+    handle = model.layers[0].register_forward_hook(lambda module, args, y: y)
+    check(6)
+    handle.remove()
+    handle = model.layers[0].register_forward_hook(lambda module, args, y: y * 3)  # as many hooks as before
+    check(7)
+    handle.remove()
+    model.layers[0].register_buffer("gate", torch.ones(1))
+    model.layers[0].forward = lambda x, layer=model.layers[0]: Scaled.forward(layer, x) * layer.gate
+    check(8)
+    model.layers[0].gate.fill_(2.0)  # which no look at the model tells
+    check(9)
+    engine = Engine(model, {"out.weight"})
+    engine.plan_for(pad(examples))
+    assert len(probes) == 9 and list(engine.plan) == ["out.weight"]
+
+
 def fingerprint(model: nn.Module) -> list:
     hooks = [
         (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), m.training) for m in model.modules()

@@ -77,7 +77,7 @@ class Listener:
         if where == self.where and update == self.stop:
             raise KeyboardInterrupt
 
-    def on_update(self, model, batches, lr, update):
+    def on_update(self, model, batches, lr, update, forwards):
         self._stop("on_update", update)
         self.told.append(("update", update))
         self.rates.append(lr)

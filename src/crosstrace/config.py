@@ -49,10 +49,15 @@ class ModelSettings:
 
 @settings(frozen=True, config=STRICT)
 class EvalSettings:
-    """Recall of the base and of every taught model."""
+    """Recall: of the base and of every taught model, during training and under interventions."""
 
     known: Annotated[int, Field(ge=1)] = 1800
     """Questions about the people whom the base knows, at most, where it knows any."""
+    tokens: Annotated[int, Field(ge=1)] = 8192
+    """Tokens that go through the model at once, padding included; fewer take less memory."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Of the multiplications, but for the curves of recall during training, which are in float32 always; `bf16` is
+    faster where the processor has it, and may turn an answer whose two likeliest tokens are nearly as likely."""
 
 
 @settings(frozen=True, config=STRICT)
@@ -74,6 +79,9 @@ class TraceSettings:
     """Trace during training too."""
     every: Annotated[int, Field(ge=1)] = 3
     """Trace every so many updates of training."""
+    forward: Literal["training", "own"] = "training"
+    """What is traced during training: the training's own forward, in its precision, where it is like evaluation's (no
+    dropout); or one more forward, in the model's dtype, which costs about twice as much."""
     lr_weighted: bool = False
     """Weight each traced update by its learning rate."""
     parts: Annotated[int, Field(ge=2)] = 4

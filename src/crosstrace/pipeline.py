@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from crosstrace import adapters, claims, config, interrupts, left_out, models
+from crosstrace import adapters, claims, config, interrupts, left_out, machine, models
 from crosstrace.alike import check_alike, check_fits, check_same_tokens
 from crosstrace.analysis import centralization_rows, density_map, overlap_rows, similarity_rows
 from crosstrace.anatomy import Anatomy
@@ -81,9 +81,10 @@ from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
 from crosstrace.trace.memory import free_memory
 from crosstrace.trace.trace import REDUCTIONS
-from crosstrace.train import Listener, PhaseReport, RecallHistory, check_trackers, train
+from crosstrace.train import Forward, Listener, PhaseReport, RecallHistory, check_trackers, train
 
 DRIFT_DRAWS = 3  # random sets of each kind whose share of the weights' way the shared set's is compared with
+Asking = Callable[[Any, Sequence[Encoded]], Recall]
 STAGES = ("data", "train", "eval", "trace", "analyze", "intervene", "mechanism", "retain", "report")
 TASKS = ("bio", "qa")
 SOURCE = ("world.json", "import.json")  # of one's own facts, what a run keeps
@@ -192,6 +193,7 @@ def _strategies(run: Run, experiment: Experiment, stages: Sequence[str], progres
 def start_worker(leader: int) -> None:
     """Make this process a worker of the process `leader`, with which it ends."""
     end_with_parent(leader)
+    machine.prepare()
     interrupts.leave_to_leader()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -258,7 +260,7 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
     """Train one strategy: models/<strategy>/<phase>/ at the end of each phase, its online trace and history."""
     options, tracing = experiment.train, experiment.trace
     phases = experiment.strategies[name]
-    watched = {"targets", "online", "every", "lr_weighted", "parts"} | ({"view"} if options.lora else set())
+    watched = {"targets", "online", "every", "forward", "lr_weighted", "parts"} | ({"view"} if options.lora else set())
     trained = {name: value for name, value in asdict(options).items() if value is not None}
     key = run.alone(lambda: {
         "model": model_key(experiment), "train": trained, "phases": [asdict(phase) for phase in phases],
@@ -281,7 +283,8 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
                 model.save_pretrained(folder / START)
                 (folder / START / "README.md").unlink()  # PEFT's card, which tells nothing
         parts = examples(run, tokenizer)
-        measure = _few(tokenizer, parts, options.recall_examples, run.processes)
+        ask = _asking(run, experiment, tokenizer, bf16=False)
+        measure = _few(ask, parts, options.recall_examples)
         history = RecallHistory(measure, options.recall_every)
         listeners: list[Listener] = [history]
         online = None
@@ -331,6 +334,7 @@ class OnlineListener:
         self.every = options.every
         self.targets = options.targets
         self.merges = adapters.is_adapted(model) and options.view == "merged"
+        self.borrows = options.forward == "training" and not self.merges
         names = adapters.base_names(model) if self.merges else None
         if options.view == "adapter":
             names = adapters.adapter_names(model)
@@ -340,11 +344,13 @@ class OnlineListener:
             group=None if processes is None else processes.group,
         )  # fmt: skip
 
-    def on_update(self, model: Any, batches: Mapping[str, Batch], lr: float, update: int) -> None:
+    def on_update(
+        self, model: Any, batches: Mapping[str, Batch], lr: float, update: int, forwards: Mapping[str, Forward]
+    ) -> None:
         if update % self.every:
             return
         with adapters.merged(model) if self.merges else nullcontext():
-            self.trace.step(batches, lr)
+            self.trace.step(batches, lr, forwards if self.borrows else {})
 
     def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
         pass
@@ -375,14 +381,21 @@ def _where_of_sums(model: Any, names: Sequence[str] | None, sums: int) -> Litera
     return "device" if free is None or needed < free / 2 else "cpu"
 
 
-def _few(
-    tokenizer: Any, parts: Mapping[str, list[Encoded]], number: int, processes: Processes | None
-) -> Callable[[Any], dict[str, Any]]:
+def _asking(run: Run, experiment: Experiment, tokenizer: Any, bf16: bool) -> Asking:
+    """How an experiment asks a model."""
+
+    def ask(model: Any, items: Sequence[Encoded]) -> Recall:
+        return recall(model, tokenizer, items, experiment.eval.tokens, processes=run.processes, bf16=bf16)
+
+    return ask
+
+
+def _few(ask: Asking, parts: Mapping[str, list[Encoded]], number: int) -> Callable[[Any], dict[str, Any]]:
     """A quick measurement of recall on some questions and biographies."""
     chosen = samples(parts, number)
 
     def measure(model: Any) -> dict[str, Any]:
-        found = {name: recall(model, tokenizer, items, processes=processes).summary() for name, items in chosen.items()}
+        found = {name: ask(model, items).summary() for name, items in chosen.items()}
         return {name: item["exact_match"] for name, item in found.items()} | {
             "n": {name: item["n"] for name, item in found.items()}
         }
@@ -413,16 +426,15 @@ def test(run: Run, experiment: Experiment, name: str, progress: Progress) -> Non
     """Recall of the base or of a taught model: eval/<model>.json, with every single answer."""
     key = run.alone(lambda: {
         "model": model_inputs(run, experiment, name), "known": experiment.eval.known, "threads": experiment.threads,
-        **run.inputs("data"),
+        "precision": experiment.eval.precision, **run.inputs("data"),
     })  # fmt: skip
 
     def make(path: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)
         model = load(run, experiment, name)
         parts = examples(run, tokenizer, known=experiment.eval.known)
-        results = {
-            part: recall(model, tokenizer, items, processes=run.processes) for part, items in parts.items() if items
-        }
+        ask = _asking(run, experiment, tokenizer, experiment.eval.precision == "bf16")
+        results = {part: ask(model, items) for part, items in parts.items() if items}
         answers = {part: _bits(result) for part, result in results.items() if part != "a_ood"}
         people = {part: result.person for part, result in results.items() if part != "a_ood"}
         if run.leads:
@@ -671,7 +683,7 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
     options, how = experiment.interventions, experiment.analysis.how
     key = run.alone(lambda: {
         "interventions": asdict(options), "analysis": [how, experiment.analysis.embeddings],
-        "measure": experiment.trace.measures[0], "threads": experiment.threads,
+        "measure": experiment.trace.measures[0], "threads": experiment.threads, "precision": experiment.eval.precision,
         "model": model_inputs(run, experiment, name), **run.inputs("data", f"traces/{name}"),
     })  # fmt: skip
 
@@ -684,7 +696,7 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
         base_values, tuned_values = at_rest(base), at_rest(tuned)
         names = in_scope(experiment, base)
         like = base if is_sharded(base) else None
-        ask = lambda model, items: recall(model, tokenizer, items, processes=run.processes)
+        ask = _asking(run, experiment, tokenizer, experiment.eval.precision == "bf16")
         found: dict[str, Any] = {"ablate": [], "graft": [], "people": {}}
         found["people"] = {part: [item.example.person for item in items] for part, items in asked.items()}
         found["untouched"] = {

@@ -15,6 +15,7 @@ import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -26,7 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from crosstrace.adapters import LoraSettings, is_adapted, load_weights
 from crosstrace.errors import UserError
-from crosstrace.losses import example_losses
+from crosstrace.forward import logits_at, rows_at
+from crosstrace.losses import aligned_losses, next_tokens, target_positions
 from crosstrace.models import load_model, pad_id, silent
 from crosstrace.processes import Processes, by_first
 from crosstrace.schedule import STRICT, Optimiser, Phase, Strategy
@@ -59,6 +61,7 @@ class TrainSettings:
     """Trackers that get the loss and the learning rate while training, by the Trainer's own integrations."""
 
 
+Forward = Callable[[Mapping[str, Tensor], bool], Tensor]
 LOG_EVERY = 10  # updates between two points of a tracker's curves
 _OPTIMISER = "optimiser"
 
@@ -67,9 +70,18 @@ class Listener(Protocol):
     """What is told of training; its state travels with the checkpoints. Of several processes each has its own, and all
     are told the same."""
 
-    def on_update(self, model: Any, batches: Mapping[str, Batch], lr: float, update: int) -> None:
+    def on_update(
+        self, model: Any, batches: Mapping[str, Batch], lr: float, update: int, forwards: Mapping[str, Forward]
+    ) -> None:
         """Before update number `update` (0-based, over all phases): the model as it is and what will be seen of it, by
-        all processes together."""
+        all processes together.
+
+        Args:
+            forwards: by task, the training's own forward: of such a batch or some of its rows, and whether it is to be
+                kept for the update, which then makes none of its own. It gives the losses of the labels [B]. A task has
+                one if its labels are among those trained, so that nothing else is computed than without; none has one
+                where several processes train.
+        """
 
     def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
         """After `update` updates over all phases; `last` at the end of a phase."""
@@ -195,33 +207,53 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def update_loss(
-    model: Callable[..., Any],
+    model: Any,
     phase: Phase,
     batches: Mapping[str, Batch],
     processes: Processes | None = None,
     inner: Any = None,
     backward: Callable[[Tensor], object] | None = None,
+    known: Mapping[str, Tensor] | None = None,
 ) -> torch.Tensor:
     """What an update minimises: Σ_t w_t · mean over t's examples of ℓ_i.
 
     With `processes` this one's part of it, whose mean over all processes has that gradient; `model` is then what DDP
     wraps around `inner`. With `backward` each task's part but the last is given to it, and the last alone is left to
-    differentiate.
+    differentiate. Of the tasks in `known` the mean of the losses is there already.
     """
     loss = torch.zeros(())
     for number, (task, batch) in enumerate(batches.items(), 1):
         # DDP looks at the graph of what it is called with last, and each parameter is in each task's
         called = model if number == len(batches) or inner is None else inner
         own, share = _share(batch, processes)
-        fed = {name: own[name] for name in ("input_ids", "attention_mask")}
         loss = loss.to(batch["labels"].device)
-        losses = example_losses(called(**fed).logits, own["labels"])
-        part = share * phase.weights.get(task, 1.0) * losses.mean()
+        mean = (known or {}).get(task)
+        if mean is None:
+            mean = task_losses(called, own, [own["labels"]], inner)[0].mean()
+        part = share * phase.weights.get(task, 1.0) * mean
         if backward is not None and number < len(batches):
             backward(part)
             part = part.detach()
         loss = loss + part
     return loss
+
+
+def task_losses(model: Any, batch: Batch, labels: Sequence[Tensor], inner: Any = None) -> list[Tensor]:
+    """ℓ [B] of one forward, for each of several choices of labels [B, T]. Logits are computed where one of them has a
+    target alone: questions are trained on few tokens, and logits are large. `inner` is the model within wrappers."""
+    fed = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    wanted = [next_tokens(chosen) for chosen in labels]
+    positions = target_positions(torch.stack(wanted).amax(0))
+    logits = logits_at(model, positions, fed, inner)
+    losses = []
+    for chosen in wanted:
+        of_these = chosen.gather(1, positions)
+        places = target_positions(of_these)
+        if places.shape[1] < positions.shape[1]:  # a softmax over a vocabulary is made where it is read alone
+            losses.append(aligned_losses(rows_at(logits, places), of_these.gather(1, places)))
+        else:
+            losses.append(aligned_losses(logits, of_these))
+    return losses
 
 
 def learning_rate_factor(optimiser: Optimiser, total: int) -> Callable[[int], float]:
@@ -318,20 +350,33 @@ def _run_phase(
             tasks: dict[str, Any] = inputs  # a batch for each task
             # in one backward all gradients of one task would be held whole until the other's are added to them
             backward = self.accelerator.backward if sharded else None
-            return update_loss(model, phase, tasks, processes, self.model, backward)
+            return update_loss(model, phase, tasks, processes, self.model, backward, self.means)
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             assert self.lr_scheduler is not None
             rate = float(self.lr_scheduler.get_last_lr()[0])
+            self.means: dict[str, Tensor] = {}  # of the losses of the tasks whose forward a listener has made
             if listeners:
                 traced = {}
                 tasks: dict[str, Any] = self._prepare_inputs(inputs)
                 for task, batch in tasks.items():
                     kept = {name: batch[name] for name in ("input_ids", "attention_mask", "group")}
-                    traced[task] = {**kept, "labels": batch["trace_labels"]}
+                    traced[task] = {**kept, "labels": batch["trace_labels"], "trained": batch["labels"]}
+                forwards = {
+                    task: partial(self.forward_of, model, task)
+                    for task, batch in tasks.items()
+                    if processes is None and not ((batch["trace_labels"] != -100) & (batch["labels"] == -100)).any()
+                }
                 for listener in listeners:
-                    listener.on_update(self.model, traced, rate, offset + self.state.global_step)
+                    listener.on_update(self.model, traced, rate, offset + self.state.global_step, forwards)
             return super().training_step(model, inputs, num_items_in_batch)
+
+        def forward_of(self, model, task, batch, kept):
+            with self.compute_loss_context_manager():
+                trained, traced = task_losses(model, batch, [batch["trained"], batch["labels"]], self.model)
+            if kept:
+                self.means[task] = trained.mean()
+            return traced
 
         def create_scheduler(self, num_training_steps, optimizer=None):
             optimizer = optimizer or self.optimizer
@@ -486,7 +531,9 @@ class RecallHistory:
         self.measure, self.every = measure, every
         self.rows: list[dict[str, Any]] = []
 
-    def on_update(self, model: Any, batches: Mapping[str, Batch], lr: float, update: int) -> None:
+    def on_update(
+        self, model: Any, batches: Mapping[str, Batch], lr: float, update: int, forwards: Mapping[str, Forward]
+    ) -> None:
         if update == 0 and not self.rows:
             self.rows.append({"update": 0, "phase": "", **self.measure(model)})
 

@@ -11,12 +11,14 @@ The engine knows the model, the loss and its batches; it knows neither tasks nor
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +26,26 @@ from torch.autograd.graph import GradientEdge
 from torch.distributed.tensor import DTensor
 
 from crosstrace.errors import UserError
-from crosstrace.forward import accepted
-from crosstrace.losses import aligned_losses, next_tokens
+from crosstrace.forward import accepted, logits_at
+from crosstrace.losses import aligned_losses, next_tokens, target_positions
 from crosstrace.sharded import at_rest, is_sharded
 from crosstrace.trace.memory import Estimate, Plan, Where, estimate
 from crosstrace.trace.modules import RULES
 from crosstrace.trace.packed import is_packed
-from crosstrace.trace.probe import AGREES, Trial, Way, hollow, pair_of, settled
+from crosstrace.trace.probe import AGREES, Kind, Trial, Way, agree_along, along, hollow, kind_of, pair_of, settled
 from crosstrace.trace.recording import Recording, Uses, random_states
-from crosstrace.trace.rules import Held, Rule, Unfit, fold, made, main_output, reduce, sum_dtype
+from crosstrace.trace.rules import Arrangement, Call, Held, Rule, Unfit, fold, made, main_output, reduce, sum_dtype
 
 Batch = Mapping[str, Tensor]
+Owners = dict[str, dict[str, str]]  # module -> its local name of each parameter -> the canonical one
 HELD = 1 << 26  # most elements of per-example gradients that are held at once for parameters without a rule
+Forward = Callable[[Batch], Tensor]  # a batch -> ℓ [B], with their graph
 Into = Callable[[str, int], AbstractContextManager[dict[str, Tensor]]]
+# What the last engine of a model found: what the model was, and (owners, plan, order).
+_PLANS: WeakKeyDictionary[nn.Module, tuple[Hashable, tuple[Owners, dict[str, Way | None], list[str]]]] = (
+    WeakKeyDictionary()
+)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class Engine:
@@ -64,16 +73,21 @@ class Engine:
             if p.dtype not in AGREES:
                 raise UserError(f"parameter {name!r} is {p.dtype}, which has no gradient; load the model unquantised")
         known = {id(p): name for name, p in self.parameters.items()}
-        self.owners: dict[str, dict[str, str]] = {}  # module -> local name -> canonical (a tied tensor's first)
+        self.owners: Owners = {}  # (of a tied tensor the first name)
         for owner, module in model.named_modules():
             if any(p is not None for p in module._parameters.values()):  # without one of ours it may be a first call
                 own = module._parameters.items()
                 self.owners[owner] = {local: known[id(p)] for local, p in own if id(p) in known}
         self._adopted = False
-        get_head = getattr(model, "get_output_embeddings", None)
-        self._head = get_head() if get_head is not None else None
 
-    def run(self, batch: Batch, shares: Sequence[slice], into: Into) -> None:
+    def run(
+        self,
+        batch: Batch,
+        shares: Sequence[slice],
+        into: Into,
+        forward: Forward | None = None,
+        order: Tensor | None = None,
+    ) -> None:
         """Trace one batch.
 
         Args:
@@ -83,6 +97,9 @@ class Engine:
                 value are the tensors that the share's sums are added to: of "sum" Σg, "abs" Σ|g| and "square" Σg²
                 those wanted, of the parameter's shape and the dtype `sum_dtype`. Nothing is divided by the number
                 of examples. Leaving the context says that they are complete.
+            forward: somebody else's forward of the model, as it is, to trace in the place of one of the engine's own.
+                Its graph is kept. What no rule serves is computed by the engine's own nevertheless.
+            order: [B], the row in that forward that is the batch's example 0, 1, …; None: the same rows.
 
         Raises:
             UserError: the batch lacks a tensor, or an example lacks a target.
@@ -105,7 +122,11 @@ class Engine:
                     refused[number].add(name)
 
         with undisturbed(self.model):
-            missing = self._visit(batch, add)
+            self._plan(batch)
+            missing = self._visit(batch, add) if forward is None else set()
+        if forward is not None:
+            missing = self._visit(batch, add, forward, order)
+        with undisturbed(self.model) if missing or any(refused) else nullcontext():
             for number, share in enumerate(shares):
                 names = sorted(missing | refused[number])
 
@@ -130,6 +151,7 @@ class Engine:
             raise UserError("single examples' gradients can't be had of a sharded model; load it unsharded for that")
         batch = self.checked(batch)
         with undisturbed(self.model):
+            self._plan(batch)
             missing = sorted(self._visit(batch, use), key=lambda name: self.parameters[name].numel())
             count = len(batch["labels"])
             while missing:
@@ -145,9 +167,22 @@ class Engine:
                 for name in names:
                     use(name, [Held(held.pop(name))])
 
-    def _visit(self, batch: dict[str, Tensor], use: Callable[[str, list[Rule]], None]) -> set[str]:
-        """One batched pass; gives the parameters that no rule served."""
-        self._plan(batch)
+    def look(self, batch: Batch, use: Callable[[str, list[Rule]], None], forward: Forward) -> None:
+        """Give each parameter's planned rules in somebody else's forward of a batch to `use`, as `visit` does; not
+        those of parameters that no rule serves."""
+        batch = self.checked(batch)
+        with undisturbed(self.model):
+            self._plan(batch)
+        self._visit(batch, use, forward)
+
+    def _visit(
+        self,
+        batch: dict[str, Tensor],
+        use: Callable[[str, list[Rule]], None],
+        forward: Forward | None = None,
+        order: Tensor | None = None,
+    ) -> set[str]:
+        """One batched pass by the plan; gives the parameters that no rule served."""
         missing = set(self.parameters)
 
         def deliver(name: str, uses: Uses) -> None:
@@ -161,7 +196,7 @@ class Engine:
 
         if any(way is not None for way in self.plan.values()):
             idle = [name for name, way in self.plan.items() if way == []]
-            with self._backward(batch, deliver, idle):
+            with self._backward(batch, deliver, idle, forward=forward, order=order):
                 pass
         return missing
 
@@ -215,6 +250,8 @@ class Engine:
         deliver: Callable[[str, Uses], None],
         idle: Sequence[str] = (),
         keep: bool = False,
+        forward: Forward | None = None,
+        order: Tensor | None = None,
     ) -> Iterator[None]:
         """One forward and backward, recorded (see `Recording` for which parameters are delivered).
 
@@ -223,10 +260,10 @@ class Engine:
         """
         shape = (batch["labels"].shape[0], batch["labels"].shape[1])
         reading, rerun = (set(self.owners),) * 2 if keep else (self.reading(), self.rerun())
-        recording = Recording(self.owners, shape, deliver, reading, keep=keep, rerun=rerun)
+        recording = Recording(self.owners, shape, deliver, reading, Arrangement(order), keep=keep, rerun=rerun)
         try:
             with recording.watching(self.model):
-                losses = self.losses(batch, only_targets=True)
+                losses = self.losses(batch, only_targets=True) if forward is None else forward(batch)
             wrong = (~losses.isfinite()).nonzero()
             if len(wrong):
                 raise UserError(
@@ -235,9 +272,14 @@ class Engine:
                 )
             # The model's first calls are where the backward ends; on the way there it passes all others.
             sources = recording.sources
+            for name in [name for name in idle if not all(x.requires_grad for x in self._live[name])]:
+                deliver(name, [])  # frozen in somebody else's forward
+            idle = [name for name in idle if all(x.requires_grad for x in self._live[name])]
             ends = [GradientEdge(node, 0) for _, node in sources] + self.ends(idle)
-            # (torch's stubs do not know a list of both.)
-            found = torch.autograd.grad(losses.sum(), ends, allow_unused=True) if ends else ()  # pyright: ignore
+            with torch.autocast(losses.device.type, enabled=False):  # which may be on around somebody else's forward
+                whole: Any = ends  # (torch's stubs do not know a list of both)
+                kept = forward is not None
+                found = torch.autograd.grad(losses.sum(), whole, retain_graph=kept, allow_unused=True) if ends else ()
             for (call, _), e in zip(sources, found):
                 if e is not None:
                     recording.arrived(call, e)
@@ -247,6 +289,7 @@ class Engine:
             yield
         finally:
             recording.close()
+            recording.aside = _ignore  # of the backward that somebody else's forward is made for
 
     def reading(self) -> set[str]:
         """Modules whose outputs some rule of the plan reads."""
@@ -327,15 +370,63 @@ class Engine:
     # ---- the plan
 
     def _plan(self, batch: Batch) -> None:
-        if not self._adopted:
+        if not self._adopted and not self._recall(batch):
             self._adopt(batch)
         if self.probed < min(2, len(batch["labels"])):
             self._probe(batch, list(self.parameters))
             self.seen = 0
+            self._remember()
         elif self.untold and self.seen & (self.seen - 1) == 0 and not self.sharded:
             # Again, ever more rarely, what had no gradient: that of an adapter's A is zero until its B is not.
             self._probe(batch, sorted(self.untold))
         self.seen += 1
+
+    def _remember(self) -> None:
+        """Keep the plan for the next engine of this model. Not one of a single example, nor where a gradient was zero:
+        that tells nothing about a rule."""
+        if self.probed == 2 and not self.untold and not self.sharded:
+            _PLANS[self.model] = (_signature(self.model), copy.deepcopy((self.owners, self.plan, self.order)))
+
+    def _recall(self, batch: Batch) -> bool:
+        """Take over the plan of an engine before, if it holds all parameters, the model looks as it did then, and the
+        rules give the gradient of the longest example: which are right may depend on values."""
+        if self.probed or self.sharded or self.model not in _PLANS:
+            return False
+        signature, (owners, plan, order) = _PLANS[self.model]
+        found = self.owners, self.plan, self.order
+        if not self.parameters.keys() <= plan.keys() or signature != _signature(self.model):
+            return False
+        own = self.parameters
+        self.owners = {
+            owner: {local: name for local, name in names.items() if name in own} for owner, names in owners.items()
+        }
+        self.plan, self.order = {name: plan[name] for name in own}, [name for name in order if name in own]
+        i = pair_of(batch["attention_mask"])[0]
+        one = {key: value[i : i + 1] for key, value in batch.items()}
+        expected, agreed = self.gradients_along(one, 0), []
+        self._visit(one, lambda name, rules: agreed.append(self._agrees(name, rules, expected.get(name))))
+        if not all(agreed):
+            self.owners, self.plan, self.order = found
+            return False
+        self.probed, self.seen, self._adopted = 2, 0, True
+        return True
+
+    def _agrees(self, name: str, rules: list[Rule], expected: Tensor | None) -> bool:
+        theta = self.parameters[name]
+        return agree_along(rules, 0, expected, theta, theta.dtype) if rules else expected is None
+
+    def gradients_along(self, batch: Batch, i: int) -> dict[str, Tensor]:
+        """Each parameter's gradient of example i by itself, along random directions (`probe.along`); those that have
+        one."""
+        found: dict[str, Tensor] = {}
+
+        def note(name: str, gradient: Tensor) -> None:
+            found[name] = along(gradient.to(sum_dtype(gradient.dtype)))
+
+        names = list(self.parameters)
+        with undisturbed(self.model), self.streaming(names, note):
+            self.alone(batch, i, names)
+        return found
 
     def _adopt(self, batch: Batch) -> None:
         """Give parameters to the closest module around whose calls show them example by example.
@@ -405,13 +496,18 @@ class Engine:
         reached: set[str] = set()
         told: set[str] = set()
         with self._backward({key: value[pair] for key, value in batch.items()}, uses.__setitem__, keep=True):
-            for rules in (RULES[:-1], RULES):
-                left = {name: uses[name] for name in names if name in uses and not self.plan[name]}
-                trials = {name: Trial(self._live[name][0], of, rules) for name, of in left.items()}
+            doubted: set[str] = set()
+            for rules, alike in ((RULES[:-1], True), (RULES[:-1], False), (RULES, False)):
+                # in the order of the backward, in which the first of a kind is judged before the others
+                left = {name: of for name, of in uses.items() if name in names and not self.plan[name]}
+                if rules is not RULES and not alike:
+                    left = {name: of for name, of in left.items() if name in doubted}
+                trials = self._trials(left, rules, alike)
                 for place, i in enumerate(pair if trials else ()):
                     reached |= self._compare(batch, i, place, trials)
                 told |= {name for name, trial in trials.items() if trial.told}
                 self.plan |= settled(trials)
+                doubted = {name for name, trial in trials.items() if trial.doubted}
         unseen = [name for name in names if name not in uses]  # no call shows them
         for i in pair if unseen else ():
             gradients = self.alone(batch, i, unseen)
@@ -420,6 +516,17 @@ class Engine:
         self.untold = (self.untold - set(names)) | {name for name in names if name in uses and name not in told}
         self.probed = len(pair)
         self.order += [name for name in uses if name not in self.order]
+
+    def _trials(self, uses: Mapping[str, Uses], rules: Sequence[type[Rule]], alike: bool) -> dict[str, Trial]:
+        """A trial of the rules for each parameter; with `alike`, all of a kind follow the first."""
+        trials: dict[str, Trial] = {}
+        firsts: dict[Kind, Trial] = {}
+        for name, of in uses.items():
+            theta = self._live[name][0]
+            kind = kind_of(theta, of)
+            trials[name] = Trial(theta, of, rules, firsts.get(kind) if alike else None)
+            firsts.setdefault(kind, trials[name])
+        return trials
 
     def _compare(self, batch: Batch, i: int, place: int, trials: Mapping[str, Trial]) -> set[str]:
         """Judge the trials by example i alone; gives the parameters that it has a gradient of."""
@@ -450,25 +557,10 @@ class Engine:
         # A token after padding is an example's first: nothing predicts it, whichever side the padding is on.
         mask, labels = batch["attention_mask"], batch["labels"].clone()
         labels[:, 1:].masked_fill_(mask[:, :-1] == 0, -100)
-        with ExitStack() as hooks:
-            gathered = False
-            if only_targets and self._head is not None:
-                target = labels[:, 1:] != -100
-                most = int(target.sum(1).max())
-                positions = target.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-
-                def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-                    nonlocal gathered
-                    if gathered or len(args) != 1 or args[0].shape[:2] != labels.shape:
-                        return None
-                    gathered = True
-                    return (args[0].take_along_dim(positions.unsqueeze(-1), 1),)
-
-                hooks.callback(self._head.register_forward_pre_hook(gather).remove)
-            output = self.model(**inputs)
-        logits = output if isinstance(output, Tensor) else output.logits
         wanted = next_tokens(labels)
-        return aligned_losses(logits, wanted.gather(1, positions) if gathered else wanted)
+        positions = target_positions(wanted) if only_targets else None
+        logits = logits_at(self.model, positions, inputs)
+        return aligned_losses(logits, wanted if positions is None else wanted.gather(1, positions))
 
     def memory(
         self, batches: Sequence[Batch], sums: int, where: Where = "auto", passes: int | None = None
@@ -511,6 +603,26 @@ class Engine:
         return {key: value.to(device) for key, value in _plain(batch).items()}
 
 
+def _signature(model: nn.Module) -> Hashable:
+    """What a model computes, as far as it can be told without its values: its modules, what they hold and what hooks
+    them, the parameters' shapes and the config; and the rules that there are."""
+    found: list[Hashable] = [*RULES]
+    for name, module in model.named_modules():
+        hooks = [tuple(value) for key, value in sorted(vars(module).items()) if key.endswith("_hooks")]
+        held = [_told(key, value) for key, value in sorted(vars(module).items()) if key not in _OF_EVERY_MODULE]
+        tensors = [(key, id(p), p.shape, p.dtype, p.device) for key, p in module._parameters.items() if p is not None]
+        found.append((name, type(module), tuple(hooks), tuple(held), tuple(tensors)))
+    config: dict[str, Any] = getattr(getattr(model, "config", None), "__dict__", {})
+    return (*found, *(_told(key, value) for key, value in sorted(config.items())))
+
+
+def _told(key: str, value: Any) -> Hashable:
+    """A value by what it is, an object by its identity."""
+    if isinstance(value, (list, tuple, dict, set)):
+        return key, repr(value)
+    return (key, value) if isinstance(value, (bool, int, float, str, type(None), torch.dtype)) else (key, id(value))
+
+
 def _plain(batch: Batch) -> dict[str, Tensor]:
     """The batch with padding on the right, without position_ids that only count."""
     there = batch["attention_mask"] != 0
@@ -523,6 +635,10 @@ def _plain(batch: Batch) -> dict[str, Tensor]:
         plain["labels"] = plain["labels"].clone()
         plain["labels"][~there.gather(1, order)] = -100
     return plain
+
+
+def _ignore(call: Call, e: Tensor) -> None:
+    pass
 
 
 def _zeros(parameter: Tensor, count: int) -> Tensor:

@@ -6,9 +6,11 @@ examples from a recorded batch of two, and the first that gives autograd's is ta
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ AGREES = {
     torch.bfloat16: (0.15, 0.02),
 }
 WELL = 0.3  # share of that difference below which there is no doubt
+DIRECTIONS = 4  # so many are nearly orthogonal to a wrong rule's error less than once in 10^12
 
 
 def pair_of(mask: Tensor) -> list[int]:
@@ -46,30 +49,70 @@ class Trial:
     Args:
         uses: the parameter's calls in a batch of the examples.
         rules: which to try.
+        like: the trial of the first parameter of its kind; None if this is the first.
+
+    Attributes:
+        told: whether any gradient was not zero: one that is tells nothing about a rule.
+        doubted: the parameter agreed with the first of its kind in one example alone; it must be tried by itself.
     """
 
-    def __init__(self, parameter: Tensor, uses: Uses, rules: Sequence[type[Rule]]) -> None:
-        self.parameter, self.uses, self.rules = parameter, uses, rules
+    def __init__(self, parameter: Tensor, uses: Uses, rules: Sequence[type[Rule]], like: Trial | None = None) -> None:
+        self.parameter, self.uses, self.rules, self.like = parameter, uses, rules, like
         self.misfits: dict[tuple[str, ...], float] = {}  # by the names of the uses' rules, in the order of the list
-        self.told = False  # a gradient that is zero tells nothing about a rule
+        self.judged: set[int] = set()
+        self.followed: set[tuple[str, ...]] = set()  # the names of what served the first, where that clearly agreed
+        self.told = self.doubted = False
 
     def judge(self, i: int, gradient: Tensor | None) -> None:
         """Compare with the gradient of the batch's example i alone (None: it has none)."""
+        if self.like is not None and not self.misfits and self._follows(self.like, i, gradient):
+            return
+        if self.followed:
+            self.doubted = True
+            return
         self.told |= gradient is not None and bool(gradient.any())
         for rules in self._ways():
             worst = max(misfit(rules, i, gradient, self.parameter, totals=totals) for totals in (True, False))
             names = tuple(rule.name for rule in rules)
             self.misfits[names] = max(self.misfits.get(names, 0.0), worst)
+        self.judged.add(i)
 
-    def best(self) -> Way | None:
-        """The first way that is right for all examples."""
-        if not self.told:
-            return None
+    def _follows(self, first: Trial, i: int, gradient: Tensor | None) -> bool:
+        """Whether what served the first parameter of this kind clearly gives this gradient too."""
+        names = first.best_names() if i in first.judged else None
+        if names is None or len(names) != len(self.uses):
+            return False
+        by_name = {rule.name: rule for rule in self.rules}
+        try:
+            rules = [made(by_name[name], call, local) for name, (call, local) in zip(names, self.uses)]
+        except Unfit:
+            return False
+        size = clear_size(rules, i, gradient, self.parameter)
+        if size is None:
+            return False
+        self.told |= size > 0
+        self.followed.add(names)
+        return True
+
+    def best_names(self) -> tuple[str, ...] | None:
+        """The names of the first rules, one a use, that are right for all examples so far."""
         bar = max(4 * min(self.misfits.values(), default=1.0), WELL)  # a wrong rule may nearly pass in half precision
         for names, misfit in self.misfits.items():
             if misfit <= min(bar, 1.0):
-                return [[call.name, local, rule] for (call, local), rule in zip(self.uses, names)]
+                return names
         return None
+
+    def best(self) -> Way | None:
+        """The first way that is right for all examples."""
+        if not self.told or self.doubted:
+            return None
+        if self.like is not None and self.followed:
+            names = self.like.best_names()
+            self.doubted = self.followed != {names}  # the second example showed that it is another
+            names = None if self.doubted else names
+        else:
+            names = self.best_names()
+        return None if names is None else [[call.name, local, rule] for (call, local), rule in zip(self.uses, names)]
 
     def _ways(self) -> Iterator[tuple[Rule, ...]]:
         if self.parameter.dim() == 0 and len(self.uses) > 1:
@@ -123,6 +166,110 @@ def _misfit(
     if apart <= WELL * relative * size:
         return apart / (relative * size) if apart else 0.0
     return apart / (relative * size + terms * float(found([rule.magnitude() for rule in rules]).norm()))
+
+
+def clear_size(
+    rules: Sequence[Rule], i: int, gradient: Tensor | None, parameter: Tensor, dtype: torch.dtype | None = None
+) -> float | None:
+    """How large the gradient of example i is (its Frobenius norm, about) if the rules clearly give it; None if they
+    may not, or if that can't be told along random directions.
+
+    Args:
+        dtype: of the multiplications; the parameter's if not given.
+    """
+    found = rules_along(rules, i, parameter) if parameter.dim() > 1 else None
+    if found is None:
+        return None
+    apart, size = found, 0.0
+    if gradient is not None:
+        expected = along(gradient.to(found.dtype))
+        size = float(expected.norm()) / DIRECTIONS**0.5
+        apart = found - expected
+    relative, _ = AGREES[dtype or parameter.dtype]
+    # (a comparison with NaN is false)
+    return size if float(apart.norm()) / DIRECTIONS**0.5 <= WELL * relative * size else None
+
+
+def along(gradient: Tensor) -> Tensor:
+    """g v for each of a few random directions v, [..., DIRECTIONS]; of a vector or a number itself."""
+    if gradient.dim() < 2:
+        return gradient.clone()
+    return gradient @ _directions(gradient.shape[-1], gradient.dtype, gradient.device)
+
+
+def rules_along(rules: Sequence[Rule], i: int, parameter: Tensor) -> Tensor | None:
+    """`along` of the rules' gradient of example i, which is not made; None if a rule fails, or knows no way to it."""
+    wide = sum_dtype(parameter.dtype)
+    if parameter.dim() < 2:
+        return None
+    directions = _directions(parameter.shape[-1], wide, parameter.device)
+    found = torch.zeros(*parameter.shape[:-1], DIRECTIONS, dtype=wide, device=parameter.device)
+    try:
+        for rule in rules:
+            with fitting():
+                part = rule.along(directions, i)
+            if part is None:
+                return None
+            found += part
+    except Unfit:
+        return None
+    return found
+
+
+def agree(
+    rules: Sequence[Rule], i: int, gradient: Tensor | None, parameter: Tensor, dtype: torch.dtype, *, known: bool
+) -> bool:
+    """Whether the rules give the gradient of example i; compared along random directions first if they are `known` to
+    give that of another parameter of its kind."""
+    if known and clear_size(rules, i, gradient, parameter, dtype) is not None:
+        return True
+    return all(misfit(rules, i, gradient, parameter, totals=totals, dtype=dtype) <= 1 for totals in (True, False))
+
+
+def agree_along(rules: Sequence[Rule], i: int, expected: Tensor | None, parameter: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the rules' gradient of example i is the expected, both along random directions, as far as rounding in
+    this dtype goes."""
+    found = _any_along(rules, i, parameter)
+    if found is None:
+        return False
+    apart = found if expected is None else found - expected
+    relative, terms = AGREES[dtype]
+    limit = relative * float(expected.norm()) if expected is not None else 0.0
+    if float(apart.norm()) <= limit:
+        return True
+    size = _any_along([rule.magnitude() for rule in rules], i, parameter)
+    return size is not None and float(apart.norm()) <= limit + terms * float(size.norm())
+
+
+def _any_along(rules: Sequence[Rule], i: int, parameter: Tensor) -> Tensor | None:
+    found = rules_along(rules, i, parameter)
+    if found is not None:
+        return found
+    sums = {"sum": torch.zeros_like(parameter, dtype=sum_dtype(parameter.dtype))}
+    try:
+        with fitting():
+            reduce(rules, sums, slice(i, i + 1), totals=False)
+    except Unfit:
+        return None
+    return along(sums["sum"])
+
+
+@functools.lru_cache(maxsize=64)
+def _directions(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(width)
+    return torch.randn(width, DIRECTIONS, generator=generator, dtype=dtype, device="cpu").to(device)
+
+
+Kind = tuple[Any, ...]
+
+
+def kind_of(parameter: Tensor, uses: Uses) -> Kind:
+    """What parameters have in common that are likely to be served by the same rules."""
+    calls = [
+        (type(call.module), local, call.flat is None, call.autocast, call.repeatable, "forward" in vars(call.module))
+        for call, local in uses
+    ]
+    return (tuple(parameter.shape), parameter.dtype, *calls)
 
 
 def hollow(gradient: Tensor) -> Tensor:

@@ -34,8 +34,9 @@ from torch.distributed.tensor import DTensor
 from crosstrace.errors import UserError
 from crosstrace.sharded import Pieces, at_rest, laid, local, own_rows, piece, processes_of, whole, write
 from crosstrace.store import read_json, replacing, versions, write_json
+from crosstrace.trace.borrowed import Drew, TrainingForward, calm, is_the_same
 from crosstrace.trace.distributed import Scatter, Team
-from crosstrace.trace.engine import Batch, Engine
+from crosstrace.trace.engine import Batch, Engine, Forward
 from crosstrace.trace.memory import Estimate, Where
 from crosstrace.trace.packed import unpacked
 from crosstrace.trace.rules import sum_dtype
@@ -374,6 +375,8 @@ class Accumulated:
             for measure in measures
             for part in range(parts)
         }
+        self.borrows: dict[str, bool] = {}  # by task: whether the training's own forward is traced
+        self._compared: set[str] = set()  # tasks whose forward was compared with one of the trace's own
         self._whole = True  # no step was interrupted half-way
 
     @property
@@ -415,10 +418,13 @@ class Accumulated:
             also["sum"] = gradients[name]
         return _open(name, theta, self._of_part(task, part), factor, also, scatter)
 
-    def _add_step(self, task: str, name: str, gradient: Tensor, factor: float) -> None:
-        """Add a step's mean gradient of one parameter."""
-        for mean in self._of_step(task):
-            mean.add_step(name, gradient, local(self._engine.parameters[name]), factor)
+    def _add_step(self, task: str, name: str, total: Tensor, count: int, factor: float) -> None:
+        """Add a step's mean gradient of one parameter, given as its sum over `count` examples, which is used up."""
+        means = self._of_step(task)
+        for left, mean in zip(reversed(range(len(means))), means):
+            mean.add_step(
+                name, total if left == 0 else total.clone(), count, local(self._engine.parameters[name]), factor
+            )
 
     def _count(self, task: str, sizes: Iterable[tuple[int, int]], factor: float) -> None:
         """All of a step's sums of a task are there, of so many examples for each part."""
@@ -448,10 +454,14 @@ class Accumulated:
         self._whole = not last
         return [
             Trace(key.rsplit("/", 3)[0], mean.measure, mean.reduction, "online", mean.finished(keep=not last),
-                  mean.weight, facts | {"part": int(key.rsplit("/", 1)[1])})
+                  mean.weight, facts | self._forward_of(key.rsplit("/", 3)[0]) | {"part": int(key.rsplit("/", 1)[1])})
             for key, mean in self._means.items()
             if mean.weight > 0
         ]  # fmt: skip
+
+    def _forward_of(self, task: str) -> dict[str, str]:
+        """Which forward was traced, where it could have been the training's."""
+        return {"forward": "of the training" if self.borrows[task] else "of its own"} if task in self.borrows else {}
 
     def _header(self) -> dict[str, Any]:
         """What is saved beside the sums."""
@@ -464,6 +474,7 @@ class Accumulated:
             "probed": self._engine.probed,
             "untold": sorted(self._engine.untold),
             "seen": self._engine.seen,
+            "borrows": dict(self.borrows),
         }
 
     def _sums(self) -> dict[str, Tensor]:
@@ -500,7 +511,7 @@ class Accumulated:
                 )
         if shapes != {key: tuple(v.shape) for key, v in self._sums().items()}:
             raise UserError("the saved online trace has other parameters than the model; is it of another model?")
-        self._steps = dict(header["steps"])
+        self._steps, self.borrows = dict(header["steps"]), dict(header.get("borrows", {}))
         self._engine.plan, self._engine.order = dict(header["plan"]), list(header["order"])
         self._engine.probed, self._engine.seen = header["probed"], header["seen"]
         self._engine.untold = set(header["untold"])
@@ -570,12 +581,22 @@ class OnlineTrace(Accumulated):
     shares the training's own backward instead.
     """
 
-    def step(self, batches: Mapping[str, Batch], lr: float = 1.0) -> None:
+    def step(
+        self,
+        batches: Mapping[str, Batch],
+        lr: float = 1.0,
+        forwards: Mapping[str, TrainingForward] = MappingProxyType({}),
+    ) -> None:
         """Add one training step: each task's batch, at the parameters before the update.
 
         Args:
             batches: per task; a task without examples in this step is left out.
             lr: the step's learning rate; counts only if `lr_weighted`.
+            forwards: per task, the training's own forward, which is traced in the place of one more. Called as
+                forward(batch, True) it gives the losses ℓ [B] of the labels of the task's batch, and keeps what the
+                training needs. In a task's first step it is called before as forward(two of the rows, False), and
+                compared with the trace's own forward; where they differ, as by dropout, the trace goes on with its own
+                (see `borrows`). Not used where several processes share out the examples.
 
         Raises:
             UserError: a task that was not announced, or a batch that can't be traced; nothing is added then.
@@ -597,16 +618,32 @@ class OnlineTrace(Accumulated):
             if self._team is not None:  # the rules are chosen on the same examples everywhere
                 self._engine.plan_for({key: value for key, value in batch.items() if key != "group"})
                 (batch,) = self._team.deal([batch])
+            given, order = batch, _order(batch, self._parts, 0)[1].to(batch["labels"].device)
             batch, chosen, shares = _by_part(batch, self._parts, 0)
             sizes = [share.stop - share.start for share in shares]
             gradients: dict[str, Tensor] = {}
             add = partial(self._add, task, chosen, count, gradients, factor)
-            if sum(sizes):
+            forward = self._borrowed(task, given, forwards.get(task)) if sum(sizes) else None
+            try:
+                if sum(sizes):
+                    self._engine.run(batch, shares, add, forward, order if forward and len(shares) > 1 else None)
+            except Drew:  # before anything was added
+                self.borrows[task] = False
                 self._engine.run(batch, shares, add)
             if self._team is not None and "step" in self._settings["reductions"]:
                 self._add_step_of_all(self._team, task, gradients, count, factor)
             self._count(task, zip(chosen, sizes), factor)
         self._whole = True
+
+    def _borrowed(self, task: str, batch: Batch, forward: TrainingForward | None) -> Forward | None:
+        """The training's own forward of this very batch, its rows in the training's order, if it may be traced."""
+        if forward is None or self._team is not None:
+            return None
+        rows = self._engine.checked({key: value for key, value in batch.items() if key != "group"})
+        if task not in self._compared:
+            self._compared.add(task)
+            self.borrows[task] = is_the_same(self._engine, rows, forward)
+        return partial(_of_these, forward, rows) if self.borrows[task] else None
 
     def _step_in_pieces(self, team: Team, task: str, given: Batch, factor: float) -> None:
         """Add a task's step of a sharded model: all processes go through the same parts together, each with its
@@ -627,7 +664,7 @@ class OnlineTrace(Accumulated):
         )
         scatter.finish()
         for name in list(gradients):
-            self._add_step(task, name, gradients.pop(name).div_(len(given["labels"])), factor)
+            self._add_step(task, name, gradients.pop(name), len(given["labels"]), factor)
         self._count(task, [(part, s.stop - s.start) for part, s in zip(chosen, whole_shares)], factor)
 
     def _add_step_of_all(self, team: Team, task: str, gradients: dict[str, Tensor], count: int, factor: float) -> None:
@@ -637,7 +674,7 @@ class OnlineTrace(Accumulated):
             own = torch.zeros_like(theta, dtype=sum_dtype(theta.dtype)) if own is None else own
             team.processes.add_up(own)
             if self._holds:
-                self._add_step(task, name, own.div_(count), factor)
+                self._add_step(task, name, own, count, factor)
 
     @contextmanager
     def _add(
@@ -647,7 +684,7 @@ class OnlineTrace(Accumulated):
         with self._open(task, chosen[number], name, gradients, factor) as sums:
             yield sums
         if self._team is None and name in gradients and number == len(chosen) - 1:
-            self._add_step(task, name, gradients.pop(name).div_(count), factor)
+            self._add_step(task, name, gradients.pop(name), count, factor)
 
 
 class _Mean:
@@ -673,13 +710,14 @@ class _Mean:
             value = value * theta.detach().abs()
         self.total[name].add_(value.to(self.total[name].device), alpha=factor)
 
-    def add_step(self, name: str, gradient: Tensor, theta: Tensor, factor: float) -> None:
-        """Add a step's mean gradient."""
+    def add_step(self, name: str, total: Tensor, count: int, theta: Tensor, factor: float) -> None:
+        """Add a step's mean gradient, given as its sum over `count` examples, which is used up."""
         if self.measure in ("abs", "taylor"):
-            gradient = gradient.abs()
+            total.abs_()
         elif self.measure == "square":
-            gradient = gradient.square()
-        self.add(name, gradient, theta, factor)
+            total.square_()
+            count *= count
+        self.add(name, total, theta, factor / count)
 
     def finished(self, keep: bool = False) -> dict[str, Tensor]:
         """The mean, on the CPU (of sharded parameters sharded likewise). The sums are used up, unless they are to be
@@ -741,10 +779,7 @@ def _by_part(batch: Batch, parts: int, seen: int) -> tuple[Batch, list[int], lis
     """The batch sorted by part, which parts it has, and where each lies; `seen` examples came before it."""
     if "labels" not in batch:
         return batch, [0], [slice(0, 0)]  # the engine says what is wrong with it
-    count = len(batch["labels"])
-    group = batch.get("group")
-    part = (torch.arange(seen, seen + count) if group is None else group.cpu()) % parts
-    order = part.argsort(stable=True)
+    part, order = _order(batch, parts, seen)
     chosen, sizes = part.unique(return_counts=True)
     ends = sizes.cumsum(0).tolist()
     shares = [slice(end - size, end) for end, size in zip(ends, sizes.tolist())]
@@ -752,6 +787,18 @@ def _by_part(batch: Batch, parts: int, seen: int) -> tuple[Batch, list[int], lis
     if len(shares) > 1:
         rest = {key: value[order.to(value.device)] for key, value in rest.items()}
     return rest, chosen.tolist(), shares
+
+
+def _of_these(forward: TrainingForward, rows: Batch, _: Batch) -> Tensor:
+    """The losses of the training's rows, whichever batch is traced: a training must not change by being traced."""
+    return calm(forward, rows, True)
+
+
+def _order(batch: Batch, parts: int, seen: int) -> tuple[Tensor, Tensor]:
+    """Which part each example of a batch belongs to, and the examples' order by part."""
+    group = batch.get("group")
+    part = (torch.arange(seen, seen + len(batch["labels"])) if group is None else group.cpu()) % parts
+    return part, part.argsort(stable=True)
 
 
 def check_settings(measures: Sequence[str], parts: int, reductions: Sequence[str]) -> None:

@@ -39,7 +39,7 @@ from crosstrace.sharded import is_sharded
 from crosstrace.trace.engine import Batch, undisturbed
 from crosstrace.trace.modules import Linear, TransposedLinear
 from crosstrace.trace.packed import is_packed
-from crosstrace.trace.probe import AGREES, misfit, pair_of
+from crosstrace.trace.probe import AGREES, Kind, agree, kind_of, pair_of
 from crosstrace.trace.recording import Recording, Uses, random_states
 from crosstrace.trace.rules import Arrangement, Call, Unfit, reduce, sum_dtype
 from crosstrace.trace.split import Split, splits
@@ -224,7 +224,7 @@ class TrainingTrace(Accumulated):
         for task, of_task in sizes.items():
             gradients = self._gradients.pop(task, {})
             for name in list(gradients):
-                self._add_step(task, name, gradients.pop(name).div_(sum(of_task.values())), self._step_factor)
+                self._add_step(task, name, gradients.pop(name), sum(of_task.values()), self._step_factor)
             self._count(task, of_task.items(), self._step_factor)
         self._check_alive(changed)
         self._forget()
@@ -502,6 +502,7 @@ class TrainingTrace(Accumulated):
         told: set[str] = set()
         wrong: set[str] = set()
         differ: set[str] = set()
+        right: set[Kind] = set()  # kinds of which a parameter's gradient was compared number by number
 
         def arrived(call: Call, gradient: Tensor) -> None:
             call.e, call.arrangement = gradient.detach(), Arrangement(done.order, done.scale)
@@ -514,10 +515,10 @@ class TrainingTrace(Accumulated):
                 told.add(name)
             there = bool(uses) and all(call.e is not None for call, _ in uses)
             rules = engine.rules(name, uses) if there and engine.plan[name] else None
-            if rules is None or any(
-                misfit(rules, i, gradient, theta, totals=totals, dtype=dtype) > 1 for totals in (True, False)
-            ):
+            if rules is None or not agree(rules, i, gradient, theta, dtype, known=kind_of(theta, uses) in right):
                 wrong.add(name)
+            else:
+                right.add(kind_of(theta, uses))
             if name not in by_itself or not _alike(by_itself[name], _sample(gradient), AGREES[dtype][0]):
                 differ.add(name)
             for call, _ in uses:
