@@ -23,7 +23,9 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -33,8 +35,9 @@ from torch import Tensor, nn
 from crosstrace.losses import example_losses
 from crosstrace.models import load_model
 from crosstrace.store import metadata, write_json
-from crosstrace.trace import TrainingTrace
+from crosstrace.trace import OnlineTrace, TrainingTrace
 from crosstrace.trace.engine import Engine
+from crosstrace.train import task_losses
 
 Sums = dict[str, Tensor]
 PYTHIA = {
@@ -42,13 +45,14 @@ PYTHIA = {
     "pythia-160m": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
 }
 HEADLINE = ("pythia-70m", 64, 32)
+SHORT, SHORTEST, LONG = ("pythia-70m", 16, 32), ("pythia-70m", 9, 64), ("pythia-70m", 256, 8)
 # shape, tokens an example, examples, contenders beside plain and trace
 CASES = [
     (*HEADLINE, ("loop", "vmap", "opacus", "backpack")),
-    ("pythia-70m", 16, 32, ("loop",)),
-    ("pythia-70m", 16, 64, ("loop",)),
+    (*SHORT, ("loop",)),
+    (*SHORTEST, ("loop",)),
     ("pythia-70m", 64, 8, ("loop",)),
-    ("pythia-70m", 256, 8, ("loop",)),
+    (*LONG, ("loop",)),
     ("pythia-160m", 64, 16, ("loop",)),
     ("bundled", 16, 64, ("loop", "vmap", "opacus", "backpack")),
     ("bundled", 64, 64, ("loop", "vmap", "opacus", "backpack")),
@@ -96,6 +100,18 @@ class Ours:
 
     def __call__(self, model: nn.Module, batch: Sums, sums: Sums) -> None:
         self.engine.run(batch, [slice(None)], lambda name, share: contextlib.nullcontext({"abs": sums[name]}))
+
+
+class TwoSums(Ours):
+    """Σg beside Σ|g|, as the online trace needs them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.totals = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+
+    def __call__(self, model: nn.Module, batch: Sums, sums: Sums) -> None:
+        into = lambda name, share: contextlib.nullcontext({"abs": sums[name], "sum": self.totals[name]})
+        self.engine.run(batch, [slice(None)], into)
 
 
 def loop(model: nn.Module, batch: Sums, sums: Sums) -> None:
@@ -169,9 +185,12 @@ class BackPACK:
             parameter.grad = None
 
 
+FULL = ("vmap", "opacus")  # libraries that give every parameter's gradients; BackPACK's are of linear layers alone
+
 CONTENDERS: dict[str, Callable] = {
     "plain": lambda model: plain,
     "trace": Ours,
+    "trace, two sums": TwoSums,
     "loop": lambda model: loop,
     "vmap": lambda model: vmap,
     "opacus": Opacus,
@@ -222,8 +241,8 @@ def case(shape: str, length: int, count: int, peers: tuple[str, ...], rounds: in
     memory: dict[str, list[int]] = {}
     errors: dict[str, float] = {}
     # libraries leave hooks in a model, so each has one of its own
-    models = {name: model if name in ("plain", "trace", "loop", "vmap") else model_of(shape) for name in
-              ("plain", "trace", *peers)}  # fmt: skip
+    own = ("plain", "trace", "trace, two sums")
+    models = {name: model if name in (*own, "loop", "vmap") else model_of(shape) for name in (*own, *peers)}
     ready: dict[str, Callable] = {}
     for name, own in models.items():
         try:
@@ -293,7 +312,8 @@ def online(shape: str, length: int, count: int, rounds: int, warm: int) -> dict:
     """A step of mixed training (AdamW, clipping), without a trace and with: both tasks' from the same backward.
 
     `online` leaves the training's gradients as they are, bit for bit; `online, reuse` lets the training take those of
-    linear layers from the trace's products.
+    linear layers from the trace's products; `online, object` traces other targets, the last three tokens, by a backward
+    of its own through the training's forward.
     """
     model = model_of(shape).train()
     for module in model.modules():
@@ -306,9 +326,29 @@ def online(shape: str, length: int, count: int, rounds: int, warm: int) -> dict:
         "online, reuse": TrainingTrace(model, ["bio", "qa"], reuse=True),
     }
 
+    last = batch["labels"].clone()
+    last[:, :-3] = -100
+    given = {t: {k: v[task == n] for k, v in (batch | {"trained": batch["labels"], "labels": last}).items()}
+             for n, t in enumerate(("bio", "qa"))}  # fmt: skip
+    other = OnlineTrace(model, list(given))
+
+    def trace_object() -> None:
+        means: dict[str, Tensor] = {}
+
+        def forward(name: str, part: Sums, kept: bool) -> Tensor:
+            trained, traced = task_losses(model, part, [part["trained"], part["labels"]])
+            if kept:
+                means[name] = trained.mean()
+            return traced
+
+        other.step(given, forwards={name: partial(forward, name) for name in given})
+        (sum(means.values()) / 2).backward()
+
     def step(name: str) -> None:
         if name == "plain":
             model(**batch).loss.backward()
+        elif name == "online, object":
+            trace_object()
         else:
             with tracing[name] as trace, trace.step():
                 model(**batch, task=task).loss.backward()
@@ -318,12 +358,24 @@ def online(shape: str, length: int, count: int, rounds: int, warm: int) -> dict:
 
     times: dict[str, list[float]] = {}
     for number in range(rounds + warm):
-        for name in ("plain", *tracing):
+        for name in ("plain", *tracing, "online, object"):
             clock = time.perf_counter()
             step(name)
             if number >= warm:
                 times.setdefault(name, []).append(time.perf_counter() - clock)
     found = {name: {"seconds": statistics.median(own), "rounds": own} for name, own in times.items()}
+    return {"shape": shape, "length": length, "examples": count, **found}
+
+
+def first_batch(shape: str, length: int, count: int, rounds: int) -> dict:
+    """A fresh model's first batch, in which its rules are found, and the second."""
+    found: dict[str, list[float]] = {"first": [], "second": []}
+    for _ in range(rounds):
+        model = model_of(shape)
+        sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        batch, contender = batch_of(model, length, count), Ours(model)
+        for times in found.values():
+            times.append(once(contender, model, batch, sums)[0])
     return {"shape": shape, "length": length, "examples": count, **found}
 
 
@@ -353,21 +405,45 @@ def table(cases: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def headline(found: dict, steps: dict, texts: dict) -> dict[str, float | str | None]:
+def ratio(found: dict | None, a: str, b: str) -> dict[str, float] | None:
+    """Of two contenders, each round's by itself: the median, and the lowest and highest."""
+    if found is None or a not in found or b not in found:
+        return None
+    each = [x / y for x, y in zip(found[a]["rounds"], found[b]["rounds"])]
+    return {"median": round(statistics.median(each), 3), "low": round(min(each), 3), "high": round(max(each), 3)}
+
+
+def headline(rows: list[dict], steps: dict, texts: dict, starts: dict) -> dict[str, Any]:
+    found = rows[0]
+    of = lambda case: next((r for r in rows if (r["shape"], r["length"], r["examples"]) == case), None)
+    median = lambda spread: None if spread is None else spread["median"]
+    spreads = {
+        "trace_over_plain": ratio(found, "trace", "plain"),
+        "two_sums_over_plain": ratio(found, "trace, two sums", "plain"),
+        "trace_over_plain_16": ratio(of(SHORT), "trace", "plain"),
+        "trace_over_plain_9": ratio(of(SHORTEST), "trace", "plain"),
+        "trace_over_plain_256": ratio(of(LONG), "trace", "plain"),
+        "own_texts_over_plain": ratio(texts, "trace", "plain"),
+        "loop_over_trace": ratio(found, "loop", "trace"),
+        "backpack_over_trace": ratio(found, "backpack", "trace"),
+    }
     seconds = {name: found[name]["seconds"] for name in CONTENDERS if name in found}
-    peers = {name: seconds[name] for name in ("vmap", "opacus", "backpack") if name in seconds}
+    peers = {name: seconds[name] for name in FULL if name in seconds}
     best = min(peers, key=lambda name: peers[name]) if peers else None
+    spreads["best_full_peer_over_trace"] = ratio(found, best, "trace") if best else None
     memory = [found[name]["memory"] for name in ("trace", "plain")]
     return {
         "shape": f"{found['shape']}, length {found['length']}, {found['examples']} examples",
-        "trace_over_plain": round(seconds["trace"] / seconds["plain"], 3),
+        **{name: median(spread) for name, spread in spreads.items()},
         "memory_over_plain": round(memory[0] / memory[1], 3) if all(memory) else None,
-        "loop_over_trace": round(seconds["loop"] / seconds["trace"], 3),
-        "best_peer": best,
-        "best_peer_over_trace": round(peers[best] / seconds["trace"], 3) if best else None,
+        "best_full_peer": best,
         "online_overhead": round(overhead(steps, "online, reuse"), 3),
         "online_overhead_same_bits": round(overhead(steps, "online"), 3),
-        "own_texts_trace_over_plain": round(texts["trace"]["seconds"] / texts["plain"]["seconds"], 3),
+        "online_overhead_object": round(overhead(steps, "online, object"), 3),
+        "first_batch_over_second": round(
+            statistics.median(a / b for a, b in zip(starts["first"], starts["second"])), 3
+        ),
+        "spreads": spreads,
     }
 
 
@@ -400,7 +476,8 @@ def main() -> None:
     with contextlib.redirect_stdout(None):
         steps = online(*(HEADLINE if not options.only else cases[0][:3]), options.rounds + 2, options.warm + 1)
         texts = own_texts(options.rounds, options.warm)
-    for name in ("online", "online, reuse"):
+        starts = first_batch(*HEADLINE, 3)
+    for name in ("online", "online, reuse", "online, object"):
         print(
             f"\na step of training, {name}: {100 * overhead(steps, name):+.1f} % of {steps['plain']['seconds']:.3f} s"
         )
@@ -409,8 +486,8 @@ def main() -> None:
         f"{texts['plain']['seconds']:.2f} s for a plain pass over padded batches\n"
     )
     if not options.quick:
-        write_json(options.out, {"cases": rows, "online": steps, "own_texts": texts, **about})
-    print(json.dumps(headline(rows[0], steps, texts)))
+        write_json(options.out, {"cases": rows, "online": steps, "own_texts": texts, "first_batch": starts, **about})
+    print(json.dumps(headline(rows, steps, texts, starts)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,197 @@
+"""Seconds of the work of an experiment at SmolLM2-135M's shape (random weights), before a change and after it.
+
+    python benchmarks/smollm2_shape.py --label after
+    git worktree add /tmp/before COMMIT; PYTHONPATH=/tmp/before/src python benchmarks/smollm2_shape.py --label before
+
+Each call measures the version of crosstrace that it imports, adds a column to benchmarks/results/smollm2_shape.json,
+and prints all columns. An update has 16 biographies of 60 to 68 tokens and 32 questions of 18 to 23, as the default
+world's have with this model's tokenizer; the trace's targets are the object's last three tokens. Times are medians over
+the rounds (the first is apart where it is more), with the lowest and highest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import Tensor
+
+from crosstrace.intervene import ablated, snapshot
+from crosstrace.losses import example_losses
+from crosstrace.shared import ParamSet
+from crosstrace.store import metadata, read_json, write_json
+from crosstrace.trace import OnlineTrace, TrainingTrace
+from crosstrace.trace.engine import Engine
+
+Batch = dict[str, Tensor]
+RESULTS = Path("benchmarks/results/smollm2_shape.json")
+VOCABULARY = 49152
+
+
+def model_of() -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        intermediate_size=1536, tie_word_embeddings=True, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
+def batch_of(count: int, shortest: int, longest: int, trained: int | None, seed: int) -> tuple[Batch, Batch]:
+    """Examples with what is trained (the last tokens; None: all), and with what is traced (the last three)."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (count, longest), generator=draw)
+    length = torch.randint(shortest, longest + 1, (count, 1), generator=draw)
+    length[0] = longest
+    place = torch.arange(longest).expand(count, -1)
+    mask = (place < length).long()
+    last = lambda tokens: ids.masked_fill((place >= length) | (place < length - tokens), -100)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return inputs | {"labels": last(trained or longest)}, inputs | {"labels": last(3)}
+
+
+BIO, TRACED_BIO = batch_of(16, 60, 68, None, 1)
+QA, TRACED_QA = batch_of(32, 18, 23, 4, 2)
+
+
+def measured(work: Callable[[], object], rounds: int) -> list[float]:
+    times = []
+    for _ in range(rounds):
+        clock = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - clock)
+    return times
+
+
+def steps(model: torch.nn.Module, rounds: int, bf16: bool) -> dict[str, list[float]]:
+    """A step of mixed training without a trace, and with."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    tasks = ["bio", "qa"]
+
+    def finish() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def backward() -> None:
+        for batch in (BIO, QA):
+            with autocast():
+                inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+                loss = example_losses(model(**inputs).logits, batch["labels"]).mean()
+            loss.backward()
+
+    def plain() -> None:
+        backward()
+        finish()
+
+    def online(trace: OnlineTrace) -> None:
+        trace.step({"bio": TRACED_BIO, "qa": TRACED_QA})
+        plain()
+
+    def shared(trace: TrainingTrace) -> None:
+        with trace, trace.step():
+            for task, batch in enumerate((BIO, QA)):
+                with autocast():
+                    loss = model(**batch, task=torch.full((len(batch["labels"]),), task)).loss
+                loss.backward()
+        finish()
+
+    model.train()
+    plain()
+    found = {"plain step": measured(plain, rounds)}
+    for name, kind, work in (
+        ("step, the object traced", OnlineTrace, online),
+        ("step, the training's loss traced", TrainingTrace, shared),
+    ):
+        trace = kind(model, tasks, ("abs",), ("example", "step"))
+        step = partial(work, trace)
+        found[f"first {name}"], found[name] = measured(step, 1), measured(step, rounds)
+        del trace, step
+    model.eval()
+    return found
+
+
+def traces(model: torch.nn.Module, rounds: int) -> dict[str, list[float]]:
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    into = lambda name, share: contextlib.nullcontext({"abs": sums[name]})
+    found = {}
+    engine = Engine(model)
+    run = lambda: engine.run(TRACED_BIO, [slice(None)], into)
+    found["trace, first batch"], found["trace, batch"] = measured(run, 1), measured(run, rounds)
+    engine = Engine(model)
+    found["trace again, first batch"] = measured(lambda: engine.run(TRACED_BIO, [slice(None)], into), 1)
+    return found
+
+
+def asked(model: torch.nn.Module, rounds: int) -> dict[str, list[float]]:
+    """Recall of 256 questions, and the same under an ablation of a random 5 %."""
+    from crosstrace.evaluate import recall
+    from crosstrace.facts import FactSettings, World
+    from crosstrace.models import load_tokenizer
+    from crosstrace.text import biographies, questions
+    from crosstrace.tokens import encode
+
+    tokenizer = load_tokenizer("bundled")
+    world = World.draw(FactSettings())
+    items = encode(tokenizer, questions(world))[:256]
+    texts = encode(tokenizer, biographies(world))[:64]
+    base = snapshot(model)
+    draw = torch.Generator().manual_seed(1)
+    chosen = ParamSet({name: torch.rand(p.shape, generator=draw) < 0.05 for name, p in model.named_parameters()})
+
+    def under() -> None:
+        with ablated(model, chosen, "base", base):
+            recall(model, tokenizer, items)
+
+    return {
+        "recall of 256 questions": measured(lambda: recall(model, tokenizer, items), rounds),
+        "recall of 64 biographies": measured(lambda: recall(model, tokenizer, texts), rounds),
+        "one intervention, 256 questions": measured(under, rounds),
+    }
+
+
+def table(columns: dict[str, dict]) -> str:
+    rows = list(dict.fromkeys(name for column in columns.values() for name in column["seconds"]))
+    lines = ["| seconds | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for name in rows:
+        cells = []
+        for column in columns.values():
+            times = column["seconds"].get(name)
+            spread = "" if not times or len(times) < 2 else f" [{min(times):.2f}, {max(times):.2f}]"
+            cells.append(f"{statistics.median(times):.2f}{spread}" if times else "–")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--label", required=True, help="of the column")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16", help="of the training")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    model = model_of()
+    seconds = steps(model, options.rounds, options.precision == "bf16")
+    seconds |= traces(model, options.rounds) | asked(model, options.rounds)
+    columns = read_json(options.out) if options.out.exists() else {}
+    about = metadata() | {"threads": torch.get_num_threads(), "precision": options.precision}
+    columns[options.label] = {"seconds": seconds, **about}
+    write_json(options.out, columns)
+    print(f"{about['cpu']}, {about['threads']} threads, training in {options.precision}\n")
+    print(table(columns))
+
+
+if __name__ == "__main__":
+    main()
