@@ -84,6 +84,14 @@ def test_the_plan_tells_all_stages_and_is_json():
         assert text in str(found)
 
 
+def test_the_plan_knows_how_many_tokens_are_asked_at_once():
+    held = lambda tokens, stage: max(
+        row["bytes"] for row in plan(config.override(SMALL, {"eval.tokens": tokens}), machine=PLENTY).memory
+        if row["stage"] == stage
+    )  # fmt: skip
+    assert held("64", "eval") < 0.7 * held("8192", "eval")
+
+
 def test_counted_examples_and_tokens_are_those_of_training():
     found = plan(SMALL, machine=PLENTY)
     rows = {(row["strategy"], row["phase"]): row for row in found.training}

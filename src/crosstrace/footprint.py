@@ -390,7 +390,7 @@ class Needs:
                 merged = {"a copy of what is merged": self.adapted} if self.adapted else {}
                 yield f"a traced step of {phase.name}", held | merged | self._traced(chosen), host
         for part, items in samples(self.material.parts, e.train.recall_examples).items():
-            yield f"recall of {part}", held | self._recall(part, len(items)), host
+            yield f"recall of {part}", held | self._recall(part, len(items), e.eval.tokens), host
         if self.sharded:
             yield "a checkpoint", held, host | self._copies()
 
@@ -468,25 +468,29 @@ class Needs:
         key = ("trace", id(self.base), largest["input_ids"].shape, targets)
         return self.material.once(key, lambda: self.base.traced(rows))
 
-    def _recall(self, part: str, number: int | None = None) -> Parts:
+    def _recall(self, part: str, number: int | None = None, tokens: int = TOKENS) -> Parts:
         """What `evaluate.recall` holds beside the weights, of the batch with most tokens and that with most answers.
-        Each of N processes asks its share, every N-th by length."""
+        Each of N processes asks its share, every N-th by length; `tokens` are those that go through at once."""
         items, pad, size = self.material.asked(part, number), self.material.pad, self.launch.processes
         share = lambda: sorted(items, key=lambda item: len(item.ids))[(len(items) - 1) % size :: size]
 
         def largest() -> list[Batch]:
-            found = list(recall_batches(share(), TOKENS, self.base.whole.config.get_text_config().vocab_size, pad))
-            tokens = [row["labels"].numel() for row in found]
+            found = list(recall_batches(share(), tokens, self.base.whole.config.get_text_config().vocab_size, pad))
+            positions = [row["labels"].numel() for row in found]
             answers = [len(row["labels"]) * int((row["labels"] != IGNORE).sum(1).max()) for row in found]
-            return [found[sizes.index(max(sizes))] for sizes in (tokens, answers)]
+            return [found[sizes.index(max(sizes))] for sizes in (positions, answers)]
 
-        rows = self.material.once(("recalled", part, number, size), largest)
+        rows = self.material.once(("recalled", part, number, size, tokens), largest)
         key = ("recall", id(self.base), tuple(row["input_ids"].shape for row in rows))
         return self.material.once(key, lambda: self.base.recall(rows))
 
     def _eval(self) -> Iterator[Moment]:
         for part in (part for part, items in self.material.parts.items() if items):
-            yield f"recall of {part}", {"weights": self.weights} | self._recall(part), {}
+            yield (
+                f"recall of {part}",
+                {"weights": self.weights} | self._recall(part, tokens=self.experiment.eval.tokens),
+                {},
+            )
 
     def _doctor(self) -> Iterator[Moment]:
         """`doctor.diagnose`: about four gradients, and of half precision a model in float32 with gradients."""
@@ -570,7 +574,11 @@ class Needs:
         yield "controls", both, held | {"what is free of one task": self.scope_sums}
         saved = {"values to put back": max(options.fractions) * self.scope_sums}
         for part in ("qa_id", "qa_ood"):
-            yield f"recall of {part}", both | saved | self._recall(part, options.questions), held
+            yield (
+                f"recall of {part}",
+                both | saved | self._recall(part, options.questions, self.experiment.eval.tokens),
+                held,
+            )
 
     def _intervene_in_pieces(self) -> Iterator[Moment]:
         """The same of a sharded model: traces, strengths and sets lie where its pieces do, but for random sets, which
@@ -735,17 +743,19 @@ class Needs:
             rows.append({"process": process, "stage": stage, "where": "ram" if of.machine.gpu is None else "gpu",
                          "dtype": dtype, "flops": flops, "shared_by": of.launch.processes})  # fmt: skip
 
-        asked = sum((_asked(items) for items in seen.parts.values()), Counter())
+        asked_of = partial(_asked, tokens=e.eval.tokens)
+        asked = sum(map(asked_of, seen.parts.values()), Counter())
         for name in e.taught:
             if name in e.strategies:
                 steps = sum(self.flops(_seen(data)) for _, data in self.phases(name))
                 updates = sum(len(data) for _, data in self.phases(name))
                 chosen = samples(seen.parts, e.train.recall_examples)
-                few = sum((_asked(items) for items in chosen.values()), Counter())
+                few = sum(map(asked_of, chosen.values()), Counter())
                 times = 1 + len(self.phases(name)) + (updates // e.train.recall_every if e.train.recall_every else 0)
                 # of a frozen base there is no gradient of the weights, a third of it all
                 add(name, "train", (2 if e.train.lora else 3) * steps + times * self.flops(few))
-                shares = e.trace.forward == "training" and self.launch.processes == 1 and not e.train.lora
+                merges = e.train.lora is not None and e.trace.view == "merged"
+                shares = e.trace.forward == "training" and self.launch.processes == 1 and not merges
                 add(name, "train, traced", (3 - shares) * steps / e.trace.every if e.trace.online else 0.0)
             add(name, "eval", self.flops(asked))
             chosen = [sample(i, e.trace.examples) if e.trace.examples else i for i in seen.trained.values()]
@@ -753,7 +763,7 @@ class Needs:
             places = sum(len(_saved(len(data), e.train.checkpoint_every)) for _, data in self.phases(name)) or 1
             add(name, "trace", once * (places if e.trace.checkpoints else 1))
             if e.interventions.run:
-                few = sum((_asked(seen.asked(p, e.interventions.questions)) for p in ("qa_id", "qa_ood")), Counter())
+                few = sum((asked_of(seen.asked(p, e.interventions.questions)) for p in ("qa_id", "qa_ood")), Counter())
                 sets = len(self.whens) * len(e.interventions.fractions) * self.controls()
                 add(name, "intervene", (2 * sets + 2) * self.flops(few))
             if e.mechanism.run:
@@ -792,10 +802,10 @@ class Needs:
         return sum(costs[part] for part in o.parts)
 
 
-def _asked(items: Sequence[Encoded]) -> Counter[str]:
-    """The work of `evaluate.recall`."""
+def _asked(items: Sequence[Encoded], tokens: int) -> Counter[str]:
+    """The work of `evaluate.recall`, `tokens` at once."""
     longest = max((len(item.ids) for item in items), default=1)
-    return work_of(items, max(1, TOKENS // longest))
+    return work_of(items, max(1, tokens // longest))
 
 
 def _held(p: Tensor, holders: int) -> int:
