@@ -23,7 +23,7 @@ from test_trace import make_examples, pad
 from tiny_models import tiny_model
 from torch import Tensor
 
-from crosstrace.trace import cpu_kernel, kernels, rules, trace
+from crosstrace.trace import Trace, cpu_kernel, kernels, rules, trace
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
@@ -70,6 +70,13 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: flo
     for name, value in got.items():
         scale = float(want[name].abs().max())
         assert float((value.double() - want[name]).abs().max()) <= tolerance * max(scale, 1e-30), name
+
+
+def assert_same_traces(some: list[Trace], others: list[Trace]) -> None:
+    for a, b in zip(some, others, strict=True):
+        for name, value in a.values.items():
+            scale = float(b.values[name].abs().max())
+            assert float((value - b.values[name]).abs().max()) <= 1e-5 * max(scale, 1e-20), name
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the one that starts the interpreter's process")
@@ -202,10 +209,7 @@ def test_interpreter_serves_the_engine(dtype, monkeypatch):
     called.clear()
     without = trace(model, data, task="qa", measures=("abs", "square"), parts=2)
     assert not called
-    for a, b in zip(with_kernel, without, strict=True):
-        for name, value in a.values.items():
-            scale = float(b.values[name].abs().max())
-            assert float((value - b.values[name]).abs().max()) <= 1e-5 * max(scale, 1e-20), name
+    assert_same_traces(with_kernel, without)
 
 
 @interpreted
@@ -353,10 +357,7 @@ def test_cpu_serves_the_engine(compiled, dtype, tied, monkeypatch):
     called.clear()
     without = trace(model, data, task="qa", measures=("abs", "square"), parts=2)
     assert not called
-    for a, b in zip(with_kernel, without, strict=True):
-        for name, value in a.values.items():
-            scale = float(b.values[name].abs().max())
-            assert float((value - b.values[name]).abs().max()) <= 1e-5 * max(scale, 1e-20), name
+    assert_same_traces(with_kernel, without)
 
 
 @pytest.mark.parametrize("reason", ["switched off", "no compiler", "compiler fails", "no cache"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crosstrace.errors import UserError
-from crosstrace.forward import inputs_of, logits_at
+from crosstrace.forward import inputs_of, logits_at, rows_at
 from crosstrace.losses import cross_entropies, next_tokens, target_positions
 from crosstrace.models import evaluating, pad_id
 from crosstrace.processes import Processes
@@ -140,7 +140,11 @@ def judged(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     and 0 where there is none. Logits are there where they are needed alone."""
     wanted = next_tokens(batch["labels"]).to(next(model.parameters()).device)
     positions = target_positions(wanted)
-    logits = logits_at(model, positions, inputs_of(model, batch), despite_hooks=_reads_few(model))
+    inputs = inputs_of(model, batch)
+    if _reads_few(model):
+        logits = logits_at(model, positions, inputs)
+    else:
+        logits = rows_at(logits_at(model, None, inputs), positions)
     chosen = wanted.gather(1, positions)
     right = torch.zeros_like(wanted, dtype=torch.bool).scatter(1, positions, logits.argmax(-1) == chosen)
     losses = cross_entropies(logits, chosen).double()

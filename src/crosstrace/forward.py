@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
+
+# A training's own forward of a task: a batch, and whether the training is to use what it computes for it, -> ℓ [B].
+TrainingForward = Callable[[Mapping[str, Tensor], bool], Tensor]
 
 
 def forward(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
@@ -35,7 +38,6 @@ def logits_at(
     positions: Tensor | None,
     inputs: Mapping[str, Any],
     within: nn.Module | None = None,
-    despite_hooks: bool = True,
 ) -> Tensor:
     """The logits of a forward at some positions alone, [B, P, V]; at all of them if none are given.
 
@@ -46,8 +48,6 @@ def logits_at(
         positions: [B, P], for each text.
         inputs: of the forward; input_ids [B, T] among them.
         within: the language model, if `model` is wrapped around it.
-        despite_hooks: leave positions out even if hooks on the output embeddings would see that; else all positions
-            go through.
     """
     chosen = False
 
@@ -60,8 +60,7 @@ def logits_at(
 
     head = getattr(within or model, "get_output_embeddings", lambda: None)()
     with ExitStack() as hooks:
-        is_hooked = head is not None and bool(head._forward_hooks or head._forward_pre_hooks)
-        if head is not None and positions is not None and (despite_hooks or not is_hooked):
+        if head is not None and positions is not None:
             hooks.callback(head.register_forward_pre_hook(choose).remove)
         output = model(**inputs)
     logits = output if isinstance(output, Tensor) else output.logits

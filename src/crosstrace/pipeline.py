@@ -33,6 +33,7 @@ from crosstrace.drift import drift
 from crosstrace.errors import UserError
 from crosstrace.evaluate import Recall, recall, summaries
 from crosstrace.facts import World
+from crosstrace.forward import TrainingForward
 from crosstrace.intervene import ablated, grafted
 from crosstrace.left_out import Part, attempt, optional
 from crosstrace.material import (
@@ -81,7 +82,7 @@ from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
 from crosstrace.trace.memory import free_memory
 from crosstrace.trace.trace import REDUCTIONS
-from crosstrace.train import Forward, Listener, PhaseReport, RecallHistory, check_trackers, train
+from crosstrace.train import Listener, PhaseReport, RecallHistory, check_trackers, train
 
 DRIFT_DRAWS = 3  # random sets of each kind whose share of the weights' way the shared set's is compared with
 Asking = Callable[[Any, Sequence[Encoded]], Recall]
@@ -345,7 +346,7 @@ class OnlineListener:
         )  # fmt: skip
 
     def on_update(
-        self, model: Any, batches: Mapping[str, Batch], lr: float, update: int, forwards: Mapping[str, Forward]
+        self, model: Any, batches: Mapping[str, Batch], lr: float, update: int, forwards: Mapping[str, TrainingForward]
     ) -> None:
         if update % self.every:
             return

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from crosstrace.adapters import LoraSettings, is_adapted, load_weights
 from crosstrace.errors import UserError
-from crosstrace.forward import logits_at, rows_at
+from crosstrace.forward import TrainingForward, logits_at, rows_at
 from crosstrace.losses import aligned_losses, next_tokens, target_positions
 from crosstrace.models import load_model, pad_id, silent
 from crosstrace.processes import Processes, by_first
@@ -61,7 +61,6 @@ class TrainSettings:
     """Trackers that get the loss and the learning rate while training, by the Trainer's own integrations."""
 
 
-Forward = Callable[[Mapping[str, Tensor], bool], Tensor]
 LOG_EVERY = 10  # updates between two points of a tracker's curves
 _OPTIMISER = "optimiser"
 
@@ -71,7 +70,7 @@ class Listener(Protocol):
     are told the same."""
 
     def on_update(
-        self, model: Any, batches: Mapping[str, Batch], lr: float, update: int, forwards: Mapping[str, Forward]
+        self, model: Any, batches: Mapping[str, Batch], lr: float, update: int, forwards: Mapping[str, TrainingForward]
     ) -> None:
         """Before update number `update` (0-based, over all phases): the model as it is and what will be seen of it, by
         all processes together.
@@ -357,14 +356,14 @@ def _run_phase(
             rate = float(self.lr_scheduler.get_last_lr()[0])
             self.means: dict[str, Tensor] = {}  # of the losses of the tasks whose forward a listener has made
             if listeners:
-                traced = {}
+                traced, given = {}, dict[str, Any](inputs)
                 tasks: dict[str, Any] = self._prepare_inputs(inputs)
                 for task, batch in tasks.items():
                     kept = {name: batch[name] for name in ("input_ids", "attention_mask", "group")}
                     traced[task] = {**kept, "labels": batch["trace_labels"], "trained": batch["labels"]}
                 forwards = {
                     task: partial(self.forward_of, model, task)
-                    for task, batch in tasks.items()
+                    for task, batch in given.items()  # not yet on the device
                     if processes is None and not ((batch["trace_labels"] != -100) & (batch["labels"] == -100)).any()
                 }
                 for listener in listeners:
@@ -532,7 +531,7 @@ class RecallHistory:
         self.rows: list[dict[str, Any]] = []
 
     def on_update(
-        self, model: Any, batches: Mapping[str, Batch], lr: float, update: int, forwards: Mapping[str, Forward]
+        self, model: Any, batches: Mapping[str, Batch], lr: float, update: int, forwards: Mapping[str, TrainingForward]
     ) -> None:
         if update == 0 and not self.rows:
             self.rows.append({"update": 0, "phase": "", **self.measure(model)})

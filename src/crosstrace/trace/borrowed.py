@@ -7,12 +7,12 @@ examples, and compared along a few random directions (see `probe`); the training
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from crosstrace.forward import TrainingForward
 from crosstrace.trace.engine import Batch, Engine, undisturbed
 from crosstrace.trace.probe import AGREES, agree_along, pair_of
 from crosstrace.trace.recording import random_states
@@ -21,10 +21,6 @@ from crosstrace.trace.rules import Rule
 
 class Drew(Exception):
     """The training's forward drew random numbers."""
-
-
-# A training's forward: a batch, and whether the training is to use what it computes for it, -> ℓ [B] with their graph.
-TrainingForward = Callable[[Batch, bool], Tensor]
 
 
 def calm(forward: TrainingForward, batch: Batch, kept: bool) -> Tensor:

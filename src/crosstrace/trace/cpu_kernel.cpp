@@ -323,8 +323,6 @@ bool run(const Factor<Left> &left, const Factor<Right> &right, const Job &job, c
 
 extern "C" {
 
-int crosstrace_multiplies_bfloat16() { return PAIRS; }
-
 // All strides count elements. left_dtype, right_dtype: 0 float32, 1 bfloat16.
 // 0: done; 1: there was no memory, and the sums may be incomplete.
 int crosstrace_per_example_sums(const void *left, int left_dtype, int64_t left_b, int64_t left_t, const void *right,

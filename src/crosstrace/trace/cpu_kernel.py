@@ -125,14 +125,6 @@ def per_example_sums(
         raise MemoryError("no memory for the packed factors of a layer's per-example gradients")
 
 
-def description() -> str:
-    """How this process computes per-example sums on the CPU, for a run's metadata."""
-    library = _library()
-    if library is None:
-        return "by PyTorch"
-    return "compiled, bfloat16 multiplied as it is" if library.crosstrace_multiplies_bfloat16() else "compiled"
-
-
 def _factor(x: Tensor) -> tuple[object, ...]:
     return _address(x), DTYPES[x.dtype], ctypes.c_int64(x.stride(0)), ctypes.c_int64(x.stride(1))
 

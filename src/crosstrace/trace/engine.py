@@ -33,8 +33,8 @@ from crosstrace.trace.memory import Estimate, Plan, Where, estimate
 from crosstrace.trace.modules import RULES
 from crosstrace.trace.packed import is_packed
 from crosstrace.trace.probe import AGREES, Kind, Trial, Way, agree_along, along, hollow, kind_of, pair_of, settled
-from crosstrace.trace.recording import Recording, Uses, random_states
-from crosstrace.trace.rules import Arrangement, Call, Held, Rule, Unfit, fold, made, main_output, reduce, sum_dtype
+from crosstrace.trace.recording import OF_EVERY_MODULE, Recording, Uses, random_states
+from crosstrace.trace.rules import Arrangement, Held, Rule, Unfit, fold, made, main_output, reduce, sum_dtype
 
 Batch = Mapping[str, Tensor]
 Owners = dict[str, dict[str, str]]  # module -> its local name of each parameter -> the canonical one
@@ -45,7 +45,6 @@ Into = Callable[[str, int], AbstractContextManager[dict[str, Tensor]]]
 _PLANS: WeakKeyDictionary[nn.Module, tuple[Hashable, tuple[Owners, dict[str, Way | None], list[str]]]] = (
     WeakKeyDictionary()
 )
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class Engine:
@@ -289,7 +288,6 @@ class Engine:
             yield
         finally:
             recording.close()
-            recording.aside = _ignore  # of the backward that somebody else's forward is made for
 
     def reading(self) -> set[str]:
         """Modules whose outputs some rule of the plan reads."""
@@ -404,8 +402,8 @@ class Engine:
         i = pair_of(batch["attention_mask"])[0]
         one = {key: value[i : i + 1] for key, value in batch.items()}
         expected, agreed = self.gradients_along(one, 0), []
-        self._visit(one, lambda name, rules: agreed.append(self._agrees(name, rules, expected.get(name))))
-        if not all(agreed):
+        missing = self._visit(one, lambda name, rules: agreed.append(self._agrees(name, rules, expected.get(name))))
+        if not all(agreed) or any(self.plan[name] for name in missing):
             self.owners, self.plan, self.order = found
             return False
         self.probed, self.seen, self._adopted = 2, 0, True
@@ -609,7 +607,7 @@ def _signature(model: nn.Module) -> Hashable:
     found: list[Hashable] = [*RULES]
     for name, module in model.named_modules():
         hooks = [tuple(value) for key, value in sorted(vars(module).items()) if key.endswith("_hooks")]
-        held = [_told(key, value) for key, value in sorted(vars(module).items()) if key not in _OF_EVERY_MODULE]
+        held = [_told(key, value) for key, value in sorted(vars(module).items()) if key not in OF_EVERY_MODULE]
         tensors = [(key, id(p), p.shape, p.dtype, p.device) for key, p in module._parameters.items() if p is not None]
         found.append((name, type(module), tuple(hooks), tuple(held), tuple(tensors)))
     config: dict[str, Any] = getattr(getattr(model, "config", None), "__dict__", {})
@@ -635,10 +633,6 @@ def _plain(batch: Batch) -> dict[str, Tensor]:
         plain["labels"] = plain["labels"].clone()
         plain["labels"][~there.gather(1, order)] = -100
     return plain
-
-
-def _ignore(call: Call, e: Tensor) -> None:
-    pass
 
 
 def _zeros(parameter: Tensor, count: int) -> Tensor:

@@ -177,7 +177,7 @@ def clear_size(
     Args:
         dtype: of the multiplications; the parameter's if not given.
     """
-    found = rules_along(rules, i, parameter) if parameter.dim() > 1 else None
+    found = rules_along(rules, i, parameter)
     if found is None:
         return None
     apart, size = found, 0.0
@@ -198,7 +198,8 @@ def along(gradient: Tensor) -> Tensor:
 
 
 def rules_along(rules: Sequence[Rule], i: int, parameter: Tensor) -> Tensor | None:
-    """`along` of the rules' gradient of example i, which is not made; None if a rule fails, or knows no way to it."""
+    """`along` of the rules' gradient of example i, which is not made; None if a rule fails, or knows no way to it, or
+    the parameter is a vector or a number."""
     wide = sum_dtype(parameter.dtype)
     if parameter.dim() < 2:
         return None

@@ -23,7 +23,7 @@ from crosstrace.trace.rules import Arrangement, Call, is_lookup, main_output
 Uses = Sequence[tuple[Call, str]]  # a parameter's calls in order, each with the module's own name of the parameter
 Replace = Callable[[Call, Tensor], Tensor | None]
 AS_IT_IS = Arrangement()
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes that are no state of a module's own
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes that are no state of a module's own
 
 
 class Recording:
@@ -159,11 +159,19 @@ class Recording:
             self.arrived(call, e)
 
     def close(self) -> None:
-        """Let go of all tensors: an output's hook holds its call, a cycle that no collector sees."""
+        """Let go of all tensors: an output's hook holds its call, a cycle that no collector sees.
+
+        What arrives later, in another backward of the same forward, counts no more.
+        """
+        self.aside = ignore
         self.early.clear()
         self.sources.clear()
         for call in self.calls:
             call.clear()
+
+
+def ignore(call: Call, e: Tensor) -> None:
+    """For `Recording.aside`: nobody gets what arrives."""
 
 
 def random_states(device: torch.device) -> list[Tensor]:
@@ -180,7 +188,7 @@ def _state(module: nn.Module) -> list[Any]:
     for inner in module.modules():
         for kept in (vars(inner), inner._buffers):
             for name, value in kept.items():
-                if name not in _OF_EVERY_MODULE:
+                if name not in OF_EVERY_MODULE:
                     changes = value._version if isinstance(value, Tensor) and not value.is_inference() else None
                     size = len(value) if isinstance(value, (list, dict, set)) else None
                     found.append((value, (name, changes, size)))

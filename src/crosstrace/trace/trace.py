@@ -32,9 +32,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from crosstrace.errors import UserError
+from crosstrace.forward import TrainingForward
 from crosstrace.sharded import Pieces, at_rest, laid, local, own_rows, piece, processes_of, whole, write
 from crosstrace.store import read_json, replacing, versions, write_json
-from crosstrace.trace.borrowed import Drew, TrainingForward, calm, is_the_same
+from crosstrace.trace.borrowed import Drew, calm, is_the_same
 from crosstrace.trace.distributed import Scatter, Team
 from crosstrace.trace.engine import Batch, Engine, Forward
 from crosstrace.trace.memory import Estimate, Where
@@ -618,15 +619,16 @@ class OnlineTrace(Accumulated):
             if self._team is not None:  # the rules are chosen on the same examples everywhere
                 self._engine.plan_for({key: value for key, value in batch.items() if key != "group"})
                 (batch,) = self._team.deal([batch])
-            given, order = batch, _order(batch, self._parts, 0)[1].to(batch["labels"].device)
+            given = batch
             batch, chosen, shares = _by_part(batch, self._parts, 0)
             sizes = [share.stop - share.start for share in shares]
             gradients: dict[str, Tensor] = {}
             add = partial(self._add, task, chosen, count, gradients, factor)
             forward = self._borrowed(task, given, forwards.get(task)) if sum(sizes) else None
+            order = _order(given, self._parts, 0)[1].to(given["labels"].device) if forward and len(shares) > 1 else None
             try:
                 if sum(sizes):
-                    self._engine.run(batch, shares, add, forward, order if forward and len(shares) > 1 else None)
+                    self._engine.run(batch, shares, add, forward, order)
             except Drew:  # before anything was added
                 self.borrows[task] = False
                 self._engine.run(batch, shares, add)

@@ -40,7 +40,7 @@ from crosstrace.trace.engine import Batch, undisturbed
 from crosstrace.trace.modules import Linear, TransposedLinear
 from crosstrace.trace.packed import is_packed
 from crosstrace.trace.probe import AGREES, Kind, agree, kind_of, pair_of
-from crosstrace.trace.recording import Recording, Uses, random_states
+from crosstrace.trace.recording import Recording, Uses, ignore, random_states
 from crosstrace.trace.rules import Arrangement, Call, Unfit, reduce, sum_dtype
 from crosstrace.trace.split import Split, splits
 from crosstrace.trace.trace import Accumulated
@@ -462,7 +462,7 @@ class TrainingTrace(Accumulated):
         idle = [name for name, way in self._engine.plan.items() if way == []]
         if not idle:
             return []
-        with self._apart(done, _ignore):
+        with self._apart(done, ignore):
             gradients = self._through_graph(split, e, idle)
         done.unreached = {name for name, gradient in zip(idle, gradients) if gradient is None}
         return [name for name in idle if name not in done.unreached]
@@ -560,7 +560,7 @@ class TrainingTrace(Accumulated):
             factor = float(done.scale[i])
             return [None if g is None else g.to(sum_dtype(g.dtype)) * factor for g in found]
 
-        with self._apart(done, _ignore):
+        with self._apart(done, ignore):
             for task, part, share in done.shares:
                 engine.one_by_one(done.batch, share, names, partial(self._sums_of, task, part), alone)
         self._late_numel += sum(engine.parameters[name].numel() for name in names)
@@ -662,10 +662,6 @@ class TrainingTrace(Accumulated):
             "example by itself does not have the gradient that it has in the training (dropout, a cache, modules that "
             "training alone calls); switch that off, or use OnlineTrace, which traces the model without it"
         )
-
-
-def _ignore(call: Call, gradient: Tensor) -> None:
-    pass
 
 
 def _sample(gradient: Tensor) -> Tensor:
