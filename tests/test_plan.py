@@ -101,7 +101,7 @@ def test_counted_examples_and_tokens_are_those_of_training():
     ((_, data),) = needs.phases("mixed")
     tokens = pairs = 0
     for update in range(len(data)):
-        for batch in data[update].values():
+        for batch in (batch for batches in data[update].values() for batch in batches):
             count, length = batch["input_ids"].shape
             tokens, pairs = tokens + count * length, pairs + count * length**2
     assert rows["mixed", "mixed"]["tokens"] == tokens

@@ -16,13 +16,13 @@ from torch import Tensor
 from crosstrace.adapters import LoraSettings, adapted
 from crosstrace.errors import UserError
 from crosstrace.evaluate import judged
-from crosstrace.models import load_model, save_model
+from crosstrace.models import checkpointing_gradients, load_model, save_model
 from crosstrace.processes import Processes
 from crosstrace.rehearse import GATHERED, Rehearsal, Understudy, _others
 from crosstrace.schedule import Phase
 from crosstrace.sharded import at_rest
 from crosstrace.trace.engine import Engine
-from crosstrace.train import update_loss
+from crosstrace.train import UpdateLoss
 
 PHASE = Phase("mixed", {"bio": 4, "qa": 6}, 1)
 ARCHITECTURES = ("llama", "gpt_neox", "gpt2", "qwen3", "qwen3_moe")
@@ -51,7 +51,9 @@ def batch(count: int, length: int, seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-BATCHES = {"bio": batch(4, 40), "qa": batch(6, 24, 1)}
+WIDE = {"hidden_size": 64, "intermediate_size": 160}
+ROWS = {"bio": batch(4, 40), "qa": batch(6, 24, 1)}
+BATCHES = {task: [rows] for task, rows in ROWS.items()}
 
 
 def allocated(work: Callable[[], object]) -> int:
@@ -72,11 +74,26 @@ def test_an_update_holds_what_was_rehearsed(kind):
     of = understudy(kind)
     expected = of.update(PHASE, BATCHES, False)
     model = real(of).train()
-    update_loss(model, PHASE, BATCHES).backward()  # what is made once, such as thread pools, is there now
+    UpdateLoss(model, PHASE, BATCHES).finish().backward()  # what is made once, such as thread pools, is there now
     model.zero_grad()
-    measured = allocated(lambda: update_loss(model, PHASE, BATCHES).backward())
+    measured = allocated(lambda: UpdateLoss(model, PHASE, BATCHES).finish().backward())
     assert sum(expected.values()) == pytest.approx(measured, rel=0.06)
     assert expected["logits"] >= 4 * 211 * 24 * 6
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "qwen3_moe"])
+def test_an_update_with_checkpointed_gradients_holds_what_was_rehearsed(kind):
+    of = understudy(kind, num_hidden_layers=6, **WIDE)
+    rows = {"bio": [batch(4, 40), batch(3, 30)]}
+    expected = of.update(PHASE, rows, False, checkpointing=True)
+    model = real(of).train()
+    with checkpointing_gradients(model):
+        UpdateLoss(model, PHASE, rows).finish().backward()
+        model.zero_grad()
+        measured = allocated(lambda: UpdateLoss(model, PHASE, rows).finish().backward())
+    states = 6 * torch.get_rng_state().nbytes  # which every layer keeps, and which are not rehearsed
+    assert sum(expected.values()) + states == pytest.approx(measured, rel=0.06)
+    assert sum(expected.values()) < 0.8 * sum(of.update(PHASE, rows, False).values())
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
@@ -88,9 +105,9 @@ def test_an_update_in_bf16_holds_what_was_rehearsed(kind):
     model = real(of).train()
     forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
     model.forward = forward
-    update_loss(model, PHASE, BATCHES).backward()
+    UpdateLoss(model, PHASE, BATCHES).finish().backward()
     model.zero_grad()
-    measured = allocated(lambda: update_loss(model, PHASE, BATCHES).backward())
+    measured = allocated(lambda: UpdateLoss(model, PHASE, BATCHES).finish().backward())
     assert sum(expected.values()) == pytest.approx(measured, rel=0.15)  # the product of two bf16 tensors needs scratch
     assert expected["weights in bf16"] > 0
 
@@ -98,7 +115,7 @@ def test_an_update_in_bf16_holds_what_was_rehearsed(kind):
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_recall_and_attribution_hold_what_was_rehearsed(kind):
     of = understudy(kind)
-    rows = [BATCHES["qa"], BATCHES["bio"]]
+    rows = [ROWS["qa"], ROWS["bio"]]
     model = real(of)
 
     def asked() -> None:
@@ -111,19 +128,19 @@ def test_recall_and_attribution_hold_what_was_rehearsed(kind):
     # (ids and positions, which are not rehearsed, take up to a tenth of what so small a model holds)
     assert sum(of.recall(rows).values()) == pytest.approx(allocated(asked), rel=0.12)
     inward = sum(of.inward(rows[1]).values())
-    assert 0 < inward < sum(of.update(PHASE, {"bio": rows[1]}, False).values())
+    assert 0 < inward < sum(of.update(PHASE, {"bio": [rows[1]]}, False).values())
 
 
 @pytest.mark.parametrize(("kind", "bf16"), [("llama", False), ("gpt_neox", True), ("gpt2", False)])
 def test_few_layers_tell_all(kind, bf16, monkeypatch):
     """Carried on from two and three layers, the same as if all are rehearsed; also where gradients outweigh all."""
-    for rows in (BATCHES, {"qa": batch(1, 6)}):
+    for rows in (BATCHES, {"qa": [batch(1, 6)]}):
         few, whole = (understudy(kind, num_hidden_layers=5) for _ in range(2))
         monkeypatch.setattr(Understudy, "_alike", lambda self, whole=whole: self is not whole)
         phase = Phase("any", dict.fromkeys(rows, 1), 1)
         same(few.update(phase, rows, bf16), whole.update(phase, rows, bf16))
         assert len(few._numbers) == 2 and len(whole._numbers) == 1
-        one = next(iter(rows.values()))
+        one = next(iter(rows.values()))[0]
         same(few.recall([one]), whole.recall([one]))
         same(few.inward(one), whole.inward(one))
         same(few.traced([one]), whole.traced([one]))
@@ -132,9 +149,6 @@ def test_few_layers_tell_all(kind, bf16, monkeypatch):
 def same(a: dict[str, float], b: dict[str, float]) -> None:
     """Equal in all; two moments may be almost as full, so what it is made of is not compared."""
     assert sum(a.values()) == pytest.approx(sum(b.values()), rel=0.01)
-
-
-WIDE = {"hidden_size": 64, "intermediate_size": 160}
 
 
 @pytest.mark.parametrize(
@@ -152,12 +166,12 @@ def test_a_model_in_pieces_holds_what_was_rehearsed(kind, settings, bf16, tmp_pa
     from accelerate.utils import convert_outputs_to_fp32
 
     of = understudy(kind, processes=4, **settings)
-    update, asked = of.update(PHASE, BATCHES, bf16), of.recall([BATCHES["qa"]])
+    update, asked = of.update(PHASE, BATCHES, bf16), of.recall([ROWS["qa"]])
     save_model(real(of), None, tmp_path)
     with _others(4):
         model = load_model(str(tmp_path), processes=Processes()).train()
         plain = model.forward
-        step = lambda: update_loss(model, PHASE, BATCHES, backward=Tensor.backward).backward()
+        step = lambda: UpdateLoss(model, PHASE, BATCHES).finish().backward()
         if bf16:
             model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(plain))
         step()
@@ -169,13 +183,13 @@ def test_a_model_in_pieces_holds_what_was_rehearsed(kind, settings, bf16, tmp_pa
         def ask() -> None:
             at_rest(model)
             with torch.no_grad():
-                judged(model, BATCHES["qa"])
+                judged(model, ROWS["qa"])
 
         ask()
         at_rest(model)
         assert sum(asked.values()) == pytest.approx(allocated(ask), rel=0.12)
-    gathered = of.traced([BATCHES["qa"]])[GATHERED]
-    by_gloo = understudy(kind, processes=4, gloo=True, **settings).traced([BATCHES["qa"]])[GATHERED]
+    gathered = of.traced([ROWS["qa"]])[GATHERED]
+    by_gloo = understudy(kind, processes=4, gloo=True, **settings).traced([ROWS["qa"]])[GATHERED]
     assert by_gloo > gathered > max(4 * p.numel() for p in of.whole.parameters())
 
 
@@ -183,19 +197,19 @@ def test_few_layers_tell_all_of_a_model_in_pieces(monkeypatch):
     """Where a layer's weights and gradients outweigh its activations, it holds most while its neighbours are sent."""
     few, whole = (understudy("llama", processes=4, num_hidden_layers=7, **WIDE) for _ in range(2))
     monkeypatch.setattr(Understudy, "_alike", lambda self: self is few)
-    rows = {"qa": batch(1, 6)}
-    same(few.update(PHASE, rows, False), whole.update(PHASE, rows, False))
-    same(few.recall([rows["qa"]]), whole.recall([rows["qa"]]))
-    same(few.traced([rows["qa"]]), whole.traced([rows["qa"]]))
+    row = batch(1, 6)
+    same(few.update(PHASE, {"qa": [row]}, False), whole.update(PHASE, {"qa": [row]}, False))
+    same(few.recall([row]), whole.recall([row]))
+    same(few.traced([row]), whole.traced([row]))
     assert len(few._numbers) == 2 and len(whole._numbers) == 1
 
 
 def test_processes_that_do_not_exist_leave_nothing_behind():
     tell, resize = sys.excepthook, torch.UntypedStorage.resize_
-    understudy("llama", processes=2).recall([BATCHES["qa"]])
+    understudy("llama", processes=2).recall([ROWS["qa"]])
     assert not dist.is_initialized() and sys.excepthook is tell and torch.UntypedStorage.resize_ is resize
     with _others(2), pytest.raises(UserError, match="has joined a process group already"):
-        understudy("llama", processes=2).recall([BATCHES["qa"]])
+        understudy("llama", processes=2).recall([ROWS["qa"]])
     assert not dist.is_initialized()
 
 
@@ -208,9 +222,9 @@ def test_an_adapter_is_rehearsed_on_its_base():
     expected = of.update(PHASE, BATCHES, False)
     model = adapted(real(Understudy(config, "float32", "eager")), lora, 0).train()
     assert sum(p.numel() for p in of.whole.parameters()) == sum(p.numel() for p in model.parameters())
-    update_loss(model, PHASE, BATCHES).backward()
+    UpdateLoss(model, PHASE, BATCHES).finish().backward()
     model.zero_grad()
-    measured = allocated(lambda: update_loss(model, PHASE, BATCHES).backward())
+    measured = allocated(lambda: UpdateLoss(model, PHASE, BATCHES).finish().backward())
     assert sum(expected.values()) == pytest.approx(measured, rel=0.06)
 
 
@@ -222,7 +236,7 @@ def test_layers_that_differ_are_all_rehearsed():
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "qwen3"])
 def test_the_trace_estimates_the_same_of_a_model_without_numbers(kind):
     of = understudy(kind)
-    row = BATCHES["bio"]
+    row = ROWS["bio"]
     assert of.traced([row])["activations"] == Engine(real(of)).memory([row], 1)[1].activations
 
 

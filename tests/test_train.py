@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from tiny_facts import tiny_examples, tokenizer
 from tiny_models import tiny_model
 from torch import nn
 
+from crosstrace import optimisers
 from crosstrace.config import parse
 from crosstrace.errors import UserError
 from crosstrace.evaluate import recall
@@ -22,15 +24,8 @@ from crosstrace.losses import example_losses
 from crosstrace.pipeline import OnlineListener
 from crosstrace.schedule import Optimiser, Phase, mixed, two_stage
 from crosstrace.tokens import collate
-from crosstrace.train import (
-    RecallHistory,
-    TrainSettings,
-    Updates,
-    _load_optimiser,
-    _save_optimiser,
-    learning_rate_factor,
-    train,
-)
+from crosstrace.train import RecallHistory, TrainSettings, UpdateLoss, learning_rate_factor, train
+from crosstrace.updates import Updates, micro_batches
 
 WORDS = tokenizer("word")
 EXAMPLES = tiny_examples(WORDS, frequency="zipf", zipf_top=3)
@@ -81,8 +76,8 @@ class Listener:
         self._stop("on_update", update)
         self.told.append(("update", update))
         self.rates.append(lr)
-        for task, batch in batches.items():
-            self.seen[task] += len(batch["labels"])
+        for task, own in batches.items():
+            self.seen[task] += sum(len(batch["labels"]) for batch in own)
 
     def on_updated(self, model, update, phase, last):
         self._stop("on_updated", update)
@@ -124,7 +119,7 @@ def test_an_epoch_sees_every_example_as_often_as_it_repeats():
     size = sum(wanted.values())
     assert len(set(wanted.values())) > 1
     data = Updates(Phase("p", {"bio": 1, "qa": 2}, epochs=2), EXAMPLES, "seed", WORDS.pad_token_id, "object")
-    rows = [row for update in range(len(data)) for row in _ids(data[update]["bio"])]
+    rows = [row for update in range(len(data)) for batch in data[update]["bio"] for row in _ids(batch)]
     assert len(rows) == len(data) == 2 * size
     assert Counter(rows[:size]) == Counter(rows[size:]) == wanted
     assert rows[:size] != rows[size:]
@@ -135,7 +130,7 @@ def test_an_epoch_sees_every_example_as_often_as_it_repeats():
 
 def test_training_and_trace_have_labels_of_their_own():
     data = Updates(Phase("p", {"bio": 3}, 1), EXAMPLES, "seed", WORDS.pad_token_id, "object")
-    batch = data[0]["bio"]
+    (batch,) = data[0]["bio"]
     by_ids = {tuple(item.ids.tolist()): item for item in EXAMPLES["bio"]}
     items = [by_ids[ids] for ids in _ids(batch)]
     for name, targets in (("labels", "train"), ("trace_labels", "object")):
@@ -175,12 +170,18 @@ def test_each_task_is_seen_as_often_as_the_report_says(tmp_path: Path):
 # ------------------------------------------------------------------------------- what an update does
 
 
-def test_training_equals_a_plain_loop(tmp_path: Path):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"micro_batch": 1}, {"micro_batch": 2}, {"gradient_checkpointing": True}],
+    ids=["whole", "by one", "by two", "checkpointed"],
+)
+def test_training_equals_a_plain_loop(tmp_path: Path, options: dict):
     """The slow twin: example by example without padding, Σ_t w_t · mean_i ℓ_i, clipped, AdamW, the schedule."""
     optimiser = Optimiser(learning_rate=1e-2, warmup=2, clip=0.3, weight_decay=0.0, decay="linear", floor=0.5)
     phase = Phase("p", {"bio": 2, "qa": 3}, 4, weights={"bio": 0.25, "qa": 2.0}, optimiser=optimiser)
     trained = _model(dtype=torch.float64)
-    train(trained, WORDS, [phase], EXAMPLES, tmp_path, TrainSettings(seed=7))
+    train(trained, WORDS, [phase], EXAMPLES, tmp_path, TrainSettings(seed=7, **options))
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in trained.modules())
 
     twin = _model(dtype=torch.float64)
     untaught = _model(dtype=torch.float64)
@@ -190,7 +191,7 @@ def test_training_equals_a_plain_loop(tmp_path: Path):
     for update, factor in enumerate([0.5, 1.0, 1.0, 0.75]):
         loss = torch.zeros((), dtype=torch.float64)
         for task, weight in (("bio", 0.25), ("qa", 2.0)):
-            batch = data[update][task]
+            (batch,) = data[update][task]
             for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"]):
                 n = int(mask.sum())
                 logits = twin(ids[None, :n]).logits
@@ -217,17 +218,152 @@ def test_same_seed_same_weights_and_other_seed_other_weights(tmp_path: Path):
     assert not models[0].training
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # without and with dropout
-def test_listeners_leave_the_weights_alone(tmp_path: Path, kind: str):
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("llama", {}),
+        ("gpt2", {}),  # with dropout
+        ("llama", {"micro_batch": 2}),
+        ("llama", {"gradient_checkpointing": True}),
+        ("gpt2", {"micro_batch": 2, "gradient_checkpointing": True}),
+    ],
+)
+def test_listeners_leave_the_weights_alone(tmp_path: Path, kind: str, options: dict):
     watched, alone = _model(kind), _model(kind)
     online, history = OnlineListener(watched, EXPERIMENT), _history()
-    _train(watched, two_stage(2, 3, 3), tmp_path / "watched", [online, history])
-    _train(alone, two_stage(2, 3, 3), tmp_path / "alone")
+    _train(watched, two_stage(2, 3, 3), tmp_path / "watched", [online, history], **options)
+    _train(alone, two_stage(2, 3, 3), tmp_path / "alone", **options)
     assert _same(watched, alone)
     assert set(online.traces()) == {"bio", "qa"}
     assert [(row["update"], row["phase"]) for row in history.rows] == [
         (0, ""), (2, "bio"), (3, "bio"), (4, "qa"), (6, "qa")
     ]  # fmt: skip
+
+
+def _lengths(batches: Sequence[Sequence[Any]]) -> list[list[int]]:
+    return [[len(item.ids) for item in batch] for batch in batches]
+
+
+def _texts(*lengths: int) -> list[Any]:
+    return [SimpleNamespace(ids=torch.zeros(length)) for length in lengths]
+
+
+def test_micro_batches_by_hand():
+    texts = _texts(3, 9, 3, 10, 2)
+    assert _lengths(micro_batches(texts, once=1000)) == [[10, 9, 3, 3, 2]]  # a cut would cost more than it saves
+    assert _lengths(micro_batches(texts, once=5)) == [[10, 9], [3, 3, 2]]  # 20 + 9 + 2·5 tokens, not 50 + 5
+    assert _lengths(micro_batches(texts, once=0)) == [[10], [9], [3, 3], [2]]
+    assert _lengths(micro_batches(texts, most=2, once=1000)) == [[10, 9], [3, 3], [2]]
+    assert [len(batch) for batch in micro_batches(_texts(*[7] * 5), most=2)] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_micro_batches_are_the_cheapest(seed: int):
+    """Against all ways to cut: no text is lost, and n·T + once is least."""
+    draw = torch.Generator().manual_seed(seed)
+    texts = _texts(*torch.randint(1, 30, (9,), generator=draw).tolist())
+    once = int(torch.randint(0, 40, (1,), generator=draw))
+    ordered = sorted((len(item.ids) for item in texts), reverse=True)
+    cost = lambda batches: sum(len(batch) * max(batch) + once for batch in batches)
+    every = []
+    for cuts in range(2**8):
+        ends = [0, *(i + 1 for i in range(8) if cuts >> i & 1), 9]
+        every.append(cost([ordered[a:b] for a, b in pairwise(ends)]))
+    found = _lengths(micro_batches(texts, once=once))
+    assert [length for batch in found for length in batch] == ordered
+    assert cost(found) == min(every)
+
+
+def test_several_lengths_are_trained_in_several_forwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Batches cut to save padding: the same training but for rounding."""
+    whole, cut = _model(dtype=torch.float64), _model(dtype=torch.float64)
+    _train(whole, mixed(3, 4, 3), tmp_path / "whole")
+    monkeypatch.setattr("crosstrace.updates.micro_batches", lambda items, most: micro_batches(items, most, once=0))
+    data = Updates(mixed(3, 4, 3)[0], EXAMPLES, "1/0", WORDS.pad_token_id, "object")
+    assert any(len(batches) > 1 for update in range(3) for batches in data[update].values())
+    _train(cut, mixed(3, 4, 3), tmp_path / "cut")
+    assert not _same(whole, cut)
+    for (name, a), b in zip(whole.named_parameters(), cut.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["of the training", "of its own"])
+@pytest.mark.parametrize("options", [{"micro_batch": 2}, {"micro_batch": 1}, {"gradient_checkpointing": True}])
+def test_the_online_trace_does_not_depend_on_how_an_update_is_computed(tmp_path: Path, options: dict, shared: bool):
+    experiment = parse(
+        {"trace": {"parts": 2, "every": 1, "measures": ["abs"], "forward": "training" if shared else "own"}}, "test"
+    )
+
+    def traced(name: str, **options: Any) -> dict:
+        model = _model(dtype=torch.float64)
+        online = OnlineListener(model, experiment)
+        _train(model, mixed(4, 6, 2), tmp_path / name, [online], **options)
+        return online.traces()
+
+    expected, found = traced("whole"), traced("other", **options)
+    assert expected.keys() == found.keys() == {"bio", "qa"}
+    borrowed = shared and "gradient_checkpointing" not in options
+    for task, traces in expected.items():
+        assert {item.reduction for item in traces} == {"example", "step"} and len(traces) == 4
+        for mine, theirs in zip(traces, found[task]):
+            assert mine.weight == theirs.weight > 0
+            assert theirs.meta.get("forward") == ("of the training" if borrowed else None)
+            for name, value in mine.values.items():
+                torch.testing.assert_close(theirs.values[name], value, rtol=1e-6, atol=1e-10, msg=name)
+
+
+def test_one_micro_batch_is_held_at_a_time():
+    """Its gradient is computed, and its graph let go of, before the next one's forward."""
+    model, log = _model(), []
+    phase = Phase("p", {"bio": 2, "qa": 3}, 1)
+    data = Updates(phase, EXAMPLES, "1/0", WORDS.pad_token_id, "object", 1)
+    model.register_forward_pre_hook(lambda *_: log.append("forward"))
+    losses = UpdateLoss(model, phase, data[0], lambda part: log.append(part.item()))
+    assert len(losses.parts) == 5 and sum(share for _, _, share in losses.parts) == pytest.approx(2)
+    given = losses.finish()
+    assert [kind if kind == "forward" else "backward" for kind in log] == [*["forward", "backward"] * 4, "forward"]
+    assert losses.last is not None
+    assert given.item() == pytest.approx(sum(log[1::2]) + losses.last.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw_8bit"])
+def test_other_optimisers_resume(tmp_path: Path, name: str):
+    if name == "adamw_8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed; `pip install bitsandbytes`")
+    optimiser = Optimiser(name=name, learning_rate=1e-2, warmup=2)
+    sizes = {"hidden_size": 64, "intermediate_size": 96}  # of which 8 bits are kept
+    model = lambda: tiny_model("llama", torch.float32, vocab_size=len(WORDS), max_position_embeddings=160, **sizes)
+    run = lambda model, folder, stops=(): train(
+        model, WORDS, two_stage(2, 3, 4), EXAMPLES, folder,
+        TrainSettings(seed=1, optimiser=optimiser, checkpoint_every=3), listeners=[Listener(stop) for stop in stops],
+    )  # fmt: skip
+    whole, resumed = model(), model()
+    run(whole, tmp_path / "whole")
+    for stop in (3, 4, 7):
+        with pytest.raises(KeyboardInterrupt):
+            run(model(), tmp_path / "cut", [stop])
+    run(resumed, tmp_path / "cut")
+    assert _same(whole, resumed) and not _same(whole, model())
+    for file in (tmp_path / "cut").glob("**/optimiser/*"):
+        assert file.suffix in (".json", ".safetensors")
+
+
+def test_an_optimiser_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        _train(_model(), [Phase("p", {"bio": 1}, 1, optimiser=Optimiser(name="adamw_8bit"))], tmp_path)
+    with pytest.raises(UserError, match="adafactor, whose state is not made for the rows of a sharded model"):
+        optimisers.check_optimisers([Optimiser(name="adafactor")], sharded=True)
+
+
+def test_models_that_cannot_checkpoint_gradients_are_told(tmp_path: Path):
+    model = _model()
+    type(model).supports_gradient_checkpointing, before = False, type(model).supports_gradient_checkpointing
+    try:
+        with pytest.raises(UserError, match="LlamaForCausalLM is not made for it"):
+            _train(model, mixed(2, 2, 1), tmp_path, gradient_checkpointing=True)
+    finally:
+        type(model).supports_gradient_checkpointing = before
 
 
 # ------------------------------------------------------------------------------- interruption
@@ -314,10 +450,10 @@ def test_the_optimiser_is_saved_exactly(tmp_path: Path, dtype: torch.dtype):
 
     whole = made()
     go_on(whole, 3)
-    _save_optimiser(whole, tmp_path)
+    optimisers.save(whole, tmp_path)
     again = made()
     again.model.load_state_dict(whole.model.state_dict())
-    _load_optimiser(again, tmp_path)
+    optimisers.load(again, tmp_path)
     assert again.lr_scheduler.get_last_lr() == whole.lr_scheduler.get_last_lr() == [0.1 * factor(3)] * 2
     for trainer in (whole, again):
         go_on(trainer, 3)

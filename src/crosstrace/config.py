@@ -230,6 +230,13 @@ class Experiment:
         """The names of all models beside the base: the strategies' and the given ones."""
         return [*self.strategies, *self.given]
 
+    @property
+    def optimisers(self) -> list[Optimiser]:
+        """Those of all phases, and of further training."""
+        default = self.train.optimiser
+        phases = [phase.optimiser or default for phases in self.strategies.values() for phase in phases]
+        return [*phases, self.retention.optimiser or default] if self.retention.run else phases
+
 
 _ADAPTER = TypeAdapter(Experiment)
 

@@ -37,7 +37,7 @@ from crosstrace.tokens import IGNORE, Batch, Encoded, batches, check_room, colla
 from crosstrace.trace.memory import MOST_PASSES, SPARE, free_memory
 from crosstrace.trace.rules import sum_dtype
 from crosstrace.trace.trace import REDUCTIONS
-from crosstrace.train import Updates, epoch_sizes
+from crosstrace.updates import Updates, epoch_sizes
 
 Row = dict[str, Any]
 Moment = tuple[
@@ -305,6 +305,8 @@ class Needs:
         self.weights = size(self.model)
         self.learning = size(self.learner.whole)
         self.learned = size(self.learner.whole, lambda p: p.requires_grad)
+        states = [_optimiser_state(self.learner.whole, optimiser.name, holders) for optimiser in experiment.optimisers]
+        self.optimised = max(states, default=0)
         self.saved = self.learned if experiment.train.lora else self.weights  # of a taught model
         self.adapted = _adapted(self.learner.whole) if merged else 0
         self.sums = sum(_wide(named[name], holders) for name in traced)  # of one trace
@@ -377,13 +379,12 @@ class Needs:
     # Each of these gives moments: what happens, what is held on the device, and what on the host.
 
     def _train(self, name: str) -> Iterator[Moment]:
-        """`pipeline.teach`: the Trainer's fused AdamW holds two numbers a trained parameter, and weights, gradients and
-        states are of the weights' dtype."""
+        """`pipeline.teach`: weights, gradients and the optimiser's state, which is of the weights' dtype."""
         e = self.experiment
         held, host = self._learning()
         for phase, data in self.phases(name):
             chosen = self.material.once(("costliest", id(data)), lambda data=data: _costliest(data))
-            chosen = {task: self._share(batch) for task, batch in chosen.items()}
+            chosen = {task: [self._share(batch) for batch in own] for task, own in chosen.items()}
             step = self._step(phase, chosen)
             yield f"a step of {phase.name}", held | step, host
             if e.trace.online:
@@ -415,12 +416,12 @@ class Needs:
     def _trained(self) -> Parts:
         """DDP keeps flat buckets beside the gradients, as accelerate sets it up."""
         ddp = self.launch.processes > 1 and not self.sharded
-        return {"weights": self.learning, "optimiser": 2 * self.learned, "DDP's buckets": ddp * self.learned}
+        return {"weights": self.learning, "optimiser": self.optimised, "DDP's buckets": ddp * self.learned}
 
     def _copies(self) -> Parts:
-        """On the host, of what is saved from a GPU: the optimiser's means, then the online trace's sums. Those on the
+        """On the host, of what is saved from a GPU: the optimiser's state, then the online trace's sums. Those on the
         host are saved, and in the end divided, in place."""
-        optimiser = 0 if self.machine.gpu is None else 2 * self.learned
+        optimiser = 0 if self.machine.gpu is None else self.optimised
         if self._sums_on_device and self.online > optimiser:
             return {"copies of the sums": self.online}
         return {"a copy of the optimiser": optimiser}
@@ -429,28 +430,40 @@ class Needs:
         """As many rows of a batch as one process may have of it."""
         return {name: x[: -(-len(x) // self.launch.processes)] for name, x in batch.items()}
 
+    @property
+    def _micro_batch(self) -> int | None:
+        """Examples in a micro-batch of all processes together."""
+        most = self.experiment.train.micro_batch
+        return most and most * self.launch.processes
+
     def phases(self, name: str) -> list[tuple[Phase, Updates]]:
         """A strategy's phases, each with what its updates see."""
         e, seen = self.experiment, self.material
         return [
-            (phase, seen.once((name, index, repr(phase)), lambda index=index, phase=phase: Updates(
-                phase, seen.trained, f"{e.train.seed}/{index}", seen.pad, e.trace.targets)))
+            (phase, seen.once((name, index, repr(phase), self._micro_batch), lambda index=index, phase=phase: Updates(
+                phase, seen.trained, f"{e.train.seed}/{index}", seen.pad, e.trace.targets, self._micro_batch)))
             for index, phase in enumerate(e.strategies.get(name, []))
         ]  # fmt: skip
 
-    def _step(self, phase: Phase, chosen: Mapping[str, Batch]) -> Parts:
+    def _step(self, phase: Phase, chosen: Mapping[str, Sequence[Batch]]) -> Parts:
         """What an update holds beside weights and optimiser: at its fullest, or all gradients when that is over."""
-        shapes = tuple((task, *batch["input_ids"].shape) for task, batch in chosen.items())
-        key = ("step", id(self.learner), self.bf16, shapes)
-        found = self.material.once(key, lambda: self.learner.update(phase, chosen, self.bf16))
+        shapes = tuple((task, *(tuple(batch["input_ids"].shape) for batch in own)) for task, own in chosen.items())
+        checkpointing = self.experiment.train.gradient_checkpointing
+        key = ("step", id(self.learner), self.bf16, checkpointing, shapes)
+        found = self.material.once(key, lambda: self.learner.update(phase, chosen, self.bf16, checkpointing))
         return found if sum(found.values()) > self.learned else {"gradients": self.learned}
 
-    def _traced(self, chosen: Mapping[str, Batch]) -> Parts:
+    def _traced(self, chosen: Mapping[str, Sequence[Batch]]) -> Parts:
         """What a trace of some batches holds beside weights and sums."""
-        rows = [{k: v for k, v in batch.items() if k not in ("group", "trace_labels", "labels")}
-                | {"labels": batch.get("trace_labels", batch["labels"])} for batch in chosen.values()]  # fmt: skip
+        rows = [
+            {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+            | {"labels": batch.get("trace_labels", batch["labels"])}
+            for own in chosen.values()
+            for batch in own
+        ]
         parts = max((self._estimate([row]) for row in rows), key=lambda parts: sum(parts.values()))
-        if self.launch.processes > 1:  # a step's gradients meet when each process has made its part of them all
+        several = any(len(own) > 1 for own in chosen.values())
+        if self.launch.processes > 1 or several:  # a step's gradients meet when all of it has been gone through
             parts = parts | {"the step's gradients": self.sums}
         if self.sharded:
             return parts | {"whole sums on their way": self._on_their_way(2)}
@@ -631,9 +644,9 @@ class Needs:
         sets = len(self.whens) * (1 + 2 * options.draws) * self.alone.scope
         batch = {"bio": options.bio + options.replay_bio, "qa": options.qa + options.replay_qa}
         phase = Phase("new", {task: count for task, count in batch.items() if count}, options.steps)
-        data = Updates(phase, self.material.trained, "0", self.material.pad, e.trace.targets)
+        data = Updates(phase, self.material.trained, "0", self.material.pad, e.trace.targets, self._micro_batch)
         held = self._trained() | {"a copy of the weights": self.weights}
-        chosen = {task: self._share(batch) for task, batch in _costliest(data).items()}
+        chosen = {task: [self._share(batch) for batch in own] for task, own in _costliest(data).items()}
         yield "a step", held | self._step(phase, chosen), {"masks": sets}
 
     # ---- all processes together
@@ -753,9 +766,11 @@ class Needs:
                 few = sum(map(asked_of, chosen.values()), Counter())
                 times = 1 + len(self.phases(name)) + (updates // e.train.recall_every if e.train.recall_every else 0)
                 # of a frozen base there is no gradient of the weights, a third of it all
-                add(name, "train", (2 if e.train.lora else 3) * steps + times * self.flops(few))
+                passes = (2 if e.train.lora else 3) + e.train.gradient_checkpointing
+                add(name, "train", passes * steps + times * self.flops(few))
                 merges = e.train.lora is not None and e.trace.view == "merged"
-                shares = e.trace.forward == "training" and self.launch.processes == 1 and not merges
+                alone = self.launch.processes == 1 and not merges and not e.train.gradient_checkpointing
+                shares = e.trace.forward == "training" and alone
                 add(name, "train, traced", (3 - shares) * steps / e.trace.every if e.trace.online else 0.0)
             add(name, "eval", self.flops(asked))
             chosen = [sample(i, e.trace.examples) if e.trace.examples else i for i in seen.trained.values()]
@@ -822,6 +837,22 @@ def _wide(p: Tensor, holders: int) -> int:
     return _held(p, holders) * torch.empty(0, dtype=sum_dtype(p.dtype)).element_size()
 
 
+def _optimiser_state(model: Any, name: str, holders: int) -> int:
+    """Bytes that an optimiser keeps for the parameters that are trained: AdamW two numbers each, in 8 bits for those
+    with 4,096 and more (and two float32 for every 256); Adafactor a mean for each row and each column of a matrix."""
+    found = 0
+    for p in model.parameters():
+        if not p.requires_grad:
+            continue
+        if name == "adafactor":
+            found += 4 * (p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.dim() > 1 else p.numel())
+        elif name == "adamw_8bit" and p.numel() >= 4096:
+            found += 2 * (p.numel() + 4 * p.numel() // 256 + 4 * 256)
+        else:
+            found += 2 * _bytes(p, holders) * (4 // p.element_size() if name == "adamw_8bit" else 1)
+    return found
+
+
 def _adapted(model: Any) -> int:
     """Bytes of the base's weights that an adapter is on."""
     layers = [module.get_base_layer() for module in model.modules() if hasattr(module, "get_base_layer")]
@@ -837,15 +868,6 @@ def _looked_at(data: Updates) -> list[int]:
     return sorted({round(i) for i in torch.linspace(0, len(data) - 1, min(len(data), LOOKED_AT)).tolist()})
 
 
-def _sizes(data: Updates, update: int) -> list[tuple[int, int]]:
-    """(examples, longest) of each task of an update."""
-    found = []
-    for task, count in data.tasks.items():
-        chosen = data.orders[task][update * count : (update + 1) * count]
-        found.append((count, max(len(data.examples[task][i].ids) for i in chosen)))
-    return found
-
-
 def _seen(data: Updates) -> Work:
     """What goes through the model in a whole phase, padding included."""
     looked = _looked_at(data)
@@ -855,15 +877,22 @@ def _seen(data: Updates) -> Work:
 
 def _work_of_update(data: Updates, update: int) -> Work:
     found: Work = Counter()
-    for count, longest in _sizes(data, update):
+    for count, longest in (size for sizes in data.sizes(update).values() for size in sizes):
         found["tokens"] += count * longest
         found["pairs"] += count * longest**2
     return found
 
 
-def _costliest(data: Updates) -> dict[str, Batch]:
-    """The batches of the update with the most tokens."""
-    return data[max(_looked_at(data), key=lambda update: sum(n * longest for n, longest in _sizes(data, update)))]
+def _costliest(data: Updates) -> dict[str, list[Batch]]:
+    """Of each task the micro-batch with the most tokens, in an update that has it, and another one like it if that
+    update has several: the second meets the gradients of the first."""
+    found = {}
+    for task in data.tasks:
+        cost = lambda update, task=task: max(count * longest for count, longest in data.sizes(update)[task])
+        batches = data[max(_looked_at(data), key=cost)][task]
+        largest = max(batches, key=lambda batch: batch["input_ids"].numel())
+        found[task] = [largest] * min(2, len(batches))
+    return found
 
 
 @cache

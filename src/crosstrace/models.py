@@ -551,6 +551,32 @@ def evaluating(model: nn.Module):
 
 
 @contextmanager
+def checkpointing_gradients(model: Any, on: bool = True):
+    """A model that keeps only what enters its layers in training, and computes the rest again in the backward.
+
+    Raises:
+        UserError: its architecture is not made for that.
+    """
+    if not on:
+        yield
+        return
+    # transformers before 5.20 has the second name alone, and later ones warn of it
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(
+            f"train.gradient_checkpointing is true, but {type(model).__name__} is not made for it ({error}); leave it "
+            "out, and take a smaller train.micro_batch"
+        ) from None
+    try:
+        yield
+    finally:
+        disable()
+
+
+@contextmanager
 def differentiating(model: nn.Module):
     """The model in evaluation mode, with gradients of what is put into it but not of its parameters; as it was
     afterwards."""

@@ -59,6 +59,7 @@ from crosstrace.material import (
     trains_in_bf16,
 )
 from crosstrace.mechanism import explain
+from crosstrace.optimisers import check_optimisers
 from crosstrace.processes import Processes, by_first
 from crosstrace.progress import Progress
 from crosstrace.results import Results
@@ -346,7 +347,12 @@ class OnlineListener:
         )  # fmt: skip
 
     def on_update(
-        self, model: Any, batches: Mapping[str, Batch], lr: float, update: int, forwards: Mapping[str, TrainingForward]
+        self,
+        model: Any,
+        batches: Mapping[str, Sequence[Batch]],
+        lr: float,
+        update: int,
+        forwards: Mapping[str, TrainingForward],
     ) -> None:
         if update % self.every:
             return
@@ -1027,6 +1033,7 @@ def check(experiment: Experiment, whole: bool, stages: Sequence[str] = STAGES) -
                     "beside it; choose another name"
                 )
     check_trackers(experiment.train.report_to)
+    check_optimisers(experiment.optimisers, experiment.model.sharded)
     tokenizer = models.load_tokenizer(experiment.model.name)
     check_fast(tokenizer)
     known_people(experiment.model)

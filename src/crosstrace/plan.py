@@ -30,7 +30,7 @@ from crosstrace.errors import UserError
 from crosstrace.footprint import EACH, Launch, Machine, Material, Needs
 from crosstrace.results import aligned
 from crosstrace.trace.memory import SPARE, size_text
-from crosstrace.train import update_loss
+from crosstrace.train import UpdateLoss
 
 Row = dict[str, Any]
 PLANNED = "planned"  # a machine that is told of
@@ -228,8 +228,12 @@ def _candidates(experiment: Experiment) -> Iterator[dict[str, str]]:
         yield {"analysis.central_fractions": "[0.05]"}
     if e.train.keep_checkpoints and not e.trace.checkpoints:
         yield {"train.keep_checkpoints": "false"}
-    for share in (2, 4, 8):
-        yield dict(_smaller(e, share))
+    largest = max((n for phases in e.strategies.values() for p in phases for n in p.composition().values()), default=1)
+    for size in (8, 1):
+        if min(largest, e.train.micro_batch or largest) > size:
+            yield {"train.micro_batch": str(size)}
+    if e.strategies and not e.train.gradient_checkpointing:
+        yield {"train.gradient_checkpointing": "true"}
     if e.retention.run:
         yield {"retention.run": "false"}
     if e.mechanism.run:
@@ -246,18 +250,6 @@ def _candidates(experiment: Experiment) -> Iterator[dict[str, str]]:
         e.train.lora or not e.strategies
     ):  # (weights that are trained lose small steps)
         yield {"model.dtype": "bfloat16"}
-
-
-def _smaller(experiment: Experiment, share: int) -> Iterator[tuple[str, str]]:
-    """Every phase's batch divided, and its updates multiplied, so that all is seen as often."""
-    for name, phases in experiment.strategies.items():
-        for index, phase in enumerate(phases):
-            place = f"strategies.{name}.{index}"
-            for kind in ("batch", "replay"):
-                for task, count in getattr(phase, kind).items():
-                    yield f"{place}.{kind}.{task}", str(max(1, count // share))
-            if phase.steps:
-                yield f"{place}.steps", str(phase.steps * share)
 
 
 def _remedies(needs: Needs) -> tuple[list[str], Row]:
@@ -387,13 +379,17 @@ def _stepped(experiment: Experiment, material: Material, machine: Machine, needs
                 attn_implementation=experiment.model.attention,
             ).to(device).train()  # fmt: skip
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-        here = {task: {k: v.to(device) for k, v in batch.items()} for task, batch in batches_of.items()}
+        here = {
+            task: [{k: v.to(device) for k, v in batch.items()} for batch in own] for task, own in batches_of.items()
+        }
         clock = 0.0
         for _ in range(2):  # the first one warms up
             clock = time.perf_counter()
-            with torch.autocast(device, torch.bfloat16, enabled=needs.bf16):
-                loss = update_loss(model, phase, here)
-            loss.backward()
+            with (
+                models.checkpointing_gradients(model, experiment.train.gradient_checkpointing),
+                torch.autocast(device, torch.bfloat16, enabled=needs.bf16),
+            ):
+                UpdateLoss(model, phase, here).finish().backward()
             optimiser.step()
             optimiser.zero_grad()
             if device == "cuda":

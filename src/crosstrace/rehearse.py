@@ -36,12 +36,12 @@ from crosstrace.anatomy import Anatomy
 from crosstrace.errors import UserError
 from crosstrace.evaluate import judged
 from crosstrace.losses import example_losses
-from crosstrace.models import DTYPES, differentiating, silent
+from crosstrace.models import DTYPES, checkpointing_gradients, differentiating, silent
 from crosstrace.schedule import Phase
 from crosstrace.sharded import local
 from crosstrace.tokens import Batch
 from crosstrace.trace.engine import Engine
-from crosstrace.train import update_loss
+from crosstrace.train import UpdateLoss
 
 Parts = dict[str, float]  # what is held -> bytes
 GATHERED = "gathered layers"  # whole weights while they are computed with, and gradients until they are sent
@@ -351,8 +351,10 @@ class Understudy:
 
     # ---- what is rehearsed
 
-    def update(self, phase: Phase, batches: Mapping[str, Batch], bf16: bool) -> Parts:
-        """Forward and backward of one update of a training: logits, activations, gradients, weights in bf16."""
+    def update(
+        self, phase: Phase, batches: Mapping[str, Sequence[Batch]], bf16: bool, checkpointing: bool = False
+    ) -> Parts:
+        """Forwards and backwards of one update of a training: logits, activations, gradients, weights in bf16."""
 
         def rehearse(model: Any) -> Sequence[Parts]:
             weights = {tuple(p.shape) for p in model.parameters()}
@@ -363,9 +365,12 @@ class Understudy:
             cast = {"weights in bf16": lambda x: bf16 and x.dtype == torch.bfloat16 and tuple(x.shape) in weights}
             try:
                 model.train()
-                with self._rehearsal(model, cast) as seen, self._marking(model, seen):
-                    backward = None if self._processes == 1 else Tensor.backward
-                    update_loss(model, phase, batches, backward=backward).backward()
+                with (
+                    checkpointing_gradients(model, checkpointing),
+                    self._rehearsal(model, cast) as seen,
+                    self._marking(model, seen),
+                ):
+                    UpdateLoss(model, phase, batches).finish().backward()
                     for p in model.parameters():
                         seen.name(None if p.grad is None else local(p.grad), "gradients")
                 return seen.peaks()

@@ -20,12 +20,15 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 @settings(frozen=True, config=STRICT)
 class Optimiser:
-    """AdamW and its learning-rate schedule, anew for each phase."""
+    """The optimiser and its learning-rate schedule, anew for each phase."""
 
+    name: Literal["adamw", "adafactor", "adamw_8bit"] = "adamw"
+    """AdamW; Adafactor with this learning rate, which keeps next to no state; or AdamW with its state in 8 bits, which
+    needs bitsandbytes."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     """Its peak, after the warm-up."""
     betas: tuple[Beta, Beta] = (0.9, 0.98)
-    """Decay of AdamW's means of the gradient and of its square."""
+    """Decay of AdamW's means of the gradient and of its square; Adafactor has its own."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled, as a share of the learning rate."""
     clip: Annotated[float, Field(gt=0)] = 1.0

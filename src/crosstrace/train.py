@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,18 +22,20 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from crosstrace import optimisers
 from crosstrace.adapters import LoraSettings, is_adapted, load_weights
 from crosstrace.errors import UserError
 from crosstrace.forward import TrainingForward, logits_at, rows_at
 from crosstrace.losses import aligned_losses, next_tokens, target_positions
-from crosstrace.models import load_model, pad_id, silent
+from crosstrace.models import checkpointing_gradients, load_model, pad_id, silent
 from crosstrace.processes import Processes, by_first
 from crosstrace.schedule import STRICT, Optimiser, Phase, Strategy
-from crosstrace.sharded import Pieces, at_rest, is_sharded, laid, local, own_rows, processes_of, write
+from crosstrace.sharded import at_rest, is_sharded, local
 from crosstrace.store import remove_folder
-from crosstrace.tokens import Batch, Encoded, collate
+from crosstrace.tokens import IGNORE, Batch, Encoded
+from crosstrace.updates import Updates, epoch_sizes
 
 
 @settings(frozen=True, config=STRICT)
@@ -49,6 +50,12 @@ class TrainSettings:
     """Train a LoRA adapter in place of all weights, e.g. {rank: 8, alpha: 16}; all weights are trained if not given."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Of the multiplications in training: `auto` is bf16 autocast where the processor has it, else float32."""
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
+    """Examples of one task that go through the model at once, at most; the gradients of an update's micro-batches are
+    added up. Fewer take less memory; an update's loss and traces are the same but for rounding."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each layer in a forward, and compute the rest again in the backward: slower, with less
+    memory. What is traced during training is then a forward of its own (see trace.forward)."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
     """Updates between the checkpoints that an interrupted training resumes from."""
     keep_checkpoints: bool = False
@@ -62,7 +69,6 @@ class TrainSettings:
 
 
 LOG_EVERY = 10  # updates between two points of a tracker's curves
-_OPTIMISER = "optimiser"
 
 
 class Listener(Protocol):
@@ -70,16 +76,21 @@ class Listener(Protocol):
     are told the same."""
 
     def on_update(
-        self, model: Any, batches: Mapping[str, Batch], lr: float, update: int, forwards: Mapping[str, TrainingForward]
+        self,
+        model: Any,
+        batches: Mapping[str, Sequence[Batch]],
+        lr: float,
+        update: int,
+        forwards: Mapping[str, TrainingForward],
     ) -> None:
-        """Before update number `update` (0-based, over all phases): the model as it is and what will be seen of it, by
-        all processes together.
+        """Before update number `update` (0-based, over all phases): the model as it is and each task's micro-batches,
+        which it will see next, those of all processes together.
 
         Args:
-            forwards: by task, the training's own forward: of such a batch or some of its rows, and whether it is to be
-                kept for the update, which then makes none of its own. It gives the losses of the labels [B]. A task has
-                one if its labels are among those trained, so that nothing else is computed than without; none has one
-                where several processes train.
+            forwards: by task, the training's own forward: of some rows of a micro-batch; or of the next one, in the
+                order of tasks and micro-batches, to be kept for the update, which then makes none of its own. It gives
+                the losses of the labels [B]. A task has one if its labels are among those trained, so that nothing else
+                is computed than without; none has one where several processes train or gradients are checkpointed.
         """
 
     def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
@@ -100,51 +111,6 @@ class PhaseReport:
     name: str
     updates: int
     examples: dict[str, int] = field(default_factory=dict)
-
-
-class Updates(Dataset):
-    """Item u is everything that update u of a phase sees: a batch for every task.
-
-    Each task is gone through in epochs of its own, shuffled anew for each; an example with `repeats` r occurs r
-    times an epoch. Labels are those of training; `trace_labels` those of the trace.
-    """
-
-    def __init__(
-        self, phase: Phase, examples: Mapping[str, Sequence[Encoded]], seed: str, pad: int, trace_targets: str
-    ):
-        self.tasks = phase.composition()
-        self.length = phase.updates(epoch_sizes(examples))
-        self.pad, self.trace_targets = pad, trace_targets
-        self.examples = examples
-        self.orders = {
-            task: self._order(task, count * self.length, f"{seed}/{phase.name}/{task}")
-            for task, count in self.tasks.items()
-        }
-
-    def _order(self, task: str, total: int, seed: str) -> list[int]:
-        draw = random.Random(seed)
-        epoch = [i for i, item in enumerate(self.examples[task]) for _ in range(item.example.repeats)]
-        order: list[int] = []
-        while len(order) < total:
-            draw.shuffle(epoch)
-            order += epoch
-        return order[:total]
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, update: int) -> dict[str, Batch]:
-        batches = {}
-        for task, count in self.tasks.items():
-            items = [self.examples[task][i] for i in self.orders[task][update * count : (update + 1) * count]]
-            batches[task] = collate(items, "train", pad_id=self.pad)
-            batches[task]["trace_labels"] = collate(items, self.trace_targets, pad_id=self.pad)["labels"]
-        return batches
-
-
-def epoch_sizes(examples: Mapping[str, Sequence[Encoded]]) -> dict[str, int]:
-    """Examples of each task in one epoch, repeats counted."""
-    return {task: sum(item.example.repeats for item in items) for task, items in examples.items()}
 
 
 def train(
@@ -181,12 +147,15 @@ def train(
         UserError: a phase is ill-defined or trains a task without examples, or a tracker is not installed.
     """
     check_trackers(options.report_to)
+    optimisers.check_optimisers([phase.optimiser or options.optimiser for phase in strategy], is_sharded(model))
     sizes = epoch_sizes(examples)
     lengths = [phase.updates(sizes) for phase in strategy]
     reports, done = [], 0
     for index, (phase, length) in enumerate(zip(strategy, lengths)):
         home = folder / f"{index}-{phase.name}"
-        data = Updates(phase, examples, f"{options.seed}/{index}", pad_id(tokenizer), trace_targets)
+        seed, most = f"{options.seed}/{index}", options.micro_batch
+        most = most and most * (processes.size if processes else 1)  # each process has its share of every micro-batch
+        data = Updates(phase, examples, seed, pad_id(tokenizer), trace_targets, most)
         tracked = (logs or folder) / home.name
         _run_phase(
             model, phase, data, home, tracked, options, bf16, listeners, done, sum(lengths), progress, processes
@@ -205,36 +174,75 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-def update_loss(
-    model: Any,
-    phase: Phase,
-    batches: Mapping[str, Batch],
-    processes: Processes | None = None,
-    inner: Any = None,
-    backward: Callable[[Tensor], object] | None = None,
-    known: Mapping[str, Tensor] | None = None,
-) -> torch.Tensor:
-    """What an update minimises: Σ_t w_t · mean over t's examples of ℓ_i.
+class UpdateLoss:
+    """What an update minimises, Σ_t w_t · mean over t's examples of ℓ_i, one micro-batch after the other.
 
-    With `processes` this one's part of it, whose mean over all processes has that gradient; `model` is then what DDP
-    wraps around `inner`. With `backward` each task's part but the last is given to it, and the last alone is left to
-    differentiate. Of the tasks in `known` the mean of the losses is there already.
+    The gradient of a micro-batch's part is computed before the next one's forward, so the graph of one alone is held.
+
+    Args:
+        model: what is called; several processes call what DDP wraps around `inner` in the last micro-batch alone, in
+            whose backward they add up their gradients.
+        phase: whose weights w_t count.
+        batches: each task's micro-batches.
+        backward: called with a part of the loss.
+        processes: all that train, where they are several. Each takes its rows of every micro-batch, and the mean of
+            their losses has the gradient of the whole.
+        inner: the model itself, if `model` is wrapped around it.
     """
-    loss = torch.zeros(())
-    for number, (task, batch) in enumerate(batches.items(), 1):
-        # DDP looks at the graph of what it is called with last, and each parameter is in each task's
-        called = model if number == len(batches) or inner is None else inner
-        own, share = _share(batch, processes)
-        loss = loss.to(batch["labels"].device)
-        mean = (known or {}).get(task)
-        if mean is None:
-            mean = task_losses(called, own, [own["labels"]], inner)[0].mean()
-        part = share * phase.weights.get(task, 1.0) * mean
-        if backward is not None and number < len(batches):
-            backward(part)
-            part = part.detach()
-        loss = loss + part
-    return loss
+
+    def __init__(
+        self,
+        model: Any,
+        phase: Phase,
+        batches: Mapping[str, Sequence[Batch]],
+        backward: Callable[[Tensor], object] = Tensor.backward,
+        processes: Processes | None = None,
+        inner: Any = None,
+    ) -> None:
+        self.model, self.inner, self.processes, self.backward = model, inner, processes, backward
+        self.parts: list[tuple[str, Batch, float]] = []  # of what, and its share of the loss
+        for task, own in batches.items():
+            count = sum(len(batch["labels"]) for batch in own)
+            self.parts += [(task, batch, phase.weights.get(task, 1.0) * len(batch["labels"]) / count) for batch in own]
+        self.made = 0  # parts that there are
+        self.loss = torch.zeros(())
+        self.last: Tensor | None = None  # the part made last, whose gradient has not been computed
+
+    def share_next(self, task: str, batch: Batch) -> Tensor:
+        """The losses [B] of the labels of the task's next micro-batch, whose labels for training are `trained`: of the
+        forward that the update goes on with. The graph is there until the next micro-batch is asked for."""
+        while self.parts[self.made][0] != task:
+            self._make_next()
+        share = self._begin()
+        trained, others = task_losses(self.model, batch, [batch["trained"], batch["labels"]], self.inner)
+        self._end(share * trained.mean())
+        return others
+
+    def finish(self) -> Tensor:
+        """The update's loss, of which the last part alone is left to differentiate."""
+        while self.made < len(self.parts):
+            self._make_next()
+        assert self.last is not None
+        return self.last + (self.loss - self.last.detach())
+
+    def _make_next(self) -> None:
+        _, batch, _ = self.parts[self.made]
+        is_last = self.made == len(self.parts) - 1
+        own, of_own = _share(batch, self.processes)
+        called = self.model if is_last or self.inner is None else self.inner
+        share = self._begin()
+        self._end(of_own * share * task_losses(called, own, [own["labels"]], self.inner)[0].mean())
+
+    def _begin(self) -> float:
+        """The share of the next part in the loss, before its forward: the graph of the one before is used up."""
+        if self.last is not None:
+            self.backward(self.last)
+            self.last = None
+        return self.parts[self.made][2]
+
+    def _end(self, part: Tensor) -> None:
+        self.last, self.made = part, self.made + 1
+        self.loss = self.loss.to(part.device) + part.detach()
 
 
 def task_losses(model: Any, batch: Batch, labels: Sequence[Tensor], inner: Any = None) -> list[Tensor]:
@@ -336,7 +344,7 @@ def _run_phase(
                         remove_folder(home / f"checkpoint-{other}")
 
     class Teacher(Trainer):
-        """The Trainer, fed with one batch per task and minimising Σ_t w_t · mean over t's examples of ℓ_i.
+        """The Trainer, fed with every task's micro-batches and minimising their `UpdateLoss`.
 
         Every process gets the whole batches. Gradients are averaged over N processes, so each takes N times its share
         of that sum.
@@ -346,36 +354,31 @@ def _run_phase(
             return DataLoader(data, batch_size=1, shuffle=False, collate_fn=lambda items: items[0])
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            tasks: dict[str, Any] = inputs  # a batch for each task
-            # in one backward all gradients of one task would be held whole until the other's are added to them
-            backward = self.accelerator.backward if sharded else None
-            return update_loss(model, phase, tasks, processes, self.model, backward, self.means)
+            return self.update.finish()
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             assert self.lr_scheduler is not None
             rate = float(self.lr_scheduler.get_last_lr()[0])
-            self.means: dict[str, Tensor] = {}  # of the losses of the tasks whose forward a listener has made
+            given = dict[str, Any](inputs)  # each task's micro-batches, not yet on the device
+            tasks: dict[str, Any] = self._prepare_inputs(inputs)
+            self.update = UpdateLoss(model, phase, tasks, self.accelerator.backward, processes, self.model)
             if listeners:
-                traced, given = {}, dict[str, Any](inputs)
-                tasks: dict[str, Any] = self._prepare_inputs(inputs)
-                for task, batch in tasks.items():
-                    kept = {name: batch[name] for name in ("input_ids", "attention_mask", "group")}
-                    traced[task] = {**kept, "labels": batch["trace_labels"], "trained": batch["labels"]}
+                shares = processes is None and not options.gradient_checkpointing
+                traced = {task: [_traced(batch) for batch in own] for task, own in tasks.items()}
                 forwards = {
                     task: partial(self.forward_of, model, task)
-                    for task, batch in given.items()  # not yet on the device
-                    if processes is None and not ((batch["trace_labels"] != -100) & (batch["labels"] == -100)).any()
+                    for task, own in given.items()
+                    if shares and not any(_has_other_targets(batch) for batch in own)
                 }
                 for listener in listeners:
                     listener.on_update(self.model, traced, rate, offset + self.state.global_step, forwards)
-            return super().training_step(model, inputs, num_items_in_batch)
+            return super().training_step(model, tasks, num_items_in_batch)
 
         def forward_of(self, model, task, batch, kept):
             with self.compute_loss_context_manager():
-                trained, traced = task_losses(model, batch, [batch["trained"], batch["labels"]], self.model)
-            if kept:
-                self.means[task] = trained.mean()
-            return traced
+                if kept:
+                    return self.update.share_next(task, batch)
+                return task_losses(model, batch, [batch["trained"], batch["labels"]], self.model)[1]
 
         def create_scheduler(self, num_training_steps, optimizer=None):
             optimizer = optimizer or self.optimizer
@@ -387,11 +390,11 @@ def _run_phase(
             return 0
 
         def _save_optimizer_and_scheduler(self, output_dir):
-            _save_optimiser(self, Path(output_dir))
+            optimisers.save(self, Path(output_dir))
 
         def _load_optimizer_and_scheduler(self, checkpoint):
             if checkpoint is not None:
-                _load_optimiser(self, Path(checkpoint))
+                optimisers.load(self, Path(checkpoint))
 
         def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
             # the Trainer would skip what a checkpoint lays out otherwise than memory does, as it does experts
@@ -401,11 +404,7 @@ def _run_phase(
         output_dir=str(home),
         max_steps=len(data),
         per_device_train_batch_size=1,
-        learning_rate=optimiser.learning_rate,
-        adam_beta1=optimiser.betas[0],
-        adam_beta2=optimiser.betas[1],
-        weight_decay=optimiser.weight_decay,
-        max_grad_norm=optimiser.clip,
+        **optimisers.arguments(optimiser),
         bf16=bf16,
         save_strategy="steps",
         save_steps=options.checkpoint_every,
@@ -434,10 +433,22 @@ def _run_phase(
                 listener.load(_listener_folder(home, last, number))
         by_first(processes, lambda: _clean(home))
         model.train()
-        trainer.train(resume_from_checkpoint=str(home / f"checkpoint-{last}") if last else None)
+        with checkpointing_gradients(model, options.gradient_checkpointing):
+            trainer.train(resume_from_checkpoint=str(home / f"checkpoint-{last}") if last else None)
         model.eval()
     if "wandb" in options.report_to:  # the others end their run themselves; the next phase is a run of its own
         importlib.import_module("wandb").finish()
+
+
+def _traced(batch: Batch) -> Batch:
+    """A micro-batch for who traces it: its labels are the trace's, and what is trained on stands beside them."""
+    kept = {name: batch[name] for name in ("input_ids", "attention_mask", "group")}
+    return kept | {"labels": batch["trace_labels"], "trained": batch["labels"]}
+
+
+def _has_other_targets(batch: Batch) -> bool:
+    """Whether the trace has a target that is not trained."""
+    return bool(((batch["trace_labels"] != IGNORE) & (batch["labels"] == IGNORE)).any())
 
 
 def _checkpoints(home: Path, complete: bool = True) -> list[int]:
@@ -469,41 +480,6 @@ def _share(batch: Batch, processes: Processes | None) -> tuple[Batch, float]:
     return own if count else {name: x[:1] for name, x in batch.items()}, processes.size * count / len(batch["labels"])
 
 
-def _save_optimiser(trainer: Any, folder: Path) -> None:
-    """AdamW's means by the names of their parameters, in pieces if those are; any number of processes reads them."""
-    names = {id(p): name for name, p in at_rest(trainer.model).items()}
-    means: dict[str, Tensor] = {}
-    steps: dict[str, float] = {}
-    for p, state in trainer.optimizer.state.items():
-        name = names[id(p)]
-        steps[name] = float(state["step"])
-        rows = {key: value if value.dim() else value[None] for key, value in state.items() if key != "step"}
-        means |= {f"{name}/{key}": value for key, value in rows.items()}
-    holders = processes_of(means)
-    if holders is not None or trainer.args.should_save:
-        header = {"updates": trainer.lr_scheduler.last_epoch, "steps": steps}
-        write(folder / _OPTIMISER, means, holders, _OPTIMISER, header)
-
-
-def _load_optimiser(trainer: Any, folder: Path) -> None:
-    """Read what `_save_optimiser` wrote, and set the learning rate to where it was."""
-    pieces, scheduler = Pieces(folder / _OPTIMISER, _OPTIMISER), trainer.lr_scheduler
-    updates, steps = pieces.header["updates"], pieces.header["steps"]
-    names = {id(p): name for name, p in at_rest(trainer.model).items()}
-    scheduler.last_epoch = updates
-    scheduler._last_lr = [base * factor(updates) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
-    packed = trainer.optimizer.state_dict()
-    for group, of_group, rate in zip(trainer.optimizer.param_groups, packed["param_groups"], scheduler._last_lr):
-        of_group["lr"] = rate
-        for p, number in zip(group["params"], of_group["params"]):
-            if (name := names[id(p)]) in steps:
-                keys = [key for key in pieces.shapes if key.rpartition("/")[0] == name]
-                read = {key: pieces.read(key, own_rows(p)).to(p.device).view_as(local(p)) for key in keys}
-                state = {key.rpartition("/")[2]: laid(value, p) for key, value in read.items()}
-                packed["state"][number] = state | {"step": torch.tensor(steps[name])}
-    trainer.optimizer.load_state_dict(packed)
-
-
 def _listener_folder(home: Path, update: int, number: int) -> Path:
     return home / f"checkpoint-{update}" / f"listener-{number}"
 
@@ -531,7 +507,12 @@ class RecallHistory:
         self.rows: list[dict[str, Any]] = []
 
     def on_update(
-        self, model: Any, batches: Mapping[str, Batch], lr: float, update: int, forwards: Mapping[str, TrainingForward]
+        self,
+        model: Any,
+        batches: Mapping[str, Sequence[Batch]],
+        lr: float,
+        update: int,
+        forwards: Mapping[str, TrainingForward],
     ) -> None:
         if update == 0 and not self.rows:
             self.rows.append({"update": 0, "phase": "", **self.measure(model)})

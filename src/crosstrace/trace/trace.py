@@ -15,7 +15,7 @@ import html
 import json
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -584,20 +584,21 @@ class OnlineTrace(Accumulated):
 
     def step(
         self,
-        batches: Mapping[str, Batch],
+        batches: Mapping[str, Batch | Sequence[Batch]],
         lr: float = 1.0,
         forwards: Mapping[str, TrainingForward] = MappingProxyType({}),
     ) -> None:
         """Add one training step: each task's batch, at the parameters before the update.
 
         Args:
-            batches: per task; a task without examples in this step is left out.
+            batches: per task, its examples in one batch or in several micro-batches; a task without examples in this
+                step is left out.
             lr: the step's learning rate; counts only if `lr_weighted`.
             forwards: per task, the training's own forward, which is traced in the place of one more. Called as
-                forward(batch, True) it gives the losses ℓ [B] of the labels of the task's batch, and keeps what the
-                training needs. In a task's first step it is called before as forward(two of the rows, False), and
-                compared with the trace's own forward; where they differ, as by dropout, the trace goes on with its own
-                (see `borrows`). Not used where several processes share out the examples.
+                forward(micro-batch, True), once for each in order, it gives the losses ℓ [B] of its labels, and keeps
+                what the training needs. In a task's first step it is called before as forward(two of the rows, False),
+                and compared with the trace's own forward; where they differ, as by dropout, the trace goes on with its
+                own (see `borrows`). Not used where several processes share out the examples.
 
         Raises:
             UserError: a task that was not announced, or a batch that can't be traced; nothing is added then.
@@ -606,68 +607,91 @@ class OnlineTrace(Accumulated):
         unknown = [task for task in batches if task not in self._steps]
         if unknown:
             raise UserError(f"task {unknown[0]!r} is not one of those announced: {', '.join(self._steps)}")
-        batches = {task: unpacked(batch)[0] for task, batch in batches.items()}
-        for batch in batches.values():
-            self._engine.checked({key: value for key, value in batch.items() if key != "group"})
+        several = {
+            task: [unpacked(batch)[0] for batch in ([own] if isinstance(own, Mapping) else own)]
+            for task, own in batches.items()
+        }
+        for own in several.values():
+            for batch in own:
+                self._engine.checked(_without_group(batch))
         factor = self._factor(lr)
         self._whole = False
-        for task, batch in batches.items():
+        for task, own in several.items():
             if self._team is not None and self._team.sharded:
-                self._step_in_pieces(self._team, task, batch, factor)
-                continue
-            count = len(batch["labels"])
-            if self._team is not None:  # the rules are chosen on the same examples everywhere
-                self._engine.plan_for({key: value for key, value in batch.items() if key != "group"})
-                (batch,) = self._team.deal([batch])
-            given = batch
-            batch, chosen, shares = _by_part(batch, self._parts, 0)
-            sizes = [share.stop - share.start for share in shares]
-            gradients: dict[str, Tensor] = {}
-            add = partial(self._add, task, chosen, count, gradients, factor)
-            forward = self._borrowed(task, given, forwards.get(task)) if sum(sizes) else None
-            order = _order(given, self._parts, 0)[1].to(given["labels"].device) if forward and len(shares) > 1 else None
-            try:
-                if sum(sizes):
-                    self._engine.run(batch, shares, add, forward, order)
-            except Drew:  # before anything was added
-                self.borrows[task] = False
-                self._engine.run(batch, shares, add)
-            if self._team is not None and "step" in self._settings["reductions"]:
-                self._add_step_of_all(self._team, task, gradients, count, factor)
-            self._count(task, zip(chosen, sizes), factor)
+                self._step_in_pieces(self._team, task, own, factor)
+            else:
+                self._step_of(task, own, forwards.get(task), factor)
         self._whole = True
+
+    def _step_of(self, task: str, batches: Sequence[Batch], forward: TrainingForward | None, factor: float) -> None:
+        """Add a task's step: its micro-batches, one after the other."""
+        count = sum(len(batch["labels"]) for batch in batches)
+        dealt = batches if self._team is None else self._team.deal(batches)
+        gradients: dict[str, Tensor] = {}
+        sizes: Counter[int] = Counter()
+        seen = 0
+        for of_all, given in zip(batches, dealt):
+            if self._team is not None:  # the rules are chosen on the same examples everywhere
+                self._engine.plan_for(_without_group(of_all))
+            batch, chosen, shares = _by_part(given, self._parts, seen)
+            own = {part: share.stop - share.start for part, share in zip(chosen, shares)}
+            complete = len(shares) if self._team is None and of_all is batches[-1] else 0
+            add = partial(self._add, task, chosen, count, gradients, factor, Counter(), complete)
+            if sum(own.values()):
+                borrowed = self._borrowed(task, given, forward)
+                order = None
+                if borrowed and len(shares) > 1:
+                    order = _order(given, self._parts, seen)[1].to(given["labels"].device)
+                try:
+                    self._engine.run(batch, shares, add, borrowed, order)
+                except Drew:  # before anything was added
+                    self.borrows[task] = False
+                    self._engine.run(batch, shares, add)
+            sizes.update(own)
+            seen += len(of_all["labels"])
+        if self._team is not None and "step" in self._settings["reductions"]:
+            self._add_step_of_all(self._team, task, gradients, count, factor)
+        for name in list(gradients):  # what the last micro-batch does not use, as of an expert
+            self._add_step(task, name, gradients.pop(name), count, factor)
+        self._count(task, sizes.items(), factor)
 
     def _borrowed(self, task: str, batch: Batch, forward: TrainingForward | None) -> Forward | None:
         """The training's own forward of this very batch, its rows in the training's order, if it may be traced."""
         if forward is None or self._team is not None:
             return None
-        rows = self._engine.checked({key: value for key, value in batch.items() if key != "group"})
+        rows = self._engine.checked(_without_group(batch))
         if task not in self._compared:
             self._compared.add(task)
             self.borrows[task] = is_the_same(self._engine, rows, forward)
         return partial(_of_these, forward, rows) if self.borrows[task] else None
 
-    def _step_in_pieces(self, team: Team, task: str, given: Batch, factor: float) -> None:
+    def _step_in_pieces(self, team: Team, task: str, batches: Sequence[Batch], factor: float) -> None:
         """Add a task's step of a sharded model: all processes go through the same parts together, each with its
         examples, or with any one that counts nothing, and get the sums of their rows."""
-        _, chosen, whole_shares = _by_part(given, self._parts, 0)
-        rows = {key: value for key, value in given.items() if key != "group"}
-        if self._engine.probed < min(2, len(given["labels"])):
-            team.prepare(self._engine, [rows])
-        batch, own, shares = _by_part(team.deal([given])[0], self._parts, 0)
-        if not len(batch["labels"]):
-            batch, own = {key: value[:1] for key, value in rows.items()}, []
-        of_part = dict(zip(own, shares))
-        scatter, gradients = Scatter(self._engine, team.processes), {}
-        self._engine.run(
-            batch,
-            [of_part.get(part, slice(0, 0)) for part in chosen],
-            lambda name, number: self._open(task, chosen[number], name, gradients, factor, scatter),
-        )
-        scatter.finish()
+        rows = [_without_group(batch) for batch in batches]
+        if self._engine.probed < min(2, max(len(batch["labels"]) for batch in batches)):
+            team.prepare(self._engine, rows)
+        gradients: dict[str, Tensor] = {}
+        sizes: Counter[int] = Counter()
+        seen = 0
+        for of_all, given, any_rows in zip(batches, team.deal(batches), rows):
+            _, chosen, whole_shares = _by_part(of_all, self._parts, seen)
+            batch, own, shares = _by_part(given, self._parts, seen)
+            if not len(batch["labels"]):
+                batch, own = {key: value[:1] for key, value in any_rows.items()}, []
+            of_part = dict(zip(own, shares))
+            scatter = Scatter(self._engine, team.processes)
+
+            def add(name: str, number: int, chosen: list[int] = chosen, scatter: Scatter = scatter) -> Any:
+                return self._open(task, chosen[number], name, gradients, factor, scatter)
+
+            self._engine.run(batch, [of_part.get(part, slice(0, 0)) for part in chosen], add)
+            scatter.finish()
+            sizes.update({part: share.stop - share.start for part, share in zip(chosen, whole_shares)})
+            seen += len(of_all["labels"])
         for name in list(gradients):
-            self._add_step(task, name, gradients.pop(name), len(given["labels"]), factor)
-        self._count(task, [(part, s.stop - s.start) for part, s in zip(chosen, whole_shares)], factor)
+            self._add_step(task, name, gradients.pop(name), seen, factor)
+        self._count(task, sizes.items(), factor)
 
     def _add_step_of_all(self, team: Team, task: str, gradients: dict[str, Tensor], count: int, factor: float) -> None:
         """Add a step's mean gradient over all processes: its absolute value is not the sum of theirs."""
@@ -681,11 +705,14 @@ class OnlineTrace(Accumulated):
     @contextmanager
     def _add(
         self, task: str, chosen: list[int], count: int, gradients: dict[str, Tensor], factor: float,
-        name: str, number: int,
+        added: Counter[str], complete: int, name: str, number: int,
     ) -> Iterator[dict[str, Tensor]]:  # fmt: skip
+        """Where a share's sums of a parameter are added. When `complete` shares have been, the step's gradient of it is
+        whole, and is let go of."""
         with self._open(task, chosen[number], name, gradients, factor) as sums:
             yield sums
-        if self._team is None and name in gradients and number == len(chosen) - 1:
+        added[name] += 1
+        if name in gradients and added[name] == complete:
             self._add_step(task, name, gradients.pop(name), count, factor)
 
 
@@ -794,6 +821,10 @@ def _by_part(batch: Batch, parts: int, seen: int) -> tuple[Batch, list[int], lis
 def _of_these(forward: TrainingForward, rows: Batch, _: Batch) -> Tensor:
     """The losses of the training's rows, whichever batch is traced: a training must not change by being traced."""
     return calm(forward, rows, True)
+
+
+def _without_group(batch: Batch) -> Batch:
+    return {key: value for key, value in batch.items() if key != "group"}
 
 
 def _order(batch: Batch, parts: int, seen: int) -> tuple[Tensor, Tensor]:
