@@ -47,11 +47,14 @@ bench: .venv/.bench ## set up and measure the trace against plain training, a lo
 	@$(INSTALL) -e '.[check]'
 	@touch $@
 
-# BackPACK by itself: it asks for torchvision, which it needs for its examples only and which must match torch's build.
+# Three libraries are installed by themselves, since they ask for packages that gradients of examples do without:
+# BackPACK for torchvision; Bergson for torchvision, torchaudio, bitsandbytes and torchopt; dattri for pretty_midi.
+# (torchvision and torchaudio must match torch's build.) What the three do need is in pyproject.toml.
+# Opacus is under Apache 2.0, the other libraries are under the MIT license; nothing of theirs is copied here.
 .venv/.bench: .venv/.made pyproject.toml constraints.txt
 	@echo "installing crosstrace and the libraries it is measured against into .venv (once)"
 	@$(INSTALL) -e '.[bench]'
-	@$(INSTALL) --no-deps backpack-for-pytorch
+	@$(INSTALL) --no-deps backpack-for-pytorch bergson dattri
 	@touch $@
 
 .venv/.made:

@@ -3,11 +3,14 @@
     make bench                              # or: pip install -e '.[bench]' && python benchmarks/trace_cost.py
     python benchmarks/trace_cost.py --quick      # the headline shape alone, few rounds
 
-Every contender computes Σ_i |∂ℓ_i/∂θ| for every parameter from the same model (random weights), the same batch and the
-same loss, mean cross-entropy of each example's tokens; `plain` is an ordinary batched forward and backward, the floor.
+Every contender computes Σ_i |∂ℓ_i/∂θ| from the same model (random weights), the same batch and the same loss, mean
+cross-entropy of each example's tokens; `plain` is an ordinary batched forward and backward, the floor. Libraries form
+the gradients of single examples at full dimension, without projections, and the same sum is taken of them. Some give
+those of certain layers alone: the table says what share of the parameters each covers and which modules it lacks, and
+the headline compares the trace with the best library that covers every parameter.
 Contenders alternate, round after round, in one process; times are medians, memory is the peak of the resident set
 above what was there before (model, accumulators; zero where freed memory was still held), errors are relative to the
-loop's result, the largest over parameters.
+loop's result, the largest over the parameters that the contender covers.
 Prints a table, writes benchmarks/results/trace_cost.json, and ends with one line of JSON for the headline shape.
 """
 
@@ -23,7 +26,9 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from functools import partial, reduce
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +51,6 @@ PYTHIA = {
 }
 HEADLINE = ("pythia-70m", 64, 32)
 SHORT, SHORTEST, LONG = ("pythia-70m", 16, 32), ("pythia-70m", 9, 64), ("pythia-70m", 256, 8)
-# shape, tokens an example, examples, contenders beside plain and trace
-CASES = [
-    (*HEADLINE, ("loop", "vmap", "opacus", "backpack")),
-    (*SHORT, ("loop",)),
-    (*SHORTEST, ("loop",)),
-    ("pythia-70m", 64, 8, ("loop",)),
-    (*LONG, ("loop",)),
-    ("pythia-160m", 64, 16, ("loop",)),
-    ("bundled", 16, 64, ("loop", "vmap", "opacus", "backpack")),
-    ("bundled", 64, 64, ("loop", "vmap", "opacus", "backpack")),
-]
 
 
 def model_of(shape: str) -> nn.Module:
@@ -123,20 +117,20 @@ def loop(model: nn.Module, batch: Sums, sums: Sums) -> None:
             total.add_(gradient.abs_())
 
 
+def functional_loss(model: nn.Module, parameters: Sums, example: tuple[Tensor, Tensor]) -> Tensor:
+    """The loss of one example, its token ids and labels, as a function of the parameters."""
+    ids, labels = example
+    # no mask tensor: with one, transformers branches on its content, which vmap cannot follow
+    inputs = {"input_ids": ids.unsqueeze(0), "position_ids": torch.arange(len(ids)).unsqueeze(0)}
+    logits = torch.func.functional_call(model, parameters, kwargs=inputs).logits
+    return nn.functional.cross_entropy(logits[0, :-1], labels[1:])
+
+
 def vmap(model: nn.Module, batch: Sums, sums: Sums) -> None:
     """torch.func: the gradient of one example, vectorised over examples."""
-    from torch.func import functional_call, grad
-    from torch.func import vmap as vectorised
-
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-
-    def loss(parameters: Sums, ids: Tensor, labels: Tensor) -> Tensor:
-        # no mask tensor: with one, transformers branches on its content, which vmap cannot follow
-        inputs = {"input_ids": ids.unsqueeze(0), "position_ids": torch.arange(len(ids)).unsqueeze(0)}
-        logits = functional_call(model, parameters, kwargs=inputs).logits
-        return nn.functional.cross_entropy(logits[0, :-1], labels[1:])
-
-    found = vectorised(grad(loss), in_dims=(None, 0, 0))(parameters, batch["input_ids"], batch["labels"])
+    gradients = torch.func.vmap(torch.func.grad(partial(functional_loss, model)), in_dims=(None, 0))
+    found = gradients(parameters, (batch["input_ids"], batch["labels"]))
     for name, total in sums.items():
         total.add_(found.pop(name).abs_().sum(0))
 
@@ -185,17 +179,164 @@ class BackPACK:
             parameter.grad = None
 
 
-FULL = ("vmap", "opacus")  # libraries that give every parameter's gradients; BackPACK's are of linear layers alone
+def freeze_all_but_inputs(model: nn.Module) -> None:
+    """For libraries that need no gradients of weights: autograd then computes those of activations alone."""
+    model.requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(True)
 
-CONTENDERS: dict[str, Callable] = {
-    "plain": lambda model: plain,
-    "trace": Ours,
-    "trace, two sums": TwoSums,
-    "loop": lambda model: loop,
-    "vmap": lambda model: vmap,
-    "opacus": Opacus,
-    "backpack": BackPACK,
+
+def add_layer(total: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Add a layer's sum to its parameters' sums.
+
+    Bergson and dattri-LLM give a layer's weight and bias as one: in a linear layer the bias is the last column, in a
+    norm the second half.
+    """
+    if bias is None:
+        weight.add_(total.view_as(weight))
+        return
+    columns = total.view(len(weight), -1) if weight.ndim == 2 else total.view(2, -1).T
+    weight.add_(columns[:, :-1].reshape(weight.shape))
+    bias.add_(columns[:, -1])
+
+
+class Bergson:
+    """Its collector of unprojected gradients, as its trainer callback uses it; each layer's are summed at once.
+
+    It knows linear layers and convolutions, with their biases, but no norms and no embeddings.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from bergson import GradientProcessor
+        from bergson.collector.gradient_collectors import StreamingGradientCollector
+
+        class SummingCollector(StreamingGradientCollector):
+            sums: Sums  # set before each batch
+
+            def backward_hook(self, module: nn.Module, g: Tensor) -> None:
+                name, gradients = module._name, self._compute_gradient(module, g)
+                bias = self.sums.get(f"{name}.bias")
+                add_layer(gradients.abs_().sum(0), self.sums[f"{name}.weight"], bias)
+
+        tied = model.get_input_embeddings().weight  # of a tied tensor it knows one use of two
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight is not tied}
+        self.names = [f"{owner}.{local}" for owner, layer in layers.items() for local, _ in layer.named_parameters()]
+        freeze_all_but_inputs(model)  # as its own loader does
+        processor = GradientProcessor(projection_dim=None, include_bias=True)
+        self.collector = SummingCollector(
+            model=model, target_modules=set(layers), processor=processor, dtype=torch.float32
+        )
+
+    def __call__(self, model: nn.Module, batch: Sums, sums: Sums) -> None:
+        self.collector.sums = sums
+        with self.collector.with_batch():
+            losses_of(model, batch).sum().backward()
+        model.zero_grad()
+
+
+class Dattri:
+    """Its gradients of single examples are torch.func's; parameters are kept apart, which saves it one long vector."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from dattri.task import AttributionTask
+
+        task = AttributionTask(partial(functional_loss, model), model, model.state_dict())
+        self.parameters, _ = task.get_param(layer_split=True)
+        self.gradients = task.get_grad_loss_func(in_dims=(None, 0))
+
+    def __call__(self, model: nn.Module, batch: Sums, sums: Sums) -> None:
+        gradients = list(self.gradients(self.parameters, (batch["input_ids"], batch["labels"])))
+        for total in reversed(sums.values()):
+            total.add_(gradients.pop().abs_().sum(0).view_as(total))
+
+
+class DattriLLM:
+    """Its hooks keep each layer's input and output gradient, of which the examples' gradients are made layer by layer.
+
+    Of a tensor with two uses it gives the gradients of each, which are added here before their absolute value is taken.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from dattri_llm import REGISTER_ALL, HookManager, HookManagerConfig
+        from dattri_llm.utils.module import rms_norm_module_kwargs
+
+        layers = {n: m for n, m in model.named_modules() if list(m.parameters(recurse=False))}
+        # it must be told of norms that are not torch's own
+        norms = {name: layer for name, layer in layers.items() if hasattr(layer, "variance_epsilon")}
+        config = HookManagerConfig(
+            linear_io=REGISTER_ALL,
+            hook_types=dict.fromkeys(norms, "linear_io"),
+            layer_types=dict.fromkeys(norms, "nn.RMSNorm"),
+            module_kwargs={
+                name: rms_norm_module_kwargs(normalized_shape=len(norm.weight), eps=norm.variance_epsilon)
+                for name, norm in norms.items()
+            },
+            include_frozen=True,
+        )
+        names = {id(p): name for name, p in model.named_parameters()}
+        self.uses: dict[tuple[str, ...], list[str]] = {}  # names of a layer's parameters: the modules that use them
+        for name, layer in layers.items():
+            parameters = tuple(names[id(p)] for p in layer.parameters(recurse=False))
+            self.uses.setdefault(parameters, []).append(name)
+        freeze_all_but_inputs(model)
+        self.manager = HookManager(model, config=config)
+
+    def __call__(self, model: nn.Module, batch: Sums, sums: Sums) -> None:
+        from dattri_llm.gradient import ops
+
+        with self.manager.collect():
+            losses_of(model, batch).sum().backward()
+        record = self.manager.get_gradient()
+        for parameters, modules in self.uses.items():
+            gradients = (ops.materialize(record.data.pop(name), record.layer_types[name]) for name in modules)
+            add_layer(reduce(Tensor.add_, gradients).abs_().sum(0), *(sums[name] for name in parameters))
+        model.zero_grad()
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`make` takes a model and gives a function of the model, a batch and the sums, which it adds to.
+
+    If it covers some parameters only, what `make` gives has their `names`.
+    """
+
+    name: str
+    make: Callable[[nn.Module], Callable]
+    package: str = ""  # of a library, as pip names it
+
+    def version(self) -> str | None:
+        try:
+            return version(self.package)
+        except (PackageNotFoundError, ValueError):
+            return None
+
+
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender("plain", lambda model: plain),
+        Contender("trace", Ours),
+        Contender("trace, two sums", TwoSums),
+        Contender("loop", lambda model: loop),
+        Contender("vmap", lambda model: vmap, "torch"),
+        Contender("opacus", Opacus, "opacus"),
+        Contender("backpack", BackPACK, "backpack-for-pytorch"),
+        Contender("bergson", Bergson, "bergson"),
+        Contender("dattri", Dattri, "dattri"),
+        Contender("dattri-llm", DattriLLM, "dattri-llm"),
+    )
 }
+LIBRARIES = tuple(name for name, contender in CONTENDERS.items() if contender.package)
+# shape, tokens an example, examples, contenders beside plain and trace
+CASES = [
+    (*HEADLINE, ("loop", *LIBRARIES)),
+    (*SHORT, ("loop",)),
+    (*SHORTEST, ("loop",)),
+    ("pythia-70m", 64, 8, ("loop",)),
+    (*LONG, ("loop",)),
+    ("pythia-160m", 64, 16, ("loop",)),
+    ("bundled", 16, 64, ("loop", *LIBRARIES)),
+    ("bundled", 64, 64, ("loop", *LIBRARIES)),
+]
 
 
 # ---------------------------------------------------------------------------------------------- measuring
@@ -228,8 +369,18 @@ def once(contender: Callable, model: nn.Module, batch: Sums, sums: Sums) -> tupl
     return seconds, None if before is None else resident(peak=True) - before
 
 
+def coverage(model: nn.Module, covered: list[str]) -> dict[str, Any]:
+    """The share of the model's parameters that are among `covered`, and the classes of the modules with others."""
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    lacking = {type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in sizes.keys() - set(covered)}
+    return {"share": sum(sizes[name] for name in covered) / sum(sizes.values()), "lacks": sorted(lacking)}
+
+
 def case(shape: str, length: int, count: int, peers: tuple[str, ...], rounds: int, warm: int) -> dict:
-    """All contenders on one shape: {contender: {seconds, rounds, memory, error}}, and what could not run."""
+    """All contenders on one shape, and what could not run.
+
+    {contender: {seconds, rounds, memory, error, share and lacks (see `coverage`), version of a library}}
+    """
     found: dict = {"shape": shape, "length": length, "examples": count}
     model = model_of(shape)
     batch = batch_of(model, length, count)
@@ -240,13 +391,14 @@ def case(shape: str, length: int, count: int, peers: tuple[str, ...], rounds: in
     times: dict[str, list[float]] = {}
     memory: dict[str, list[int]] = {}
     errors: dict[str, float] = {}
+    covers: dict[str, dict[str, Any]] = {}
+    names = ("plain", "trace", "trace, two sums", *peers)
     # libraries leave hooks in a model, so each has one of its own
-    own = ("plain", "trace", "trace, two sums")
-    models = {name: model if name in (*own, "loop", "vmap") else model_of(shape) for name in (*own, *peers)}
+    models = {name: model_of(shape) if CONTENDERS[name].package else model for name in names}
     ready: dict[str, Callable] = {}
     for name, own in models.items():
         try:
-            ready[name] = CONTENDERS[name](own)
+            ready[name] = CONTENDERS[name].make(own)
             once(ready[name], own, batch, sums)
         except (ImportError, RuntimeError, NotImplementedError, AttributeError, ValueError) as problem:
             ready.pop(name, None)
@@ -254,6 +406,7 @@ def case(shape: str, length: int, count: int, peers: tuple[str, ...], rounds: in
             continue
         if name != "plain":
             covered = getattr(ready[name], "names", list(sums))
+            covers[name] = coverage(model, covered)
             errors[name] = max(
                 float((sums[n] - reference[n]).abs().max() / reference[n].abs().max().clamp(min=1e-30)) for n in covered
             )
@@ -270,6 +423,8 @@ def case(shape: str, length: int, count: int, peers: tuple[str, ...], rounds: in
             "rounds": times[name],
             "memory": statistics.median(memory[name]) if name in memory else None,
             "error": errors.get(name),
+            **covers.get(name, {}),
+            **({"version": CONTENDERS[name].version()} if CONTENDERS[name].package else {}),
         }
     return found
 
@@ -384,9 +539,16 @@ def overhead(found: dict, name: str) -> float:
     return statistics.median(a / b for a, b in zip(found[name]["rounds"], found["plain"]["rounds"])) - 1
 
 
+def scope(row: dict) -> str:
+    """What a contender covers, in words."""
+    if "share" not in row:
+        return "Σg alone"
+    return f"{100 * row['share']:.1f} %, no {', '.join(row['lacks'])}" if row["lacks"] else "every parameter"
+
+
 def table(cases: list[dict]) -> str:
     lines = ["| model | parameters | length | examples | contender | seconds | over plain | extra memory, MB | over "
-             "plain | largest relative error |", "|---" * 10 + "|"]  # fmt: skip
+             "plain | largest relative error | covers |", "|---" * 11 + "|"]  # fmt: skip
     for found in cases:
         head = f"| {found['shape']} | {found['parameters']:,} | {found['length']} | {found['examples']} "
         floor = found["plain"]
@@ -398,10 +560,10 @@ def table(cases: list[dict]) -> str:
                 error = "–" if row["error"] is None else f"{row['error']:.1e}"
                 lines.append(
                     f"{head}| {name} | {row['seconds']:.3f} | {row['seconds'] / floor['seconds']:.2f} | {megabytes} | "
-                    f"{more} | {error} |"
+                    f"{more} | {error} | {scope(row)} |"
                 )
             elif name in found.get("failed", {}):
-                lines.append(f"{head}| {name} | could not run: {found['failed'][name]} | | | | |")
+                lines.append(f"{head}| {name} | could not run: {found['failed'][name]} | | | | | |")
     return "\n".join(lines)
 
 
@@ -425,11 +587,10 @@ def headline(rows: list[dict], steps: dict, texts: dict, starts: dict) -> dict[s
         "trace_over_plain_256": ratio(of(LONG), "trace", "plain"),
         "own_texts_over_plain": ratio(texts, "trace", "plain"),
         "loop_over_trace": ratio(found, "loop", "trace"),
-        "backpack_over_trace": ratio(found, "backpack", "trace"),
+        **{f"{name}_over_trace": ratio(found, name, "trace") for name in LIBRARIES},
     }
-    seconds = {name: found[name]["seconds"] for name in CONTENDERS if name in found}
-    peers = {name: seconds[name] for name in FULL if name in seconds}
-    best = min(peers, key=lambda name: peers[name]) if peers else None
+    full = [name for name in LIBRARIES if name in found and not found[name]["lacks"]]
+    best = min(full, key=lambda name: found[name]["seconds"], default=None)
     spreads["best_full_peer_over_trace"] = ratio(found, best, "trace") if best else None
     memory = [found[name]["memory"] for name in ("trace", "plain")]
     return {
