@@ -1,7 +1,7 @@
 """What the trace costs beside a plain backward pass, a loop over examples, and libraries of per-example gradients.
 
-    make bench                              # or: pip install -e '.[bench]' && python benchmarks/trace_cost.py
-    python benchmarks/trace_cost.py --quick      # the headline shape alone, few rounds
+    make bench                                   # installs the libraries too
+    python benchmarks/trace_cost.py --quick      # the headline shape alone, without libraries
 
 Every contender computes Σ_i |∂ℓ_i/∂θ| from the same model (random weights), the same batch and the same loss, mean
 cross-entropy of each example's tokens; `plain` is an ordinary batched forward and backward, the floor. Libraries form
@@ -240,7 +240,8 @@ class Dattri:
         from dattri.task import AttributionTask
 
         task = AttributionTask(partial(functional_loss, model), model, model.state_dict())
-        self.parameters, _ = task.get_param(layer_split=True)
+        parameters, _ = task.get_param(layer_split=True)
+        self.parameters = tuple(p.detach() for p in parameters)  # else autograd would record the gradients' making
         self.gradients = task.get_grad_loss_func(in_dims=(None, 0))
 
     def __call__(self, model: nn.Module, batch: Sums, sums: Sums) -> None:
@@ -610,7 +611,7 @@ def headline(rows: list[dict], steps: dict, texts: dict, starts: dict) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the headline shape alone, without peers")
+    parser.add_argument("--quick", action="store_true", help="the headline shape alone, without libraries")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm", type=int, default=1, help="rounds that are not counted")
     parser.add_argument("--only", help="cases whose shape is this")
