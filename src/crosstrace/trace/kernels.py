@@ -238,6 +238,7 @@ def _kernel() -> tuple[Any, Any]:
     varying = ["first", "step", "count", "positions", "tuned_length"]
     kernel = triton.jit(_tiles, do_not_specialize=varying)
     kernel = triton.heuristics({"SINGLE": lambda args: args["positions"] <= args["BLOCK_T"]})(kernel)
+    sums = _Sums()
     # Kept on disk, where this Triton can: otherwise every process measures every shape again.
     kept = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
     tuned = triton.autotune(
@@ -246,11 +247,34 @@ def _kernel() -> tuple[Any, Any]:
             for r, k, t, warps, stages in ((INTERPRETED,) if _interpreting() else TILINGS)
         ],
         key=["rows", "columns", "tuned_length", "SUM", "ABS", "SQUARE", "PRECISION"],
-        restore_value=["summed", "absolute", "squared"],  # trials add to the sums too
+        pre_hook=sums.keep,
+        post_hook=sums.put_back,
         prune_configs_by={"early_config_prune": _promising},
         **kept,
     )
     return tuned(kernel), triton.cdiv
+
+
+class _Sums:
+    """Keeps the sums during a trial of a tiling, which adds to them too.
+
+    Triton's own `restore_value` does this, but it fails on a sum that is not wanted, which is None.
+    """
+
+    names = ("summed", "absolute", "squared")  # among the kernel's arguments
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def keep(self, arguments: dict[str, Any], reset_only: bool = False) -> None:
+        """Before a trial, or with `reset_only` after the last."""
+        if not reset_only:
+            self._kept = {name: arguments[name].clone() for name in self.names if arguments[name] is not None}
+
+    def put_back(self, arguments: dict[str, Any], exception: Exception | None = None) -> None:
+        for name, before in self._kept.items():
+            arguments[name].copy_(before)
+        self._kept = {}
 
 
 @functools.cache

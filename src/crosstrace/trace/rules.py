@@ -33,6 +33,7 @@ from crosstrace.trace import cpu_kernel, kernels
 # cache saves (benchmarks/tiles.py). Several examples share a block of that size only where their tiles are small.
 TILE = 1 << 20
 SMALL = 1 << 17
+GPU_TILE = 1 << 24  # of a tile on a GPU, where each operation on a block has a price of its own
 ROWS = 64  # fewest rows of a tile
 COLUMNS = 1024  # of a linear layer's tile, at least: products of few long rows are slow (10240 -> 2560: 260 ms, 197 so)
 REPLAYED = 1 << 16  # largest parameter whose per-example gradients may all be held at once
@@ -313,7 +314,7 @@ class Linear(Rule):
             for name, total in sums.items():
                 change = {"sum": lambda x: x, "abs": torch.abs, "square": torch.square}[name]
                 total.addmm_(change(left).t(), change(right))
-        elif self.on_gpu and all(total.dtype == torch.float32 for total in sums.values()):
+        elif _for_gpu(self, sums):
             kernels.per_example_sums(*self.factors, sums, examples)
         elif cpu_kernel.takes(self.left, self.right, sums):
             self.reduce_by_cpu_kernel(sums, examples)
@@ -607,14 +608,19 @@ def reduce(
 
 
 def _tied(uses: Sequence[Rule], sums: Mapping[str, Tensor], examples: slice) -> Linear | None:
-    """The product among the uses of a tied embedding, if the CPU's kernel takes it and most rows are not looked up."""
+    """The product among the uses of a tied embedding, if a kernel takes it and most rows are not looked up."""
     products = [use for use in uses if type(use) is Linear]
     lookups = [use for use in uses if isinstance(use, Embedding)]
     if len(products) != 1 or not lookups or len(products) + len(lookups) != len(uses):
         return None
     linear = products[0]
     few = sum(use.ids[examples].numel() for use in lookups) < linear.left.shape[-1] // 2
-    return linear if few and cpu_kernel.takes(linear.left, linear.right, sums) else None
+    return linear if few and (_for_gpu(linear, sums) or cpu_kernel.takes(linear.left, linear.right, sums)) else None
+
+
+def _for_gpu(linear: Linear, sums: Mapping[str, Tensor]) -> bool:
+    """Whether the GPU's kernel takes a product and its sums."""
+    return linear.on_gpu and all(total.dtype == torch.float32 for total in sums.values())
 
 
 def _reduce_tied(linear: Linear, uses: Sequence[Rule], sums: Mapping[str, Tensor], examples: slice) -> None:
@@ -623,7 +629,10 @@ def _reduce_tied(linear: Linear, uses: Sequence[Rule], sums: Mapping[str, Tensor
     lookups = [use for use in uses if isinstance(use, Embedding)]
     looked_up = torch.cat([use.ids[examples].flatten() for use in lookups]).unique()
     apart = {name: total[looked_up] for name, total in sums.items()}
-    linear.reduce_by_cpu_kernel(sums, examples)
+    if _for_gpu(linear, sums):
+        kernels.per_example_sums(*linear.factors, dict(sums), examples)
+    else:
+        linear.reduce_by_cpu_kernel(sums, examples)
     parts: list[Rule] = []
     for use in uses:
         part = copy.copy(use)
@@ -665,10 +674,11 @@ def _blocks(
     """Fold the added uses into the sums, block by block: `c` examples times `r` rows of the parameter."""
     like = next(iter(sums.values()))
     row = max(1, like[0].numel())
-    r = min(len(like), max(ROWS, TILE // row))
+    tile_size, small = (GPU_TILE, GPU_TILE) if like.is_cuda else (TILE, SMALL)
+    r = min(len(like), max(ROWS, tile_size // row))
     start, stop, step = examples.indices(batch)
     count = len(range(start, stop, step))
-    c = max(1, min(count, TILE // (r * row))) if r * row <= SMALL else 1
+    c = max(1, min(count, tile_size // (r * row))) if r * row <= small else 1
     scratch = like.new_empty(c * r * row)
     for top in range(0, len(like), r):
         rows = slice(top, min(top + r, len(like)))
