@@ -104,6 +104,12 @@ def test_free_memory_is_known_here():
     assert memory.free_memory(torch.device("meta")) is None
 
 
+def test_memory_that_torch_keeps_on_a_gpu_is_free(monkeypatch):
+    for name, value in {"mem_get_info": (100, 1000), "memory_reserved": 70, "memory_allocated": 50}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert memory.free_memory(torch.device("cuda", 0)) == 120
+
+
 @pytest.mark.parametrize("passes", [0, 10_000])
 def test_bad_passes_are_told(passes):
     with pytest.raises(UserError, match="expected from 1 to"):

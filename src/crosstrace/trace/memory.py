@@ -137,8 +137,9 @@ def estimate(
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that may still be had on a device; None where that can't be known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # torch keeps what was freed, for tensors to come
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     if device.type != "cpu":
         return None
     found = []
