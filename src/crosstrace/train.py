@@ -421,6 +421,9 @@ def _run_phase(
         dataloader_pin_memory=False,
         ddp_broadcast_buffers=False,  # they never differ
     )
+    # A process computes on one GPU. Of several that it sees, the Trainer would put a copy of the model on each
+    # (DataParallel), and split up the batches of the tasks.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     with silent(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # (which accelerate still takes)
         trainer = Teacher(model=model, args=arguments, callbacks=[Lifecycle()])
