@@ -115,18 +115,13 @@ def main() -> None:
 
 def case(name: str) -> list[dict[str, Any]]:
     """Estimate and peak of each stage of one case, by each of its processes."""
-    import yaml
-
     from crosstrace import config
     from crosstrace.footprint import EACH, FIRST, Launch
     from crosstrace.plan import plan
 
     home = Path(tempfile.mkdtemp(prefix=f"crosstrace-plan-{name}-"))
     try:
-        save_base(name, home / "base")
-        values = json.loads(json.dumps(COMMON)) | {"name": name, "model": {"name": str(home / "base")}}
-        changes = {key: yaml.safe_dump(value) for key, value in CASES[name][2].items()}
-        experiment = config.override(config.parse(values, name), changes)
+        experiment = made_experiment(name, *CASES[name], home)
         number = 2 if name in SEVERAL else 1
         environment = os.environ | (FREED if experiment.model.sharded else {})
         found = plan(experiment, folder=home / "run", probe=False, launch=Launch(number))
@@ -153,13 +148,23 @@ def case(name: str) -> list[dict[str, Any]]:
         shutil.rmtree(home)
 
 
-def save_base(name: str, folder: Path) -> None:
+def made_experiment(name: str, kind: str, settings: dict[str, Any], changes: dict[str, Any], home: Path) -> Any:
+    """A case's experiment; its base is saved in the folder `home`."""
+    import yaml
+
+    from crosstrace import config
+
+    save_base(kind, settings, home / "base")
+    values = json.loads(json.dumps(COMMON)) | {"name": name, "model": {"name": str(home / "base")}}
+    return config.override(config.parse(values, name), {key: yaml.safe_dump(to) for key, to in changes.items()})
+
+
+def save_base(kind: str, settings: dict[str, Any], folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from crosstrace.models import load_tokenizer, save_model
 
-    kind, settings, _ = CASES[name]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings, bos_token_id=None, eos_token_id=2))
     save_model(model, load_tokenizer("bundled"), folder)
