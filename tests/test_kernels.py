@@ -20,10 +20,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_trace import make_examples, pad
+from test_training import calm, taught, with_tasks
 from tiny_models import tiny_model
 from torch import Tensor
 
-from crosstrace.trace import Trace, cpu_kernel, kernels, rules, trace
+from crosstrace.trace import Trace, TrainingTrace, cpu_kernel, kernels, rules, trace
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
@@ -150,6 +151,16 @@ def test_interpreter_lengths_and_padding_that_is_not_read(t, share):
 
 
 @interpreted
+@pytest.mark.parametrize("share", [slice(None), slice(1, None, 2)])
+def test_interpreter_examples_are_multiplied_before_the_sums(share):
+    left, right = factors(5, 6, 17, 33)
+    scale = torch.tensor([2.0, -3.0, 0.0, 0.5, 1e3])
+    sums = zeros(left, right)
+    kernels.per_example_sums(left, right, sums, share, scale=scale)
+    assert_close(sums, expected(left * scale.view(-1, 1, 1), right, share))
+
+
+@interpreted
 def test_interpreter_lengths_beyond_the_factors_read_nothing_more():
     left, right = factors(2, 9, 17, 33)
     sums = zeros(left, right)
@@ -246,6 +257,33 @@ def test_interpreter_serves_the_engine(dtype, tied, monkeypatch):
     without = trace(model, data, task="qa", measures=("abs", "square"), parts=2)
     assert not called
     assert_same_traces(with_kernel, without)
+
+
+@interpreted
+@pytest.mark.parametrize("tied", [False, True])
+def test_interpreter_serves_a_trainings_own_backward(tied, monkeypatch):
+    """Whose gradients are those of a mean: each example's is multiplied in the kernel."""
+    scaled = []
+    inner = kernels.per_example_sums
+
+    def noted(*arguments, scale=None, **options):
+        scaled.append(scale is not None)
+        inner(*arguments, scale=scale, **options)
+
+    monkeypatch.setattr(kernels, "per_example_sums", noted)
+    monkeypatch.setattr(cpu_kernel, "_library", lambda: None)
+    examples = with_tasks(make_examples(6))
+    found = []
+    for with_kernel in (True, False):
+        if not with_kernel:
+            monkeypatch.setattr(kernels, "available", lambda tensor: False)
+        model = calm(tiny_model("llama", torch.float32, tied=tied, vocab_size=300))
+        with TrainingTrace(model, ["bio", "qa"], ("abs", "net")) as tracing:
+            taught(model, [examples], tracing)
+            found.append(tracing.traces())
+        assert any(scaled) == with_kernel
+        scaled.clear()
+    assert_same_traces(*found)
 
 
 @interpreted
@@ -459,6 +497,8 @@ def test_what_is_wrong_is_named():
         call(sums={"abs": torch.zeros(4, 5), "sum": torch.zeros(5, 4).t()})
     with pytest.raises(ValueError, match=r"lengths are torch.int64 \[2\]"):
         call(lengths=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"scale are torch.float32 \[3\]"):
+        kernels.per_example_sums(left, right, zeros(left, right), slice(None), scale=torch.ones(3))
     with pytest.raises(ValueError, match="precision 'fast'"):
         call(precision="fast")
 
@@ -519,16 +559,18 @@ def test_gpu_equals_the_plain_sum(dtype, precision, names):
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("t", [1, 40, 150])
-def test_gpu_edges_lengths_shares_and_strides(dtype, t):
+@pytest.mark.parametrize(("t", "scaled"), [(1, False), (40, True), (150, False)])
+def test_gpu_edges_lengths_shares_scales_and_strides(dtype, t, scaled):
     left, right = factors(5, t, 131, 77, dtype, "cuda")
     left, right = left[:, :, 1:], right.transpose(1, 2).contiguous().transpose(1, 2)
     lengths = torch.tensor([t, 1, 0, t // 2, t - 1], dtype=torch.int32, device="cuda")
     for b, length in enumerate(lengths.tolist()):
         left[b, length:], right[b, length:] = float("nan"), float("inf")
     sums = {name: torch.ones_like(x) for name, x in zeros(left, right).items()}
-    want = expected(left, right, slice(1, None, 2), lengths)
-    kernels.per_example_sums(left, right, sums, slice(1, None, 2), lengths)
+    scale = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.1], device="cuda") if scaled else None
+    multiplied = left if scale is None else left.double() * scale.view(-1, 1, 1)
+    want = expected(multiplied, right, slice(1, None, 2), lengths)
+    kernels.per_example_sums(left, right, sums, slice(1, None, 2), lengths, scale=scale)
     assert_close(sums, {name: x + 1 for name, x in want.items()}, 2e-5)
 
 

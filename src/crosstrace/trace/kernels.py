@@ -71,6 +71,7 @@ def per_example_sums(
     examples: slice,
     lengths: Tensor | None = None,
     *,
+    scale: Tensor | None = None,
     precision: str = "ieee",
 ) -> None:
     """Add Σ_b f(G_b) to `sums`, where G_b = Σ_t left[b, t]ᵀ right[b, t] is example b's gradient of a linear layer.
@@ -94,13 +95,14 @@ def per_example_sums(
             in place.
         examples: which b.
         lengths: int32 [B]: how many leading positions of each example count; the rest is not read. None: all T.
+        scale: float32 [B]: what G_b is multiplied by before f. None: nothing.
         precision: how float32 factors are multiplied, as Triton's `input_precision`: "ieee" (exact float32, no
             tensor cores), "tf32x3" (three tensor core products, nearly float32), or coarser.
 
     Raises:
         ValueError: a shape, dtype, device or name is not as above.
     """
-    _check(left, right, sums, lengths, precision)
+    _check(left, right, sums, lengths, scale, precision)
     first, stop, step = examples.indices(len(left))
     count, rows, columns = len(range(first, stop, step)), left.shape[2], right.shape[2]
     positions = left.shape[1]
@@ -119,6 +121,7 @@ def per_example_sums(
             sums.get("abs"),
             sums.get("square"),
             None if lengths is None else lengths.contiguous(),
+            None if scale is None else scale.contiguous(),
             first,
             step,
             count,
@@ -144,6 +147,7 @@ def _tiles(
     absolute,
     squared,
     lengths,
+    scale,
     first,
     step,
     count,
@@ -211,6 +215,8 @@ def _tiles(
             product = tl.dot(x, y, product, input_precision=PRECISION)
             left_at += BLOCK_T * left_t
             right_at += BLOCK_T * right_t
+        if scale is not None:
+            product = product * tl.load(scale + b)
         if SUM:
             sum_tile += product
         if ABS:
@@ -296,7 +302,14 @@ def _promising(configs: list[Any], arguments: dict[str, Any], **constants: Any) 
     return [config for config in configs if fits(config)] or configs[:1]
 
 
-def _check(left: Tensor, right: Tensor, sums: dict[str, Tensor], lengths: Tensor | None, precision: str) -> None:
+def _check(
+    left: Tensor,
+    right: Tensor,
+    sums: dict[str, Tensor],
+    lengths: Tensor | None,
+    scale: Tensor | None,
+    precision: str,
+) -> None:
     if left.dim() != 3 or right.dim() != 3 or left.shape[:2] != right.shape[:2]:
         raise ValueError(f"the factors have shapes {list(left.shape)} and {list(right.shape)}; expected [B, T, R|K]")
     if left.dtype != right.dtype or left.dtype not in DTYPES or left.device != right.device:
@@ -317,13 +330,12 @@ def _check(left: Tensor, right: Tensor, sums: dict[str, Tensor], lengths: Tensor
             )
     if len({total.stride() for total in sums.values()}) > 1:
         raise ValueError("the sums differ in their strides; make them with torch.zeros_like of one tensor")
-    if lengths is not None and (
-        lengths.shape != left.shape[:1] or lengths.dtype != torch.int32 or lengths.device != left.device
-    ):
-        raise ValueError(
-            f"lengths are {lengths.dtype} {list(lengths.shape)} on {lengths.device}; expected torch.int32 "
-            f"[{len(left)}] on {left.device}"
-        )
+    for name, value, dtype in (("lengths", lengths, torch.int32), ("scale", scale, torch.float32)):
+        if value is not None and (value.shape != left.shape[:1] or value.dtype != dtype or value.device != left.device):
+            raise ValueError(
+                f"{name} are {value.dtype} {list(value.shape)} on {value.device}; expected {dtype} [{len(left)}] on "
+                f"{left.device}"
+            )
 
 
 def _near(factor: Tensor) -> Tensor:

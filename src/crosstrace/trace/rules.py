@@ -58,9 +58,18 @@ class Arrangement:
 
     def __init__(self, order: Tensor | None = None, scale: Tensor | None = None) -> None:
         self.order, self.scale = order, scale
-        # (of one example at a time Python's numbers are much faster)
-        self.places: list[int] | None = None if order is None else order.tolist()
-        self.factors: list[float] | None = None if scale is None else scale.tolist()
+
+    # (of one example at a time Python's numbers are much faster)
+
+    @functools.cached_property
+    def places(self) -> list[int] | None:
+        """`order`, as Python's numbers."""
+        return None if self.order is None else self.order.tolist()
+
+    @functools.cached_property
+    def factors(self) -> list[float] | None:
+        """`scale`, as Python's numbers."""
+        return None if self.scale is None else self.scale.tolist()
 
     @property
     def untouched(self) -> bool:
@@ -257,10 +266,10 @@ class Linear(Rule):
             raise Unfit
         self.batch = len(e)
         self.arrangement = call.arrangement
-        self.on_gpu = a.dtype == e.dtype and self.arrangement.scale is None and kernels.available(e)
+        self.on_gpu = a.dtype == e.dtype and kernels.available(e)
         if self.on_gpu and self.arrangement.order is not None:  # whose kernel takes the rows as they come
             left, right = self.arrangement.rows(left), self.arrangement.rows(right)
-            self.arrangement = Arrangement()
+            self.arrangement = Arrangement(scale=self.arrangement.scale)
         # as they are: half precision is not widened before it must be
         self.left, self.right = (x.unsqueeze(1).flatten(1, -2) for x in (left, right))
 
@@ -315,7 +324,7 @@ class Linear(Rule):
                 change = {"sum": lambda x: x, "abs": torch.abs, "square": torch.square}[name]
                 total.addmm_(change(left).t(), change(right))
         elif _for_gpu(self, sums):
-            kernels.per_example_sums(*self.factors, sums, examples)
+            self.reduce_by_gpu_kernel(sums, examples)
         elif cpu_kernel.takes(self.left, self.right, sums):
             self.reduce_by_cpu_kernel(sums, examples)
         else:
@@ -326,6 +335,13 @@ class Linear(Rule):
                 part = copy.copy(self)
                 part.factors = (left, piece)
                 _blocks([part], dict(zip(sums, totals)), examples, self.batch)
+
+    def reduce_by_gpu_kernel(self, sums: Mapping[str, Tensor], examples: slice) -> None:
+        """`reduce` of factors that `kernels` takes."""
+        scale = self.arrangement.scale
+        kernels.per_example_sums(
+            *self.factors, dict(sums), examples, scale=None if scale is None else scale.to(torch.float32)
+        )
 
     def reduce_by_cpu_kernel(self, sums: Mapping[str, Tensor], examples: slice, weights: Sequence[float] = ()) -> None:
         """`reduce` of factors that `cpu_kernel` takes; "weighted" among the sums is Σ_i w_i g_i, w_i = weights[i]."""
@@ -630,7 +646,7 @@ def _reduce_tied(linear: Linear, uses: Sequence[Rule], sums: Mapping[str, Tensor
     looked_up = torch.cat([use.ids[examples].flatten() for use in lookups]).unique()
     apart = {name: total[looked_up] for name, total in sums.items()}
     if _for_gpu(linear, sums):
-        kernels.per_example_sums(*linear.factors, dict(sums), examples)
+        linear.reduce_by_gpu_kernel(sums, examples)
     else:
         linear.reduce_by_cpu_kernel(sums, examples)
     parts: list[Rule] = []
