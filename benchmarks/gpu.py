@@ -793,7 +793,7 @@ def main() -> int:
     parser.add_argument("--this", choices=PARTS, help=argparse.SUPPRESS)  # what a part's process is started with
     parser.add_argument("--end", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    folder = Path(os.environ.get("OUT") or HOME / "benchmarks/results")
+    folder = Path(os.environ.get("OUT") or HOME / ("build" if options.smoke else "benchmarks/results"))
     file = options.out or folder / ("gpu_smoke.json" if options.smoke else "gpu.json")
     if options.this:
         return run_part(options.this, file, options.end, options.smoke)
