@@ -46,25 +46,36 @@ Row = dict[str, Any]
 HEADS = 4  # the most important ones, whose attention is told
 
 
-def explain(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
-    """How the base or a taught model recalls: mechanism/<model>/<part>.json."""
+def explain(
+    run: Run, experiment: Experiment, name: str, progress: Progress, *, part: str = "", asked: Asked | None = None
+) -> None:
+    """How the base or a taught model recalls: mechanism/<model>/<part>.json.
+
+    Args:
+        part: the part to find out; all that the experiment asks for if empty.
+        asked: the model, if it was asked before.
+    """
     options = experiment.mechanism
     key = {
         "mechanism": {k: v for k, v in asdict(options).items() if k not in ("run", "parts")},
         "embeddings": experiment.analysis.embeddings, "model": model_inputs(run, experiment, name),
         "threads": experiment.threads, **run.inputs("data"),
     }  # fmt: skip
-    asked = Asked(run, experiment, name, progress)
+    asked = asked or Asked(run, experiment, name, progress)
 
     def make(part: str, step: str) -> None:
         sets = [f"shared/{name}"] if part in OF_SHARED_SETS and name != "base" else []
         run.stage(step, key | run.inputs(*sets), lambda path: write_json(path, PARTS[part](asked)))
 
-    for part in options.parts:
-        if (name == "base" and part in WITHOUT_BASE) or (name in experiment.given and part == "dynamics"):
-            continue
-        step = f"mechanism/{name}/{part}.json"
-        attempt(run, Part("mechanism", name, (step,), part), partial(make, part, step), progress.note)
+    for each in [part] if part else parts_of(experiment, name):
+        step = f"mechanism/{name}/{each}.json"
+        attempt(run, Part("mechanism", name, (step,), each), partial(make, each, step), progress.note)
+
+
+def parts_of(experiment: Experiment, name: str) -> list[str]:
+    """The parts that are found out of a model."""
+    lacking = WITHOUT_BASE if name == "base" else ("dynamics",) if name in experiment.given else ()
+    return [part for part in experiment.mechanism.parts if part not in lacking]
 
 
 @dataclass

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from crosstrace import adapters, claims, config, interrupts, left_out, machine, 
 from crosstrace.alike import check_alike, check_fits, check_same_tokens
 from crosstrace.analysis import centralization_rows, density_map, overlap_rows, similarity_rows
 from crosstrace.anatomy import Anatomy
+from crosstrace.chains import done_by
 from crosstrace.config import Experiment
 from crosstrace.drift import drift
 from crosstrace.errors import UserError
@@ -58,7 +59,7 @@ from crosstrace.material import (
     training_examples,
     trains_in_bf16,
 )
-from crosstrace.mechanism import explain
+from crosstrace.mechanism import Asked, explain, parts_of
 from crosstrace.optimisers import check_optimisers
 from crosstrace.processes import Processes, by_first
 from crosstrace.progress import Progress
@@ -158,38 +159,49 @@ def _told(run: Run, experiment: Experiment, progress: Progress) -> Results:
 # ------------------------------------------------------------------------------- strategies, several at once
 
 
+@dataclass(frozen=True)
+class Work:
+    """A stage of the base or of a taught model, or one part of it.
+
+    Attributes:
+        name: the model's.
+        part: of the mechanism; empty for a whole stage.
+    """
+
+    name: str
+    stage: str
+    part: str = ""
+
+
 def _strategies(run: Run, experiment: Experiment, stages: Sequence[str], progress: Progress) -> None:
     """The base's evaluation and every strategy's own chain of stages, `jobs` of them at once."""
     chain = [stage for stage in STAGES[1:-1] if stage in stages]
     names = [*experiment.taught, *(["base"] if {"eval", "trace", "mechanism"} & {*chain} else [])]
     if not chain:
         return
+    chains = {name: _works(experiment, name, chain) for name in names}
     if experiment.jobs == 1 or run.processes is not None:  # who work side by side do one thing at a time
-        for name in names:
-            _chain(run, experiment, name, chain, progress)
+        for groups in chains.values():
+            for work in (work for group in groups for work in group):
+                _do(run, experiment, work, progress)
+                progress.done(f"{work.name}: {work.stage}")
         return
-    # a process each: thread pools of one process would share the interpreter, and results must not depend on
-    # how many run at once
-    with ProcessPoolExecutor(
-        min(experiment.jobs, len(names)),
-        mp_context=get_context("spawn"),
-        initializer=start_worker,
-        initargs=(os.getpid(),),
-    ) as pool:
-        try:
-            with interrupts.held_back():
-                jobs = [
-                    pool.submit(_work, run.folder, experiment, name, chain, progress.quiet, position)
-                    for position, name in enumerate(names)
-                ]
-            for job in as_completed(jobs):
-                job.result()
-        except BaseException:
-            for worker in list((pool._processes or {}).values()):  # or the pool would wait for all their stages
-                worker.terminate()
-            pool.shutdown(cancel_futures=True)
-            run.clean()  # what they were writing
-            raise
+    chains = {name: [_in_parts(experiment, group) for group in groups] for name, groups in chains.items()}
+    left = Counter((work.name, work.stage) for groups in chains.values() for group in groups for work in group)
+    took: Counter[tuple[str, str]] = Counter()  # seconds of a stage's parts together
+    arguments = (run.folder, experiment, progress.quiet)
+    works = done_by(experiment.jobs, chains, _work, *arguments, initializer=start_worker, initargs=(os.getpid(),))
+    try:
+        with closing(works):
+            for work, seconds in works:
+                stage = work.name, work.stage
+                took[stage] += seconds
+                left[stage] -= 1
+                if not left[stage]:
+                    progress.done(f"{work.name}: {work.stage}", took[stage])
+    except BaseException:
+        run.clean()  # what they were writing
+        raise
 
 
 def start_worker(leader: int) -> None:
@@ -200,37 +212,59 @@ def start_worker(leader: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _work(folder: Path, experiment: Experiment, name: str, chain: Sequence[str], quiet: bool, position: int) -> None:
-    with Run.attach(folder) as attached:
-        _chain(attached, experiment, name, chain, Progress(quiet, position))
-
-
-def _chain(run: Run, experiment: Experiment, name: str, chain: Sequence[str], progress: Progress) -> None:
-    stages: dict[str, Callable[[Run, Experiment, str, Progress], object]] = {
-        "train": teach, "eval": test, "trace": take_traces, "analyze": analyze, "intervene": intervene,
-        "mechanism": explain, "retain": retain,
-    }  # fmt: skip
-    if name in experiment.given:  # nothing is trained
-        stages = {stage: fn for stage, fn in stages.items() if stage not in ("train", "retain")}
-    if name == "base":
-        stages = {"eval": test, "mechanism": explain}
-        if experiment.trace.check:
-            stages["trace"] = examine
-    torch.set_num_threads(experiment.threads)
+def _works(experiment: Experiment, name: str, chain: Sequence[str]) -> list[list[Work]]:
+    """The stages of a model in groups, of which one needs the other; nothing of the base's needs anything."""
+    groups = []
     for stage in chain:
-        if stage not in stages:
-            continue
+        of_base = stage in ("eval", "mechanism") or (stage == "trace" and experiment.trace.check)
+        has_stage = of_base if name == "base" else name in experiment.strategies or stage not in ("train", "retain")
         wanted = {
-            "intervene": experiment.interventions.run, "mechanism": experiment.mechanism.run,
+            "intervene": experiment.interventions.run,
+            "mechanism": experiment.mechanism.run,
             "retain": experiment.retention.run,
-        }  # fmt: skip
-        if not wanted.get(stage, True) and len(chain) > 1:
-            continue  # unless it was asked for by name
-        if stage in wanted and not run.path("data/qa.jsonl").read_bytes():
-            raise UserError(f"{stage} has nothing to ask: {NO_QUESTIONS}")
-        work = partial(stages[stage], run, experiment, name, progress)
-        work() if stages[stage] in TOGETHER else run.alone(work)
-        progress.done(f"{name}: {stage}")
+        }
+        if has_stage and (wanted.get(stage, True) or len(chain) == 1):  # by its name it is asked for
+            groups.append([Work(name, stage)])
+    return [[work for group in groups for work in group]] if name == "base" else groups
+
+
+def _in_parts(experiment: Experiment, group: Sequence[Work]) -> list[Work]:
+    """The works of a group, the mechanism in its parts, which need nothing of each other."""
+    return [
+        replace(work, part=part)
+        for work in group
+        for part in (parts_of(experiment, work.name) if work.stage == "mechanism" else [""])
+    ]
+
+
+_asked: Asked | None = None  # in a worker: the model that a part of the mechanism was asked of last
+
+
+def _work(folder: Path, experiment: Experiment, quiet: bool, position: int, work: Work) -> float:
+    """Do a work in a worker process; the seconds that it took."""
+    global _asked
+    clock = time.perf_counter()
+    with Run.attach(folder) as attached:
+        if not work.part or (_asked is not None and _asked.name != work.name):
+            _asked = None
+        progress = Progress(quiet, position)
+        if work.part:
+            _asked = _asked or Asked(attached, experiment, work.name, progress)
+            _asked.run, _asked.progress = attached, progress
+        _do(attached, experiment, work, progress, _asked)
+    return time.perf_counter() - clock
+
+
+def _do(run: Run, experiment: Experiment, work: Work, progress: Progress, asked: Asked | None = None) -> None:
+    stages: dict[str, Callable[[Run, Experiment, str, Progress], object]] = {
+        "train": teach, "eval": test, "trace": examine if work.name == "base" else take_traces, "analyze": analyze,
+        "intervene": intervene, "mechanism": partial(explain, part=work.part, asked=asked), "retain": retain,
+    }  # fmt: skip
+    torch.set_num_threads(experiment.threads)
+    if work.stage in ("intervene", "mechanism", "retain") and not run.path("data/qa.jsonl").read_bytes():
+        raise UserError(f"{work.stage} has nothing to ask: {NO_QUESTIONS}")
+    doing = partial(stages[work.stage], run, experiment, work.name, progress)
+    doing() if stages[work.stage] in TOGETHER else run.alone(doing)
 
 
 # ------------------------------------------------------------------------------- data
