@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from crosstrace.doctor import Diagnosis, _Comparison, _Errors, _Noise, diagnose
+from crosstrace.doctor import Diagnosis, _Comparison, _Computed, _Errors, _Noise, diagnose
 from crosstrace.errors import UserError
 from crosstrace.models import load_model, load_tokenizer
 from crosstrace.trace import rules
@@ -241,9 +241,9 @@ def test_disagreement_is_ranked_by_what_is_tolerated() -> None:
     comparison = _Comparison("padding", "on the left", Given({}, 0.1))
     gradients = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([4.0]), "c": torch.tensor([0.0])}
     other = {"a": torch.tensor([1.0, 2.5]), "b": torch.tensor([2.0])}
-    comparison.add(0, (1.0, gradients), (1.0, gradients))
+    comparison.add(0, _Computed(1.0, gradients), _Computed(1.0, gradients))
     assert not comparison.fails() and comparison.worst() == ("", 0.0)
-    comparison.add(3, (3.0, other), (2.5, gradients))
+    comparison.add(3, _Computed(3.0, other), _Computed(2.5, gradients))
     assert comparison.example == 3 and comparison.loss == pytest.approx(0.2)
     # a: (0, 0.5) beside (1, 2): 0.5 of 2; of the norm √5; along (1, 2)/√5 it is 1/√5
     assert comparison.errors["a"] == pytest.approx((0.25, 0.5 / 5**0.5, 0.2))
@@ -262,8 +262,8 @@ def test_an_error_that_is_a_factor_shows_in_the_scale() -> None:
     torch.manual_seed(0)
     expected = {"a": torch.randn(1000)}
     rounded, off = _Comparison("", ""), _Comparison("", "")
-    rounded.add(0, (1.0, {"a": expected["a"] + 1e-3 * torch.randn(1000)}), (1.0, expected))
-    off.add(0, (1.0, {"a": expected["a"] * 0.999}), (1.0, expected))
+    rounded.add(0, _Computed(1.0, {"a": expected["a"] + 1e-3 * torch.randn(1000)}), _Computed(1.0, expected))
+    off.add(0, _Computed(1.0, {"a": expected["a"] * 0.999}), _Computed(1.0, expected))
     assert off.errors["a"] == pytest.approx((1e-3, 1e-3, 1e-3), rel=1e-3)
     assert rounded.errors["a"].norm == pytest.approx(1e-3, rel=0.1) and rounded.errors["a"].scale < 1e-4
 

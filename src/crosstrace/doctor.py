@@ -191,6 +191,24 @@ class _Limits(Protocol):
     def loss_limit(self) -> float: ...
 
 
+@dataclass(frozen=True)
+class _Computed:
+    """ℓ of one example, and ∂ℓ/∂θ by parameter."""
+
+    loss: float
+    gradients: Gradients
+
+    @cached_property
+    def scales(self) -> dict[str, float]:
+        """What a parameter's largest error is relative to."""
+        return _scales(self.gradients)
+
+    @cached_property
+    def norms(self) -> dict[str, float]:
+        """The gradients' lengths."""
+        return {name: _norm(g) for name, g in self.gradients.items()}
+
+
 class _Comparison:
     """Errors of one comparison, the largest over all examples: numbers alone are kept, never gradients.
 
@@ -204,32 +222,38 @@ class _Comparison:
         self.errors: dict[str, _Errors] = {}  # parameter -> its largest errors
         self.example = 0  # with the largest error
 
-    def add(self, example: int, got: tuple[float, Gradients], expected: tuple[float, Gradients]) -> None:
+    def add(self, example: int, got: _Computed, expected: _Computed) -> None:
         before = self._most()
-        self.loss = max(self.loss, _finite(abs(got[0] - expected[0]) / max(abs(expected[0]), 1.0)))
-        sizes = _scales(expected[1])
-        for name in expected[1] | got[1]:
-            self.gradient(name, got[1].get(name), expected[1].get(name), sizes.get(name, 0.0))
+        self.loss = max(self.loss, _finite(abs(got.loss - expected.loss) / max(abs(expected.loss), 1.0)))
+        for name in expected.gradients | got.gradients:
+            mine, theirs = got.gradients.get(name), expected.gradients.get(name)
+            self.gradient(name, mine, theirs, expected.scales.get(name, 0.0), expected.norms.get(name, 0.0))
         if self._most() > before:
             self.example = example
 
-    def gradient(self, name: str, got: Tensor | None, expected: Tensor | None, size: float) -> None:
-        """Add one parameter; None is a gradient of zero. `size` is what its largest error is relative to."""
-        some = expected if got is None else got
-        if some is None:
+    def gradient(self, name: str, got: Tensor | None, expected: Tensor | None, size: float, norm: float) -> None:
+        """Add one parameter; None is a gradient of zero. `size` is what its largest error is relative to, `norm` the
+        expected one's length."""
+        length = max(norm, size)
+        if got is not None and expected is not None:
+            if torch.equal(got, expected):
+                self.errors.setdefault(name, _Errors())
+                return
+            wide = _wide(expected)
+            difference = _wide(got) - wide
+            along = abs(float(torch.dot(difference.flatten(), wide.flatten()))) / length if length else 0.0
+        elif got is not None:
+            difference, along = _wide(got), 0.0
+        elif expected is not None:
+            difference, along = _wide(expected), norm * norm / length if length else 0.0
+        else:
             return
-        wide = torch.promote_types(some.dtype, torch.float32)
-        a, b = (torch.zeros((), dtype=wide, device=some.device) if x is None else x.to(wide) for x in (got, expected))
-        difference = a - b
-        length = max(float(b.norm()), size)
-        along = float((difference * (b / length)).sum().abs()) if length > 0 else 0.0
         new = _Errors(
-            _relative(float(difference.abs().max()), size),
-            _relative(float(difference.norm()), length),
+            _relative(float(torch.linalg.vector_norm(difference, math.inf)), size),
+            _relative(_norm(difference), length),
             _relative(along, length),
         )
-        old = self.errors.get(name, _Errors())
-        self.errors[name] = _largest(old, new)
+        self.errors[name] = _largest(self.errors.get(name, _Errors()), new)
 
     def _most(self) -> float:
         return max([self.loss, *(errors.largest for errors in self.errors.values())])
@@ -420,8 +444,8 @@ class _Examination:
         steps = len(self.alone) + 1
         for i, batch in enumerate(self.alone):
             torch.manual_seed(0)  # what is random in the model is the same with one rounding more
-            loss, gradients = alone = _gradients(self.model, batch)
-            if not math.isfinite(loss):
+            alone = _gradients(self.model, batch)
+            if not math.isfinite(alone.loss):
                 kernel = f" with attention {self.attention}" if self.attention else ""
                 hint = "" if self.dtype == "float32" else ", or does the dtype overflow (try --model.dtype float32)"
                 sentence = (
@@ -429,7 +453,7 @@ class _Examination:
                     f"has training diverged{hint}?"
                 )
                 return self._told([_row("finite", "loss", math.inf, 0.0)], [sentence])
-            for name, g in gradients.items():
+            for name, g in alone.gradients.items():
                 size = g.abs().to(sum_dtype(g.dtype))
                 self.total[name] = self.total[name].add_(size) if name in self.total else size
             torch.manual_seed(0)
@@ -441,8 +465,8 @@ class _Examination:
             for side, comparison in self.sides.items():
                 comparison.add(i, _gradients(self.model, _one(self.padded[side], i)), alone)
             self.together.add(i, _gradients(self.model, self.padded["right"], i), alone)
-            self._against_yardstick(i, loss, gradients)
-            del gradients, alone
+            self._against_yardstick(i, alone)
+            del alone
             if progress is not None:
                 progress(i + 1, steps)
         told = self._traced()
@@ -456,13 +480,13 @@ class _Examination:
         times = max(2, -(-length // self.alone[i]["input_ids"].shape[1]))
         return {key: value.repeat(times, 1) for key, value in self.alone[i].items()}
 
-    def _against_yardstick(self, i: int, loss: float, gradients: Gradients) -> None:
+    def _against_yardstick(self, i: int, alone: _Computed) -> None:
         if self.standard is None:
             return
 
-        def with_kernel(name: str | None) -> tuple[float, Gradients]:
+        def with_kernel(name: str | None) -> _Computed:
             if self.standard is self.model and name == self.attention:
-                return loss, gradients  # that is what was computed
+                return alone  # that is what was computed
             with _kernel(self.standard, name):
                 return _gradients(self.standard, self.alone[i])
 
@@ -474,8 +498,8 @@ class _Examination:
             self.kernels.clear()
             return
         if self.rounded is not None:
-            self.rounded.add(i, (loss, gradients), exact)
-            self.direction = max(self.direction, 1 - _cosine(gradients, exact[1]))
+            self.rounded.add(i, alone, exact)
+            self.direction = max(self.direction, 1 - _cosine(alone.gradients, exact.gradients))
             with _kernel(self.standard, "eager" if self.attention else None), _one_rounding_more(self.standard):
                 self.precise_noise.rounded.add(i, _gradients(self.standard, self.alone[i]), exact)
         for name, comparison in list(self.kernels.items()):
@@ -487,14 +511,15 @@ class _Examination:
 
     def _traced(self) -> list[str]:
         """The fast trace of all examples, padded into one batch, against the reference loop's."""
-        scales = _scales(self.total)
+        total = _Computed(0.0, self.total)
 
         @contextmanager
         def into(name: str, number: int) -> Iterator[dict[str, Tensor]]:
             theta = self.engine.parameters[name]
             sums = {"abs": torch.zeros_like(theta, dtype=sum_dtype(theta.dtype))}
             yield sums
-            self.trace.gradient(name, sums["abs"], self.total.get(name), scales.get(name, 0.0))
+            size, norm = total.scales.get(name, 0.0), total.norms.get(name, 0.0)
+            self.trace.gradient(name, sums["abs"], self.total.get(name), size, norm)
 
         try:
             self.engine.run(self.padded["right"], [slice(None)], into)
@@ -755,12 +780,20 @@ def _logits(model: Any, batch: Batch) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-def _gradients(model: Any, batch: Batch, row: int = 0) -> tuple[float, Gradients]:
+def _gradients(model: Any, batch: Batch, row: int = 0) -> _Computed:
     """ℓ of one example of the batch, and ∂ℓ/∂θ: the reference."""
     loss = example_losses(_logits(model, batch), batch["labels"])[row]
     parameters = dict(model.named_parameters())
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return float(loss.detach()), {name: g for name, g in zip(parameters, found) if g is not None}
+    return _Computed(float(loss.detach()), {name: g for name, g in zip(parameters, found) if g is not None})
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(_wide(x)))
 
 
 @contextmanager
