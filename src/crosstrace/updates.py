@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from crosstrace.schedule import Phase
 from crosstrace.tokens import Batch, Encoded, collate
 
-# A forward and backward costs about as much as these many tokens more, whatever is in it (benchmarks/micro_batches.py).
-ONCE = 512
+# One more micro-batch costs as much as so many tokens, measured on the bundled base: benchmarks/micro_batches.py.
+ONCE = 350
 
 
 class Updates(Dataset):
