@@ -13,7 +13,7 @@ run are those that the stage `intervene` measured, and what a card says of recal
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,18 +25,19 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
-from crosstrace import config, models
+from crosstrace import config, keeping, models
 from crosstrace.config import Experiment, Fraction
 from crosstrace.errors import UserError
 from crosstrace.intervene import ablated, grafted
 from crosstrace.material import WHENS, load, load_base, origin
-from crosstrace.pipeline import controls, read_traces, select_tasks, strengths
+from crosstrace.pipeline import TASKS, controls, read_traces, select_tasks, strengths
 from crosstrace.schedule import STRICT
-from crosstrace.shared import ParamSet, scope
+from crosstrace.shared import ParamSet, random_sets, scope, shared
 from crosstrace.store import Run, expanded, metadata, read_json, replacing, write_json, write_text
 
 CARD = "crosstrace.json"
 _INSIDE = "crosstrace"
+CONTROLS_OF_TASKS = ("bio_only", "qa_only")  # which no stage saves, and traces are needed for
 Card = dict[str, Any]
 
 
@@ -248,6 +249,13 @@ def write_from_run(
 def chosen_set(run: Run, experiment: Experiment, options: EditSettings, model: nn.Module) -> ParamSet:
     """A set of a run at any fraction, drawn as the stage `intervene` draws it."""
     name, when, fraction = options.strategy, options.when, options.fraction
+    salt = f"{name}/{when}/{fraction:g}"
+    if keeping.has(run, name) == "none" and options.set not in CONTROLS_OF_TASKS:
+        saved = _saved_sets(run, experiment, options)
+        if saved:
+            drawn = {label: [pset] for label, pset in saved.items()}
+            return _drawn(drawn | random_sets(saved["shared"], options.draw + 1, salt), options)
+    keeping.need(run, name, f"the set {options.set!r} at the fraction {fraction:g} ({when})")
     read = lambda when: read_traces(run.path(f"traces/{name}"), when, experiment.trace.measures[0])
     traced = read(when)
     if not traced:
@@ -256,8 +264,24 @@ def chosen_set(run: Run, experiment: Experiment, options: EditSettings, model: n
     found = strengths(traced)
     names = scope(model, experiment.analysis.embeddings)
     ((_, psets),) = select_tasks(found, [fraction], names, experiment.analysis.how)
-    drawn = controls(found, psets, options.draw + 1, f"{name}/{when}/{fraction:g}")
-    drawn = {task: [psets[task]] for task in found} | drawn
+    drawn = controls(found, psets, options.draw + 1, salt)
+    return _drawn({task: [psets[task]] for task in found} | drawn, options)
+
+
+def _saved_sets(run: Run, experiment: Experiment, options: EditSettings) -> dict[str, ParamSet]:
+    """The tasks' sets and the shared one as `analyze` saved them; none at a fraction that it does not save."""
+    home, start = run.path(f"shared/{options.strategy}"), f"{options.when}-{options.fraction:g}-"
+    files = {task: home / f"{start}{task}.safetensors" for task in TASKS}
+    if options.fraction not in experiment.analysis.central_fractions or not all(map(Path.is_file, files.values())):
+        return {}
+    meta = {"fraction": options.fraction, "how": experiment.analysis.how}
+    sets = {task: ParamSet(ParamSet.load(file).masks, meta=meta) for task, file in files.items()}
+    return {**sets, "shared": shared(sets)}
+
+
+def _drawn(drawn: Mapping[str, Sequence[ParamSet]], options: EditSettings) -> ParamSet:
+    """The one that is asked for."""
+    fraction = options.fraction
     if options.set not in drawn:
         raise UserError(
             f"there is no set {options.set!r} at the fraction {fraction:g}; there are {', '.join(drawn)} (a "

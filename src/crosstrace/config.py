@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass as settings
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
 from crosstrace.schedule import STRICT, Optimiser, Phase, mixed, two_stage
-from crosstrace.store import NO_YAML
+from crosstrace.store import CHANGEABLE, NO_YAML
 from crosstrace.text import NO_QUESTIONS
 from crosstrace.train import TrainSettings
 
@@ -90,6 +90,9 @@ class TraceSettings:
     """Compare the trace of a few examples with one example at a time first, as `crosstrace doctor` does."""
     checkpoints: bool = False
     """Trace at every kept checkpoint as well, each alone and their mean (needs train.keep_checkpoints)."""
+    keep: Literal["parts", "means", "none"] = "parts"
+    """Trace files that stay when the stages have read them: each part's trace, the means over the parts alone, or none.
+    Results are the same. The shared sets stay in any case."""
 
 
 @settings(frozen=True, config=STRICT)
@@ -386,6 +389,15 @@ def _settings_in(text: str, where: str) -> dict[str, Any]:
 def plain(experiment: Experiment) -> dict[str, Any]:
     """The experiment as plain values, ready for YAML or JSON."""
     return _ADAPTER.dump_python(experiment, mode="json", exclude_none=True)
+
+
+def deciding(experiment: Experiment) -> dict[str, Any]:
+    """The plain values without the settings on which no result depends."""
+    values = plain(experiment)
+    for name in CHANGEABLE:
+        section, _, setting = name.partition(".")
+        values[section].pop(setting)
+    return values
 
 
 def dumps(experiment: Experiment) -> str:

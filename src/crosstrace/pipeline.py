@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from crosstrace import adapters, claims, config, interrupts, left_out, machine, models
+from crosstrace import adapters, claims, config, interrupts, keeping, left_out, machine, models
 from crosstrace.alike import check_alike, check_fits, check_same_tokens
 from crosstrace.analysis import centralization_rows, density_map, overlap_rows, similarity_rows
 from crosstrace.anatomy import Anatomy
@@ -265,6 +265,8 @@ def _do(run: Run, experiment: Experiment, work: Work, progress: Progress, asked:
         raise UserError(f"{work.stage} has nothing to ask: {NO_QUESTIONS}")
     doing = partial(stages[work.stage], run, experiment, work.name, progress)
     doing() if stages[work.stage] in TOGETHER else run.alone(doing)
+    if work.stage in ("analyze", "intervene"):
+        run.alone(partial(drop_traces, run, experiment, work.name))
 
 
 # ------------------------------------------------------------------------------- data
@@ -494,11 +496,13 @@ def _bits(result: Recall) -> str:
 def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """The trace at the final checkpoint (and at kept ones): traces/<strategy>/<when>/<task>.safetensors."""
     options = experiment.trace
-    key = run.alone(
-        lambda: {"trace": asdict(options), "model": model_inputs(run, experiment, name), **run.inputs("data")}
-    )
+    taken = {name: value for name, value in asdict(options).items() if name != "keep"}
+    key = run.alone(lambda: {"trace": taken, "model": model_inputs(run, experiment, name), **run.inputs("data")})
+    run.alone(partial(_take_again, run, experiment, name, key))
 
     def make(folder: Path) -> None:
+        if options.online and name in experiment.strategies and (why := run.dropped(f"models/{name}")):
+            raise UserError(f"trace needs the trace during the training of {name}, which is gone: {why}")
         tokenizer = models.load_tokenizer(experiment.model.name)
         trained = training_examples(examples(run, tokenizer))
         home, phases = run.path(f"models/{name}"), experiment.strategies.get(name, [])
@@ -573,13 +577,13 @@ def _mean_over_checkpoints(folder: Path, places: Mapping[str, Path], tasks: Mapp
 def read_traces(
     folder: Path, when: str, measure: str, reduction: str = "example", like: Any = None
 ) -> dict[str, list[Trace]]:
-    """task -> the parts of its trace at one time; `like` as in `load_traces`.
+    """task -> the parts of its trace at one time, or its mean where that alone was kept; `like` as in `load_traces`.
 
     Empty if fewer than two tasks have one: of a strategy that never trains a task there is no online trace of it, so
     nothing online to share.
     """
     tasks: dict[str, list[Trace]] = {}
-    for file in sorted((folder / when).glob("*.safetensors")):
+    for file in sorted(keeping.place_of(folder, when).glob("*.safetensors")):
         for item in load_traces(file, like, measure=measure, reduction=reduction):
             if item.task not in TASKS:  # it would name files
                 raise UserError(f"{file} holds a trace of {item.task!r}; expected {' or '.join(TASKS)}: was it edited?")
@@ -589,6 +593,41 @@ def read_traces(
     if len({len(parts) for parts in tasks.values()}) > 1:  # too few steps or people for all parts: no intervals
         return {task: [Trace.combine(parts)] for task, parts in tasks.items()}
     return tasks
+
+
+def drop_traces(run: Run, experiment: Experiment, name: str) -> None:
+    """Remove the trace files that `trace.keep` does not keep, once the stages that read them are done.
+
+    The parts are read by `analyze`; the means would do for `intervene`.
+    """
+    keep = experiment.trace.keep
+    if keep == "parts" or not run.is_there(f"traces/{name}") or not _is_analysed(run, experiment, name):
+        return
+    if keep == "means" and keeping.has(run, name) != "none":
+        keeping.keep_means(run, name)
+    elif keep == "none" and not _awaits_interventions(run, experiment, name):
+        keeping.keep_none(run, name)
+
+
+def _is_analysed(run: Run, experiment: Experiment, name: str) -> bool:
+    key = _analysis_key(run, experiment, name)
+    return run.complete(f"analysis/{name}.json", key) and run.complete(f"shared/{name}", key)
+
+
+def _awaits_interventions(run: Run, experiment: Experiment, name: str) -> bool:
+    step, key = f"interventions/{name}.json", _intervention_key(run, experiment, name)
+    return experiment.interventions.run and not run.complete(step, key)
+
+
+def _take_again(run: Run, experiment: Experiment, name: str, key: Any) -> None:
+    """Have traces that were dropped taken again if a stage that needs them must be done again. Those during training
+    can't be taken again without it."""
+    there, trained = keeping.has(run, name), experiment.trace.online and name in experiment.strategies
+    if there == "parts" or trained or not run.complete(f"traces/{name}", key):
+        return
+    lacking = not _is_analysed(run, experiment, name)
+    if lacking or (there == "none" and _awaits_interventions(run, experiment, name)):
+        run.forget(f"traces/{name}")
 
 
 # ------------------------------------------------------------------------------- analyze
@@ -603,13 +642,16 @@ def analyze(run: Run, experiment: Experiment, name: str, progress: Progress) -> 
 @optional("analyze", "shared/{}", "analysis/{}.json")
 def select_shared(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """Shared sets and what they look like: shared/<strategy>/ and analysis/<strategy>.json."""
-    key = {
-        "analysis": asdict(experiment.analysis),
-        "measure": experiment.trace.measures[0],
-        **run.inputs(f"traces/{name}"),
-    }
-    if not (run.complete(f"analysis/{name}.json", key) and run.complete(f"shared/{name}", key)):
+    if not _is_analysed(run, experiment, name):
+        key = _analysis_key(run, experiment, name)
+        keeping.need(run, name, "analyze", parts=not run.complete(f"analysis/{name}.json", key))
         _analyze_traces(run, experiment, name, key, progress)
+
+
+def _analysis_key(run: Run, experiment: Experiment, name: str) -> dict[str, Any]:
+    """What the shared sets and their analysis depend on."""
+    own = {"analysis": asdict(experiment.analysis), "measure": experiment.trace.measures[0]}
+    return own | run.inputs(f"traces/{name}")
 
 
 def _analyze_traces(run: Run, experiment: Experiment, name: str, key: Mapping[str, Any], progress: Progress) -> None:
@@ -722,13 +764,10 @@ def select_tasks(
 def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """Ablation and grafting of the shared set and of its controls: interventions/<strategy>.json."""
     options, how = experiment.interventions, experiment.analysis.how
-    key = run.alone(lambda: {
-        "interventions": asdict(options), "analysis": [how, experiment.analysis.embeddings],
-        "measure": experiment.trace.measures[0], "threads": experiment.threads, "precision": experiment.eval.precision,
-        "model": model_inputs(run, experiment, name), **run.inputs("data", f"traces/{name}"),
-    })  # fmt: skip
+    key = run.alone(partial(_intervention_key, run, experiment, name))
 
     def make(path: Path) -> None:
+        keeping.need(run, name, "intervene")
         tokenizer = models.load_tokenizer(experiment.model.name)
         parts = examples(run, tokenizer)
         asked = {part: sample(parts[part], options.questions) for part in ("qa_id", "qa_ood")}
@@ -758,7 +797,7 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
                 for label, psets in drawn.items():
                     yield fraction, label, psets
 
-        times = sum((traces / when).is_dir() for when in WHENS)
+        times = sum(keeping.place_of(traces, when).is_dir() for when in WHENS)
         most = times * len(options.fractions) * (1 + 2 * options.seeds + len(TASKS))
         with progress.bar(f"{name}: intervene", len(changes) * most) as update:
             for when in WHENS:
@@ -779,6 +818,19 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
         run.alone(lambda: write_json(path, found))
 
     run.stage(f"interventions/{name}.json", key, make)
+
+
+def _intervention_key(run: Run, experiment: Experiment, name: str) -> dict[str, Any]:
+    """What the interventions depend on."""
+    return {
+        "interventions": asdict(experiment.interventions),
+        "analysis": [experiment.analysis.how, experiment.analysis.embeddings],
+        "measure": experiment.trace.measures[0],
+        "threads": experiment.threads,
+        "precision": experiment.eval.precision,
+        "model": model_inputs(run, experiment, name),
+        **run.inputs("data", f"traces/{name}"),
+    }
 
 
 TOGETHER = (teach, test, take_traces, intervene, retain)  # what several processes share; the rest is one's alone
@@ -834,7 +886,7 @@ def conclude(run: Run, experiment: Experiment, progress: Progress) -> Results:
     claimed = Part("report", name="claims")
     key = {
         "inputs": run.inputs(*(step for step in needed if step not in absent)),
-        "experiment": config.plain(experiment),
+        "experiment": config.deciding(experiment),
         "left_out": [row for row in left_out.rows(run) if row["part"] != claimed.name],
     }
     if run.complete("results.json", key):

@@ -28,7 +28,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata as packages
 from pathlib import Path
@@ -48,6 +48,7 @@ Mode = Literal["new", "resume", "overwrite"]
 NO_YAML = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 PARTIAL = ".partial-"
 WORKERS_PATIENCE = 30.0  # seconds given to the workers of a killed process to notice and end
+CHANGEABLE = ("trace.keep",)  # settings on which no result depends: a run may go on with others
 
 
 # -------------------------------------------------------------------------------- files
@@ -169,7 +170,11 @@ def _files(path: Path) -> dict[str, Path]:
 
 
 def _contents(path: Path) -> dict[str, dict[str, Any]]:
-    return {name: {"size": file.stat().st_size, "sha256": sha256_file(file)} for name, file in _files(path).items()}
+    return {name: _entry(file) for name, file in _files(path).items()}
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    return {"size": file.stat().st_size, "sha256": sha256_file(file)}
 
 
 def _tree_hash(contents: Mapping[str, Mapping[str, Any]]) -> str:
@@ -297,8 +302,8 @@ class Run:
                 if config_text is None:
                     raise UserError(f"{saved} is missing, so the run cannot be continued; start again with --overwrite")
                 write_text(saved, config_text)
-            elif config_text is not None:
-                _same_config(saved, config_text)
+            elif config_text is not None and _check_config(saved, config_text):
+                write_text(saved, config_text)
             run = cls(folder, lock)
             _lock_workers(folder, fcntl.LOCK_EX, WORKERS_PATIENCE).close()
             run.clean()
@@ -472,6 +477,11 @@ class Run:
         self._started(name).unlink(missing_ok=True)
         self._intact.add((name, record["hash"]))
 
+    def is_there(self, name: str) -> bool:
+        """Whether step `name` was finished, whatever its key, and its files have their recorded bytes."""
+        record = self._read_record(name)
+        return record is not None and self._is_intact(name, record)
+
     def complete(self, name: str, key: Any) -> bool:
         """Whether step `name` was finished with an equal `key` and its files have their recorded bytes."""
         record = self._read_record(name)
@@ -497,6 +507,38 @@ class Run:
                 )
             hashes[name] = record["hash"]
         return hashes
+
+    def drop(self, name: str, folders: Sequence[str], told: str, added: Sequence[str] = ()) -> None:
+        """Remove some folders of a finished step's output, which nothing needs any more.
+
+        The step stays finished, and its hash stays what it was, so no step that reads it is done again. A kill at any
+        moment leaves the step finished, and the next call removes the rest.
+
+        Args:
+            folders: names right below the output.
+            told: why, and what to do where they are wanted; `dropped` gives it.
+            added: folders that were put there since the step was finished, and are part of its output from now on.
+        """
+        record, target = self._read_record(name), self.path(name)
+        assert record is not None, f"step {name!r} is not finished"
+        top = lambda path: path.partition("/")[0]
+        files = {path: entry for path, entry in record["files"].items() if top(path) not in folders}
+        for path, file in _files(target).items():
+            if top(path) in added and path not in files:
+                files[path] = _entry(file)
+        if files != record["files"]:
+            write_json(self._record(name), record | {"files": files, "dropped": told})
+        for folder in folders:  # only now: the record no longer asks for them
+            remove_folder(target / folder)
+
+    def forget(self, name: str) -> None:
+        """Make a finished step undone, so that it is made again."""
+        self._record(name).unlink(missing_ok=True)
+
+    def dropped(self, name: str) -> str | None:
+        """What `drop` was told of a finished step; None if it is whole, or not finished."""
+        record = self._read_record(name)
+        return None if record is None else record.get("dropped")
 
     def seconds(self) -> dict[str, float]:
         """Seconds spent in each finished step, also in killed attempts whose partial folder was kept."""
@@ -636,19 +678,26 @@ def _lock_workers(folder: Path, kind: int, patience: float) -> IO[str]:
 # -------------------------------------------------------------------------------- configuration
 
 
-def _same_config(saved: Path, config_text: str) -> None:
-    """Raise a `UserError` that names the first setting in which `config_text` differs from the saved file."""
+def _check_config(saved: Path, config_text: str) -> bool:
+    """Whether `config_text` differs from the saved file in settings on which no result depends.
+
+    Raises:
+        UserError: another setting differs; the sentence names the first one.
+    """
     try:
         old, new = (dict(_settings(yaml.safe_load(text))) for text in (saved.read_text(encoding="utf-8"), config_text))
     except NO_YAML:
         raise UserError(f"{saved} is damaged, so the run cannot be continued; start again with --overwrite") from None
+    differs = False
     for name in [*new, *old]:
         was, now = old.get(name, "not set"), new.get(name, "not set")
-        if was != now:
+        if was != now and name not in CHANGEABLE:
             raise UserError(
                 f"{saved.parent} was made with {name} = {was}, and this configuration has {name} = {now}; "
                 "--resume needs the same settings, so choose another folder, or --overwrite to begin again"
             )
+        differs = differs or was != now
+    return differs
 
 
 def _settings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

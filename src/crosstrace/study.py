@@ -330,7 +330,7 @@ def _key(planned: Planned) -> dict[str, Any]:
     make nothing anew. Its name, and how many of its strategies are worked on at once, are no part of it."""
     from crosstrace.material import model_key
 
-    own = _changed(config.plain(planned.experiment), config.plain(Experiment()))
+    own = _changed(config.deciding(planned.experiment), config.deciding(Experiment()))
     own = {name: value for name, value in own.items() if name not in ("jobs", "name")}
     text = planned.experiment.retention.text
     content = {"text": sha256_file(text)} if text and Path(text).is_file() else {}

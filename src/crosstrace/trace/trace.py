@@ -100,10 +100,12 @@ class Trace:
             if {n: v.shape for n, v in other.values.items()} != {n: v.shape for n, v in first.values.items()}:
                 raise UserError("traces to combine have different parameters; are they of different models?")
         weights = [t.weight for t in traces]
-        values = {
-            name: weighted_mean([t.values[name] for t in traces], weights).to(value.dtype)
-            for name, value in first.values.items()
-        }
+        values = dict(first.values)
+        if len(traces) > 1:  # (the mean of one is that one, to the last bit)
+            values = {
+                name: weighted_mean([t.values[name] for t in traces], weights).to(value.dtype)
+                for name, value in values.items()
+            }
         shared = {k: v for k, v in first.meta.items() if all(t.meta.get(k) == v for t in traces)}
         meta = shared | {"combined": len(traces)}
         return Trace(first.task, first.measure, first.reduction, first.when, values, sum(weights), meta)

@@ -1,0 +1,84 @@
+"""What stays of a run's trace files when the stages have read them: `trace.keep`.
+
+    traces/<strategy>/<when>/<task>.safetensors         a trace of each part of the data
+    traces/<strategy>/means/<when>/<task>.safetensors   their means, in place of the parts once those are dropped
+
+Selection, ablation and grafting give the same from the means as from the parts, to the last bit; the intervals of
+`analyze` need the parts. A step whose files were dropped stays finished. This module knows which files stay; it does
+not know which stages have read them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from crosstrace.errors import UserError
+from crosstrace.material import WHENS
+from crosstrace.store import Run, replacing
+from crosstrace.trace import Trace, load_traces, save_traces
+
+MEANS = "means"
+ONLINE = "online"  # the traces during training, in the folder of the taught model
+
+
+def place_of(folder: Path, when: str) -> Path:
+    """Where the traces of one time are, in the folder of a strategy's traces: the parts, or the means."""
+    means = folder / MEANS
+    return (means if means.is_dir() else folder) / when
+
+
+def has(run: Run, name: str) -> str:
+    """What is there of a strategy's traces: "parts", "means" or "none".
+
+    Traces that were never taken count as parts: whoever needs them is told so by `Run.inputs`.
+    """
+    if run.dropped(f"traces/{name}") is None:
+        return "parts"
+    return "means" if (run.path(f"traces/{name}") / MEANS).is_dir() else "none"
+
+
+def need(run: Run, name: str, who: str, parts: bool = False) -> None:
+    """Raise a `UserError` if the traces that `who` reads of a strategy were dropped.
+
+    Args:
+        parts: whether the means are not enough.
+    """
+    there = has(run, name)
+    if there == "none" or (there == "means" and parts):
+        raise UserError(f"{who} needs traces of {name} that are gone: {run.dropped(f'traces/{name}')}")
+
+
+def keep_means(run: Run, name: str) -> None:
+    """Put the means in the place of a strategy's traces. A kill leaves the parts or the means, never neither."""
+    home = run.path(f"traces/{name}")
+    if not (home / MEANS).is_dir():
+        with replacing(home / MEANS) as partial:
+            for when in WHENS:
+                for file in sorted((home / when).rglob("*.safetensors")):
+                    if file.parent.suffix != ".safetensors":  # (a folder of that name is one trace file in pieces)
+                        _write_means(file, partial / file.relative_to(home))
+    _drop(run, name, MEANS, [*WHENS])
+
+
+def keep_none(run: Run, name: str) -> None:
+    """Remove all of a strategy's traces."""
+    _drop(run, name, "none", [*WHENS, MEANS])
+
+
+def _write_means(source: Path, target: Path) -> None:
+    """One file's traces, each the mean over its parts, in their order."""
+    parts: dict[tuple[str, str], list[Trace]] = {}
+    for item in load_traces(source):
+        parts.setdefault((item.measure, item.reduction), []).append(item)
+    save_traces(target, [Trace.combine(of_all) for of_all in parts.values()])
+
+
+def _drop(run: Run, name: str, keep: str, folders: list[str]) -> None:
+    what = "the traces of its parts were" if keep == MEANS else "they were"
+    told = (
+        f"{what} removed when the stages had read them, since trace.keep was {keep}; give the run another folder and "
+        "trace.keep: parts"
+    )
+    run.drop(f"traces/{name}", folders, told, added=[MEANS] if keep == MEANS else [])
+    if (run.path(f"models/{name}") / ONLINE).is_dir():  # a second name of the same files
+        run.drop(f"models/{name}", [ONLINE], told)
