@@ -146,13 +146,13 @@ def test_within_merged_the_weights_are_those_that_are_read_and_every_bit_comes_b
 
 
 @pytest.mark.parametrize("kind, measure", [("llama", "abs"), ("gpt2", "taylor")])
-def test_both_views_are_traced_exactly_over_training(kind, measure):
+def test_both_views_are_traced_exactly_over_training(kind, measure, tmp_path):
     """From an adapter at its start, where A has no gradient, over two updates."""
     base = {"train.lora.rank": "2", "trace.measures": f"[{measure}]", "trace.parts": "2", "trace.every": "1"}
     for view in ("merged", "adapter"):
         options = config.override(config.Experiment(), {**base, "trace.view": view})
         model = adapted(base_model(kind), LoraSettings(rank=2, alpha=4, dropout=0.5), seed=1).train()
-        listener, totals, generator = OnlineListener(model, options), [], torch.Generator().manual_seed(3)
+        listener, totals, generator = OnlineListener(model, options, tmp_path), [], torch.Generator().manual_seed(3)
         for update in range(3):
             examples = make_examples(4, seed=update)
             listener.on_update(model, {"bio": pad(examples)}, 0.1, update, {})
@@ -191,18 +191,18 @@ def _trained(folder: Path, listeners: list[Any], dropout: float) -> Any:
 @pytest.mark.parametrize("stop", [4, 8])
 def test_interrupted_and_resumed_training_gives_the_same_bits(stop, dropout, tmp_path):
     options = config.override(config.Experiment(), {"train.lora.rank": "2", "trace.parts": "2", "trace.every": "2"})
-    online = lambda: OnlineListener(adapted(_model(), LoraSettings(rank=2, dropout=dropout), seed=3), options)
+    made = adapted(_model(), LoraSettings(rank=2, dropout=dropout), seed=3)
+    assert OnlineListener(made, options, tmp_path).merges
     expected = _trained(tmp_path / "whole", [Listener()], dropout)
     with pytest.raises(KeyboardInterrupt):
         _trained(tmp_path / "cut", [Listener(stop)], dropout)
+    (optimiser,) = (tmp_path / "cut").rglob("optimiser")
+    assert all("lora_" in name for name in Pieces(optimiser, "optimiser").shapes)
     found = _trained(tmp_path / "cut", [Listener()], dropout)
-    assert online().merges
     for name, p in expected.named_parameters():
         assert torch.equal(found.get_parameter(name), p), name
     start = adapted(_model(), LoraSettings(rank=2, dropout=dropout), seed=3)
     for name, p in start.named_parameters():
         assert torch.equal(p, expected.get_parameter(name)) == ("lora_" not in name), name
     saved = {file.parent.name: file.name for file in (tmp_path / "whole").rglob("*.safetensors")}
-    optimiser, *_ = (tmp_path / "whole").rglob("optimiser")
-    assert all("lora_" in name for name in Pieces(optimiser, "optimiser").shapes) and saved.pop("optimiser")
     assert set(saved.values()) == {"adapter_model.safetensors"}

@@ -24,6 +24,7 @@ from crosstrace.losses import example_losses
 from crosstrace.pipeline import OnlineListener
 from crosstrace.schedule import Optimiser, Phase, mixed, two_stage
 from crosstrace.tokens import collate
+from crosstrace.trace import OnlineTrace
 from crosstrace.train import RecallHistory, TrainSettings, UpdateLoss, learning_rate_factor, train
 from crosstrace.updates import Updates, micro_batches
 
@@ -230,7 +231,7 @@ def test_same_seed_same_weights_and_other_seed_other_weights(tmp_path: Path):
 )
 def test_listeners_leave_the_weights_alone(tmp_path: Path, kind: str, options: dict):
     watched, alone = _model(kind), _model(kind)
-    online, history = OnlineListener(watched, EXPERIMENT), _history()
+    online, history = OnlineListener(watched, EXPERIMENT, tmp_path), _history()
     _train(watched, two_stage(2, 3, 3), tmp_path / "watched", [online, history], **options)
     _train(alone, two_stage(2, 3, 3), tmp_path / "alone", **options)
     assert _same(watched, alone)
@@ -371,7 +372,7 @@ def test_models_that_cannot_checkpoint_gradients_are_told(tmp_path: Path):
 
 def _interrupt(folder: Path, stopper: Listener, kind: str, strategy, **options) -> None:
     model = _model(kind)
-    listeners = [OnlineListener(model, EXPERIMENT), _history(), stopper]
+    listeners = [OnlineListener(model, EXPERIMENT, folder), _history(), stopper]
     with pytest.raises(KeyboardInterrupt):
         _train(model, strategy, folder, listeners, **options)
 
@@ -384,6 +385,7 @@ def _interrupt(folder: Path, stopper: Listener, kind: str, strategy, **options) 
         ("llama", [(5, "on_update")]),  # at the start of the second phase
         ("llama", [(8, "on_updated")]),
         ("llama", [(3, "save")]),  # while a checkpoint is written
+        ("llama", [(4, "on_update"), (5, "save"), (5, "save")]),  # beside an earlier one
         ("gpt2", [(4, "on_update"), (9, "on_update")]),  # dropout: random numbers go on where they were
     ],
 )
@@ -393,7 +395,7 @@ def test_an_interrupted_training_ends_in_the_same_weights(tmp_path: Path, kind: 
 
     def whole(folder: Path) -> tuple:
         model = _model(kind)
-        online, history, end = OnlineListener(model, EXPERIMENT), _history(), Listener()
+        online, history, end = OnlineListener(model, EXPERIMENT, folder), _history(), Listener()
         reports = _train(model, strategy, folder, [online, history, end])
         return model, online.traces(), history.rows, reports, end.told
 
@@ -413,6 +415,56 @@ def test_an_interrupted_training_ends_in_the_same_weights(tmp_path: Path, kind: 
     assert resumed[3] == expected[3]
     if stops[-1][0] > 3:
         assert len(resumed[4]) < len(expected[4])  # it did resume, and not begin anew
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_killed_while_the_sums_of_a_trace_are_replaced(tmp_path: Path, monkeypatch, kind: str):
+    """At any sum, of any checkpoint, and again at the next one when it goes on; no sum is there twice but one."""
+
+    def whole(folder: Path) -> tuple:
+        model = _model(kind)
+        online = OnlineListener(model, EXPERIMENT, folder)
+        _train(model, two_stage(2, 3, 5), folder, [online], checkpoint_every=2)
+        return model, online.traces()
+
+    expected, save_sum = whole(tmp_path / "whole"), OnlineTrace._save_sum
+    sums = len(list((tmp_path / "whole" / "sums").iterdir()))
+    saved: list[Path] = []
+
+    def stopping(trace: OnlineTrace, key: str, path: Path) -> None:
+        if len(saved) == stop:
+            raise KeyboardInterrupt
+        save_sum(trace, key, path)
+        saved.append(path)
+        assert len(list(path.parent.iterdir())) <= sums + 1
+
+    stop, stops = 0, 0
+    monkeypatch.setattr(OnlineTrace, "_save_sum", stopping)
+    while True:
+        torch.manual_seed(stops)
+        try:
+            found = whole(tmp_path / "cut")
+            break
+        except KeyboardInterrupt:
+            stops, stop = stops + 1, stop + 5
+    assert stops > 6 and len(saved) == 6 * sums, "two checkpoints in each phase and its end, no sum written twice"
+    assert _same(found[0], expected[0])
+    for task, traces in expected[1].items():
+        for mine, theirs in zip(traces, found[1][task], strict=True):
+            assert mine.weight == theirs.weight > 0 and mine.meta == theirs.meta
+            assert all(torch.equal(mine.values[name], theirs.values[name]) for name in mine.values)
+
+
+def test_what_no_resume_needs_is_not_kept(tmp_path: Path):
+    names = lambda folder: {path.relative_to(tmp_path / folder).as_posix() for path in (tmp_path / folder).rglob("*")
+                            if path.name in ("optimiser", "model.safetensors")}  # fmt: skip
+    _train(_model(), two_stage(2, 3, 5), tmp_path / "last", [_history()])
+    assert names("last") == {f"{phase}/checkpoint-5/model.safetensors" for phase in ("0-bio", "1-qa")}
+    with pytest.raises(KeyboardInterrupt):
+        _train(_model(), two_stage(2, 3, 7), tmp_path / "kept", [Listener(13)], keep_checkpoints=True)
+    weights = {f"{phase}/checkpoint-{n}/model.safetensors" for phase, n in
+               (("0-bio", 3), ("0-bio", 6), ("0-bio", 7), ("1-qa", 3), ("1-qa", 6))}  # fmt: skip
+    assert names("kept") == weights | {"1-qa/checkpoint-6/optimiser"}
 
 
 def test_a_mixture_of_experts_resumes(tmp_path: Path):

@@ -17,7 +17,7 @@ from crosstrace.errors import UserError
 from crosstrace.schedule import Optimiser
 from crosstrace.sharded import Pieces, at_rest, laid, local, own_rows, processes_of, write
 
-_STATE = "optimiser"
+FOLDER = "optimiser"  # in a checkpoint
 # What the Trainer calls each; of AdamW it takes the fastest there is.
 _OF_THE_TRAINER = {"adafactor": {"optim": "adafactor"}, "adamw_8bit": {"optim": "adamw_bnb_8bit"}}
 
@@ -70,12 +70,12 @@ def save(trainer: Any, folder: Path) -> None:
     holders = processes_of(tensors)
     if holders is not None or trainer.args.should_save:
         header = {"updates": trainer.lr_scheduler.last_epoch, "single": single}
-        write(folder / _STATE, tensors, holders, _STATE, header)
+        write(folder / FOLDER, tensors, holders, FOLDER, header)
 
 
 def load(trainer: Any, folder: Path) -> None:
     """Read what `save` wrote, and set the learning rate to where it was."""
-    pieces, optimizer, scheduler = Pieces(folder / _STATE, _STATE), trainer.optimizer, trainer.lr_scheduler
+    pieces, optimizer, scheduler = Pieces(folder / FOLDER, FOLDER), trainer.optimizer, trainer.lr_scheduler
     updates, single = pieces.header["updates"], pieces.header["single"]
     tensors: dict[str, list[str]] = {name: [] for name in single}
     for key in pieces.shapes:

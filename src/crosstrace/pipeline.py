@@ -75,6 +75,7 @@ from crosstrace.store import (
     linked,
     metadata,
     read_json,
+    remove,
     remove_folder,
     sha256_tree,
     write_json,
@@ -90,6 +91,7 @@ DRIFT_DRAWS = 3  # random sets of each kind whose share of the weights' way the 
 Asking = Callable[[Any, Sequence[Encoded]], Recall]
 STAGES = ("data", "train", "eval", "trace", "analyze", "intervene", "mechanism", "retain", "report")
 TASKS = ("bio", "qa")
+SUMS = "sums"  # the folder of the trace during training, until it is over
 SOURCE = ("world.json", "import.json")  # of one's own facts, what a run keeps
 
 
@@ -309,7 +311,7 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
     def make(folder: Path) -> None:
         if not run.alone((folder / "training.json").exists):
             learn(folder)
-        run.alone(lambda: remove_folder(folder / "checkpoints"))
+        run.alone(lambda: [remove_folder(folder / name) for name in ("checkpoints", SUMS)])
 
     def learn(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -327,7 +329,7 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
         listeners: list[Listener] = [history]
         online = None
         if tracing.online:
-            online = OnlineListener(model, experiment, run.processes)
+            online = OnlineListener(model, experiment, folder, run.processes)
             listeners.append(online)
         with progress.bar(f"{name}: train") as update:
             reports = train(
@@ -340,7 +342,7 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
             for task, traces in online.traces().items():
                 for item in traces:
                     item.meta |= told
-                save_traces(folder / "online" / f"{task}.safetensors", traces)
+                online.keep(task, traces)
         run.alone(lambda: keep(folder, tokenizer, history, reports))
 
     def keep(folder: Path, tokenizer: Any, history: RecallHistory, reports: list[PhaseReport]) -> None:
@@ -363,12 +365,17 @@ def _portable(base: str) -> str:
 class OnlineListener:
     """Feeds every `every`-th update to an `OnlineTrace`, whose state travels with the checkpoints.
 
+    The sums lie in <folder>/sums, once for all checkpoints (`OnlineTrace.save_pieces`); a checkpoint has the rest. When
+    training is over each task's sums make room for its traces, <folder>/online/<task>.safetensors.
+
     Of a model with an adapter it traces the adapter's parameters, or those of the base with the adapter merged. Several
     processes share out the examples.
     """
 
-    def __init__(self, model: Any, experiment: Experiment, processes: Processes | None = None):
+    def __init__(self, model: Any, experiment: Experiment, folder: Path, processes: Processes | None = None):
         options = experiment.trace
+        self.folder, self.updates = folder, 0
+        self.leads = processes is None or processes.rank == 0
         self.every = options.every
         self.targets = options.targets
         self.merges = adapters.is_adapted(model) and options.view == "merged"
@@ -396,13 +403,18 @@ class OnlineListener:
             self.trace.step(batches, lr, forwards if self.borrows else {})
 
     def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
-        pass
+        self.updates = update
 
     def save(self, folder: Path, leads: bool) -> None:
-        self.trace.save(folder / "trace")
+        header = self.trace.save_pieces(self.folder / SUMS, self.updates)
+        if leads:
+            write_json(folder / "trace.json", header | {"updates": self.updates})
 
     def load(self, folder: Path) -> None:
-        self.trace.load(folder / "trace")
+        header = read_json(folder / "trace.json")
+        self.updates = header["updates"]
+        kept = [task for task in TASKS if self._file(task).exists()]
+        self.trace.load_pieces(self.folder / SUMS, self.updates, header, without=kept)
 
     def traces(self) -> dict[str, list[Trace]]:
         """When training is over: each task's traces, with the first of several processes or in pieces with all."""
@@ -413,6 +425,16 @@ class OnlineListener:
                 item.values = {adapters.plain_name(name): value for name, value in item.values.items()}
             by_task.setdefault(item.task, []).append(item)
         return by_task
+
+    def keep(self, task: str, traces: list[Trace]) -> None:
+        """Write a task's traces, and remove its sums."""
+        if not self._file(task).exists():  # a kill may have left some of its sums beside it
+            save_traces(self._file(task), traces)
+        for file in (self.folder / SUMS).glob(f"{task}+*") if self.leads else ():
+            remove(file)
+
+    def _file(self, task: str) -> Path:
+        return self.folder / "online" / f"{task}.safetensors"
 
 
 def _where_of_sums(model: Any, names: Sequence[str] | None, sums: int) -> Literal["device", "cpu"]:
@@ -447,7 +469,8 @@ def _few(ask: Asking, parts: Mapping[str, list[Encoded]], number: int) -> Callab
 
 
 def _keep_models(folder: Path, tokenizer: Any, phases: Sequence[str], checkpoints: bool) -> None:
-    """Copy the phases' last checkpoints to models/<strategy>/<phase>, without what only a resume needs."""
+    """Put the phases' last checkpoints in models/<strategy>/<phase>, without what only a resume needs. Weights are not
+    copied: they get a second name."""
     for index, phase in enumerate(phases):
         home = folder / "checkpoints" / f"{index}-{phase}"
         found = sorted(home.glob("checkpoint-*"), key=lambda f: int(f.name.rpartition("-")[2]))
@@ -458,7 +481,8 @@ def _keep_models(folder: Path, tokenizer: Any, phases: Sequence[str], checkpoint
                 if file.name != "trainer_state.json":
                     shutil.copy2(file, target)
             for file in checkpoint.glob("*.safetensors"):
-                shutil.copy2(file, target)
+                (target / file.name).unlink(missing_ok=True)  # of an earlier attempt
+                linked(str(file), str(target / file.name))
             tokenizer.save_pretrained(target)
 
 
@@ -1087,7 +1111,7 @@ def _check_outside(experiment: Experiment, folder: Path) -> None:
             )
 
 
-RESERVED = ("checkpoints", "online", START)  # what lies beside the phases in a strategy's folder
+RESERVED = ("checkpoints", "online", SUMS, START)  # what lies beside the phases in a strategy's folder
 
 
 def check(experiment: Experiment, whole: bool, stages: Sequence[str] = STAGES) -> None:

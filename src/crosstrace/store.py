@@ -63,13 +63,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(os.path.normpath(path))  # own/../own would be gone with own
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
-    _remove(partial)
+    remove(partial)
     try:
         yield partial
         _sync(partial)
         _install(partial, path)
     except BaseException:
-        _remove(partial)
+        remove(partial)
         raise
 
 
@@ -126,10 +126,10 @@ def linked(source: str, target: str) -> str:
 def remove_folder(folder: Path) -> None:
     """Delete a folder, if it is there; renamed first, so that a half-deleted one never passes for what it was."""
     doomed = folder.with_name(f".removed-{folder.name}")  # (a name that nobody gives to what is to stay)
-    _remove(doomed)  # an earlier removal may have been interrupted
+    remove(doomed)  # an earlier removal may have been interrupted
     if folder.exists():
         folder.rename(doomed)
-        _remove(doomed)
+        remove(doomed)
 
 
 def end_with_parent(parent: int, until: threading.Event | None = None) -> None:
@@ -203,7 +203,7 @@ def _install(partial: Path, target: Path) -> None:
         aside = target.with_name(f"{PARTIAL}{os.getpid()}-old-{target.name}")
         os.rename(target, aside)
         os.rename(partial, target)
-        _remove(aside)
+        remove(aside)
     else:
         os.replace(partial, target)
     handle = os.open(target.parent, os.O_RDONLY)
@@ -217,7 +217,8 @@ def _partial(target: Path) -> Path:
     return target.with_name(PARTIAL + target.name)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -431,7 +432,7 @@ class Run:
             fn(partial)
         except BaseException:
             if not keep_partial and self.leads:
-                _remove(partial)
+                remove(partial)
             raise
         self.alone(lambda: self._finish(name, key, earlier + time.perf_counter() - clock))
         return target
@@ -450,7 +451,7 @@ class Run:
         if keep_partial and before.get("key") == key_hash and partial.exists():
             earlier = before["seconds"] + max(0.0, _newest(partial) - before["began"])
         else:
-            _remove(partial)
+            remove(partial)
         if keep_partial:
             write_json(started, {"key": key_hash, "began": time.time(), "seconds": earlier})
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -591,7 +592,7 @@ class Run:
             for entry in [entry for entry in [*folders, *files] if entry.startswith(PARTIAL)]:
                 step = (Path(base).relative_to(self.folder) / entry.removeprefix(PARTIAL)).as_posix()
                 if not self._started(step).exists():
-                    _remove(Path(base, entry))
+                    remove(Path(base, entry))
                     if entry in folders:
                         folders.remove(entry)
         for started in (self.folder / "manifest" / "started").glob("*.json"):
@@ -628,11 +629,11 @@ def _discard(folder: Path) -> None:
     """Delete a run, its mark last, so that a killed deletion can still be told from anybody else's folder."""
     for item in folder.iterdir():
         if item.name != "manifest":
-            _remove(item)
+            remove(item)
     for item in (folder / "manifest").glob("*"):
         if item.name != "RUN":
-            _remove(item)
-    _remove(folder)
+            remove(item)
+    remove(folder)
 
 
 def _lock_folder(folder: Path) -> IO[str]:

@@ -33,7 +33,7 @@ from crosstrace.models import checkpointing_gradients, load_model, pad_id, silen
 from crosstrace.processes import Processes, by_first
 from crosstrace.schedule import STRICT, Optimiser, Phase, Strategy
 from crosstrace.sharded import at_rest, is_sharded, local
-from crosstrace.store import remove_folder
+from crosstrace.store import remove, remove_folder
 from crosstrace.tokens import IGNORE, Batch, Encoded
 from crosstrace.updates import Updates, epoch_sizes
 
@@ -301,6 +301,7 @@ def _run_phase(
 
     optimiser, sharded = phase.optimiser or options.optimiser, is_sharded(model)
     leads = processes is None or processes.rank == 0
+    by_first(processes, lambda: _tidy(home, options.keep_checkpoints))
     last = by_first(processes, lambda: _last_checkpoint(home))
     if last is not None and last == len(data):
         _load_weights(model, home / f"checkpoint-{last}", processes)
@@ -338,10 +339,7 @@ def _run_phase(
             if not leads:
                 return
             (folder / "complete").touch()
-            if not options.keep_checkpoints:
-                for other in _checkpoints(home):
-                    if other < state.global_step:
-                        remove_folder(home / f"checkpoint-{other}")
+            _tidy(home, options.keep_checkpoints)
 
     class Teacher(Trainer):
         """The Trainer, fed with every task's micro-batches and minimising their `UpdateLoss`.
@@ -390,7 +388,8 @@ def _run_phase(
             return 0
 
         def _save_optimizer_and_scheduler(self, output_dir):
-            optimisers.save(self, Path(output_dir))
+            if self.state.global_step < len(data):  # the next phase begins with an optimiser of its own
+                optimisers.save(self, Path(output_dir))
 
         def _load_optimizer_and_scheduler(self, checkpoint):
             if checkpoint is not None:
@@ -434,7 +433,6 @@ def _run_phase(
         if last:
             for number, listener in enumerate(listeners):
                 listener.load(_listener_folder(home, last, number))
-        by_first(processes, lambda: _clean(home))
         model.train()
         with checkpointing_gradients(model, options.gradient_checkpointing):
             trainer.train(resume_from_checkpoint=str(home / f"checkpoint-{last}") if last else None)
@@ -467,10 +465,15 @@ def _last_checkpoint(home: Path) -> int | None:
     return found[-1] if found else None
 
 
-def _clean(home: Path) -> None:
-    """Remove the checkpoints whose writing was interrupted."""
+def _tidy(home: Path, keep: bool) -> None:
+    """Remove the checkpoints whose writing was interrupted, and what no resume needs of those before the last one: all
+    of it, or the optimiser alone if they are kept."""
     for other in _checkpoints(home, complete=False):
         remove_folder(home / f"checkpoint-{other}")
+    for other in _checkpoints(home)[:-1]:
+        remove_folder(home / f"checkpoint-{other}" / optimisers.FOLDER if keep else home / f"checkpoint-{other}")
+    for doomed in home.glob("**/.removed-*"):  # a kill may have interrupted such a removal
+        remove(doomed)
 
 
 def _share(batch: Batch, processes: Processes | None) -> tuple[Batch, float]:

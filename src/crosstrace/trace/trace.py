@@ -33,8 +33,9 @@ from torch.distributed.tensor import DTensor
 
 from crosstrace.errors import UserError
 from crosstrace.forward import TrainingForward
+from crosstrace.processes import by_first
 from crosstrace.sharded import Pieces, at_rest, laid, local, own_rows, piece, processes_of, whole, write
-from crosstrace.store import read_json, replacing, versions, write_json
+from crosstrace.store import read_json, remove, replacing, versions, write_json
 from crosstrace.trace.borrowed import Drew, calm, is_the_same
 from crosstrace.trace.distributed import Scatter, Team
 from crosstrace.trace.engine import Batch, Engine, Forward
@@ -47,6 +48,7 @@ REDUCTIONS = ("example", "step")
 _SUM_OF = {"abs": "abs", "square": "square", "taylor": "abs", "net": "sum"}  # |θ·g| = |θ|·|g| at one θ
 _FORMAT = "crosstrace traces 1"
 _STATE = "crosstrace online trace 1"
+_SUM = "crosstrace sum of an online trace 1"
 
 
 @dataclass
@@ -506,18 +508,9 @@ class Accumulated:
         self, header: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, Tensor], Tensor]
     ) -> None:
         """Take over a saved state; `read` gives what this process holds of a sum, as it holds its parameter."""
-        for what, mine in self._settings.items():
-            if header["settings"].get(what) != mine:
-                raise UserError(
-                    f"the saved online trace has {what} {header['settings'].get(what)!r}, this one {mine!r}; "
-                    "resume with the settings it was begun with"
-                )
         if shapes != {key: tuple(v.shape) for key, v in self._sums().items()}:
             raise UserError("the saved online trace has other parameters than the model; is it of another model?")
-        self._steps, self.borrows = dict(header["steps"]), dict(header.get("borrows", {}))
-        self._engine.plan, self._engine.order = dict(header["plan"]), list(header["order"])
-        self._engine.probed, self._engine.seen = header["probed"], header["seen"]
-        self._engine.untold = set(header["untold"])
+        self._take_header(header)
         for key, mean in self._means.items():
             mean.weight = header["weights"][key]
             for name, total in mean.total.items():
@@ -525,6 +518,19 @@ class Accumulated:
         self._whole = True
         if not self._holds:
             self._forget_sums()
+
+    def _take_header(self, header: Mapping[str, Any]) -> None:
+        """Take over all but the sums of a saved state."""
+        for what, mine in self._settings.items():
+            if header["settings"].get(what) != mine:
+                raise UserError(
+                    f"the saved online trace has {what} {header['settings'].get(what)!r}, this one {mine!r}; "
+                    "resume with the settings it was begun with"
+                )
+        self._steps, self.borrows = dict(header["steps"]), dict(header.get("borrows", {}))
+        self._engine.plan, self._engine.order = dict(header["plan"]), list(header["order"])
+        self._engine.probed, self._engine.seen = header["probed"], header["seen"]
+        self._engine.untold = set(header["untold"])
 
     def save(self, stem: Path) -> None:
         """Write the state as <stem>.safetensors and <stem>.json. A team calls it together and its first process
@@ -550,6 +556,91 @@ class Accumulated:
                 return file.get_tensor(key) if rows is None else file.get_slice(key)[slice(*rows)]
 
             self._take(read_json(stem.with_suffix(".json")), shapes, read)
+
+    def save_pieces(self, folder: Path, update: int) -> dict[str, Any]:
+        """Write each sum as <folder>/<sum>-<update>.safetensors, in the place of its file of an earlier update, so that
+        hardly more than one state lies on the disk.
+
+        A call that is killed leaves some sums of this update and the others of the earlier one. A training that goes on
+        from the earlier one makes the same steps again and comes to this call again; the sums that are there already
+        are then read, since those in memory began without what came before (`load_pieces`).
+
+        Args:
+            update: how many updates the training has made.
+
+        Returns:
+            the rest of the state, JSON-able, for `load_pieces`; of a team's first process.
+        """
+        self._bring_together()
+        paths = {key: self._piece(folder, key, update) for key in self._means}
+        processes = None if self._team is None else self._team.processes
+        there = by_first(processes, lambda: [key for key, path in paths.items() if path.exists()])
+        for key, path in paths.items() if self._holds else ():
+            if key in there:
+                self._load_sum(key, path)
+            else:
+                self._save_sum(key, path)
+            if processes is None or processes.rank == 0:
+                for other in folder.glob(path.name.replace(f"-{update}.", "-*.")):
+                    if other != path:
+                        remove(other)
+        return self._header()
+
+    def load_pieces(self, folder: Path, update: int, header: Mapping[str, Any], without: Collection[str] = ()) -> None:
+        """Take over the state of an update, on any number of processes. A sum whose file is of a later update is
+        empty until `save_pieces` is called at that one.
+
+        Args:
+            header: what `save_pieces` gave.
+            without: tasks whose sums may be gone, since nothing is added to them any more; they are empty.
+
+        Raises:
+            UserError: it is of other settings or of another model, or a sum is missing.
+        """
+        self._take_header(header)
+        self._forget_sums()
+        for key in self._means:
+            path = self._piece(folder, key, update)
+            if path.exists():
+                self._load_sum(key, path)
+            elif key.rsplit("/", 3)[0] not in without and not _is_later(path, update):
+                raise UserError(f"{path} is missing, so the training cannot go on; begin the run again")
+        self._whole = True
+        if not self._holds:
+            self._forget_sums()
+
+    def _piece(self, folder: Path, key: str, update: int) -> Path:
+        return folder / f"{key.replace('/', '+')}-{update}.safetensors"
+
+    def _save_sum(self, key: str, path: Path) -> None:
+        mean, like = self._means[key], self._engine.parameters
+        if self._sharded:
+            assert self._team is not None
+            held = {name: laid(total, like[name]) for name, total in mean.total.items()}
+            return write(path, held, self._team.processes, _SUM, {"weight": mean.weight})
+        with replacing(path) as partial:
+            tensors = {name: total.contiguous() for name, total in mean.total.items()}
+            save_file(tensors, partial, metadata={"weight": json.dumps(mean.weight)})
+
+    def _load_sum(self, key: str, path: Path) -> None:
+        mean, like = self._means[key], self._engine.parameters
+
+        def take(shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, tuple[int, int] | None], Tensor]) -> None:
+            if shapes != {name: tuple(like[name].shape) for name in mean.total}:
+                raise UserError(f"{path} has other parameters than the model; is it of another model?")
+            for name, total in mean.total.items():
+                total.copy_(read(name, own_rows(like[name])))
+
+        if path.is_dir():
+            pieces = Pieces(path, _SUM)
+            mean.weight = pieces.header["weight"]
+            return take(pieces.shapes, pieces.read)
+        with safe_open(path, framework="pt") as file:
+            mean.weight = json.loads(file.metadata()["weight"])
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            take(
+                shapes, lambda name, rows: file.get_tensor(name) if rows is None else file.get_slice(name)[slice(*rows)]
+            )
 
     def _bring_together(self) -> None:
         """Add up a team's sums, in its first process, which goes on with them; the others begin anew. Those of a
@@ -818,6 +909,12 @@ def _by_part(batch: Batch, parts: int, seen: int) -> tuple[Batch, list[int], lis
     if len(shares) > 1:
         rest = {key: value[order.to(value.device)] for key, value in rest.items()}
     return rest, chosen.tolist(), shares
+
+
+def _is_later(path: Path, update: int) -> bool:
+    """Whether a sum's file is there, of a later update than the one that `path` names."""
+    others = path.parent.glob(path.name.replace(f"-{update}.", "-*."))
+    return any(int(other.stem.rpartition("-")[2]) > update for other in others)
 
 
 def _of_these(forward: TrainingForward, rows: Batch, _: Batch) -> Tensor:
