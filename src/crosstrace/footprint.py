@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosstrace import circuit, config, models, positions
+from crosstrace import circuit, config, disk, models, positions
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
 from crosstrace.errors import UserError
@@ -680,31 +680,21 @@ class Needs:
         return max(found, key=lambda of: of[0])
 
     def _disk(self) -> list[Row]:
-        """`pipeline`'s run folder: what stays, and what the strategies in training have beside it."""
-        e, rows = self.experiment, []
-        strategies, taught = len(e.strategies), len(e.taught)
-        phases = [len(phases) for phases in e.strategies.values()]
-        kept = {name: [_saved(len(data), e.train.checkpoint_every) for _, data in self.phases(name)]
-                for name in e.strategies}  # fmt: skip
-        all_kept = sum(len(each) for saves in kept.values() for each in saves)
-        copies = (all_kept if e.train.keep_checkpoints else sum(phases)) + strategies * bool(e.train.lora)
-        rows.append(("the taught models", copies * self.saved, True))
-        several = TASKS * len(e.trace.measures) * e.trace.parts * self.sums
-        places = taught + (all_kept + strategies if e.trace.checkpoints else 0)
-        rows.append(("traces", places * several + strategies * self.online, True))
-        sets = taught * len(self.whens) * self._sets(len(e.analysis.central_fractions)) / 8
-        rows.append(("shared sets", sets, True))
-        resumable = self.saved + 2 * self.learned + self.online
-        each = []
-        for saves in kept.values():
-            # the last one of every phase stays until the strategy is taught; one more while it is replaced
-            number = sum(map(len, saves)) if e.train.keep_checkpoints else len(saves) + (max(map(len, saves)) > 1)
-            each.append(number * resumable)
-        together = sum(sorted(each)[-min(e.jobs, strategies) :]) if each else 0
-        if e.retention.run:
-            together = max(together, min(e.jobs, strategies) * 2 * (self.saved + 2 * self.learned))
-        rows.append(("checkpoints while training", together, False))
-        return [{"what": what, "bytes": round(size), "lasting": lasting} for what, size, lasting in rows]
+        """`pipeline`'s run folder at its fullest, and what stays."""
+        e = self.experiment
+        saves = lambda steps: len(_saved(steps, e.train.checkpoint_every))
+        several, found = len(e.trace.measures) * e.trace.parts, {}
+        for name in e.taught:
+            phases = [(phase.name, saves(len(data))) for phase, data in self.phases(name)]
+            # each checkpoint, the last one as the final model, and the mean over all
+            places = 1 + sum(number for _, number in phases) if e.trace.checkpoints and phases else 1
+            found[name] = disk.Strategy(
+                phases=phases, further=saves(e.retention.steps), model=self.saved, optimiser=2 * self.learned,
+                trace=self.sums, tasks=TASKS, online=len(REDUCTIONS) * e.trace.parts * e.trace.online,
+                times=places * several, parts=e.trace.parts,
+                sets=(len(self.whens) if phases else 1) * self._sets(len(e.analysis.central_fractions)) / 8,
+            )  # fmt: skip
+        return disk.rows(e, found)
 
     # ---- work
 

@@ -23,8 +23,8 @@ ONLINE = "online"  # the traces during training, in the folder of the taught mod
 
 def place_of(folder: Path, when: str) -> Path:
     """Where the traces of one time are, in the folder of a strategy's traces: the parts, or the means."""
-    means = folder / MEANS
-    return (means if means.is_dir() else folder) / when
+    means = folder / MEANS / when
+    return means if means.is_dir() else folder / when
 
 
 def has(run: Run, name: str) -> str:
@@ -49,20 +49,23 @@ def need(run: Run, name: str, who: str, parts: bool = False) -> None:
 
 
 def keep_means(run: Run, name: str) -> None:
-    """Put the means in the place of a strategy's traces. A kill leaves the parts or the means, never neither."""
+    """Put the means in the place of a strategy's traces, those of one time after the other. A kill leaves of each the
+    parts or the means, never neither."""
     home = run.path(f"traces/{name}")
-    if not (home / MEANS).is_dir():
-        with replacing(home / MEANS) as partial:
-            for when in WHENS:
+    for when in (when for when in WHENS if (home / when).is_dir()):
+        if not (home / MEANS / when).is_dir():
+            with replacing(home / MEANS / when) as partial:
                 for file in sorted((home / when).rglob("*.safetensors")):
                     if file.parent.suffix != ".safetensors":  # (a folder of that name is one trace file in pieces)
-                        _write_means(file, partial / file.relative_to(home))
-    _drop(run, name, MEANS, [*WHENS])
+                        _write_means(file, partial / file.relative_to(home / when))
+        run.drop(f"traces/{name}", [when], _told(MEANS), added=[MEANS])
+    _drop_second_names(run, name, MEANS)
 
 
 def keep_none(run: Run, name: str) -> None:
     """Remove all of a strategy's traces."""
-    _drop(run, name, "none", [*WHENS, MEANS])
+    run.drop(f"traces/{name}", [MEANS, *WHENS], _told("none"))
+    _drop_second_names(run, name, "none")
 
 
 def _write_means(source: Path, target: Path) -> None:
@@ -73,12 +76,15 @@ def _write_means(source: Path, target: Path) -> None:
     save_traces(target, [Trace.combine(of_all) for of_all in parts.values()])
 
 
-def _drop(run: Run, name: str, keep: str, folders: list[str]) -> None:
+def _drop_second_names(run: Run, name: str, keep: str) -> None:
+    """The traces during training lie in the taught model's folder too: the same files, so none is gone before this."""
+    if (run.path(f"models/{name}") / ONLINE).is_dir():
+        run.drop(f"models/{name}", [ONLINE], _told(keep))
+
+
+def _told(keep: str) -> str:
     what = "the traces of its parts were" if keep == MEANS else "they were"
-    told = (
+    return (
         f"{what} removed when the stages had read them, since trace.keep was {keep}; give the run another folder and "
         "trace.keep: parts"
     )
-    run.drop(f"traces/{name}", folders, told, added=[MEANS] if keep == MEANS else [])
-    if (run.path(f"models/{name}") / ONLINE).is_dir():  # a second name of the same files
-        run.drop(f"models/{name}", [ONLINE], told)

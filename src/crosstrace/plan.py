@@ -52,7 +52,8 @@ class Plan:
             where it holds more or works alone.
         work: a row {process, stage, where, flops, shared_by, hours}, flops by all processes that share it; hours are
             None without a probe.
-        disk: a row {what, bytes, lasting}: what stays in the run folder, and what is there at most meanwhile.
+        disk: a row {what, bytes, left, moment} for each kind of file in the run folder: at the run's fullest moment,
+            when it is over, and which moment that is.
         machine: see `Machine`; of several alike, each.
         launch: processes and nodes, see `Launch`.
         totals: bytes of each of "gpu", "ram" and "disk" that are taken at once, and hours in all. Of processes that a
@@ -213,13 +214,23 @@ def _problems(needs: Needs) -> list[str]:
     return found
 
 
-def _candidates(experiment: Experiment) -> Iterator[dict[str, str]]:
+def _candidates(needs: Needs) -> Iterator[dict[str, str]]:
     """Changes that take less, the least painful first."""
-    e = experiment
+    e = needs.experiment
     if e.jobs > 1:
         yield {"jobs": "1"}
     if e.trace.batch > 8:
         yield {"trace.batch": "8"}
+    for tokens in (2048, 512):
+        if e.eval.tokens > tokens:
+            yield {"eval.tokens": str(tokens)}
+    if e.trace.keep == "parts":
+        yield {"trace.keep": "means"}
+    if e.trace.keep != "none":
+        yield {"trace.keep": "none"}
+    longest = max((len(data) for name in e.strategies for _, data in needs.phases(name)), default=0)
+    if e.train.checkpoint_every < longest and not e.train.keep_checkpoints:
+        yield {"train.checkpoint_every": str(longest)}  # none before a phase's end
     if e.interventions.run and e.interventions.seeds > 1:
         yield {"interventions.seeds": "1"}
     if e.interventions.run and len(e.interventions.fractions) > 1:
@@ -308,7 +319,7 @@ def _settings(needs: Needs) -> tuple[list[str], Row]:
     def with_(changes: Sequence[Mapping[str, str]]) -> Needs:
         return _with(needs, {name: value for change in changes for name, value in change.items()})
 
-    every = list(_candidates(needs.experiment))
+    every = list(_candidates(needs))
     least = with_(every)
     if _problems(least):
         return [], least.totals()
@@ -470,9 +481,11 @@ def _told(found: Plan) -> Iterator[str]:
         hours = "–" if r["hours"] is None else f"{r['hours']:.3g}"
         rows.append([f"{r['process']}: {r['stage']}", r["where"], f"{r['flops'] / 1e15:,.4g}", hours])
     yield "\n" + _right(rows)
-    rows = [["disk", "", ""]]
-    rows += [[r["what"], size_text(r["bytes"]), "" if r["lasting"] else "meanwhile"] for r in found.disk]
+    rows = [["disk", "at most", "at the end"]]
+    rows += [[r["what"], size_text(r["bytes"]), size_text(r["left"])] for r in found.disk]
+    rows.append(["all", *(size_text(sum(r[when] for r in found.disk)) for when in ("bytes", "left"))])
     yield "\n" + aligned(rows)
+    yield f"the disk is fullest at {found.disk[0]['moment']}"
     rows = [["in all", "at once", "free"]]
     names = ("each GPU", f"RAM, {_together(launch)}", "disk") if several else ("GPU", "RAM", "disk")
     for where, name in zip(_WORDS, names):
