@@ -128,17 +128,74 @@ def test_of_experts_those_that_are_chosen_count():
     assert needs._multiplied == rest + experts / 2  # two of four
 
 
-def test_disk_is_what_a_run_leaves(tmp_path):
+@pytest.mark.parametrize("keep", ["parts", "means", "none"])
+def test_disk_is_what_a_run_leaves(tmp_path, keep):
     experiment = replace(SMALL, strategies={"mixed": SMALL.strategies["mixed"]}, jobs=1)
-    experiment = config.override(experiment, {"trace.check": "false", "train.recall_every": "0", "trace.every": "1"})
+    changes = {"trace.check": "false", "train.recall_every": "0", "trace.every": "1", "interventions.run": "false"}
+    experiment = config.override(experiment, changes | {"trace.keep": keep})
     pipeline.run(experiment, tmp_path / "run", stages=["data", "train", "trace", "analyze"], quiet=True)
     size = lambda name: sum(f.stat().st_size for f in (tmp_path / "run" / name).rglob("*.safetensors"))
-    rows = {row["what"]: row for row in plan(experiment, machine=PLENTY).disk}
+    rows = {row["what"]: row["left"] for row in plan(experiment, machine=PLENTY).disk}
     online = size("models/mixed/online")
-    assert rows["the taught models"]["bytes"] == pytest.approx(size("models") - online, rel=0.02)
-    assert rows["traces"]["bytes"] == pytest.approx(size("traces"), rel=0.02)  # the online ones have two names
-    assert rows["shared sets"]["bytes"] == pytest.approx(size("shared"), rel=0.2)  # headers weigh in so small a model
-    assert not rows["checkpoints while training"]["lasting"]
+    assert rows["the taught models"] == pytest.approx(size("models") - online, rel=0.02)
+    assert rows["traces"] == pytest.approx(size("traces"), rel=0.02)  # the online ones have two names
+    assert rows["shared sets"] == pytest.approx(size("shared"), rel=0.2)  # headers weigh in so small a model
+    assert not rows["checkpoints while training"]
+
+
+def disk_of(**changes: str) -> dict[str, tuple[int, int]]:
+    """Of each kind the bytes at the fullest moment, and at the end; in units of the model's size."""
+    experiment = config.override(SMALL, {"jobs": "1", **{name.replace("__", "."): v for name, v in changes.items()}})
+    found = plan(experiment, machine=PLENTY)
+    size = 4 * found.model["parameters"]
+    assert found.totals["disk"] == sum(row["bytes"] for row in found.disk)
+    assert len({row["moment"] for row in found.disk}) == 1
+    return {row["what"]: (row["bytes"] / size, row["left"] / size) for row in found.disk}
+
+
+def test_the_fullest_moment_of_the_disk_by_hand():
+    """Two strategies, the second of one phase; two tasks, two parts; sums of two reductions during training."""
+    parts, left = 8 + 4, 2  # during training and at its end; of one strategy
+    found = disk_of()
+    assert found["traces"] == (2 * parts, 2 * parts) and found["the taught models"] == (3, 3)
+    found = disk_of(trace__keep="none")  # while a strategy is analysed nothing else has traces
+    assert found["traces"] == (parts, 0) and found["the taught models"] == (3, 3)
+    found = disk_of(trace__keep="none", train__checkpoint_every="1")
+    # of `mixed`, before the last of its checkpoints: two with optimiser, the sums, one of them twice
+    assert found["checkpoints while training"] == (3 + 3 + 8 + 1, 0) and found["the taught models"] == (left, 3)
+    found = disk_of(trace__keep="means")
+    # of `mixed` first the means of training: 8 parts, their 4 means and the 4 of the end; those of the other strategy
+    assert found["traces"] == (parts / 2 + parts + 8 / 2, parts)
+    found = disk_of(trace__online="false", train__checkpoint_every="1", trace__keep="none")
+    assert found["checkpoints while training"] == (3 + 3, 0)
+    two = disk_of(jobs="2", trace__keep="none", train__checkpoint_every="1")
+    # the last checkpoint but one of two_stage's second phase beside that of mixed
+    assert two["checkpoints while training"] == (15 + 16, 0)
+    further = disk_of(retention__run="true", retention__steps="100", trace__keep="none", trace__online="false")
+    assert further["checkpoints while training"] == (1 + 3 + 1, 0)  # what the first one left
+
+
+def test_recall_that_is_too_large_is_asked_in_smaller_batches():
+    experiment = config.override(SMALL, {"jobs": "1", "trace.online": "false", "trace.check": "false",
+                                         "mechanism.run": "false", "interventions.run": "false",
+                                         "trace.batch": "1", "facts.people": "100"})  # fmt: skip
+    found = plan(experiment, machine=PLENTY)
+    largest = max(found.memory, key=lambda row: row["bytes"])
+    assert largest["moment"].startswith("recall of")
+    short = replace(PLENTY, ram=round((found.totals["ram"] - 0.1 * largest["bytes"]) / 0.9))
+    refused = plan(experiment, machine=short)
+    assert "recall of" in refused.problems[0] and "--eval.tokens 2048" in refused.remedies
+    assert _fits(experiment, {"eval.tokens": "2048"}, short)
+
+
+def test_a_disk_that_is_too_small_is_helped_by_keeping_fewer_traces():
+    fewer = {"jobs": "1", "interventions.run": "false", "mechanism.run": "false"}
+    experiment = config.override(SMALL, fewer)
+    whole, none = (plan(config.override(experiment, {"trace.keep": keep}), machine=PLENTY).totals["disk"]
+                   for keep in ("parts", "none"))  # fmt: skip
+    assert none < 0.7 * whole
+    found = plan(experiment, machine=replace(PLENTY, disk=round(1.05 * none / 0.9)))
+    assert "--trace.keep none" in found.remedies and found.problems[0].startswith("disk: ")
 
 
 def test_what_does_not_fit_is_refused_with_settings_that_do():
@@ -216,7 +273,7 @@ def test_an_adapter_is_all_that_is_trained_and_kept():
     for found in (merged, own):
         assert parts(found, "train")["optimiser"] == 8 * trained
         assert parts(found, "train")["weights"] == 4 * (whole.model["parameters"] + trained)
-        assert {row["what"]: row["bytes"] for row in found.disk}["the taught models"] == 5 * 4 * trained
+        assert {row["what"]: row["left"] for row in found.disk}["the taught models"] == 5 * 4 * trained
     assert parts(merged, "train")["trace's sums"] == parts(whole, "train")["trace's sums"]
     assert parts(own, "train")["trace's sums"] == 8 * 4 * trained
     adapted = sum(m.get_base_layer().weight.numel() for m in model.modules() if hasattr(m, "get_base_layer"))
