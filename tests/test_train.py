@@ -297,7 +297,7 @@ def test_the_online_trace_does_not_depend_on_how_an_update_is_computed(tmp_path:
 
     def traced(name: str, **options: Any) -> dict:
         model = _model(dtype=torch.float64)
-        online = OnlineListener(model, experiment)
+        online = OnlineListener(model, experiment, tmp_path / name)
         _train(model, mixed(4, 6, 2), tmp_path / name, [online], **options)
         return online.traces()
 
@@ -453,6 +453,24 @@ def test_killed_while_the_sums_of_a_trace_are_replaced(tmp_path: Path, monkeypat
         for mine, theirs in zip(traces, found[1][task], strict=True):
             assert mine.weight == theirs.weight > 0 and mine.meta == theirs.meta
             assert all(torch.equal(mine.values[name], theirs.values[name]) for name in mine.values)
+
+
+def test_a_training_that_an_earlier_version_began_goes_on(tmp_path: Path, monkeypatch):
+    """It had the sums in the checkpoint."""
+
+    def whole(folder: Path, *more: Listener) -> list:
+        model = _model()
+        online = OnlineListener(model, EXPERIMENT, folder)
+        _train(model, two_stage(2, 3, 5), folder, [online, *more])
+        return [value for traces in online.traces().values() for item in traces for value in item.values.values()]
+
+    expected = whole(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(OnlineListener, "save", lambda online, folder, leads: online.trace.save(folder / "trace"))
+        whole(tmp_path / "cut", Listener(4))
+    assert not (tmp_path / "cut" / "sums").exists()
+    found = whole(tmp_path / "cut")
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
 
 
 def test_what_no_resume_needs_is_not_kept(tmp_path: Path):

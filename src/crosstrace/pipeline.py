@@ -411,6 +411,9 @@ class OnlineListener:
             write_json(folder / "trace.json", header | {"updates": self.updates})
 
     def load(self, folder: Path) -> None:
+        older = folder / "trace"  # as versions wrote it that had all of it in the checkpoint
+        if older.is_dir() or older.with_suffix(".safetensors").is_file():
+            return self.trace.load(older)
         header = read_json(folder / "trace.json")
         self.updates = header["updates"]
         kept = [task for task in TASKS if self._file(task).exists()]
