@@ -59,7 +59,8 @@ def keep_means(run: Run, name: str) -> None:
                     if file.parent.suffix != ".safetensors":  # (a folder of that name is one trace file in pieces)
                         _write_means(file, partial / file.relative_to(home / when))
         run.drop(f"traces/{name}", [when], _told(MEANS), added=[MEANS])
-    _drop_second_names(run, name, MEANS)
+        _drop_second_names(run, name, MEANS)  # at once: until then the disk is not free
+    _drop_second_names(run, name, MEANS)  # an earlier call may have been killed before it
 
 
 def keep_none(run: Run, name: str) -> None:
