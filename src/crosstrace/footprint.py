@@ -689,7 +689,7 @@ class Needs:
             # each checkpoint, the last one as the final model, and the mean over all
             places = 1 + sum(number for _, number in phases) if e.trace.checkpoints and phases else 1
             found[name] = disk.Strategy(
-                phases=phases, further=saves(e.retention.steps), model=self.saved, optimiser=2 * self.learned,
+                phases=phases, further=saves(e.retention.steps), model=self.saved, optimiser=self.optimised,
                 trace=self.sums, tasks=TASKS, online=len(REDUCTIONS) * e.trace.parts * e.trace.online,
                 times=places * several, parts=e.trace.parts,
                 sets=(len(self.whens) if phases else 1) * self._sets(len(e.analysis.central_fractions)) / 8,
