@@ -44,6 +44,7 @@ VOCABULARY = 49152
 
 
 def model_of() -> torch.nn.Module:
+    """The shape with random weights."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
@@ -51,7 +52,7 @@ def model_of() -> torch.nn.Module:
         intermediate_size=1536, tie_word_embeddings=True, use_cache=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # as experiments load it
 
 
 def batch_of(count: int, shortest: int, longest: int, trained: int | None, seed: int) -> tuple[Batch, Batch]:
