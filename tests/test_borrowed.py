@@ -96,7 +96,7 @@ def test_a_forward_with_dropout_is_not_borrowed():
     own, borrowed, _, seen = both(lambda: calm(tiny_model("gpt2"), 0.1))
     assert borrowed.borrows == {"bio": False, "qa": False}
     assert {t.meta["forward"] for t in borrowed.traces()} == {"of its own"}
-    assert seen["rows"][:4] == [2, 2, 5, 5]
+    assert seen["rows"][:3] == [2, 5, 5]  # the second task, whose turn has not come, is not compared
     assert own.traces()[0].weight == borrowed.traces()[0].weight
 
 

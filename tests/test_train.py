@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
@@ -25,6 +26,7 @@ from crosstrace.pipeline import OnlineListener
 from crosstrace.schedule import Optimiser, Phase, mixed, two_stage
 from crosstrace.tokens import collate
 from crosstrace.trace import OnlineTrace
+from crosstrace.trace.borrowed import is_the_same
 from crosstrace.train import RecallHistory, TrainSettings, UpdateLoss, learning_rate_factor, train
 from crosstrace.updates import Updates, micro_batches
 
@@ -183,6 +185,7 @@ def test_training_equals_a_plain_loop(tmp_path: Path, options: dict):
     trained = _model(dtype=torch.float64)
     train(trained, WORDS, [phase], EXAMPLES, tmp_path, TrainSettings(seed=7, **options))
     assert not any(getattr(module, "gradient_checkpointing", False) for module in trained.modules())
+    assert not any(module._forward_hooks for module in trained.modules())
 
     twin = _model(dtype=torch.float64)
     untaught = _model(dtype=torch.float64)
@@ -279,7 +282,7 @@ def test_several_lengths_are_trained_in_several_forwards(tmp_path: Path, monkeyp
     """Batches cut to save padding: the same training but for rounding."""
     whole, cut = _model(dtype=torch.float64), _model(dtype=torch.float64)
     _train(whole, mixed(3, 4, 3), tmp_path / "whole")
-    monkeypatch.setattr("crosstrace.updates.micro_batches", lambda items, most: micro_batches(items, most, once=0))
+    monkeypatch.setattr("crosstrace.updates.micro_batches", lambda items, most, once: micro_batches(items, most, 0))
     data = Updates(mixed(3, 4, 3)[0], EXAMPLES, "1/0", WORDS.pad_token_id, "object")
     assert any(len(batches) > 1 for update in range(3) for batches in data[update].values())
     _train(cut, mixed(3, 4, 3), tmp_path / "cut")
@@ -313,6 +316,44 @@ def test_the_online_trace_does_not_depend_on_how_an_update_is_computed(tmp_path:
                 torch.testing.assert_close(theirs.values[name], value, rtol=1e-6, atol=1e-10, msg=name)
 
 
+@pytest.mark.parametrize("rejected", [None, "qa"])
+@pytest.mark.parametrize("micro_batch", [None, 1, 2])
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 2)], ids=["as many", "fewer"])
+def test_a_task_behind_one_that_is_not_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rejected: str | None, micro_batch: int | None, sizes: tuple
+):
+    """Questions come first; with all tokens as targets, or where the comparison rejects them, their forward is not the
+    training's. The biographies' trace must not see what the training makes of the questions."""
+    phase = Phase("p", {"qa": sizes[0]}, 2, replay={"bio": sizes[1]})
+
+    def taught(name: str, forward: str) -> tuple[Any, dict]:
+        targets = "object" if rejected else "all"
+        options = {"parts": 2, "every": 1, "measures": ["abs"], "forward": forward, "targets": targets}
+        model = _model(dtype=torch.float64)
+        online = OnlineListener(model, parse({"trace": options}, "test"), tmp_path / name)
+        settings = TrainSettings(seed=1, optimiser=FAST, micro_batch=micro_batch)
+        train(
+            model, WORDS, [phase], EXAMPLES, tmp_path / name, settings, listeners=[online], trace_targets=targets
+        )  # fmt: skip
+        return model, online.traces()
+
+    own, expected = taught("own", "own")
+    if rejected:
+        count: list[int] = []
+
+        def rejects(engine: Any, batch: Any, forward: Any) -> bool:
+            count.append(1)
+            return is_the_same(engine, batch, forward) and len(count) > 1
+
+        monkeypatch.setattr(sys.modules["crosstrace.trace.trace"], "is_the_same", rejects)
+    shared, found = taught("shared", "training")
+    assert _same(own, shared)
+    for task, traces in expected.items():
+        for mine, theirs in zip(traces, found[task]):
+            for name, value in mine.values.items():
+                torch.testing.assert_close(theirs.values[name], value, rtol=1e-9, atol=1e-14, msg=f"{task} {name}")
+
+
 def test_one_micro_batch_is_held_at_a_time():
     """Its gradient is computed, and its graph let go of, before the next one's forward."""
     model, log = _model(), []
@@ -320,7 +361,7 @@ def test_one_micro_batch_is_held_at_a_time():
     data = Updates(phase, EXAMPLES, "1/0", WORDS.pad_token_id, "object", 1)
     model.register_forward_pre_hook(lambda *_: log.append("forward"))
     losses = UpdateLoss(model, phase, data[0], lambda part: log.append(part.item()))
-    assert len(losses.parts) == 5 and sum(share for _, _, share in losses.parts) == pytest.approx(2)
+    assert len(losses.micro_batches) == 5 and sum(share for _, _, share in losses.micro_batches) == pytest.approx(2)
     given = losses.finish()
     assert [kind if kind == "forward" else "backward" for kind in log] == [*["forward", "backward"] * 4, "forward"]
     assert losses.last is not None

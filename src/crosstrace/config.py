@@ -224,7 +224,8 @@ class Experiment:
     mechanism: MechanismSettings = Field(default_factory=MechanismSettings)
     retention: RetentionSettings = Field(default_factory=RetentionSettings)
     jobs: Annotated[int, Field(ge=1)] = 2
-    """Strategies that are worked on at once, each in a process of its own."""
+    """Processes that share out the work, one for each model at most: stages of several models, and the parts of the
+    mechanism, are done at once."""
     threads: Annotated[int, Field(ge=1)] = 1
     """Threads of each process. Results may differ in the last bits between numbers of threads."""
 

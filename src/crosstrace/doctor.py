@@ -236,12 +236,12 @@ class _Comparison:
         expected one's length."""
         length = max(norm, size)
         if got is not None and expected is not None:
-            if torch.equal(got, expected):
+            if math.isfinite(norm) and torch.equal(got, expected):
                 self.errors.setdefault(name, _Errors())
                 return
             wide = _wide(expected)
             difference = _wide(got) - wide
-            along = abs(float(torch.dot(difference.flatten(), wide.flatten()))) / length if length else 0.0
+            along = abs(_product(difference, wide)) / length if length else 0.0
         elif got is not None:
             difference, along = _wide(got), 0.0
         elif expected is not None:
@@ -790,6 +790,15 @@ def _gradients(model: Any, batch: Batch, row: int = 0) -> _Computed:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _product(a: Tensor, b: Tensor) -> float:
+    """Σ a·b. In float64 where products of so small or large numbers have no place in float32."""
+    a, b = a.flatten(), b.flatten()
+    size = float(torch.linalg.vector_norm(b, math.inf))
+    if a.dtype != b.dtype or not 1e-10 < size < 1e10:
+        a, b = a.double(), b.double()
+    return float(torch.dot(a, b))
 
 
 def _norm(x: Tensor) -> float:

@@ -11,6 +11,7 @@ It reads a config and perhaps a tokenizer, no weights, and knows neither what fi
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ from crosstrace.tokens import IGNORE, Batch, Encoded, batches, check_room, colla
 from crosstrace.trace.memory import MOST_PASSES, SPARE, free_memory
 from crosstrace.trace.rules import sum_dtype
 from crosstrace.trace.trace import REDUCTIONS
-from crosstrace.updates import Updates, epoch_sizes
+from crosstrace.updates import ONCE, Updates, epoch_sizes
 
 Row = dict[str, Any]
 Moment = tuple[
@@ -388,8 +389,10 @@ class Needs:
             step = self._step(phase, chosen)
             yield f"a step of {phase.name}", held | step, host
             if e.trace.online:
-                merged = {"a copy of what is merged": self.adapted} if self.adapted else {}
-                yield f"a traced step of {phase.name}", held | merged | self._traced(chosen), host
+                further = {"a copy of what is merged": self.adapted} if self.adapted else {}
+                if self._shares_forward and sum(map(len, chosen.values())) > 1:  # of the micro-batches before
+                    further |= {"gradients": self.learned}
+                yield f"a traced step of {phase.name}", held | further | self._traced(chosen), host
         for part, items in samples(self.material.parts, e.train.recall_examples).items():
             yield f"recall of {part}", held | self._recall(part, len(items), e.eval.tokens), host
         if self.sharded:
@@ -431,19 +434,37 @@ class Needs:
         return {name: x[: -(-len(x) // self.launch.processes)] for name, x in batch.items()}
 
     @property
+    def _shares_forward(self) -> bool:
+        """Whether the trace during training goes back through the training's own forward."""
+        e = self.experiment
+        merges = e.train.lora is not None and e.trace.view == "merged"
+        alone = self.launch.processes == 1 and not merges and not e.train.gradient_checkpointing
+        return e.trace.forward == "training" and alone
+
+    @property
     def _micro_batch(self) -> int | None:
         """Examples in a micro-batch of all processes together."""
         most = self.experiment.train.micro_batch
         return most and most * self.launch.processes
 
+    @property
+    def _once(self) -> float:
+        """What a micro-batch costs beside its tokens, as `train` has it."""
+        return math.inf if self.sharded else ONCE
+
     def phases(self, name: str) -> list[tuple[Phase, Updates]]:
         """A strategy's phases, each with what its updates see."""
-        e, seen = self.experiment, self.material
+        seed = self.experiment.train.seed
         return [
-            (phase, seen.once((name, index, repr(phase), self._micro_batch), lambda index=index, phase=phase: Updates(
-                phase, seen.trained, f"{e.train.seed}/{index}", seen.pad, e.trace.targets, self._micro_batch)))
-            for index, phase in enumerate(e.strategies.get(name, []))
-        ]  # fmt: skip
+            (phase, self._updates(phase, f"{seed}/{index}"))
+            for index, phase in enumerate(self.experiment.strategies.get(name, []))
+        ]
+
+    def _updates(self, phase: Phase, seed: str) -> Updates:
+        """What the updates of a phase see, as `train` has it."""
+        seen, targets = self.material, self.experiment.trace.targets
+        make = lambda: Updates(phase, seen.trained, seed, seen.pad, targets, self._micro_batch, self._once)
+        return seen.once((seed, repr(phase), targets, self._micro_batch, self._once), make)
 
     def _step(self, phase: Phase, chosen: Mapping[str, Sequence[Batch]]) -> Parts:
         """What an update holds beside weights and optimiser: at its fullest, or all gradients when that is over."""
@@ -640,11 +661,11 @@ class Needs:
 
     def _retain(self) -> Iterator[Moment]:
         """`retention.retain`: as training, beside a copy of the taught values and the sets."""
-        e, options = self.experiment, self.experiment.retention
+        options = self.experiment.retention
         sets = len(self.whens) * (1 + 2 * options.draws) * self.alone.scope
         batch = {"bio": options.bio + options.replay_bio, "qa": options.qa + options.replay_qa}
         phase = Phase("new", {task: count for task, count in batch.items() if count}, options.steps)
-        data = Updates(phase, self.material.trained, "0", self.material.pad, e.trace.targets, self._micro_batch)
+        data = self._updates(phase, "0")
         held = self._trained() | {"a copy of the weights": self.weights}
         chosen = {task: [self._share(batch) for batch in own] for task, own in _costliest(data).items()}
         yield "a step", held | self._step(phase, chosen), {"masks": sets}
@@ -656,17 +677,20 @@ class Needs:
         found = {}
         together = min(self.experiment.jobs, len(self.processes()))
         for where in ("gpu", "ram"):
-            found[where] = sum(sorted(self.fullest(process, where)[0] for process in self.processes())[-together:])
+            sizes = [self.fullest(process, where)[0] for process in self.processes()]
+            # several may work on one model's mechanism
+            shared = [self.fullest(process, where, ("mechanism",))[0] for process in self.processes()]
+            found[where] = sum(sorted([*sizes, *(together - 1) * shared])[-together:])
         found["ram"] += (together + (self.experiment.jobs > 1)) * self.launch.beside * _interpreter()
         found["disk"] = sum(row["bytes"] for row in self.disk)
         return found
 
-    def fullest(self, process: str, where: str) -> tuple[int, Row]:
+    def fullest(self, process: str, where: str, only: Sequence[str] = ()) -> tuple[int, Row]:
         """What the fullest stage takes on one GPU, or in the RAM of a machine by all that a launcher started there; and
-        the stage's fullest row."""
+        the stage's fullest row. Of some stages if `only` names any."""
         stages: dict[str, dict[str, Row]] = {}
         for row in self.memory:
-            if (row["process"], row["where"]) == (process, where):
+            if (row["process"], row["where"]) == (process, where) and (not only or row["stage"] in only):
                 stages.setdefault(row["stage"], {})[row["whose"]] = row
         found: list[tuple[int, Row]] = [(0, {})]
         for rows in stages.values():
@@ -758,10 +782,9 @@ class Needs:
                 # of a frozen base there is no gradient of the weights, a third of it all
                 passes = (2 if e.train.lora else 3) + e.train.gradient_checkpointing
                 add(name, "train", passes * steps + times * self.flops(few))
-                merges = e.train.lora is not None and e.trace.view == "merged"
-                alone = self.launch.processes == 1 and not merges and not e.train.gradient_checkpointing
-                shares = e.trace.forward == "training" and alone
-                add(name, "train, traced", (3 - shares) * steps / e.trace.every if e.trace.online else 0.0)
+                add(
+                    name, "train, traced", (3 - self._shares_forward) * steps / e.trace.every if e.trace.online else 0.0
+                )
             add(name, "eval", self.flops(asked))
             chosen = [sample(i, e.trace.examples) if e.trace.examples else i for i in seen.trained.values()]
             once = 3 * sum(self.flops(work_of(items, e.trace.batch)) for items in chosen)

@@ -563,6 +563,8 @@ def checkpointing_gradients(model: Any, on: bool = True):
     # transformers before 5.20 has the second name alone, and later ones warn of it
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    embeddings = model.get_input_embeddings()
+    hooks = {*embeddings._forward_hooks}
     try:
         enable({"use_reentrant": False})
     except ValueError as error:
@@ -574,6 +576,8 @@ def checkpointing_gradients(model: Any, on: bool = True):
         yield
     finally:
         disable()
+        for hook in {*embeddings._forward_hooks} - hooks:  # which makes inputs need gradients, and is left there
+            del embeddings._forward_hooks[hook]
 
 
 @contextmanager

@@ -74,8 +74,14 @@ def save(trainer: Any, folder: Path) -> None:
 
 
 def load(trainer: Any, folder: Path) -> None:
-    """Read what `save` wrote, and set the learning rate to where it was."""
+    """Read what `save` wrote, and set the learning rate to where it was.
+
+    Raises:
+        UserError: the folder is damaged, or was saved by an earlier version.
+    """
     pieces, optimizer, scheduler = Pieces(folder / FOLDER, FOLDER), trainer.optimizer, trainer.lr_scheduler
+    if "single" not in pieces.header:
+        raise UserError(f"{folder} was saved by an earlier version of crosstrace; train anew, with --overwrite")
     updates, single = pieces.header["updates"], pieces.header["single"]
     tensors: dict[str, list[str]] = {name: [] for name in single}
     for key in pieces.shapes:

@@ -176,7 +176,7 @@ class Work:
 
 
 def _strategies(run: Run, experiment: Experiment, stages: Sequence[str], progress: Progress) -> None:
-    """The base's evaluation and every strategy's own chain of stages, `jobs` of them at once."""
+    """The base's evaluation and every strategy's own chain of stages, shared out among `jobs` processes."""
     chain = [stage for stage in STAGES[1:-1] if stage in stages]
     names = [*experiment.taught, *(["base"] if {"eval", "trace", "mechanism"} & {*chain} else [])]
     if not chain:
@@ -192,7 +192,8 @@ def _strategies(run: Run, experiment: Experiment, stages: Sequence[str], progres
     left = Counter((work.name, work.stage) for groups in chains.values() for group in groups for work in group)
     took: Counter[tuple[str, str]] = Counter()  # seconds of a stage's parts together
     arguments = (run.folder, experiment, progress.quiet)
-    works = done_by(experiment.jobs, chains, _work, *arguments, initializer=start_worker, initargs=(os.getpid(),))
+    workers = min(experiment.jobs, len(chains))  # the plan counts as many
+    works = done_by(workers, chains, _work, *arguments, initializer=start_worker, initargs=(os.getpid(),))
     try:
         with closing(works):
             for work, seconds in works:
@@ -1162,6 +1163,8 @@ def check(experiment: Experiment, whole: bool, stages: Sequence[str] = STAGES) -
         )
     if whole:
         model = load_base(experiment)
+        with models.checkpointing_gradients(model, experiment.train.gradient_checkpointing):
+            pass
         encoded = encode(tokenizer, [*taught["bio"], *taught["qa"]], groups(taught))
         _check_parts(experiment, encoded)
         _check_known(tokenizer, encoded, experiment.model.name)

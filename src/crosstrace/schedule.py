@@ -22,9 +22,6 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class Optimiser:
     """The optimiser and its learning-rate schedule, anew for each phase."""
 
-    name: Literal["adamw", "adafactor", "adamw_8bit"] = "adamw"
-    """AdamW; Adafactor with this learning rate, which keeps next to no state; or AdamW with its state in 8 bits, which
-    needs bitsandbytes."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     """Its peak, after the warm-up."""
     betas: tuple[Beta, Beta] = (0.9, 0.98)
@@ -39,6 +36,9 @@ class Optimiser:
     """Course of the learning rate after the warm-up."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of the learning rate that a decay ends at."""
+    name: Literal["adamw", "adafactor", "adamw_8bit"] = "adamw"
+    """AdamW; Adafactor with this learning rate, which keeps next to no state; or AdamW with its state in 8 bits, which
+    needs bitsandbytes."""
 
 
 @settings(frozen=True, config=STRICT)

@@ -35,7 +35,7 @@ from crosstrace.schedule import STRICT, Optimiser, Phase, Strategy
 from crosstrace.sharded import at_rest, is_sharded, local
 from crosstrace.store import remove, remove_folder
 from crosstrace.tokens import IGNORE, Batch, Encoded
-from crosstrace.updates import Updates, epoch_sizes
+from crosstrace.updates import ONCE, Updates, epoch_sizes
 
 
 @settings(frozen=True, config=STRICT)
@@ -88,9 +88,10 @@ class Listener(Protocol):
 
         Args:
             forwards: by task, the training's own forward: of some rows of a micro-batch; or of the next one, in the
-                order of tasks and micro-batches, to be kept for the update, which then makes none of its own. It gives
-                the losses of the labels [B]. A task has one if its labels are among those trained, so that nothing else
-                is computed than without; none has one where several processes train or gradients are checkpointed.
+                order of tasks and micro-batches without a gap, to be kept for the update, which then makes none of its
+                own. It gives the losses of the labels [B]. A task has one if its labels are among those trained, so
+                that nothing else is computed than without; none has one where several processes train or gradients are
+                checkpointed.
         """
 
     def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
@@ -155,7 +156,9 @@ def train(
         home = folder / f"{index}-{phase.name}"
         seed, most = f"{options.seed}/{index}", options.micro_batch
         most = most and most * (processes.size if processes else 1)  # each process has its share of every micro-batch
-        data = Updates(phase, examples, seed, pad_id(tokenizer), trace_targets, most)
+        # of a sharded model every micro-batch gathers all weights again, so none is cut to save padding
+        once = math.inf if is_sharded(model) else ONCE
+        data = Updates(phase, examples, seed, pad_id(tokenizer), trace_targets, most, once)
         tracked = (logs or folder) / home.name
         _run_phase(
             model, phase, data, home, tracked, options, bf16, listeners, done, sum(lengths), progress, processes
@@ -200,47 +203,47 @@ class UpdateLoss:
         inner: Any = None,
     ) -> None:
         self.model, self.inner, self.processes, self.backward = model, inner, processes, backward
-        self.parts: list[tuple[str, Batch, float]] = []  # of what, and its share of the loss
+        self.micro_batches: list[tuple[str, Batch, float]] = []  # the task, and its share of the loss
         for task, own in batches.items():
             count = sum(len(batch["labels"]) for batch in own)
-            self.parts += [(task, batch, phase.weights.get(task, 1.0) * len(batch["labels"]) / count) for batch in own]
-        self.made = 0  # parts that there are
+            weight = phase.weights.get(task, 1.0) / count
+            self.micro_batches += [(task, batch, weight * len(batch["labels"])) for batch in own]
+        self.made = 0  # micro-batches whose part of the loss was made
         self.loss = torch.zeros(())
         self.last: Tensor | None = None  # the part made last, whose gradient has not been computed
 
     def share_next(self, task: str, batch: Batch) -> Tensor:
-        """The losses [B] of the labels of the task's next micro-batch, whose labels for training are `trained`: of the
-        forward that the update goes on with. The graph is there until the next micro-batch is asked for."""
-        while self.parts[self.made][0] != task:
-            self._make_next()
-        share = self._begin()
+        """The losses [B] of the labels of the next micro-batch, whose labels for training are `trained`: of the forward
+        that the update goes on with. The graph is there until the next micro-batch is asked for.
+
+        The next one must be of this task: whoever traces may be watching the model, and must see no other.
+        """
+        of_next, _, share = self.micro_batches[self.made]
+        assert of_next == task, f"the next micro-batch is of {of_next}, not of {task}"
+        self._use_up()
         trained, others = task_losses(self.model, batch, [batch["trained"], batch["labels"]], self.inner)
-        self._end(share * trained.mean())
+        self._add(share * trained.mean())
         return others
 
     def finish(self) -> Tensor:
         """The update's loss, of which the last part alone is left to differentiate."""
-        while self.made < len(self.parts):
-            self._make_next()
+        while self.made < len(self.micro_batches):
+            _, batch, share = self.micro_batches[self.made]
+            is_last = self.made == len(self.micro_batches) - 1
+            own, of_own = _share(batch, self.processes)
+            called = self.model if is_last or self.inner is None else self.inner
+            self._use_up()
+            self._add(of_own * share * task_losses(called, own, [own["labels"]], self.inner)[0].mean())
         assert self.last is not None
         return self.last + (self.loss - self.last.detach())
 
-    def _make_next(self) -> None:
-        _, batch, _ = self.parts[self.made]
-        is_last = self.made == len(self.parts) - 1
-        own, of_own = _share(batch, self.processes)
-        called = self.model if is_last or self.inner is None else self.inner
-        share = self._begin()
-        self._end(of_own * share * task_losses(called, own, [own["labels"]], self.inner)[0].mean())
-
-    def _begin(self) -> float:
-        """The share of the next part in the loss, before its forward: the graph of the one before is used up."""
+    def _use_up(self) -> None:
+        """Compute the gradient of the part made last, before the next one's forward: its graph is let go of."""
         if self.last is not None:
             self.backward(self.last)
             self.last = None
-        return self.parts[self.made][2]
 
-    def _end(self, part: Tensor) -> None:
+    def _add(self, part: Tensor) -> None:
         self.last, self.made = part, self.made + 1
         self.loss = self.loss.to(part.device) + part.detach()
 

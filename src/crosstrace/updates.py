@@ -31,7 +31,8 @@ class Updates(Dataset):
         seed: of the order of the examples.
         pad: the id of the padding token.
         trace_targets: which tokens `trace_labels` mark.
-        micro_batch: how many examples of one task go through the model at once at most; see `micro_batches`.
+        micro_batch, once: how many examples of one task go through the model at once at most, and what that costs
+            beside their tokens; see `micro_batches`.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class Updates(Dataset):
         pad: int,
         trace_targets: str,
         micro_batch: int | None = None,
+        once: float = ONCE,
     ):
         self.tasks = phase.composition()
         self.length = phase.updates(epoch_sizes(examples))
-        self.pad, self.trace_targets, self.micro_batch = pad, trace_targets, micro_batch
+        self.pad, self.trace_targets, self.micro_batch, self.once = pad, trace_targets, micro_batch, once
         self.examples = examples
         self.orders = {
             task: self._order(task, count * self.length, f"{seed}/{phase.name}/{task}")
@@ -65,24 +67,17 @@ class Updates(Dataset):
         return self.length
 
     def __getitem__(self, update: int) -> dict[str, list[Batch]]:
-        return {
-            task: [self._collate(chosen) for chosen in micro_batches(self.chosen(update, task), self.micro_batch)]
-            for task in self.tasks
-        }
+        return {task: [self._collate(items) for items in self.cut(update, task)] for task in self.tasks}
 
-    def chosen(self, update: int, task: str) -> list[Encoded]:
-        """The examples of a task that an update sees."""
+    def cut(self, update: int, task: str) -> list[list[Encoded]]:
+        """The examples of a task that an update sees, in micro-batches."""
         count = self.tasks[task]
-        return [self.examples[task][i] for i in self.orders[task][update * count : (update + 1) * count]]
+        chosen = [self.examples[task][i] for i in self.orders[task][update * count : (update + 1) * count]]
+        return micro_batches(chosen, self.micro_batch, self.once)
 
     def sizes(self, update: int) -> dict[str, list[tuple[int, int]]]:
         """For each task, (examples, tokens of the longest) of every micro-batch of an update."""
-        return {
-            task: [
-                (len(items), len(items[0].ids)) for items in micro_batches(self.chosen(update, task), self.micro_batch)
-            ]
-            for task in self.tasks
-        }
+        return {task: [(len(items), len(items[0].ids)) for items in self.cut(update, task)] for task in self.tasks}
 
     def _collate(self, items: Sequence[Encoded]) -> Batch:
         batch = collate(items, "train", pad_id=self.pad)
@@ -94,7 +89,7 @@ def epoch_sizes(examples: Mapping[str, Sequence[Encoded]]) -> dict[str, int]:
     return {task: sum(item.example.repeats for item in items) for task, items in examples.items()}
 
 
-def micro_batches(examples: Sequence[Encoded], most: int | None = None, once: int = ONCE) -> list[list[Encoded]]:
+def micro_batches(examples: Sequence[Encoded], most: int | None = None, once: float = ONCE) -> list[list[Encoded]]:
     """The examples of a batch, longest first, cut so that as little time as possible goes into padding.
 
     A micro-batch of n texts, the longest with T tokens, is taken to cost n·T + `once`. Texts of one length stay
@@ -109,7 +104,7 @@ def micro_batches(examples: Sequence[Encoded], most: int | None = None, once: in
     runs = [(length, len(list(items))) for length, items in groupby(len(item.ids) for item in ordered)]
     ends = [0, *accumulate(count for _, count in runs)]
     # best[k]: what the first k lengths cost at least, and with how many of them the last micro-batch begins
-    best: list[tuple[int, int]] = [(0, 0)]
+    best: list[tuple[float, int]] = [(0, 0)]
     for k in range(1, len(ends)):
         best.append(min((best[j][0] + (ends[k] - ends[j]) * runs[j][0] + once, j) for j in range(k)))
     found: list[list[Encoded]] = []

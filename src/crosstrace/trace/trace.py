@@ -508,6 +508,7 @@ class Accumulated:
         self, header: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, Tensor], Tensor]
     ) -> None:
         """Take over a saved state; `read` gives what this process holds of a sum, as it holds its parameter."""
+        self._check_settings(header)
         if shapes != {key: tuple(v.shape) for key, v in self._sums().items()}:
             raise UserError("the saved online trace has other parameters than the model; is it of another model?")
         self._take_header(header)
@@ -519,14 +520,18 @@ class Accumulated:
         if not self._holds:
             self._forget_sums()
 
-    def _take_header(self, header: Mapping[str, Any]) -> None:
-        """Take over all but the sums of a saved state."""
+    def _check_settings(self, header: Mapping[str, Any]) -> None:
+        """Raise a `UserError` if a saved state is of other settings."""
         for what, mine in self._settings.items():
             if header["settings"].get(what) != mine:
                 raise UserError(
                     f"the saved online trace has {what} {header['settings'].get(what)!r}, this one {mine!r}; "
                     "resume with the settings it was begun with"
                 )
+
+    def _take_header(self, header: Mapping[str, Any]) -> None:
+        """Take over all but the sums of a saved state."""
+        self._check_settings(header)
         self._steps, self.borrows = dict(header["steps"]), dict(header.get("borrows", {}))
         self._engine.plan, self._engine.order = dict(header["plan"]), list(header["order"])
         self._engine.probed, self._engine.seen = header["probed"], header["seen"]
@@ -691,7 +696,8 @@ class OnlineTrace(Accumulated):
                 forward(micro-batch, True), once for each in order, it gives the losses ℓ [B] of its labels, and keeps
                 what the training needs. In a task's first step it is called before as forward(two of the rows, False),
                 and compared with the trace's own forward; where they differ, as by dropout, the trace goes on with its
-                own (see `borrows`). Not used where several processes share out the examples.
+                own (see `borrows`). So it does for every task behind one without a forward that may be traced, since
+                the training makes its own in this order. Not used where several processes share out the examples.
 
         Raises:
             UserError: a task that was not announced, or a batch that can't be traced; nothing is added then.
@@ -700,24 +706,28 @@ class OnlineTrace(Accumulated):
         unknown = [task for task in batches if task not in self._steps]
         if unknown:
             raise UserError(f"task {unknown[0]!r} is not one of those announced: {', '.join(self._steps)}")
-        several = {
+        micro_batches = {
             task: [unpacked(batch)[0] for batch in ([own] if isinstance(own, Mapping) else own)]
             for task, own in batches.items()
         }
-        for own in several.values():
+        for own in micro_batches.values():
             for batch in own:
                 self._engine.checked(_without_group(batch))
         factor = self._factor(lr)
         self._whole = False
-        for task, own in several.items():
+        in_turn = True  # whether the training's next forward is that of this task
+        for task, own in micro_batches.items():
             if self._team is not None and self._team.sharded:
                 self._step_in_pieces(self._team, task, own, factor)
             else:
-                self._step_of(task, own, forwards.get(task), factor)
+                forward = forwards.get(task)
+                if forward is not None and not in_turn:
+                    self.borrows[task], forward = False, None
+                in_turn = self._step_of(task, own, forward, factor)
         self._whole = True
 
-    def _step_of(self, task: str, batches: Sequence[Batch], forward: TrainingForward | None, factor: float) -> None:
-        """Add a task's step: its micro-batches, one after the other."""
+    def _step_of(self, task: str, batches: Sequence[Batch], forward: TrainingForward | None, factor: float) -> bool:
+        """Add a task's step: its micro-batches, one after the other. Gives whether all of them are the training's."""
         count = sum(len(batch["labels"]) for batch in batches)
         dealt = batches if self._team is None else self._team.deal(batches)
         gradients: dict[str, Tensor] = {}
@@ -728,7 +738,7 @@ class OnlineTrace(Accumulated):
                 self._engine.plan_for(_without_group(of_all))
             batch, chosen, shares = _by_part(given, self._parts, seen)
             own = {part: share.stop - share.start for part, share in zip(chosen, shares)}
-            complete = len(shares) if self._team is None and of_all is batches[-1] else 0
+            complete = len(shares) if self._team is None and of_all is batches[-1] else 0  # 0: not here
             add = partial(self._add, task, chosen, count, gradients, factor, Counter(), complete)
             if sum(own.values()):
                 borrowed = self._borrowed(task, given, forward)
@@ -738,7 +748,7 @@ class OnlineTrace(Accumulated):
                 try:
                     self._engine.run(batch, shares, add, borrowed, order)
                 except Drew:  # before anything was added
-                    self.borrows[task] = False
+                    self.borrows[task], forward = False, None
                     self._engine.run(batch, shares, add)
             sizes.update(own)
             seen += len(of_all["labels"])
@@ -747,10 +757,11 @@ class OnlineTrace(Accumulated):
         for name in list(gradients):  # what the last micro-batch does not use, as of an expert
             self._add_step(task, name, gradients.pop(name), count, factor)
         self._count(task, sizes.items(), factor)
+        return forward is not None and self.borrows.get(task, False)
 
     def _borrowed(self, task: str, batch: Batch, forward: TrainingForward | None) -> Forward | None:
         """The training's own forward of this very batch, its rows in the training's order, if it may be traced."""
-        if forward is None or self._team is not None:
+        if forward is None or self._team is not None or self.borrows.get(task) is False:
             return None
         rows = self._engine.checked(_without_group(batch))
         if task not in self._compared:
