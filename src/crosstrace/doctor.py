@@ -241,7 +241,7 @@ class _Comparison:
                 return
             wide = _wide(expected)
             difference = _wide(got) - wide
-            along = abs(_product(difference, wide)) / length if length else 0.0
+            along = abs(_product(difference, wide, norm)) / length if length else 0.0
         elif got is not None:
             difference, along = _wide(got), 0.0
         elif expected is not None:
@@ -792,11 +792,10 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _product(a: Tensor, b: Tensor) -> float:
-    """Σ a·b. In float64 where products of so small or large numbers have no place in float32."""
+def _product(a: Tensor, b: Tensor, norm: float) -> float:
+    """Σ a·b, `norm` the length of b. In float64 where the products are too small or large for float32."""
     a, b = a.flatten(), b.flatten()
-    size = float(torch.linalg.vector_norm(b, math.inf))
-    if a.dtype != b.dtype or not 1e-10 < size < 1e10:
+    if a.dtype != b.dtype or not 1e-10 < norm < 1e10:
         a, b = a.double(), b.double()
     return float(torch.dot(a, b))
 
