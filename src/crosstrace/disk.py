@@ -29,7 +29,7 @@ class Strategy:
         phases: for each phase its name, and how many checkpoints it saves.
         further: checkpoints that each further training of the stage `retain` saves.
         model: of a taught model, as it is saved.
-        optimiser: of AdamW's two means.
+        optimiser: of the optimiser's state.
         trace: of the traces of one task at one time and reduction, of one part.
         tasks: tasks that are traced.
         online: traces of a task during training: reductions times parts; 0 without it.
@@ -66,10 +66,8 @@ class Strategy:
         yield "trace", _sizes(models=models, traces=traces)
         yield "analyze", _sizes(models=models, traces=traces, sets=self.sets)
         if e.trace.keep == "means":
-            for parts in (
-                self.tasks * online,
-                self.tasks * self.times * self.trace,
-            ):  # those of one time after the other
+            of_each_time = (self.tasks * online, self.tasks * self.times * self.trace)
+            for parts in of_each_time:
                 means = parts / self.parts
                 yield "the means of the traces", _sizes(models=models, traces=traces + means, sets=self.sets)
                 traces += means - parts

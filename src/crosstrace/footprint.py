@@ -11,7 +11,6 @@ It reads a config and perhaps a tokenizer, no weights, and knows neither what fi
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +37,7 @@ from crosstrace.tokens import IGNORE, Batch, Encoded, batches, check_room, colla
 from crosstrace.trace.memory import MOST_PASSES, SPARE, free_memory
 from crosstrace.trace.rules import sum_dtype
 from crosstrace.trace.trace import REDUCTIONS
-from crosstrace.updates import ONCE, Updates, epoch_sizes
+from crosstrace.updates import Updates, epoch_sizes
 
 Row = dict[str, Any]
 Moment = tuple[
@@ -441,17 +440,6 @@ class Needs:
         alone = self.launch.processes == 1 and not merges and not e.train.gradient_checkpointing
         return e.trace.forward == "training" and alone
 
-    @property
-    def _micro_batch(self) -> int | None:
-        """Examples in a micro-batch of all processes together."""
-        most = self.experiment.train.micro_batch
-        return most and most * self.launch.processes
-
-    @property
-    def _once(self) -> float:
-        """What a micro-batch costs beside its tokens, as `train` has it."""
-        return math.inf if self.sharded else ONCE
-
     def phases(self, name: str) -> list[tuple[Phase, Updates]]:
         """A strategy's phases, each with what its updates see."""
         seed = self.experiment.train.seed
@@ -462,9 +450,10 @@ class Needs:
 
     def _updates(self, phase: Phase, seed: str) -> Updates:
         """What the updates of a phase see, as `train` has it."""
-        seen, targets = self.material, self.experiment.trace.targets
-        make = lambda: Updates(phase, seen.trained, seed, seen.pad, targets, self._micro_batch, self._once)
-        return seen.once((seed, repr(phase), targets, self._micro_batch, self._once), make)
+        seen, targets, most = self.material, self.experiment.trace.targets, self.experiment.train.micro_batch
+        processes = self.launch.processes
+        make = lambda: Updates(phase, seen.trained, seed, seen.pad, targets, most, processes, self.sharded)
+        return seen.once((seed, repr(phase), targets, most, processes, self.sharded), make)
 
     def _step(self, phase: Phase, chosen: Mapping[str, Sequence[Batch]]) -> Parts:
         """What an update holds beside weights and optimiser: at its fullest, or all gradients when that is over."""

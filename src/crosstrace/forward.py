@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 # A training's own forward of a task: a batch, and whether the training is to use what it computes for it, -> ℓ [B].
 TrainingForward = Callable[[Mapping[str, Tensor], bool], Tensor]
+TrainingForwards = Mapping[str, TrainingForward]  # by task
 
 
 def forward(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:

@@ -34,7 +34,7 @@ from crosstrace.drift import drift
 from crosstrace.errors import UserError
 from crosstrace.evaluate import Recall, recall, summaries
 from crosstrace.facts import World
-from crosstrace.forward import TrainingForward
+from crosstrace.forward import TrainingForwards
 from crosstrace.intervene import ablated, grafted
 from crosstrace.left_out import Part, attempt, optional
 from crosstrace.material import (
@@ -81,11 +81,12 @@ from crosstrace.store import (
     write_json,
 )
 from crosstrace.text import NO_QUESTIONS, questions, read_jsonl, texts, write_jsonl
-from crosstrace.tokens import Batch, Encoded, batches, check_fast, encode
+from crosstrace.tokens import Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
 from crosstrace.trace.memory import free_memory
 from crosstrace.trace.trace import REDUCTIONS
 from crosstrace.train import Listener, PhaseReport, RecallHistory, check_trackers, train
+from crosstrace.updates import MicroBatches
 
 DRIFT_DRAWS = 3  # random sets of each kind whose share of the weights' way the shared set's is compared with
 Asking = Callable[[Any, Sequence[Encoded]], Recall]
@@ -218,14 +219,14 @@ def start_worker(leader: int) -> None:
 def _works(experiment: Experiment, name: str, chain: Sequence[str]) -> list[list[Work]]:
     """The stages of a model in groups, of which one needs the other; nothing of the base's needs anything."""
     groups = []
+    wanted = {
+        "intervene": experiment.interventions.run,
+        "mechanism": experiment.mechanism.run,
+        "retain": experiment.retention.run,
+    }
     for stage in chain:
         of_base = stage in ("eval", "mechanism") or (stage == "trace" and experiment.trace.check)
         has_stage = of_base if name == "base" else name in experiment.strategies or stage not in ("train", "retain")
-        wanted = {
-            "intervene": experiment.interventions.run,
-            "mechanism": experiment.mechanism.run,
-            "retain": experiment.retention.run,
-        }
         if has_stage and (wanted.get(stage, True) or len(chain) == 1):  # by its name it is asked for
             groups.append([Work(name, stage)])
     return [[work for group in groups for work in group]] if name == "base" else groups
@@ -390,14 +391,7 @@ class OnlineListener:
             group=None if processes is None else processes.group,
         )  # fmt: skip
 
-    def on_update(
-        self,
-        model: Any,
-        batches: Mapping[str, Sequence[Batch]],
-        lr: float,
-        update: int,
-        forwards: Mapping[str, TrainingForward],
-    ) -> None:
+    def on_update(self, model: Any, batches: MicroBatches, lr: float, update: int, forwards: TrainingForwards) -> None:
         if update % self.every:
             return
         with adapters.merged(model) if self.merges else nullcontext():

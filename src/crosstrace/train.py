@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from crosstrace import optimisers
 from crosstrace.adapters import LoraSettings, is_adapted, load_weights
 from crosstrace.errors import UserError
-from crosstrace.forward import TrainingForward, logits_at, rows_at
+from crosstrace.forward import TrainingForwards, logits_at, rows_at
 from crosstrace.losses import aligned_losses, next_tokens, target_positions
 from crosstrace.models import checkpointing_gradients, load_model, pad_id, silent
 from crosstrace.processes import Processes, by_first
@@ -35,7 +35,7 @@ from crosstrace.schedule import STRICT, Optimiser, Phase, Strategy
 from crosstrace.sharded import at_rest, is_sharded, local
 from crosstrace.store import remove, remove_folder
 from crosstrace.tokens import IGNORE, Batch, Encoded
-from crosstrace.updates import ONCE, Updates, epoch_sizes
+from crosstrace.updates import MicroBatches, Updates, epoch_sizes
 
 
 @settings(frozen=True, config=STRICT)
@@ -75,14 +75,7 @@ class Listener(Protocol):
     """What is told of training; its state travels with the checkpoints. Of several processes each has its own, and all
     are told the same."""
 
-    def on_update(
-        self,
-        model: Any,
-        batches: Mapping[str, Sequence[Batch]],
-        lr: float,
-        update: int,
-        forwards: Mapping[str, TrainingForward],
-    ) -> None:
+    def on_update(self, model: Any, batches: MicroBatches, lr: float, update: int, forwards: TrainingForwards) -> None:
         """Before update number `update` (0-based, over all phases): the model as it is and each task's micro-batches,
         which it will see next, those of all processes together.
 
@@ -154,11 +147,10 @@ def train(
     reports, done = [], 0
     for index, (phase, length) in enumerate(zip(strategy, lengths)):
         home = folder / f"{index}-{phase.name}"
-        seed, most = f"{options.seed}/{index}", options.micro_batch
-        most = most and most * (processes.size if processes else 1)  # each process has its share of every micro-batch
-        # of a sharded model every micro-batch gathers all weights again, so none is cut to save padding
-        once = math.inf if is_sharded(model) else ONCE
-        data = Updates(phase, examples, seed, pad_id(tokenizer), trace_targets, most, once)
+        data = Updates(
+            phase, examples, f"{options.seed}/{index}", pad_id(tokenizer), trace_targets, options.micro_batch,
+            processes.size if processes else 1, is_sharded(model),
+        )  # fmt: skip
         tracked = (logs or folder) / home.name
         _run_phase(
             model, phase, data, home, tracked, options, bf16, listeners, done, sum(lengths), progress, processes
@@ -197,7 +189,7 @@ class UpdateLoss:
         self,
         model: Any,
         phase: Phase,
-        batches: Mapping[str, Sequence[Batch]],
+        batches: MicroBatches,
         backward: Callable[[Tensor], object] = Tensor.backward,
         processes: Processes | None = None,
         inner: Any = None,
@@ -515,14 +507,7 @@ class RecallHistory:
         self.measure, self.every = measure, every
         self.rows: list[dict[str, Any]] = []
 
-    def on_update(
-        self,
-        model: Any,
-        batches: Mapping[str, Sequence[Batch]],
-        lr: float,
-        update: int,
-        forwards: Mapping[str, TrainingForward],
-    ) -> None:
+    def on_update(self, model: Any, batches: MicroBatches, lr: float, update: int, forwards: TrainingForwards) -> None:
         if update == 0 and not self.rows:
             self.rows.append({"update": 0, "phase": "", **self.measure(model)})
 

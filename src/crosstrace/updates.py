@@ -6,6 +6,7 @@ the update's loss stays the mean over the task's examples. Nothing here knows mo
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, groupby
@@ -14,6 +15,8 @@ from torch.utils.data import Dataset
 
 from crosstrace.schedule import Phase
 from crosstrace.tokens import Batch, Encoded, collate
+
+MicroBatches = Mapping[str, Sequence[Batch]]  # by task
 
 # One more micro-batch costs as much as so many tokens, measured on the bundled base: benchmarks/micro_batches.py.
 ONCE = 350
@@ -31,8 +34,9 @@ class Updates(Dataset):
         seed: of the order of the examples.
         pad: the id of the padding token.
         trace_targets: which tokens `trace_labels` mark.
-        micro_batch, once: how many examples of one task go through the model at once at most, and what that costs
-            beside their tokens; see `micro_batches`.
+        micro_batch: how many examples of one task go through the model of one process at once, at most.
+        processes: that train; each has its share of every micro-batch.
+        sharded: whether every micro-batch gathers all weights again; then none is cut to save padding.
     """
 
     def __init__(
@@ -43,11 +47,14 @@ class Updates(Dataset):
         pad: int,
         trace_targets: str,
         micro_batch: int | None = None,
-        once: float = ONCE,
+        processes: int = 1,
+        sharded: bool = False,
     ):
         self.tasks = phase.composition()
         self.length = phase.updates(epoch_sizes(examples))
-        self.pad, self.trace_targets, self.micro_batch, self.once = pad, trace_targets, micro_batch, once
+        self.pad, self.trace_targets = pad, trace_targets
+        self.most = micro_batch and micro_batch * processes
+        self.once = math.inf if sharded else ONCE
         self.examples = examples
         self.orders = {
             task: self._order(task, count * self.length, f"{seed}/{phase.name}/{task}")
@@ -73,7 +80,7 @@ class Updates(Dataset):
         """The examples of a task that an update sees, in micro-batches."""
         count = self.tasks[task]
         chosen = [self.examples[task][i] for i in self.orders[task][update * count : (update + 1) * count]]
-        return micro_batches(chosen, self.micro_batch, self.once)
+        return micro_batches(chosen, self.most, self.once)
 
     def sizes(self, update: int) -> dict[str, list[tuple[int, int]]]:
         """For each task, (examples, tokens of the longest) of every micro-batch of an update."""

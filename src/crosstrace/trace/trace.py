@@ -32,7 +32,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from crosstrace.errors import UserError
-from crosstrace.forward import TrainingForward
+from crosstrace.forward import TrainingForward, TrainingForwards
 from crosstrace.processes import by_first
 from crosstrace.sharded import Pieces, at_rest, laid, local, own_rows, piece, processes_of, whole, write
 from crosstrace.store import read_json, remove, replacing, versions, write_json
@@ -531,7 +531,6 @@ class Accumulated:
 
     def _take_header(self, header: Mapping[str, Any]) -> None:
         """Take over all but the sums of a saved state."""
-        self._check_settings(header)
         self._steps, self.borrows = dict(header["steps"]), dict(header.get("borrows", {}))
         self._engine.plan, self._engine.order = dict(header["plan"]), list(header["order"])
         self._engine.probed, self._engine.seen = header["probed"], header["seen"]
@@ -602,6 +601,7 @@ class Accumulated:
         Raises:
             UserError: it is of other settings or of another model, or a sum is missing.
         """
+        self._check_settings(header)
         self._take_header(header)
         self._forget_sums()
         for key in self._means:
@@ -684,7 +684,7 @@ class OnlineTrace(Accumulated):
         self,
         batches: Mapping[str, Batch | Sequence[Batch]],
         lr: float = 1.0,
-        forwards: Mapping[str, TrainingForward] = MappingProxyType({}),
+        forwards: TrainingForwards = MappingProxyType({}),
     ) -> None:
         """Add one training step: each task's batch, at the parameters before the update.
 
