@@ -137,9 +137,20 @@ def steps(model: torch.nn.Module, rounds: int, bf16: bool) -> dict[str, list[flo
                 loss.backward()
         finish()
 
+    def backward_alone() -> None:
+        """What the object's trace can't do without: from its loss to what the embeddings give."""
+        looked_up: list[Tensor] = []
+        hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: looked_up.append(output))
+        for task, batch in given.items():
+            traced = forward(task, batch, True)
+            torch.autograd.grad(traced.sum(), looked_up[-1], retain_graph=True)
+        hook.remove()
+        plain()
+
     model.train()
     plain()
     found = {"plain step": measured(plain, rounds)}
+    found["step and the object's backward, no sums"] = measured(backward_alone, rounds)
     for name, kind, work in (
         ("step, the object traced", OnlineTrace, online),
         ("step, the training's loss traced", TrainingTrace, shared),

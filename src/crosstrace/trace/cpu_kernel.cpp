@@ -29,19 +29,19 @@ extern "C" int omp_get_thread_num(void);
 
 namespace {
 
+// ROWS of a tile: with more, a product waits less for the one before it, until the registers are full.
 #if defined(__AVX512F__)
-constexpr int LANES = 16;
+constexpr int LANES = 16, ROWS = 5;
 #elif defined(__AVX__)
-constexpr int LANES = 8;
+constexpr int LANES = 8, ROWS = 4;
 #else
-constexpr int LANES = 4;
+constexpr int LANES = 4, ROWS = 4;
 #endif
-constexpr int ROWS = 4;             // of a tile
-constexpr int VECTORS = 3;          // of a tile's row
-constexpr int LINE = 64;            // bytes of a cache line
-constexpr int64_t POSITIONS = 1536; // of the factors that are held packed, unless one example has more: L2
-constexpr int64_t CHUNK = 256;      // rows that one thread takes at once
-constexpr int64_t BLOCK = 8192;     // rows that are held packed, of a vocabulary's
+constexpr int VECTORS = 3;           // of a tile's row
+constexpr int LINE = 64;             // bytes of a cache line
+constexpr int64_t POSITIONS = 1536;  // of the factors that are held packed, unless one example has more: L2
+constexpr int64_t CHUNK = 64 * ROWS; // rows that one thread takes at once
+constexpr int64_t BLOCK = 8192;      // rows that are held packed, of a vocabulary's
 
 typedef float vector __attribute__((vector_size(LANES * 4)));
 typedef float loose __attribute__((vector_size(LANES * 4), aligned(4)));
