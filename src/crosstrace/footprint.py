@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosstrace import circuit, config, disk, models, positions
+from crosstrace import circuit, config, disk, gguf, models, positions
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
 from crosstrace.errors import UserError
@@ -123,15 +123,16 @@ class Launch:
 
 
 def shape_folder(name: str) -> tuple[Path, str]:
-    """A folder with a model's config.json, and what that is: its own, or the package's copy of its shape.
+    """A folder with a model's config.json, or its GGUF file, and what that is: its own, or the package's copy of its
+    shape.
 
     Raises:
         UserError: a hub name of which nothing is on this machine.
     """
     place = models.locate(name)
     place = models.adapted_base(place) or place
-    if Path(place).is_dir():
-        return Path(place), "its folder"
+    if Path(place).exists():
+        return Path(place), "its folder" if Path(place).is_dir() else "its file"
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(place, "config.json")
@@ -162,15 +163,11 @@ class Material:
     """The base's shape and the experiment's examples. What was rehearsed on them is kept, for planning again."""
 
     def __init__(self, experiment: Experiment) -> None:
-        from transformers import AutoConfig
-
         self.folder, self.source = shape_folder(experiment.model.name)
-        try:
-            self.config = AutoConfig.from_pretrained(self.folder)
-        except (OSError, ValueError) as error:
-            raise UserError(f"no architecture could be read from {self.folder}: {str(error).splitlines()[0]}") from None
+        self.config = models.read_config(str(self.folder))
         # of a config alone transformers would make a tokenizer that knows no word
-        if any((self.folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        files = ("tokenizer.json", "tokenizer_config.json")
+        if gguf.is_gguf(self.folder) or any((self.folder / file).is_file() for file in files):
             self.tokenizer, self.tokenizer_of = models.load_tokenizer(str(self.folder)), "its own"
         else:
             self.tokenizer = _stand_in()

@@ -825,7 +825,7 @@ def _drop_long(
         UserError: the folder holds no config or tokenizer, or nothing is left.
     """
     place = models.adapted_base(models.locate(model)) or models.locate(model)
-    if not Path(place).is_dir():
+    if not Path(place).exists():
         found.notes.append(f"{model} is no folder, so whether the texts are too long for it is checked when it runs")
         return False
     room = context_length(models.read_config(place))

@@ -215,10 +215,10 @@ def model_key(experiment: Experiment) -> dict[str, Any]:
 def _content(model: str) -> Any:
     """What a model holds: of a folder a hash, with that of the base that its adapter is for; else its name."""
     place = Path(models.locate(model))
-    content: Any = sha256_tree(place) if place.is_dir() else str(place)
+    content: Any = sha256_tree(place) if place.exists() else str(place)
     below = models.adapted_base(str(place))
     if below is not None:
-        content = [content, sha256_tree(below) if Path(below).is_dir() else below]
+        content = [content, sha256_tree(below) if Path(below).exists() else below]
     return content
 
 

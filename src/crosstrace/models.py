@@ -1,7 +1,7 @@
-"""Causal language models and their tokenizers: the bundled base, a local folder or a hub name; saving.
+"""Causal language models and their tokenizers: the bundled base, a local folder, a GGUF file or a hub name; saving.
 
-Weights are always read in a dtype that is named, from safetensors only. A folder may hold a LoRA adapter in place of a
-model, which is merged into the base that it names. It knows nothing of tasks.
+Weights are always read in a dtype that is named, from safetensors or GGUF only. A folder may hold a LoRA adapter in
+place of a model, which is merged into the base that it names. It knows nothing of tasks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crosstrace import weights
+from crosstrace import gguf, weights
 from crosstrace.errors import UserError
 from crosstrace.processes import Processes
 from crosstrace.sharded import at_rest, is_sharded
@@ -43,25 +43,23 @@ def bundled_folder() -> Path:
 
 
 def locate(name: str) -> str:
-    """The folder or hub name that `name` stands for.
+    """The folder, GGUF file or hub name that `name` stands for.
 
     Raises:
-        UserError: `name` looks like a folder and is none, or the folder holds other things than files.
+        UserError: `name` looks like a folder and is none, or the folder holds other things than a model's files.
     """
     if name == BUNDLED:
         return str(bundled_folder())
     folder = expanded(name)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or gguf.is_gguf(name)
     if folder.is_file():
-        _check_no_gguf([folder], name)
-        raise UserError(f"{name} is a file; expected the folder of a model, written by save_pretrained")
+        if gguf.is_gguf(folder):
+            gguf.check_file(folder)
+            return str(folder)
+        raise UserError(f"{name} is a file; expected the folder of a model, written by save_pretrained, or a GGUF file")
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not _is_adapter(folder):
-            _check_no_gguf(sorted(folder.iterdir()), name)
-            raise UserError(
-                f"model folder {name} holds no config.json; expected a folder written by save_pretrained, so the path "
-                "probably names its parent or an unfinished download"
-            )
+            return str(_gguf_of(folder, name))
         for item in folder.iterdir():
             if item.exists() and not item.is_file() and not item.is_dir():  # reading it might never end
                 raise UserError(
@@ -70,23 +68,27 @@ def locate(name: str) -> str:
         return str(folder)
     if looks_local or name.count("/") == 0:
         raise UserError(
-            f"model folder {name} does not exist; expected 'bundled', a folder written by save_pretrained, or a hub "
-            "name with its owner, such as EleutherAI/pythia-160m"
+            f"model folder {name} does not exist; expected 'bundled', a folder written by save_pretrained, a GGUF "
+            "file, or a hub name with its owner, such as EleutherAI/pythia-160m"
         )
     return name
 
 
-def _check_no_gguf(files: list[Path], name: str) -> None:
-    """Raise a `UserError` if a file is GGUF, and say how transformers makes a folder of it."""
-    for file in files:
-        if file.suffix.lower() == ".gguf":
-            verb = "is" if file == expanded(name) else "holds"
-            raise UserError(
-                f"{name} {verb} a GGUF file ({file.name}), which is not read here; expected a folder written by "
-                "save_pretrained, so make one with transformers: from_pretrained(folder, gguf_file=name), then "
-                "model.hf_quantizer = None and del model.config.quantization_config, then save_pretrained, and the "
-                "tokenizer likewise (docs/guide.md has the lines)"
-            )
+def _gguf_of(folder: Path, name: str) -> Path:
+    """The only GGUF file of a folder that holds no config.json."""
+    files = sorted(file for file in folder.iterdir() if gguf.is_gguf(file) and file.is_file())
+    if len(files) > 1:
+        raise UserError(
+            f"model folder {name} holds {len(files)} GGUF files ({files[0].name}, {files[1].name}, ...), so which of "
+            f"them is meant can't be told; name the file, such as {Path(name) / files[0].name}"
+        )
+    if not files:
+        raise UserError(
+            f"model folder {name} holds no config.json; expected a folder written by save_pretrained (or one with a "
+            "GGUF file), so the path probably names its parent or an unfinished download"
+        )
+    gguf.check_file(files[0])
+    return files[0]
 
 
 def load_tokenizer(name: str) -> Any:
@@ -101,18 +103,24 @@ def load_tokenizer(name: str) -> Any:
         "expected a fast tokenizer (a tokenizer.json beside the model), which gives the character offsets that the "
         "labels need"
     )
+    if gguf.is_gguf(place):
+        with reading(f"no tokenizer could be read from {place}", gguf.EXPECTED):
+            return gguf.load_tokenizer(Path(place))
     with reading(f"no tokenizer could be read from {place}", expected):
         return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
 
 
 def read_config(name: str) -> Any:
-    """The config of a folder or hub name; none of its own code is run.
+    """The config of a folder, a GGUF file or a hub name, as `locate` gives it; none of its own code is run.
 
     Raises:
         UserError: there is none, it is damaged, or of an architecture that transformers does not have.
     """
     from transformers import AutoConfig
 
+    if gguf.is_gguf(name):
+        with reading(f"no config could be read from {name}", gguf.EXPECTED):
+            return gguf.read_config(Path(name))
     with reading(f"no config could be read from {name}", "expected the config.json that save_pretrained writes"):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
@@ -150,7 +158,8 @@ def load_model(
     """A causal language model in evaluation mode. Code that comes with it is never run.
 
     Args:
-        name: `bundled`, a folder or a hub name. Of a folder with a LoRA adapter, its base with the adapter merged.
+        name: `bundled`, a folder, a GGUF file or a hub name. Of a folder with a LoRA adapter, its base with the adapter
+            merged.
         dtype: of the weights in memory, whatever the checkpoint holds.
         attention: the attention kernel, as transformers names it (`eager`, `sdpa`, ...).
         random_init: seed of random weights, drawn as the architecture's own initialisation does, in place of the
@@ -175,6 +184,12 @@ def load_model(
         return _adapted(Path(place), dtype, attention, merge)
     if random_init is not None:
         return _untrained(place, dtype, attention, random_init)
+    if gguf.is_gguf(place):
+        with reading(f"no model could be read from {place}", gguf.EXPECTED):
+            model, report = gguf.load_model(Path(place), DTYPES[dtype], attention)
+        weights.check_report(model, report, place)
+        _check_finite(model, place)
+        return model.eval()
     _check_no_adapter(place)
     if not pickled and Path(place).is_dir() and not any(Path(place).glob("*.safetensors")):
         odd = sorted(file.name for ending in ("bin", "pt", "pth", "ckpt") for file in Path(place).glob(f"*.{ending}"))
@@ -183,7 +198,12 @@ def load_model(
                 f"the weights in {place} are pickled ({odd[0]}), a kind of file that may hold code; expected "
                 "safetensors, so save the model again with a current transformers, or set model.pickled: true"
             )
-        _check_no_gguf(sorted(Path(place).iterdir()), place)
+        given = sorted(file.name for file in Path(place).iterdir() if gguf.is_gguf(file))
+        if given:
+            raise UserError(
+                f"{place} holds a config.json, no safetensors and a GGUF file, {given[0]}; if that is the model, name "
+                f"it: {Path(place) / given[0]}"
+            )
     if Path(place).is_dir():
         weights.check_files(Path(place))
     with reading(f"no model could be read from {place}", "expected what save_pretrained writes"):
@@ -473,12 +493,13 @@ def _untrained(place: str, dtype: str, attention: str, seed: int) -> Any:
 
 
 def revision(name: str) -> str | None:
-    """Which content a model's name stands for: `sha256:` and the hash of a local folder's files, or a hub's commit.
+    """Which content a model's name stands for: `sha256:` and the hash of a local folder's files or of a GGUF file, or a
+    hub's commit.
 
     Of a LoRA adapter's folder its own and its base's, with a "+" between them.
     """
     place = locate(name)
-    if Path(place).is_dir():
+    if Path(place).exists():
         below = adapted_base(place)
         own = f"sha256:{sha256_tree(place)}"
         return own if below is None else f"{own}+{revision(below)}"

@@ -361,10 +361,10 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
 def _portable(base: str) -> str:
     """A base's name that is understood wherever the run is read."""
     place = models.locate(base)
-    return str(Path(place).resolve()) if base != models.BUNDLED and Path(place).is_dir() else base
+    return str(Path(place).resolve()) if base != models.BUNDLED and Path(place).exists() else base
 
 
-class OnlineListener:
+class OnlineListener(Listener):
     """Feeds every `every`-th update to an `OnlineTrace`, whose state travels with the checkpoints.
 
     The sums lie in <folder>/sums, once for all checkpoints (`OnlineTrace.save_pieces`); a checkpoint has the rest. When
@@ -1199,7 +1199,7 @@ def _check_given(
             raise UserError(f"{about} has no adapter, which trace.view: adapter asks for; take trace.view: merged")
         own = Path(models.locate(experiment.model.name))
         if Path(below) != own and (
-            not own.is_dir() or not Path(below).is_dir() or sha256_tree(below) != sha256_tree(own)
+            not own.exists() or not Path(below).exists() or sha256_tree(below) != sha256_tree(own)
         ):
             raise UserError(
                 f"{about} is an adapter of {below}, but the base is {experiment.model.name}; expected one of it, "

@@ -62,17 +62,9 @@ def check_loaded(model: Any, report: Mapping[str, Any], folder: Path) -> None:
         report: what from_pretrained gives with output_loading_info.
         folder: where the checkpoint's files lie.
     """
-    _check_shapes(sorted(report["mismatched_keys"]), folder)
     stored = _stored(folder)
-    missing = sorted(report["missing_keys"])
     unexpected = sorted(_left_over(model, set(report["unexpected_keys"]), stored, folder))
-    kind = type(model).__name__.removeprefix("FSDP")  # as transformers calls the class of a model in pieces
-    if missing:
-        more = f", and hold {_several(unexpected)}, for which it has no place" if unexpected else ""
-        raise UserError(
-            f"the weights in {folder} lack {_several(missing)} of {kind}{more}; expected all of them, so the folder is "
-            "damaged or holds another kind of model"
-        )
+    kind = check_report(model, report, folder, unexpected)
     if unexpected:
         raise UserError(
             f"the weights in {folder} hold {_several(unexpected)}, for which {kind} has no place as its config "
@@ -80,6 +72,20 @@ def check_loaded(model: Any, report: Mapping[str, Any], folder: Path) -> None:
             "or the weights must be saved without these"
         )
     _check_tied(model, folder)
+
+
+def check_report(model: Any, report: Mapping[str, Any], place: str | Path, unexpected: Sequence[str] = ()) -> str:
+    """Raise a `UserError` unless every weight of the model was read, in its shape; gives the model's kind."""
+    _check_shapes(sorted(report["mismatched_keys"]), place)
+    missing = sorted(report["missing_keys"])
+    kind = type(model).__name__.removeprefix("FSDP")  # as transformers calls the class of a model in pieces
+    if missing:
+        more = f", and hold {_several([*unexpected])}, for which it has no place" if unexpected else ""
+        raise UserError(
+            f"the weights in {place} lack {_several(missing)} of {kind}{more}; expected all of them, so the folder is "
+            "damaged or holds another kind of model"
+        )
+    return kind
 
 
 def check_shapes(empty: Any, folder: Path) -> None:
@@ -99,7 +105,7 @@ def check_shapes(empty: Any, folder: Path) -> None:
     _check_shapes(wrong, folder)
 
 
-def _check_shapes(wrong: Sequence[tuple[str, Sequence[int], Sequence[int]]], folder: Path) -> None:
+def _check_shapes(wrong: Sequence[tuple[str, Sequence[int], Sequence[int]]], folder: str | Path) -> None:
     if wrong:
         name, found, expected = wrong[0]
         raise UserError(
