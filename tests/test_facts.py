@@ -11,6 +11,7 @@ from tiny_facts import tiny_world
 from crosstrace import wording
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings, World
+from crosstrace.text import biographies, questions
 from crosstrace.wording import NAME_PARTS, RELATIONS, names, objects, pronouns
 
 
@@ -110,3 +111,19 @@ def test_too_many_people_are_refused():
 def test_bad_settings_are_refused(bad: dict):
     with pytest.raises(ValidationError, match=next(iter(bad))):
         FactSettings(**bad)
+
+
+def test_some_relations_alone():
+    every, some = tiny_world(), tiny_world(relations=("employer", "birth_city"))
+    assert some.relations == ("birth_city", "employer")  # in the order of biographies
+    for one, other in zip(every.people, some.people):
+        assert other.facts == tuple(fact for fact in one.facts if fact.relation in some.relations)
+        assert (one.name, one.in_distribution) == (other.name, other.in_distribution)
+    for text in (*biographies(some), *questions(some)):
+        assert {mention.relation for mention in text.mentions} <= {"birth_city", "employer"}
+
+
+@pytest.mark.parametrize("relations", [(), ("employer", "birthplace")])
+def test_relations_that_there_are_not(relations: tuple[str, ...]):
+    with pytest.raises(UserError, match=r"facts\.relations names (none|birthplace); the relations of people are birth"):
+        tiny_world(relations=relations)

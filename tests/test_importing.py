@@ -387,6 +387,9 @@ def test_splits_by_subject_by_relation_and_as_given(tmp_path: Path) -> None:
     assert asked == {(r, s): split for s, r, _, split in rows}
     few = World.draw(own(tmp_path, subjects=2))
     assert len(few.people) == 2 and few.wording.relations == ("x", "y", "z")
+    some = World.draw(own(tmp_path, relations=("z", "x")))
+    assert some.wording.relations == ("x", "z")
+    assert {fact.relation for person in some.people for fact in person.facts} == {"x", "z"}
 
 
 @pytest.mark.parametrize(
@@ -394,7 +397,7 @@ def test_splits_by_subject_by_relation_and_as_given(tmp_path: Path) -> None:
     [
         ({"split": "given"}, "does not say whether"), ({"qa_share": 0.0}, "whose questions are trained"),
         ({"qa_share": 1.0}, "to test recall on"), ({"split": "relation"}, "leaves no fact"),
-        ({"subjects": 9}, "holds 4"),
+        ({"subjects": 9}, "holds 4"), ({"relations": ("nothing",)}, "facts.relations names nothing; the relations of"),
         ({"people": 40}, "facts.subjects"), ({"population": "A"}, "facts.population"),
         ({"frequency": "zipf"}, "facts.frequency"), ({"source": "/nowhere"}, "crosstrace import"),
     ],

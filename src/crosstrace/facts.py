@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Annotated, Any, Literal
@@ -29,6 +30,8 @@ class FactSettings:
 
     people: Annotated[int, Field(ge=8)] = 500
     """Number of people."""
+    relations: tuple[str, ...] | None = None
+    """What is told and asked of each subject, such as [birth_city, employer]; every relation if not given."""
     seed: int = 1
     """Seed of names, objects, wordings and the split."""
     qa_share: Share = 0.5
@@ -121,32 +124,52 @@ class World:
         with_augmentation = set(order[:augmented])
         ranks = _rng(settings, "frequency").sample(range(settings.people), settings.people)
         draw = _rng(settings, "facts")
+        wording = _chosen(settings.relations, packaged(), "the relations of people")
         people = []
         for index, name in enumerate(full_names):
             person = f"{settings.population}{index:05d}"
+            every = {relation: _pick(draw, objects(relation)) for relation in RELATIONS}
             facts = tuple(
-                Fact(f"{person}.{relation}", person, name, relation, _pick(draw, objects(relation)))
-                for relation in RELATIONS
+                Fact(f"{person}.{relation}", person, name, relation, every[relation]) for relation in wording.relations
             )
             pronoun = pronouns()[name.split()[0]]
             repeats = _zipf(ranks[index] + 1, settings) if settings.frequency == "zipf" else 1
             people.append(Person(person, name, pronoun, index in with_qa, index in with_augmentation, repeats, facts))
-        return cls(settings, tuple(people))
+        return cls(settings, tuple(people), wording)
+
+
+def _chosen(relations: Sequence[str] | None, wording: Wording, known: str) -> Wording:
+    """The wording of some relations alone, in its own order; None: of all.
+
+    Raises:
+        UserError: one that there is not, or none.
+    """
+    if relations is None:
+        return wording
+    unknown = [name for name in relations if name not in wording.relations]
+    if unknown or not relations:
+        raise UserError(
+            f"facts.relations names {unknown[0] if unknown else 'none'}; {known} are {', '.join(wording.relations)}"
+        )
+    parts = (wording.statements, wording.questions, wording.objects)
+    return Wording(*({name: values for name, values in part.items() if name in relations} for part in parts))
 
 
 def _own(settings: FactSettings) -> World:
     """The world of a source's facts."""
     values = read_world(settings)
     wording = Wording(*({r: tuple(w[part]) for r, w in values["relations"].items()} for part in _WORDED))
-    subjects = values["subjects"]
+    wording = _chosen(settings.relations, wording, f"the relations of {settings.source}")
+    of_these = lambda row: [fact for fact in row["facts"] if fact["relation"] in wording.relations]
+    subjects = [row | {"facts": of_these(row)} for row in values["subjects"] if of_these(row)]
     if settings.subjects is not None:
         if settings.subjects > len(subjects):
             raise UserError(
                 f"facts.subjects is {settings.subjects}, but {settings.source} holds {len(subjects)}; leave it out to "
                 "take all"
             )
-        chosen = _rng(settings, "subjects").sample(range(len(subjects)), settings.subjects)
-        subjects = [subjects[index] for index in sorted(chosen)]
+        picked = _rng(settings, "subjects").sample(range(len(subjects)), settings.subjects)
+        subjects = [subjects[index] for index in sorted(picked)]
     draw = _rng(settings, "split")
     pick = lambda number: set(draw.sample(range(number), round(settings.qa_share * number)))
     with_qa = pick(len(subjects)) if settings.split == "subject" else set()
