@@ -596,6 +596,8 @@ class Watch:
         if self.trace is not None:
             self.trace.step(batches, lr, forwards)
 
+    def on_gradient(self, model: Any, task: str, part: Any) -> None: ...
+
     def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
         _wait(self.device)
         self.times.append(time.perf_counter())

@@ -27,7 +27,7 @@ from crosstrace.schedule import Optimiser, Phase, mixed, two_stage
 from crosstrace.tokens import collate
 from crosstrace.trace import OnlineTrace
 from crosstrace.trace.borrowed import is_the_same
-from crosstrace.train import RecallHistory, TrainSettings, UpdateLoss, learning_rate_factor, train
+from crosstrace.train import Listener, RecallHistory, TrainSettings, UpdateLoss, learning_rate_factor, train
 from crosstrace.updates import Updates, micro_batches
 
 WORDS = tokenizer("word")
@@ -62,7 +62,7 @@ def _same(a: Any, b: Any) -> bool:
     return all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-class Listener:
+class Told(Listener):
     """Knows what it was told; may stop the training as a kill would."""
 
     def __init__(self, stop: int | None = None, where: str = "on_update"):
@@ -150,7 +150,7 @@ def test_each_task_is_seen_as_often_as_the_report_says(tmp_path: Path):
     size = sum(item.example.repeats for item in EXAMPLES["qa"])
     updates = [2, round(0.2 * size / 4), 3]
     assert updates[1] > 1
-    listener, steps = Listener(), []
+    listener, steps = Told(), []
     settings = TrainSettings(optimiser=FAST)
     reports = train(_model(), WORDS, strategy, EXAMPLES, tmp_path, settings, listeners=[listener],
                     progress=lambda done, total: steps.append((done, total)))  # fmt: skip
@@ -377,7 +377,7 @@ def test_other_optimisers_resume(tmp_path: Path, name: str):
     model = lambda: tiny_model("llama", torch.float32, vocab_size=len(WORDS), max_position_embeddings=160, **sizes)
     run = lambda model, folder, stops=(): train(
         model, WORDS, two_stage(2, 3, 4), EXAMPLES, folder,
-        TrainSettings(seed=1, optimiser=optimiser, checkpoint_every=3), listeners=[Listener(stop) for stop in stops],
+        TrainSettings(seed=1, optimiser=optimiser, checkpoint_every=3), listeners=[Told(stop) for stop in stops],
     )  # fmt: skip
     whole, resumed = model(), model()
     run(whole, tmp_path / "whole")
@@ -411,7 +411,7 @@ def test_models_that_cannot_checkpoint_gradients_are_told(tmp_path: Path):
 # ------------------------------------------------------------------------------- interruption
 
 
-def _interrupt(folder: Path, stopper: Listener, kind: str, strategy, **options) -> None:
+def _interrupt(folder: Path, stopper: Told, kind: str, strategy, **options) -> None:
     model = _model(kind)
     listeners = [OnlineListener(model, EXPERIMENT, folder), _history(), stopper]
     with pytest.raises(KeyboardInterrupt):
@@ -436,13 +436,13 @@ def test_an_interrupted_training_ends_in_the_same_weights(tmp_path: Path, kind: 
 
     def whole(folder: Path) -> tuple:
         model = _model(kind)
-        online, history, end = OnlineListener(model, EXPERIMENT, folder), _history(), Listener()
+        online, history, end = OnlineListener(model, EXPERIMENT, folder), _history(), Told()
         reports = _train(model, strategy, folder, [online, history, end])
         return model, online.traces(), history.rows, reports, end.told
 
     expected = whole(tmp_path / "whole")
     for update, where in stops:
-        _interrupt(tmp_path / "cut", Listener(update, where), kind, strategy)
+        _interrupt(tmp_path / "cut", Told(update, where), kind, strategy)
     torch.manual_seed(12345)  # a new process has another random state
     resumed = whole(tmp_path / "cut")
     assert _same(resumed[0], expected[0])
@@ -499,7 +499,7 @@ def test_killed_while_the_sums_of_a_trace_are_replaced(tmp_path: Path, monkeypat
 def test_a_training_that_an_earlier_version_began_goes_on(tmp_path: Path, monkeypatch):
     """It had the sums in the checkpoint."""
 
-    def whole(folder: Path, *more: Listener) -> list:
+    def whole(folder: Path, *more: Told) -> list:
         model = _model()
         online = OnlineListener(model, EXPERIMENT, folder)
         _train(model, two_stage(2, 3, 5), folder, [online, *more])
@@ -508,7 +508,7 @@ def test_a_training_that_an_earlier_version_began_goes_on(tmp_path: Path, monkey
     expected = whole(tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(OnlineListener, "save", lambda online, folder, leads: online.trace.save(folder / "trace"))
-        whole(tmp_path / "cut", Listener(4))
+        whole(tmp_path / "cut", Told(4))
     assert not (tmp_path / "cut" / "sums").exists()
     found = whole(tmp_path / "cut")
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
@@ -520,7 +520,7 @@ def test_what_no_resume_needs_is_not_kept(tmp_path: Path):
     _train(_model(), two_stage(2, 3, 5), tmp_path / "last", [_history()])
     assert names("last") == {f"{phase}/checkpoint-5/model.safetensors" for phase in ("0-bio", "1-qa")}
     with pytest.raises(KeyboardInterrupt):
-        _train(_model(), two_stage(2, 3, 7), tmp_path / "kept", [Listener(13)], keep_checkpoints=True)
+        _train(_model(), two_stage(2, 3, 7), tmp_path / "kept", [Told(13)], keep_checkpoints=True)
     weights = {f"{phase}/checkpoint-{n}/model.safetensors" for phase, n in
                (("0-bio", 3), ("0-bio", 6), ("0-bio", 7), ("1-qa", 3), ("1-qa", 6))}  # fmt: skip
     assert names("kept") == weights | {"1-qa/checkpoint-6/optimiser"}
@@ -532,8 +532,8 @@ def test_a_mixture_of_experts_resumes(tmp_path: Path):
     _train(whole, two_stage(2, 3, 4), tmp_path / "whole")
     for stop in (3, 4):  # in the first phase, and after it
         with pytest.raises(KeyboardInterrupt):
-            _train(_model("qwen3_moe"), two_stage(2, 3, 4), tmp_path / "cut", [Listener(stop)], checkpoint_every=2)
-    _train(resumed, two_stage(2, 3, 4), tmp_path / "cut", [Listener()], checkpoint_every=2)
+            _train(_model("qwen3_moe"), two_stage(2, 3, 4), tmp_path / "cut", [Told(stop)], checkpoint_every=2)
+    _train(resumed, two_stage(2, 3, 4), tmp_path / "cut", [Told()], checkpoint_every=2)
     assert _same(whole, resumed)
 
 
@@ -578,14 +578,14 @@ def test_incomplete_checkpoints_are_discarded(tmp_path: Path):
     expected = _model()
     _train(expected, mixed(2, 3, 7), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        _train(_model(), mixed(2, 3, 7), tmp_path / "cut", [Listener(6, "save")])
+        _train(_model(), mixed(2, 3, 7), tmp_path / "cut", [Told(6, "save")])
     home = tmp_path / "cut" / "0-mixed"
     assert (home / "checkpoint-3" / "complete").exists()
     assert (home / "checkpoint-6" / "model.safetensors").exists() and not (home / "checkpoint-6" / "complete").exists()
     (home / "checkpoint-6" / "model.safetensors").write_bytes(b"half")
     (home / ".removed-checkpoint-6").mkdir()  # and so was its removal, once
     (home / ".removed-checkpoint-6" / "rest").write_text("")
-    model, listener = _model(), Listener()
+    model, listener = _model(), Told()
     _train(model, mixed(2, 3, 7), tmp_path / "cut", [listener])
     assert _same(model, expected)
     assert listener.told[0] == ("update", 3)
@@ -593,7 +593,7 @@ def test_incomplete_checkpoints_are_discarded(tmp_path: Path):
 
 
 def test_a_complete_training_is_not_repeated(tmp_path: Path):
-    first, second, listener = _model(), _model(), Listener()
+    first, second, listener = _model(), _model(), Told()
     reports = _train(first, two_stage(2, 3, 3), tmp_path)
     assert _train(second, two_stage(2, 3, 3), tmp_path, [listener]) == reports
     assert listener.told == []
@@ -654,8 +654,8 @@ def test_tensorboard_gets_the_loss_and_changes_nothing(tmp_path: Path) -> None:
     assert _points(tmp_path / "logs/told/1-two")["train/loss"] == [1]
     assert not list((tmp_path / "told").rglob("events.*")) and not list((tmp_path / "plain").rglob("events.*"))
     with pytest.raises(KeyboardInterrupt):
-        run(stopped, "stopped", [Listener(stop=8)])
+        run(stopped, "stopped", [Told(stop=8)])
     again = _model(seed=5)
-    run(again, "stopped", [Listener()])
+    run(again, "stopped", [Told()])
     assert _same(plain, again)
     assert set(_points(tmp_path / "logs/stopped/0-one")["train/loss"]) == {1, 10}

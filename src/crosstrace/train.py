@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -71,9 +71,11 @@ class TrainSettings:
 LOG_EVERY = 10  # updates between two points of a tracker's curves
 
 
-class Listener(Protocol):
-    """What is told of training; its state travels with the checkpoints. Of several processes each has its own, and all
-    are told the same."""
+class Listener:
+    """What is told of training; a class of its own does something with it.
+
+    Its state travels with the checkpoints. Of several processes each has its own, and all are told the same.
+    """
 
     def on_update(self, model: Any, batches: MicroBatches, lr: float, update: int, forwards: TrainingForwards) -> None:
         """Before update number `update` (0-based, over all phases): the model as it is and each task's micro-batches,
@@ -87,6 +89,10 @@ class Listener(Protocol):
                 checkpointed.
         """
 
+    def on_gradient(self, model: Any, task: str, part: TaskPart) -> None:
+        """A task's part of an update's loss has been differentiated: `.grad` has gained its gradient since the last
+        call, before clipping. Every task of the update is told of, in their order."""
+
     def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
         """After `update` updates over all phases; `last` at the end of a phase."""
 
@@ -96,6 +102,17 @@ class Listener(Protocol):
 
     def load(self, folder: Path) -> None:
         """Read it back."""
+
+
+@dataclass(frozen=True)
+class TaskPart:
+    """A task's part of an update's loss: weight · mean over its examples of ℓ."""
+
+    lr: float
+    examples: int
+    weight: float
+    last: bool
+    """Whether it is the update's last one."""
 
 
 @dataclass
@@ -180,6 +197,8 @@ class UpdateLoss:
         phase: whose weights w_t count.
         batches: each task's micro-batches.
         backward: called with a part of the loss.
+        after: called with a task when the gradient of its part has been computed, and the next task's has not; not for
+            the last one, whose gradient is computed by who gets `finish`.
         processes: all that train, where they are several. Each takes its rows of every micro-batch, and the mean of
             their losses has the gradient of the whole.
         inner: the model itself, if `model` is wrapped around it.
@@ -193,8 +212,10 @@ class UpdateLoss:
         backward: Callable[[Tensor], object] = Tensor.backward,
         processes: Processes | None = None,
         inner: Any = None,
+        after: Callable[[str], object] = lambda task: None,
     ) -> None:
         self.model, self.inner, self.processes, self.backward = model, inner, processes, backward
+        self.after = after
         self.micro_batches: list[tuple[str, Batch, float]] = []  # the task, and its share of the loss
         for task, own in batches.items():
             count = sum(len(batch["labels"]) for batch in own)
@@ -234,6 +255,9 @@ class UpdateLoss:
         if self.last is not None:
             self.backward(self.last)
             self.last = None
+            done, of_next = (self.micro_batches[number][0] for number in (self.made - 1, self.made))
+            if of_next != done:
+                self.after(done)
 
     def _add(self, part: Tensor) -> None:
         self.last, self.made = part, self.made + 1
@@ -354,7 +378,21 @@ def _run_phase(
             rate = float(self.lr_scheduler.get_last_lr()[0])
             given = dict[str, Any](inputs)  # each task's micro-batches, not yet on the device
             tasks: dict[str, Any] = self._prepare_inputs(inputs)
-            self.update = UpdateLoss(model, phase, tasks, self.accelerator.backward, processes, self.model)
+            parts = {
+                task: TaskPart(
+                    rate,
+                    sum(len(batch["labels"]) for batch in own),
+                    phase.weights.get(task, 1.0),
+                    task == [*tasks][-1],
+                )
+                for task, own in tasks.items()
+            }
+
+            def after(task: str) -> None:
+                for listener in listeners:
+                    listener.on_gradient(self.model, task, parts[task])
+
+            self.update = UpdateLoss(model, phase, tasks, self.accelerator.backward, processes, self.model, after)
             if listeners:
                 shares = processes is None and not options.gradient_checkpointing
                 traced = {task: [_traced(batch) for batch in own] for task, own in tasks.items()}
@@ -365,7 +403,9 @@ def _run_phase(
                 }
                 for listener in listeners:
                     listener.on_update(self.model, traced, rate, offset + self.state.global_step, forwards)
-            return super().training_step(model, tasks, num_items_in_batch)
+            loss = super().training_step(model, tasks, num_items_in_batch)
+            after([*tasks][-1])
+            return loss
 
         def forward_of(self, model, task, batch, kept):
             with self.compute_loss_context_manager():
@@ -500,7 +540,7 @@ def _load_weights(model: Any, folder: Path, processes: Processes | None) -> None
     model.load_state_dict(saved.state_dict())
 
 
-class RecallHistory:
+class RecallHistory(Listener):
     """A listener that measures recall every so many updates."""
 
     def __init__(self, measure: Callable[[Any], dict[str, Any]], every: int):
