@@ -469,7 +469,8 @@ def online(shape: str, length: int, count: int, rounds: int, warm: int) -> dict:
 
     `online` leaves the training's gradients as they are, bit for bit; `online, reuse` lets the training take those of
     linear layers from the trace's products; `online, object` traces other targets, the last three tokens, by a backward
-    of its own through the training's forward.
+    of its own through the training's forward; `online, object, every third` does so in every third step (a third of
+    three steps' time).
     """
     model = model_of(shape).train()
     for module in model.modules():
@@ -501,6 +502,10 @@ def online(shape: str, length: int, count: int, rounds: int, warm: int) -> dict:
         (sum(means.values()) / 2).backward()
 
     def step(name: str) -> None:
+        if name == "online, object, every third":
+            for one in ("plain", "plain", "online, object"):
+                step(one)
+            return
         if name == "plain":
             model(**batch).loss.backward()
         elif name == "online, object":
@@ -514,11 +519,12 @@ def online(shape: str, length: int, count: int, rounds: int, warm: int) -> dict:
 
     times: dict[str, list[float]] = {}
     for number in range(rounds + warm):
-        for name in ("plain", *tracing, "online, object"):
+        for name in ("plain", *tracing, "online, object", "online, object, every third"):
             clock = time.perf_counter()
             step(name)
             if number >= warm:
-                times.setdefault(name, []).append(time.perf_counter() - clock)
+                steps = 3 if name.endswith("every third") else 1
+                times.setdefault(name, []).append((time.perf_counter() - clock) / steps)
     found = {name: {"seconds": statistics.median(own), "rounds": own} for name, own in times.items()}
     return {"shape": shape, "length": length, "examples": count, **found}
 
@@ -602,6 +608,7 @@ def headline(rows: list[dict], steps: dict, texts: dict, starts: dict) -> dict[s
         "online_overhead": round(overhead(steps, "online, reuse"), 3),
         "online_overhead_same_bits": round(overhead(steps, "online"), 3),
         "online_overhead_object": round(overhead(steps, "online, object"), 3),
+        "online_overhead_object_every_third": round(overhead(steps, "online, object, every third"), 3),
         "first_batch_over_second": round(
             statistics.median(a / b for a, b in zip(starts["first"], starts["second"])), 3
         ),
@@ -639,7 +646,7 @@ def main() -> None:
         steps = online(*(HEADLINE if not options.only else cases[0][:3]), options.rounds + 2, options.warm + 1)
         texts = own_texts(options.rounds, options.warm)
         starts = first_batch(*HEADLINE, 3)
-    for name in ("online", "online, reuse", "online, object"):
+    for name in ("online", "online, reuse", "online, object", "online, object, every third"):
         print(
             f"\na step of training, {name}: {100 * overhead(steps, name):+.1f} % of {steps['plain']['seconds']:.3f} s"
         )
