@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from crosstrace.losses import example_losses
 from crosstrace.models import load_model
 from crosstrace.store import metadata, write_json
-from crosstrace.trace import OnlineTrace, TrainingTrace
+from crosstrace.trace import OnlineTrace, SummedTrace, TrainingTrace
 from crosstrace.trace.engine import Engine
 from crosstrace.train import task_losses
 
@@ -470,7 +470,8 @@ def online(shape: str, length: int, count: int, rounds: int, warm: int) -> dict:
     `online` leaves the training's gradients as they are, bit for bit; `online, reuse` lets the training take those of
     linear layers from the trace's products; `online, object` traces other targets, the last three tokens, by a backward
     of its own through the training's forward; `online, object, every third` does so in every third step (a third of
-    three steps' time).
+    three steps' time). `summed` adds up the training's own gradients of each task, and is to be compared with `plain,
+    task by task`: one backward after the other.
     """
     model = model_of(shape).train()
     for module in model.modules():
@@ -487,7 +488,7 @@ def online(shape: str, length: int, count: int, rounds: int, warm: int) -> dict:
     last[:, :-3] = -100
     given = {t: {k: v[task == n] for k, v in (batch | {"trained": batch["labels"], "labels": last}).items()}
              for n, t in enumerate(("bio", "qa"))}  # fmt: skip
-    other = OnlineTrace(model, list(given))
+    other, summed = OnlineTrace(model, list(given)), SummedTrace(model, list(given))
 
     def trace_object() -> None:
         means: dict[str, Tensor] = {}
@@ -510,6 +511,11 @@ def online(shape: str, length: int, count: int, rounds: int, warm: int) -> dict:
             model(**batch).loss.backward()
         elif name == "online, object":
             trace_object()
+        elif name in ("plain, task by task", "summed"):
+            for t, part in given.items():
+                (task_losses(model, part, [part["trained"]])[0].mean() / 2).backward()
+                if name == "summed":
+                    summed.add(t, 1e-6, len(part["labels"]), 0.5, last=t == "qa")
         else:
             with tracing[name] as trace, trace.step():
                 model(**batch, task=task).loss.backward()
@@ -519,7 +525,14 @@ def online(shape: str, length: int, count: int, rounds: int, warm: int) -> dict:
 
     times: dict[str, list[float]] = {}
     for number in range(rounds + warm):
-        for name in ("plain", *tracing, "online, object", "online, object, every third"):
+        for name in (
+            "plain",
+            *tracing,
+            "online, object",
+            "online, object, every third",
+            "plain, task by task",
+            "summed",
+        ):
             clock = time.perf_counter()
             step(name)
             if number >= warm:
@@ -541,9 +554,9 @@ def first_batch(shape: str, length: int, count: int, rounds: int) -> dict:
     return {"shape": shape, "length": length, "examples": count, **found}
 
 
-def overhead(found: dict, name: str) -> float:
+def overhead(found: dict, name: str, beside: str = "plain") -> float:
     """Share of a step that the trace adds, median over rounds: each beside the plain step of its round."""
-    return statistics.median(a / b for a, b in zip(found[name]["rounds"], found["plain"]["rounds"])) - 1
+    return statistics.median(a / b for a, b in zip(found[name]["rounds"], found[beside]["rounds"])) - 1
 
 
 def scope(row: dict) -> str:
@@ -609,6 +622,7 @@ def headline(rows: list[dict], steps: dict, texts: dict, starts: dict) -> dict[s
         "online_overhead_same_bits": round(overhead(steps, "online"), 3),
         "online_overhead_object": round(overhead(steps, "online, object"), 3),
         "online_overhead_object_every_third": round(overhead(steps, "online, object, every third"), 3),
+        "summed_overhead": round(overhead(steps, "summed", "plain, task by task"), 3),
         "first_batch_over_second": round(
             statistics.median(a / b for a, b in zip(starts["first"], starts["second"])), 3
         ),
@@ -650,6 +664,10 @@ def main() -> None:
         print(
             f"\na step of training, {name}: {100 * overhead(steps, name):+.1f} % of {steps['plain']['seconds']:.3f} s"
         )
+    print(
+        f"\na step of training, summed: {100 * overhead(steps, 'summed', 'plain, task by task'):+.1f} % of "
+        f"{steps['plain, task by task']['seconds']:.3f} s"
+    )
     print(
         f"\nthe default experiment's {texts['examples']} texts: {texts['trace']['seconds']:.2f} s traced, "
         f"{texts['plain']['seconds']:.2f} s for a plain pass over padded batches\n"

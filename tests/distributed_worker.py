@@ -64,7 +64,8 @@ strategies:
 train:
   {{precision: float32, checkpoint_every: 11, recall_every: 8, recall_examples: 6,
    optimiser: {{learning_rate: 0.02, warmup: 2}}}}
-trace: {{measures: [abs, net], every: 4, parts: 2, batch: 7, check: false}}
+trace:
+  {{measures: [abs, net], every: 4, parts: 2, batch: 7, check: false, definitions: [per_example, summed]}}
 analysis: {{fractions: [0.05, 0.4], central_fractions: [0.05, 0.4], draws: 2}}
 interventions: {{fractions: [0.4], seeds: 1, questions: 12}}
 mechanism: {{run: false}}

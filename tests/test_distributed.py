@@ -161,7 +161,8 @@ def test_what_several_processes_made_is_gone_on_with_by_one(several):
 def test_an_interrupted_training_ends_in_the_same_bits(several):
     home, how, _ = several
     if how == "ddp":
-        for file in ("mixed/model.safetensors", "online/bio.safetensors", "online/qa.safetensors"):
+        traces = [f"{when}/{task}.safetensors" for when in ("online", "summed") for task in ("bio", "qa")]
+        for file in ("mixed/model.safetensors", *traces):
             mine, theirs = (load_file(home / f"ddp2-{name}/llama/models/mixed" / file) for name in ("run", "again"))
             assert list(mine) == list(theirs) and all(torch.equal(mine[key], theirs[key]) for key in mine)
 
@@ -173,7 +174,7 @@ def test_an_adapter_and_further_training(several):
         run(home, f"one-{name}", kinds=["llama"], stages=FURTHER, changes=changes)
         one, other = home / f"one-{name}" / "llama", home / f"{how}2-{name}" / "llama"
         files = sorted((one / "traces/mixed").glob("*/*.safetensors"))
-        assert len(files) == 4
+        assert len(files) == 6
         for file in files:
             assert_same_traces(file, other / file.relative_to(one))
         mine, theirs = (read_json(run / "retention/mixed/retention.json") for run in (one, other))

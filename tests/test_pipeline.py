@@ -34,7 +34,7 @@ strategies:
   two_stage: [{name: bio, batch: {bio: 8}, steps: 6}, {name: qa, batch: {qa: 8}, steps: 6}]
   mixed: [{name: mixed, batch: {bio: 8, qa: 8}, steps: 6}]
 train: {precision: float32, checkpoint_every: 4, recall_every: 3, recall_examples: 24}
-trace: {measures: [abs, net], every: 2, parts: 2}
+trace: {measures: [abs, net], every: 2, parts: 2, definitions: [per_example, summed]}
 analysis: {fractions: [0.01, 0.05, 0.2], central_fractions: [0.05], draws: 4}
 interventions: {fractions: [0.05], seeds: 2, questions: 12}
 mechanism:
@@ -76,7 +76,9 @@ def test_results_hold_what_they_promise(whole: Path) -> None:
     assert results["recall"]["base"]["qa_ood"]["n"] == 16 * 6
     for strategy in ("two_stage", "mixed"):
         moments = {(row["when"], row["reduction"]) for row in results["shared"][strategy]}
-        assert moments == {("online", "example"), ("online", "step"), ("final", "example")}
+        assert moments == {
+            ("online", "example"), ("online", "step"), ("summed", "example"), ("final", "example")
+        }  # fmt: skip
         for row in results["shared"][strategy]:
             assert row["overlap"] == pytest.approx(row["size"] / row["selected"])
             assert row["lift"] == pytest.approx(row["overlap"] / row["chance"])
@@ -86,7 +88,7 @@ def test_results_hold_what_they_promise(whole: Path) -> None:
             rows = results["interventions"][strategy][kind]
             sets = {row["set"] for row in rows}
             assert sets == {"shared", "random", "random_per_tensor", "bio_only", "qa_only"}
-            for when in ("online", "final"):
+            for when in ("online", "summed", "final"):
                 assert len({row["size"] for row in rows if row["when"] == when}) == 1
     assert {claim["verdict"] for claim in results["claims"]} <= {"holds", "does not hold", "undecided"}
     assert {claim["claim"] for claim in results["claims"]} == {

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from crosstrace.errors import UserError
 from crosstrace.schedule import Optimiser, Phase, mixed, two_stage
-from crosstrace.trace import OnlineTrace
-from crosstrace.trace.summed import SummedTrace
+from crosstrace.trace import OnlineTrace, SummedTrace
 from crosstrace.train import Listener, TaskPart, TrainSettings, learning_rate_factor, train
 from crosstrace.updates import Updates
 

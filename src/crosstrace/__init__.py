@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from crosstrace.shared import ParamSet, scope, select
     from crosstrace.text import biographies, questions
     from crosstrace.tokens import batches, encode
-    from crosstrace.trace import OnlineTrace, Trace, TrainingTrace
+    from crosstrace.trace import OnlineTrace, SummedTrace, Trace, TrainingTrace
     from crosstrace.trace.callback import KeepColumns, TraceCallback
 
 _HOME = {
@@ -35,15 +35,15 @@ _HOME = {
     "shared": ["ParamSet", "scope", "select"],
     "text": ["biographies", "questions"],
     "tokens": ["batches", "encode"],
-    "trace": ["OnlineTrace", "Trace", "TrainingTrace"],
+    "trace": ["OnlineTrace", "SummedTrace", "Trace", "TrainingTrace"],
     "trace.callback": ["KeepColumns", "TraceCallback"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: RUF022  (in the order in which an experiment uses them)
     "Experiment", "run", "Results", "FactSettings", "World", "biographies", "questions", "load_model", "load_tokenizer",
-    "encode", "batches", "recall", "Trace", "OnlineTrace", "TrainingTrace", "TraceCallback", "KeepColumns", "ParamSet",
-    "scope", "select", "ablated", "grafted", "UserError",
+    "encode", "batches", "recall", "Trace", "OnlineTrace", "SummedTrace", "TrainingTrace", "TraceCallback",
+    "KeepColumns", "ParamSet", "scope", "select", "ablated", "grafted", "UserError",
 ]  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class EditSettings:
 
     strategy: str = "mixed"
     """Whose tuned values."""
-    when: Literal["online", "final", "checkpoints"] = "online"
+    when: Literal["online", "summed", "final", "checkpoints"] = "online"
     """Of which trace: over training, at the final checkpoint, or the mean over kept checkpoints."""
     fraction: Fraction = 0.05
     """Top fraction of the parameters in scope that each task's set holds."""

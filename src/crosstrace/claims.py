@@ -16,7 +16,7 @@ from scipy.stats import t as student
 from crosstrace.stats import cluster_bootstrap
 
 MIXED, STAGED = "mixed", "two_stage"
-TIMES = ("online", "final")
+TIMES = ("online", "summed", "final")
 BOOTSTRAP_SEED = 0
 Row = dict[str, Any]
 

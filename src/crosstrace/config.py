@@ -77,8 +77,11 @@ class TraceSettings:
     """Examples in one backward pass; the trace does not depend on it."""
     online: bool = True
     """Trace during training too."""
+    definitions: list[Literal["per_example", "summed"]] = Field(default_factory=lambda: ["per_example"], min_length=1)
+    """What a trace during training is: `per_example`, the mean of |g_i| over examples, of `targets`; `summed`, the sum
+    of learning rate times every gradient, with its sign, of the training's own targets, which costs next to nothing."""
     every: Annotated[int, Field(ge=1)] = 3
-    """Trace every so many updates of training."""
+    """Trace every so many updates of training; `summed` takes every update."""
     forward: Literal["training", "own"] = "training"
     """What is traced during training: the training's own forward, in its precision, where it is like evaluation's (no
     dropout); or one more forward, in the model's dtype, which costs about twice as much."""
@@ -302,6 +305,11 @@ def check(experiment: Experiment, where: str) -> Experiment:
         )
     if experiment.model.sharded:
         _check_sharded(experiment, where)
+    if "summed" in experiment.trace.definitions and experiment.train.lora and experiment.trace.view == "merged":
+        raise UserError(
+            f"{where}: trace.definitions has summed, but with train.lora the training has no gradient of the base's "
+            "weights; take trace.view: adapter, or per_example alone"
+        )
     if experiment.trace.view == "adapter" and experiment.strategies and not experiment.train.lora:
         raise UserError(f"{where}: trace.view: adapter needs train.lora, or there is no adapter to trace")
     return experiment

@@ -32,7 +32,7 @@ class Strategy:
         optimiser: of the optimiser's state.
         trace: of the traces of one task at one time and reduction, of one part.
         tasks: tasks that are traced.
-        online: traces of a task during training: reductions times parts; 0 without it.
+        online: traces of a task during training, by all definitions, reductions and parts; 0 without it.
         times: traces of a task after it: measures times parts, at each checkpoint that is traced.
         parts: parts of each of those.
         sets: of all sets that are saved.

@@ -27,7 +27,7 @@ from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
 from crosstrace.errors import UserError
 from crosstrace.evaluate import TOKENS, recall_batches
-from crosstrace.material import in_scope, sample, samples, training_examples
+from crosstrace.material import LEARNING, in_scope, sample, samples, training_examples
 from crosstrace.pipeline import DRIFT_DRAWS
 from crosstrace.rehearse import Parts, Understudy
 from crosstrace.schedule import Phase
@@ -313,9 +313,14 @@ class Needs:
         self.bf16 = machine.gpu is not None and experiment.train.precision != "float32"  # (any that there is has it)
         self.bf16 = self.bf16 or models.trains_in_bf16(experiment.train.precision, torch.device("cpu"))
         self.precision = "bfloat16" if self.bf16 else experiment.model.dtype
-        online, parts = experiment.trace.online, experiment.trace.parts
-        self.online = TASKS * len(REDUCTIONS) * parts * self.sums * online  # the accumulators of a training
-        self.whens = ["online"] * online + ["final"] + ["checkpoints"] * experiment.trace.checkpoints
+        tracing = experiment.trace
+        defined = [name for name in LEARNING if tracing.online and name in tracing.definitions]
+        # accumulators of a task during training: two reductions of the trace per example, one of the summed
+        self.learning_sums = tracing.parts * sum(
+            {"per_example": len(REDUCTIONS), "summed": 1}[name] for name in defined
+        )
+        self.online = TASKS * self.learning_sums * self.sums
+        self.whens = [LEARNING[name] for name in defined] + ["final"] + ["checkpoints"] * tracing.checkpoints
 
     @cached_property
     def memory(self) -> list[Row]:
@@ -383,8 +388,10 @@ class Needs:
             chosen = self.material.once(("costliest", id(data)), lambda data=data: _costliest(data))
             chosen = {task: [self._share(batch) for batch in own] for task, own in chosen.items()}
             step = self._step(phase, chosen)
+            if "summed" in self.whens and len(chosen) > 1:  # each task's gradient apart
+                step = step | {"gradients of a task": self.learned}
             yield f"a step of {phase.name}", held | step, host
-            if e.trace.online:
+            if "online" in self.whens:
                 further = {"a copy of what is merged": self.adapted} if self.adapted else {}
                 if self._shares_forward and sum(map(len, chosen.values())) > 1:  # of the micro-batches before
                     further |= {"gradients": self.learned}
@@ -700,7 +707,7 @@ class Needs:
             places = 1 + sum(number for _, number in phases) if e.trace.checkpoints and phases else 1
             found[name] = disk.Strategy(
                 phases=phases, further=saves(e.retention.steps), model=self.saved, optimiser=self.optimised,
-                trace=self.sums, tasks=TASKS, online=len(REDUCTIONS) * e.trace.parts * e.trace.online,
+                trace=self.sums, tasks=TASKS, online=self.learning_sums,
                 times=places * several, parts=e.trace.parts,
                 sets=(len(self.whens) if phases else 1) * self._sets(len(e.analysis.central_fractions)) / 8,
             )  # fmt: skip
@@ -769,7 +776,9 @@ class Needs:
                 passes = (2 if e.train.lora else 3) + e.train.gradient_checkpointing
                 add(name, "train", passes * steps + times * self.flops(few))
                 add(
-                    name, "train, traced", (3 - self._shares_forward) * steps / e.trace.every if e.trace.online else 0.0
+                    name,
+                    "train, traced",
+                    (3 - self._shares_forward) * steps / e.trace.every if "online" in self.whens else 0.0,
                 )
             add(name, "eval", self.flops(asked))
             chosen = [sample(i, e.trace.examples) if e.trace.examples else i for i in seen.trained.values()]

@@ -13,12 +13,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from crosstrace.errors import UserError
-from crosstrace.material import WHENS
+from crosstrace.material import LEARNING, WHENS
 from crosstrace.store import Run, replacing
 from crosstrace.trace import Trace, load_traces, save_traces
 
 MEANS = "means"
-ONLINE = "online"  # the traces during training, in the folder of the taught model
 
 
 def place_of(folder: Path, when: str) -> Path:
@@ -79,8 +78,9 @@ def _write_means(source: Path, target: Path) -> None:
 
 def _drop_second_names(run: Run, name: str, keep: str) -> None:
     """The traces during training lie in the taught model's folder too: the same files, so none is gone before this."""
-    if (run.path(f"models/{name}") / ONLINE).is_dir():
-        run.drop(f"models/{name}", [ONLINE], _told(keep))
+    there = [when for when in LEARNING.values() if (run.path(f"models/{name}") / when).is_dir()]
+    if there:
+        run.drop(f"models/{name}", there, _told(keep))
 
 
 def _told(keep: str) -> str:

@@ -25,7 +25,8 @@ from crosstrace.tokens import Encoded, encode
 
 T = TypeVar("T", Example, Encoded)
 START = "start"  # the folder of an adapter before training, beside the phases'
-WHENS = ("online", "final", "checkpoints")  # of traces
+WHENS = ("online", "summed", "final", "checkpoints")  # of traces
+LEARNING = {"per_example": "online", "summed": "summed"}  # by definition, when a trace during training is
 
 
 def known_people(model: ModelSettings) -> FactSettings | None:

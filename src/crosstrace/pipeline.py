@@ -38,6 +38,7 @@ from crosstrace.forward import TrainingForwards
 from crosstrace.intervene import ablated, grafted
 from crosstrace.left_out import Part, attempt, optional
 from crosstrace.material import (
+    LEARNING,
     START,
     WHENS,
     examples,
@@ -82,10 +83,10 @@ from crosstrace.store import (
 )
 from crosstrace.text import NO_QUESTIONS, questions, read_jsonl, texts, write_jsonl
 from crosstrace.tokens import Encoded, batches, check_fast, encode
-from crosstrace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
+from crosstrace.trace import OnlineTrace, SummedTrace, Trace, load_traces, save_traces, trace
 from crosstrace.trace.memory import free_memory
-from crosstrace.trace.trace import REDUCTIONS
-from crosstrace.train import Listener, PhaseReport, RecallHistory, check_trackers, train
+from crosstrace.trace.trace import REDUCTIONS, Accumulated
+from crosstrace.train import Listener, PhaseReport, RecallHistory, TaskPart, check_trackers, train
 from crosstrace.updates import MicroBatches
 
 DRIFT_DRAWS = 3  # random sets of each kind whose share of the weights' way the shared set's is compared with
@@ -303,6 +304,7 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
     options, tracing = experiment.train, experiment.trace
     phases = experiment.strategies[name]
     watched = {"targets", "online", "every", "forward", "lr_weighted", "parts"} | ({"view"} if options.lora else set())
+    watched |= {"definitions"} if tracing.definitions != ["per_example"] else set()
     trained = {name: value for name, value in asdict(options).items() if value is not None}
     key = run.alone(lambda: {
         "model": model_key(experiment), "train": trained, "phases": [asdict(phase) for phase in phases],
@@ -329,22 +331,25 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
         measure = _few(ask, parts, options.recall_examples)
         history = RecallHistory(measure, options.recall_every)
         listeners: list[Listener] = [history]
-        online = None
-        if tracing.online:
-            online = OnlineListener(model, experiment, folder, run.processes)
-            listeners.append(online)
+        kinds = {"per_example": OnlineListener, "summed": SummedListener}
+        tracers: list[Tracer] = [
+            kinds[definition](model, experiment, folder, run.processes)
+            for definition in kinds
+            if tracing.online and definition in tracing.definitions
+        ]
+        listeners += tracers
         with progress.bar(f"{name}: train") as update:
             reports = train(
                 model, tokenizer, phases, training_examples(parts), folder / "checkpoints", options,
                 bf16=_precision(experiment) == "bf16", trace_targets=tracing.targets, listeners=listeners,
                 progress=update, logs=run.folder / "logs" / name, processes=run.processes,
             )  # fmt: skip
-        if online:
-            told = run.alone(lambda: origin(run, experiment, name))
-            for task, traces in online.traces().items():
+        told = run.alone(lambda: origin(run, experiment, name)) if tracers else {}
+        for tracer in tracers:
+            for task, traces in tracer.traces().items():
                 for item in traces:
                     item.meta |= told
-                online.keep(task, traces)
+                tracer.keep(task, traces)
         run.alone(lambda: keep(folder, tokenizer, history, reports))
 
     def keep(folder: Path, tokenizer: Any, history: RecallHistory, reports: list[PhaseReport]) -> None:
@@ -364,28 +369,97 @@ def _portable(base: str) -> str:
     return str(Path(place).resolve()) if base != models.BUNDLED and Path(place).exists() else base
 
 
-class OnlineListener(Listener):
-    """Feeds every `every`-th update to an `OnlineTrace`, whose state travels with the checkpoints.
+class Tracer(Listener):
+    """Feeds a trace during training, whose state travels with the checkpoints.
 
-    The sums lie in <folder>/sums, once for all checkpoints (`OnlineTrace.save_pieces`); a checkpoint has the rest. When
-    training is over each task's sums make room for its traces, <folder>/online/<task>.safetensors.
-
-    Of a model with an adapter it traces the adapter's parameters, or those of the base with the adapter merged. Several
-    processes share out the examples.
+    The sums lie in <folder>/sums, once for all checkpoints (`Accumulated.save_pieces`); a checkpoint has the rest. When
+    training is over each task's sums make room for its traces, <folder>/<when>/<task>.safetensors. Several processes
+    share out the examples.
     """
 
-    def __init__(self, model: Any, experiment: Experiment, folder: Path, processes: Processes | None = None):
-        options = experiment.trace
+    when: str
+    trace: Accumulated
+    about: Mapping[str, Any]  # what a reader of the traces must know
+
+    def __init__(self, folder: Path, processes: Processes | None = None):
         self.folder, self.updates = folder, 0
         self.leads = processes is None or processes.rank == 0
+
+    def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
+        self.updates = update
+
+    def save(self, folder: Path, leads: bool) -> None:
+        header = self.trace.save_pieces(self._sums, self.updates)
+        if leads:
+            write_json(folder / "trace.json", header | {"updates": self.updates})
+
+    def load(self, folder: Path) -> None:
+        header = read_json(folder / "trace.json")
+        self.updates = header["updates"]
+        kept = [task for task in TASKS if self._file(task).exists()]
+        self.trace.load_pieces(self._sums, self.updates, header, without=kept)
+
+    def traces(self) -> dict[str, list[Trace]]:
+        """When training is over: each task's traces, with the first of several processes or in pieces with all."""
+        by_task: dict[str, list[Trace]] = {}
+        for item in self.trace.traces(last=True):
+            item.meta |= self.about
+            by_task.setdefault(item.task, []).append(item)
+        return by_task
+
+    def keep(self, task: str, traces: list[Trace]) -> None:
+        """Write a task's traces, and remove its sums."""
+        if not self._file(task).exists():  # a kill may have left some of its sums beside it
+            save_traces(self._file(task), traces)
+        for file in self._sums.glob(f"{task}+*") if self.leads else ():
+            remove(file)
+
+    @property
+    def _sums(self) -> Path:
+        return self.folder / SUMS / self.when
+
+    def _file(self, task: str) -> Path:
+        return self.folder / self.when / f"{task}.safetensors"
+
+
+class SummedListener(Tracer):
+    """Feeds every update's gradients to a `SummedTrace`."""
+
+    when = LEARNING["summed"]
+
+    def __init__(self, model: Any, experiment: Experiment, folder: Path, processes: Processes | None = None):
+        super().__init__(folder, processes)
+        names = adapters.adapter_names(model) if experiment.trace.view == "adapter" else None
+        parts = experiment.trace.parts
+        self.about = {"targets": "train", "every": 1, "definition": "summed"}
+        self.trace: SummedTrace = SummedTrace(
+            model, TASKS, parts, _where_of_sums(model, names, len(TASKS) * parts), names,
+            None if processes is None else processes.group,
+        )  # fmt: skip
+
+    def on_gradient(self, model: Any, task: str, part: TaskPart) -> None:
+        self.trace.add(task, part.lr, part.examples, part.weight, last=part.last)
+
+
+class OnlineListener(Tracer):
+    """Feeds every `every`-th update to an `OnlineTrace`.
+
+    Of a model with an adapter it traces the adapter's parameters, or those of the base with the adapter merged.
+    """
+
+    when = LEARNING["per_example"]
+
+    def __init__(self, model: Any, experiment: Experiment, folder: Path, processes: Processes | None = None):
+        super().__init__(folder, processes)
+        options = experiment.trace
         self.every = options.every
-        self.targets = options.targets
+        self.about = {"targets": options.targets, "every": options.every}
         self.merges = adapters.is_adapted(model) and options.view == "merged"
         self.borrows = options.forward == "training" and not self.merges
         names = adapters.base_names(model) if self.merges else None
         if options.view == "adapter":
             names = adapters.adapter_names(model)
-        self.trace = OnlineTrace(
+        self.trace: OnlineTrace = OnlineTrace(
             model, TASKS, [options.measures[0]], parts=options.parts, lr_weighted=options.lr_weighted, names=names,
             where=_where_of_sums(model, names, len(TASKS) * len(REDUCTIONS) * options.parts),
             group=None if processes is None else processes.group,
@@ -397,42 +471,18 @@ class OnlineListener(Listener):
         with adapters.merged(model) if self.merges else nullcontext():
             self.trace.step(batches, lr, forwards if self.borrows else {})
 
-    def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
-        self.updates = update
-
-    def save(self, folder: Path, leads: bool) -> None:
-        header = self.trace.save_pieces(self.folder / SUMS, self.updates)
-        if leads:
-            write_json(folder / "trace.json", header | {"updates": self.updates})
-
     def load(self, folder: Path) -> None:
         older = folder / "trace"  # as versions wrote it that had all of it in the checkpoint
         if older.is_dir() or older.with_suffix(".safetensors").is_file():
             return self.trace.load(older)
-        header = read_json(folder / "trace.json")
-        self.updates = header["updates"]
-        kept = [task for task in TASKS if self._file(task).exists()]
-        self.trace.load_pieces(self.folder / SUMS, self.updates, header, without=kept)
+        super().load(folder)
 
     def traces(self) -> dict[str, list[Trace]]:
-        """When training is over: each task's traces, with the first of several processes or in pieces with all."""
-        by_task: dict[str, list[Trace]] = {}
-        for item in self.trace.traces(last=True):
-            item.meta |= {"targets": self.targets, "every": self.every}
+        by_task = super().traces()
+        for item in (item for traces in by_task.values() for item in traces):
             if self.merges:
                 item.values = {adapters.plain_name(name): value for name, value in item.values.items()}
-            by_task.setdefault(item.task, []).append(item)
         return by_task
-
-    def keep(self, task: str, traces: list[Trace]) -> None:
-        """Write a task's traces, and remove its sums."""
-        if not self._file(task).exists():  # a kill may have left some of its sums beside it
-            save_traces(self._file(task), traces)
-        for file in (self.folder / SUMS).glob(f"{task}+*") if self.leads else ():
-            remove(file)
-
-    def _file(self, task: str) -> Path:
-        return self.folder / "online" / f"{task}.safetensors"
 
 
 def _where_of_sums(model: Any, names: Sequence[str] | None, sums: int) -> Literal["device", "cpu"]:
@@ -557,8 +607,9 @@ def take_traces(run: Run, experiment: Experiment, name: str, progress: Progress)
                     save_traces(folder / when / f"{task}.safetensors", found)
         if run.leads and options.checkpoints and phases:
             _mean_over_checkpoints(folder, places, trained)
-        if run.leads and options.online and phases:
-            shutil.copytree(home / "online", folder / "online", copy_function=linked)
+        for when in LEARNING.values() if run.leads and options.online and phases else ():
+            if (home / when).is_dir():
+                shutil.copytree(home / when, folder / when, copy_function=linked)
 
     run.stage(f"traces/{name}", key, make)
 
@@ -602,9 +653,10 @@ def read_traces(
     """task -> the parts of its trace at one time, or its mean where that alone was kept; `like` as in `load_traces`.
 
     Empty if fewer than two tasks have one: of a strategy that never trains a task there is no online trace of it, so
-    nothing online to share.
+    nothing online to share. The summed trace has a measure of its own.
     """
     tasks: dict[str, list[Trace]] = {}
+    measure = "net" if when == LEARNING["summed"] else measure
     for file in sorted(keeping.place_of(folder, when).glob("*.safetensors")):
         for item in load_traces(file, like, measure=measure, reduction=reduction):
             if item.task not in TASKS:  # it would name files
@@ -1109,7 +1161,7 @@ def _check_outside(experiment: Experiment, folder: Path) -> None:
             )
 
 
-RESERVED = ("checkpoints", "online", SUMS, START)  # what lies beside the phases in a strategy's folder
+RESERVED = ("checkpoints", *LEARNING.values(), SUMS, START)  # what lies beside the phases in a strategy's folder
 
 
 def check(experiment: Experiment, whole: bool, stages: Sequence[str] = STAGES) -> None:

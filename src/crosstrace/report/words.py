@@ -25,7 +25,7 @@ TESTS = {
     "new": "Questions about the new people",
 }
 SETS = {"shared": "shared set", "random": "random", "random_per_tensor": "random, same count per tensor"}
-WHENS = {"online": "Online trace", "final": "Final checkpoint", "training": "Training"}
+WHENS = {"online": "Online trace", "summed": "Summed trace", "final": "Final checkpoint", "training": "Training"}
 PLACES = {
     "subject": "End of the subject",
     "relation": "End of the relation",

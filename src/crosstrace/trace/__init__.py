@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from crosstrace.trace.summed import SummedTrace
 from crosstrace.trace.trace import MEASURES, OnlineTrace, Trace, load_traces, save_traces, trace
 from crosstrace.trace.training import TrainingTrace
 
-__all__ = ["MEASURES", "OnlineTrace", "Trace", "TrainingTrace", "load_traces", "save_traces", "trace"]
+__all__ = ["MEASURES", "OnlineTrace", "SummedTrace", "Trace", "TrainingTrace", "load_traces", "save_traces", "trace"]
