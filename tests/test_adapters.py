@@ -12,7 +12,7 @@ from peft import get_peft_model
 from reference import example_gradient, reference_trace
 from test_lora import KINDS, PREFIX, TARGETS, adapter_config, base_model, logits, taught_models, unfrozen
 from test_trace import assert_same, make_examples, pad
-from test_train import EXAMPLES, FAST, WORDS, Listener, _model
+from test_train import EXAMPLES, FAST, WORDS, Told, _model
 from tiny_models import tiny_model
 
 from crosstrace import adapters, config, material
@@ -193,12 +193,12 @@ def test_interrupted_and_resumed_training_gives_the_same_bits(stop, dropout, tmp
     options = config.override(config.Experiment(), {"train.lora.rank": "2", "trace.parts": "2", "trace.every": "2"})
     made = adapted(_model(), LoraSettings(rank=2, dropout=dropout), seed=3)
     assert OnlineListener(made, options, tmp_path).merges
-    expected = _trained(tmp_path / "whole", [Listener()], dropout)
+    expected = _trained(tmp_path / "whole", [Told()], dropout)
     with pytest.raises(KeyboardInterrupt):
-        _trained(tmp_path / "cut", [Listener(stop)], dropout)
+        _trained(tmp_path / "cut", [Told(stop)], dropout)
     (optimiser,) = (tmp_path / "cut").rglob("optimiser")
     assert all("lora_" in name for name in Pieces(optimiser, "optimiser").shapes)
-    found = _trained(tmp_path / "cut", [Listener()], dropout)
+    found = _trained(tmp_path / "cut", [Told()], dropout)
     for name, p in expected.named_parameters():
         assert torch.equal(found.get_parameter(name), p), name
     start = adapted(_model(), LoraSettings(rank=2, dropout=dropout), seed=3)
