@@ -464,6 +464,13 @@ def own_texts(rounds: int, warm: int) -> dict:
     return {"examples": sum(len(items) for items in encoded), **found}
 
 
+# kinds of a training's step that `online` times
+STEPS = (
+    "plain", "online", "online, reuse", "online, object", "online, object, every third",
+    "plain, task by task", "summed",
+)  # fmt: skip
+
+
 def online(shape: str, length: int, count: int, rounds: int, warm: int) -> dict:
     """A step of mixed training (AdamW, clipping), without a trace and with: both tasks' from the same backward.
 
@@ -525,14 +532,7 @@ def online(shape: str, length: int, count: int, rounds: int, warm: int) -> dict:
 
     times: dict[str, list[float]] = {}
     for number in range(rounds + warm):
-        for name in (
-            "plain",
-            *tracing,
-            "online, object",
-            "online, object, every third",
-            "plain, task by task",
-            "summed",
-        ):
+        for name in STEPS:
             clock = time.perf_counter()
             step(name)
             if number >= warm:

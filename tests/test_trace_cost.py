@@ -59,7 +59,7 @@ def test_the_headline_compares_with_libraries_that_cover_every_parameter() -> No
     shape, length, examples = trace_cost.HEADLINE
     case = {"shape": shape, "length": length, "examples": examples, "plain": row(1), "trace": row(2), "vmap": row(8)}
     case |= {"bergson": row(3, "Embedding"), "dattri-llm": row(5)}
-    steps = {name: {"rounds": [1.0]} for name in ("plain", "online", "online, reuse", "online, object")}
+    steps = {name: {"rounds": [1.0]} for name in trace_cost.STEPS}
     starts = {"first": [2.0], "second": [1.0]}
     line = trace_cost.headline([case], steps, {"plain": row(1), "trace": row(1)}, starts)
     assert line["best_full_peer"] == "dattri-llm"
