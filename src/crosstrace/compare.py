@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from crosstrace import config
+from crosstrace.chat import put_questions
 from crosstrace.config import Experiment, ModelSettings, TraceSettings
 from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
+from crosstrace.models import BUNDLED, load_tokenizer
 from crosstrace.store import expanded
 from crosstrace.text import read_jsonl, texts
 
@@ -39,7 +41,7 @@ def comparison(base: str, tuned: Sequence[str], tasks: str) -> Experiment:
             raise UserError(f"{given[name]} and {model} would both be called {name}; write one of them as NAME={model}")
         given[name] = model
     return Experiment(
-        name="compare", model=ModelSettings(name=base), facts=tasks_in(expanded(tasks)), strategies={},
+        name="compare", model=ModelSettings(name=base), facts=tasks_in(expanded(tasks), base), strategies={},
         given=given, trace=TraceSettings(online=False),
     )  # fmt: skip
 
@@ -55,11 +57,14 @@ def named(text: str) -> tuple[str, str]:
     return ("tuned" if name in ("", "base") else name), text
 
 
-def tasks_in(folder: Path) -> FactSettings:
+def tasks_in(folder: Path, base: str = BUNDLED) -> FactSettings:
     """The facts that a folder's examples are about: those of a run, as it drew them, or the examples themselves.
 
+    Args:
+        base: the model whose chat template the questions are put in, if the run's are (`facts.template`).
+
     Raises:
-        UserError: it holds no examples.
+        UserError: it holds no examples, or the base has no chat template.
     """
     saved = folder / "config.yaml"
     if saved.is_file():
@@ -67,7 +72,10 @@ def tasks_in(folder: Path) -> FactSettings:
         if facts.source is not None:
             return replace(facts, source=str(data))  # as it was when the run began
         rows = {Path(file).stem: read_jsonl(data / file) for file in FILES}
-        return facts if texts(facts) == rows else FactSettings(source=str(data))
+        tokenizer = load_tokenizer(base) if facts.template == "chat" else None
+        drawn = texts(facts)
+        drawn["qa"] = put_questions(facts, tokenizer, drawn["qa"])
+        return facts if drawn == rows else FactSettings(source=str(data))
     imported = folder / "experiment.yaml"
     if imported.is_file():
         return replace(config.load(imported).facts, source=str(folder))

@@ -48,6 +48,9 @@ class FactSettings:
     """How sentences after the first name the person; `either` draws one way for each biography."""
     questions: Annotated[int, Field(ge=1, le=1000)] = 1
     """Differently worded questions for each fact."""
+    template: Literal["plain", "chat"] = "plain"
+    """How a question is put: as plain text, or by the tokenizer's chat template, where the user asks and the assistant
+    answers. Biographies are plain text."""
     frequency: Literal["uniform", "zipf"] = "uniform"
     """How often a person's examples occur in an epoch: once, or after Zipf's law."""
     zipf_exponent: Annotated[float, Field(gt=0, le=100)] = 1.0

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from crosstrace import circuit, config, disk, gguf, models, positions
 from crosstrace.anatomy import Anatomy
+from crosstrace.chat import put_questions
 from crosstrace.config import Experiment
 from crosstrace.errors import UserError
 from crosstrace.evaluate import TOKENS, recall_batches
@@ -47,6 +48,11 @@ Work = Counter  # "tokens": positions that go through the model; "pairs": Σ of 
 TASKS = 2
 LOOKED_AT = 2000  # updates of a phase whose lengths are counted; of more, so many spread evenly
 CHARACTERS = 4  # a token, by rule of thumb, where there is no tokenizer
+# and about as many words as chat templates have
+STAND_IN_TEMPLATE = (
+    "You are a helpful assistant. Answer the questions of the user in a few words.<end>"
+    "{% for message in messages %}<any>{{ message['role'] }}<any>{{ message['content'] }}<end>{% endfor %}"
+)
 RANKING = {"float32": 8, "float64": 66}  # bytes a parameter of `stats.spearman` beside its two traces, as measured
 SHAPES = "shapes"
 EACH, FIRST = "each process", "process 0"  # whose memory a row is
@@ -156,7 +162,9 @@ def _stand_in() -> Any:
 
     counting = Tokenizer(kinds.WordLevel({"<any>": 0, "<end>": 1}, unk_token="<any>"))
     counting.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\d{1,3}| ?\w{1,5}|[^\w]"), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=counting, unk_token="<any>", eos_token="<end>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=counting, unk_token="<any>", eos_token="<end>", chat_template=STAND_IN_TEMPLATE
+    )
 
 
 class Material:
@@ -174,6 +182,7 @@ class Material:
             self.tokenizer_of = f"none at hand, so tokens are estimated, about {CHARACTERS} characters each"
         self.pad = models.pad_id(self.tokenizer)
         own = texts(experiment.facts)
+        own["qa"] = put_questions(experiment.facts, self.tokenizer, own["qa"])
         asked = {split: [item for item in own["qa"] if item.split == split] for split in ("id", "ood")}
         parts = {"bio": own["bio"], "qa_id": asked["id"], "qa_ood": asked["ood"]}
         self.parts = {part: encode(self.tokenizer, items) for part, items in parts.items()}

@@ -42,12 +42,14 @@ class Question:
         row: id, person, relation, fact and answer; the prompt; its continuation, which the task by log-likelihood
             judges; and what a right model generates.
         tokens: number of the answer's tokens, its end token among them.
+        end: the end token as text.
         is_scored: whether the harness judges by log-likelihood the very tokens that crosstrace does. It moves blanks at
             a prompt's end to the continuation, so it would judge a token for the blank alone too.
     """
 
     row: dict[str, str]
     tokens: int
+    end: str
     is_scored: bool
 
 
@@ -106,6 +108,7 @@ def write_tasks(
                 "which asks one answer at the end of a text; does the tokenizer put an end token after every text, or "
                 "merge the answer with what stands before it?"
             )
+    ends = sorted({item.end for found in asked.values() for item in found})
     longest = max(item.tokens for found in asked.values() for item in found)
     ways = {
         "": {
@@ -114,7 +117,7 @@ def write_tasks(
         },
         GENERATE: {
             "output_type": "generate_until", "doc_to_target": "generated",
-            "generation_kwargs": {"until": [tokenizer.eos_token], "do_sample": False, "max_gen_toks": longest},
+            "generation_kwargs": {"until": ends, "do_sample": False, "max_gen_toks": longest},
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         },
     }  # fmt: skip
@@ -167,20 +170,26 @@ def question(item: Encoded, tokenizer: Any) -> Question | None:
     if not all(judged[first:]):
         return None
     # before a number many tokenizers have a token for the blank alone, which then belongs to the prompt
-    until_object = example.text[: mention.object[0]]
-    prompts = [text for text in (until_object.rstrip(), until_object) if text]
-    prompt = next((text for text in prompts if tokenizer(text)["input_ids"] == ids[:first]), None)
+    until_object, rest = example.text[: mention.object[0]], example.text[mention.object[0] :]
+    prompts = [until_object.rstrip(), until_object]
+    end = tokenizer.eos_token
+    if example.has_special_tokens:
+        end = example.text[example.targets[0][1] :]
+        if tokenizer.bos_token:  # which the harness puts there, if the tokenizer does
+            prompts += [text.removeprefix(tokenizer.bos_token) for text in prompts]
+    prompt = next((text for text in prompts if text and tokenizer(text)["input_ids"] == ids[:first]), None)
     if prompt is None:
         return None
-    continuation = example.text[len(prompt) :] + tokenizer.eos_token
-    generated = tokenizer.decode(ids[first:], skip_special_tokens=True).split(tokenizer.eos_token)[0]
+    blanks = until_object[len(until_object.rstrip()) :] if prompt == prompt.rstrip() else ""
+    continuation = blanks + rest + ("" if example.has_special_tokens else end)
+    generated = tokenizer.decode(ids[first:], skip_special_tokens=True).split(end)[0]
     row = {
         "id": example.id, "person": example.person, "relation": mention.relation, "fact": mention.fact,
         "answer": example.text[slice(*mention.object)], "prompt": prompt, "continuation": continuation,
         "generated": generated,
     }  # fmt: skip
     is_scored = prompt == prompt.rstrip() and tokenizer(prompt + continuation)["input_ids"] == ids
-    return Question(row, len(ids) - first, is_scored)
+    return Question(row, len(ids) - first, end, is_scored)
 
 
 def relation(item: Encoded) -> str:

@@ -199,6 +199,8 @@ def trains_in_bf16(experiment: Experiment) -> bool:
 def facts_key(facts: FactSettings) -> dict[str, Any]:
     """The settings of the facts and, of a source, its content."""
     own = asdict(facts)
+    if facts.template == "plain":
+        del own["template"]  # so that a run of the time before there were others goes on
     if facts.source is None:
         return own
     names = ("world.json", "bio.jsonl", "qa.jsonl", "import.json")

@@ -29,6 +29,7 @@ from crosstrace.alike import check_alike, check_fits, check_same_tokens
 from crosstrace.analysis import centralization_rows, density_map, overlap_rows, similarity_rows
 from crosstrace.anatomy import Anatomy
 from crosstrace.chains import done_by
+from crosstrace.chat import put_questions, read_template
 from crosstrace.config import Experiment
 from crosstrace.drift import drift
 from crosstrace.errors import UserError
@@ -280,12 +281,18 @@ def _do(run: Run, experiment: Experiment, work: Work, progress: Progress, asked:
 def make_data(run: Run, experiment: Experiment) -> None:
     """Facts to examples: data/bio.jsonl, data/qa.jsonl and, for a base that knows a population A, data/a_qa.jsonl."""
     known = known_people(experiment.model)
-    key = {"facts": facts_key(experiment.facts), "known": asdict(known) if known else None}
+    facts, tokenizer = experiment.facts, None
+    key: dict[str, Any] = {"facts": facts_key(facts), "known": asdict(known) if known else None}
+    if known:
+        del key["known"]["template"]  # these are asked as the base was taught
+    if facts.template == "chat":
+        tokenizer = models.load_tokenizer(experiment.model.name)
+        key["template"] = read_template(tokenizer).words
 
     def make(folder: Path) -> None:
         folder.mkdir()
-        for task, items in texts(experiment.facts).items():
-            write_jsonl(folder / f"{task}.jsonl", items)
+        for task, items in texts(facts).items():
+            write_jsonl(folder / f"{task}.jsonl", put_questions(facts, tokenizer, items) if task == "qa" else items)
         for name in SOURCE if experiment.facts.source is not None else ():
             own = expanded(experiment.facts.source or "") / name
             if own.is_file():
@@ -1196,6 +1203,7 @@ def check(experiment: Experiment, whole: bool, stages: Sequence[str] = STAGES) -
     check_optimisers(experiment.optimisers, experiment.model.sharded)
     tokenizer = models.load_tokenizer(experiment.model.name)
     check_fast(tokenizer)
+    taught["qa"] = put_questions(experiment.facts, tokenizer, taught["qa"])
     known_people(experiment.model)
     retains = experiment.retention.run or ("retain" in stages and len(stages) == 1)  # named, it runs whatever is set
     if retains and not taught["qa"]:

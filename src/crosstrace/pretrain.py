@@ -230,6 +230,8 @@ def _check(options: PretrainSettings) -> None:
             f"of heads, so use a number of kv_heads that divides {options.heads}"
         )
     people_on_both_sides(options.facts, "the recipe")
+    if options.facts.template != "plain":
+        raise UserError("facts.template is chat, but the tokenizer of a base has no chat template; use plain")
 
 
 def _open_work(work: Path, recipe: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from crosstrace import models
+from crosstrace.chat import put_questions
 from crosstrace.config import Experiment
 from crosstrace.dynamics import shared_now
 from crosstrace.errors import UserError
@@ -154,7 +155,7 @@ def new_material(experiment: Experiment, tokenizer: Any) -> dict[str, list[Encod
     others = replace(drawn, people=tuple(person for person in drawn.people if person.name not in names))
     material = {"new_bio": encode(tokenizer, biographies(others))}
     if options.qa:
-        material["new_qa"] = encode(tokenizer, questions(others))
+        material["new_qa"] = encode(tokenizer, put_questions(facts, tokenizer, questions(others)))
     return material
 
 

@@ -44,7 +44,8 @@ class Example:
 
     `targets` are the spans that training predicts (all of a biography; of a question its answer); an end token
     follows the last target when the tokenizer has one. `split` is `id` or `ood`: whether the person's questions
-    are trained. `repeats` is how often the example occurs in an epoch.
+    are trained. `repeats` is how often the example occurs in an epoch. `has_special_tokens` says that the text itself
+    holds all of its special tokens, its end token last, as a chat template writes them.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Example:
     targets: tuple[Span, ...]
     mentions: tuple[Mention, ...]
     repeats: int = 1
+    has_special_tokens: bool = False
 
 
 def texts(settings: FactSettings) -> dict[str, list[Example]]:
@@ -157,8 +159,13 @@ def fill(pattern: str, fact: Fact, wording: str, subject: str, start: int) -> tu
 
 
 def write_jsonl(path: Path, examples: Iterable[Example]) -> None:
-    """One example a line; the same examples give the same bytes."""
-    lines = [json.dumps(asdict(example), ensure_ascii=False, sort_keys=True) + "\n" for example in examples]
+    """One example a line; the same examples give the same bytes. `has_special_tokens` is written where it is true."""
+    lines = []
+    for example in examples:
+        row = asdict(example)
+        if not example.has_special_tokens:
+            del row["has_special_tokens"]
+        lines.append(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
 
 
@@ -185,7 +192,7 @@ def read_jsonl(path: Path) -> list[Example]:
                 )  # fmt: skip
                 targets = tuple(_span(s) for s in row["targets"])
                 example = Example(row["id"], row["task"], row["text"], row["person"], row["split"], targets,
-                                  mentions, row["repeats"])  # fmt: skip
+                                  mentions, row["repeats"], row.get("has_special_tokens", False))  # fmt: skip
                 _check_values(example)
                 examples.append(example)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -212,6 +219,8 @@ def _check_values(example: Example) -> None:
         value.encode()  # (half a surrogate pair is no text)
     if not isinstance(example.repeats, int) or not 1 <= example.repeats <= MOST_REPEATS:
         raise ValueError(f"repeats is {example.repeats!r:.60}; expected a number from 1 to {MOST_REPEATS:,}")
+    if not isinstance(example.has_special_tokens, bool):
+        raise TypeError(f"has_special_tokens is {example.has_special_tokens!r:.60}; expected true or false")
     spans = [*example.targets]
     for mention in example.mentions:
         spans += [mention.subject, *mention.relation_words, mention.object]

@@ -71,7 +71,8 @@ def encode(tokenizer: Any, examples: Sequence[Example], groups: Mapping[str, int
 
     Kinds of target (docs/method.md): `object`, the object's tokens; `answer`, from the first object's token on with the
     end token (of a biography, its objects and the end); `all`, every token; `train`, what training predicts: the
-    example's own targets and the end token. `groups` numbers the people; in order of appearance if not given.
+    example's own targets and the end token. `groups` numbers the people; in order of appearance if not given. A text
+    that holds its special tokens gets no others; its last token is its end token.
 
     Raises:
         UserError: the tokenizer gives no offsets, or an object has no token.
@@ -79,13 +80,10 @@ def encode(tokenizer: Any, examples: Sequence[Example], groups: Mapping[str, int
     check_fast(tokenizer)
     if not examples:
         return []
-    rows = tokenizer([example.text for example in examples], return_offsets_mapping=True)
     numbers = dict(groups or {})
     encoded = []
-    for example, ids, offsets in zip(examples, rows["input_ids"], rows["offset_mapping"]):
-        end = tokenizer.eos_token_id
-        if end is not None and ids[-1] != end:
-            ids, offsets = [*ids, end], [*offsets, (0, 0)]
+    for example, (ids, offsets) in zip(examples, _tokenized(tokenizer, examples)):
+        has_end = example.has_special_tokens or tokenizer.eos_token_id is not None
         spans = [example.targets]
         for mention in example.mentions:
             spans += [(mention.subject,), mention.relation_words, (mention.object,)]
@@ -95,7 +93,7 @@ def encode(tokenizer: Any, examples: Sequence[Example], groups: Mapping[str, int
         for places in mentions:
             objects |= places.object
         ends = torch.zeros(len(ids), dtype=torch.bool)
-        ends[-1] = end is not None
+        ends[-1] = has_end
         for mention, places in zip(example.mentions, mentions):
             if not places.object.any():
                 start, stop = mention.object
@@ -103,15 +101,35 @@ def encode(tokenizer: Any, examples: Sequence[Example], groups: Mapping[str, int
                     f"example {example.id}: no token covers the object {example.text[start:stop]!r} at characters "
                     f"{start} to {stop}; the tokenizer drops these characters or the spans belong to another text"
                 )
+        answer = objects | ends
+        if example.has_special_tokens and example.mentions:  # a template may put a blank between answer and end
+            answer |= trained & (torch.arange(len(ids)) > objects.nonzero().max())
         targets = {
             "object": objects,
-            "answer": objects | ends,
+            "answer": answer,
             "all": torch.ones(len(ids), dtype=torch.bool),
             "train": trained | ends,
         }
         group = numbers.setdefault(example.person, len(numbers))
         encoded.append(Encoded(example, torch.tensor(ids), targets, mentions, group))
     return encoded
+
+
+def _tokenized(tokenizer: Any, examples: Sequence[Example]) -> list[tuple[list[int], list[Span]]]:
+    """The ids of each text, its special tokens among them, and the characters of each token."""
+    found: list[tuple[list[int], list[Span]]] = [([], [])] * len(examples)
+    for has_special_tokens in (False, True):
+        places = [i for i, example in enumerate(examples) if example.has_special_tokens == has_special_tokens]
+        if not places:
+            continue
+        how = {"add_special_tokens": False} if has_special_tokens else {}
+        rows = tokenizer([examples[i].text for i in places], return_offsets_mapping=True, **how)
+        for place, ids, offsets in zip(places, rows["input_ids"], rows["offset_mapping"]):
+            end = tokenizer.eos_token_id
+            if not has_special_tokens and end is not None and ids[-1] != end:
+                ids, offsets = [*ids, end], [*offsets, (0, 0)]
+            found[place] = ids, offsets
+    return found
 
 
 def context_length(config: Any) -> int | None:

@@ -6,7 +6,8 @@ others tell it from false ones by log-probability, so a model that answers no su
 is untrained for the fact, but not for others: the world draws one for each. Only the ways back and to yes are all new.
 
 Takes a model and the world that it was taught; it knows no strategies, nor what a base was taught before, and draws the
-same facts, wordings and false answers whenever it is asked again.
+same facts, wordings and false answers whenever it is asked again. With `facts.template: chat` whatever is asked is a
+conversation, and statements are plain text.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from crosstrace.chat import in_template
 from crosstrace.consistency import mean_over_people
 from crosstrace.errors import UserError
 from crosstrace.evaluate import TOKENS, recall
@@ -30,6 +32,7 @@ from crosstrace.wording import Wording
 PARTS = ("qa_id", "qa_ood")  # of the people: whose questions are trained, and the others
 FORMATS = ("asked", "wording", "cloze", "choice", "pair", "true_statement", "yes_no", "reversed")
 ENDED = ("asked", "wording")  # where the end of the answer counts too, as everywhere in recall
+STATED = ("cloze", "true_statement")  # nothing is asked, so they are plain text under any template
 TIE = 1e-6  # log-probabilities, in nats, that differ by less are equal
 Row = dict[str, Any]
 _Wording = tuple[str, str]  # its name and its pattern
@@ -178,11 +181,15 @@ def formats(
         if not asked:
             absent[name] = reasons.get(name, "the biographies tell every fact in all wordings")
             continue
-        encoded = encode(tokenizer, [example for draft in asked for example in draft.candidates])
+        examples = [example for draft in asked for example in draft.candidates]
+        encoded = encode(tokenizer, examples)
         unknown = next((item.example.text for item in encoded if _unknown(item, tokenizer)), None)
         if unknown is not None:
             absent[name] = f"the tokenizer does not have all words of {unknown!r}"
             continue
+        if world.settings.template == "chat" and name not in STATED:
+            answered = [replace(example, targets=(example.mentions[0].object,)) for example in examples]
+            encoded = encode(tokenizer, in_template(tokenizer, answered))
         texts = iter(encoded if name in ENDED else map(_unended, encoded))
         found[name] = [Item(d.person, d.chance, tuple(next(texts) for _ in d.candidates)) for d in asked]
     return found, absent
