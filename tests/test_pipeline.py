@@ -132,7 +132,7 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
     assert {row["part"] for row in whole_circuit["curves"]} == {"qa_id", "qa_ood"}
     assert {row["unit"] for row in whole_circuit["alone"]} == {"query_head", "neuron"}
     assert len(whole_circuit["heads"]) == 2 and len(whole_circuit["modules"]) == 2 * 4
-    assert {row["when"] for row in found["circuit"]["mixed"]["agreement"]} == {"online", "final"}
+    assert {row["when"] for row in found["circuit"]["mixed"]["agreement"]} == {"online", "summed", "final"}
     ends = {
         len(row["places"]): row["exact_match"]
         for row in found["positions"]["mixed"]
@@ -309,7 +309,7 @@ def test_traces_of_one_time_and_reduction_are_held_at_a_time(whole: Path, tmp_pa
     monkeypatch.setattr(pipeline, "strengths", watched_strengths)
     pipeline.run(experiment, folder, "resume", stages=["analyze", "intervene"], quiet=True)
     times = len(material.WHENS)
-    assert len(moments) == (1 + 2 + 1) * times and sum(map(bool, moments)) == 2 + 3 + 2
+    assert len(moments) == (1 + 2 + 1) * times and sum(map(bool, moments)) == 3 + 4 + 3
     for file in ("analysis/mixed.json", "interventions/mixed.json"):
         assert (folder / file).read_bytes() == (whole / file).read_bytes()
 
@@ -390,7 +390,7 @@ def test_a_kill_while_checkpoints_are_removed_loses_nothing(tmp_path: Path, monk
         patch.setattr(pipeline, "train", lambda *_, **__: pytest.fail("trained again"))
         pipeline.run(small, tmp_path / "run", "resume", quiet=True)
     home = tmp_path / "run" / "models" / "mixed"
-    assert {item.name for item in home.iterdir()} == {"history.json", "mixed", "online", "training.json"}
+    assert {item.name for item in home.iterdir()} == {"history.json", "mixed", "online", "summed", "training.json"}
 
 
 def test_taught_models_are_trained_further_on_request(whole: Path, tmp_path: Path) -> None:
