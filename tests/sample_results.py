@@ -8,6 +8,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from crosstrace import claims
+
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 LAYERS, HEADS, NEURONS, TOTAL = 3, 4, 512, 674_000
 KINDS = ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down", "norm")
@@ -364,12 +366,16 @@ def _gradients(model: str, skill: float) -> list[dict[str, Any]]:
         labels = ("shared", "rest", "random", "random", "random_per_tensor", "random_per_tensor")
         sets += [{"group": g, "label": g, "when": when, "fraction": 0.05} for g in labels]
     numbers = {"same": 0.1 + 0.4 * skill, "relation": 0.05, "person": 0.08, "other": 0.01, "first": 0.2 + 0.7 * skill}
-    return [
+    rows = [
         {"part": part, **place, "size": 1000, "facts": 96, "people": 16, "chance_first": 1 / 48}
         | _ends(excess=numbers["same"] - numbers["relation"], **numbers)
         for part in ("qa_id", "qa_ood")
         for place in sets
     ]
+    for row in rows:
+        if model != "base" and claims.compares_facts("gradients", row):
+            row["by_person"] = {f"B{n}": [row["excess"]] * 6 for n in range(16)}
+    return rows
 
 
 def _circuit(skill: float) -> dict[str, list[dict[str, Any]]]:
@@ -432,6 +438,8 @@ def _representations(skill: float) -> list[dict[str, Any]]:
 def _claims() -> list[dict[str, Any]]:
     texts = {
         "recall": "Mixed training recalls held-out facts and two-stage training does not",
+        "gradient_consistency": "Mixed training makes gradients of the two formats more alike",
+        "state_consistency": "Mixed training makes hidden states of the two formats more alike",
         "more_shared": "Mixed training shares more parameters between the tasks",
         "more_central": "Its shared parameters are more centralized",
         "ablation": "Ablating the shared parameters destroys recall more than any control",
@@ -448,6 +456,8 @@ def _claims() -> list[dict[str, Any]]:
             "percentage points",
             "paired difference, people as clusters",
         ),
+        ("gradient_consistency", "final", "holds", 0.38, 0.36, 0.4, "cosine", "paired, subjects as clusters"),
+        ("state_consistency", "final", "undecided", 12, None, None, "percentage points", "too few subjects"),
         (
             "more_shared",
             "online",

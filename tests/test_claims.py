@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from scipy.stats import t as student
 from scipy.stats import ttest_ind_from_stats
 
 from crosstrace.claims import judge
+from crosstrace.results import Results
 
 PEOPLE = [f"B{n // 4}" for n in range(160)]  # 40 people, four questions each
 PARTS = 4
@@ -174,3 +176,178 @@ def test_a_run_without_both_strategies_is_judged_on_what_it_has():
     rows, _ = _case(names=("mixed",))
     assert [row["claim"] for row in rows] == ["ablation", "grafting", "ablation", "grafting"]
     assert _case(names=("bio_only",)) == ([], [])
+
+
+# ---- both formats of single facts
+
+Facts = Mapping[str, Sequence[float | None]]  # person -> a value for each fact
+SETS = ("shared", "random", "random", "random_per_tensor")
+
+
+def _facts(*levels: float | None, people: int = 8) -> dict[str, list[float | None]]:
+    """People with one fact for each level; half of them 0.01 above it, and half below."""
+    spread = [0.01 if n % 2 else -0.01 for n in range(people)]
+    return {f"B{n}": [None if x is None else x + spread[n] for x in levels] for n in range(people)}
+
+
+def _steady(level: float, people: int = 8) -> dict[str, list[float | None]]:
+    return {f"B{n}": [level] for n in range(people)}
+
+
+def _compared(part: str, tables: Mapping[str, Sequence[Facts | None]], given: Sequence[str] = ()) -> list[dict]:
+    """Judge one part of the mechanism; of each model the facts of each row that a claim compares, None if the row is
+    of an older version, which had no single facts."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for model, facts in tables.items():
+        places: list[dict[str, Any]]
+        if part == "gradients":
+            whens = [{"group": group, "when": when} for when in ("online", "final") for group in SETS]
+            places = [{"group": "all"}, *whens][: len(facts)]
+        elif part == "representations":
+            places = [{"place": "answer", "layer": 1 + number} for number in range(len(facts))]
+        else:
+            places = [{"format": "stored", "group": group} for group in ("subject", "relation")]
+        rows = [
+            {"part": "qa_ood", "excess": 0.5} | place | ({} if own is None else {"by_person": own})
+            for place, own in zip(places, facts)
+        ]
+        # what no claim is about
+        trained = [row | {"part": "qa_id", "by_person": _steady(-9.0)} for row in rows]
+        apart = {"group": "rest", "place": "subject", "layer": 0, "format": "recalled", "by_person": _steady(-9.0)}
+        found[model] = [rows[0] | apart, *trained, *rows] if rows else []
+    recalled = {name: {"bio": {"logprob": -0.5}, "qa_id": {"logprob": -0.25}} for name in ("mixed", "two_stage")}
+    results = {"mechanism": {part: found}, "recall": recalled}
+    return judge(results, {}, {}, [FRACTION], given)[0]
+
+
+def _one(part: str, mixed: Sequence[Facts | None], staged: Sequence[Facts | None]) -> dict:
+    (row,) = _compared(part, {"mixed": mixed, "two_stage": staged, "base": staged})
+    assert row["when"] == "final" and "at the end of training" in row["test"] and row["text"] and row["unit"]
+    return row
+
+
+@pytest.mark.parametrize(
+    "part, claim, unit, scale",
+    [
+        ("gradients", "gradient_consistency", "cosine", 1),
+        ("representations", "state_consistency", "percentage points", 100),
+        ("signature", "input_signature", "percentage points", 100),
+    ],
+)
+class TestTwoModelsOnTheSameFacts:
+    @pytest.mark.parametrize(
+        "mixed, staged, verdict",
+        [(0.6, 0.2, "holds"), (0.2, 0.6, "does not hold"), (0.4, 0.4, "undecided")],
+    )
+    def test_verdicts(self, part, claim, unit, scale, mixed, staged, verdict):
+        rows = 2 if part == "signature" else 1
+        found = _one(part, [_facts(mixed / rows)] * rows, [_steady(staged / rows)] * rows)
+        assert (found["claim"], found["unit"], found["verdict"]) == (claim, unit, verdict)
+        # half of the people are 0.01 above the level and half below, in each row that is added up
+        spread = 0.01 * rows
+        assert found["effect"] == pytest.approx(scale * (mixed - staged))
+        assert scale * (mixed - staged - spread) <= found["low"] < found["high"] <= scale * (mixed - staged + spread)
+        assert "8 facts of 8 subjects" in found["note"]
+
+    def test_a_few_people_against_the_others_leave_it_open(self, part, claim, unit, scale):
+        facts = {f"B{n}": [0.5 if n < 5 else -0.4] for n in range(8)}
+        found = _one(part, [facts] * 2, [_steady(0.0)] * 2)
+        assert found["effect"] == pytest.approx(scale * (5 * 0.5 - 3 * 0.4) / 8 * (2 if part == "signature" else 1))
+        assert found["low"] < 0 < found["high"] and found["verdict"] == "undecided"
+
+    @pytest.mark.parametrize("people, verdict", [(1, "undecided"), (5, "undecided"), (6, "holds")])
+    def test_too_few_people_give_no_interval(self, part, claim, unit, scale, people, verdict):
+        found = _one(part, [_facts(0.6, people=people)] * 2, [_steady(0.2, people=people)] * 2)
+        assert found["verdict"] == verdict and (found["low"] is None) == (verdict == "undecided")
+        assert found["effect"] is not None and ("too few for an interval" in found["note"]) == (people < 6)
+        told = Results(claims=[found]).claim_rows()[1][-1]
+        assert told.endswith(f"] {unit}") and ("[–, –]" in told) == (people < 6)
+
+    def test_facts_of_one_model_only_are_left_out_and_counted(self, part, claim, unit, scale):
+        mixed = {f"B{n}": [0.6, 5.0] for n in range(8)}
+        staged = {f"B{n}": [0.2, None] for n in range(8)} | {"B7": [None, None]}
+        found = _one(part, [mixed] * 2, [staged] * 2)
+        assert found["effect"] == pytest.approx(scale * 0.4 * (2 if part == "signature" else 1))
+        assert "7 facts of 7 subjects; 9 more defined in one model only" in found["note"]
+
+    def test_nothing_defined_is_undecided(self, part, claim, unit, scale):
+        found = _one(part, [_facts(None)] * 2, [_facts(0.2)] * 2)
+        assert [found[k] for k in ("effect", "low", "high")] == [None] * 3 and found["verdict"] == "undecided"
+        assert "Mix-tuned undefined" in found["note"] and "0 facts of 0 subjects" in found["note"]
+
+    def test_missing_rows_are_no_claim(self, part, claim, unit, scale):
+        own = [_facts(0.5)] * 2
+        others = ({"mixed": own}, {"two_stage": own}, {"mixed": own, "two_stage": []}, {})
+        for tables in (*others, {"mixed": own, "two_stage": [None, None]}):
+            assert [row for row in _compared(part, tables) if row["claim"] == claim] == []
+
+
+def test_states_are_compared_over_all_layers_that_define_a_fact():
+    low, high = {f"B{n}": [0.0, None] for n in range(6)}, {f"B{n}": [1.0, 1.0] for n in range(6)}
+    found = _one("representations", [low, high, high], [low, low, low])
+    # the first fact: (0 + 1 + 1)/3 - 0; the second one is defined in one model only, at every layer
+    assert found["effect"] == pytest.approx(100 * 2 / 3)
+    assert "6 facts of 6 subjects; 6 more defined in one model only" in found["note"]
+    # the second fact counts by the layer at which both define it
+    found = _one("representations", [low, high], [low, {f"B{n}": [1.0, 0.0] for n in range(6)}])
+    assert found["effect"] == pytest.approx(100 * (0 + 1) / 2) and "defined in one" not in found["note"]
+
+
+def test_the_note_on_gradients_tells_the_trained_facts():
+    found = _one("gradients", [_steady(0.6)], [_steady(0.2)])
+    assert found["note"].startswith("Mix-tuned +0.600, Stage-tuned +0.200; 8 facts of 8 subjects; trained facts Mix-")
+    assert found["note"].endswith("trained facts Mix-tuned +0.500, Stage-tuned +0.500")
+
+
+def _inside(shared: Facts, *controls: Facts, model: str = "mixed", given: Sequence[str] = ()) -> list[dict]:
+    """Judge one model's gradients inside its shared set, two random sets and one with the counts of each tensor."""
+    absent = [None] * (len(SETS) - 1 - len(controls))
+    tables = {model: [_steady(0.0), *[shared, *controls, *absent] * 2]}
+    return [row for row in _compared("gradients", tables, given) if row["claim"] == "consistency_in_shared_set"]
+
+
+@pytest.mark.parametrize(
+    "level, controls, verdict",
+    [
+        (0.6, (0.1, 0.3, 0.4), "holds"),
+        (0.6, (0.1, 0.3, 0.6), "undecided"),  # a random set of the same counts in each tensor is as good
+        (0.6, (0.9, 0.9, 0.4), "does not hold"),  # random sets are better
+        (0.6, (0.1, 0.3, 0.8), "does not hold"),
+        (0.6, (0.5, 0.7, 0.4), "undecided"),  # the mean of the two draws is as good
+    ],
+)
+def test_consistency_inside_the_shared_set_must_beat_both_controls(level: float, controls: tuple, verdict: str):
+    rows = _inside(_facts(level, level), *({f"B{n}": [c, c] for n in range(8)} for c in controls))
+    assert [(row["when"], row["verdict"]) for row in rows] == [("online", verdict), ("final", verdict)]
+    strongest = max((controls[0] + controls[1]) / 2, controls[2])
+    for row in rows:
+        assert row["effect"] == pytest.approx(level - strongest) and row["unit"] == "cosine"
+        assert f"random_per_tensor {controls[2]:+.3f}" in row["note"] and "inside +0.600" in row["note"]
+        assert "16 facts of 8 subjects" in row["note"]
+
+
+def test_consistency_inside_the_shared_set_that_cannot_be_told():
+    few = _inside(_steady(0.6, 5), *[_steady(0.1, 5)] * 3)
+    assert [row["verdict"] for row in few] == ["undecided"] * 2 and few[0]["effect"] == pytest.approx(0.5)
+    assert few[0]["low"] is None and "too few for an interval" in few[0]["note"]
+    nothing = _inside(_facts(None), *[_facts(0.1)] * 3)
+    assert [row["verdict"] for row in nothing] == ["undecided"] * 2 and nothing[0]["effect"] is None
+    # a fact counts where every draw defines it
+    (row, _) = _inside(_facts(0.6, 0.6), _facts(0.1, 0.1), _facts(0.1, None), _facts(0.1, None))
+    assert row["effect"] == pytest.approx(0.5) and "8 facts of 8 subjects" in row["note"]
+    assert _inside(_facts(0.6), _facts(0.1)) == []  # no control with the counts of each tensor
+
+
+def test_consistency_inside_the_set_of_a_model_that_was_taught_elsewhere():
+    others = [_steady(0.1)] * 3
+    rows = _inside(_steady(0.6), *others, model="theirs", given=["theirs"])
+    assert [row["text"].startswith("theirs: ") for row in rows] == [True, True]
+    assert "Mix-tuned" not in rows[0]["test"] and "theirs" in rows[0]["test"]
+    assert _inside(_steady(0.6), *others, model="two_stage") == []
+
+
+def test_what_needs_no_trace_is_not_told_as_untested():
+    tables = {name: [_steady(0.6), *[_steady(0.1)] * 4] for name in ("mixed", "two_stage")}
+    rows = _compared("gradients", tables, given=["mixed", "two_stage"])
+    assert [row["when"] for row in rows if row["claim"] == "gradient_consistency"] == ["final"]
+    assert {row["verdict"] for row in rows} <= {"holds", "does not hold", "undecided"}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from crosstrace.consistency import (
     PAIRINGS,
     FactPair,
+    by_person,
     cka,
     fact_pairs,
     gradient_consistency,
@@ -126,6 +127,11 @@ def test_gradient_consistency_equals_cosines_of_materialised_gradients(kind):
             assert row[name] == pytest.approx(np.mean(values), abs=1e-10)
             assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
         assert row["excess"] == pytest.approx(row["same"] - row["relation"], abs=1e-12)
+        single = np.subtract(expected["same"], expected["relation"])
+        assert list(row["by_person"]) == list(dict.fromkeys(pair.person for pair in pairs))
+        assert [x for own in row["by_person"].values() for x in own] == pytest.approx(
+            single.tolist(), rel=1e-5, abs=1e-9
+        )
     assert rows[1]["size"] == some.size and rows[0]["facts"] == 18 and rows[0]["people"] == 3
 
 
@@ -168,6 +174,7 @@ def test_a_set_without_gradient_is_undefined():
     mask[-1] = True
     (row,) = gradient_consistency(model, word_pairs(2), {"none": ParamSet({"transformer.wpe.weight": mask})}, pad_id=0)
     assert row["same"] is None and row["excess"] is None and row["first"] is None and row["size"] == mask.sum()
+    assert list(row["by_person"].values()) == [[None] * 6] * 2
 
 
 # ---- hidden states
@@ -256,3 +263,17 @@ def test_nothing_is_left_behind():
         assert model.training and all(p.grad is None for p in model.parameters()) and hooks() == before
     finally:
         model.eval()
+
+
+def test_single_facts_by_person_are_in_order_and_of_six_digits():
+    found = by_person(np.array([1 / 3, np.nan, 1.0, 0.0]), ["B1", "B0", "B1", "B0"])
+    assert found == {"B1": [0.333333, 1.0], "B0": [None, 0.0]}
+
+
+def test_single_facts_of_hidden_states_have_the_mean_of_their_row():
+    for row in representation_consistency(word_model(), word_pairs(4), pad_id=0):
+        single = [value for values in row["by_person"].values() for value in values]
+        assert len(single) == row["facts"] and len(row["by_person"]) == row["people"]
+        defined = [value for value in single if value is not None]
+        assert set(defined) <= {0.0, 1.0}
+        assert row["top1"] == (pytest.approx(np.mean(defined)) if defined else None)

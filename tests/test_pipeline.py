@@ -92,7 +92,8 @@ def test_results_hold_what_they_promise(whole: Path) -> None:
                 assert len({row["size"] for row in rows if row["when"] == when}) == 1
     assert {claim["verdict"] for claim in results["claims"]} <= {"holds", "does not hold", "undecided"}
     assert {claim["claim"] for claim in results["claims"]} == {
-        "recall", "more_shared", "more_central", "ablation", "grafting"
+        "recall", "more_shared", "more_central", "ablation", "grafting", "gradient_consistency", "state_consistency",
+        "input_signature", "consistency_in_shared_set",
     }  # fmt: skip
     assert (
         results["training"]["mixed"]["examples"]
@@ -116,6 +117,12 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
         assert [row["update"] for row in followed["rows"]] == phases, "the base and the end of every phase"
         assert {row["measure"] for row in followed["appearance"]} == set(followed["rows"][0]) - {"update", "phase"}
     assert all(row["incomplete"] == 0 for row in found["signature"]["mixed"] if row["group"] == "all")
+    for part in ("gradients", "representations", "signature"):  # single facts, only where a claim compares them
+        assert not any("by_person" in row for row in found[part]["base"])
+        for strategy in ("two_stage", "mixed"):
+            single = [row["by_person"] for row in found[part][strategy] if "by_person" in row]
+            assert 0 < len(single) < len(found[part][strategy]) / 4
+            assert {person for facts in single for person in facts} == set(single[0]) and len(single[0]) <= 2
     groups = {row["group"] for row in found["gradients"]["mixed"]}
     assert groups == {"all", "layer", "kind", "query_head", "shared", "rest", "random", "random_per_tensor"}
     for when in ("online", "final"):

@@ -107,6 +107,7 @@ def test_claims_show_verdict_effect_interval_and_why_they_differ(page):
         assert verdict in text
     assert "+21 (+17 to +25)" in text and "−30 (−35 to −25)" in text
     assert sample_results()["differences"][0]["text"] in text
+    assert re.search(r"undecided \+12 percentage points", text)  # an effect without an interval
     grafting = text[text.index("Grafting them onto the base restores") :]
     assert re.search(r"undecided – percentage points", grafting)  # an effect of None
 
@@ -392,3 +393,28 @@ def test_maps_of_units_are_of_a_fraction_that_reaches_them(tmp_path):
             row["values"] = [[0.0 for _ in line] for line in row["values"]]
     text = text_of(report.write_report(results, tmp_path / "none")).replace(words.SPACE, " ")
     assert "Mix-tuned's shared set holds nothing here" in text and "densest in MLP neuron" not in text
+
+
+def test_the_claims_table_has_a_line_a_claim_and_folds_the_rest(tmp_path):
+    results = small()
+    shared = {"claim": "more_shared", "verdict": "holds", "effect": 21.0, "low": 17.0, "high": 25.0, "unit": "points"}
+    at = lambda fraction, when: shared | {
+        "text": f"more at {fraction}", "when": when, "fraction": fraction, "test": "jackknife", "note": f"n of {when}"
+    }  # fmt: skip
+    others = [at(0.01, "final") | {"verdict": "does not hold"}, at(0.2, "final"), at(0.2, "online")]
+    # the trace at the end comes first here, and last in the table
+    results["claims"] = [at(0.05, "final"), at(0.05, "online"), *others]
+    html = report.write_report(results, tmp_path).read_text(encoding="utf-8")
+    answer = html[html.index('id="answer"') : html.index('id="recall"')]
+    main, rest = answer.split("The same claims at other fractions of the parameters: 1 does not hold, 2 hold")
+    assert main.index("Online trace") < main.index("Final checkpoint")
+    assert "more at 0.05" in main and "more at 0.2" not in main and rest.count('<th scope="row">') == 2
+    for part, lines in ((main, 1), (rest, 2)):
+        folded = "".join(re.findall(r"<details><summary>Test and numbers.*?</details>", part, flags=re.S))
+        assert folded.count("Test: jackknife") == part.count("jackknife") == lines
+        assert folded.count("n of final") == part.count("n of final") == lines
+
+
+def test_the_values_of_single_facts_are_not_in_the_csv(page):
+    assert any("by_person" in row for row in sample_results()["mechanism"]["gradients"]["mixed"])
+    assert "by_person" not in (page.parent / "gradients.csv").read_text()

@@ -307,6 +307,8 @@ def test_rows_are_means_over_texts_and_add_up():
             row, has = own[group], np.array([bool((token_groups(item) == g).any()) for item in items])
             assert row["attribution"] == pytest.approx(sums[:, g].mean())
             assert row["share"] == pytest.approx((np.abs(sums[:, g]) / np.abs(sums).sum(1)).mean())
+            single = [value for values in row["by_person"].values() for value in values]
+            assert single == pytest.approx((np.abs(sums[:, g]) / np.abs(sums).sum(1)).tolist(), rel=1e-5, abs=1e-9)
             assert row["tokens"] == pytest.approx(np.mean([int((token_groups(i) == g).sum()) for i in items]))
             assert row["facts"] == has.sum() and row["people"] == (3 if has.any() else 0)
             if has.any():

@@ -18,7 +18,14 @@ from crosstrace.stats import cluster_bootstrap
 MIXED, STAGED = "mixed", "two_stage"
 TIMES = ("online", "summed", "final")
 BOOTSTRAP_SEED = 0
+HELD_OUT = "qa_ood"  # the facts that gradients, hidden states and inputs are compared on
+RANDOM = ("random", "random_per_tensor")
+ASKED = ("subject", "relation")  # the tokens of a biography that a question has too
+OF_CHECKPOINTS = ("gradient_consistency", "state_consistency", "input_signature")  # no trace has a part in these
+FEWEST = 6  # people: of five, all differ in one direction by chance in more than 5 % of the cases
 Row = dict[str, Any]
+Values = dict[tuple[str, int], float]  # of single facts: the person, and which one of the person's facts
+Effect = tuple[float | None, float | None, float | None]
 
 
 def judge(
@@ -50,6 +57,14 @@ def judge(
             for fraction in fractions:
                 for unit in ("query_head", "neuron"):
                     rows += _more_central(results, when, fraction, unit)
+    mechanism = results.get("mechanism") or {}
+    rows += _gradient_consistency(mechanism.get("gradients") or {})
+    rows += _state_consistency(mechanism.get("representations") or {})
+    rows += _input_signature(mechanism.get("signature") or {})
+    for name, found in (mechanism.get("gradients") or {}).items():
+        if name == MIXED or name in given:
+            for when in TIMES:
+                rows += [_of(name, row) for row in _in_shared_set(found, when)]
     for name in (name for name in interventions if name == MIXED or name in given):
         for when in TIMES:
             for kind in ("ablate", "graft"):
@@ -69,7 +84,10 @@ def _of(name: str, row: Row) -> Row:
 def _not_tested(rows: Sequence[Row], results: Mapping[str, Any]) -> list[Row]:
     """What was judged at the final checkpoint and has no online trace, since training was not seen."""
     online = {(row["claim"], row["text"]) for row in rows if row["when"] == "online"}
-    lacking = [row for row in rows if row["when"] == "final" and (row["claim"], row["text"]) not in online]
+    lacking = [
+        row for row in rows
+        if row["when"] == "final" and row["claim"] not in OF_CHECKPOINTS and (row["claim"], row["text"]) not in online
+    ]  # fmt: skip
     nothing = {"effect": None, "low": None, "high": None, "verdict": "not tested", "when": "online"}
     return [row | nothing | {"note": "no online trace: the models were not trained here"} for row in lacking]
 
@@ -103,7 +121,7 @@ def _more_shared(results: Mapping[str, Any], when: str, fraction: float) -> list
     return [
         {
             "claim": "more_shared",
-            "text": f"Mixed training shares more parameters: overlap of the top {100 * fraction:g} %",
+            "text": f"The shared set is larger under mixed training: overlap of the top {100 * fraction:g} %",
             "when": when,
             "fraction": fraction,
             "verdict": _verdict(low, high),
@@ -147,7 +165,7 @@ def _beats_controls(found: Mapping[str, Any], when: str, kind: str) -> list[Row]
     if not shared:
         return []
     people = found["people"]["qa_ood"]
-    effects: dict[str, tuple[float, float, float]] = {}
+    effects: dict[str, Effect] = {}
     partly: dict[str, str] = {}
     for control in dict.fromkeys(row["set"] for row in rows if row["set"] != "shared"):
         by_fraction = {row["fraction"]: row for row in rows if row["set"] == control}
@@ -160,14 +178,9 @@ def _beats_controls(found: Mapping[str, Any], when: str, kind: str) -> list[Row]
         effects[control] = tuple(cluster_bootstrap(more, less, people, seed=BOOTSTRAP_SEED))  # type: ignore[assignment]
     if not effects:
         return []
-    strongest = min(effects, key=lambda control: effects[control][0])
+    strongest, verdict = _against_controls(effects)
     effect, low, high = effects[strongest]
-    if all(low > 0 for _, low, _ in effects.values()):
-        verdict = "holds"
-    elif any(high < 0 for _, _, high in effects.values()):
-        verdict = "does not hold"
-    else:
-        verdict = "undecided"
+    points = {name: None if e is None else 100 * e for name, (e, _, _) in effects.items()}
     does = "Ablating the shared set destroys" if kind == "ablate" else "Grafting the shared set restores"
     fractions = ", ".join(f"{100 * fraction:g}" for fraction in shared)
     return [
@@ -180,9 +193,200 @@ def _beats_controls(found: Mapping[str, Any], when: str, kind: str) -> list[Row]
             "test": f"Mix-tuned held-out exact match, mean over the top {fractions} %, against each control of the "
             "same size: 95 % bootstrap interval over subjects above 0 for every control",
             "note": "against the strongest control, " + strongest + "; all: "
-            + ", ".join(f"{name} {100 * e:+.1f}{partly.get(name, '')}" for name, (e, _, _) in effects.items()),
+            + ", ".join(f"{name} {_number(e, '+.1f')}{partly.get(name, '')}" for name, e in points.items()),
         }
     ]  # fmt: skip
+
+
+def _against_controls(effects: Mapping[str, Effect]) -> tuple[str, str]:
+    """The strongest control, and the verdict on a claim that must hold against every one."""
+    verdicts = [_verdict(low, high) for _, low, high in effects.values()]
+    strongest = min(effects, key=lambda control: math.inf if (e := effects[control][0]) is None else e)
+    if "does not hold" in verdicts:
+        return strongest, "does not hold"
+    return strongest, "holds" if set(verdicts) == {"holds"} else "undecided"
+
+
+# ------------------------------------------------------------------------------- both formats of single facts
+
+
+def compares_facts(part: str, row: Row) -> bool:
+    """Whether a claim compares the single facts of this row of a part of the mechanism."""
+    if row["part"] != HELD_OUT:
+        return False
+    if part == "gradients":
+        return row["group"] in ("all", "shared", *RANDOM)
+    if part == "representations":
+        return row["place"] == "answer" and row["layer"] > 0
+    return part == "signature" and row["format"] == "stored" and row["group"] in ASKED
+
+
+def _gradient_consistency(found: Mapping[str, Sequence[Row]]) -> list[Row]:
+    tables = [_tables(found.get(name, ()), "gradients", group="all") for name in (MIXED, STAGED)]
+    if not all(tables):
+        return []
+    trained = [
+        row["excess"] for name in (MIXED, STAGED) for row in found[name]
+        if row["part"] == "qa_id" and row["group"] == "all"
+    ]  # fmt: skip
+    also = f"; trained facts {_models(trained[0], trained[1])}" if len(trained) == 2 else ""
+    return [
+        _compared(
+            tables[0],
+            tables[1],
+            unit="cosine",
+            also=also,
+            claim="gradient_consistency",
+            text="Mixed training makes the gradients of a fact's two formats more alike",
+            test="held-out facts at the end of training: cosine of the two formats' gradients beyond that with another "
+            "subject's fact of the relation, over all parameters in scope, Mix-tuned minus Stage-tuned: 95 % bootstrap "
+            "interval over subjects above 0",
+        )
+    ]
+
+
+def _state_consistency(found: Mapping[str, Sequence[Row]]) -> list[Row]:
+    tables = [_tables(found.get(name, ()), "representations") for name in (MIXED, STAGED)]
+    if not all(tables):
+        return []
+    return [
+        _compared(
+            tables[0],
+            tables[1],
+            unit="percentage points",
+            claim="state_consistency",
+            text="Mixed training makes the hidden states of a fact's two formats more alike",
+            test="held-out facts at the end of training: how often the question's state before the object finds its "
+            "own fact first among the stored ones, mean over all layers after the embeddings, Mix-tuned minus "
+            "Stage-tuned: 95 % bootstrap interval over subjects above 0",
+        )
+    ]
+
+
+def _input_signature(found: Mapping[str, Sequence[Row]]) -> list[Row]:
+    shares: list[list[Values]] = []
+    for name in (MIXED, STAGED):
+        groups = [_tables(found.get(name, ()), "signature", group=group) for group in ASKED]
+        if not all(groups):
+            return []
+        (subject,), (relation,) = groups
+        shares.append([{fact: value + relation[fact] for fact, value in subject.items() if fact in relation}])
+    return [
+        _compared(
+            shares[0],
+            shares[1],
+            unit="percentage points",
+            claim="input_signature",
+            text="Mixed training reads a biography's object more off its subject and relation",
+            test="held-out facts at the end of training: share of the attribution of the object in the biography that "
+            "the tokens of subject and relation hold, against all of the context before it, Mix-tuned minus "
+            "Stage-tuned: 95 % bootstrap interval over subjects above 0",
+        )
+    ]
+
+
+def _in_shared_set(found: Sequence[Row], when: str) -> list[Row]:
+    """Consistency of gradients inside the shared set of one time, beyond random sets."""
+    inside, *controls = (_tables(found, "gradients", group=group, when=when) for group in ("shared", *RANDOM))
+    if not inside or not all(controls):
+        return []
+    effects: dict[str, Effect] = {}
+    levels: list[str] = []
+    facts: set[tuple[str, int]] = set()
+    for control, draws in zip(RANDOM, controls):
+        common = [fact for fact in inside[0] if all(fact in draw for draw in draws)]
+        random = [float(np.mean([draw[fact] for draw in draws])) for fact in common]
+        effects[control] = _over_people([inside[0][fact] for fact in common], random, common)
+        levels.append(f"{control} {_number(_mean(random))}")
+        facts |= set(common)
+    strongest, verdict = _against_controls(effects)
+    effect, low, high = effects[strongest]
+    note = f"inside {_number(_mean([inside[0][fact] for fact in inside[0] if fact in facts]))}, {', '.join(levels)}"
+    return [
+        {
+            "claim": "consistency_in_shared_set",
+            "text": "Gradients of the two formats are more alike inside the shared set than in random sets",
+            "when": when,
+            "verdict": verdict,
+            "effect": effect,
+            "low": low,
+            "high": high,
+            "unit": "cosine",
+            "test": "Mix-tuned, held-out facts at the end of training: the cosine beyond another fact of the relation "
+            "inside the shared set of the fraction nearest 5 %, minus its mean over random sets of the same size, and "
+            "minus that over random sets of the same size in each tensor: 95 % bootstrap interval over subjects above "
+            "0 for both",
+            "note": f"against the stronger control, {strongest}; {note}{_counted(facts)}",
+        }
+    ]
+
+
+def _tables(rows: Sequence[Row], part: str, **wanted: Any) -> list[Values]:
+    """The single facts' values of the rows that a claim compares, those that are defined; layers in their order."""
+    chosen = [
+        row for row in rows
+        if "by_person" in row and compares_facts(part, row) and all(row.get(k) == v for k, v in wanted.items())
+    ]  # fmt: skip
+    return [
+        {
+            (person, number): value
+            for person, values in row["by_person"].items()
+            for number, value in enumerate(values)
+            if value is not None
+        }
+        for row in chosen
+    ]
+
+
+def _compared(mixed: Sequence[Values], staged: Sequence[Values], *, unit: str, also: str = "", **named: str) -> Row:
+    """A claim on the same facts in both models; of several tables (layers) the mean over those that define a fact."""
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    seen: set[tuple[str, int]] = set()
+    for one, two in zip(mixed, staged):
+        seen |= one.keys() | two.keys()
+        for fact, value in one.items():
+            if fact in two:
+                found.setdefault(fact, []).append((value, two[fact]))
+    a, b = ([float(np.mean([pair[i] for pair in pairs])) for pairs in found.values()] for i in (0, 1))
+    effect, low, high = _over_people(a, b, list(found))
+    percent = unit == "percentage points"
+    amounts = _points(effect, low, high) if percent else {"effect": effect, "low": low, "high": high, "unit": unit}
+    alone = len(seen) - len(found)
+    left_out = f"; {alone} more defined in one model only" if alone else ""
+    levels = _models(_mean(a), _mean(b), percent)
+    return {
+        "claim": named["claim"],
+        "text": named["text"],
+        "when": "final",
+        "verdict": _verdict(low, high),
+        **amounts,
+        "test": named["test"],
+        "note": f"{levels}{_counted(found)}{left_out}{also}",
+    }
+
+
+def _over_people(a: Sequence[float], b: Sequence[float], facts: Sequence[tuple[str, int]]) -> Effect:
+    """Mean a − b of paired facts, and its interval over people if there are enough of them."""
+    people = [person for person, _ in facts]
+    if not people:
+        return None, None, None
+    effect, low, high = cluster_bootstrap(a, b, people, seed=BOOTSTRAP_SEED)
+    return (effect, low, high) if len(set(people)) >= FEWEST else (effect, None, None)
+
+
+def _counted(facts: Collection[tuple[str, int]]) -> str:
+    people = len({person for person, _ in facts})
+    few = f", too few for an interval (at least {FEWEST})" if people < FEWEST else ""
+    return f"; {len(facts)} facts of {people} subjects{few}"
+
+
+def _models(mixed: float | None, staged: float | None, percent: bool = False) -> str:
+    told = [_number(value, ".1%" if percent else "+.3f").replace("%", " %") for value in (mixed, staged)]
+    return f"Mix-tuned {told[0]}, Stage-tuned {told[1]}"
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
 def _differences(rows: Sequence[Row], results: Mapping[str, Any]) -> list[Row]:
@@ -230,7 +434,7 @@ def _pair(table: Mapping[str, Any], **wanted: Any) -> tuple[Row, Row] | None:
     return found[0], found[1]
 
 
-def _difference(a: Row, b: Row, name: str) -> tuple[float | None, float | None, float | None]:
+def _difference(a: Row, b: Row, name: str) -> Effect:
     """a − b of two independent jackknife estimates, Welch's interval."""
     if any(row[key] is None for row in (a, b) for key in (name, "low", "high")):
         return None, None, None

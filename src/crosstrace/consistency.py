@@ -103,8 +103,8 @@ def gradient_consistency(
     Returns:
         a row for each set: set, size; same, relation, person, other: mean cosine of each pairing, with
         `<pairing>_low` and `<pairing>_high`; excess: same − relation, with its interval; first: share of the facts
-        whose own cosine is the largest of their group's, chance_first; facts, people. Intervals are 95 % cluster
-        bootstraps over people; None where nothing is defined.
+        whose own cosine is the largest of their group's, chance_first; facts, people; by_person: each fact's excess,
+        a list for each person. Intervals are 95 % cluster bootstraps over people; None where nothing is defined.
     """
     values: dict[str, dict[str, list[np.ndarray]]] = {label: {} for label in sets}
     people: list[str] = []
@@ -135,6 +135,7 @@ def gradient_consistency(
         row |= mean_over_people("excess", flat["same"] - flat["relation"], people)
         row |= mean_over_people("first", flat["first"], people)
         row |= {"chance_first": float(np.mean(chance)), "facts": len(people), "people": len(set(people))}
+        row["by_person"] = by_person(flat["same"] - flat["relation"], people)
         rows.append(row)
     return rows
 
@@ -198,8 +199,8 @@ def representation_consistency(
         people) and cka_shuffled, the mean over facts paired at random within their relation; top1 (with interval), mrr:
         the own fact is found first, mean reciprocal rank, with ties counted against it; answer_top1: what is found
         first has the same relation and object; chance_top1, chance_mrr, and the top1 of who knows the relation (the
-        person) alone, chance_relation (chance_person); facts, people. A fact without a place in one of its texts is
-        left out there.
+        person) alone, chance_relation (chance_person); facts, people; by_person: each fact's top1, a list for each
+        person. A fact without a place in one of its texts is left out there.
     """
     pairing = _pairings(pairs)
     stored = hidden_states(model, [pair.stored for pair in pairs], pad_id, batch_size)
@@ -253,14 +254,15 @@ def _alike(stored: Tensor, recalled: Tensor, pairs: Sequence[FactPair], kinds: n
     answers = [pair.answer for pair in pairs]
     nearest = np.where(defined, np.nan_to_num(cosine, nan=-np.inf).argmax(0), 0)
     hit = np.array([answers[i] == answer for i, answer in zip(nearest, answers)], dtype=float)
-    row |= mean_over_people("top1", np.where(defined, rank == 1, np.nan), people)
+    first = np.where(defined, rank == 1, np.nan)
+    row |= mean_over_people("top1", first, people)
     row |= mean_over_people("answer_top1", np.where(defined, hit, np.nan), people)
     row["mrr"] = finite(float(np.nanmean(1 / rank))) if defined.any() else None
     n = len(pairs)
     row |= {"chance_top1": 1 / n, "chance_mrr": sum(1 / k for k in range(1, n + 1)) / n}
     for name, of in (("relation", [pair.relation for pair in pairs]), ("person", people)):
         row[f"chance_{name}"] = len(set(of)) / n  # the mean of 1 / (facts of the own relation, person)
-    return row | {"facts": n, "people": len(order)}
+    return row | {"facts": n, "people": len(order), "by_person": by_person(first, people)}
 
 
 def _centred(states: Tensor) -> Tensor:
@@ -391,3 +393,14 @@ def mean_over_people(name: str, values: np.ndarray, people: Sequence[str]) -> Ro
     clusters = [person for person, keep in zip(people, kept) if keep]
     mean, low, high = cluster_bootstrap(chosen, np.zeros_like(chosen), clusters, seed=_SEED)
     return {name: mean, f"{name}_low": low, f"{name}_high": high}
+
+
+def by_person(values: np.ndarray, people: Sequence[str]) -> dict[str, list[float | None]]:
+    """Each person's facts in their order, to six digits; None where a fact has no value.
+
+    So that two models can be compared fact by fact: both lists are of the same facts.
+    """
+    found: dict[str, list[float | None]] = {person: [] for person in people}
+    for person, value in zip(people, values):
+        found[person].append(None if np.isnan(value) else float(f"{value:.6g}"))
+    return found

@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
-from crosstrace import circuit, dynamics, lens, models, positions, signature, transfer
+from crosstrace import circuit, claims, dynamics, lens, models, positions, signature, transfer
 from crosstrace.adapters import is_adapted
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
@@ -156,7 +156,7 @@ def gradients(asked: Asked) -> list[Row]:
             about = [{"part": part, **place} for place, _ in sets]
             rows += [place | {k: v for k, v in row.items() if k != "set"} for place, row in zip(about, found)]
             update.add(1)
-    return rows
+    return _without_facts(asked, "gradients", rows)
 
 
 def representations(asked: Asked) -> list[Row]:
@@ -164,7 +164,7 @@ def representations(asked: Asked) -> list[Row]:
     rows: list[Row] = []
     for part, pairs in asked.facts.items():
         rows += [{"part": part} | row for row in representation_consistency(asked.model, pairs, pad_id=asked.pad_id)]
-    return rows
+    return _without_facts(asked, "representations", rows)
 
 
 def input_signatures(asked: Asked) -> list[Row]:
@@ -176,6 +176,14 @@ def input_signatures(asked: Asked) -> list[Row]:
             found = signature.input_signature(asked.model, few, pad_id=asked.pad_id, steps=asked.options.steps)
             rows += [{"part": part} | row for row in found]
             update.add(1)
+    return _without_facts(asked, "signature", rows)
+
+
+def _without_facts(asked: Asked, part: str, rows: list[Row]) -> list[Row]:
+    """The rows without the values of single facts, which take room, where no claim compares them."""
+    for row in rows:
+        if asked.name == "base" or not claims.compares_facts(part, row):
+            del row["by_person"]
     return rows
 
 

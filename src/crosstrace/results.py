@@ -51,8 +51,10 @@ class Results(dict[str, Any]):
             told = "–"
             if claim["effect"] is not None:
                 digits = 1 if claim["unit"] == "percentage points" else 3
-                numbers = [f"{claim[key]:+.{digits}f}" for key in ("effect", "low", "high")]
-                told = f"{numbers[0]} [{numbers[1]}, {numbers[2]}] {claim['unit']}"
+                effect, low, high = (
+                    "–" if claim[key] is None else f"{claim[key]:+.{digits}f}" for key in ("effect", "low", "high")
+                )
+                told = f"{effect} [{low}, {high}] {claim['unit']}"
             rows.append([claim["text"], claim["when"], claim["verdict"], told])
         return rows
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from crosstrace.circuit import COMPLETE
-from crosstrace.consistency import FactPair, mean_over_people
+from crosstrace.consistency import FactPair, by_person, mean_over_people
 from crosstrace.errors import UserError
 from crosstrace.forward import forward
 from crosstrace.losses import example_losses
@@ -215,8 +215,9 @@ def input_signature(
         all texts, so that groups add up; erased: mean drop of log-probability in nats with the group at the baseline,
         and erased_exact: the share of texts whose object is still the argmax, over those texts which have such tokens:
         facts, people. With `<name>_low` and `<name>_high`, 95 % cluster bootstraps over people; None where nothing is
-        defined. Rows of "all" also have logprob and exact of the texts as they are; steps, the most points that a text
-        took, and incomplete, how many texts' attributions are further than a per cent from their sum (`erased`).
+        defined. by_person: each text's share, a list for each person. Rows of "all" also have logprob and exact of the
+        texts as they are; steps, the most points that a text took, and incomplete, how many texts' attributions are
+        further than a per cent from their sum (`erased`).
 
     Raises:
         UserError: see `input_attribution`.
@@ -243,6 +244,7 @@ def input_signature(
             row |= mean_over_people("erased_exact", exact[:, erased], people)
             has = counts[:, column] > 0
             row |= {"facts": int(has.sum()), "people": len({who for who, own in zip(people, has) if own})}
+            row["by_person"] = by_person(share[:, column], people)
             rows.append(row)
         rows[-1] |= {"logprob": float(logprob[:, 0].mean()), "exact": float(exact[:, 0].mean())}
         rows[-1] |= {"steps": int(found.steps.max()), "incomplete": int((~found.complete).sum())}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -480,24 +481,38 @@ def _reached(rows: Sequence[Row]) -> list[Row]:
     return [r for r in rows if r["fraction"] not in empty]
 
 
-def _claims(results: Mapping) -> tuple[list[str], list[dict]]:
-    """The columns (online, final, …) and the claims in order, each with its verdict by column."""
+def _claims(results: Mapping) -> tuple[list[str], list[dict], list[dict]]:
+    """The columns (online, final, …) and the claims in order, each with its verdict by column; apart from them those
+    that are about another fraction than the page's."""
     found = results.get("claims") or []
     whens = [w for w in dict.fromkeys(c.get("when") for c in found) if w and w != "training"]
+    order = list(say.WHENS)
+    whens.sort(key=lambda w: order.index(w) if w in order else len(order))
+    headline = R.headline(found)
     grouped: dict[tuple, dict] = {}
     for c in found:
         text = c.get("text") or say.spoken(c["claim"])  # one claim may be tested at several fractions, a row each
-        claim = grouped.setdefault((c["claim"], text), {"text": text, "by": {}, "tests": []})
+        other = c.get("fraction") not in (None, headline)
+        empty = {"text": text, "by": {}, "tests": [], "notes": [], "other": other}
+        claim = grouped.setdefault((c["claim"], text), empty)
         form = _amount(*(c.get(k) for k in ("effect", "low", "high")))
         claim["by"][c.get("when")] = {
             "verdict": c.get("verdict") or "undecided",
             "effect": form(c.get("effect")),
             "interval": say.interval(c.get("low"), c.get("high"), form),
             "unit": c.get("unit") or "",
-            "note": c.get("note") or "",
         }
+        claim["notes"] += [(say.when(c.get("when") or ""), c["note"])] if c.get("note") else []
         claim["tests"] += [c["test"]] if c.get("test") and c["test"] not in claim["tests"] else []
-    return whens, list(grouped.values())
+    main = [claim for claim in grouped.values() if not claim["other"]]
+    return whens, main, [claim for claim in grouped.values() if claim["other"]]
+
+
+def _tally(claims: Sequence[Mapping]) -> str:
+    """How often each verdict came out: "3 hold, 1 does not hold, 2 undecided"."""
+    counts = Counter(cell["verdict"] for claim in claims for cell in claim["by"].values())
+    plural = {"holds": "hold", "does not hold": "do not hold"}
+    return ", ".join(f"{n} {v if n == 1 else plural.get(v, v)}" for v, n in counts.items())
 
 
 def _how(results: Mapping) -> tuple[list[Table], list[tuple[str, list[tuple[str, str]]]]]:
@@ -595,7 +610,7 @@ def _render(results: Mapping, sections: Sequence[Section]) -> str:
         subject.append(f"seed {run['seed']}")
     if run.get("precision") and run.get("strategies"):
         subject.append(f"trained in {run['precision']}")
-    whens, claims = _claims(results)
+    whens, claims, others = _claims(results)
     tables, lists = _how(results)
     return render(
         "page.html.j2",
@@ -605,6 +620,8 @@ def _render(results: Mapping, sections: Sequence[Section]) -> str:
         strategies=_recipes(results),
         whens=[(w, say.when(w)) for w in whens],
         claims=claims,
+        others=others,
+        tally=_tally(others),
         lacking=results.get("lacking") or _why_no_claims(results),
         differ=list(dict.fromkeys(d["text"] for d in results.get("differences") or [])),
         sections=sections,

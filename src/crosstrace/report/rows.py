@@ -113,10 +113,12 @@ def intervention_rows(results: Mapping, kind: str) -> list[Row]:
 
 def mechanism_rows(results: Mapping, part: str, table: str = "") -> list[Row]:
     """{model, part (which questions), …} of one analysis of the mechanism, the base's first; of one that has several
-    tables (the circuit's heads, modules, alone, curves, kept and agreement), of the one named."""
+    tables (the circuit's heads, modules, alone, curves, kept and agreement), of the one named. Without the values of
+    single facts."""
     found = (results.get("mechanism") or {}).get(part) or {}
     own = {m: (rows or {}).get(table) if table else rows for m, rows in found.items()}
-    return [{"model": m, **row} for m in ["base", *strategies(results)] for row in own.get(m) or []]
+    rows = [{"model": m, **row} for m in ["base", *strategies(results)] for row in own.get(m) or []]
+    return [{k: v for k, v in row.items() if k != "by_person"} for row in rows]
 
 
 def strategies(results: Mapping) -> list[str]:
