@@ -194,7 +194,9 @@ def _steady(level: float, people: int = 8) -> dict[str, list[float | None]]:
     return {f"B{n}": [level] for n in range(people)}
 
 
-def _compared(part: str, tables: Mapping[str, Sequence[Facts | None]], given: Sequence[str] = ()) -> list[dict]:
+def _compared(
+    part: str, tables: Mapping[str, Sequence[Facts | None]], given: Sequence[str] = (), dynamics: dict | None = None
+) -> list[dict]:
     """Judge one part of the mechanism; of each model the facts of each row that a claim compares, None if the row is
     of an older version, which had no single facts."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -216,7 +218,7 @@ def _compared(part: str, tables: Mapping[str, Sequence[Facts | None]], given: Se
         apart = {"group": "rest", "place": "subject", "layer": 0, "format": "recalled", "by_person": _steady(-9.0)}
         found[model] = [rows[0] | apart, *trained, *rows] if rows else []
     recalled = {name: {"bio": {"logprob": -0.5}, "qa_id": {"logprob": -0.25}} for name in ("mixed", "two_stage")}
-    results = {"mechanism": {part: found}, "recall": recalled}
+    results = {"mechanism": {part: found, "dynamics": dynamics or {}}, "recall": recalled}
     return judge(results, {}, {}, [FRACTION], given)[0]
 
 
@@ -351,3 +353,25 @@ def test_what_needs_no_trace_is_not_told_as_untested():
     rows = _compared("gradients", tables, given=["mixed", "two_stage"])
     assert [row["when"] for row in rows if row["claim"] == "gradient_consistency"] == ["final"]
     assert {row["verdict"] for row in rows} <= {"holds", "does not hold", "undecided"}
+
+
+@pytest.mark.parametrize(
+    "part, measure, told",
+    [
+        (
+            "gradients",
+            "gradient.qa_ood",
+            "1 checkpoints of training, no test: Mix-tuned +0.300, Stage-tuned +0.100",
+        ),
+        ("representations", "states.qa_ood", "best layer, no test: Mix-tuned 30.0 %, Stage-tuned 10.0 %"),
+    ],
+)
+def test_what_the_checkpoints_of_training_say_is_noted_and_decides_nothing(part: str, measure: str, told: str):
+    followed = lambda *values: {"rows": [{"update": 5 * n, measure: value} for n, value in enumerate(values)]}
+    tables = {"mixed": [_facts(0.6)], "two_stage": [_steady(0.2)]}
+    both = {"mixed": followed(9.0, 0.2, 0.4), "two_stage": followed(9.0, None, 0.1)}  # the base is not of training
+    (row,) = _compared(part, tables, dynamics=both)
+    (plain,) = _compared(part, tables)
+    assert row["note"].endswith(told) and row | {"note": ""} == plain | {"note": ""}
+    for lacking in ({"mixed": both["mixed"]}, both | {"two_stage": followed(9.0, None)}):
+        assert _compared(part, tables, dynamics=lacking)[0]["note"] == plain["note"]

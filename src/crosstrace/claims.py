@@ -58,8 +58,9 @@ def judge(
                 for unit in ("query_head", "neuron"):
                     rows += _more_central(results, when, fraction, unit)
     mechanism = results.get("mechanism") or {}
-    rows += _gradient_consistency(mechanism.get("gradients") or {})
-    rows += _state_consistency(mechanism.get("representations") or {})
+    followed = mechanism.get("dynamics") or {}
+    rows += _gradient_consistency(mechanism.get("gradients") or {}, followed)
+    rows += _state_consistency(mechanism.get("representations") or {}, followed)
     rows += _input_signature(mechanism.get("signature") or {})
     for name, found in (mechanism.get("gradients") or {}).items():
         if name == MIXED or name in given:
@@ -221,7 +222,7 @@ def compares_facts(part: str, row: Row) -> bool:
     return part == "signature" and row["format"] == "stored" and row["group"] in ASKED
 
 
-def _gradient_consistency(found: Mapping[str, Sequence[Row]]) -> list[Row]:
+def _gradient_consistency(found: Mapping[str, Sequence[Row]], followed: Mapping[str, Any]) -> list[Row]:
     tables = [_tables(found.get(name, ()), "gradients", group="all") for name in (MIXED, STAGED)]
     if not all(tables):
         return []
@@ -230,6 +231,7 @@ def _gradient_consistency(found: Mapping[str, Sequence[Row]]) -> list[Row]:
         if row["part"] == "qa_id" and row["group"] == "all"
     ]  # fmt: skip
     also = f"; trained facts {_models(trained[0], trained[1])}" if len(trained) == 2 else ""
+    also += _while_training(followed, "gradient")
     return [
         _compared(
             tables[0],
@@ -245,7 +247,7 @@ def _gradient_consistency(found: Mapping[str, Sequence[Row]]) -> list[Row]:
     ]
 
 
-def _state_consistency(found: Mapping[str, Sequence[Row]]) -> list[Row]:
+def _state_consistency(found: Mapping[str, Sequence[Row]], followed: Mapping[str, Any]) -> list[Row]:
     tables = [_tables(found.get(name, ()), "representations") for name in (MIXED, STAGED)]
     if not all(tables):
         return []
@@ -254,6 +256,7 @@ def _state_consistency(found: Mapping[str, Sequence[Row]]) -> list[Row]:
             tables[0],
             tables[1],
             unit="percentage points",
+            also=_while_training(followed, "states", ", at each one's best layer", percent=True),
             claim="state_consistency",
             text="Mixed training makes the hidden states of a fact's two formats more alike",
             test="held-out facts at the end of training: how often the question's state before the object finds its "
@@ -372,6 +375,22 @@ def _over_people(a: Sequence[float], b: Sequence[float], facts: Sequence[tuple[s
         return None, None, None
     effect, low, high = cluster_bootstrap(a, b, people, seed=BOOTSTRAP_SEED)
     return (effect, low, high) if len(set(people)) >= FEWEST else (effect, None, None)
+
+
+def _while_training(followed: Mapping[str, Any], measure: str, what: str = "", percent: bool = False) -> str:
+    """The mean over the checkpoints that were looked at, without the base; it has no interval and decides nothing."""
+    levels: list[float] = []
+    counts: list[int] = []
+    for name in (MIXED, STAGED):
+        rows = (followed.get(name) or {}).get("rows") or []
+        values = [row.get(f"{measure}.{HELD_OUT}") for row in rows if row["update"] > 0]
+        known = [value for value in values if value is not None]
+        if not known:
+            return ""
+        levels.append(float(np.mean(known)))
+        counts.append(len(known))
+    checkpoints = f"{counts[0]} and {counts[1]} checkpoints of training"
+    return f"; mean over {checkpoints}{what}, no test: {_models(levels[0], levels[1], percent)}"
 
 
 def _counted(facts: Collection[tuple[str, int]]) -> str:
