@@ -43,6 +43,7 @@ from crosstrace.store import Run, write_json
 from crosstrace.tokens import Encoded
 
 Row = dict[str, Any]
+FORMAT = 2  # of the rows: with the values of single facts, since 2; older ones are made again
 HEADS = 4  # the most important ones, whose attention is told
 
 
@@ -59,7 +60,7 @@ def explain(
     key = {
         "mechanism": {k: v for k, v in asdict(options).items() if k not in ("run", "parts")},
         "embeddings": experiment.analysis.embeddings, "model": model_inputs(run, experiment, name),
-        "threads": experiment.threads, **run.inputs("data"),
+        "threads": experiment.threads, "format": FORMAT, **run.inputs("data"),
     }  # fmt: skip
     asked = asked or Asked(run, experiment, name, progress)
 
