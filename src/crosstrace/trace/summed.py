@@ -95,7 +95,8 @@ class SummedTrace(Accumulated):
             settle(name, p, before, last)
         if last:
             self._aside.clear()
-        mean.weight += lr * examples * share
+        if not self._averaged or self._holds:  # weights are added up too, and this one is of all processes
+            mean.weight += lr * examples
         self._steps[task] += 1
 
     def _set_aside(self, name: str, p: Tensor, before: Tensor | None, last: bool) -> None:

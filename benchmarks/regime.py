@@ -1,0 +1,95 @@
+"""Recall over training of one recipe in one world, without traces: to look for settings in which recipes differ.
+
+    python benchmarks/regime.py examples/smollm2-135m.yaml mixed --facts.people 200 --train.optimiser.learning_rate 2e-4
+
+Takes an experiment, one of its strategies, and changes as `crosstrace run` does. Asks some trained questions, held-out
+questions and objects of biographies every so many updates, prints a line for each time, and adds all of them to
+benchmarks/results/regime.jsonl, with what was changed. Nothing else is kept.
+"""
+# ruff: noqa: E402  (the machine is prepared before torch is loaded)
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from crosstrace import machine
+
+machine.prepare()  # as the command line does
+
+import torch
+
+from crosstrace import config, models
+from crosstrace.evaluate import recall
+from crosstrace.material import sample
+from crosstrace.store import metadata
+from crosstrace.text import texts
+from crosstrace.tokens import encode
+from crosstrace.train import Listener, train
+
+
+class Curve(Listener):
+    """Asks now and then; a listener of the training."""
+
+    def __init__(self, tokenizer: Any, parts: dict[str, list[Any]], every: int) -> None:
+        self.tokenizer, self.parts, self.every = tokenizer, parts, every
+        self.began, self.asking, self.rows = time.time(), 0.0, []
+
+    def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
+        if update % self.every and not last:
+            return
+        clock = time.time()
+        found = {name: recall(model, self.tokenizer, items, bf16=True) for name, items in self.parts.items()}
+        row = {"update": update, "phase": phase} | {n: round(r.summary()["exact_match"], 3) for n, r in found.items()}
+        self.asking += time.time() - clock
+        row["seconds"] = round(time.time() - self.began - self.asking)  # of training alone
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", type=Path)
+    parser.add_argument("strategy")
+    parser.add_argument("--every", type=int, default=25, help="updates between two times that are asked")
+    parser.add_argument("--asked", type=int, default=150, help="examples of each kind that are asked")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/regime.jsonl"))
+    options, rest = parser.parse_known_args()
+    changes = {name.removeprefix("--"): value for name, value in zip(rest[::2], rest[1::2], strict=True)}
+    experiment = config.override(config.load(options.experiment), changes)
+    torch.set_num_threads(options.threads)
+    place = experiment.model
+    tokenizer, model = models.load_tokenizer(place.name), models.load_model(place.name, place.dtype, place.attention)
+    own = texts(experiment.facts)
+    asked = {split: [item for item in own["qa"] if item.split == split] for split in ("id", "ood")}
+    parts = {"trained": asked["id"], "held_out": asked["ood"], "bio": own["bio"]}
+    encoded = {name: encode(tokenizer, items) for name, items in parts.items()}
+    strategy = experiment.strategies[options.strategy]
+    some = {name: sample(items, options.asked // (6 if name == "bio" else 1)) for name, items in encoded.items()}
+    curve = Curve(tokenizer, some, options.every)
+    sizes = {
+        name: f"{len(items)} of {sum(len(x.ids) for x in items) / len(items):.0f} tokens"
+        for name, items in encoded.items()
+    }
+    print(options.strategy, changes, sizes, flush=True)
+    curve.on_updated(model, 0, "base", True)
+    bf16 = models.trains_in_bf16(experiment.train.precision, next(model.parameters()).device)
+    with tempfile.TemporaryDirectory(prefix="crosstrace-regime-") as folder:
+        train(
+            model, tokenizer, strategy, {"bio": encoded["bio"], "qa": encoded["trained"]}, Path(folder),
+            experiment.train, bf16=bf16, listeners=[curve],
+        )  # fmt: skip
+    row = {"strategy": options.strategy, "changes": changes, "threads": options.threads, "curve": curve.rows}
+    with options.out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row | {"config": config.plain(experiment), "machine": metadata()}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
