@@ -34,7 +34,7 @@ strategies:
   two_stage: [{name: bio, batch: {bio: 8}, steps: 6}, {name: qa, batch: {qa: 8}, steps: 6}]
   mixed: [{name: mixed, batch: {bio: 8, qa: 8}, steps: 6}]
 train: {precision: float32, checkpoint_every: 4, recall_every: 3, recall_examples: 24}
-trace: {measures: [abs, net], every: 2, parts: 2, definitions: [per_example, summed]}
+trace: {measures: [abs, net], every: 2, parts: 2}
 analysis: {fractions: [0.01, 0.05, 0.2], central_fractions: [0.05], draws: 4}
 interventions: {fractions: [0.05], seeds: 2, questions: 12}
 mechanism:
@@ -44,7 +44,10 @@ retention: {people: 24, steps: 4, bio: 4, qa: 8, replay_bio: 2, replay_qa: 4, ev
 eval: {known: 60}
 jobs: 1
 """
-experiment = config.override(config.loads(SMALL, "SMALL"), {"model.name": str(tiny_base())})
+experiment = config.override(
+    config.loads(SMALL, "SMALL"),
+    {"model.name": str(tiny_base()), "trace.definitions": "[per_example, summed]"},
+)
 
 
 @pytest.fixture(scope="module")
