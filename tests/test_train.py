@@ -469,7 +469,7 @@ def test_killed_while_the_sums_of_a_trace_are_replaced(tmp_path: Path, monkeypat
         return model, online.traces()
 
     expected, save_sum = whole(tmp_path / "whole"), OnlineTrace._save_sum
-    sums = len(list((tmp_path / "whole" / "sums").iterdir()))
+    sums = len(list((tmp_path / "whole" / "sums" / "online").iterdir()))
     saved: list[Path] = []
 
     def stopping(trace: OnlineTrace, key: str, path: Path) -> None:
