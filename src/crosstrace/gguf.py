@@ -7,6 +7,7 @@ is told, since the model would be another than the file's. No code runs.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from crosstrace.errors import UserError
+from crosstrace.tokens import context_length
 
 MAGIC = b"GGUF"
 # In a file's metadata a name that its author gave it; transformers makes a setting of the config of it.
@@ -59,13 +61,21 @@ def load_tokenizer(file: Path) -> Any:
 
     with _by_itself(file) as given:
         tokenizer = AutoTokenizer.from_pretrained(**given, trust_remote_code=False)
-    room = getattr(read_config(file), "max_position_embeddings", None)
-    if isinstance(room, int):
+    changed = file.stat()
+    room = _context_length(file, changed.st_mtime_ns, changed.st_size)
+    if room is not None:
         tokenizer.model_max_length = room
     tokenizer.name_or_path = str(file)
     for passing in ("is_local", "local_files_only", "gguf_file", "name_or_path"):  # of the call, not of the tokenizer
         tokenizer.init_kwargs.pop(passing, None)
     return tokenizer
+
+
+@functools.cache
+def _context_length(file: Path, mtime: int, size: int) -> int | None:
+    """How long a text the model of a file takes. The metadata takes seconds to read, and every stage of a run loads the
+    tokenizer, so it is read once for what the file is now."""
+    return context_length(read_config(file))
 
 
 def load_model(file: Path, dtype: torch.dtype, attention: str) -> tuple[Any, dict[str, Any]]:
