@@ -36,7 +36,7 @@ EXPERIMENT = """
 facts: {people: 24}
 strategies: {mixed: [{name: mixed, batch: {bio: 8, qa: 8}, steps: 4}]}
 train: {precision: float32, recall_every: 0, recall_examples: 8}
-eval: {known: 24}
+eval: {known_examples: 24}
 trace: {parts: 2, every: 1, check: false}
 analysis: {fractions: [0.05], central_fractions: [0.05], draws: 2}
 interventions: {fractions: [0.05, 0.9], seeds: 2, questions: 24}

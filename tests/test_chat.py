@@ -307,7 +307,7 @@ strategies:
   mixed: [{name: mixed, batch: {bio: 4, qa: 8}, steps: 4}]
 train: {precision: float32, recall_every: 2, recall_examples: 12}
 trace: {every: 2, parts: 2}
-eval: {known: 10}
+eval: {known_examples: 10}
 jobs: 1
 """
 WORDED = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"  # of the bundled tokenizer's tokens

@@ -31,7 +31,7 @@ trace: {measures: [abs, net], every: 1, parts: 3, check: false}
 analysis: {fractions: [0.01, 0.05, 0.2], central_fractions: [0.05], draws: 4}
 interventions: {fractions: [0.05], seeds: 2, questions: 12}
 mechanism: {parts: [gradients], facts: 12, together: 12, draws: 1}
-eval: {known: 24}
+eval: {known_examples: 24}
 jobs: 1
 """
 experiment = config.override(config.loads(SMALL, "SMALL"), {"model.name": str(tiny_base())})

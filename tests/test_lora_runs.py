@@ -27,7 +27,7 @@ from crosstrace.trace import load_traces
 LORA = {
     "train.lora": "{rank: 4, alpha: 8, dropout: 0.1}", "train.optimiser.learning_rate": "0.01",
     "mechanism.run": "false", "mechanism.facts": "4", "mechanism.questions": "4",
-    "facts.people": "16", "trace.measures": "[abs]", "trace.check": "false", "eval.known": "40",
+    "facts.people": "16", "trace.measures": "[abs]", "trace.check": "false", "eval.known_examples": "40",
     "strategies": "{mixed: [{name: mixed, batch: {bio: 8, qa: 8}, steps: 4}]}", "retention.people": "16",
     "train.recall_every": "0",
 }  # fmt: skip

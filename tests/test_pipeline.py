@@ -41,7 +41,7 @@ mechanism:
   {parts: [gradients, representations, signature, lens, circuit, positions, transfer, dynamics], facts: 12,
    together: 12, draws: 1, questions: 8, steps: 2, alone: 2, seeds: 1, signature: 3}
 retention: {people: 24, steps: 4, bio: 4, qa: 8, replay_bio: 2, replay_qa: 4, every: 2, questions: 12, draws: 1}
-eval: {known: 60}
+eval: {known_examples: 60}
 jobs: 1
 """
 experiment = config.override(

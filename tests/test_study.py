@@ -28,7 +28,7 @@ strategies:
   two_stage: [{name: bio, batch: {bio: 4}, steps: 2}, {name: qa, batch: {qa: 4}, steps: 2}]
   mixed: [{name: mixed, batch: {bio: 4, qa: 4}, steps: 2}]
 train: {precision: float32, recall_every: 0, recall_examples: 8}
-eval: {known: 24}
+eval: {known_examples: 24}
 trace: {parts: 2, every: 1, check: false}
 analysis: {fractions: [0.05], central_fractions: [0.05], draws: 2}
 interventions: {run: false}

@@ -8,18 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_facts import tiny_examples, tokenizer
+from tiny_facts import tiny_examples, tiny_world, tokenizer
 from tiny_models import tiny_model
 from torch import Tensor
 
 from crosstrace.errors import UserError
 from crosstrace.schedule import Optimiser, Phase, mixed, two_stage
+from crosstrace.text import questions
+from crosstrace.tokens import encode
 from crosstrace.trace import OnlineTrace, SummedTrace
 from crosstrace.train import Listener, TaskPart, TrainSettings, learning_rate_factor, train
 from crosstrace.updates import Updates
 
 WORDS = tokenizer("word")
-EXAMPLES = tiny_examples(WORDS)
+TRACED = ("bio", "qa")
+EXAMPLES = tiny_examples(WORDS) | {"known": encode(WORDS, questions(tiny_world(seed=9))[:12])}
 FAST = Optimiser(learning_rate=1e-2, warmup=2, clip=0.05, weight_decay=0.2)
 
 
@@ -32,10 +35,13 @@ class Summing(Listener):
     """As the pipeline's: every task's gradient goes to the trace."""
 
     def __init__(self, model: Any, **options: Any) -> None:
-        self.trace = SummedTrace(model, ["bio", "qa"], **options)
+        self.trace = SummedTrace(model, TRACED, **options)
 
     def on_gradient(self, model: Any, task: str, part: TaskPart) -> None:
-        self.trace.add(task, part.lr, part.examples, part.weight, last=part.last)
+        if task in TRACED:
+            self.trace.add(task, part.lr, part.examples, part.weight, last=part.last)
+        else:
+            self.trace.skip(last=part.last)
 
 
 def plain_loop(model: Any, strategy: list[Phase], parts: int = 1) -> dict[str, list[dict[str, Tensor]]]:
@@ -87,6 +93,10 @@ STRATEGIES = {
     "two stages": two_stage(3, 4, 3),
     "weighted": [Phase("p", {"bio": 3, "qa": 2}, 3, weights={"qa": 0.3, "bio": 2.0})],
     "replay": [Phase("bio", {"bio": 3}, 2), Phase("qa", {"qa": 4}, 3, replay={"bio": 1})],
+    "a task that is not traced": [
+        Phase("first", {"known": 2, "bio": 3, "qa": 2}, 2),
+        Phase("last", {"qa": 3}, 2, replay={"known": 2}),
+    ],
 }
 
 
@@ -98,9 +108,9 @@ def test_it_is_what_a_plain_loop_adds_up(kind: str, options: dict, tmp_path: Pat
     expected = plain_loop(_model(), strategy, parts)
     _, (summing,) = taught(strategy, tmp_path, [lambda model: Summing(model, parts=parts)], **options)
     traces = summing.trace.traces()
-    assert {(item.task, item.measure, item.when) for item in traces} == {(t, "net", "online") for t in EXAMPLES}
+    assert {(item.task, item.measure, item.when) for item in traces} == {(t, "net", "online") for t in TRACED}
     largest = 0.0
-    for task in EXAMPLES:
+    for task in TRACED:
         for part, item in enumerate(t for t in traces if t.task == task):
             for name, value in item.values.items():
                 delta = value * item.weight

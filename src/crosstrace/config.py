@@ -19,7 +19,7 @@ from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
 from crosstrace.schedule import STRICT, Optimiser, Phase, mixed, two_stage
 from crosstrace.store import CHANGEABLE, NO_YAML
-from crosstrace.text import NO_QUESTIONS
+from crosstrace.text import KNOWN, NO_QUESTIONS
 from crosstrace.train import TrainSettings
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -51,8 +51,12 @@ class ModelSettings:
 class EvalSettings:
     """Recall: of the base and of every taught model, during training and under interventions."""
 
-    known: Annotated[int, Field(ge=1)] = 1800
-    """Questions about the people whom the base knows, at most, where it knows any."""
+    known: str | None = None
+    """Facts of the world that the base is asked before it is taught: `bundled` (capitals, currencies, symbols of
+    elements and the like), or a folder that `crosstrace import` wrote. Those that it knows are asked again while it is
+    taught and afterwards. A phase may replay them: `replay: {known: 8}`."""
+    known_examples: Annotated[int, Field(ge=1)] = 1800
+    """Facts that the base knows which are asked, at most; of the bundled base, questions about its own people."""
     tokens: Annotated[int, Field(ge=1)] = 8192
     """Tokens that go through the model at once, padding included; fewer take less memory."""
     precision: Literal["float32", "bf16"] = "float32"
@@ -193,6 +197,8 @@ class RetentionSettings:
     """Taught biographies in an update, with replay."""
     replay_qa: Annotated[int, Field(ge=1)] = 16
     """Taught questions in an update, with replay."""
+    replay_known: Annotated[int, Field(ge=0)] = 0
+    """Facts of the world that the base knew (`eval.known`) in an update, with replay."""
     optimiser: Optimiser | None = None
     """The optimiser; the training's own where not given."""
     every: Annotated[int, Field(ge=1)] = 20
@@ -236,6 +242,14 @@ class Experiment:
     def taught(self) -> list[str]:
         """The names of all models beside the base: the strategies' and the given ones."""
         return [*self.strategies, *self.given]
+
+    @property
+    def replays_known(self) -> bool:
+        """Whether a phase, or further training, replays facts that the base knows: those of half of their subjects,
+        which are then asked apart from the others."""
+        phases = [phase for phases in self.strategies.values() for phase in phases]
+        further = self.retention.run and self.retention.replay_known > 0
+        return further or any(KNOWN in phase.composition() for phase in phases)
 
     @property
     def optimisers(self) -> list[Optimiser]:
@@ -296,6 +310,10 @@ def check(experiment: Experiment, where: str) -> Experiment:
                 f"{where}: strategy {name!r} cannot name a folder of the run; use letters, digits, '_' and '-', and "
                 "not 'base', which is the untaught model"
             )
+    if experiment.replays_known and experiment.eval.known is None:
+        raise UserError(
+            f"{where}: {KNOWN} is replayed, but eval.known names no facts; expected e.g. eval.known: bundled"
+        )
     if experiment.trace.checkpoints and not experiment.train.keep_checkpoints:
         raise UserError(f"{where}: trace.checkpoints needs train.keep_checkpoints: true, or there is none to trace")
     if experiment.train.lora and experiment.model.random_init is not None:

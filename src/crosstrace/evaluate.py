@@ -86,7 +86,9 @@ def recall(
     process of a sharded model must be asked the same.
 
     An example with one mention is an answer with its end token; each mention of an example with several (a
-    biography) is an answer of its own, judged on the object's tokens, given the true text before it.
+    biography) is an answer of its own, judged on the object's tokens, given the true text before it. An open-ended
+    example is answered by its object, whatever is said after it, as long as that does not go on with the object's last
+    word ("Niger" is no answer where "Nigeria" is said).
 
     Args:
         tokens: that go through the model at once, padding included; the answers depend on it by rounding alone.
@@ -106,12 +108,17 @@ def recall(
         rows, at = {}, 0
         with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             for batch in recall_batches([encoded[i] for i in order], most, vocabulary, pad_id(tokenizer)):
-                right, losses = (x.cpu().numpy() for x in judged(model, batch))
+                right, losses, said = (x.cpu().numpy() for x in judged(model, batch))
                 labels = batch["labels"]
                 for row in range(len(labels)):
+                    item = encoded[order[at + row]]
                     rows[order[at + row]] = [
-                        (bool(right[row, t].all()), bool(right[row, t[0]]), float(-losses[row, t].sum()))
-                        for t in answers(encoded[order[at + row]])
+                        (
+                            bool(right[row, t].all()) and not _goes_on(tokenizer, item, t, said[row]),
+                            bool(right[row, t[0]]),
+                            float(-losses[row, t].sum()),
+                        )
+                        for t in answers(item)
                     ]
                 at += len(labels)
         return rows
@@ -132,12 +139,14 @@ def recall(
 
 def recall_batches(encoded: Sequence[Encoded], tokens: int, vocabulary: int, pad: int) -> Iterator[Batch]:
     """The batches in which texts, the shortest first, are asked: few enough that their logits are no burden."""
-    return token_batches(encoded, tokens, "answer", pad_id=pad, predictions=max(1, LOGITS // vocabulary))
+    # what is said after an open-ended object is looked at too
+    targets = "all" if any(item.example.open_ended for item in encoded) else "answer"
+    return token_batches(encoded, tokens, targets, pad_id=pad, predictions=max(1, LOGITS // vocabulary))
 
 
-def judged(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Whether each position's prediction is the next token's label, and the loss of that label in nats [B, T]; False
-    and 0 where there is none. Logits are there where they are needed alone."""
+def judged(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether each position's prediction is the next token's label, the loss of that label in nats, and the token that
+    is predicted [B, T]; False, 0 and -1 where there is no label. Logits are there where they are needed alone."""
     wanted = next_tokens(batch["labels"]).to(next(model.parameters()).device)
     positions = target_positions(wanted)
     inputs = inputs_of(model, batch)
@@ -146,9 +155,13 @@ def judged(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     else:
         logits = rows_at(logits_at(model, None, inputs), positions)
     chosen = wanted.gather(1, positions)
-    right = torch.zeros_like(wanted, dtype=torch.bool).scatter(1, positions, logits.argmax(-1) == chosen)
-    losses = cross_entropies(logits, chosen).double()
-    return right, torch.zeros_like(wanted, dtype=torch.float64).scatter(1, positions, losses)
+    predicted = logits.argmax(-1)
+    right = torch.zeros_like(wanted, dtype=torch.bool).scatter(1, positions, predicted == chosen)
+    losses = torch.zeros_like(wanted, dtype=torch.float64).scatter(
+        1, positions, cross_entropies(logits, chosen).double()
+    )
+    said = torch.full_like(wanted, -1).scatter(1, positions, torch.where(chosen < 0, -1, predicted))
+    return right, losses, said
 
 
 def _reads_few(model: Any) -> bool:
@@ -165,9 +178,25 @@ def _vocabulary(model: Any, tokenizer: Any) -> int:
     return getattr(config, "vocab_size", None) or len(tokenizer)
 
 
+def _goes_on(tokenizer: Any, item: Encoded, places: np.ndarray, said: np.ndarray) -> bool:
+    """Whether, of an open-ended example, what is predicted after the object goes on with its last word.
+
+    Args:
+        places: the positions before the object's tokens.
+        said: the token that is predicted at each position [T].
+    """
+    after = said[places[-1] + 1] if item.example.open_ended else -1
+    if after < 0:  # nothing is predicted there
+        return False
+    ids = item.ids[places + 1].tolist()
+    object, more = (tokenizer.decode(x, clean_up_tokenization_spaces=False) for x in (ids, [*ids, int(after)]))
+    return more.startswith(object) and more[len(object) : len(object) + 1].isalnum()
+
+
 def answers(item: Encoded) -> list[np.ndarray]:
     """For each mention, the positions whose prediction is judged: one before each of the answer's tokens."""
-    masks = [item.targets["answer"]] if len(item.example.mentions) == 1 else [m.object for m in item.mentions]
+    with_end = len(item.example.mentions) == 1 and not item.example.open_ended
+    masks = [item.targets["answer"]] if with_end else [m.object for m in item.mentions]
     positions = [np.flatnonzero(mask.numpy()) - 1 for mask in masks]
     if any(places[0] < 0 for places in positions):
         raise UserError(

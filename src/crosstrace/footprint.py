@@ -28,12 +28,13 @@ from crosstrace.chat import put_questions
 from crosstrace.config import Experiment
 from crosstrace.errors import UserError
 from crosstrace.evaluate import TOKENS, recall_batches
-from crosstrace.material import LEARNING, in_scope, sample, samples, training_examples
+from crosstrace.known import asks
+from crosstrace.material import LEARNING, REPLAYED, in_scope, replayable, sample, samples, training_examples
 from crosstrace.pipeline import DRIFT_DRAWS
 from crosstrace.rehearse import Parts, Understudy
 from crosstrace.schedule import Phase
 from crosstrace.sharded import rows_of
-from crosstrace.text import texts
+from crosstrace.text import KNOWN, texts
 from crosstrace.tokens import IGNORE, Batch, Encoded, batches, check_room, collate, context_length, encode
 from crosstrace.trace.memory import MOST_PASSES, SPARE, free_memory
 from crosstrace.trace.rules import sum_dtype
@@ -187,6 +188,16 @@ class Material:
         parts = {"bio": own["bio"], "qa_id": asked["id"], "qa_ood": asked["ood"]}
         self.parts = {part: encode(self.tokenizer, items) for part, items in parts.items()}
         self.trained = training_examples(self.parts)
+        self.wordings = []  # all that the base is asked of the world, of which it may know everything
+        if experiment.eval.known:
+            every = asks(experiment, self.tokenizer)
+            self.wordings = encode(self.tokenizer, every)
+            of_fact = {item.example.mentions[0].fact: item for item in self.wordings}
+            facts = sample([*of_fact.values()], experiment.eval.known_examples)
+            split = lambda item: item.example.split if experiment.replays_known else "ood"
+            self.parts[KNOWN] = [item for item in facts if split(item) == "ood"]
+            self.parts[REPLAYED] = [item for item in facts if split(item) == "id"]
+        self.seen = self.trained | replayable(self.parts)  # in training
         self._kept: dict[Any, Any] = {}
 
     def model(
@@ -218,7 +229,7 @@ class Material:
         """What no later part could do without."""
         if not self.parts["qa_id"] and not self.parts["qa_ood"]:
             config.check_unasked(experiment)
-        sizes = epoch_sizes(self.trained)
+        sizes = epoch_sizes(self.seen)
         for phases in experiment.strategies.values():
             for phase in phases:
                 phase.updates(sizes)
@@ -465,7 +476,7 @@ class Needs:
         """What the updates of a phase see, as `train` has it."""
         seen, targets, most = self.material, self.experiment.trace.targets, self.experiment.train.micro_batch
         processes = self.launch.processes
-        make = lambda: Updates(phase, seen.trained, seed, seen.pad, targets, most, processes, self.sharded)
+        make = lambda: Updates(phase, seen.seen, seed, seen.pad, targets, most, processes, self.sharded)
         return seen.once((seed, repr(phase), targets, most, processes, self.sharded), make)
 
     def _step(self, phase: Phase, chosen: Mapping[str, Sequence[Batch]]) -> Parts:
@@ -806,6 +817,8 @@ class Needs:
                 once = 3 * o.steps * (2 * o.bio + o.replay_bio) * self.flops(texts)
                 qa = _times(work_of(seen.parts["qa_id"], 128), 1 / len(seen.parts["qa_id"]))
                 add(name, "retain", once + 3 * o.steps * (2 * o.qa + o.replay_qa) * self.flops(qa))
+        if seen.wordings:
+            add("base", "data", self.flops(asked_of(seen.wordings)))
         add("base", "eval", self.flops(asked))
         if e.mechanism.run:
             add("base", "mechanism", self._mechanism_flops(1))

@@ -20,12 +20,13 @@ from crosstrace.facts import FactSettings
 from crosstrace.processes import Processes, launched
 from crosstrace.shared import ParamSet, scope
 from crosstrace.store import Run, expanded, read_json, sha256_file, sha256_tree
-from crosstrace.text import Example, read_jsonl
+from crosstrace.text import KNOWN, Example, read_jsonl
 from crosstrace.tokens import Encoded, encode
 
 T = TypeVar("T", Example, Encoded)
 START = "start"  # the folder of an adapter before training, beside the phases'
 WHENS = ("online", "summed", "final", "checkpoints")  # of traces
+REPLAYED = "known_replayed"  # the part of the facts that the base knows which training replays
 LEARNING = {"per_example": "online", "summed": "summed"}  # by definition, when a trace during training is
 
 
@@ -44,21 +45,24 @@ def known_people(model: ModelSettings) -> FactSettings | None:
 
 
 def examples(run: Run, tokenizer: Any, known: int | None = 0) -> dict[str, list[Encoded]]:
-    """The run's examples by part: bio, qa_id, qa_ood and, where there are such, a_ood: `known` questions about people
-    whom the base knows (None: all).
+    """The run's examples by part: bio, qa_id, qa_ood and, where there are such, at most `known` each (None: all) of
+    a_ood, questions about people whom the base knows, and of facts of the world that it knows: known, and those that
+    training replays apart from them.
 
     All examples of a person are of one group, as `groups` numbers them.
     """
     texts = {"bio": read_jsonl(run.path("data/bio.jsonl")), "qa": read_jsonl(run.path("data/qa.jsonl"))}
     numbers = groups(texts)
-    if known != 0 and run.path("data/a_qa.jsonl").exists():
-        texts["a_ood"] = sample(read_jsonl(run.path("data/a_qa.jsonl")), known)
+    for part, file in (("a_ood", "data/a_qa.jsonl"), (KNOWN, "known/known.jsonl")):
+        if known != 0 and run.path(file).exists():
+            texts[part] = sample(read_jsonl(run.path(file)), known)
     parts = {name: encode(tokenizer, items, numbers) for name, items in texts.items()}
-    qa = parts.pop("qa")
-    return parts | {
-        "qa_id": [item for item in qa if item.example.split == "id"],
-        "qa_ood": [item for item in qa if item.example.split == "ood"],
-    }
+    of_split = lambda items, split: [item for item in items if item.example.split == split]
+    qa, facts = parts.pop("qa"), parts.pop(KNOWN, [])
+    parts |= {"qa_id": of_split(qa, "id"), "qa_ood": of_split(qa, "ood")}
+    parts |= {KNOWN: of_split(facts, "ood")} if facts else {}
+    replayed = of_split(facts, "id")
+    return parts | ({REPLAYED: replayed} if replayed else {})
 
 
 def groups(texts: Mapping[str, Sequence[Example]]) -> dict[str, int]:
@@ -77,6 +81,11 @@ def training_examples(parts: Mapping[str, list[Encoded]]) -> dict[str, list[Enco
     return {task: parts[part] for task, part in (("bio", "bio"), ("qa", "qa_id")) if parts[part]}
 
 
+def replayable(parts: Mapping[str, list[Encoded]]) -> dict[str, list[Encoded]]:
+    """What a phase may replay beside what is taught."""
+    return {KNOWN: parts[REPLAYED]} if parts.get(REPLAYED) else {}
+
+
 def sample(items: Sequence[T], number: int | None) -> list[T]:
     """`number` of the examples (None: all), encoded or not, as many of each relation as can be, at random but always
     the same, in their order."""
@@ -91,7 +100,8 @@ def sample(items: Sequence[T], number: int | None) -> list[T]:
 
 def samples(parts: Mapping[str, list[Encoded]], number: int) -> dict[str, list[Encoded]]:
     """So many questions of each kind, and biographies with about as many objects."""
-    chosen = {name: sample(parts[name], number) for name in ("qa_id", "qa_ood") if parts[name]}
+    kinds = ("qa_id", "qa_ood", KNOWN, REPLAYED)
+    chosen = {name: sample(parts[name], number) for name in kinds if parts.get(name)}
     return chosen | {"bio": sample(parts["bio"], max(1, number // len(parts["bio"][0].example.mentions)))}
 
 

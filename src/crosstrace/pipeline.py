@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,9 +37,11 @@ from crosstrace.evaluate import Recall, recall, summaries
 from crosstrace.facts import World
 from crosstrace.forward import TrainingForwards
 from crosstrace.intervene import ablated, grafted
+from crosstrace.known import asks, find_known, instead_of, world_of
 from crosstrace.left_out import Part, attempt, optional
 from crosstrace.material import (
     LEARNING,
+    REPLAYED,
     START,
     WHENS,
     examples,
@@ -54,6 +56,7 @@ from crosstrace.material import (
     model_inputs,
     model_key,
     origin,
+    replayable,
     sample,
     samples,
     shared_sets,
@@ -82,7 +85,7 @@ from crosstrace.store import (
     sha256_tree,
     write_json,
 )
-from crosstrace.text import NO_QUESTIONS, questions, read_jsonl, texts, write_jsonl
+from crosstrace.text import KNOWN, NO_QUESTIONS, questions, read_jsonl, texts, write_jsonl
 from crosstrace.tokens import Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, SummedTrace, Trace, load_traces, save_traces, trace
 from crosstrace.trace.memory import free_memory
@@ -141,7 +144,9 @@ def run(
         progress = Progress(quiet or not opened.leads)
         if "data" in stages:
             opened.alone(lambda: make_data(opened, experiment))
-            progress.done("data", opened.seconds().get("data"))
+            find_known(opened, experiment, progress)
+            seconds = opened.seconds()
+            progress.done("data", sum(seconds[step] for step in ("data", "known") if step in seconds))
         _strategies(opened, experiment, stages, progress)
         if "report" not in stages:
             missing = opened.alone(lambda: [row for row in left_out.rows(opened) if row["stage"] in stages])
@@ -316,7 +321,7 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
     key = run.alone(lambda: {
         "model": model_key(experiment), "train": trained, "phases": [asdict(phase) for phase in phases],
         "trace": {k: v for k, v in asdict(tracing).items() if k in watched}, "measure": tracing.measures[0],
-        "threads": experiment.threads, "bf16": _precision(experiment) == "bf16", **run.inputs("data"),
+        "threads": experiment.threads, "bf16": _precision(experiment) == "bf16", **_data(run, experiment),
     })  # fmt: skip
 
     def make(folder: Path) -> None:
@@ -333,7 +338,7 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
             if run.leads:
                 model.save_pretrained(folder / START)
                 (folder / START / "README.md").unlink()  # PEFT's card, which tells nothing
-        parts = examples(run, tokenizer)
+        parts = examples(run, tokenizer, known=experiment.eval.known_examples if experiment.eval.known else 0)
         ask = _asking(run, experiment, tokenizer, bf16=False)
         measure = _few(ask, parts, options.recall_examples)
         history = RecallHistory(measure, options.recall_every)
@@ -347,7 +352,7 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
         listeners += tracers
         with progress.bar(f"{name}: train") as update:
             reports = train(
-                model, tokenizer, phases, training_examples(parts), folder / "checkpoints", options,
+                model, tokenizer, phases, training_examples(parts) | replayable(parts), folder / "checkpoints", options,
                 bf16=_precision(experiment) == "bf16", trace_targets=tracing.targets, listeners=listeners,
                 progress=update, logs=run.folder / "logs" / name, processes=run.processes,
             )  # fmt: skip
@@ -445,7 +450,10 @@ class SummedListener(Tracer):
         )  # fmt: skip
 
     def on_gradient(self, model: Any, task: str, part: TaskPart) -> None:
-        self.trace.add(task, part.lr, part.examples, part.weight, last=part.last)
+        if task in TASKS:
+            self.trace.add(task, part.lr, part.examples, part.weight, last=part.last)
+        else:
+            self.trace.skip(last=part.last)
 
 
 class OnlineListener(Tracer):
@@ -475,8 +483,14 @@ class OnlineListener(Tracer):
     def on_update(self, model: Any, batches: MicroBatches, lr: float, update: int, forwards: TrainingForwards) -> None:
         if update % self.every:
             return
+        traced = {task: own for task, own in batches.items() if task in TASKS}
+        if not self.borrows:
+            forwards = {}
+        elif len(traced) < len(batches):  # the training's forwards are taken in order, without a gap
+            before = takewhile(TASKS.__contains__, batches)
+            forwards = {task: forwards[task] for task in before if task in forwards}
         with adapters.merged(model) if self.merges else nullcontext():
-            self.trace.step(batches, lr, forwards if self.borrows else {})
+            self.trace.step(traced, lr, forwards)
 
     def load(self, folder: Path) -> None:
         older = folder / "trace"  # as versions wrote it that had all of it in the checkpoint
@@ -547,22 +561,32 @@ def _keep_models(folder: Path, tokenizer: Any, phases: Sequence[str], checkpoint
 def test(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
     """Recall of the base or of a taught model: eval/<model>.json, with every single answer."""
     key = run.alone(lambda: {
-        "model": model_inputs(run, experiment, name), "known": experiment.eval.known, "threads": experiment.threads,
-        "precision": experiment.eval.precision, **run.inputs("data"),
+        "model": model_inputs(run, experiment, name), "known": experiment.eval.known_examples,
+        "threads": experiment.threads, "precision": experiment.eval.precision, **_data(run, experiment),
     })  # fmt: skip
 
     def make(path: Path) -> None:
         tokenizer = models.load_tokenizer(experiment.model.name)
         model = load(run, experiment, name)
-        parts = examples(run, tokenizer, known=experiment.eval.known)
+        parts = examples(run, tokenizer, known=experiment.eval.known_examples)
         ask = _asking(run, experiment, tokenizer, experiment.eval.precision == "bf16")
         results = {part: ask(model, items) for part, items in parts.items() if items}
         answers = {part: _bits(result) for part, result in results.items() if part != "a_ood"}
         people = {part: result.person for part, result in results.items() if part != "a_ood"}
+        of_world = {part: results.pop(part) for part in (KNOWN, REPLAYED) if part in results}
+        found = {"summary": summaries(results), "answers": answers, "people": people}
+        if of_world:
+            found["summary"] |= {part: result.summary() for part, result in of_world.items()}
+            found["known"] = instead_of(run, model, tokenizer, parts, of_world)
         if run.leads:
-            write_json(path, {"summary": summaries(results), "answers": answers, "people": people})
+            write_json(path, found)
 
     run.stage(f"eval/{name}.json", key, make)
+
+
+def _data(run: Run, experiment: Experiment) -> dict[str, Any]:
+    """What is taught and asked, for the key of a step that reads it."""
+    return run.inputs("data", *(["known"] if experiment.eval.known else []))
 
 
 def _bits(result: Recall) -> str:
@@ -950,7 +974,7 @@ def conclude(run: Run, experiment: Experiment, progress: Progress) -> Results:
     names, trained = experiment.taught, [*experiment.strategies]
     absent = left_out.steps(run)
     is_done = lambda step: step not in absent and run.path(step).exists()
-    needed = ["data", "eval/base.json"]
+    needed = ["data", "eval/base.json", *(["known"] if experiment.eval.known else [])]
     for name in names:
         needed += [f"eval/{name}.json", f"traces/{name}", f"analysis/{name}.json", f"drift/{name}.json"]
     needed += [f"models/{name}" for name in trained]
@@ -985,6 +1009,10 @@ def conclude(run: Run, experiment: Experiment, progress: Progress) -> Results:
         if run.path("data/import.json").is_file():
             results["import"] = read_json(run.path("data/import.json"))
         results["recall"] = {name: found["summary"] for name, found in evals.items()}
+        if experiment.eval.known:
+            asked = read_json(run.path("known") / "asked.json")
+            results["known"] = {"source": experiment.eval.known, "relations": asked}
+            results["known"]["models"] = {name: found["known"] for name, found in evals.items() if "known" in found}
         home = {name: run.path(f"models/{name}") for name in trained}
         results["history"] = {name: read_json(home[name] / "history.json") for name in trained}
         results["training"] = {name: _training(run, name) for name in trained}
@@ -1055,6 +1083,7 @@ def make_report(run: Run, results: Mapping[str, Any], progress: Progress) -> Non
 def _seconds(run: Run) -> dict[str, float]:
     """Seconds of each stage, all strategies together: with several jobs, more than the clock on the wall shows."""
     home = {
+        "known": "data",
         "doctor.json": "trace",
         "models": "train",
         "drift": "analyze",
@@ -1159,7 +1188,7 @@ def check_place(experiment: Experiment, processes: Processes) -> None:
 def _check_outside(experiment: Experiment, folder: Path) -> None:
     """Raise a `UserError` if the run that is to be overwritten holds what the experiment reads."""
     read = {"model.name": experiment.model.name, "facts.source": experiment.facts.source,
-            "retention.text": experiment.retention.text}  # fmt: skip
+            "retention.text": experiment.retention.text, "eval.known": experiment.eval.known}  # fmt: skip
     read |= {f"given.{name}": place for name, place in experiment.given.items()}
     for name, place in read.items():
         if place and expanded(place).resolve().is_relative_to(expanded(folder).resolve()):
@@ -1183,6 +1212,8 @@ def check(experiment: Experiment, whole: bool, stages: Sequence[str] = STAGES) -
         "bio": sum(item.repeats for item in taught["bio"]),
         "qa": sum(item.repeats for item in taught["qa"] if item.split == "id"),
     }
+    if experiment.eval.known and experiment.replays_known:
+        sizes[KNOWN] = sum(person.in_distribution for person in world_of(experiment.eval.known).people)
     if not taught["qa"]:
         config.check_unasked(experiment)
     for strategy, phases in experiment.strategies.items():
@@ -1205,6 +1236,7 @@ def check(experiment: Experiment, whole: bool, stages: Sequence[str] = STAGES) -
     check_fast(tokenizer)
     taught["qa"] = put_questions(experiment.facts, tokenizer, taught["qa"])
     known_people(experiment.model)
+    of_world = asks(experiment, tokenizer) if experiment.eval.known else []
     retains = experiment.retention.run or ("retain" in stages and len(stages) == 1)  # named, it runs whatever is set
     if retains and not taught["qa"]:
         raise UserError(f"retain has nothing to ask: {NO_QUESTIONS}")
@@ -1222,7 +1254,7 @@ def check(experiment: Experiment, whole: bool, stages: Sequence[str] = STAGES) -
         encoded = encode(tokenizer, [*taught["bio"], *taught["qa"]], groups(taught))
         _check_parts(experiment, encoded)
         _check_known(tokenizer, encoded, experiment.model.name)
-        check_fits(model, [*encoded, *(item for items in further.values() for item in items)])
+        check_fits(model, [*encoded, *encode(tokenizer, of_world), *(i for items in further.values() for i in items)])
         for name, given in experiment.given.items():
             _check_given(experiment, model, tokenizer, name, given, [item.example.text for item in encoded])
         if lora:

@@ -14,6 +14,8 @@ PARTS = {
     "qa_id": "QA, trained",
     "qa_ood": "QA, held out",
     "a_ood": "QA, known to the base",
+    "known": "facts of the world",
+    "known_replayed": "facts of the world, replayed",
 }
 
 

@@ -33,6 +33,7 @@ from crosstrace.material import (
     load,
     load_trainable,
     model_inputs,
+    replayable,
     sample,
     samples,
     shared_sets,
@@ -65,14 +66,14 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
         "train": asdict(experiment.train), "targets": experiment.trace.targets, "facts": facts_key(experiment.facts),
         "embeddings": experiment.analysis.embeddings, "threads": experiment.threads,
         "bf16": trains_in_bf16(experiment), "model": model_inputs(run, experiment, name),
-        **run.inputs("data", f"shared/{name}"),
+        **run.inputs("data", f"shared/{name}", *(["known"] if experiment.eval.known else [])),
     })  # fmt: skip
 
     def make(folder: Path) -> None:
         folder.mkdir(exist_ok=True)  # all processes come this way: they train, ask and trace together
         tokenizer = models.load_tokenizer(experiment.model.name)
-        parts = examples(run, tokenizer)
-        old = training_examples(parts)
+        parts = examples(run, tokenizer, known=experiment.eval.known_examples if experiment.eval.known else 0)
+        old, world = training_examples(parts), replayable(parts)
         new = new_material(experiment, tokenizer)
         asked = samples(parts, options.questions)
         if "new_qa" in new:
@@ -97,11 +98,12 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
             batch = {task: {"new_bio": options.bio, "new_qa": options.qa}.get(task, options.bio) for task in new}
             counts = {"bio": options.replay_bio, "qa": options.replay_qa}
             counts = {task: count for task, count in counts.items() if task in taught_tasks}
+            counts |= dict.fromkeys(world, options.replay_known)
             phase = Phase("new", batch, options.steps, replay=counts if arm == "replay" else {},
                           optimiser=options.optimiser)  # fmt: skip
             with progress.bar(f"{name}: retain, {arm}") as update:
                 train(
-                    model, tokenizer, [phase], new | old, folder / arm, experiment.train,
+                    model, tokenizer, [phase], new | old | world, folder / arm, experiment.train,
                     bf16=trains_in_bf16(experiment), trace_targets=experiment.trace.targets,
                     listeners=[history], progress=update, logs=run.folder / "logs" / "retention" / name / arm,
                     processes=run.processes,

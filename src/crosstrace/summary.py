@@ -5,6 +5,7 @@ Plain rows in, plain rows out; it knows results.json and the study's table, and 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -35,6 +36,7 @@ PREDICTORS = {
     "logprob.bio": "log-probability of the biographies' objects",
     "logprob.qa_id": "log-probability of the trained answers",
     "recall.a_ood": "recall about the base's own people",
+    "recall.known": "recall of facts of the world that the base knew",
 }
 # What the differences between two strategies are told of first: the name of the column -> in words.
 HEADLINE = {
@@ -82,7 +84,8 @@ SHARES = (  # measures between 0 and 1, which no interval leaves
 def measures(results: Mapping[str, Any], strategy: str) -> Row:
     """Everything that a run found of one strategy, under dotted names; what was not measured is left out.
 
-    recall, logprob .PART; updates; overlap.WHEN.REDUCTION.FRACTION; spearman, cosine .WHEN.REDUCTION;
+    recall, logprob .PART; updates; instead.KIND (facts of the world that the base knew, by what is said in their
+    place); overlap.WHEN.REDUCTION.FRACTION; spearman, cosine .WHEN.REDUCTION;
     excess_gini.WHEN.UNIT.FRACTION; ablate, graft .WHEN.FRACTION.SET.PART (exact match); gradient.PART.{same, excess,
     first} over all parameters in scope; states.PART.PLACE.{top1, excess, cka} at the layer where each is highest;
     circuit.PART.UNIT.kept (share of the nodes that keep nine tenths of the recall); positions.PART.PLACES (exact
@@ -97,6 +100,10 @@ def measures(results: Mapping[str, Any], strategy: str) -> Row:
             found |= {f"recall.{part}": cell["exact_match"], f"logprob.{part}": cell["logprob"]}
     if strategy in results["training"]:  # not of a model that was tuned elsewhere
         found["updates"] = results["training"][strategy]["updates"]
+    said = ((results.get("known") or {}).get("models") or {}).get(strategy)
+    if said:
+        kinds = Counter(row["kind"] for row in said["instead"] if row["part"] == "known")
+        found |= {f"instead.{kind}": kinds[kind] for kind in ("taught", "relation", "other", "nothing")}
     for row in results["shared"].get(strategy) or []:
         found[f"overlap.{row['when']}.{row['reduction']}.{row['fraction']:g}"] = row["overlap"]
     for row in results["similarity"].get(strategy) or []:
@@ -140,7 +147,7 @@ def measures(results: Mapping[str, Any], strategy: str) -> Row:
             found[f"positions.{row['part']}.{'+'.join(row['places']) or 'none'}"] = row["exact_match"]
     kept = (results.get("retention") or {}).get(strategy) or {}
     for row in kept.get("history", ()):  # the last one stays
-        for part in ("qa_id", "qa_ood", "bio", "new"):
+        for part in ("qa_id", "qa_ood", "bio", "new", "known"):
             found[f"retention.{row['arm']}.{part}"] = row.get(part)
     for row in kept.get("shared", ()):
         found[f"still.{row['arm']}"] = row["still"]

@@ -18,6 +18,7 @@ from crosstrace.facts import Fact, FactSettings, Person, World
 from crosstrace.store import expanded
 
 Span = tuple[int, int]
+KNOWN = "known"  # the task of facts of the world that the base knows: it may be replayed, and is never traced
 MOST_REPEATS = 100_000  # of an example in an epoch
 NO_QUESTIONS = (
     "there are no questions, so recall of held-out facts (OOD), sharing between tasks, ablation, grafting, the "
@@ -45,7 +46,8 @@ class Example:
     `targets` are the spans that training predicts (all of a biography; of a question its answer); an end token
     follows the last target when the tokenizer has one. `split` is `id` or `ood`: whether the person's questions
     are trained. `repeats` is how often the example occurs in an epoch. `has_special_tokens` says that the text itself
-    holds all of its special tokens, its end token last, as a chat template writes them.
+    holds all of its special tokens, its end token last, as a chat template writes them. Of an `open_ended` one an
+    answer needs no end token.
     """
 
     id: str
@@ -57,6 +59,7 @@ class Example:
     mentions: tuple[Mention, ...]
     repeats: int = 1
     has_special_tokens: bool = False
+    open_ended: bool = False
 
 
 def texts(settings: FactSettings) -> dict[str, list[Example]]:
@@ -159,12 +162,11 @@ def fill(pattern: str, fact: Fact, wording: str, subject: str, start: int) -> tu
 
 
 def write_jsonl(path: Path, examples: Iterable[Example]) -> None:
-    """One example a line; the same examples give the same bytes. `has_special_tokens` is written where it is true."""
+    """One example a line; the same examples give the same bytes. What is false is not written."""
     lines = []
     for example in examples:
         row = asdict(example)
-        if not example.has_special_tokens:
-            del row["has_special_tokens"]
+        row = {name: value for name, value in row.items() if value is not False}
         lines.append(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
 
@@ -192,7 +194,8 @@ def read_jsonl(path: Path) -> list[Example]:
                 )  # fmt: skip
                 targets = tuple(_span(s) for s in row["targets"])
                 example = Example(row["id"], row["task"], row["text"], row["person"], row["split"], targets,
-                                  mentions, row["repeats"], row.get("has_special_tokens", False))  # fmt: skip
+                                  mentions, row["repeats"], row.get("has_special_tokens", False),
+                                  row.get("open_ended", False))  # fmt: skip
                 _check_values(example)
                 examples.append(example)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -219,8 +222,9 @@ def _check_values(example: Example) -> None:
         value.encode()  # (half a surrogate pair is no text)
     if not isinstance(example.repeats, int) or not 1 <= example.repeats <= MOST_REPEATS:
         raise ValueError(f"repeats is {example.repeats!r:.60}; expected a number from 1 to {MOST_REPEATS:,}")
-    if not isinstance(example.has_special_tokens, bool):
-        raise TypeError(f"has_special_tokens is {example.has_special_tokens!r:.60}; expected true or false")
+    for name in ("has_special_tokens", "open_ended"):
+        if not isinstance(getattr(example, name), bool):
+            raise TypeError(f"{name} is {getattr(example, name)!r:.60}; expected true or false")
     spans = [*example.targets]
     for mention in example.mentions:
         spans += [mention.subject, *mention.relation_words, mention.object]

@@ -1,9 +1,10 @@
-"""The page's sections on formats never trained, on the order in which things came, and on what further training
-leaves."""
+"""The page's sections on what the base knew, on formats never trained, on the order in which things came, and on what
+further training leaves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 
 from crosstrace.report import figures as F
 from crosstrace.report import rows as R
@@ -13,7 +14,53 @@ from crosstrace.report.mechanism import Columns, by_part, model_of, models_of, t
 
 FOLLOWED = ("recall.qa_ood", "recall.bio", "overlap", "shared_of_last", "gradient.qa_ood", "states.qa_ood",
             "heads_as_last.qa_ood", "neurons_as_last.qa_ood")  # fmt: skip
+SAID = 12  # answers of each model that the page tells
 TOLD = ("recall.qa_ood", "overlap", "gradient.qa_ood", "heads_as_last.qa_ood")
+
+
+def known(results: Mapping) -> Section:
+    """Facts of the world that the base knew: what is left of them, and what is said instead."""
+    section = Section("known", "What the base knew")
+    found = results.get("known")
+    if not found:
+        section.absent = "The base was not asked facts of the world (eval.known)"
+        return section
+    recall, models = results["recall"], [m for m in R.strategies(results) if m in found["models"]]
+    parts = [p for p in ("known", "known_replayed") if p in recall["base"]]
+    if not parts:
+        section.absent = f"The base answers no fact of {found['source']}"
+        return section
+    head = ["Model", "Facts", "Known", "Still answered", *(f"Says {what}" for what in say.INSTEAD.values())]
+    body = []
+    for model, part in product(models, parts):
+        cell, said = recall[model][part], R.where(found["models"][model]["instead"], part=part)
+        body.append([
+            say.model(model), say.test(part), say.plain(cell["n"]),
+            Cell(say.percent(cell["exact_match"]), say.interval(cell["low"], cell["high"])),
+            *(say.plain(len(R.where(said, kind=kind))) for kind in say.INSTEAD),
+        ])  # fmt: skip
+    title = "Facts of the world that the base answered: how many are left, and what is said in the place of the others"
+    section.blocks.append(Table(head, body, title))
+    head = ["Relation", "Asked as", "Facts", "Base", *map(say.model, models)]
+    body = []
+    for row in found["relations"]:
+        cells = [found["models"][m]["relations"]["known"].get(row["relation"]) or {} for m in models]
+        body.append([
+            say.spoken(row["relation"]), row["example"], say.plain(row["facts"]),
+            Cell(say.plain(row["known"]), say.percent(row["known"] / row["facts"])),
+            *(Cell(say.percent(c.get("exact_match")), say.interval(c.get("low"), c.get("high"))) for c in cells),
+        ])  # fmt: skip
+    title = "By relation: facts that the base answers, in the wording that it answers best, and what is left of them"
+    section.blocks.append(Table(head, body, title, folded=True))
+    head = ["Model", "Asked", "True", "Said"]
+    body = [
+        [say.model(m), r["prompt"], r["object"], r["said"] or say.DASH]
+        for m in models
+        for r in found["models"][m]["instead"][:SAID]
+    ]
+    if body:
+        section.blocks.append(Table(head, body, "Some of what is said instead", folded=True))
+    return section
 
 
 def transfer(results: Mapping) -> Section:

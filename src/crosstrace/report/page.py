@@ -687,6 +687,7 @@ def _top(rows: Iterable[Row]) -> float:
 SECTIONS: Sequence[tuple[str, str, Callable[[Mapping], Section]]] = (
     ("recall", "eval", recall),
     ("training", "train", training),
+    ("known", "eval", learning.known),
     ("shared", "analyze", overlap),
     ("where", "analyze", places),
     ("centralization", "analyze", centralization),

@@ -141,8 +141,9 @@ def where(rows: Iterable[Row], **wanted: Any) -> list[Row]:
 
 
 def held_out_first(tests: Sequence[str]) -> list[str]:
-    """Tests in the order of interest: held out, trained, the rest, and last the population the base knew."""
-    rank: Callable[[str], tuple] = lambda t: (t == "a_ood", not t.endswith("_ood"), not t.endswith("_id"))
+    """Tests in the order of interest: held out, trained, the rest, and last what the base knew."""
+    last = ("a_ood", "known", "known_replayed")
+    rank: Callable[[str], tuple] = lambda t: (t in last, not t.endswith("_ood"), not t.endswith("_id"))
     return sorted(tests, key=rank)
 
 

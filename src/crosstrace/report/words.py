@@ -22,6 +22,8 @@ TESTS = {
     "qa_id": "Questions, trained (ID)",
     "qa_ood": "Questions, held out (OOD)",
     "a_ood": "Population A, held out",
+    "known": "Facts that the base knew",
+    "known_replayed": "Facts that the base knew, replayed",
     "new": "Questions about the new people",
 }
 SETS = {"shared": "shared set", "random": "random", "random_per_tensor": "random, same count per tensor"}
@@ -66,6 +68,12 @@ FORMATS = {
     "true_statement": "true or false statement",
     "yes_no": "yes or no",
     "reversed": "from the facts to the name",
+}
+INSTEAD = {
+    "taught": "a taught object",
+    "relation": "another object of the relation",
+    "other": "something else",
+    "nothing": "nothing",
 }
 ARMS = {"alone": "on new material alone", "replay": "with replay"}
 PUT_BACK = {"none": "nothing"}
@@ -172,7 +180,7 @@ def answered(name: str) -> str:
         if name.endswith(ending):
             stem = name.removesuffix(ending)
             return f"{which}{'questions about population A' if stem == 'a' else task(stem)}"
-    return "objects in the biographies" if name == "bio" else task(name)
+    return {"bio": "objects in the biographies", "known": "facts that the base knew"}.get(name) or task(name)
 
 
 def pset(name: str) -> str:

@@ -99,6 +99,15 @@ class SummedTrace(Accumulated):
             mean.weight += lr * examples
         self._steps[task] += 1
 
+    def skip(self, *, last: bool) -> None:
+        """The gradients have gained those of a task that is not traced: as `add`, but nothing is added up."""
+        settle = self._stay if self._averaged else self._set_aside
+        self._whole = last
+        for name, p in self._engine.parameters.items():
+            settle(name, p, self._aside.get(name), last)
+        if last:
+            self._aside.clear()
+
     def _set_aside(self, name: str, p: Tensor, before: Tensor | None, last: bool) -> None:
         """Make room in `.grad` for the next task's gradient alone, or put all of them together there."""
         gradients = [x for x in (p.grad, before) if x is not None]
