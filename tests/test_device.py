@@ -17,7 +17,8 @@ from crosstrace.evaluate import recall
 from crosstrace.trace import cpu_kernel
 
 LESS = {
-    "facts.people": "16", "strategies": "{mixed: [{name: mixed, batch: {bio: 4, qa: 8}, steps: 2}]}", "eval.known_examples": "6",
+    "facts.people": "16", "strategies": "{mixed: [{name: mixed, batch: {bio: 4, qa: 8}, steps: 2}]}",
+    "eval.known_examples": "6",
     "trace.measures": "[abs]", "trace.check": "false", "analysis.draws": "2", "interventions.seeds": "1",
     "interventions.questions": "4", "train.checkpoint_every": "2", "train.recall_examples": "6",
     "mechanism": "{parts: [gradients, representations, signature, lens, positions], facts: 4, together: 4, "

@@ -205,7 +205,10 @@ def test_a_run_follows_what_the_base_knew(tmp_path: Path):
         for found in (a, b):
             found["mixed"].pop("seconds") if part == "training" else None
         assert a == b, part
-    assert "known" not in without and "not asked facts of the world" in (tmp_path / "without/report/index.html").read_text()
+    assert (
+        "known" not in without
+        and "not asked facts of the world" in (tmp_path / "without/report/index.html").read_text()
+    )
 
 
 def test_what_is_replayed_is_asked_apart(tmp_path: Path):
@@ -231,3 +234,20 @@ def test_impossible_settings_are_told(tmp_path: Path):
     with pytest.raises(UserError, match=r"has no fact that .* could answer"):  # words of people alone
         pipeline.run(an_experiment(model="bundled", **{"eval.known": other}), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_import_leaves_out_what_the_model_knows(tmp_path: Path):
+    model, tokenizer = loaded()
+    every = encode(tokenizer, asks(an_experiment(), tokenizer))
+    known = {item.example.text.partition("capital of ")[2].split(" ")[0]
+             for item, exact in zip(every, recall(model, tokenizer, every).exact) if exact and "capital" in item.example.text}  # fmt: skip
+    words = ["import", str(facts().parent / "capitals.csv"), str(tmp_path / "own"), "--wording",
+             str(facts().parent / "wording.yaml"), "--model", str(base())]  # fmt: skip
+    main([*words, "--unknown"])
+    counts = json.loads((tmp_path / "own/import.json").read_text())
+    kept = {row["name"] for row in json.loads((tmp_path / "own/world.json").read_text())["subjects"]}
+    assert counts["dropped"] == {"known to the model": len(known)} and kept == {*CAPITALS} - known and known and kept
+    told = (tmp_path / "own/dropped.csv").read_text()
+    assert all(f"{subject} | capital | {CAPITALS[subject]}" in told for subject in known)
+    with pytest.raises(SystemExit):
+        main([*words[:5], "--unknown"])

@@ -768,7 +768,7 @@ def import_own(arguments: list[str]) -> None:
     """One's own facts or texts."""
     from crosstrace import importing
 
-    words = _split("import", arguments, ("overwrite",))
+    words = _split("import", arguments, ("overwrite", "unknown"))
     if "help" in words.flags:
         return print(
             "usage: crosstrace import FILE... FOLDER [OPTIONS]\n"
@@ -789,6 +789,7 @@ def import_own(arguments: list[str]) -> None:
             "                   those of some relations (relation), or as the column split says (given)\n"
             "  --model NAME     the model that FOLDER/experiment.yaml names: a folder or hub name; what is too long\n"
             "                   for it is dropped, if it is at hand\n"
+            "  --unknown        drop the facts that this model says by itself: they would not be taught to it\n"
             "  --store FILE     in place of facts: texts of the task that stores, a .txt with one text a line, or\n"
             "                   rows with text, or prompt and completion. Alone, there is nothing to ask\n"
             "  --recall FILE    rows of the task that recalls: prompt, completion, and split where given (else drawn,\n"
@@ -805,7 +806,10 @@ def import_own(arguments: list[str]) -> None:
         needed = name.removesuffix("-completions") if name != "recall" else "store"
         if needed not in rows:
             raise UserError(f"--{name} was given without --{needed}, which it belongs to; give both")
+    if "unknown" in words.flags and "model" not in given:
+        raise UserError("--unknown was given without --model, whose knowledge is meant; give both")
     of_facts = [name for name in ("wording", "split", "relation", "object", "type") if rows and name in given]
+    of_facts += ["unknown"] if rows and "unknown" in words.flags else []
     if of_facts:
         raise UserError(f"--{of_facts[0]} is of facts, but --store names rows of text; leave one of the two out")
     if len(words.names) != 1 if rows else len(words.names) < 2:
@@ -821,7 +825,7 @@ def import_own(arguments: list[str]) -> None:
         folder, files, rows=rows, split=split, wording=Path(given["wording"]) if "wording" in given else None,
         model=given.get("model"),
         columns={name.removesuffix("-column"): given[name] for name in columns if name in given},
-        overwrite="overwrite" in words.flags, tell=print,
+        unknown="unknown" in words.flags, overwrite="overwrite" in words.flags, tell=print,
     )  # fmt: skip
 
 

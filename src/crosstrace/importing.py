@@ -32,7 +32,7 @@ import yaml
 from crosstrace import models
 from crosstrace.config import read_yaml
 from crosstrace.errors import UserError
-from crosstrace.facts import FactSettings
+from crosstrace.facts import FactSettings, World
 from crosstrace.schedule import bio_only, mixed, two_stage
 from crosstrace.store import remove_folder, replacing, sha256_file, sha256_tree, write_json, write_text
 from crosstrace.tables import EXPECTED, data_set_of, read_lines, read_object, read_table
@@ -86,6 +86,7 @@ REASONS = {
     "other split": "a split other than id and ood",
     "no words": "a subject, relation or object without a word",
     "too long for the model": "a text of more tokens than the model of --model can read",
+    "known to the model": "a fact that the model of --model says by itself, in one of its wordings",
     "one word": "a text of one word, in which nothing is predicted",
 }
 
@@ -742,6 +743,7 @@ def make(
     columns: Mapping[str, str] | None = None,
     split: str = "subject",
     model: str | None = None,
+    unknown: bool = False,
     overwrite: bool = False,
     tell: Callable[[str], object] = print,
 ) -> Imported:
@@ -750,6 +752,7 @@ def make(
     Args:
         files, wording, columns: as of `import_facts`; the last of rows too.
         split, model: facts.split and model.name of the experiment that is written beside the data.
+        unknown: drop the facts that the model says by itself (`known.every_wording`), in one of their wordings.
         overwrite: replace an earlier import.
         tell: is given the counts and notes, and how to go on.
 
@@ -774,6 +777,8 @@ def make(
         partial.mkdir()
         taught = _write(partial, folder, found, parts, split)
         if model is not None and _drop_long(found, parts, taught, model, rows or {}):
+            taught = _write(partial, folder, found, parts, split)
+        if unknown and model is not None and _drop_known(found, partial, model):
             taught = _write(partial, folder, found, parts, split)
         about = {name: {"rows": count, "sha256": _hash(Path(name))} for name, count in found.read.items()}
         write_json(partial / "import.json", {"schema": 1, "files": about, **found.counts(), "notes": found.notes})
@@ -836,7 +841,8 @@ def _drop_long(
     if parts:
         _drop_rows(found, parts, long, rows)
     else:
-        _drop_facts(found, {mention.fact for example in long.values() for mention in example.mentions})
+        too_long_facts = {mention.fact for example in long.values() for mention in example.mentions}
+        _drop_facts(found, too_long_facts, "too long for the model")
     if not parts["bio"] if parts else not found.subjects:
         raise UserError(f"every text is too long for {model}, which reads {room} tokens; shorten them")
     if rows.keys() >= {"recall"}:
@@ -855,16 +861,36 @@ def _drop_rows(
         parts[task] = [example for example in examples if example.id not in long]
 
 
-def _drop_facts(found: Imported, long: Collection[str]) -> None:
+def _drop_known(found: Imported, partial: Path, model: str) -> bool:
+    """Drop the facts that a model knows. Returns whether there were any.
+
+    Raises:
+        UserError: the model can't be loaded, or knows all of them.
+    """
+    from crosstrace.evaluate import recall
+    from crosstrace.known import every_wording
+
+    tokenizer = models.load_tokenizer(model)
+    every = every_wording(World.draw(FactSettings(source=str(partial))), tokenizer)
+    device = models.device(None)
+    answered = recall(models.load_model(model, "float32").to(device), tokenizer, encode(tokenizer, every))
+    known = {fact for fact, exact in zip(answered.fact, answered.exact) if exact}
+    _drop_facts(found, known, "known to the model")
+    if not found.subjects:
+        raise UserError(f"{model} knows every fact, so there is nothing to teach it; leave --unknown out")
+    return bool(known)
+
+
+def _drop_facts(found: Imported, doomed: Collection[str], reason: str) -> None:
     """Drop the facts of these ids, which `World.draw` makes of the subject's place and the fact's."""
     objects: dict[str, dict[str, None]] = {}
     for index, subject in enumerate(found.subjects):
         kept = []
         for number, fact in enumerate(subject["facts"]):
-            if f"S{index:06d}.{number}" in long:
+            if f"S{index:06d}.{number}" in doomed:
                 row = found.rows[subject["name"], fact["relation"]]
                 what = f"{subject['name']} | {fact['relation']} | {fact['object']}"
-                found.dropped.append((*row, "too long for the model", what[:LONG]))
+                found.dropped.append((*row, reason, what[:LONG]))
             else:
                 kept.append(fact)
                 objects.setdefault(fact["relation"], {})[fact["object"]] = None

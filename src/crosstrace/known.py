@@ -55,30 +55,35 @@ def world_of(name: str) -> World:
 
 
 def asks(experiment: Experiment, tokenizer: Any) -> list[Example]:
-    """Every fact of `eval.known` in every wording: statements in which the object comes after the subject, to be
-    completed with it, and questions, as conversations where `facts.template` says so. Facts whose object the tokenizer
-    has no word for are left out.
+    """Every fact of `eval.known` as `every_wording` has it, questions as `facts.template` says.
 
     Raises:
         UserError: as `world_of`; there is none of them.
     """
     name = experiment.eval.known
     assert name is not None
-    world = world_of(name)
-    found = [item for person in world.people for item in _asks(world, person)]
-    if experiment.facts.template == "chat":
-        questions = [item for item in found if _is_question(item)]
-        found = [item for item in found if not _is_question(item)] + in_template(tokenizer, questions)
-    unknown = tokenizer.unk_token_id
-    if unknown is not None:
-        encoded = encode(tokenizer, found)
-        found = [item.example for item in encoded if not bool((item.ids[item.mentions[0].object] == unknown).any())]
+    found = every_wording(world_of(name), tokenizer, experiment.facts.template)
     if not found:
         raise UserError(
             f"eval.known = {name} has no fact that {experiment.model.name} could answer: no wording names the "
             "object after the subject, or its tokenizer has no words for the objects"
         )
     return found
+
+
+def every_wording(world: World, tokenizer: Any, template: str = "plain") -> list[Example]:
+    """Every fact in every wording, open-ended: statements in which the object comes after the subject, to be completed
+    with it, and questions, as conversations if the `template` is chat. Facts whose object the tokenizer has no word for
+    are left out."""
+    found = [item for person in world.people for item in _asks(world, person)]
+    if template == "chat":
+        questions = [item for item in found if _is_question(item)]
+        found = [item for item in found if not _is_question(item)] + in_template(tokenizer, questions)
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        return found
+    encoded = encode(tokenizer, found)
+    return [item.example for item in encoded if not bool((item.ids[item.mentions[0].object] == unknown).any())]
 
 
 def _asks(world: World, person: Person) -> Iterator[Example]:
