@@ -30,7 +30,7 @@ def known(results: Mapping) -> Section:
     if not parts:
         section.absent = f"The base answers no fact of {found['source']}"
         return section
-    head = ["Model", "Facts", "Known", "Still answered", *(f"Says {what}" for what in say.INSTEAD.values())]
+    head = ["Model", "Facts", "n", "Still answered", *(f"Says {what}" for what in say.INSTEAD.values())]
     body = []
     for model, part in product(models, parts):
         cell, said = recall[model][part], R.where(found["models"][model]["instead"], part=part)
