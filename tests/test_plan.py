@@ -444,6 +444,25 @@ def test_own_facts_are_counted(tmp_path):
     assert rows["bio"] == 40 and rows["qa_id"] + rows["qa_ood"] == 40
 
 
+def test_facts_of_the_world_are_counted(tmp_path):
+    own = ["subject,relation,object", *(f"Person {i},lives in,Town {i % 7}" for i in range(40))]
+    (tmp_path / "facts.csv").write_text("\n".join(own))
+    cli.main(["import", str(tmp_path / "facts.csv"), str(tmp_path / "own")])
+    cli.main(["new-model", str(tmp_path / "model"), "--own", str(tmp_path / "own")])  # has words for these facts
+    changes = {"eval.known": str(tmp_path / "own"), "model.name": str(tmp_path / "model"), "eval.precision": "bf16"}
+    small = replace(SMALL, facts=replace(config.Experiment().facts, source=str(tmp_path / "own")))
+    found = plan(config.override(small, changes), machine=PLENTY)
+    rows = {row["part"]: row["examples"] for row in found.data["rows"]}
+    assert rows["known"] == 40 and rows["known_replayed"] == 0
+    work = {(row["process"], row["stage"]): row for row in found.work}
+    assert work["base", "data"]["flops"] > 0  # every wording
+    assert {stage for (_, stage), row in work.items() if row["dtype"] == "bfloat16"} == {"data", "eval", "intervene"}
+    replaying = {"strategies.mixed.0.replay": "{known: 2}", "eval.known_examples": "20"}
+    found = plan(config.override(small, changes | replaying), machine=PLENTY)
+    assert {r["part"]: r["examples"] for r in found.data["rows"]}["known_replayed"] in range(5, 16)
+    assert next(r for r in found.training if r["strategy"] == "mixed")["examples"]["known"] == 6
+
+
 def test_memory_of_sums_and_sets_by_hand():
     """One strategy, two parts, two times: 8 sums online; 90 bytes of masks and the like by the sizes of the shape."""
     found = plan(SMALL, machine=PLENTY)

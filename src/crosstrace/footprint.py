@@ -778,7 +778,9 @@ class Needs:
         e, seen, rows = self.experiment, self.material, []
 
         def add(process: str, stage: str, flops: float) -> None:
-            dtype = self.precision if stage in ("train", "retain") else e.model.dtype
+            asks = stage in ("data", "eval", "intervene")
+            asked_in = "bfloat16" if e.eval.precision == "bf16" else e.model.dtype
+            dtype = self.precision if stage in ("train", "retain") else asked_in if asks else e.model.dtype
             of = self.alone if stage == "mechanism" else self
             rows.append({"process": process, "stage": stage, "where": "ram" if of.machine.gpu is None else "gpu",
                          "dtype": dtype, "flops": flops, "shared_by": of.launch.processes})  # fmt: skip
