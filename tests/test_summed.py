@@ -12,6 +12,7 @@ from tiny_facts import tiny_examples, tiny_world, tokenizer
 from tiny_models import tiny_model
 from torch import Tensor
 
+from crosstrace import config
 from crosstrace.errors import UserError
 from crosstrace.schedule import Optimiser, Phase, mixed, two_stage
 from crosstrace.text import questions
@@ -34,17 +35,20 @@ def _model() -> Any:
 class Summing(Listener):
     """As the pipeline's: every task's gradient goes to the trace."""
 
-    def __init__(self, model: Any, **options: Any) -> None:
-        self.trace = SummedTrace(model, TRACED, **options)
+    def __init__(self, model: Any, metric: str = "gradient", **options: Any) -> None:
+        self.trace, self.metric = SummedTrace(model, TRACED, **options), metric
 
     def on_gradient(self, model: Any, task: str, part: TaskPart) -> None:
         if task in TRACED:
-            self.trace.add(task, part.lr, part.examples, part.weight, last=part.last)
+            optimizer = part.optimizer if self.metric == "optimiser" else None
+            self.trace.add(task, part.lr, part.examples, part.weight, last=part.last, optimizer=optimizer)
         else:
             self.trace.skip(last=part.last)
 
 
-def plain_loop(model: Any, strategy: list[Phase], parts: int = 1) -> dict[str, list[dict[str, Tensor]]]:
+def plain_loop(
+    model: Any, strategy: list[Phase], parts: int = 1, metric: str = "gradient"
+) -> dict[str, list[dict[str, Tensor]]]:
     """Train with a loop of its own: Δ_t by part, added up from the gradients of single examples."""
     found = {t: [{n: torch.zeros_like(p) for n, p in model.named_parameters()} for _ in range(parts)] for t in EXAMPLES}
     updates = dict.fromkeys(EXAMPLES, 0)
@@ -71,7 +75,12 @@ def plain_loop(model: Any, strategy: list[Phase], parts: int = 1) -> dict[str, l
                         for (name, p), g in zip(
                             model.named_parameters(), torch.autograd.grad(loss, [*model.parameters()])
                         ):
-                            found[task][updates[task] % parts][name] += lr * g
+                            push = lr * g
+                            if metric == "optimiser":
+                                state = optimizer.state[p]
+                                unbiased = state["exp_avg_sq"] / (1 - FAST.betas[1] ** update) if state else torch.inf
+                                push = push / (unbiased**0.5 + 1e-8)
+                            found[task][updates[task] % parts][name] += push
                             share = phase.weights.get(task, 1.0) * g / count
                             p.grad = share if p.grad is None else p.grad + share
                 updates[task] += 1
@@ -100,13 +109,14 @@ STRATEGIES = {
 }
 
 
+@pytest.mark.parametrize("metric", ["gradient", "optimiser"])
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 2}, {"gradient_checkpointing": True}], ids=str)
 @pytest.mark.parametrize("kind", STRATEGIES)
-def test_it_is_what_a_plain_loop_adds_up(kind: str, options: dict, tmp_path: Path):
+def test_it_is_what_a_plain_loop_adds_up(kind: str, options: dict, metric: str, tmp_path: Path):
     strategy = STRATEGIES[kind]
     parts = 2 if kind == "mixed" else 1
-    expected = plain_loop(_model(), strategy, parts)
-    _, (summing,) = taught(strategy, tmp_path, [lambda model: Summing(model, parts=parts)], **options)
+    expected = plain_loop(_model(), strategy, parts, metric)
+    _, (summing,) = taught(strategy, tmp_path, [lambda model: Summing(model, metric, parts=parts)], **options)
     traces = summing.trace.traces()
     assert {(item.task, item.measure, item.when) for item in traces} == {(t, "net", "online") for t in TRACED}
     largest = 0.0
@@ -114,7 +124,9 @@ def test_it_is_what_a_plain_loop_adds_up(kind: str, options: dict, tmp_path: Pat
         for part, item in enumerate(t for t in traces if t.task == task):
             for name, value in item.values.items():
                 delta = value * item.weight
-                assert (delta - expected[task][part][name]).abs().max() < 1e-10, (task, name)
+                # (roots of squares near zero enlarge what is rounding)
+                bound = 1e-10 if metric == "gradient" else 1e-7 * expected[task][part][name].abs().max()
+                assert (delta - expected[task][part][name]).abs().max() < bound, (task, name)
                 assert torch.equal(item.strength()[name], value.abs())
                 largest = max(largest, float(delta.abs().max()))
     assert largest > 1e-3  # there was something to add up
@@ -198,3 +210,19 @@ def test_a_state_goes_on(tmp_path: Path):
 def test_a_task_that_was_not_announced():
     with pytest.raises(UserError, match="task 'b' is not one of those announced: a"):
         SummedTrace(torch.nn.Linear(1, 1), ["a"]).add("b", 1.0, 1, last=True)
+
+
+def test_the_optimisers_metric_needs_a_mean_of_squares():
+    model = torch.nn.Linear(1, 1)
+    summed = SummedTrace(model, ["a"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for update in range(2):
+        optimizer.zero_grad()
+        model(torch.ones(1)).sum().backward()
+        if update:
+            with pytest.raises(UserError, match="keeps momentum_buffer of weight, and no mean of its squared gradient"):
+                summed.add("a", 0.1, 1, last=True, optimizer=optimizer)
+        optimizer.step()
+    changes = {"trace.definitions": "[summed]", "trace.metric": "optimiser", "train.optimiser.name": "adafactor"}
+    with pytest.raises(UserError, match=r"trace.metric: optimiser divides by AdamW's mean of .* adafactor does not"):
+        config.override(config.Experiment(), changes)

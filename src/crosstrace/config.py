@@ -84,6 +84,9 @@ class TraceSettings:
     definitions: list[Literal["per_example", "summed"]] = Field(default_factory=lambda: ["per_example"], min_length=1)
     """What a trace during training is: `per_example`, the mean of |g_i| over examples, of `targets`; `summed`, the sum
     of learning rate times every gradient, with its sign, of the training's own targets, which costs next to nothing."""
+    metric: Literal["gradient", "optimiser"] = "gradient"
+    """Of `summed`: lr · g as it is, or in AdamW's metric, lr · g / (√v + ε), which is how far a gradient moves a
+    parameter."""
     every: Annotated[int, Field(ge=1)] = 3
     """Trace every so many updates of training; `summed` takes every update."""
     forward: Literal["training", "own"] = "training"
@@ -327,6 +330,12 @@ def check(experiment: Experiment, where: str) -> Experiment:
         raise UserError(
             f"{where}: trace.definitions has summed, but with train.lora the training has no gradient of the base's "
             "weights; take trace.view: adapter, or per_example alone"
+        )
+    others = [optimiser.name for optimiser in experiment.optimisers if optimiser.name != "adamw"]
+    if "summed" in experiment.trace.definitions and experiment.trace.metric == "optimiser" and others:
+        raise UserError(
+            f"{where}: trace.metric: optimiser divides by AdamW's mean of squares for each number, which {others[0]} "
+            "does not keep; take optimiser.name: adamw, or trace.metric: gradient"
         )
     if experiment.trace.view == "adapter" and experiment.strategies and not experiment.train.lora:
         raise UserError(f"{where}: trace.view: adapter needs train.lora, or there is no adapter to trace")

@@ -316,7 +316,7 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
     options, tracing = experiment.train, experiment.trace
     phases = experiment.strategies[name]
     watched = {"targets", "online", "every", "forward", "lr_weighted", "parts"} | ({"view"} if options.lora else set())
-    watched |= {"definitions"} if tracing.definitions != ["per_example"] else set()
+    watched |= {"definitions", "metric"} if tracing.definitions != ["per_example"] else set()
     trained = {name: value for name, value in asdict(options).items() if value is not None}
     key = run.alone(lambda: {
         "model": model_key(experiment), "train": trained, "phases": [asdict(phase) for phase in phases],
@@ -443,7 +443,8 @@ class SummedListener(Tracer):
         super().__init__(folder, processes)
         names = adapters.adapter_names(model) if experiment.trace.view == "adapter" else None
         parts = experiment.trace.parts
-        self.about = {"targets": "train", "every": 1, "definition": "summed"}
+        self.about = {"targets": "train", "every": 1, "definition": "summed", "metric": experiment.trace.metric}
+        self.by_optimiser = experiment.trace.metric == "optimiser"
         self.trace: SummedTrace = SummedTrace(
             model, TASKS, parts, _where_of_sums(model, names, len(TASKS) * parts), names,
             None if processes is None else processes.group,
@@ -451,7 +452,8 @@ class SummedListener(Tracer):
 
     def on_gradient(self, model: Any, task: str, part: TaskPart) -> None:
         if task in TASKS:
-            self.trace.add(task, part.lr, part.examples, part.weight, last=part.last)
+            optimizer = part.optimizer if self.by_optimiser else None
+            self.trace.add(task, part.lr, part.examples, part.weight, last=part.last, optimizer=optimizer)
         else:
             self.trace.skip(last=part.last)
 
@@ -1136,6 +1138,7 @@ def _about(run: Run, experiment: Experiment, about: Mapping[str, Any]) -> dict[s
             "targets": experiment.trace.targets,
             "parts": experiment.trace.parts,
             "every": experiment.trace.every,
+            **({"metric": experiment.trace.metric} if "summed" in experiment.trace.definitions else {}),
         },
         "device": about["device" if models.device(experiment.model.device).type == "cuda" else "cpu"],
         "threads": experiment.threads,

@@ -113,6 +113,8 @@ class TaskPart:
     weight: float
     last: bool
     """Whether it is the update's last one."""
+    optimizer: Any = None
+    """The phase's optimiser, as the update before left it."""
 
 
 @dataclass
@@ -384,6 +386,7 @@ def _run_phase(
                     sum(len(batch["labels"]) for batch in own),
                     phase.weights.get(task, 1.0),
                     task == [*tasks][-1],
+                    self.optimizer,
                 )
                 for task, own in tasks.items()
             }

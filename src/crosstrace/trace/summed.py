@@ -5,17 +5,21 @@ learning rate of its update; the strength of a parameter is |Δ_t|. So a summary
 (the paper's full text was not at hand). It differs from the default, the mean of |g_i|, in that examples which push a
 parameter both ways cancel, and in that its targets are the training's.
 
+AdamW does not move a parameter by lr · g but by about lr · m / (√v + ε). In the optimiser's metric each gradient is
+divided by √v + ε as well, so that Δ_t is how far the task's gradients alone would have moved a parameter.
+
 No gradient is computed for it: a training that takes one task's backward after the other's has each task's gradient
 in what `.grad` gains. Clipping, which comes later, does not change it, nor does weight decay, which is no gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import Literal
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
 
 from crosstrace.errors import UserError
 from crosstrace.sharded import local
@@ -62,7 +66,16 @@ class SummedTrace(Accumulated):
         # DDP averages what it finds in .grad in an update's last backward, so nothing may be taken out before
         self._averaged = self._team is not None and not self._team.sharded
 
-    def add(self, task: str, lr: float, examples: int, weight: float = 1.0, *, last: bool) -> None:
+    def add(
+        self,
+        task: str,
+        lr: float,
+        examples: int,
+        weight: float = 1.0,
+        *,
+        last: bool,
+        optimizer: Optimizer | None = None,
+    ) -> None:
         """Take over what the gradients have gained since the last call: a task's part of an update's loss,
         weight · mean over the examples of ℓ_n.
 
@@ -75,12 +88,17 @@ class SummedTrace(Accumulated):
             examples: how many, of all processes together.
             weight: of the task in the loss.
             last: whether the update's gradients are complete.
+            optimizer: AdamW, for the optimiser's metric: gradients are divided by √v̂ + ε, with v̂ the mean of squares
+                as it stood before this update, corrected for its beginning as AdamW does. Before an optimiser's first
+                update there is none, and nothing is added up.
 
         Raises:
-            UserError: a task that was not announced.
+            UserError: a task that was not announced, or an optimiser that keeps no mean of squares for each number.
         """
         if task not in self._steps:
             raise UserError(f"task {task!r} is not one of those announced: {', '.join(self._steps)}")
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]} if optimizer else {}
+        counts = optimizer is None  # whether anything is added up
         (mean,) = self._of_part(task, self._steps[task] % self._settings["parts"])
         share = 1 / self._team.processes.size if self._averaged and self._team is not None else 1.0
         factor = lr * examples / weight * share
@@ -88,14 +106,20 @@ class SummedTrace(Accumulated):
         self._whole = last
         for name, p in self._engine.parameters.items():
             total, before = mean.total[name], self._aside.get(name)
-            if p.grad is not None:
-                total.add_(local(p.grad).to(total), alpha=factor)
+            gained = [(factor, local(p.grad))] if p.grad is not None else []
             if before is not None and self._averaged:  # it is in .grad still
-                total.add_(before.to(total), alpha=-factor)
+                gained.append((-factor, before))
+            root = None if optimizer is None or not gained else _root(optimizer, groups[id(p)], name, p)
+            counts |= root is not None
+            for sign, gradient in gained:
+                if optimizer is None:
+                    total.add_(gradient.to(total), alpha=sign)
+                elif root is not None:
+                    total.addcdiv_(gradient.to(total), root.to(total), value=sign)
             settle(name, p, before, last)
         if last:
             self._aside.clear()
-        if not self._averaged or self._holds:  # weights are added up too, and this one is of all processes
+        if counts and (not self._averaged or self._holds):  # weights are added up too, and this one is of all processes
             mean.weight += lr * examples
         self._steps[task] += 1
 
@@ -121,3 +145,17 @@ class SummedTrace(Accumulated):
         """Leave the gradients in `.grad`, and note what is there before the next task."""
         if p.grad is not None and not last:
             self._aside[name] = p.grad.clone()
+
+
+def _root(optimizer: Optimizer, group: Mapping[str, Any], name: str, p: Tensor) -> Tensor | None:
+    """√v̂ + ε of a parameter, v̂ as AdamW corrects it for its beginning; None before its first update."""
+    state = optimizer.state.get(p) or {}
+    if not state:
+        return None
+    if "exp_avg_sq" not in state:
+        raise UserError(
+            f"the optimiser keeps {', '.join(map(str, state))} of {name}, and no mean of its squared gradient, which "
+            "the optimiser's metric divides by; train with AdamW, or take the gradient's metric"
+        )
+    corrected = local(state["exp_avg_sq"]) / (1 - group["betas"][1] ** float(state["step"]))
+    return corrected.sqrt_().add_(group["eps"])
