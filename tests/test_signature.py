@@ -324,6 +324,8 @@ def test_rows_are_means_over_texts_and_add_up():
         assert total["logprob"] == pytest.approx(logprob[:, 0].mean()) and total["exact"] == exact[:, 0].mean()
         assert total["incomplete"] == 0 and total["steps"] == found.steps.max() and total["facts"] == 18
     assert own["subject"]["attribution_low"] < own["subject"]["attribution_high"]
+    alone = input_signature(model, pairs, pad_id=0, formats=["recalled"])
+    assert alone == [row for row in rows if row["format"] == "recalled"], "with the same baseline"
 
 
 # ---- bad input, and what is left behind

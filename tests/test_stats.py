@@ -18,6 +18,7 @@ from crosstrace.stats import (
     gini,
     jackknife,
     jackknife_interval,
+    mean_between,
     spearman,
     top_share,
     wilson,
@@ -107,6 +108,14 @@ def test_cluster_bootstrap_resamples_people():
     assert (high - low) / 2 == pytest.approx(1.96 * x.std() / 20, rel=0.1)
     with pytest.raises(UserError, match="one cluster for each"):
         cluster_bootstrap([1.0, 2.0], [0.0, 0.0], ["x"], seed=0)
+
+
+def test_the_mean_of_a_line_between_two_places():
+    x, y = [0.0, 1.0, 4.0], [0.0, 2.0, -1.0]
+    assert mean_between(x, y, 0, 4) == pytest.approx((1 * 1 + 3 * 0.5) / 4)
+    assert mean_between(x, y, 0.5, 2) == pytest.approx((0.5 * 1.5 + 1 * 1.5) / 1.5)
+    assert mean_between(x, y, 0.5, 0.5) == 1 and mean_between([2.0], [7.0], 2, 2) == 7
+    assert mean_between([0, 0.5, 1, 2, 4], [0, 1, 2, 1, -1], 0, 4) == pytest.approx(mean_between(x, y, 0, 4))
 
 
 def test_cosine_and_spearman_by_hand():

@@ -27,6 +27,7 @@ from crosstrace.models import differentiating, evaluating
 from crosstrace.tokens import IGNORE, Batch, Encoded, collate
 
 GROUPS = ("subject", "relation", "facts", "object", "rest")
+ASKED = ("subject", "relation")  # the tokens of a biography that a question has too
 ERASED = ("none", *GROUPS, "all")
 FORMATS = ("stored", "recalled")
 MOST = 256  # points of the quadrature
@@ -202,12 +203,14 @@ def input_signature(
     steps: int = 32,
     baseline: Literal["mean", "zeros"] = "mean",
     batch_size: int = 64,
+    formats: Sequence[str] = FORMATS,
 ) -> list[Row]:
     """Off which tokens a model reads the facts, in the text that stores each and in the one that recalls it.
 
     Args:
         baseline: what an absent token's embedding is; the mean is over the texts of both formats.
         steps, batch_size: as of `input_attribution`.
+        formats: which of FORMATS are measured.
 
     Returns:
         for each format a row of each of GROUPS and of "all" tokens: format, group; tokens: their mean number;
@@ -225,7 +228,7 @@ def input_signature(
     start = embedding_baseline(model, [getattr(pair, name) for name in FORMATS for pair in pairs], baseline)
     people = [pair.person for pair in pairs]
     rows = []
-    for name in FORMATS:
+    for name in formats:
         items: list[Encoded] = [getattr(pair, name) for pair in pairs]
         numbers = [token_groups(item).numpy() for item in items]
         found = input_attribution(model, items, start, pad_id=pad_id, steps=steps, batch_size=batch_size)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from scipy.integrate import trapezoid
 from scipy.stats import norm, rankdata
 from scipy.stats import t as student
 from torch import Tensor
@@ -136,6 +137,17 @@ def cluster_bootstrap(
     means = np.concatenate([t @ sums / (t @ items) for t in times])
     low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
     return Interval(float(difference.mean()), float(low), float(high))
+
+
+def mean_between(x: Sequence[float], y: Sequence[float], low: float, high: float) -> float:
+    """Mean from `low` to `high` of the line that joins the points (x, y); its height there if the two are equal.
+
+    Args:
+        x: rising, from at most `low` to at least `high`.
+    """
+    at = [low, *(corner for corner in x if low < corner < high), high]
+    heights = np.interp(at, x, y)
+    return float(trapezoid(heights, at) / (high - low)) if low < high else float(heights[0])
 
 
 def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
