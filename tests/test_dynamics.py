@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tiny_facts import tiny_world, tokenizer
 from tiny_models import tiny_model
 
-from crosstrace.consistency import fact_pairs, gradient_consistency
+from crosstrace.consistency import fact_pairs, gradient_consistency, representation_consistency
 from crosstrace.dynamics import FRACTION, Probe, appearance, measure, shared_now
 from crosstrace.evaluate import recall
 from crosstrace.shared import ParamSet, scope, select, shared
+from crosstrace.signature import input_signature
 from crosstrace.text import biographies, questions
 from crosstrace.tokens import batches, encode
 from crosstrace.trace import trace
@@ -22,7 +24,11 @@ def the(rows: list[dict], name: str) -> dict:
 
 
 def test_the_first_crossing_is_interpolated_between_checkpoints() -> None:
-    rows = [{"update": u, "phase": "x", "a": a} for u, a in ((0, 0.2), (10, 0.2), (20, 0.6), (40, 1.2))]
+    rows = [
+        {"update": u, "phase": "x", "a": a, "by_person": {"a": {"B0": [a]}}}
+        for u, a in ((0, 0.2), (10, 0.2), (20, 0.6), (40, 1.2))
+    ]
+    assert len(appearance(rows)) == 1, "single facts are no measure"
     found = the(appearance(rows), "a")  # goes 1.0 up: a tenth at 0.3, half at 0.7
     assert found["tenth"] == pytest.approx(10 + 10 * 0.1 / 0.4) and found["half"] == pytest.approx(20 + 20 * 0.1 / 0.6)
     assert (found["first"], found["last"]) == (0.2, 1.2) and found["after"] == 20
@@ -47,6 +53,10 @@ def test_of_what_goes_nowhere_or_comes_back_nothing_is_said() -> None:
     assert found[0]["measure"] == "partly"
 
 
+def facts_of(by_person: dict) -> list:
+    return [value for values in by_person.values() for value in values]
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "qwen3", "qwen3_moe"])
 def test_measures_are_the_librarys_own(kind: str) -> None:
     words = tokenizer("word")
@@ -54,7 +64,8 @@ def test_measures_are_the_librarys_own(kind: str) -> None:
     world = tiny_world(people=8)
     bio, qa = (encode(words, texts(world)) for texts in (biographies, questions))
     pairs, names = fact_pairs(bio, qa)[:6], scope(model)
-    probe = Probe({"qa_id": qa[:6]}, bio[:2], {"bio": bio, "qa": qa}, {"qa_id": pairs}, names, together=6, steps=2)
+    tasks, own = {"bio": bio, "qa": qa}, {"qa_id": pairs}
+    probe = Probe({"qa_id": qa[:6]}, bio[:2], tasks, own, names, together=6, steps=2, read={"qa_id": pairs[:3]})
     found = measure(model, words, probe)
     assert found.measures["recall.qa_id"] == recall(model, words, qa[:6]).exact.mean()
     sets = {}
@@ -66,6 +77,18 @@ def test_measures_are_the_librarys_own(kind: str) -> None:
     whole = ParamSet({name: torch.ones(model.get_parameter(name).shape, dtype=torch.bool) for name in names})
     (row,) = gradient_consistency(model, pairs, {"all": whole}, pad_id=0, together=6)
     assert found.measures["gradient.qa_id"] == pytest.approx(row["excess"], abs=1e-12)
+    assert found.by_person["gradient.qa_id"] == row["by_person"]
+    states = [row for row in representation_consistency(model, pairs, pad_id=0) if row["place"] == "answer"]
+    assert found.measures["states.qa_id"] == max(row["top1"] or 0 for row in states)
+    layers = [facts_of(row["by_person"]) for row in states[1:]]
+    assert facts_of(found.by_person["states.qa_id"]) == pytest.approx(np.mean(layers, axis=0), rel=1e-5)
+    assert list(found.by_person["states.qa_id"]) == list(states[0]["by_person"])
+    texts = input_signature(model, pairs[:3], pad_id=0, steps=2)
+    asked = [row for row in texts if row["format"] == "stored" and row["group"] in ("subject", "relation")]
+    assert found.measures["signature.qa_id"] == pytest.approx(sum(row["share"] for row in asked))
+    shares = facts_of(found.by_person["signature.qa_id"])
+    assert shares == pytest.approx(np.sum([facts_of(row["by_person"]) for row in asked], axis=0), rel=1e-5)
+    assert np.mean(shares) == pytest.approx(found.measures["signature.qa_id"], rel=1e-5)
     nodes = ["heads"] if kind == "qwen3_moe" else ["heads", "neurons"]  # experts are no nodes
     for name in ("shared_of_last", *(f"{unit}_as_last.qa_id" for unit in nodes)):
         assert found.measures[name] == pytest.approx(1.0), "a model is as itself"

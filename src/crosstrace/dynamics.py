@@ -7,8 +7,8 @@ a list of such rows. It knows no checkpoints, loads nothing and draws nothing. F
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -21,11 +21,13 @@ from crosstrace.consistency import FactPair, gradient_consistency, representatio
 from crosstrace.evaluate import recall
 from crosstrace.models import pad_id
 from crosstrace.shared import ParamSet, select, shared
+from crosstrace.signature import ASKED, input_signature
 from crosstrace.stats import effective_number, finite, rank_correlation, spearman
 from crosstrace.tokens import Encoded, batches
 from crosstrace.trace import trace
 
 Row = dict[str, Any]
+Single = dict[str, list[float | None]]  # a value of each fact, a list for each person
 FRACTION = 0.05  # of the parameters in scope that are shared
 TENTH, HALF = 0.1, 0.5
 
@@ -42,7 +44,8 @@ class Probe:
         scope: names of the parameters that sets are selected from.
         targets: tokens whose loss is traced.
         together: facts whose gradients are compared at once.
-        steps: points of the circuit's quadrature, at first.
+        steps: points of the quadratures of circuit and signature, at first.
+        read: part -> facts whose input-level signature is measured, in the text that stores each.
     """
 
     questions: Mapping[str, Sequence[Encoded]]
@@ -53,13 +56,21 @@ class Probe:
     targets: str = "object"
     together: int = 48
     steps: int = 8
+    read: Mapping[str, Sequence[FactPair]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A model at one checkpoint: its measures by name, and what other checkpoints are compared with."""
+    """A model at one checkpoint.
+
+    Attributes:
+        measures: by name.
+        by_person: the values of single facts, by the name of the measure.
+        shared, nodes: what other checkpoints are compared with.
+    """
 
     measures: dict[str, float | None]
+    by_person: dict[str, Single]
     shared: ParamSet
     nodes: dict[str, np.ndarray]
 
@@ -69,8 +80,12 @@ def measure(model: nn.Module, tokenizer: Any, probe: Probe, last: Moment | None 
 
     recall.PART: exact match. overlap, spearman: of the tasks' traces of this checkpoint, at FRACTION. gradient.PART:
     cosine of a fact's two formats beyond that of the same relation. states.PART: share of the questions whose state
-    before the object finds its own fact among the biographies', at the best layer. heads.PART, neurons.PART: the
+    before the object finds its own fact among the biographies', at the best layer. signature.PART: share of the
+    attribution of a biography's object that the tokens of subject and relation hold. heads.PART, neurons.PART: the
     effective number of nodes that recall goes through, exp(entropy) of |attribution|.
+
+    Single facts have values of gradient.PART, of states.PART (the mean over all layers after the embeddings) and of
+    signature.PART.
 
     Args:
         last: the model at the end of training, itself if not given: what is there already of its shared set
@@ -91,12 +106,19 @@ def measure(model: nn.Module, tokenizer: Any, probe: Probe, last: Moment | None 
 
     anatomy = Anatomy(model)
     whole = anatomy.whole(probe.scope)
+    single: dict[str, Single] = {}
     for part, pairs in probe.facts.items():
         (row,) = gradient_consistency(model, pairs, {"all": whole}, pad_id=pad, together=probe.together)
-        found[f"gradient.{part}"] = row["excess"]
-        rows = representation_consistency(model, pairs, pad_id=pad)
-        tops = [row["top1"] for row in rows if row["place"] == "answer" and row["top1"] is not None]
-        found[f"states.{part}"] = max(tops, default=None)
+        found[f"gradient.{part}"], single[f"gradient.{part}"] = row["excess"], row["by_person"]
+        rows = [row for row in representation_consistency(model, pairs, pad_id=pad) if row["place"] == "answer"]
+        found[f"states.{part}"] = max((row["top1"] for row in rows if row["top1"] is not None), default=None)
+        single[f"states.{part}"] = _joined(np.mean, [row["by_person"] for row in rows if row["layer"] > 0])
+    for part, pairs in probe.read.items():
+        rows = input_signature(model, pairs, pad_id=pad, steps=probe.steps, formats=["stored"])
+        rows = [row for row in rows if row["group"] in ASKED]
+        shares = [row["share"] for row in rows if row["share"] is not None]
+        found[f"signature.{part}"] = float(np.sum(shares)) if shares else None
+        single[f"signature.{part}"] = _joined(np.sum, [row["by_person"] for row in rows])
 
     nodes = {}
     units = [unit for unit in circuit.NODES if anatomy.sites(unit)]
@@ -109,12 +131,21 @@ def measure(model: nn.Module, tokenizer: Any, probe: Probe, last: Moment | None 
             nodes[f"{name}.{part}"] = weight = np.abs(scores[unit])
             found[f"{name}.{part}"] = finite(effective_number(weight))
 
-    end = last or Moment(found, both, nodes)
+    end = last or Moment(found, single, both, nodes)
     found["shared_of_last"] = (both & end.shared).size / end.shared.size if end.shared.size else None
     for name, weight in nodes.items():
         unit, _, part = name.partition(".")
         found[f"{unit}_as_last.{part}"] = finite(rank_correlation(weight, end.nodes[name]))
-    return Moment(found, both, nodes)
+    return Moment(found, single, both, nodes)
+
+
+def _joined(how: Callable[[Sequence[float]], Any], tables: Sequence[Single]) -> Single:
+    """The mean or sum of each fact's values, of those that are defined; None if none is."""
+    joined: Single = {}
+    for person in tables[0] if tables else ():
+        known = [[value for value in values if value is not None] for values in zip(*(own[person] for own in tables))]
+        joined[person] = [float(f"{how(values):.6g}") if values else None for values in known]
+    return joined
 
 
 def shared_now(
@@ -155,7 +186,9 @@ def appearance(rows: Sequence[Row], names: Sequence[str] | None = None) -> list[
         None where one is unknown, or where the way is less than half of the measure's range: it then went elsewhere, or
         nowhere, and came back.
     """
-    names = names or [name for name, value in rows[0].items() if name != "update" and not isinstance(value, str)]
+    names = names or [
+        name for name, value in rows[0].items() if name != "update" and not isinstance(value, str | Mapping)
+    ]
     found = []
     for name in names:
         known = [(row["update"], row[name]) for row in rows if row.get(name) is not None]
