@@ -355,23 +355,103 @@ def test_what_needs_no_trace_is_not_told_as_untested():
     assert {row["verdict"] for row in rows} <= {"holds", "does not hold", "undecided"}
 
 
+# ---- both formats of single facts while training
+
+BOTH = ("mixed", "two_stage")
+FAR = _steady(9.0)  # the base's and the end's values, which do not count
+
+
+def _followed(measure: str, at: Mapping[int, Facts | None], end: int) -> dict[str, Any]:
+    """What `dynamics` says of a model: update -> single facts, None as in a run of the time before there were any."""
+    moments = {0: FAR, **at, end: FAR}
+    rows = [
+        {"update": update, measure: 0.5} | ({} if facts is None else {"by_person": {measure: facts}})
+        for update, facts in moments.items()
+    ]
+    return {"rows": rows, "appearance": []}
+
+
+def _training(measure: str, mixed: Facts | None, staged: Facts | None) -> dict:
+    """Judge two models that were looked at halfway and later, one of them trained for twice as many updates."""
+    found = _followed(measure, {10: mixed, 15: mixed}, 20), _followed(measure, {20: staged, 30: staged}, 40)
+    (row,) = _of_dynamics(dict(zip(BOTH, found)))
+    return row
+
+
+def _of_dynamics(dynamics: Mapping[str, Any]) -> list[dict]:
+    return _compared("gradients", {}, dynamics=dict(dynamics))
+
+
 @pytest.mark.parametrize(
-    "part, measure, told",
+    "measure, claim, unit, scale",
     [
-        (
-            "gradients",
-            "gradient.qa_ood",
-            "1 checkpoints of training, no test: Mix-tuned +0.300, Stage-tuned +0.100",
-        ),
-        ("representations", "states.qa_ood", "best layer, no test: Mix-tuned 30.0 %, Stage-tuned 10.0 %"),
+        ("gradient.qa_ood", "gradient_consistency", "cosine", 1),
+        ("states.qa_ood", "state_consistency", "percentage points", 100),
+        ("signature.qa_ood", "input_signature", "percentage points", 100),
     ],
 )
-def test_what_the_checkpoints_of_training_say_is_noted_and_decides_nothing(part: str, measure: str, told: str):
-    followed = lambda *values: {"rows": [{"update": 5 * n, measure: value} for n, value in enumerate(values)]}
+class TestTwoModelsWhileTheyTrain:
+    @pytest.mark.parametrize(
+        "mixed, staged, verdict",
+        [(0.6, 0.2, "holds"), (0.2, 0.6, "does not hold"), (0.4, 0.4, "undecided")],
+    )
+    def test_verdicts(self, measure, claim, unit, scale, mixed, staged, verdict):
+        found = _training(measure, _facts(mixed), _steady(staged))
+        assert [found[k] for k in ("claim", "when", "unit", "verdict")] == [claim, "training", unit, verdict]
+        assert found["text"].endswith(" while it trains") and "held-out facts during training: " in found["test"]
+        assert found["effect"] == pytest.approx(scale * (mixed - staged))
+        assert scale * (mixed - staged - 0.01) <= found["low"] < found["high"] <= scale * (mixed - staged + 0.01)
+        assert found["note"].endswith("; 8 facts of 8 subjects; from 50 % to 75 % of training, 2 and 2 checkpoints")
+        (told,) = Results(claims=[found]).claim_rows()[1:]
+        assert told[:3] == [found["text"], "training", verdict]
+
+    def test_a_few_people_against_the_others_leave_it_open(self, measure, claim, unit, scale):
+        found = _training(measure, {f"B{n}": [0.5 if n < 5 else -0.4] for n in range(8)}, _steady(0.0))
+        assert found["effect"] == pytest.approx(scale * (5 * 0.5 - 3 * 0.4) / 8)
+        assert found["low"] < 0 < found["high"] and found["verdict"] == "undecided"
+
+    @pytest.mark.parametrize("people, verdict", [(5, "undecided"), (6, "holds")])
+    def test_too_few_people_give_no_interval(self, measure, claim, unit, scale, people, verdict):
+        found = _training(measure, _facts(0.6, people=people), _steady(0.2, people))
+        assert found["verdict"] == verdict and (found["low"] is None) == (people < 6)
+        assert found["effect"] is not None and ("too few for an interval" in found["note"]) == (people < 6)
+
+    def test_a_fact_counts_where_every_checkpoint_of_both_models_defines_it(self, measure, claim, unit, scale):
+        whole, partly = ({f"B{n}": [0.6, value] for n in range(8)} for value in (5.0, None))
+        staged = _followed(measure, {20: whole, 25: partly, 30: whole}, 40)
+        (found,) = _of_dynamics({"mixed": _followed(measure, {10: whole, 15: whole}, 20), "two_stage": staged})
+        assert found["effect"] == pytest.approx(0) and "8 facts of 8 subjects; 8 more defined in one" in found["note"]
+        nothing = _training(measure, _facts(None), _facts(0.2))
+        assert [nothing[k] for k in ("effect", "low", "high")] == [None] * 3 and nothing["verdict"] == "undecided"
+
+    def test_the_mean_is_over_the_share_of_training_that_both_were_looked_at(self, measure, claim, unit, scale):
+        mixed = _followed(measure, {10: _steady(0.0), 20: _steady(0.4), 30: _steady(0.8)}, 40)
+        staged = _followed(measure, {40: _steady(0.1), 50: _steady(0.3)}, 80)
+        (found,) = _of_dynamics({"mixed": mixed, "two_stage": staged})
+        # from 1/2 to 5/8 of training: mixed goes from 0.4 to 0.6, halfway to its 0.8 at 3/4, two-stage from 0.1 to 0.3
+        assert found["effect"] == pytest.approx(scale * (0.5 - 0.2))
+        assert found["note"].endswith("from 50 % to 62 % of training, 3 and 2 checkpoints")
+        # checkpoints lie as closely as they may: what counts is for how long
+        often = {update: _steady(0.4 if update < 41 else 0.0) for update in (20, 30, 32, 34, 36, 38, 40, 60)}
+        steady = {20: _steady(0.1), 60: _steady(0.1)}
+        (found,) = _of_dynamics({n: _followed(measure, at, 80) for n, at in zip(BOTH, (often, steady))})
+        assert found["effect"] == pytest.approx(scale * ((0.4 * 20 + 0.2 * 20) / 40 - 0.1))
+
+    def test_without_checkpoints_between_base_and_end_there_is_no_claim(self, measure, claim, unit, scale):
+        own = _followed(measure, {10: _facts(0.5)}, 20)
+        ends, older, nothing = (_followed(measure, at, 20) for at in ({}, {10: None}, {}))
+        nothing["rows"] = []
+        apart = _followed(measure, {8: _facts(0.5)}, 20)  # at another share of training
+        for other in (ends, older, nothing, apart, {}):
+            for dynamics in ({"mixed": own, "two_stage": other}, {"mixed": other, "two_stage": own}):
+                assert _of_dynamics(dynamics) == []
+        assert _of_dynamics({"mixed": own}) == []
+
+
+def test_claims_while_training_come_after_those_at_the_end_and_change_nothing_in_them():
     tables = {"mixed": [_facts(0.6)], "two_stage": [_steady(0.2)]}
-    both = {"mixed": followed(9.0, 0.2, 0.4), "two_stage": followed(9.0, None, 0.1)}  # the base is not of training
-    (row,) = _compared(part, tables, dynamics=both)
-    (plain,) = _compared(part, tables)
-    assert row["note"].endswith(told) and row | {"note": ""} == plain | {"note": ""}
-    for lacking in ({"mixed": both["mixed"]}, both | {"two_stage": followed(9.0, None)}):
-        assert _compared(part, tables, dynamics=lacking)[0]["note"] == plain["note"]
+    dynamics = {name: _followed("gradient.qa_ood", {10: _facts(0.3)}, 20) for name in BOTH}
+    rows = _compared("gradients", tables, dynamics=dynamics)
+    assert [(row["when"], row["verdict"]) for row in rows] == [("final", "holds"), ("training", "undecided")]
+    assert rows[:1] == _compared("gradients", tables) and [*rows[0]] == [*rows[1]]
+    assert rows[1]["text"] == f"{rows[0]['text']} while it trains"

@@ -33,7 +33,8 @@ facts: {people: 32}
 strategies:
   two_stage: [{name: bio, batch: {bio: 8}, steps: 6}, {name: qa, batch: {qa: 8}, steps: 6}]
   mixed: [{name: mixed, batch: {bio: 8, qa: 8}, steps: 6}]
-train: {precision: float32, checkpoint_every: 4, recall_every: 3, recall_examples: 24}
+train:
+  {precision: float32, checkpoint_every: 4, keep_checkpoints: true, recall_every: 3, recall_examples: 24}
 trace: {measures: [abs, net], every: 2, parts: 2}
 analysis: {fractions: [0.01, 0.05, 0.2], central_fractions: [0.05], draws: 4}
 interventions: {fractions: [0.05], seeds: 2, questions: 12}
@@ -76,9 +77,8 @@ def of_parts(results: dict, parts: set[str]) -> dict:
         "gradient_consistency": "gradients", "consistency_in_shared_set": "gradients",
         "state_consistency": "representations", "input_signature": "signature",
     }  # fmt: skip
-    kept = [claim for claim in results["claims"] if needs.get(claim["claim"], "gradients") in parts]
-    if "dynamics" not in parts:  # what the checkpoints say is noted
-        kept = [claim | {"note": claim["note"].partition("; mean over ")[0]} for claim in kept]
+    part = lambda claim: "dynamics" if claim["text"].endswith(" while it trains") else needs.get(claim["claim"])
+    kept = [claim for claim in results["claims"] if part(claim) in parts | {None}]
     mechanism = {part: rows for part, rows in results["mechanism"].items() if part in parts}
     return results | {"claims": kept, "mechanism": mechanism}
 
@@ -111,6 +111,14 @@ def test_results_hold_what_they_promise(whole: Path) -> None:
         "recall", "more_shared", "more_central", "ablation", "grafting", "gradient_consistency", "state_consistency",
         "input_signature", "consistency_in_shared_set",
     }  # fmt: skip
+    during = [claim for claim in results["claims"] if claim["text"].endswith(" while it trains")]
+    assert [(claim["claim"], claim["when"]) for claim in during] == [
+        ("gradient_consistency", "training"), ("state_consistency", "training"), ("input_signature", "training")
+    ]  # fmt: skip
+    for claim in during:
+        assert claim["note"].endswith("; from 67 % to 67 % of training, 1 and 3 checkpoints")
+    page = (whole / "report" / "index.html").read_text(encoding="utf-8")
+    assert page.count(" while it trains\n<details>") == str(results).count(" while it trains ") == 3
     assert (
         results["training"]["mixed"]["examples"]
         == results["training"]["two_stage"]["examples"]
@@ -128,10 +136,14 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
         assert set(rows) == {"base", "two_stage", "mixed"} - ({"base"} if part in WITHOUT_BASE else set())
         if part not in ("circuit", "dynamics"):
             assert {row["part"] for row in rows["mixed"]} == {"qa_id", "qa_ood"}
-    for strategy, phases in (("mixed", [0, 6]), ("two_stage", [0, 6, 12])):
+    for strategy, updates in (("mixed", [0, 4, 6]), ("two_stage", [0, 4, 6, 10, 12])):
         followed = found["dynamics"][strategy]
-        assert [row["update"] for row in followed["rows"]] == phases, "the base and the end of every phase"
-        assert {row["measure"] for row in followed["appearance"]} == set(followed["rows"][0]) - {"update", "phase"}
+        assert [row["update"] for row in followed["rows"]] == updates, "the base, and what was kept of every phase"
+        assert {row["measure"] for row in followed["appearance"]} == set(followed["rows"][0]) - {
+            "update", "phase", "by_person"
+        }  # fmt: skip
+        for row in followed["rows"]:
+            assert set(row["by_person"]) == {"gradient.qa_ood", "states.qa_ood", "signature.qa_ood"}
     assert all(row["incomplete"] == 0 for row in found["signature"]["mixed"] if row["group"] == "all")
     for part in ("gradients", "representations", "signature"):  # single facts, only where a claim compares them
         assert not any("by_person" in row for row in found[part]["base"])
@@ -139,6 +151,18 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
             single = [row["by_person"] for row in found[part][strategy] if "by_person" in row]
             assert 0 < len(single) < len(found[part][strategy]) / 4
             assert {person for facts in single for person in facts} == set(single[0]) and len(single[0]) <= 2
+    for strategy in ("two_stage", "mixed"):  # at the last checkpoint single facts are as at the end of training
+        (whole_row,) = [r for r in found["gradients"][strategy] if r["part"] == "qa_ood" and r["group"] == "all"]
+        last = found["dynamics"][strategy]["rows"][-1]["by_person"]
+        assert list(last["gradient.qa_ood"]) == list(whole_row["by_person"])
+        for person, values in whole_row["by_person"].items():
+            assert last["gradient.qa_ood"][person] == pytest.approx(values, rel=1e-4)
+        shares = [
+            row["share"] for row in found["signature"][strategy]
+            if claims.compares_facts("signature", row)
+        ]  # fmt: skip
+        single = [value for values in last["signature.qa_ood"].values() for value in values]
+        assert sum(single) / len(single) == pytest.approx(sum(shares), rel=1e-5)
     groups = {row["group"] for row in found["gradients"]["mixed"]}
     assert groups == {"all", "layer", "kind", "query_head", "shared", "rest", "random", "random_per_tensor"}
     for when in ("online", "final"):
@@ -251,6 +275,28 @@ def test_stages_by_themselves_give_the_same(whole: Path, tmp_path: Path) -> None
             pipeline.run(less, folder, "resume", stages=[stage], quiet=True)
     found, expected = numbers(folder), of_parts(numbers(whole), parts)
     assert len(found["mechanism"]) == 3 and found == expected
+
+
+def test_a_part_whose_rows_have_changed_since_is_made_again(whole: Path, tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "older"
+    shutil.copytree(whole, folder)
+
+    def older(asked: mechanism.Asked) -> dict:
+        found = mechanism.over_training(asked)
+        return found | {"rows": [{k: v for k, v in row.items() if k != "by_person"} for row in found["rows"]]}
+
+    monkeypatch.setattr(mechanism, "FORMATS", {})
+    monkeypatch.setattr(mechanism, "PARTS", {**PARTS, "dynamics": older})
+    pipeline.run(experiment, folder, "resume", stages=["mechanism"], quiet=True)
+    monkeypatch.undo()
+    pipeline.run(experiment, folder, "resume", stages=["report"], quiet=True)
+    assert numbers(folder)["claims"] == of_parts(numbers(whole), {*PARTS} - {"dynamics"})["claims"]
+    steps = sorted(folder.glob("mechanism/*/*.json"))
+    before = {step: step.stat().st_mtime_ns for step in steps}
+    pipeline.run(experiment, folder, "resume", stages=["mechanism", "report"], quiet=True)
+    changed = [step.relative_to(folder).as_posix() for step in steps if step.stat().st_mtime_ns != before[step]]
+    assert changed == ["mechanism/mixed/dynamics.json", "mechanism/two_stage/dynamics.json"]
+    assert numbers(folder) == numbers(whole)
 
 
 def test_killed_and_resumed_ends_with_the_same_numbers(whole: Path, tmp_path: Path) -> None:

@@ -8,24 +8,85 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
 
-from crosstrace.stats import cluster_bootstrap
+from crosstrace.signature import ASKED
+from crosstrace.stats import cluster_bootstrap, mean_between
 
 MIXED, STAGED = "mixed", "two_stage"
 TIMES = ("online", "summed", "final")
 BOOTSTRAP_SEED = 0
 HELD_OUT = "qa_ood"  # the facts that gradients, hidden states and inputs are compared on
 RANDOM = ("random", "random_per_tensor")
-ASKED = ("subject", "relation")  # the tokens of a biography that a question has too
-OF_CHECKPOINTS = ("gradient_consistency", "state_consistency", "input_signature")  # no trace has a part in these
 FEWEST = 6  # people: of five, all differ in one direction by chance in more than 5 % of the cases
 Row = dict[str, Any]
 Values = dict[tuple[str, int], float]  # of single facts: the person, and which one of the person's facts
 Effect = tuple[float | None, float | None, float | None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A claim that compares single facts of the Mix-tuned and of the Stage-tuned model.
+
+    Attributes:
+        claim, text: its name, and what it says of the end of training.
+        quantity: what is compared.
+        unit: of the effect.
+        measure: its name at each checkpoint of training, in the rows of `dynamics`.
+    """
+
+    claim: str
+    text: str
+    quantity: str
+    unit: str
+    measure: str
+
+    def says(self, when: str) -> str:
+        """What the claim says of the end of training ("final"), or of all of it ("training")."""
+        return f"{self.text} while it trains" if when == "training" else self.text
+
+    def test(self, when: str) -> str:
+        """What decides it."""
+        moment, over = "at the end of training", ""
+        if when == "training":
+            moment = "during training"
+            over = ", mean over the share of training that checkpoints of both models span, without base and end"
+        return (
+            f"held-out facts {moment}: {self.quantity}{over}, Mix-tuned minus Stage-tuned: 95 % bootstrap interval "
+            "over subjects above 0"
+        )
+
+
+GRADIENTS = Comparison(
+    claim="gradient_consistency",
+    text="Mixed training makes the gradients of a fact's two formats more alike",
+    quantity="cosine of the two formats' gradients beyond that with another subject's fact of the relation, over all "
+    "parameters in scope",
+    unit="cosine",
+    measure=f"gradient.{HELD_OUT}",
+)
+STATES = Comparison(
+    claim="state_consistency",
+    text="Mixed training makes the hidden states of a fact's two formats more alike",
+    quantity="how often the question's state before the object finds its own fact first among the stored ones, mean "
+    "over all layers after the embeddings",
+    unit="percentage points",
+    measure=f"states.{HELD_OUT}",
+)
+INPUTS = Comparison(
+    claim="input_signature",
+    text="Mixed training reads a biography's object more off its subject and relation",
+    quantity="share of the attribution of the object in the biography that the tokens of subject and relation hold, "
+    "against all of the context before it",
+    unit="percentage points",
+    measure=f"signature.{HELD_OUT}",
+)
+OF_CHECKPOINTS = tuple(what.claim for what in (GRADIENTS, STATES, INPUTS))  # no trace has a part in these
+FOLLOWED = tuple(what.measure for what in (GRADIENTS, STATES, INPUTS))  # at every checkpoint, fact by fact
 
 
 def judge(
@@ -59,9 +120,9 @@ def judge(
                     rows += _more_central(results, when, fraction, unit)
     mechanism = results.get("mechanism") or {}
     followed = mechanism.get("dynamics") or {}
-    rows += _gradient_consistency(mechanism.get("gradients") or {}, followed)
-    rows += _state_consistency(mechanism.get("representations") or {}, followed)
-    rows += _input_signature(mechanism.get("signature") or {})
+    rows += _gradient_consistency(mechanism.get("gradients") or {}) + _while_training(GRADIENTS, followed)
+    rows += _state_consistency(mechanism.get("representations") or {}) + _while_training(STATES, followed)
+    rows += _input_signature(mechanism.get("signature") or {}) + _while_training(INPUTS, followed)
     for name, found in (mechanism.get("gradients") or {}).items():
         if name == MIXED or name in given:
             for when in TIMES:
@@ -222,7 +283,7 @@ def compares_facts(part: str, row: Row) -> bool:
     return part == "signature" and row["format"] == "stored" and row["group"] in ASKED
 
 
-def _gradient_consistency(found: Mapping[str, Sequence[Row]], followed: Mapping[str, Any]) -> list[Row]:
+def _gradient_consistency(found: Mapping[str, Sequence[Row]]) -> list[Row]:
     tables = [_tables(found.get(name, ()), "gradients", group="all") for name in (MIXED, STAGED)]
     if not all(tables):
         return []
@@ -231,39 +292,12 @@ def _gradient_consistency(found: Mapping[str, Sequence[Row]], followed: Mapping[
         if row["part"] == "qa_id" and row["group"] == "all"
     ]  # fmt: skip
     also = f"; trained facts {_models(trained[0], trained[1])}" if len(trained) == 2 else ""
-    also += _while_training(followed, "gradient")
-    return [
-        _compared(
-            tables[0],
-            tables[1],
-            unit="cosine",
-            also=also,
-            claim="gradient_consistency",
-            text="Mixed training makes the gradients of a fact's two formats more alike",
-            test="held-out facts at the end of training: cosine of the two formats' gradients beyond that with another "
-            "subject's fact of the relation, over all parameters in scope, Mix-tuned minus Stage-tuned: 95 % bootstrap "
-            "interval over subjects above 0",
-        )
-    ]
+    return [_compared(GRADIENTS, tables[0], tables[1], also=also)]
 
 
-def _state_consistency(found: Mapping[str, Sequence[Row]], followed: Mapping[str, Any]) -> list[Row]:
+def _state_consistency(found: Mapping[str, Sequence[Row]]) -> list[Row]:
     tables = [_tables(found.get(name, ()), "representations") for name in (MIXED, STAGED)]
-    if not all(tables):
-        return []
-    return [
-        _compared(
-            tables[0],
-            tables[1],
-            unit="percentage points",
-            also=_while_training(followed, "states", ", at each one's best layer", percent=True),
-            claim="state_consistency",
-            text="Mixed training makes the hidden states of a fact's two formats more alike",
-            test="held-out facts at the end of training: how often the question's state before the object finds its "
-            "own fact first among the stored ones, mean over all layers after the embeddings, Mix-tuned minus "
-            "Stage-tuned: 95 % bootstrap interval over subjects above 0",
-        )
-    ]
+    return [_compared(STATES, tables[0], tables[1])] if all(tables) else []
 
 
 def _input_signature(found: Mapping[str, Sequence[Row]]) -> list[Row]:
@@ -274,18 +308,37 @@ def _input_signature(found: Mapping[str, Sequence[Row]]) -> list[Row]:
             return []
         (subject,), (relation,) = groups
         shares.append([{fact: value + relation[fact] for fact, value in subject.items() if fact in relation}])
-    return [
-        _compared(
-            shares[0],
-            shares[1],
-            unit="percentage points",
-            claim="input_signature",
-            text="Mixed training reads a biography's object more off its subject and relation",
-            test="held-out facts at the end of training: share of the attribution of the object in the biography that "
-            "the tokens of subject and relation hold, against all of the context before it, Mix-tuned minus "
-            "Stage-tuned: 95 % bootstrap interval over subjects above 0",
-        )
-    ]
+    return [_compared(INPUTS, shares[0], shares[1])]
+
+
+def _while_training(what: Comparison, followed: Mapping[str, Any]) -> list[Row]:
+    """A claim on each fact's mean over the share of training that checkpoints of both models span."""
+    models = [_checkpoints((followed.get(name) or {}).get("rows") or (), what.measure) for name in (MIXED, STAGED)]
+    if not all(models):
+        return []
+    start, stop = max(min(at) for at in models), min(max(at) for at in models)
+    if start > stop:  # no share of training at which both were looked at
+        return []
+    mixed, staged = (_over_training(at, start, stop) for at in models)
+    span = f"from {100 * start:.0f} % to {100 * stop:.0f} % of training"
+    also = f"; {span}, {len(models[0])} and {len(models[1])} checkpoints"
+    return [_compared(what, [mixed], [staged], when="training", also=also)]
+
+
+def _checkpoints(rows: Sequence[Row], measure: str) -> dict[float, Values]:
+    """The values of single facts at each checkpoint between the base and the end, by the share of training."""
+    end = rows[-1]["update"] if rows else 0
+    return {
+        row["update"] / end: _values(row["by_person"][measure]) for row in rows
+        if 0 < row["update"] < end and measure in row.get("by_person", ())
+    }  # fmt: skip
+
+
+def _over_training(at: Mapping[float, Values], start: float, stop: float) -> Values:
+    """Each fact's mean from one share of training to another, of those facts that every checkpoint defines."""
+    first, *others = at.values()
+    facts = [fact for fact in first if all(fact in values for values in others)]
+    return {fact: mean_between([*at], [values[fact] for values in at.values()], start, stop) for fact in facts}
 
 
 def _in_shared_set(found: Sequence[Row], when: str) -> list[Row]:
@@ -330,18 +383,22 @@ def _tables(rows: Sequence[Row], part: str, **wanted: Any) -> list[Values]:
         row for row in rows
         if "by_person" in row and compares_facts(part, row) and all(row.get(k) == v for k, v in wanted.items())
     ]  # fmt: skip
-    return [
-        {
-            (person, number): value
-            for person, values in row["by_person"].items()
-            for number, value in enumerate(values)
-            if value is not None
-        }
-        for row in chosen
-    ]
+    return [_values(row["by_person"]) for row in chosen]
 
 
-def _compared(mixed: Sequence[Values], staged: Sequence[Values], *, unit: str, also: str = "", **named: str) -> Row:
+def _values(by_person: Mapping[str, Sequence[float | None]]) -> Values:
+    """The values that are defined."""
+    return {
+        (person, number): value
+        for person, values in by_person.items()
+        for number, value in enumerate(values)
+        if value is not None
+    }
+
+
+def _compared(
+    what: Comparison, mixed: Sequence[Values], staged: Sequence[Values], *, when: str = "final", also: str = ""
+) -> Row:
     """A claim on the same facts in both models; of several tables (layers) the mean over those that define a fact."""
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     seen: set[tuple[str, int]] = set()
@@ -352,18 +409,18 @@ def _compared(mixed: Sequence[Values], staged: Sequence[Values], *, unit: str, a
                 found.setdefault(fact, []).append((value, two[fact]))
     a, b = ([float(np.mean([pair[i] for pair in pairs])) for pairs in found.values()] for i in (0, 1))
     effect, low, high = _over_people(a, b, list(found))
-    percent = unit == "percentage points"
-    amounts = _points(effect, low, high) if percent else {"effect": effect, "low": low, "high": high, "unit": unit}
+    percent = what.unit == "percentage points"
+    amounts = _points(effect, low, high) if percent else {"effect": effect, "low": low, "high": high, "unit": what.unit}
     alone = len(seen) - len(found)
     left_out = f"; {alone} more defined in one model only" if alone else ""
     levels = _models(_mean(a), _mean(b), percent)
     return {
-        "claim": named["claim"],
-        "text": named["text"],
-        "when": "final",
+        "claim": what.claim,
+        "text": what.says(when),
+        "when": when,
         "verdict": _verdict(low, high),
         **amounts,
-        "test": named["test"],
+        "test": what.test(when),
         "note": f"{levels}{_counted(found)}{left_out}{also}",
     }
 
@@ -375,22 +432,6 @@ def _over_people(a: Sequence[float], b: Sequence[float], facts: Sequence[tuple[s
         return None, None, None
     effect, low, high = cluster_bootstrap(a, b, people, seed=BOOTSTRAP_SEED)
     return (effect, low, high) if len(set(people)) >= FEWEST else (effect, None, None)
-
-
-def _while_training(followed: Mapping[str, Any], measure: str, what: str = "", percent: bool = False) -> str:
-    """The mean over the checkpoints that were looked at, without the base; it has no interval and decides nothing."""
-    levels: list[float] = []
-    counts: list[int] = []
-    for name in (MIXED, STAGED):
-        rows = (followed.get(name) or {}).get("rows") or []
-        values = [row.get(f"{measure}.{HELD_OUT}") for row in rows if row["update"] > 0]
-        known = [value for value in values if value is not None]
-        if not known:
-            return ""
-        levels.append(float(np.mean(known)))
-        counts.append(len(known))
-    checkpoints = f"{counts[0]} and {counts[1]} checkpoints of training"
-    return f"; mean over {checkpoints}{what}, no test: {_models(levels[0], levels[1], percent)}"
 
 
 def _counted(facts: Collection[tuple[str, int]]) -> str:

@@ -157,8 +157,8 @@ class MechanismSettings:
     )  # fmt: skip
     """Which analyses: consistency of a fact's two formats in gradients and in hidden states; which input tokens an
     answer is read off; how it comes about along the layers; heads and neurons, and what the heads attend to; tuned
-    weights at some tokens only; formats never trained; and recall, sharing, consistency and circuit at every kept
-    checkpoint (`dynamics`, of use with train.keep_checkpoints)."""
+    weights at some tokens only; formats never trained; and recall, sharing, consistency, signature and circuit at every
+    kept checkpoint (`dynamics`, of use with train.keep_checkpoints)."""
     facts: Annotated[int, Field(ge=4)] = 192
     """Facts that are analysed, in distribution and out of distribution each; of whole people."""
     together: Annotated[int, Field(ge=2)] = 48

@@ -834,18 +834,19 @@ class Needs:
         pair = bio + qa  # a fact's two formats; the text that stores it ends with its object
         layers = self.model.config.get_text_config().num_hidden_layers
         facts, few = 2 * o.facts, kinds * o.questions
+        read = o.signature * (2 * o.steps + 8)  # texts whose input-level signature is measured, and how often
         fractions = 9  # of `circuit.curve`
         nodes = len(circuit.NODES)
         costs = {
             "gradients": 3 * facts * pair,
             "representations": facts * pair,
-            "signature": 2 * o.signature * (2 * o.steps + 8) * pair,
+            "signature": 2 * read * pair,
             "lens": facts * pair,
             "circuit": few * qa * (2 * layers * 2 * o.steps + nodes * (o.alone + 2 * fractions * (1 + o.seeds))),
             "positions": few * qa * 3 * len(positions.CHOICES) * 2,
             "transfer": 6 * few * qa,
         }
-        costs["dynamics"] = o.checkpoints * (costs["gradients"] + few * qa * 4 * layers * o.steps)
+        costs["dynamics"] = o.checkpoints * (costs["gradients"] + read * bio + few * qa * 4 * layers * o.steps)
         return sum(costs[part] for part in o.parts)
 
 

@@ -44,6 +44,7 @@ from crosstrace.tokens import Encoded
 
 Row = dict[str, Any]
 FORMAT = 2  # of the rows: with the values of single facts, since 2; older ones are made again
+FORMATS = {"dynamics": 3}  # of parts whose rows have changed since: single facts at every checkpoint
 HEADS = 4  # the most important ones, whose attention is told
 
 
@@ -60,13 +61,14 @@ def explain(
     key = {
         "mechanism": {k: v for k, v in asdict(options).items() if k not in ("run", "parts")},
         "embeddings": experiment.analysis.embeddings, "model": model_inputs(run, experiment, name),
-        "threads": experiment.threads, "format": FORMAT, **run.inputs("data"),
+        "threads": experiment.threads, **run.inputs("data"),
     }  # fmt: skip
     asked = asked or Asked(run, experiment, name, progress)
 
     def make(part: str, step: str) -> None:
         sets = [f"shared/{name}"] if part in OF_SHARED_SETS and name != "base" else []
-        run.stage(step, key | run.inputs(*sets), lambda path: write_json(path, PARTS[part](asked)))
+        own = key | {"format": FORMATS.get(part, FORMAT)} | run.inputs(*sets)
+        run.stage(step, own, lambda path: write_json(path, PARTS[part](asked)))
 
     for each in [part] if part else parts_of(experiment, name):
         step = f"mechanism/{name}/{each}.json"
@@ -125,6 +127,13 @@ class Asked:
         return found
 
     @cached_property
+    def read(self) -> dict[str, list[FactPair]]:
+        """Some of these facts, whose input-level signature is measured."""
+        few = self.options.signature
+        draw = lambda part, pairs: random.Random(f"signature/{part}").sample(pairs, min(len(pairs), few))
+        return {part: draw(part, pairs) for part, pairs in self.facts.items()}
+
+    @cached_property
     def shared(self) -> list[tuple[str, ParamSet]]:
         """A taught model's shared set of each time; none of the base."""
         return [] if self.name == "base" else shared_sets(self.run, self.experiment, self.name)
@@ -171,10 +180,9 @@ def representations(asked: Asked) -> list[Row]:
 def input_signatures(asked: Asked) -> list[Row]:
     """Off which tokens a fact is read, in both of its formats."""
     rows: list[Row] = []
-    with asked.bar("signature", len(asked.facts)) as update:
-        for part, pairs in asked.facts.items():
-            few = random.Random(f"signature/{part}").sample(pairs, min(len(pairs), asked.options.signature))
-            found = signature.input_signature(asked.model, few, pad_id=asked.pad_id, steps=asked.options.steps)
+    with asked.bar("signature", len(asked.read)) as update:
+        for part, pairs in asked.read.items():
+            found = signature.input_signature(asked.model, pairs, pad_id=asked.pad_id, steps=asked.options.steps)
             rows += [{"part": part} | row for row in found]
             update.add(1)
     return _without_facts(asked, "signature", rows)
@@ -310,7 +318,7 @@ def transferred(asked: Asked) -> list[Row]:
 
 
 def over_training(asked: Asked) -> dict[str, list[Row]]:
-    """Recall, overlap, consistency and circuit at every kept checkpoint, and in which order they came."""
+    """Recall, overlap, consistency, signature and circuit at every kept checkpoint, and in which order they came."""
     experiment, options = asked.experiment, asked.options
     places = checkpoints(asked.run, experiment, asked.name)
     moments = [(0, "", None), *places]
@@ -329,6 +337,7 @@ def over_training(asked: Asked) -> dict[str, list[Row]]:
         targets=experiment.trace.targets,
         together=options.together,
         steps=options.steps,
+        read={claims.HELD_OUT: asked.read[claims.HELD_OUT]},
     )
     rows: list[Row] = []
     last: dynamics.Moment | None = None
@@ -337,7 +346,8 @@ def over_training(asked: Asked) -> dict[str, list[Row]]:
             model = load_checkpoint(experiment, place) if place else load_start(asked.run, experiment, asked.name)
             found = dynamics.measure(model, asked.tokenizer, probe, last)
             last = last or found
-            rows.append({"update": number, "phase": phase} | found.measures)
+            single = {measure: found.by_person[measure] for measure in claims.FOLLOWED}
+            rows.append({"update": number, "phase": phase, **found.measures, "by_person": single})
             update.add(1)
     rows.reverse()
     return {"rows": rows, "appearance": dynamics.appearance(rows)}
