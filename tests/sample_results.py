@@ -326,7 +326,9 @@ def _dynamics(strategy: str, skill: float) -> dict[str, list[dict[str, Any]]]:
         {
             "update": update, "phase": "bio" if update <= 500 else "qa", "recall.qa_ood": skill * update / last,
             "recall.bio": update / last, "overlap": 0.4 + 0.2 * update / last, "shared_of_last": update / last,
-            "gradient.qa_ood": None, "heads.qa_ood": 5.0 + update / last,
+            "gradient.qa_ood": None, "signature.qa_ood": 0.3 + skill * update / last,
+            "heads.qa_ood": 5.0 + update / last,
+            "by_person": {"signature.qa_ood": {f"B{n}": [0.3] * 6 for n in range(16)}},
         }
         for update in range(0, last + 1, 250)
     ]  # fmt: skip
@@ -457,6 +459,7 @@ def _claims() -> list[dict[str, Any]]:
             "paired difference, people as clusters",
         ),
         ("gradient_consistency", "final", "holds", 0.38, 0.36, 0.4, "cosine", "paired, subjects as clusters"),
+        ("gradient_consistency", "training", "holds", 0.21, 0.2, 0.22, "cosine", "mean over checkpoints"),
         ("state_consistency", "final", "undecided", 12, None, None, "percentage points", "too few subjects"),
         (
             "more_shared",
@@ -522,4 +525,5 @@ def _claims() -> list[dict[str, Any]]:
         ),
     ]
     keys = ("claim", "when", "verdict", "effect", "low", "high", "unit", "test")
-    return [{**dict(zip(keys, v)), "text": texts[v[0]], "note": ""} for v in verdicts]
+    while_training = lambda v: " while it trains" if v[:2] == ("gradient_consistency", "training") else ""
+    return [{**dict(zip(keys, v)), "text": texts[v[0]] + while_training(v), "note": ""} for v in verdicts]

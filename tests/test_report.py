@@ -108,6 +108,8 @@ def test_claims_show_verdict_effect_interval_and_why_they_differ(page):
     assert "+21 (+17 to +25)" in text and "−30 (−35 to −25)" in text
     assert sample_results()["differences"][0]["text"] in text
     assert re.search(r"undecided \+12 percentage points", text)  # an effect without an interval
+    assert re.search(r"more alike while it trains [\w :]+ holds \+0\.210 \(\+0\.200 to \+0\.220\) cosine", text)
+    assert re.search(r"more alike Test [\w :,]+ – holds \+0\.380 \(", text)  # at the end: a row of its own
     grafting = text[text.index("Grafting them onto the base restores") :]
     assert re.search(r"undecided – percentage points", grafting)  # an effect of None
 
@@ -416,5 +418,7 @@ def test_the_claims_table_has_a_line_a_claim_and_folds_the_rest(tmp_path):
 
 
 def test_the_values_of_single_facts_are_not_in_the_csv(page):
-    assert any("by_person" in row for row in sample_results()["mechanism"]["gradients"]["mixed"])
-    assert "by_person" not in (page.parent / "gradients.csv").read_text()
+    found = sample_results()["mechanism"]
+    for part, rows in (("gradients", found["gradients"]["mixed"]), ("dynamics", found["dynamics"]["mixed"]["rows"])):
+        assert any("by_person" in row for row in rows)
+        assert "by_person" not in (page.parent / f"{part}.csv").read_text()

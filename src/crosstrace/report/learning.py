@@ -13,7 +13,7 @@ from crosstrace.report.blocks import Cell, Plot, Section, Table, key
 from crosstrace.report.mechanism import Columns, by_part, model_of, models_of, table
 
 FOLLOWED = ("recall.qa_ood", "recall.bio", "overlap", "shared_of_last", "gradient.qa_ood", "states.qa_ood",
-            "heads_as_last.qa_ood", "neurons_as_last.qa_ood")  # fmt: skip
+            "signature.qa_ood", "heads_as_last.qa_ood", "neurons_as_last.qa_ood")  # fmt: skip
 SAID = 12  # answers of each model that the page tells
 TOLD = ("recall.qa_ood", "overlap", "gradient.qa_ood", "heads_as_last.qa_ood")
 

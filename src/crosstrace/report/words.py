@@ -84,6 +84,7 @@ MEASURED = {
     "recall": "recall",
     "gradient": "gradient consistency",
     "states": "retrieval from hidden states",
+    "signature": "attribution to subject and relation",
     "heads": "number of heads in use",
     "neurons": "number of neurons in use",
     "heads_as_last": "importance of heads, as at the end",
