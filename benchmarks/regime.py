@@ -4,7 +4,7 @@
 
 Takes an experiment, one of its strategies, and changes as `crosstrace run` does. Asks some trained questions, held-out
 questions and objects of biographies every so many updates, prints a line for each time, and adds all of them to
-benchmarks/results/regime.jsonl, with what was changed. Nothing else is kept.
+benchmarks/results/regime.jsonl, with what was changed, also if it is stopped before its end. Nothing else is kept.
 """
 # ruff: noqa: E402  (the machine is prepared before torch is loaded)
 
@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -81,14 +83,19 @@ def main() -> None:
     print(options.strategy, changes, sizes, flush=True)
     curve.on_updated(model, 0, "base", True)
     bf16 = models.trains_in_bf16(experiment.train.precision, next(model.parameters()).device)
-    with tempfile.TemporaryDirectory(prefix="crosstrace-regime-") as folder:
-        train(
-            model, tokenizer, strategy, {"bio": encoded["bio"], "qa": encoded["trained"]}, Path(folder),
-            experiment.train, bf16=bf16, listeners=[curve],
-        )  # fmt: skip
     row = {"strategy": options.strategy, "changes": changes, "threads": options.threads, "curve": curve.rows}
-    with options.out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row | {"config": config.plain(experiment), "machine": metadata()}) + "\n")
+    row |= {"stopped": True, "config": config.plain(experiment), "machine": metadata()}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was measured until then is kept
+    try:
+        with tempfile.TemporaryDirectory(prefix="crosstrace-regime-") as folder:
+            train(
+                model, tokenizer, strategy, {"bio": encoded["bio"], "qa": encoded["trained"]}, Path(folder),
+                experiment.train, bf16=bf16, listeners=[curve],
+            )  # fmt: skip
+        del row["stopped"]
+    finally:
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -283,3 +283,10 @@ def test_a_killed_study_goes_on_and_comes_to_the_same(tmp_path: Path, whole: Pat
     assert gone and not alive, "a killed study leaves nobody who still writes"
     subprocess.run([*command, "--resume"], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True)
     assert table(folder) == [row for row in table(whole) if row["seed"] == "1"] != []
+
+
+def test_the_study_of_smollm2_is_its_experiment_over_seeds():
+    examples = Path(__file__).parents[1] / "examples"
+    whole, single = (yaml.safe_load((examples / f"{n}.yaml").read_text()) for n in ("study-smollm2", "smollm2-135m"))
+    del single["name"]
+    assert whole["experiment"] == single and len(whole["seeds"]) == 3
