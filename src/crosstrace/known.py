@@ -105,7 +105,8 @@ def _asks(world: World, person: Person) -> Iterator[Example]:
 
 
 def _is_question(example: Example) -> bool:
-    return ".question." in example.mentions[0].wording
+    mention = example.mentions[0]
+    return mention.wording.removeprefix(mention.relation).startswith(".question.")
 
 
 def find_known(run: Run, experiment: Experiment, progress: Progress) -> None:
@@ -121,6 +122,7 @@ def find_known(run: Run, experiment: Experiment, progress: Progress) -> None:
     })  # fmt: skip
 
     def make(folder: Path) -> None:
+        torch.set_num_threads(experiment.threads)
         tokenizer = models.load_tokenizer(experiment.model.name)
         every = asks(experiment, tokenizer)
         answered = recall(
