@@ -137,11 +137,16 @@ def test_states_in_which_tokens_cannot_be_told_apart_are_refused() -> None:
         token_axes(Pooled(), [torch.ones(3, 7)], (3, 9))
 
 
-def test_attribution_of_embeddings_that_are_scaled_in_place() -> None:
+def test_embeddings_that_are_scaled_in_place_are_put_in() -> None:
     model, items = model_of("ctrl"), [pair.recalled for pair in pairs()[:3]]
     start = signature.embedding_baseline(model, items)
-    found = signature.input_attribution(model, items, start, pad_id=0, steps=8)
-    assert found.complete.all()
+    logprob, _ = signature.coalitions(model, items, start, pad_id=0)
+    for item, whole in zip(items, logprob[:, -1]):
+        with torch.no_grad():
+            expected = model(input_ids=item.ids[None]).logits[0].log_softmax(-1)
+        at = item.mentions[0].object.nonzero().flatten()
+        assert whole == pytest.approx(float(expected[at - 1, item.ids[at]].mean()), abs=1e-5)
+    assert (np.abs(logprob[:, 0] - logprob[:, -1]) > 1e-6).all()
 
 
 def test_cross_attention_that_nothing_goes_through_is_no_part_of_the_circuit() -> None:
@@ -204,7 +209,7 @@ def test_no_analysis_fills_a_cache(kind: str, monkeypatch: pytest.MonkeyPatch) -
     units = [unit for unit in circuit.NODES if anatomy.sites(unit)]
     recall(model, WORDS, items)
     lens.logit_lens(model, texts, pad_id=0)
-    signature.input_signature(model, pairs()[:2], pad_id=0, steps=2)
+    signature.input_signature(model, pairs()[:2], pad_id=0)
     if units:
         means = circuit.node_means(model, data, anatomy, units)
         circuit.attribution(model, data, anatomy, means, units, steps=2)

@@ -83,7 +83,7 @@ def test_measures_are_the_librarys_own(kind: str) -> None:
     layers = [facts_of(row["by_person"]) for row in states[1:]]
     assert facts_of(found.by_person["states.qa_id"]) == pytest.approx(np.mean(layers, axis=0), rel=1e-5)
     assert list(found.by_person["states.qa_id"]) == list(states[0]["by_person"])
-    texts = input_signature(model, pairs[:3], pad_id=0, steps=2)
+    texts = input_signature(model, pairs[:3], pad_id=0)
     asked = [row for row in texts if row["format"] == "stored" and row["group"] in ("subject", "relation")]
     assert found.measures["signature.qa_id"] == pytest.approx(sum(row["share"] for row in asked))
     shares = facts_of(found.by_person["signature.qa_id"])

@@ -90,17 +90,17 @@ def test_only_what_is_missing_or_too_old_is_taken_from_the_wheels() -> None:
     wheels = {
         "pydantic": [Requirement("pydantic-core==2.50.4"), Requirement("typing_extensions>=4.14")],
         "scipy": [Requirement("numpy>=1.26")],
-        "captum": [Requirement("torch>=1.10")],
+        "peft": [Requirement("torch>=1.10")],
     }
-    asked = [Requirement(line) for line in ("numpy>=1.26", "scipy>=1.11", "pydantic>=2.7", "captum>=0.9")]
-    assert gpu_wheels.missing(asked, wheels, there.get) == ["scipy", "pydantic", "captum", "pydantic-core"]
+    asked = [Requirement(line) for line in ("numpy>=1.26", "scipy>=1.11", "pydantic>=2.7", "peft>=0.9")]
+    assert gpu_wheels.missing(asked, wheels, there.get) == ["scipy", "pydantic", "peft", "pydantic-core"]
 
 
 def test_what_belongs_to_torch_is_not_packed() -> None:
     names = [gpu_wheels.plain(requirement.name) for requirement in gpu_wheels.wanted()]
     assert "pydantic" in names and not {"torch", "transformers"} & set(names)
-    every = gpu_wheels.with_their_needs([Requirement("captum"), Requirement("pydantic[email]>=2")], "3.12")
-    assert {"captum", "pydantic", "pydantic-core", "numpy"} <= every.keys()
+    every = gpu_wheels.with_their_needs([Requirement("peft"), Requirement("pydantic[email]>=2")], "3.12")
+    assert {"peft", "pydantic", "pydantic-core", "numpy"} <= every.keys()
     assert not any(name in gpu_wheels.BESIDE or name.startswith("nvidia-") for name in every)
 
 

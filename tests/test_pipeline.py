@@ -144,7 +144,8 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
         }  # fmt: skip
         for row in followed["rows"]:
             assert set(row["by_person"]) == {"gradient.qa_ood", "states.qa_ood", "signature.qa_ood"}
-    assert all(row["incomplete"] == 0 for row in found["signature"]["mixed"] if row["group"] == "all")
+    for row in (row for row in found["signature"]["mixed"] if row["group"] == "all"):
+        assert row["attribution"] == pytest.approx(row["erased"])
     for part in ("gradients", "representations", "signature"):  # single facts, only where a claim compares them
         assert not any("by_person" in row for row in found[part]["base"])
         for strategy in ("two_stage", "mixed"):

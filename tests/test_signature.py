@@ -1,11 +1,11 @@
-"""The input-level signature: integrated gradients against a plain loop, erasure against embeddings put in by hand, and
+"""The input-level signature: coalitions against embeddings put in by hand, Shapley values against all orders, and
 models of which it is known off which tokens they read."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import permutations
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,27 +20,19 @@ from torch import Tensor, nn
 from crosstrace.consistency import FactPair
 from crosstrace.errors import UserError
 from crosstrace.signature import (
-    ERASED,
     FORMATS,
     GROUPS,
+    WHOLE,
+    coalitions,
     embedding_baseline,
-    erasure,
-    input_attribution,
     input_signature,
+    shapley,
     token_groups,
 )
 from crosstrace.text import Example, Mention, biographies
 from crosstrace.tokens import Encoded, encode
 
 KINDS = ["llama", "gpt_neox", "gpt2", "qwen3", "qwen3_moe", "opt", "gemma3"]
-
-
-@functools.cache
-def smooth_model(kind: str) -> nn.Module:
-    """All experts are chosen: a choice would jump on the way from the baseline."""
-    if kind == "qwen3_moe":
-        return tiny_model(kind, vocab_size=len(tokenizer("word")), num_experts_per_tok=4)
-    return word_model(kind)
 
 
 def texts(pairs: Sequence[FactPair]) -> list[Encoded]:
@@ -66,17 +58,6 @@ def score(model: nn.Module, item: Encoded, embeddings: Tensor) -> tuple[Tensor, 
     at = [t for t, own in enumerate(item.targets["object"].tolist()) if own]
     mean = sum(logprob[t - 1, item.ids[t]] for t in at) / len(at)
     return mean, all(int(logprob[t - 1].argmax()) == int(item.ids[t]) for t in at)
-
-
-def integral(model: nn.Module, item: Encoded, baseline: Tensor, steps: int) -> Tensor:
-    """Integrated gradients of each token [T], one text and one point at a time; Captum's weights are float32."""
-    at = looked_up(model, item)
-    total = torch.zeros_like(at)
-    for point, weight in zip(*np.polynomial.legendre.leggauss(steps)):
-        here = (baseline + (1 + float(point)) / 2 * (at - baseline)).requires_grad_()
-        (gradient,) = torch.autograd.grad(score(model, item, here)[0], here)
-        total += float(np.float32(weight / 2)) * gradient
-    return (total * (at - baseline)).sum(-1)
 
 
 # ---- groups
@@ -141,82 +122,51 @@ def test_each_group_spells_its_own_mentions(kind):
     assert spelled == 2 * (6 + 6 + 5)
 
 
-# ---- integrated gradients
+# ---- coalitions and their shares
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_attribution_is_complete_and_equals_a_plain_loop(kind):
-    model, items = smooth_model(kind), some_texts()
+def test_coalitions_equal_embeddings_put_in_by_hand(kind):
+    model, items = word_model(kind), some_texts()
     baseline = embedding_baseline(model, items)
     every = torch.cat([looked_up(model, item) for item in items])
     torch.testing.assert_close(baseline, every.mean(0), rtol=1e-12, atol=1e-12)
     assert torch.equal(embedding_baseline(model, items, "zeros"), torch.zeros_like(baseline))
-    found = input_attribution(model, items, baseline, pad_id=0, steps=8)
-    assert found.complete.all()
+    logprob, exact = coalitions(model, items, baseline, pad_id=0, batch_size=3)
     for number, item in enumerate(items):
-        ends = [score(model, item, x)[0] for x in (looked_up(model, item), baseline.expand(len(item.ids), -1))]
-        drop = float((ends[0] - ends[1]).detach())
-        assert found.drop[number] == pytest.approx(drop, abs=1e-10)
-        assert abs(float(found.tokens[number].sum()) - drop) <= 0.01 * abs(drop) + 1e-4 and abs(drop) > 1e-3
-    for number in (1, 5):  # a biography's and a question's, an object of more than one token
-        item = items[number]
-        assert int(item.targets["object"].sum()) > 1
-        expected = integral(model, item, baseline, int(found.steps[number]))
-        assert float(expected[-1]) == 0  # nothing is predicted from the last token
-        torch.testing.assert_close(found.tokens[number], expected[:-1], rtol=1e-8, atol=1e-8)
-        assert float(expected.abs().max()) > 1e-3
-
-
-def test_no_batch_and_no_order_changes_an_attribution():
-    model, items = smooth_model("gpt2"), some_texts()
-    baseline = embedding_baseline(model, items)
-    alone = input_attribution(model, items, baseline, pad_id=0, steps=5, batch_size=1)
-    for size, order in ((3, range(8)), (64, [5, 1, 7, 0, 3, 2, 6, 4])):
-        found = input_attribution(model, [items[i] for i in order], baseline, pad_id=3, steps=5, batch_size=size)
-        for place, i in enumerate(order):
-            torch.testing.assert_close(found.tokens[place], alone.tokens[i], rtol=1e-10, atol=1e-12)
-            assert found.steps[place] == alone.steps[i] and found.drop[place] == pytest.approx(alone.drop[i], abs=1e-12)
-
-
-def test_points_are_doubled_until_complete_and_what_stays_apart_is_told():
-    smooth, pairs = smooth_model("gpt2"), word_pairs()[:2]
-    items = texts(pairs)
-    baseline = embedding_baseline(smooth, items)
-    found = input_attribution(smooth, items, baseline, pad_id=0, steps=1)
-    assert found.complete.all() and found.steps.max() > 1
-    for number, item in enumerate(items):  # half as many would not have done
-        steps = int(found.steps[number])
-        half = float(integral(smooth, item, baseline, steps // 2).sum()) if steps > 1 else np.inf
-        assert abs(half - found.drop[number]) > 0.01 * abs(found.drop[number]) + 1e-4
-    jumping = input_attribution(Sensitive(sign=True), items, torch.zeros(6), pad_id=0, steps=128)
-    assert (jumping.steps == 256).all() and not jumping.complete.any()  # its gradient knows nothing of the jump
-    rows = input_signature(Sensitive(sign=True), pairs, pad_id=0, steps=256, baseline="zeros")
-    assert [row["incomplete"] for row in rows if row["group"] == "all"] == [2, 2]
-
-
-# ---- erasure
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_erasure_equals_embeddings_put_in_by_hand(kind):
-    model, items = word_model(kind), some_texts()
-    baseline = embedding_baseline(model, items)
-    logprob, exact = erasure(model, items, baseline, pad_id=0, batch_size=3)
-    for number, item in enumerate(items):
-        group = [GROUPS[g] for g in token_groups(item)] + ["last"]
-        for column, name in enumerate(ERASED):
-            gone = torch.tensor([own == name or (name == "all" and own != "last") for own in group])
-            if name != "none" and not gone.any():
-                assert np.isnan(logprob[number, column]) and np.isnan(exact[number, column])
-                continue
+        group = [*token_groups(item).tolist(), -1]  # nothing is predicted from the last token
+        for column in range(WHOLE + 1):
+            gone = torch.tensor([g >= 0 and not column >> g & 1 for g in group])
             with torch.no_grad():
                 at = torch.where(gone.unsqueeze(1), baseline, looked_up(model, item))
                 expected, right = score(model, item, at)
             assert logprob[number, column] == pytest.approx(float(expected), abs=1e-10)
             assert exact[number, column] == right
-    assert (
-        np.isnan(logprob[4:, ERASED.index("facts")]).all() and not np.isnan(logprob[:, ERASED.index("subject")]).any()
-    )
+    for size, order in ((1, range(8)), (64, [5, 1, 7, 0, 3, 2, 6, 4])):
+        found, _ = coalitions(model, [items[i] for i in order], baseline, pad_id=3, batch_size=size)
+        np.testing.assert_allclose(found, logprob[[*order]], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("players", [1, 2, 5])
+def test_shapley_values_are_means_over_all_orders(players):
+    values = np.random.default_rng(players).normal(size=(3, 1 << players))
+    expected = np.zeros((3, players))
+    orders = list(permutations(range(players)))
+    for order in orders:
+        there = 0
+        for player in order:
+            expected[:, player] += (values[:, there | 1 << player] - values[:, there]) / len(orders)
+            there |= 1 << player
+    found = shapley(values)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(found.sum(1), values[:, -1] - values[:, 0], rtol=0, atol=1e-12)
+
+
+def test_who_changes_nothing_has_nothing_and_who_are_alike_have_the_same():
+    column = np.arange(8)
+    first, second = column & 1, column >> 1 & 1  # the third player changes nothing
+    assert shapley((5.0 * first * second)[None]).tolist() == [[2.5, 2.5, 0.0]]
+    assert shapley((first + 3.0 * second)[None]) == pytest.approx(np.array([[1.0, 3.0, 0.0]]))
 
 
 def test_exact_is_that_of_every_token_of_the_object():
@@ -229,8 +179,8 @@ def test_exact_is_that_of_every_token_of_the_object():
             ids[place] = model(input_ids=ids[:place].unsqueeze(0)).logits[0, -1].argmax()
     said = replace(item, ids=ids)
     wrong = replace(item, ids=torch.cat([ids[:-1], (ids[-1:] + 1) % 50]))
-    _, exact = erasure(model, [said, wrong], embedding_baseline(model, [said]), pad_id=0)
-    assert len(places) > 1 and exact[:, 0].tolist() == [1, 0]
+    _, exact = coalitions(model, [said, wrong], embedding_baseline(model, [said]), pad_id=0)
+    assert len(places) > 1 and exact[:, WHOLE].tolist() == [1, 0]
 
 
 # ---- planted
@@ -239,19 +189,18 @@ def test_exact_is_that_of_every_token_of_the_object():
 class Sensitive(nn.Module):
     """Logits that depend on the embeddings of some ids alone, at or before each token; all the rest is not read."""
 
-    def __init__(self, ids: Sequence[int] = range(5000), sign: bool = False) -> None:
+    def __init__(self, ids: Sequence[int]) -> None:
         super().__init__()
         self.embedding = nn.Embedding(len(tokenizer("word")), 6, dtype=torch.float64)
         self.head = nn.Linear(6, len(tokenizer("word")), dtype=torch.float64)
-        self.read, self.sign = torch.tensor(list(ids)), sign
+        self.read = torch.tensor(list(ids))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         x = self.embedding(input_ids) * torch.isin(input_ids, self.read).unsqueeze(-1)
-        x = x.cumsum(1)
-        return SimpleNamespace(logits=self.head(x.sign() + 0 * x if self.sign else x.tanh()))
+        return SimpleNamespace(logits=self.head(x.cumsum(1).tanh()))
 
 
 def test_a_model_that_reads_names_alone_has_its_signature_on_the_subject():
@@ -263,7 +212,7 @@ def test_a_model_that_reads_names_alone_has_its_signature_on_the_subject():
     for row in rows:
         if row["group"] in ("subject", "all"):
             assert row["share"] == pytest.approx(1) and abs(row["erased"]) > 0.01
-            assert row["attribution"] == pytest.approx(row["erased"], rel=0.02, abs=1e-4)
+            assert row["attribution"] == pytest.approx(row["erased"])
         else:
             assert row["share"] == row["attribution"] == 0 and row["erased"] in (0, None)
     missing = [row for row in rows if row["erased"] is None]
@@ -280,7 +229,7 @@ def test_without_attention_only_the_token_before_each_token_of_the_object_counts
                 p.zero_()
     # one token: relation words end right before it in a biography, and the question mark in a question
     pairs = [pair for pair in word_pairs() if int(pair.stored.targets["object"].sum()) == 1]
-    rows = {(row["format"], row["group"]): row for row in input_signature(model, pairs, pad_id=0, steps=8)}
+    rows = {(row["format"], row["group"]): row for row in input_signature(model, pairs, pad_id=0)}
     assert len(pairs) == 15
     for key, row in rows.items():
         if key in (("stored", "relation"), ("recalled", "rest"), ("stored", "all"), ("recalled", "all")):
@@ -299,10 +248,9 @@ def test_rows_are_means_over_texts_and_add_up():
     baseline = embedding_baseline(model, texts(pairs))
     for name in FORMATS:
         items = [getattr(pair, name) for pair in pairs]
-        found = input_attribution(model, items, baseline, pad_id=0)
-        logprob, exact = erasure(model, items, baseline, pad_id=0)
+        logprob, exact = coalitions(model, items, baseline, pad_id=0)
         own = {row["group"]: row for row in rows if row["format"] == name}
-        sums = np.array([[float(t[token_groups(i) == g].sum()) for g in range(5)] for t, i in zip(found.tokens, items)])
+        sums = shapley(logprob)
         for g, group in enumerate(GROUPS):
             row, has = own[group], np.array([bool((token_groups(item) == g).any()) for item in items])
             assert row["attribution"] == pytest.approx(sums[:, g].mean())
@@ -312,17 +260,19 @@ def test_rows_are_means_over_texts_and_add_up():
             assert row["tokens"] == pytest.approx(np.mean([int((token_groups(i) == g).sum()) for i in items]))
             assert row["facts"] == has.sum() and row["people"] == (3 if has.any() else 0)
             if has.any():
-                assert row["erased"] == pytest.approx((logprob[:, 0] - logprob[:, 1 + g])[has].mean())
-                assert row["erased_exact"] == pytest.approx(exact[has, 1 + g].mean())
+                assert row["erased"] == pytest.approx((logprob[:, WHOLE] - logprob[:, WHOLE - (1 << g)])[has].mean())
+                assert row["erased_exact"] == pytest.approx(exact[has, WHOLE - (1 << g)].mean())
+            else:
+                assert row["erased"] is None and row["attribution"] == 0
             for value in ("attribution", "share", "erased"):
                 if row[value] is not None:
                     assert row[f"{value}_low"] <= row[value] <= row[f"{value}_high"]
         total = own["all"]
         assert sum(own[group]["attribution"] for group in GROUPS) == pytest.approx(total["attribution"])
         assert sum(own[group]["share"] for group in GROUPS) == pytest.approx(1)
-        assert total["attribution"] == pytest.approx(total["erased"], rel=0.01, abs=1e-4)  # complete
-        assert total["logprob"] == pytest.approx(logprob[:, 0].mean()) and total["exact"] == exact[:, 0].mean()
-        assert total["incomplete"] == 0 and total["steps"] == found.steps.max() and total["facts"] == 18
+        assert total["attribution"] == pytest.approx(total["erased"])  # nothing is left over
+        assert total["logprob"] == pytest.approx(logprob[:, WHOLE].mean()) and total["exact"] == exact[:, WHOLE].mean()
+        assert total["facts"] == 18
     assert own["subject"]["attribution_low"] < own["subject"]["attribution_high"]
     alone = input_signature(model, pairs, pad_id=0, formats=["recalled"])
     assert alone == [row for row in rows if row["format"] == "recalled"], "with the same baseline"
@@ -338,11 +288,10 @@ def test_bad_input_is_told():
     begins = replace(items[0], mentions=(replace(items[0].mentions[0], object=torch.ones(len(items[0].ids)).bool()),))
     longer = replace(items[0], mentions=(replace(items[0].mentions[0], object=items[0].mentions[0].subject),))
     for item in (*whole, begins, longer):
-        for measure in (input_attribution, erasure):
-            with pytest.raises(UserError, match="about one fact, up to its object"):
-                measure(model, [items[0], item], baseline, pad_id=0)
-    with pytest.raises(UserError, match="steps is 0"):
-        input_attribution(model, items, baseline, pad_id=0, steps=0)
+        with pytest.raises(UserError, match="about one fact, up to its object"):
+            coalitions(model, [items[0], item], baseline, pad_id=0)
+    with pytest.raises(UserError, match="batch_size is 0"):
+        coalitions(model, items, baseline, pad_id=0, batch_size=0)
     with pytest.raises(UserError, match="unknown baseline 'median'"):
         embedding_baseline(model, items, "median")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="at least one text"):
@@ -368,8 +317,8 @@ def test_the_model_is_left_as_found(fails):
             raise RuntimeError("planted")
 
     measures = (
-        lambda: input_signature(model, word_pairs()[:2], pad_id=0, steps=2),
-        lambda: erasure(model, some_texts(), torch.zeros(24), pad_id=0),
+        lambda: input_signature(model, word_pairs()[:2], pad_id=0),
+        lambda: coalitions(model, some_texts(), torch.zeros(24), pad_id=0),
     )
     for measure in measures:
         calls.clear()

@@ -168,8 +168,7 @@ class MechanismSettings:
     questions: Annotated[int, Field(ge=2)] = 96
     """Questions of each kind that the circuit is of, and that are asked with tuned weights at some tokens only."""
     steps: Annotated[int, Field(ge=1)] = 16
-    """Points on the way from a node's mean to its activation at which a gradient is taken, at first; of the input-level
-    signature, from the mean embedding."""
+    """Points on the way from a node's mean to its activation at which a gradient is taken, at first."""
     signature: Annotated[int, Field(ge=2)] = 24
     """Facts whose input-level signature is measured, in distribution and out of distribution each."""
     alone: Annotated[int, Field(ge=0)] = 16

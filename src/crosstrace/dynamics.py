@@ -44,7 +44,7 @@ class Probe:
         scope: names of the parameters that sets are selected from.
         targets: tokens whose loss is traced.
         together: facts whose gradients are compared at once.
-        steps: points of the quadratures of circuit and signature, at first.
+        steps: points of the circuit's quadrature, at first.
         read: part -> facts whose input-level signature is measured, in the text that stores each.
     """
 
@@ -114,7 +114,7 @@ def measure(model: nn.Module, tokenizer: Any, probe: Probe, last: Moment | None 
         found[f"states.{part}"] = max((row["top1"] for row in rows if row["top1"] is not None), default=None)
         single[f"states.{part}"] = _joined(np.mean, [row["by_person"] for row in rows if row["layer"] > 0])
     for part, pairs in probe.read.items():
-        rows = input_signature(model, pairs, pad_id=pad, steps=probe.steps, formats=["stored"])
+        rows = input_signature(model, pairs, pad_id=pad, formats=["stored"])
         rows = [row for row in rows if row["group"] in ASKED]
         shares = [row["share"] for row in rows if row["share"] is not None]
         found[f"signature.{part}"] = float(np.sum(shares)) if shares else None

@@ -34,6 +34,7 @@ from crosstrace.pipeline import DRIFT_DRAWS
 from crosstrace.rehearse import Parts, Understudy
 from crosstrace.schedule import Phase
 from crosstrace.sharded import rows_of
+from crosstrace.signature import WHOLE
 from crosstrace.text import KNOWN, texts
 from crosstrace.tokens import IGNORE, Batch, Encoded, batches, check_room, collate, context_length, encode
 from crosstrace.trace.memory import MOST_PASSES, SPARE, free_memory
@@ -648,7 +649,7 @@ class Needs:
             row = seen.once(("formats", options.together), self._formats)
             others = 0 if name is None else len(self.whens) * (1 + 2 * options.draws) * self.scope
             yield "gradients of both formats", held | self._estimate([row]), {"masks": sets + others}
-        if {"circuit", "signature", "dynamics"} & {*options.parts}:
+        if {"circuit", "dynamics"} & {*options.parts}:
             row = seen.once(("answers", options.questions), answers)
             yield "attribution", held | {"activations": self._inward(row)}, host
         if "positions" in options.parts and name is not None:
@@ -834,7 +835,7 @@ class Needs:
         pair = bio + qa  # a fact's two formats; the text that stores it ends with its object
         layers = self.model.config.get_text_config().num_hidden_layers
         facts, few = 2 * o.facts, kinds * o.questions
-        read = o.signature * (2 * o.steps + 8)  # texts whose input-level signature is measured, and how often
+        read = o.signature * (WHOLE + 1)  # texts whose input-level signature is measured, and how often
         fractions = 9  # of `circuit.curve`
         nodes = len(circuit.NODES)
         costs = {

@@ -44,7 +44,7 @@ from crosstrace.tokens import Encoded
 
 Row = dict[str, Any]
 FORMAT = 2  # of the rows: with the values of single facts, since 2; older ones are made again
-FORMATS = {"dynamics": 3}  # of parts whose rows have changed since: single facts at every checkpoint
+FORMATS = {"dynamics": 4, "signature": 3}  # of parts whose rows have changed since: the signature by Shapley values
 HEADS = 4  # the most important ones, whose attention is told
 
 
@@ -182,7 +182,7 @@ def input_signatures(asked: Asked) -> list[Row]:
     rows: list[Row] = []
     with asked.bar("signature", len(asked.read)) as update:
         for part, pairs in asked.read.items():
-            found = signature.input_signature(asked.model, pairs, pad_id=asked.pad_id, steps=asked.options.steps)
+            found = signature.input_signature(asked.model, pairs, pad_id=asked.pad_id)
             rows += [{"part": part} | row for row in found]
             update.add(1)
     return _without_facts(asked, "signature", rows)

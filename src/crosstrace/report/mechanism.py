@@ -118,10 +118,9 @@ def signature(results: Mapping) -> Section:
         Plot(
             "signature",
             f"{say.test(parts[0])}: {finding}" if finding else "Which tokens an object is read off.",
-            f"{BOTH}. Share of the attribution (integrated gradients of the object's log-probability on the "
-            "embeddings, from the mean embedding) that each group of tokens holds. Object: the earlier tokens of an "
-            "object of several. Other facts are told in biographies alone. Lines are 95 % intervals, resampled by "
-            "subject.",
+            f"{BOTH}. Share of the object's log-probability that each group of tokens holds (Shapley values; a group "
+            "that is absent has the mean embedding). Object: the earlier tokens of an object of several. Other facts "
+            "are told in biographies alone. Lines are 95 % intervals, resampled by subject.",
             key(models_of(results, rows)),
             [
                 F.to_svg(F.figure_signature(results, part=p, form=f, legend=False), f"signature-{i}-{j}", say.test(p))
