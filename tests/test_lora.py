@@ -650,7 +650,7 @@ def test_signature_and_transfer_are_those_of_the_merged_model(tuned, monkeypatch
     monkeypatch.setattr(signature, "MOST", 2)
     pairs, merged, world = word_pairs(2)[:3], merged_of(tuned), tiny_world(people=8)
     for analysis in (
-        lambda model: signature.input_signature(model, pairs, pad_id=0, steps=2),
+        lambda model: signature.input_signature(model, pairs, pad_id=0),
         lambda model: transfer(model, WORDS, world, number=2),
     ):
         assert_close(analysis(tuned), analysis(merged))
