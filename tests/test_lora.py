@@ -646,8 +646,7 @@ def test_hidden_states_lens_and_attention_are_those_of_the_merged_model(tuned):
         assert_close(analysis(tuned), analysis(merged))
 
 
-def test_signature_and_transfer_are_those_of_the_merged_model(tuned, monkeypatch):
-    monkeypatch.setattr(signature, "MOST", 2)
+def test_signature_and_transfer_are_those_of_the_merged_model(tuned):
     pairs, merged, world = word_pairs(2)[:3], merged_of(tuned), tiny_world(people=8)
     for analysis in (
         lambda model: signature.input_signature(model, pairs, pad_id=0),
