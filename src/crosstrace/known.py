@@ -206,7 +206,7 @@ def said_instead(
 
 
 def instead_of(
-    run: Run, model: Any, tokenizer: Any, parts: Mapping[str, Sequence[Encoded]], answered: Mapping[str, Recall]
+    model: Any, tokenizer: Any, parts: Mapping[str, Sequence[Encoded]], answered: Mapping[str, Recall]
 ) -> Row:
     """What became of the facts that the base knew: {relations {part {relation: summary}}, instead: rows of
     `said_instead` with their part}.

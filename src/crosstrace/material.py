@@ -44,6 +44,11 @@ def known_people(model: ModelSettings) -> FactSettings | None:
     return replace(facts, questions=1)  # one wording a fact, however many the base was taught
 
 
+def data_steps(experiment: Experiment) -> list[str]:
+    """The steps that make what is taught and asked."""
+    return ["data", "known"] if experiment.eval.known else ["data"]
+
+
 def examples(run: Run, tokenizer: Any, known: int | None = 0) -> dict[str, list[Encoded]]:
     """The run's examples by part: bio, qa_id, qa_ood and, where there are such, at most `known` each (None: all) of
     a_ood, questions about people whom the base knows, and of facts of the world that it knows: known, and those that

@@ -44,6 +44,7 @@ from crosstrace.material import (
     REPLAYED,
     START,
     WHENS,
+    data_steps,
     examples,
     facts_key,
     groups,
@@ -321,7 +322,7 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
     key = run.alone(lambda: {
         "model": model_key(experiment), "train": trained, "phases": [asdict(phase) for phase in phases],
         "trace": {k: v for k, v in asdict(tracing).items() if k in watched}, "measure": tracing.measures[0],
-        "threads": experiment.threads, "bf16": _precision(experiment) == "bf16", **_data(run, experiment),
+        "threads": experiment.threads, "bf16": _precision(experiment) == "bf16", **run.inputs(*data_steps(experiment)),
     })  # fmt: skip
 
     def make(folder: Path) -> None:
@@ -564,7 +565,7 @@ def test(run: Run, experiment: Experiment, name: str, progress: Progress) -> Non
     """Recall of the base or of a taught model: eval/<model>.json, with every single answer."""
     key = run.alone(lambda: {
         "model": model_inputs(run, experiment, name), "known": experiment.eval.known_examples,
-        "threads": experiment.threads, "precision": experiment.eval.precision, **_data(run, experiment),
+        "threads": experiment.threads, "precision": experiment.eval.precision, **run.inputs(*data_steps(experiment)),
     })  # fmt: skip
 
     def make(path: Path) -> None:
@@ -579,16 +580,11 @@ def test(run: Run, experiment: Experiment, name: str, progress: Progress) -> Non
         found = {"summary": summaries(results), "answers": answers, "people": people}
         if of_world:
             found["summary"] |= {part: result.summary() for part, result in of_world.items()}
-            found["known"] = instead_of(run, model, tokenizer, parts, of_world)
+            found["known"] = instead_of(model, tokenizer, parts, of_world)
         if run.leads:
             write_json(path, found)
 
     run.stage(f"eval/{name}.json", key, make)
-
-
-def _data(run: Run, experiment: Experiment) -> dict[str, Any]:
-    """What is taught and asked, for the key of a step that reads it."""
-    return run.inputs("data", *(["known"] if experiment.eval.known else []))
 
 
 def _bits(result: Recall) -> str:
@@ -976,7 +972,7 @@ def conclude(run: Run, experiment: Experiment, progress: Progress) -> Results:
     names, trained = experiment.taught, [*experiment.strategies]
     absent = left_out.steps(run)
     is_done = lambda step: step not in absent and run.path(step).exists()
-    needed = ["data", "eval/base.json", *(["known"] if experiment.eval.known else [])]
+    needed = [*data_steps(experiment), "eval/base.json"]
     for name in names:
         needed += [f"eval/{name}.json", f"traces/{name}", f"analysis/{name}.json", f"drift/{name}.json"]
     needed += [f"models/{name}" for name in trained]

@@ -27,6 +27,7 @@ from crosstrace.facts import World
 from crosstrace.intervene import grafted, snapshot
 from crosstrace.left_out import optional
 from crosstrace.material import (
+    data_steps,
     examples,
     facts_key,
     in_scope,
@@ -66,7 +67,7 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
         "train": asdict(experiment.train), "targets": experiment.trace.targets, "facts": facts_key(experiment.facts),
         "embeddings": experiment.analysis.embeddings, "threads": experiment.threads,
         "bf16": trains_in_bf16(experiment), "model": model_inputs(run, experiment, name),
-        **run.inputs("data", f"shared/{name}", *(["known"] if experiment.eval.known else [])),
+        **run.inputs(*data_steps(experiment), f"shared/{name}"),
     })  # fmt: skip
 
     def make(folder: Path) -> None:

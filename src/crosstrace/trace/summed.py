@@ -102,8 +102,7 @@ class SummedTrace(Accumulated):
         (mean,) = self._of_part(task, self._steps[task] % self._settings["parts"])
         share = 1 / self._team.processes.size if self._averaged and self._team is not None else 1.0
         factor = lr * examples / weight * share
-        settle = self._stay if self._averaged else self._set_aside
-        self._whole = last
+        self._whole = False
         for name, p in self._engine.parameters.items():
             total, before = mean.total[name], self._aside.get(name)
             gained = [(factor, local(p.grad))] if p.grad is not None else []
@@ -116,9 +115,7 @@ class SummedTrace(Accumulated):
                     total.add_(gradient.to(total), alpha=sign)
                 elif root is not None:
                     total.addcdiv_(gradient.to(total), root.to(total), value=sign)
-            settle(name, p, before, last)
-        if last:
-            self._aside.clear()
+        self.skip(last=last)
         if counts and (not self._averaged or self._holds):  # weights are added up too, and this one is of all processes
             mean.weight += lr * examples
         self._steps[task] += 1
