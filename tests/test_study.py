@@ -289,4 +289,4 @@ def test_the_study_of_smollm2_is_its_experiment_over_seeds():
     examples = Path(__file__).parents[1] / "examples"
     whole, single = (yaml.safe_load((examples / f"{n}.yaml").read_text()) for n in ("study-smollm2", "smollm2-135m"))
     del single["name"]
-    assert whole["experiment"] == single and len(whole["seeds"]) == 3
+    assert whole["experiment"] == single and len(whole["seeds"]) == 3 and 1 in whole["seeds"], "seed 1 is the example"
