@@ -131,6 +131,7 @@ def sample_results(
         results["mechanism"] = {
             "gradients": {m: _gradients(m, skill.get(m, 0.0)) for m in ("base", *strategies)},
             "circuit": {m: _circuit(skill.get(m, 0.0)) for m in ("base", *strategies)},
+            "minimal_graft": {s: _minimal_graft(skill[s]) for s in strategies},
             "positions": {s: _positions(skill[s]) for s in strategies},
             "representations": {m: _representations(skill.get(m, 0.0)) for m in ("base", *strategies)},
             "signature": {m: _signature(skill.get(m, 0.0)) for m in ("base", *strategies)},
@@ -395,6 +396,7 @@ def _circuit(skill: float) -> dict[str, list[dict[str, Any]]]:
             found["alone"].append(place | {"attribution": 1.2, "node": f"L1.{name}2", "drop": 1.1, "exact_match": 0.1})
             found["kept"].append(place | {"nodes": total // 2, "of": total, "exact_match": skill})
             tested = {"spearman": 0.4, "spearman_p": 0.03, "auc": 0.8, "auc_p": 0.02, "nodes": total, "critical": 1}
+            tested |= _ends(concentration=0.2)
             found["agreement"] += [place | {"when": when} | tested for when in ("online", "final")]
             found["curves"] += [
                 place
@@ -405,6 +407,28 @@ def _circuit(skill: float) -> dict[str, list[dict[str, Any]]]:
                 for f in (0.0, 0.25, 0.5, 1.0)
             ]
     return found
+
+
+def _minimal_graft(skill: float) -> dict[str, Any]:
+    found: dict[str, Any] = {"order": {"sum": 7.0, "gain": 7.1, "points": 8, "questions": 96}, "grafts": []}
+    found["fewest"], found["overlap"] = [], []
+    for part in ("qa_id", "qa_ood"):
+        found["grafts"] += [_graft(part, "base", 0.0, 0.0), _graft(part, "tuned", 1.0, skill)]
+        for order, reach in (("contribution", 1.0), ("movement", 0.5), ("random_per_tensor", 0.3)):
+            values = {f: skill * min(1.0, reach * (f / 0.2) ** 0.5) for f in (0.001, 0.01, 0.05, 0.2, 1.0)}
+            found["grafts"] += [_graft(part, order, f, value) for f, value in values.items()]
+            enough = {"size": round(0.2 * TOTAL), "fraction": 0.2} if reach == 1 else {"size": None, "fraction": None}
+            found["fewest"].append({"part": part, "order": order} | enough)
+    for when in ("online", "final"):
+        place = {"when": when, "fraction": 0.05, "size": 20_000, "parts": 4}
+        found["overlap"].append(place | {"overlap": 0.4, "chance": 0.03, "chance_per_tensor": 0.1} | _ends(excess=0.3))
+    return found
+
+
+def _graft(part: str, order: str, fraction: float, value: float) -> dict[str, Any]:
+    row = {"part": part, "order": order, "fraction": fraction, "size": round(fraction * TOTAL), "exact_match": value}
+    row |= {"low": max(0.0, value - 0.05), "high": min(1.0, value + 0.05), "n": 96, "logprob": -1.0}
+    return row | ({"by_person": {"B0": [1.0, 0.0]}} if part == "qa_ood" else {})
 
 
 def _positions(skill: float) -> list[dict[str, Any]]:

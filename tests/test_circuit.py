@@ -17,6 +17,7 @@ from torch import nn
 from crosstrace.anatomy import Anatomy
 from crosstrace.circuit import (
     NODES,
+    _concentration,
     agreement,
     answer_batches,
     attribution,
@@ -199,7 +200,33 @@ def test_agreement_is_that_of_scipy_and_finds_a_planted_set():
     apart = agreement(np.where(np.arange(8) >= 4, 5.0, 1.0) + np.arange(8) % 3, layers, anatomy, "query_head")
     assert apart["spearman"] > 0.8 and apart["within"] is None, "all between layers, nothing within"
     nothing = ParamSet({name: torch.zeros(p.shape, dtype=torch.bool) for name, p in model.named_parameters()})
-    assert agreement(scores, nothing, anatomy, "query_head")["auc"] is None
+    empty = agreement(scores, nothing, anatomy, "query_head")
+    assert empty["auc"] is None and empty["concentration"] is None
+
+
+def test_concentration_in_the_critical_nodes_by_hand():
+    model = word_model("llama")
+    anatomy = Anatomy(model)
+    importance = np.where(np.arange(8) == 7, 5.0, np.linspace(0, 1, 8))  # of eight heads the last is critical
+    held = anatomy.members("query_head", "L1.H3")
+    found = agreement(importance, held, anatomy, "query_head")
+    assert found["concentration"] == pytest.approx(1 - 1 / 8), "the set lies in it alone"
+    both = agreement(importance, held | anatomy.members("query_head", "L0.H0"), anatomy, "query_head")
+    assert both["concentration"] == pytest.approx(1 / 2 - 1 / 8)
+    everywhere = ParamSet({name: torch.ones(p.shape, dtype=torch.bool) for name, p in model.named_parameters()})
+    even = agreement(importance, everywhere, anatomy, "query_head")
+    assert even["concentration"] == pytest.approx(0) and even["concentration_low"] == even["concentration_high"] == 0
+    # the bootstrap, drawn plainly
+    held_by, sizes, critical = np.array([3.0, 1, 0, 2]), np.array([4.0, 4, 4, 4]), np.array([1, 0, 0, 1])
+    row = _concentration(held_by, sizes, critical.astype(bool), draws=20_000)
+    draws = np.random.default_rng(5).integers(0, 4, (20_000, 4))
+    inside, whole = (held_by * critical)[draws].sum(1), held_by[draws].sum(1)
+    plain = (inside / np.where(whole, whole, np.nan)) - critical[draws].mean(1)
+    low, high = np.nanquantile(plain, [0.025, 0.975])
+    assert row["concentration"] == pytest.approx(5 / 6 - 1 / 2)
+    assert row["concentration_low"] == pytest.approx(low, abs=0.06) and row["concentration_high"] == pytest.approx(
+        high, abs=0.06
+    )
 
 
 def test_a_model_without_known_geometry_and_texts_of_many_facts_are_told():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy.stats import t as student
 from scipy.stats import ttest_ind_from_stats
@@ -346,6 +347,113 @@ def test_consistency_inside_the_set_of_a_model_that_was_taught_elsewhere():
     assert [row["text"].startswith("theirs: ") for row in rows] == [True, True]
     assert "Mix-tuned" not in rows[0]["test"] and "theirs" in rows[0]["test"]
     assert _inside(_steady(0.6), *others, model="two_stage") == []
+
+
+def _grafted(restored: Facts, base: Facts, tuned: Facts, excess: tuple = (0.1, 0.05, 0.15), given=(), model="mixed"):
+    """Judge the smallest grafts of one model: a graft of 5 % beside others, base and tuned model."""
+
+    def row(order: str, fraction: float, facts: Facts) -> dict:
+        place = {"part": "qa_ood", "order": order, "fraction": fraction}
+        return place | {"size": 100, "exact_match": 0.5, "by_person": facts}
+
+    wrong = {person: [-9.0 for _ in values] for person, values in base.items()}
+    grafts = [row("base", 0.0, base), row("tuned", 1.0, tuned), row("contribution", 0.05, restored)]
+    grafts += [row("contribution", 0.01, wrong), row("contribution", 1.0, wrong), row("movement", 0.05, wrong)]
+    grafts += [other | {"part": "qa_id", "by_person": wrong} for other in grafts]
+    shares = {"overlap": 0.4, "chance": 0.03, "chance_per_tensor": 0.3, "size": 100, "fraction": 0.05, "parts": 4}
+    shares |= dict(zip(("excess", "excess_low", "excess_high"), excess))
+    found = {
+        "grafts": grafts,
+        "fewest": [{"part": "qa_ood", "order": "contribution", "size": 200, "fraction": 0.1}],
+        "overlap": [{"when": when, **shares} for when in ("online", "final", "checkpoints")],
+    }
+    recalled = {name: {"bio": {"logprob": -0.5}, "qa_id": {"logprob": -0.25}} for name in ("mixed", "two_stage")}
+    results = {"mechanism": {"minimal_graft": {model: found, "two_stage": found}}, "recall": recalled}
+    return judge(results, {}, {}, [FRACTION], given)[0]
+
+
+def _right(*people: int, n: int = 8) -> dict[str, list[float | None]]:
+    """Two facts a person, of which so many are right: of the first, the second, … person."""
+    counts = [people[i % len(people)] for i in range(n)]
+    return {f"B{i}": [float(k < count) for k in range(2)] for i, count in enumerate(counts)}
+
+
+@pytest.mark.parametrize(
+    "restored, tuned, verdict",
+    [
+        (_right(2, 2, 1), _right(2), "holds"),
+        (_right(0, 0, 1), _right(2), "does not hold"),
+        (_right(1, 2, 0, 1), _right(2), "undecided"),  # exactly half
+        (_right(0), _right(0), "undecided"),  # nothing was learned
+    ],
+)
+def test_a_small_graft_must_restore_half_of_recall(restored: Facts, tuned: Facts, verdict: str):
+    row, *shared = _grafted(restored, _right(0), tuned)
+    assert (row["claim"], row["when"], row["verdict"]) == ("minimal_graft", "final", verdict)
+    assert row["text"] == "Grafting 5 % of the parameters restores half of held-out recall"
+    right, all_right = (sum(sum(values) for values in facts.values()) for facts in (restored, tuned))  # type: ignore[arg-type]
+    assert row["effect"] == pytest.approx(100 * (right - all_right / 2) / 16) and row["unit"] == "percentage points"
+    assert "16 facts of 8 subjects; of those that restore nine tenths the smallest graft has 10 %" in row["note"]
+    assert [(r["claim"], r["when"]) for r in shared] == [("graft_is_shared", "online"), ("graft_is_shared", "final")]
+
+
+def test_a_small_graft_of_few_people_has_no_interval():
+    few = _grafted(_right(2, n=5), _right(0, n=5), _right(2, n=5))[0]
+    assert few["verdict"] == "undecided" and few["effect"] == 50 and few["low"] is None
+
+
+@pytest.mark.parametrize(
+    "excess, verdict",
+    [((0.1, 0.05, 0.15), "holds"), ((-0.1, -0.15, -0.05), "does not hold"), ((0.1, -0.1, 0.3), "undecided"),
+     ((0.1, None, None), "undecided"), ((None, None, None), "undecided")],
+)  # fmt: skip
+def test_what_restores_recall_is_shared_beyond_chance(excess: tuple, verdict: str):
+    _, *rows = _grafted(_right(2), _right(0), _right(2), excess)
+    assert [(row["claim"], row["verdict"]) for row in rows] == [("graft_is_shared", verdict)] * 2
+    assert rows[0]["effect"] == (None if excess[0] is None else pytest.approx(100 * excess[0]))
+    assert "shared 0.400, expected with the same counts in each tensor 0.300" in rows[0]["note"]
+
+
+def test_grafts_of_models_that_were_taught_elsewhere():
+    rows = _grafted(_right(2), _right(0), _right(2), given=["theirs"], model="theirs")
+    judged = [row for row in rows if row["verdict"] != "not tested"]
+    assert [row["text"].startswith("theirs: ") for row in judged] == [True] * 3
+    assert all("Mix-tuned" not in row["test"] for row in judged)
+    assert _grafted(_right(2), _right(0), _right(2), model="another") == []
+
+
+@pytest.mark.parametrize(
+    "mixed, staged, verdict",
+    [
+        ((0.3, 0.25, 0.35), (0.1, 0.05, 0.15), "holds"),
+        ((0.1, 0.05, 0.15), (0.3, 0.25, 0.35), "does not hold"),
+        ((0.15, 0.1, 0.2), (0.1, 0.05, 0.15), "undecided"),
+        ((None, None, None), (0.1, 0.05, 0.15), "undecided"),
+    ],
+)
+def test_sharing_in_the_circuit(mixed: tuple, staged: tuple, verdict: str):
+    names = ("concentration", "concentration_low", "concentration_high")
+
+    def row(values: tuple, **place: str) -> dict:
+        return {"unit": "query_head", "when": "online", "part": "qa_id", **place} | dict(zip(names, values))
+
+    others = [row((9.0, 8.0, 10.0), part="qa_ood"), row((9.0, 8.0, 10.0), when="checkpoints")]
+    circuits = {
+        name: {"agreement": [*others, row(values), row(values, unit="neuron", when="final")]}
+        for name, values in (("mixed", mixed), ("two_stage", staged))
+    }
+    recalled = {name: {"bio": {"logprob": -0.5}, "qa_id": {"logprob": -0.25}} for name in circuits}
+    rows = judge({"mechanism": {"circuit": circuits}, "recall": recalled}, {}, {}, [FRACTION])[0]
+    assert [(r["claim"], r["when"], r["verdict"]) for r in rows] == [
+        ("in_circuit", "online", verdict), ("in_circuit", "final", verdict)
+    ]  # fmt: skip
+    assert "attention heads" in rows[0]["text"] and "MLP neurons" in rows[1]["text"]
+    if mixed[0] is not None:
+        half = 100 * np.hypot(0.05, 0.05)
+        assert rows[0]["high"] - rows[0]["effect"] == pytest.approx(half) == rows[0]["effect"] - rows[0]["low"]
+        assert rows[0]["effect"] == pytest.approx(100 * (mixed[0] - staged[0]))
+    older = {name: {"agreement": [{"unit": "query_head", "when": "online", "part": "qa_id"}]} for name in circuits}
+    assert judge({"mechanism": {"circuit": older}, "recall": recalled}, {}, {}, [FRACTION])[0] == []
 
 
 def test_what_needs_no_trace_is_not_told_as_untested():

@@ -39,8 +39,8 @@ trace: {measures: [abs, net], every: 2, parts: 2}
 analysis: {fractions: [0.01, 0.05, 0.2], central_fractions: [0.05], draws: 4}
 interventions: {fractions: [0.05], seeds: 2, questions: 12}
 mechanism:
-  {parts: [gradients, representations, signature, lens, circuit, positions, transfer, dynamics], facts: 12,
-   together: 12, draws: 1, questions: 8, steps: 2, alone: 2, seeds: 1, signature: 3}
+  {parts: [gradients, representations, signature, lens, circuit, minimal_graft, positions, transfer, dynamics],
+   facts: 12, together: 12, draws: 1, questions: 8, steps: 2, alone: 2, seeds: 1, signature: 3}
 retention: {people: 24, steps: 4, bio: 4, qa: 8, replay_bio: 2, replay_qa: 4, every: 2, questions: 12, draws: 1}
 eval: {known_examples: 60}
 jobs: 1
@@ -75,7 +75,8 @@ def of_parts(results: dict, parts: set[str]) -> dict:
     """The results of a run that finds out these parts of the mechanism alone."""
     needs = {
         "gradient_consistency": "gradients", "consistency_in_shared_set": "gradients",
-        "state_consistency": "representations", "input_signature": "signature",
+        "state_consistency": "representations", "input_signature": "signature", "in_circuit": "circuit",
+        "minimal_graft": "minimal_graft", "graft_is_shared": "minimal_graft",
     }  # fmt: skip
     part = lambda claim: "dynamics" if claim["text"].endswith(" while it trains") else needs.get(claim["claim"])
     kept = [claim for claim in results["claims"] if part(claim) in parts | {None}]
@@ -109,7 +110,7 @@ def test_results_hold_what_they_promise(whole: Path) -> None:
     assert {claim["verdict"] for claim in results["claims"]} <= {"holds", "does not hold", "undecided"}
     assert {claim["claim"] for claim in results["claims"]} == {
         "recall", "more_shared", "more_central", "ablation", "grafting", "gradient_consistency", "state_consistency",
-        "input_signature", "consistency_in_shared_set",
+        "input_signature", "consistency_in_shared_set", "minimal_graft", "graft_is_shared", "in_circuit",
     }  # fmt: skip
     during = [claim for claim in results["claims"] if claim["text"].endswith(" while it trains")]
     assert [(claim["claim"], claim["when"]) for claim in during] == [
@@ -134,7 +135,7 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
     assert set(found) == set(PARTS)
     for part, rows in found.items():
         assert set(rows) == {"base", "two_stage", "mixed"} - ({"base"} if part in WITHOUT_BASE else set())
-        if part not in ("circuit", "dynamics"):
+        if part not in ("circuit", "minimal_graft", "dynamics"):
             assert {row["part"] for row in rows["mixed"]} == {"qa_id", "qa_ood"}
     for strategy, updates in (("mixed", [0, 4, 6]), ("two_stage", [0, 4, 6, 10, 12])):
         followed = found["dynamics"][strategy]
@@ -508,7 +509,7 @@ def test_what_fails_after_training_is_left_out_told_and_tried_again(
         ("trace", "doctor", "base"), ("analyze", "", "mixed"), ("analyze", "drift", "mixed"),
         ("analyze", "drift", "two_stage"), ("intervene", "", "mixed"), ("mechanism", "lens", "base"),
         ("mechanism", "lens", "two_stage"), ("mechanism", "gradients", "mixed"), ("mechanism", "circuit", "mixed"),
-        ("report", "claims", ""), ("report", "section transfer", ""),
+        ("mechanism", "minimal_graft", "mixed"), ("report", "claims", ""), ("report", "section transfer", ""),
     }  # fmt: skip
     assert results == Results.read(folder)
     assert rows["mechanism", "lens", "base"]["error"] == "ZeroDivisionError"

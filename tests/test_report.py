@@ -30,6 +30,7 @@ CSVS = [
     "history",
     "lens",
     "map",
+    "minimal_graft",
     "overlap",
     "positions",
     "recall",
@@ -93,8 +94,8 @@ def test_order_and_first_sentence(page):
     html = page.read_text(encoding="utf-8")
     ids = re.findall(r'<section id="(\w+)"', html)
     order = ["answer", "recall", "training", "shared", "where", "centralization", "ablate", "graft"]
-    order += ["gradients", "representations", "signature", "lens", "circuit", "positions", "transfer", "dynamics"]
-    order += ["retention", "how"]
+    order += ["gradients", "representations", "signature", "lens", "circuit", "minimal_graft", "positions"]
+    order += ["transfer", "dynamics", "retention", "how"]
     assert ids == order
     text = text_of(page)
     assert text.count("Mix-tuned answers 89 % of the held-out questions, Stage-tuned 11 %") >= 2
@@ -161,7 +162,7 @@ def test_a_missing_part_is_left_out(part, tmp_path):
         assert text.count("crosstrace intervene RUN adds this") == 2
         assert not (tmp_path / "ablate.csv").exists()
     if part == "mechanism":
-        assert text.count("crosstrace mechanism RUN adds this") == 7
+        assert text.count("crosstrace mechanism RUN adds this") == 8
     if part == "retention":
         assert "crosstrace retain RUN adds this" in text
     if part == "recall":
@@ -251,7 +252,7 @@ def test_each_figure_stands_alone():
 
     results = sample_results()
     names = [n for n in report.__all__ if n.startswith("figure_")]
-    assert len(names) == 17
+    assert len(names) == 18
     for name in names:
         figure = getattr(report, name)(results, **({"place": "subject"} if name == "figure_depth" else {}))
         assert isinstance(figure, Figure) and figure.axes

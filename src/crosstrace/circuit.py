@@ -279,7 +279,7 @@ def smallest(rows: Sequence[Row], share: float = 0.9) -> int | None:
     kept = sorted((r for r in rows if r["kind"] == "keep" and r["order"] == "top"), key=lambda row: -row["nodes"])
     fewest = None
     for row in kept:  # from all nodes down, as long as it is enough
-        if not row["exact_match"] or row["exact_match"] < share * kept[0]["exact_match"]:
+        if not row["exact_match"] or row["exact_match"] < share * kept[0]["exact_match"] - 1e-9:  # of rounding
             break
         fewest = row["nodes"]
     return fewest
@@ -294,9 +294,13 @@ def agreement(scores: np.ndarray, pset: ParamSet, anatomy: Anatomy, unit: str, p
     their own, so the correlation is also that of ranks within each layer, less the layer's mean, and tested by dealing
     the shares out within layers only.
 
+    How concentrated the set is in the critical nodes is told too: the share of its parameters in nodes of this kind
+    that they hold, minus their share of all parameters in such nodes, with a bootstrap that draws nodes.
+
     Returns:
-        {unit, nodes, critical, spearman, spearman_p, within, within_p, auc, auc_p}; None where the set holds nothing of
-        these nodes, or of all the same share (within: in every layer).
+        {unit, nodes, critical, spearman, spearman_p, within, within_p, auc, auc_p, concentration, concentration_low,
+        concentration_high}; None where the set holds nothing of these nodes, or of all the same share (within: in every
+        layer; concentration: only where it holds nothing).
     """
     sizes = anatomy.sizes(unit, list(pset.masks))
     has = sizes > 0
@@ -305,6 +309,7 @@ def agreement(scores: np.ndarray, pset: ParamSet, anatomy: Anatomy, unit: str, p
     critical = np.zeros(len(weight), dtype=bool)
     critical[np.argsort(-weight, kind="stable")[: max(1, round(CRITICAL * len(weight)))]] = True
     row: Row = {"unit": unit, "nodes": int(has.sum()), "critical": int(critical.sum())}
+    row |= _concentration(anatomy.count(pset, unit)[has], sizes[has], critical)
     if len(weight) < 3 or np.ptp(share) == 0 or np.ptp(weight) == 0:
         return row | dict.fromkeys(("spearman", "spearman_p", "within", "within_p", "auc", "auc_p"))
 
@@ -329,6 +334,28 @@ def agreement(scores: np.ndarray, pset: ParamSet, anatomy: Anatomy, unit: str, p
         "auc": float(auc[0]),
         "auc_p": extreme(auc - 0.5),
     }
+
+
+def _concentration(held: np.ndarray, sizes: np.ndarray, critical: np.ndarray, draws: int = 2000) -> Row:
+    """The critical nodes' share of a set's parameters minus their share of all, with a percentile interval over draws
+    of nodes.
+
+    Args:
+        held, sizes: [nodes] the parameters of each node in the set, and all of them.
+        critical: [nodes] bool.
+    """
+    names = ("concentration", "concentration_low", "concentration_high")
+    if not held.sum():
+        return dict.fromkeys(names)
+    rng, n = np.random.default_rng(_SEED), len(held)
+    columns = np.stack([held * critical, held, sizes * critical, sizes], axis=1).astype(float)
+    at_once = max(1, 2_000_000 // n)
+    times = [rng.multinomial(n, np.full(n, 1 / n), min(at_once, draws - done)) for done in range(0, draws, at_once)]
+    sums = np.concatenate([own @ columns for own in times])
+    sums = sums[sums[:, 1] > 0]  # a draw of nodes that the set has nothing of
+    low, high = np.quantile(sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3], [0.025, 0.975])
+    inside, whole, critical_sizes, all_sizes = columns.sum(0)
+    return dict(zip(names, (float(inside / whole - critical_sizes / all_sizes), float(low), float(high))))
 
 
 def _within(

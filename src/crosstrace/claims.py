@@ -22,6 +22,7 @@ TIMES = ("online", "summed", "final")
 BOOTSTRAP_SEED = 0
 HELD_OUT = "qa_ood"  # the facts that gradients, hidden states and inputs are compared on
 RANDOM = ("random", "random_per_tensor")
+FEW = 0.05  # of the parameters, that are grafted to restore recall
 FEWEST = 6  # people: of five, all differ in one direction by chance in more than 5 % of the cases
 Row = dict[str, Any]
 Values = dict[tuple[str, int], float]  # of single facts: the person, and which one of the person's facts
@@ -85,7 +86,8 @@ INPUTS = Comparison(
     unit="percentage points",
     measure=f"signature.{HELD_OUT}",
 )
-OF_CHECKPOINTS = tuple(what.claim for what in (GRADIENTS, STATES, INPUTS))  # no trace has a part in these
+# no trace has a part in these
+OF_CHECKPOINTS = (*(what.claim for what in (GRADIENTS, STATES, INPUTS)), "minimal_graft")
 FOLLOWED = tuple(what.measure for what in (GRADIENTS, STATES, INPUTS))  # at every checkpoint, fact by fact
 
 
@@ -131,6 +133,13 @@ def judge(
         for when in TIMES:
             for kind in ("ablate", "graft"):
                 rows += [_of(name, row) for row in _beats_controls(interventions[name], when, kind)]
+    for name, found in (mechanism.get("minimal_graft") or {}).items():
+        if name == MIXED or name in given:
+            rows += [_of(name, row) for row in (*_few_restore(found), *_restored_by_shared(found))]
+    circuits = mechanism.get("circuit") or {}
+    for when in TIMES:
+        for unit in ("query_head", "neuron"):
+            rows += _in_circuit(circuits, when, unit)
     if given:
         rows += _not_tested(rows, results)
     return rows, _differences(rows, results)
@@ -260,6 +269,85 @@ def _beats_controls(found: Mapping[str, Any], when: str, kind: str) -> list[Row]
     ]  # fmt: skip
 
 
+def _few_restore(found: Mapping[str, Any]) -> list[Row]:
+    """Whether a few grafted parameters restore half of the held-out recall that was learned."""
+    grafts = [row for row in found["grafts"] if row["part"] == HELD_OUT]
+    ranked = [row for row in grafts if row["order"] == "contribution"]
+    if not ranked:
+        return []
+    chosen = min(ranked, key=lambda row: abs(math.log(row["fraction"] / FEW)))
+    base, tuned = (next(row for row in grafts if row["order"] == order) for order in ("base", "tuned"))
+    values = [_values(row["by_person"]) for row in (chosen, base, tuned)]
+    facts = [*values[0]]
+    restored, before, after = ([own[fact] for fact in facts] for own in values)
+    effect, low, high = _over_people(restored, [(b + a) / 2 for b, a in zip(before, after)], facts)
+    percent = f"{100 * chosen['fraction']:g} %"
+    smallest = next(r for r in found["fewest"] if (r["part"], r["order"]) == (HELD_OUT, "contribution"))
+    nine = "no graft" if smallest["size"] is None else f"the smallest graft has {100 * smallest['fraction']:g} %"
+    levels = ", ".join(
+        f"{label} {_number(_mean(own), '.1%').replace('%', ' %')}"
+        for label, own in (("base", before), (f"with {percent} grafted", restored), ("tuned", after))
+    )
+    return [
+        {
+            "claim": "minimal_graft",
+            "text": f"Grafting {percent} of the parameters restores half of held-out recall",
+            "when": "final",
+            "verdict": _verdict(low, high),
+            **_points(effect, low, high),
+            "test": "base with the Mix-tuned values of the parameters that contribute most to the trained answers: "
+            "held-out exact match, minus the mean of base and Mix-tuned model: 95 % bootstrap interval over subjects "
+            "above 0",
+            "note": f"{levels}{_counted(facts)}; of those that restore nine tenths {nine}",
+        }
+    ]
+
+
+def _restored_by_shared(found: Mapping[str, Any]) -> list[Row]:
+    """Whether the parameters that restore recall are shared ones."""
+    return [
+        {
+            "claim": "graft_is_shared",
+            "text": "The parameters that restore recall when grafted are shared ones",
+            "when": row["when"],
+            "verdict": _verdict(row["excess_low"], row["excess_high"]),
+            **_points(row["excess"], row["excess_low"], row["excess_high"]),
+            "test": "of as many parameters as the Mix-tuned shared set has, those that contribute most to the trained "
+            "answers: the share that is shared, minus the share expected with the same counts in each tensor: 95 % "
+            "jackknife interval over parts of the questions above 0",
+            "note": f"shared {_number(row['overlap'], '.3f')}, expected with the same counts in each tensor "
+            f"{_number(row['chance_per_tensor'], '.3f')}, in all {_number(row['chance'], '.3f')}",
+        }
+        for row in found["overlap"]
+        if row["when"] in TIMES
+    ]
+
+
+def _in_circuit(circuits: Mapping[str, Any], when: str, unit: str) -> list[Row]:
+    """Whether mixed training shares more in the heads or neurons that its recall goes through."""
+    pair = _pair(
+        {name: found["agreement"] for name, found in circuits.items()}, when=when, unit=unit, part="qa_id"
+    )  # fmt: skip
+    if pair is None or any("concentration" not in row for row in pair):  # of an earlier version
+        return []
+    effect, low, high = _apart(*pair, name="concentration")
+    units = "attention heads" if unit == "query_head" else "MLP neurons"
+    levels = [_number(None if row["concentration"] is None else 100 * row["concentration"], "+.1f") for row in pair]
+    return [
+        {
+            "claim": "in_circuit",
+            "text": f"Mixed training shares more in the {units} that recall goes through",
+            "when": when,
+            "verdict": _verdict(low, high),
+            **_points(effect, low, high),
+            "test": f"share of the shared set's parameters in {units} that the tenth of them with the most "
+            "attribution (trained questions) holds, minus their share of all such parameters; Mix-tuned minus "
+            f"Stage-tuned: 95 % interval above 0, from bootstraps over {units}",
+            "note": f"Mix-tuned {levels[0]}, Stage-tuned {levels[1]} percentage points",
+        }
+    ]
+
+
 def _against_controls(effects: Mapping[str, Effect]) -> tuple[str, str]:
     """The strongest control, and the verdict on a claim that must hold against every one."""
     verdicts = [_verdict(low, high) for _, low, high in effects.values()]
@@ -278,6 +366,8 @@ def compares_facts(part: str, row: Row) -> bool:
         return False
     if part == "gradients":
         return row["group"] in ("all", "shared", *RANDOM)
+    if part == "minimal_graft":
+        return row["order"] in ("base", "contribution", "tuned")
     if part == "representations":
         return row["place"] == "answer" and row["layer"] > 0
     return part == "signature" and row["format"] == "stored" and row["group"] in ASKED
@@ -507,6 +597,15 @@ def _difference(a: Row, b: Row, name: str) -> Effect:
         return effect, effect, effect
     freedom = variance**2 / sum(error**4 / own for error, own in zip(errors, freedoms))
     half = float(student.ppf(0.975, freedom)) * math.sqrt(variance)
+    return effect, effect - half, effect + half
+
+
+def _apart(a: Row, b: Row, name: str) -> Effect:
+    """a − b of two independent estimates whose 95 % intervals are known: their half-widths add up in quadrature."""
+    if any(row[key] is None for row in (a, b) for key in (name, f"{name}_low", f"{name}_high")):
+        return None, None, None
+    effect = a[name] - b[name]
+    half = math.hypot(*((row[f"{name}_high"] - row[f"{name}_low"]) / 2 for row in (a, b)))
     return effect, effect - half, effect + half
 
 

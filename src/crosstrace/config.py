@@ -147,18 +147,20 @@ class MechanismSettings:
     """Analyse the mechanism at all."""
     parts: list[
         Literal[
-            "gradients", "representations", "signature", "lens", "circuit", "positions", "transfer", "dynamics"
+            "gradients", "representations", "signature", "lens", "circuit", "minimal_graft", "positions", "transfer",
+            "dynamics",
         ]
     ] = Field(
         default_factory=lambda: [
-            "gradients", "representations", "signature", "lens", "circuit", "positions", "transfer"
+            "gradients", "representations", "signature", "lens", "circuit", "minimal_graft", "positions", "transfer"
         ],
         min_length=1,
     )  # fmt: skip
     """Which analyses: consistency of a fact's two formats in gradients and in hidden states; which input tokens an
-    answer is read off; how it comes about along the layers; heads and neurons, and what the heads attend to; tuned
-    weights at some tokens only; formats never trained; and recall, sharing, consistency, signature and circuit at every
-    kept checkpoint (`dynamics`, of use with train.keep_checkpoints)."""
+    answer is read off; how it comes about along the layers; heads and neurons, and what the heads attend to; the fewest
+    parameters that restore recall when grafted; tuned weights at some tokens only; formats never trained; and recall,
+    sharing, consistency, signature and circuit at every kept checkpoint (`dynamics`, of use with
+    train.keep_checkpoints)."""
     facts: Annotated[int, Field(ge=4)] = 192
     """Facts that are analysed, in distribution and out of distribution each; of whole people."""
     together: Annotated[int, Field(ge=2)] = 48
@@ -166,7 +168,8 @@ class MechanismSettings:
     draws: Annotated[int, Field(ge=1)] = 2
     """Random sets, of each kind, that the shared set is compared with."""
     questions: Annotated[int, Field(ge=2)] = 96
-    """Questions of each kind that the circuit is of, and that are asked with tuned weights at some tokens only."""
+    """Questions of each kind that the circuit is of, that parameters are ranked by for the smallest graft, and that are
+    asked with tuned weights in some parameters or at some tokens only."""
     steps: Annotated[int, Field(ge=1)] = 16
     """Points on the way from a node's mean to its activation at which a gradient is taken, at first."""
     signature: Annotated[int, Field(ge=2)] = 24

@@ -199,9 +199,14 @@ def load_base(experiment: Experiment, processes: Processes | None = None) -> Any
     return _read(experiment, options.name, processes, random_init=options.random_init)
 
 
+def central_fraction(experiment: Experiment) -> float:
+    """The one of analysis.central_fractions that is nearest to 5 %: where one shared set stands for all."""
+    return min(experiment.analysis.central_fractions, key=lambda f: abs(math.log(f / 0.05)))
+
+
 def shared_sets(run: Run, experiment: Experiment, name: str) -> list[tuple[str, ParamSet]]:
-    """A strategy's shared set of each time, at the fraction nearest to 5 %."""
-    fraction = min(experiment.analysis.central_fractions, key=lambda f: abs(math.log(f / 0.05)))
+    """A strategy's shared set of each time, at the central fraction."""
+    fraction = central_fraction(experiment)
     files = {when: run.path(f"shared/{name}") / f"{when}-{fraction:g}-shared.safetensors" for when in WHENS}
     return [(when, ParamSet.load(file)) for when, file in files.items() if file.exists()]
 

@@ -14,16 +14,18 @@ from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
-from crosstrace import circuit, claims, dynamics, lens, models, positions, signature, transfer
+from crosstrace import circuit, claims, dynamics, lens, minimal_graft, models, positions, signature, transfer
 from crosstrace.adapters import is_adapted
 from crosstrace.anatomy import Anatomy
 from crosstrace.config import Experiment
-from crosstrace.consistency import FactPair, fact_pairs, gradient_consistency, representation_consistency
+from crosstrace.consistency import FactPair, by_person, fact_pairs, gradient_consistency, representation_consistency
 from crosstrace.errors import UserError
 from crosstrace.evaluate import recall
 from crosstrace.facts import World
+from crosstrace.intervene import grafted
 from crosstrace.left_out import Part, attempt
 from crosstrace.material import (
+    central_fraction,
     checkpoints,
     examples,
     in_scope,
@@ -44,7 +46,7 @@ from crosstrace.tokens import Encoded
 
 Row = dict[str, Any]
 FORMAT = 2  # of the rows: with the values of single facts, since 2; older ones are made again
-FORMATS = {"dynamics": 4, "signature": 3}  # of parts whose rows have changed since: the signature by Shapley values
+FORMATS = {"circuit": 3, "dynamics": 4, "signature": 3}  # of parts whose rows have changed since
 HEADS = 4  # the most important ones, whose attention is told
 
 
@@ -371,15 +373,51 @@ def _sets(asked: Asked) -> list[tuple[dict[str, Any], ParamSet]]:
     return found
 
 
+def smallest_grafts(asked: Asked) -> dict[str, Any]:
+    """The fewest parameters whose tuned values restore recall in the base, and how many of them are shared."""
+    experiment, parts = asked.experiment, asked.experiment.trace.parts
+    questions = {part: items for part, items in asked.questions.items() if items}
+    base = load_start(asked.run, experiment, asked.name)
+    tuned = {parameter: value.detach() for parameter, value in asked.model.named_parameters()}
+    names = in_scope(experiment, base)
+    groups = [[item for item in questions["qa_id"] if item.group % parts == part] for part in range(parts)]
+    data = [circuit.answer_batches(items, asked.tokenizer) for items in groups if items]
+    changes, about = minimal_graft.contributions(base, tuned, data, names)
+    orders = {"contribution": minimal_graft.order(changes), "movement": minimal_graft.movement(base, tuned, names)}
+    fractions = sorted({*experiment.analysis.fractions, central_fraction(experiment), 1.0})
+    rows: list[Row] = []
+
+    def ask(model: Any, order: str, fraction: float, size: int) -> None:
+        for part, items in questions.items():
+            result = recall(model, asked.tokenizer, items)
+            row = {"part": part, "order": order, "fraction": fraction, "size": size, **result.summary()}
+            rows.append(row | {"by_person": by_person(result.exact.astype(float), result.person)})
+
+    ask(base, "base", 0.0, 0)
+    with asked.bar("minimal graft", len(fractions) * (len(orders) + 1)) as update:
+        for order, fraction, pset in minimal_graft.sets(orders, fractions, names):
+            with grafted(base, pset, tuned):
+                ask(base, order, fraction, pset.size)
+            update.add(1)
+    ask(asked.model, "tuned", 1.0, sum(value.numel() for value in tuned.values()))
+    found = {"order": about, "grafts": rows, "fewest": minimal_graft.fewest(rows), "overlap": []}
+    for when, pset in asked.shared:
+        place = {"when": when, "fraction": pset.meta["fraction"]}
+        found["overlap"].append(place | minimal_graft.overlap(changes, pset, names))
+    _without_facts(asked, "minimal_graft", rows)
+    return found
+
+
 PARTS: Mapping[str, Callable[[Asked], Any]] = {
     "gradients": gradients,
     "representations": representations,
     "signature": input_signatures,
     "lens": along_layers,
     "circuit": circuits,
+    "minimal_graft": smallest_grafts,
     "positions": at_positions,
     "transfer": transferred,
     "dynamics": over_training,
 }
-OF_SHARED_SETS: Sequence[str] = ("gradients", "circuit")  # these read what analyze has found
-WITHOUT_BASE: Sequence[str] = ("positions", "dynamics")  # it is where both begin
+OF_SHARED_SETS: Sequence[str] = ("gradients", "circuit", "minimal_graft")  # these read what analyze has found
+WITHOUT_BASE: Sequence[str] = ("minimal_graft", "positions", "dynamics")  # it is where both begin

@@ -54,6 +54,9 @@ HEADLINE = {
     "lens.qa_ood.recalled": "layer at which the object appears, held out",
     "circuit.qa_id.query_head.kept": "share of heads that keep recall, trained",
     "circuit.qa_id.neuron.kept": "share of neurons that keep recall, trained",
+    "minimal_graft.qa_ood.contribution.0.05": "5 % of the parameters grafted, recall, held out",
+    "graft_is_shared.online": "restoring parameters that are shared, beyond chance, online",
+    "graft_is_shared.final": "restoring parameters that are shared, beyond chance, at the end",
     "positions.qa_ood.subject": "tuned weights at the subject alone, held out",
     "positions.qa_ood.last": "tuned weights from the last token on, held out",
     "positions.qa_ood.subject+last": "tuned weights at subject and last, held out",
@@ -77,7 +80,7 @@ HEADLINE = {
 
 SHARES = (  # measures between 0 and 1, which no interval leaves
     "recall.", "overlap.", "states.qa_id.answer.top1", "states.qa_ood.answer.top1", "signature.", "circuit.",
-    "positions.", "transfer.", "retention.", "repair.", "still.", "ablate.", "graft.",
+    "minimal_graft.", "fewest.", "positions.", "transfer.", "retention.", "repair.", "still.", "ablate.", "graft.",
 )  # fmt: skip
 
 
@@ -88,11 +91,14 @@ def measures(results: Mapping[str, Any], strategy: str) -> Row:
     place); overlap.WHEN.REDUCTION.FRACTION; spearman, cosine .WHEN.REDUCTION;
     excess_gini.WHEN.UNIT.FRACTION; ablate, graft .WHEN.FRACTION.SET.PART (exact match); gradient.PART.{same, excess,
     first} over all parameters in scope; states.PART.PLACE.{top1, excess, cka} at the layer where each is highest;
-    circuit.PART.UNIT.kept (share of the nodes that keep nine tenths of the recall); positions.PART.PLACES (exact
-    match); signature.PART.FORMAT.GROUP (share of the attribution; `asked`: subject and relation), erased of the same
-    (drop in nats); lens.PART.FORMAT (layer at which the object is first for half as many texts as at the end);
-    transfer.PART.FORMAT (share right); half.MEASURE (update at which a measure was halfway); retention.ARM.PART (exact
-    match after further training), still.ARM, moved.ARM.WHEN.SET (lift), repair.ARM.WHEN.SET.PART (exact match).
+    circuit.PART.UNIT.kept (share of the nodes that keep nine tenths of the recall), concentration.PART.UNIT.WHEN (of
+    the shared set in the critical nodes); minimal_graft.PART.ORDER.FRACTION (exact match), fewest.PART.ORDER (fraction
+    that restores nine tenths), graft_is_shared.WHEN (overlap beyond what counts per tensor make);
+    positions.PART.PLACES (exact match); signature.PART.FORMAT.GROUP (share of the attribution; `asked`: subject and
+    relation), erased of the same (drop in nats); lens.PART.FORMAT (layer at which the object is first for half as many
+    texts as at the end); transfer.PART.FORMAT (share right); half.MEASURE (update at which a measure was halfway);
+    retention.ARM.PART (exact match after further training), still.ARM, moved.ARM.WHEN.SET (lift),
+    repair.ARM.WHEN.SET.PART (exact match).
     """
     found: Row = {}
     for part, cell in results["recall"][strategy].items():
@@ -125,6 +131,15 @@ def measures(results: Mapping[str, Any], strategy: str) -> Row:
             found[key] = max((v for v in (found.get(key), row[name]) if v is not None), default=None)
     for row in of["circuit"]["kept"] if of.get("circuit") else ():
         found[f"circuit.{row['part']}.{row['unit']}.kept"] = row["nodes"] and row["nodes"] / row["of"]
+    for row in of["circuit"]["agreement"] if of.get("circuit") else ():
+        found[f"concentration.{row['part']}.{row['unit']}.{row['when']}"] = row["concentration"]
+    for row in of["minimal_graft"]["grafts"] if of.get("minimal_graft") else ():
+        if row["order"] not in ("base", "tuned"):
+            found[f"minimal_graft.{row['part']}.{row['order']}.{row['fraction']:g}"] = row["exact_match"]
+    for row in of["minimal_graft"]["fewest"] if of.get("minimal_graft") else ():
+        found[f"fewest.{row['part']}.{row['order']}"] = row["fraction"]
+    for row in of["minimal_graft"]["overlap"] if of.get("minimal_graft") else ():
+        found[f"graft_is_shared.{row['when']}"] = row["excess"]
     for row in of.get("signature", ()):
         place = f"{row['part']}.{row['format']}"
         if row["group"] != "all":

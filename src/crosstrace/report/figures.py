@@ -80,6 +80,13 @@ CIRCUIT = {  # what is done to which nodes
 }
 
 
+GRAFTS = {  # how the parameters are ranked that are grafted
+    "contribution": Look(INK, "o", width=2.6),
+    "movement": Look(SERIES[2], "s"),
+    "random_per_tensor": Look(SERIES[4], "v", "--"),
+}
+
+
 def strategy_looks(results: Mapping) -> dict[str, Look]:
     """A look for each strategy and for the base, the same in every figure of a report."""
     hues = SERIES[:-1]
@@ -378,6 +385,31 @@ def figure_circuit(
     ax.set_ylim(-0.02, 1.04)
     ax.xaxis.set_major_locator(_ticker().MultipleLocator(0.25))
     ax.xaxis.set_major_formatter(lambda v, _: say.percent(v))
+    return _finish(fig, ax, legend)
+
+
+@_figure
+def figure_minimal_graft(
+    results: Mapping, *, model: str | None = None, part: str | None = None, legend: bool = True
+) -> Figure:
+    """Exact match of the base with the first parameters of each order grafted, against their fraction."""
+    every = R.mechanism_rows(results, "minimal_graft", "grafts")
+    model = model or next((m for m in reversed(R.distinct(every, "model"))), None)
+    part = part or next(iter(R.held_out_first(R.distinct(every, "part"))), None)
+    every = R.where(every, model=model, part=part)
+    rows = _needed([r for r in every if r["order"] in GRAFTS], f"minimal grafts of {model}")
+    fig, ax = _panel(
+        say.model(model or ""),
+        f"{say.test(part or '')}: exact match",
+        below="grafted fraction of the parameters in scope",
+    )
+    for name, look in (("tuned", TUNED), ("base", UNTUNED)):
+        for row in R.where(every, order=name):
+            ax.axhline(row["exact_match"], color=look.color, ls=look.dash, lw=look.width, alpha=0.8, label=name)
+    for name, look in reversed(GRAFTS.items()):  # the first order on top
+        _curve(ax, R.where(rows, order=name), "fraction", "exact_match", look, say.GRAFTED[name])
+    _fraction_axis(ax, rows)
+    ax.set_ylim(-0.02, 1.04)
     return _finish(fig, ax, legend)
 
 

@@ -262,6 +262,10 @@ def circuit(results: Mapping) -> Section:
             "Spearman": lambda r: tested("spearman", r),
             "Within layers": lambda r: tested("within", r) if r.get("within") is not None else say.DASH,
             "ROC-AUC": lambda r: tested("auc", r),
+            "Held by the top tenth, beyond its size": lambda r: Cell(
+                say.percent(r.get("concentration")),
+                say.interval(r.get("concentration_low"), r.get("concentration_high")),
+            ),
         }
         title = "Do the nodes that matter hold the shared parameters? Permutation tests"
         section.blocks.append(table(title, agreement, columns, folded=False))
@@ -290,6 +294,82 @@ def circuit(results: Mapping) -> Section:
     }
     modules = R.mechanism_rows(results, "circuit", "modules")
     section.blocks.append(table("Completeness: what a module's nodes sum to", modules, columns))
+    return section
+
+
+def minimal_graft(results: Mapping) -> Section:
+    """How few parameters restore recall when they are grafted, and how many of them are shared."""
+    section = Section("minimal_graft", "The fewest parameters that restore recall", command="mechanism")
+    rows = R.mechanism_rows(results, "minimal_graft", "grafts")
+    if not rows:
+        section.absent = "The smallest graft that restores recall was not looked for"
+        return section
+    parts, models = R.held_out_first(R.distinct(rows, "part")), R.distinct(rows, "model")
+    smallest = R.mechanism_rows(results, "minimal_graft", "fewest")
+    sentences = []
+    for model in models:
+        (fewest,) = R.where(smallest, model=model, part=parts[0], order="contribution")
+        whole = R.where(rows, model=model, part=parts[0], order="tuned")[0]["exact_match"]
+        with_all = R.where(rows, model=model, part=parts[0], order="contribution", fraction=1.0)[0]["exact_match"]
+        if whole is None or whole < WORTH:
+            continue
+        if fewest["size"] is None:
+            text = f"no graft does so: with all parameters in scope the base answers {say.percent(with_all)}"
+        else:
+            text = f"{say.percent(fewest['fraction'])} of the parameters in scope do so ({fewest['size']:,})"
+        sentences.append(
+            f"{say.model(model)} answers {say.percent(whole)} of the {say.answered(parts[0])}; nine tenths of that "
+            f"are to be restored in the base by grafting: {text}."
+        )
+    lines = [("model as trained", F.TUNED), ("base", F.UNTUNED)]
+    section.blocks.append(
+        Plot(
+            "minimal_graft",
+            sentences[0] if sentences else "No model answers enough for a graft to restore.",
+            "The tuned values of some parameters are put into the base, which is then asked. Parameters are ranked by "
+            "how much their change adds to the log-probability of trained answers (integrated gradients along the way "
+            "from base to tuned values), or by how far they moved. Held-out questions have no part in the order. Bands "
+            "are 95 % Wilson intervals.",
+            key([*((say.GRAFTED[name], look) for name, look in F.GRAFTS.items()), *lines]),
+            [
+                F.to_svg(
+                    F.figure_minimal_graft(results, model=model, part=part, legend=False),
+                    f"minimal-graft-{i}-{j}",
+                    f"{say.model(model)}, {say.test(part)}",
+                )
+                for i, model in enumerate(models)
+                for j, part in enumerate(parts)
+            ],
+            rows,
+            also=" ".join(sentences[1:]),
+        )
+    )
+    shared = R.mechanism_rows(results, "minimal_graft", "overlap")
+
+    def beyond(row: Row) -> Cell:
+        amounts = (say.decimal(row[name], 3, sign=True) for name in ("excess", "excess_low", "excess_high"))
+        excess, low, high = amounts
+        return Cell(excess, f"{low} to {high}")
+
+    columns: Columns = {
+        "Model": model_of,
+        "Shared set": lambda r: Cell(say.when(r["when"]), f"top {say.percent(r['fraction'])}"),
+        "Parameters": lambda r: say.plain(r["size"]),
+        "Shared": lambda r: Cell(say.percent(r["overlap"]), f"of all in scope {say.percent(r['chance'])}"),
+        "Expected, same counts per tensor": lambda r: say.percent(r["chance_per_tensor"]),
+        "Beyond": beyond,
+    }
+    if shared:
+        title = "As many parameters as are shared, first by contribution: how many of them are shared"
+        section.blocks.append(table(title, shared, columns, folded=False))
+    columns = {
+        "Model": model_of,
+        "Questions": lambda r: say.test(r["part"]),
+        "Ranked": lambda r: say.GRAFTED[r["order"]],
+        "Fewest that restore nine tenths": lambda r: say.plain(r["size"]),
+        "Share of those in scope": lambda r: say.percent(r["fraction"]),
+    }
+    section.blocks.append(table("The smallest grafts", smallest, columns))
     return section
 
 

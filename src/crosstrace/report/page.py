@@ -698,6 +698,7 @@ SECTIONS: Sequence[tuple[str, str, Callable[[Mapping], Section]]] = (
     ("signature", "mechanism", mechanism.signature),
     ("lens", "mechanism", mechanism.lens),
     ("circuit", "mechanism", mechanism.circuit),
+    ("minimal_graft", "mechanism", mechanism.minimal_graft),
     ("positions", "mechanism", mechanism.positions),
     ("transfer", "mechanism", learning.transfer),
     ("dynamics", "mechanism", learning.dynamics),

@@ -76,6 +76,11 @@ INSTEAD = {
     "nothing": "nothing",
 }
 ARMS = {"alone": "on new material alone", "replay": "with replay"}
+GRAFTED = {
+    "contribution": "by contribution to the trained answers",
+    "movement": "by how far they moved",
+    "random_per_tensor": "random, same count per tensor as the first",
+}
 PUT_BACK = {"none": "nothing"}
 MEASURED = {
     "overlap": "overlap of the top 5\u202f%",
