@@ -325,7 +325,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_asks_in_the_template(base: Path, tmp_path: Path) -> None:
     experiment = config.override(config.loads(RUN, "RUN"), {"model.name": str(base)})
-    threads, run = torch.get_num_threads(), tmp_path / "run"
+    run = tmp_path / "run"
     pipeline.run(experiment, run, stages=["data", "train", "eval"], quiet=True)
     rows = read_jsonl(run / "data/qa.jsonl")
     assert rows and all(row.has_special_tokens and row.text.endswith("<end>") for row in rows)
@@ -347,7 +347,6 @@ def test_a_run_asks_in_the_template(base: Path, tmp_path: Path) -> None:
     new = new_material(further, load_tokenizer(str(base)))
     assert all(item.example.has_special_tokens for item in new["new_qa"])
     assert not any(item.example.has_special_tokens for item in new["new_bio"])
-    torch.set_num_threads(threads)
 
 
 def test_a_model_without_a_template_is_refused_before_the_run(tmp_path: Path) -> None:

@@ -48,7 +48,6 @@ def changed(experiment: Any) -> Any:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that teaches the base, another model that differs from it in one tensor, and their comparison."""
     folder = tmp_path_factory.mktemp("compare")
-    threads = torch.get_num_threads()
     taught = config.override(config.loads(SMALL, "SMALL"), FEW)
     pipeline.run(taught, folder / "run", quiet=True)
     other = load_model("bundled")
@@ -58,7 +57,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tuned = [str(folder / "run/models/mixed/all"), str(folder / "two_stage")]
     assert [named(text)[0] for text in tuned] == ["mixed", "two_stage"]
     pipeline.run(changed(comparison("bundled", tuned, str(folder / "run"))), folder / "compared", quiet=True)
-    torch.set_num_threads(threads)
     return folder
 
 

@@ -40,13 +40,11 @@ def whole(model: Any) -> ParamSet:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
-    threads = torch.get_num_threads()
     for view in ("merged", "adapter"):
         folder = tmp_path_factory.mktemp("lora") / view
         experiment = config.override(config.loads(SMALL, "SMALL"), LORA | {"trace.view": view})
         pipeline.run(experiment, folder, quiet=True)
         found[view] = folder
-    torch.set_num_threads(threads)
     return found
 
 

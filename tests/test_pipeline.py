@@ -54,9 +54,7 @@ experiment = config.override(
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    threads = torch.get_num_threads()
     pipeline.run(experiment, folder, quiet=True)
-    torch.set_num_threads(threads)
     return folder
 
 
@@ -128,6 +126,17 @@ def test_results_hold_what_they_promise(whole: Path) -> None:
     assert results["training"]["two_stage"]["updates"] == 12
     assert "mixed" in str(results) and "<table>" in results._repr_html_()
     assert (whole / "report" / "index.html").stat().st_size > 10_000
+
+
+def test_a_run_leaves_the_number_of_threads_as_it_was(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        one = config.override(experiment, {"threads": "1"})
+        pipeline.run(one, tmp_path / "run", stages=["data", "train", "eval"], quiet=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:

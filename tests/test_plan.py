@@ -503,6 +503,7 @@ def test_a_folder_with_a_config_alone_is_planned(kind, tmp_path):
         (["CONFIG", "--model.name", "./nowhere"], "does not exist"),
         (["CONFIG", "--gpu", "much"], "--gpu is 'much'; expected a positive number, in GB"),
         (["CONFIG", "--tflops", "-1"], "expected a positive number, in TFLOP/s"),
+        (["CONFIG", "--cpu-tflops", "x"], "--cpu-tflops is 'x'; expected a positive number, in TFLOP/s"),
         (["CONFIG", "--processes", "0"], "--processes is '0'; expected a number, 1 or more"),
         (["CONFIG", "--processes", "\u00b2"], "expected a number, 1 or more"),
         (["CONFIG", "--processes", "99999999999"], "99,999,999,999 processes were asked for; expected 1,024 at most"),

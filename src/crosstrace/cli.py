@@ -647,7 +647,7 @@ def _number(name: str, value: str | None) -> float:
         number = -1.0
     if not 0 < number < float("inf"):
         raise UserError(
-            f"--{name} is {value!r}; expected a positive number, in {'TFLOP/s' if name == 'tflops' else 'GB'}"
+            f"--{name} is {value!r}; expected a positive number, in {'TFLOP/s' if 'tflops' in name else 'GB'}"
         )
     return number
 
@@ -659,17 +659,18 @@ def doctor(arguments: list[str]) -> None:
     words = _split("doctor", arguments, ("quiet",))
     if "help" in words.flags:
         return print(
-            "usage: crosstrace doctor MODEL [--dtype float32] [--attention eager] [--examples 4] [--quiet]\n\n"
+            "usage: crosstrace doctor MODEL [--dtype float32] [--attention eager] [--device cuda] [--examples 4]\n\n"
             "Trace a few biographies and questions and compare: the fast trace with one example at a time, an example\n"
             "alone with the same one padded in a batch, attention kernels with eager in float32, twice the same. Says\n"
             "which parameters disagree and by how much; exit code 1 if the trace is not exact.\n\n"
             "  MODEL              bundled, a folder written by save_pretrained, a GGUF file, or a hub name\n"
             "  --dtype DTYPE      of the weights in memory: float32, bfloat16 or float64\n"
             "  --attention NAME   the attention kernel, as transformers names it\n"
+            "  --device DEVICE    cpu or cuda; the GPU where there is one, if not given\n"
             "  --examples N       how many examples, 2 or more\n"
             "  --quiet            print no progress"
         )
-    words.only(("dtype", "attention", "examples"))
+    words.only(("dtype", "attention", "device", "examples"))
     if len(words.names) != 1:
         raise UserError(
             f"doctor takes one model, but {len(words.names)} names were given; e.g. crosstrace doctor bundled"
@@ -680,11 +681,11 @@ def doctor(arguments: list[str]) -> None:
         raise UserError(f"--examples is {number!r}; expected a number, 2 or more")
     options = ModelSettings(name=words.names[0], **given)  # type: ignore[arg-type]
     from crosstrace.doctor import diagnose
-    from crosstrace.models import load_model, load_tokenizer
+    from crosstrace.models import device, load_model, load_tokenizer
     from crosstrace.progress import Progress
 
-    tokenizer = load_tokenizer(options.name)
-    model = load_model(options.name, options.dtype, options.attention)
+    place, tokenizer = device(options.device), load_tokenizer(options.name)
+    model = load_model(options.name, options.dtype, options.attention).to(place)
     with Progress(words.quiet).bar("doctor") as update:
         found = diagnose(
             model, tokenizer, examples=int(number), kernels=tuple({"eager": 1, "sdpa": 1, options.attention: 1}),

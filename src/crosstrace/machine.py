@@ -8,13 +8,26 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 # of glibc's malloc.h
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 KEPT = (1 << 31) - 1  # bytes of freed memory that a process keeps for its next tensors
 MAPPED = 1 << 30  # bytes of a tensor that is given back to the system at once
 SPINS = 1000  # rounds that a thread waits for the next piece of work before it sleeps: some microseconds
+
+
+@contextmanager
+def same_threads_after() -> Iterator[None]:
+    """Whatever number of threads torch is given within, it has the one from before afterwards."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def prepare() -> None:

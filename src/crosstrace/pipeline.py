@@ -90,6 +90,7 @@ from crosstrace.text import KNOWN, NO_QUESTIONS, questions, read_jsonl, texts, w
 from crosstrace.tokens import Encoded, batches, check_fast, encode
 from crosstrace.trace import OnlineTrace, SummedTrace, Trace, load_traces, save_traces, trace
 from crosstrace.trace.memory import free_memory
+from crosstrace.trace.rules import sum_dtype
 from crosstrace.trace.trace import REDUCTIONS, Accumulated
 from crosstrace.train import Listener, PhaseReport, RecallHistory, TaskPart, check_trackers, train
 from crosstrace.updates import MicroBatches
@@ -138,7 +139,8 @@ def run(
     if mode == "overwrite":
         _check_outside(experiment, folder)
     by_first(processes, lambda: check(experiment, whole=mode != "resume", stages=stages))
-    with Run.together(folder, config.dumps(experiment), mode, processes) as opened:  # type: ignore[arg-type]
+    text = config.dumps(experiment)
+    with machine.same_threads_after(), Run.together(folder, text, mode, processes) as opened:  # type: ignore[arg-type]
         about = {"precision": _precision(experiment), "threads": experiment.threads}
         about["processes"] = 1 if processes is None else processes.size
         opened.alone(lambda: write_json(opened.folder / "metadata.json", metadata() | about))
@@ -513,7 +515,8 @@ def _where_of_sums(model: Any, names: Sequence[str] | None, sums: int) -> Litera
     """Where the sums of a training's trace are kept: beside the model, if half of what is free there would be left for
     gradients, AdamW's states and activations, or else on the CPU."""
     every = dict(model.named_parameters())
-    needed = sum(local(every[name]).numel() * every[name].element_size() for name in names or every) * sums
+    size = lambda p: local(p).numel() * sum_dtype(p.dtype).itemsize
+    needed = sum(size(every[name]) for name in names or every) * sums
     free = free_memory(next(iter(every.values())).device)
     return "device" if free is None or needed < free / 2 else "cpu"
 
