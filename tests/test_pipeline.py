@@ -222,6 +222,21 @@ def test_what_the_bundled_base_knows_is_asked_and_explained(tmp_path: Path) -> N
         assert len(circuit["heads"]) == len(parts) and len(circuit["modules"]) == 6 * len(parts)
 
 
+def test_a_run_may_be_given_further_analyses(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    few = config.override(experiment, {"mechanism.parts": "[lens]", "interventions.run": "false"})
+    results = pipeline.run(few, folder, "resume", quiet=True)
+    assert set(results["mechanism"]) == {"lens"} and "mechanism.parts" not in str(results["left_out"])
+    assert config.load(folder / "config.yaml").mechanism.parts == ["lens"]
+    made = {path: path.stat().st_mtime_ns for path in folder.glob("mechanism/*/*.json")}
+    pipeline.run(experiment, folder, "resume", quiet=True)
+    assert numbers(folder) == numbers(whole)
+    assert made == {path: path.stat().st_mtime_ns for path in made}, "what was there is not made again"
+    with pytest.raises(UserError, match=r"was made with mechanism\.facts = 12, and this"):
+        pipeline.run(config.override(experiment, {"mechanism.facts": "16"}), folder, "resume", quiet=True)
+
+
 def test_saved_parts_agree_with_the_results(whole: Path) -> None:
     results = Results.read(whole)
     for when in ("online", "final"):

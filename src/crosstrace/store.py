@@ -49,6 +49,8 @@ NO_YAML = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 PARTIAL = ".partial-"
 WORKERS_PATIENCE = 30.0  # seconds given to the workers of a killed process to notice and end
 CHANGEABLE = ("trace.keep",)  # settings on which no result depends: a run may go on with others
+# Settings that say which analyses are made, each a step of its own: a run may go on with more of them, or fewer.
+EXTENDABLE = ("mechanism.run", "mechanism.parts", "interventions.run")
 
 
 # -------------------------------------------------------------------------------- files
@@ -680,7 +682,7 @@ def _lock_workers(folder: Path, kind: int, patience: float) -> IO[str]:
 
 
 def _check_config(saved: Path, config_text: str) -> bool:
-    """Whether `config_text` differs from the saved file in settings on which no result depends.
+    """Whether `config_text` differs from the saved file, in settings with which a run may go on.
 
     Raises:
         UserError: another setting differs; the sentence names the first one.
@@ -692,13 +694,18 @@ def _check_config(saved: Path, config_text: str) -> bool:
     differs = False
     for name in [*new, *old]:
         was, now = old.get(name, "not set"), new.get(name, "not set")
-        if was != now and name not in CHANGEABLE:
+        if was != now and not _may_change(name):
             raise UserError(
                 f"{saved.parent} was made with {name} = {was}, and this configuration has {name} = {now}; "
                 "--resume needs the same settings, so choose another folder, or --overwrite to begin again"
             )
         differs = differs or was != now
     return differs
+
+
+def _may_change(name: str) -> bool:
+    """Whether a run may go on with another value of this setting, or of this item of a list."""
+    return any(name == own or name.startswith(f"{own}.") for own in (*CHANGEABLE, *EXTENDABLE))
 
 
 def _settings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
