@@ -23,6 +23,7 @@ from crosstrace.evaluate import recall
 from crosstrace.mechanism import PARTS, WITHOUT_BASE
 from crosstrace.models import load_tokenizer
 from crosstrace.results import Results
+from crosstrace.schedule import Phase
 from crosstrace.shared import ParamSet, scope
 from crosstrace.store import Run
 from crosstrace.trace import load_traces
@@ -126,6 +127,13 @@ def test_results_hold_what_they_promise(whole: Path) -> None:
     assert results["training"]["two_stage"]["updates"] == 12
     assert "mixed" in str(results) and "<table>" in results._repr_html_()
     assert (whole / "report" / "index.html").stat().st_size > 10_000
+
+
+def test_a_strategy_in_words_has_what_decides() -> None:
+    text = pipeline._phase_text(Phase("mixed", {"bio": 32, "qa": 16}, 140, weights={"qa": 0.1, "bio": 1.0}))
+    assert text == "140 updates of 32 bio and 16 qa (weight 0.1) examples"
+    text = pipeline._phase_text(Phase("qa", {"qa": 16}, epochs=2.5, replay={"bio": 4}))
+    assert text == "2.5 epochs of 16 qa and 4 bio examples"
 
 
 def test_a_run_leaves_the_number_of_threads_as_it_was(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ from crosstrace.processes import Processes, by_first
 from crosstrace.progress import Progress
 from crosstrace.results import Results
 from crosstrace.retention import moved, new_material, retain
+from crosstrace.schedule import Phase
 from crosstrace.sharded import at_rest, is_sharded, local
 from crosstrace.shared import ParamSet, only_set, random_sets, select_each, shared
 from crosstrace.stats import mean_interval, wilson
@@ -1159,8 +1160,10 @@ def _adapter_told(experiment: Experiment) -> dict[str, Any]:
     return {"lora": asdict(options) | {"parameters": trained}, "view": experiment.trace.view}
 
 
-def _phase_text(phase: Any) -> str:
-    batch = " and ".join(f"{count} {task}" for task, count in phase.composition().items())
+def _phase_text(phase: Phase) -> str:
+    """What a phase trains, in words: its length, the examples of an update, and what does not weigh 1."""
+    weights = {task: f" (weight {weight:g})" for task, weight in phase.weights.items() if weight != 1}
+    batch = " and ".join(f"{count} {task}{weights.get(task, '')}" for task, count in phase.composition().items())
     length = f"{phase.steps} updates" if phase.steps else f"{phase.epochs:g} epochs"
     return f"{length} of {batch} examples"
 
