@@ -410,8 +410,7 @@ def _circuit(skill: float) -> dict[str, list[dict[str, Any]]]:
 
 
 def _minimal_graft(skill: float) -> dict[str, Any]:
-    found: dict[str, Any] = {"order": {"sum": 7.0, "gain": 7.1, "points": 8, "questions": 96}, "grafts": []}
-    found["fewest"], found["overlap"] = [], []
+    found: dict[str, list[dict[str, Any]]] = {"grafts": [], "fewest": [], "overlap": []}
     for part in ("qa_id", "qa_ood"):
         found["grafts"] += [_graft(part, "base", 0.0, 0.0), _graft(part, "tuned", 1.0, skill)]
         for order, reach in (("contribution", 1.0), ("movement", 0.5), ("random_per_tensor", 0.3)):
@@ -420,8 +419,8 @@ def _minimal_graft(skill: float) -> dict[str, Any]:
             enough = {"size": round(0.2 * TOTAL), "fraction": 0.2} if reach == 1 else {"size": None, "fraction": None}
             found["fewest"].append({"part": part, "order": order} | enough)
     for when in ("online", "final"):
-        place = {"when": when, "fraction": 0.05, "size": 20_000, "parts": 4}
-        found["overlap"].append(place | {"overlap": 0.4, "chance": 0.03, "chance_per_tensor": 0.1} | _ends(excess=0.3))
+        place = {"when": when, "fraction": 0.05, "size": 20_000, "graft": 80_000, "parts": 4}
+        found["overlap"].append(place | {"overlap": 0.4, "expected": 0.1} | _ends(excess=0.3))
     return found
 
 

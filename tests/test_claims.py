@@ -360,7 +360,8 @@ def _grafted(restored: Facts, base: Facts, tuned: Facts, excess: tuple = (0.1, 0
     grafts = [row("base", 0.0, base), row("tuned", 1.0, tuned), row("contribution", 0.05, restored)]
     grafts += [row("contribution", 0.01, wrong), row("contribution", 1.0, wrong), row("movement", 0.05, wrong)]
     grafts += [other | {"part": "qa_id", "by_person": wrong} for other in grafts]
-    shares = {"overlap": 0.4, "chance": 0.03, "chance_per_tensor": 0.3, "size": 100, "fraction": 0.05, "parts": 4}
+    shares = {"overlap": 0.4, "expected": 0.3, "size": 100, "fraction": 0.05, "parts": 4}
+    shares["graft"] = None if excess[0] is None else 4000
     shares |= dict(zip(("excess", "excess_low", "excess_high"), excess))
     found = {
         "grafts": grafts,
@@ -411,7 +412,10 @@ def test_what_restores_recall_is_shared_beyond_chance(excess: tuple, verdict: st
     _, *rows = _grafted(_right(2), _right(0), _right(2), excess)
     assert [(row["claim"], row["verdict"]) for row in rows] == [("graft_is_shared", verdict)] * 2
     assert rows[0]["effect"] == (None if excess[0] is None else pytest.approx(100 * excess[0]))
-    assert "shared 0.400, expected with the same counts in each tensor 0.300" in rows[0]["note"]
+    told = "the graft has 4,000 parameters and holds 0.400 of the 100 shared ones, expected 0.300"
+    assert rows[0]["note"] == (
+        told if excess[0] is not None else "no graft restores nine tenths of the trained answers"
+    )
 
 
 def test_grafts_of_models_that_were_taught_elsewhere():

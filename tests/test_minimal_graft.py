@@ -15,17 +15,18 @@ from torch import nn
 from crosstrace.circuit import answer_batches
 from crosstrace.errors import UserError
 from crosstrace.losses import example_losses
-from crosstrace.minimal_graft import RANDOM, contributions, fewest, movement, order, overlap, sets
+from crosstrace.minimal_graft import POINTS, RANDOM, contributions, fewest, movement, order, overlap, sets
 from crosstrace.shared import ParamSet, scope
 from crosstrace.text import questions
 from crosstrace.tokens import Encoded, encode
+from crosstrace.trace import Trace
 
 WORDS = tokenizer("word")
 
 
 @functools.cache
 def asked(count: int = 12) -> list[Encoded]:
-    return encode(WORDS, questions(tiny_world(people=8)))[:count]
+    return encode(WORDS, questions(tiny_world(people=8)))[::4][:count]  # of all people
 
 
 def word_model(kind: str, seed: int = 0) -> nn.Module:
@@ -40,26 +41,27 @@ def moved(base: nn.Module, by: float = 0.02) -> dict[str, torch.Tensor]:
     return values
 
 
-def log_probability(model: nn.Module, item: Encoded) -> torch.Tensor:
+def loss(model: nn.Module, item: Encoded) -> torch.Tensor:
     ids, labels = item.ids.unsqueeze(0), torch.where(item.targets["answer"], item.ids, -100).unsqueeze(0)
-    return -example_losses(model(input_ids=ids).logits, labels).sum()
+    return example_losses(model(input_ids=ids).logits, labels).sum()
 
 
-def slow_contributions(base: nn.Module, tuned: dict, items: list[Encoded], names: list[str], points: int) -> dict:
+def slow_contributions(base: nn.Module, tuned: dict, items: list[Encoded], names: list[str], points) -> dict:
     """One question and one point at a time, in a copy of the model."""
     found = {name: torch.zeros_like(tuned[name]) for name in names}
-    for point, weight in zip(*np.polynomial.legendre.leggauss(points)):
+    for alpha in points:
         for item in items:
             model = copy.deepcopy(base)
             with torch.no_grad():
                 for name in names:
                     p = model.get_parameter(name)
-                    p += (float(point) + 1) / 2 * (tuned[name] - p)
-            log_probability(model, item).backward()
+                    p += alpha * (tuned[name] - p)
+            loss(model, item).backward()
             for name in names:
                 gradient = model.get_parameter(name).grad
                 if gradient is not None:
-                    found[name] += float(weight) / 2 * gradient * (tuned[name] - base.get_parameter(name).detach())
+                    change = gradient * (tuned[name] - base.get_parameter(name).detach())
+                    found[name] += change.square() / len(points) / len(items)
     return found
 
 
@@ -67,29 +69,18 @@ def slow_contributions(base: nn.Module, tuned: dict, items: list[Encoded], names
 def test_contributions_equal_a_plain_loop_in_any_parts(kind):
     base, items = word_model(kind), asked()
     tuned, names = moved(base), scope(base)
-    expected = slow_contributions(base, tuned, items, names, points=3)
-    for parts in ([items], [items[:5], items[5:]], [items[::3], items[1::3], items[2::3]]):
-        found, about = contributions(base, tuned, [answer_batches(own, WORDS, 4) for own in parts], names, points=3)
-        assert len(found) == len(parts) and about["questions"] == len(items) and about["points"] == 3
+    expected = slow_contributions(base, tuned, items, names, POINTS)
+    for parts, size in ((1, 12), (1, 5), (2, 4), (3, 4)):
+        batches = answer_batches(items, WORDS, size)
+        found = contributions(base, tuned, batches, names, parts=parts)
+        assert len(found) == parts and sum(part.weight for part in found) == len(items)
+        total = order(found)
         for name in names:
-            total = sum(own[name] for own in found)
-            torch.testing.assert_close(total, expected[name], rtol=1e-9, atol=1e-12)
-        positive = order(found)
-        assert all(torch.equal(positive[n], sum(own[n] for own in found).clamp(min=0)) for n in names)
-
-
-def test_contributions_sum_to_what_grafting_everything_gains():
-    base, items = word_model("llama"), asked()
-    tuned, names = moved(base), scope(base)
-    (found,), about = contributions(base, tuned, [answer_batches(items, WORDS)], names, points=8)
-    whole = copy.deepcopy(base)
-    with torch.no_grad():
-        for name in names:
-            whole.get_parameter(name).copy_(tuned[name])
-        gain = sum(float(log_probability(whole, item) - log_probability(base, item)) for item in items) / len(items)
-    assert about["gain"] == pytest.approx(gain, rel=1e-9)
-    assert about["sum"] == pytest.approx(sum(float(v.sum()) for v in found.values()) / len(items), rel=1e-9)
-    assert about["sum"] == pytest.approx(about["gain"], rel=1e-6), "8 points are enough for so short a way"
+            torch.testing.assert_close(total[name], expected[name], rtol=1e-9, atol=1e-14)
+    own = [item for item in items if item.group % 3 == 1]
+    alone = slow_contributions(base, tuned, own, names, POINTS)
+    for name in names:
+        torch.testing.assert_close(found[1].values[name], alone[name], rtol=1e-9, atol=1e-14)
 
 
 def test_the_base_is_left_as_it_was():
@@ -98,7 +89,7 @@ def test_the_base_is_left_as_it_was():
     for name in frozen:
         base.get_parameter(name).requires_grad_(False)
     before = {name: p.detach().clone() for name, p in base.named_parameters()}
-    contributions(base, moved(base), [answer_batches(items, WORDS)], scope(base), points=1)
+    contributions(base, moved(base), answer_batches(items, WORDS), scope(base), points=[0.5])
     assert base.training
     for name, p in base.named_parameters():
         assert torch.equal(p, before[name]) and p.grad is None and p.requires_grad == (name not in frozen)
@@ -111,42 +102,48 @@ def test_what_moves_far_and_does_nothing_is_last():
     tuned[place][100:] += 5
     helpful = "transformer.h.1.mlp.c_proj.weight"
     items = asked()
-    for item in items:  # a step uphill
-        log_probability(base, item).backward()
-    tuned[helpful] += 0.01 * base.get_parameter(helpful).grad
+    for item in items:
+        loss(base, item).backward()
+    tuned[helpful] -= 0.01 * base.get_parameter(helpful).grad  # a step of training
     base.zero_grad(set_to_none=True)
     names = scope(base)
-    found, _ = contributions(base, tuned, [answer_batches(items, WORDS)], names)
+    found = contributions(base, tuned, answer_batches(items, WORDS), names)
     orders = {"contribution": order(found), "movement": movement(base, tuned, names)}
     chosen = {(label, fraction): pset for label, fraction, pset in sets(orders, [0.001, 1.0], names)}
     first, farthest = chosen["contribution", 0.001], chosen["movement", 0.001]
     assert first.counts()[helpful] == first.size > 0 and farthest.counts()[place] == farthest.size == first.size
     everything = chosen["contribution", 1.0]
-    assert everything.counts()[helpful] == everything.size, "what adds nothing is never grafted"
+    assert everything.counts()[helpful] == everything.size, "what moves nothing is never grafted"
     for fraction in (0.001, 1.0):
         random = chosen[RANDOM, fraction]
         assert random.counts() == chosen["contribution", fraction].counts()
 
 
+def traced(weight: float, **values: list[float]) -> Trace:
+    tensors = {name: torch.tensor(own) for name, own in values.items()}
+    return Trace("answers", "square", "example", "checkpoint", tensors, weight)
+
+
 def test_overlap_by_hand():
     names = ["a", "b"]
     shared = ParamSet({"a": torch.tensor([True, True, False, False]), "b": torch.tensor([True, *[False] * 5])})
-    part = {"a": torch.tensor([9.0, 0.0, 8.0, -1.0]), "b": torch.tensor([7.0, *[0.1] * 5])}
-    row = overlap([part, part], shared, names)
-    # R = a0, a2, b0; shared are a0 and b0; by chance 2·2/4 + 1·1/6 of three
-    assert row["size"] == 3 and row["parts"] == 2 and row["overlap"] == pytest.approx(2 / 3)
-    assert row["chance"] == pytest.approx(0.3) and row["chance_per_tensor"] == pytest.approx((1 + 1 / 6) / 3)
+    part = traced(2.0, a=[9.0, 0.0, 8.0, 1.0], b=[7.0, *[0.1] * 5])
+    row = overlap([part, part], 0.3, shared, names)
+    # R = a0, a2, b0 holds a0 and b0 of the three; by chance 2·2/4 + 1·1/6 of them
+    assert (row["size"], row["graft"], row["parts"]) == (3, 3, 2) and row["overlap"] == pytest.approx(2 / 3)
+    assert row["expected"] == pytest.approx((1 + 1 / 6) / 3)
     assert row["excess"] == row["excess_low"] == row["excess_high"] == pytest.approx(2 / 3 - 7 / 18)
-    other = {"a": torch.tensor([0.0, 0.0, 3.0, 2.0]), "b": torch.tensor([0.0, 20.0, *[0.0] * 4])}
-    row = overlap([part, other], shared, names)
-    # together R = b1 (20.1), a2 (11), a0 (9); without the first a2, a3, b1, without the second a0, a2, b0
+    other = traced(2.0, a=[0.0, 0.0, 3.0, 2.0], b=[0.0, 20.0, *[0.0] * 4])
+    row = overlap([part, other], 0.3, shared, names)
+    # together R = b1, a2, a0; without the first part a2, a3, b1, without the second a0, a2, b0
     by_hand = [1 / 3 - (1 + 1 / 6) / 3, 0 - (1 + 1 / 6) / 3, 2 / 3 - (1 + 1 / 6) / 3]
     assert row["excess"] == pytest.approx(by_hand[0])
     half = 12.706204736 * np.sqrt(0.5 * np.square(np.array(by_hand[1:]) - np.mean(by_hand[1:])).sum())
     assert row["excess_high"] - row["excess"] == pytest.approx(half, rel=1e-6)
-    assert overlap([part], shared, names)["excess_low"] is None, "one part has no interval"
+    assert overlap([part], 0.3, shared, names)["excess_low"] is None, "one part has no interval"
     nothing = ParamSet({name: torch.zeros_like(mask) for name, mask in shared.masks.items()})
-    assert overlap([part], nothing, names)["overlap"] is None
+    for row in (overlap([part], 0.3, nothing, names), overlap([part], None, shared, names)):
+        assert row["overlap"] is row["excess"] is row["graft"] is None
 
 
 def test_fewest_by_hand():
@@ -171,10 +168,13 @@ def test_fewest_by_hand():
 
 def test_without_questions_or_with_other_parameters_it_is_told():
     base = word_model("llama")
-    tuned = moved(base)
-    with pytest.raises(UserError, match="at least one question"):
-        contributions(base, tuned, [[]], scope(base))
-    name = scope(base)[0]
-    for values in ({k: v for k, v in tuned.items() if k != name}, tuned | {name: tuned[name][:1]}):
-        with pytest.raises(UserError, match=f"'{name}' of the base is missing in the tuned model, or has another"):
-            contributions(base, values, [answer_batches(asked(4), WORDS)], scope(base))
+    tuned, names = moved(base), scope(base)
+    with pytest.raises(UserError, match="no example to trace"):
+        contributions(base, tuned, [], names)
+    with pytest.raises(UserError, match="leave 21 of 24 parts empty"):
+        contributions(base, tuned, answer_batches(asked(4), WORDS), names, parts=24)
+    batches = answer_batches(asked(4), WORDS)
+    with pytest.raises(UserError, match="is in the set but not in the values to put in"):
+        contributions(base, {k: v for k, v in tuned.items() if k != names[0]}, batches, names)
+    with pytest.raises(UserError, match="has shape"):
+        contributions(base, tuned | {names[0]: tuned[names[0]][:1]}, batches, names)

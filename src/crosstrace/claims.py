@@ -295,7 +295,7 @@ def _few_restore(found: Mapping[str, Any]) -> list[Row]:
             "when": "final",
             "verdict": _verdict(low, high),
             **_points(effect, low, high),
-            "test": "base with the Mix-tuned values of the parameters that contribute most to the trained answers: "
+            "test": "base with the Mix-tuned values of the parameters whose change moves the trained answers most: "
             "held-out exact match, minus the mean of base and Mix-tuned model: 95 % bootstrap interval over subjects "
             "above 0",
             "note": f"{levels}{_counted(facts)}; of those that restore nine tenths {nine}",
@@ -304,19 +304,21 @@ def _few_restore(found: Mapping[str, Any]) -> list[Row]:
 
 
 def _restored_by_shared(found: Mapping[str, Any]) -> list[Row]:
-    """Whether the parameters that restore recall are shared ones."""
+    """Whether the parameters that restore recall hold the shared ones."""
     return [
         {
             "claim": "graft_is_shared",
-            "text": "The parameters that restore recall when grafted are shared ones",
+            "text": "The parameters that restore recall when grafted hold the shared ones",
             "when": row["when"],
             "verdict": _verdict(row["excess_low"], row["excess_high"]),
             **_points(row["excess"], row["excess_low"], row["excess_high"]),
-            "test": "of as many parameters as the Mix-tuned shared set has, those that contribute most to the trained "
-            "answers: the share that is shared, minus the share expected with the same counts in each tensor: 95 % "
+            "test": "the smallest graft that restores nine tenths of the Mix-tuned model's trained answers: the share "
+            "of the shared set that it holds, minus the share expected with the same counts in each tensor: 95 % "
             "jackknife interval over parts of the questions above 0",
-            "note": f"shared {_number(row['overlap'], '.3f')}, expected with the same counts in each tensor "
-            f"{_number(row['chance_per_tensor'], '.3f')}, in all {_number(row['chance'], '.3f')}",
+            "note": f"the graft has {row['graft']:,} parameters and holds {_number(row['overlap'], '.3f')} of the "
+            f"{row['size']:,} shared ones, expected {_number(row['expected'], '.3f')}"
+            if row["graft"]
+            else "no graft restores nine tenths of the trained answers",
         }
         for row in found["overlap"]
         if row["when"] in TIMES

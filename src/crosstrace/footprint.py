@@ -653,11 +653,11 @@ class Needs:
             row = seen.once(("answers", options.questions), answers)
             yield "attribution", held | {"activations": self._inward(row)}, host
         if "minimal_graft" in options.parts and name is not None:
-            # base, tuned, a point between them, its gradients; contributions of each part, and the two orders
-            weights, parts = {"weights": 4 * self.weights}, 2 + self.experiment.trace.parts
+            # base, tuned, a point between them, what the base had; each part's trace, that of the point before
+            weights, traces = {"weights": 4 * self.weights}, 2 * self.experiment.trace.parts
             batch = seen.once(("answers", options.questions), answers)
             row = {name: value for name, value in batch.items() if name != "group"}
-            yield "contributions", weights | self._estimate([row]), host | {"sums": parts * self.scope_sums}
+            yield "contributions", weights | self._estimate([row]), host | {"traces": traces * self.scope_sums}
         if "positions" in options.parts and name is not None:
             three = {"weights": 3 * self.weights}  # base, tuned, and what they make together
             yield "weights at some tokens", three | self._recall("qa_ood", options.questions), host
@@ -850,7 +850,7 @@ class Needs:
             "signature": 2 * read * pair,
             "lens": facts * pair,
             "circuit": few * qa * (2 * layers * 2 * o.steps + nodes * (o.alone + 2 * fractions * (1 + o.seeds))),
-            "minimal_graft": o.questions * qa * 3 * minimal_graft.POINTS
+            "minimal_graft": o.questions * qa * 3 * len(minimal_graft.POINTS)
             + few * qa * (2 + 3 * (len(self.experiment.analysis.fractions) + 1)),
             "positions": few * qa * 3 * len(positions.CHOICES) * 2,
             "transfer": 6 * few * qa,

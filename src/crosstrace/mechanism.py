@@ -373,16 +373,20 @@ def _sets(asked: Asked) -> list[tuple[dict[str, Any], ParamSet]]:
     return found
 
 
-def smallest_grafts(asked: Asked) -> dict[str, Any]:
-    """The fewest parameters whose tuned values restore recall in the base, and how many of them are shared."""
-    experiment, parts = asked.experiment, asked.experiment.trace.parts
+def smallest_grafts(asked: Asked) -> dict[str, list[Row]]:
+    """The fewest parameters whose tuned values restore recall in the base, and how much of the shared set they hold."""
+    experiment = asked.experiment
     questions = {part: items for part, items in asked.questions.items() if items}
     base = load_start(asked.run, experiment, asked.name)
     tuned = {parameter: value.detach() for parameter, value in asked.model.named_parameters()}
     names = in_scope(experiment, base)
-    groups = [[item for item in questions["qa_id"] if item.group % parts == part] for part in range(parts)]
-    data = [circuit.answer_batches(items, asked.tokenizer) for items in groups if items]
-    changes, about = minimal_graft.contributions(base, tuned, data, names)
+    trained = questions["qa_id"]
+    parts = experiment.trace.parts
+    if len({item.group % parts for item in trained}) < parts:
+        parts = 1  # too few people for all parts, so there is no interval
+    data = circuit.answer_batches(trained, asked.tokenizer)
+    with asked.bar("contributions", len(trained) * len(minimal_graft.POINTS)) as update:
+        changes = minimal_graft.contributions(base, tuned, data, names, parts=parts, progress=update.add)
     orders = {"contribution": minimal_graft.order(changes), "movement": minimal_graft.movement(base, tuned, names)}
     fractions = sorted({*experiment.analysis.fractions, central_fraction(experiment), 1.0})
     rows: list[Row] = []
@@ -400,12 +404,15 @@ def smallest_grafts(asked: Asked) -> dict[str, Any]:
                 ask(base, order, fraction, pset.size)
             update.add(1)
     ask(asked.model, "tuned", 1.0, sum(value.numel() for value in tuned.values()))
-    found = {"order": about, "grafts": rows, "fewest": minimal_graft.fewest(rows), "overlap": []}
-    for when, pset in asked.shared:
-        place = {"when": when, "fraction": pset.meta["fraction"]}
-        found["overlap"].append(place | minimal_graft.overlap(changes, pset, names))
+    fewest = minimal_graft.fewest(rows)
+    (restoring,) = [row for row in fewest if (row["part"], row["order"]) == ("qa_id", "contribution")]
+    shares = [
+        {"when": when, "fraction": pset.meta["fraction"]}
+        | minimal_graft.overlap(changes, restoring["fraction"], pset, names)
+        for when, pset in asked.shared
+    ]
     _without_facts(asked, "minimal_graft", rows)
-    return found
+    return {"grafts": rows, "fewest": fewest, "overlap": shares}
 
 
 PARTS: Mapping[str, Callable[[Asked], Any]] = {

@@ -1,6 +1,6 @@
 """Minimal graft: the fewest parameters whose tuned values restore recall in the base, and how many of them are shared.
 
-Every parameter is ranked by how much its way from the base's value to the tuned one adds to the trained answers. The
+Every parameter is ranked by how much its way from the base's value to the tuned one moves the trained answers. The
 first ones of that order are grafted into the base, and recall is asked. Formulas: docs/method.md.
 
 Takes two models' parameters and encoded questions. It knows no strategies, and trains nothing.
@@ -8,24 +8,20 @@ Takes two models' parameters and encoded questions. It knows no strategies, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from crosstrace.errors import UserError
-from crosstrace.forward import inputs_of
-from crosstrace.losses import example_losses
-from crosstrace.models import differentiating
+from crosstrace.intervene import check_values, grafted
 from crosstrace.shared import ParamSet, random_set, select, select_each
 from crosstrace.stats import finite, jackknife_interval
 from crosstrace.tokens import Batch
+from crosstrace.trace import Trace, trace
 
-POINTS = 8  # of the way from the base to the tuned model, at which gradients are taken
+POINTS = (0.25, 0.5, 0.75, 1.0)  # of the way from the base to the tuned model, at which gradients are taken
 RANDOM = "random_per_tensor"
 ROUNDING = 1e-9  # of a share: 0.9 times 0.8 is a little more than 0.72
 RESTORED = 0.9  # share of the tuned model's recall that counts as restored
@@ -35,70 +31,64 @@ Row = dict[str, Any]
 def contributions(
     base: nn.Module,
     tuned: Mapping[str, Tensor],
-    parts: Sequence[Sequence[Batch]],
+    batches: Sequence[Batch],
     names: Sequence[str],
-    points: int = POINTS,
-) -> tuple[list[dict[str, Tensor]], Row]:
-    """How much the change of each parameter adds to the answers' log-probability.
+    *,
+    parts: int = 1,
+    points: Sequence[float] = POINTS,
+    progress: Callable[[int], None] | None = None,
+) -> list[Trace]:
+    """How much the change of each parameter moves the answers, for disjoint parts of the questions.
 
-    With θ the base's values, θ' the tuned ones of the named parameters, and F_i = −ℓ_i of question i,
+    With θ the base's values, θ' the tuned ones of the named parameters, and ℓ_i the loss of question i,
 
-        A_j = (θ'_j − θ_j) · ∫₀¹ Σ_i ∂F_i/∂θ_j at θ + α (θ' − θ) dα        (Sundararajan et al. 2017)
+        C_j = (θ'_j − θ_j)² · mean over α and i of (∂ℓ_i/∂θ_j at θ + α (θ' − θ))²
 
-    by Gauss-Legendre quadrature. All A_j sum to what F gains when all named parameters are grafted.
+    the mean square of what the change of parameter j adds to ℓ_i by itself, to first order. Signs are left out: changes
+    that raise one answer and lower another belong to what was learned as well, and a graft without them breaks it.
 
     Args:
-        base: the base model; its parameters stay as they are.
+        base: the base model, left as it was.
         tuned: parameter name -> tuned value.
-        parts: disjoint parts of the questions, each in batches whose labels are the answers.
-        names: the parameters that may be grafted.
-        points: of the quadrature; each costs a forward and a backward of all questions.
+        batches: the questions; labels are the answers, group says which part a question belongs to.
+        names: the parameters that may be grafted; they move together, all others stay the base's.
+        parts: questions of group g count for part g % parts.
+        points: α, each counted alike.
+        progress: called with the number of questions that have been gone through.
 
     Returns:
-        A of each part (name -> tensor on the CPU, float32 or wider), and {sum, gain, points, questions}: what all A_j
-        sum to and what F gains, both in nats a question. The more the two differ, the rougher the order is.
+        of each part C, with the measure "square" and the part's number of questions as its weight.
 
     Raises:
-        UserError: there is no question, or a parameter is missing or has another shape.
+        UserError: there are fewer questions than parts, or a parameter is missing or has another shape.
     """
     own = dict(base.named_parameters())
-    for name in names:
-        if name not in tuned or tuned[name].shape != own[name].shape:
-            raise UserError(f"'{name}' of the base is missing in the tuned model, or has another shape there")
-    count = sum(len(batch["labels"]) for part in parts for batch in part)
-    if not count:
-        raise UserError("a minimal graft needs at least one question to rank the parameters by")
-    wide = {name: torch.promote_types(own[name].dtype, torch.float32) for name in names}
-    found = [{name: torch.zeros(own[name].shape, dtype=wide[name]) for name in names} for _ in parts]
+    whole = ParamSet({name: torch.ones(own[name].shape, dtype=torch.bool) for name in names})
+    check_values(whole, names, own, tuned)
     ends = {name: tuned[name].detach().to(own[name]) for name in names}
-    with differentiating(base):
-        for point, weight in zip(*np.polynomial.legendre.leggauss(points)):  # on [−1, 1]
-            alpha = (float(point) + 1) / 2
-            values = {name: own[name].detach().lerp(ends[name], alpha).requires_grad_() for name in names}
-            for sums, part in zip(found, parts):
-                for batch in part:
-                    likelihood = _log_probability(base, values, batch)
-                    gradients = torch.autograd.grad(likelihood, [*values.values()], allow_unused=True)
-                    for name, gradient in zip(names, gradients):
-                        if gradient is not None:
-                            sums[name] += float(weight) / 2 * gradient.to("cpu", wide[name])
-        for sums in found:
-            for name, value in sums.items():
-                value *= (ends[name] - own[name].detach()).to("cpu", wide[name])
-        with torch.no_grad():
-            gain = sum(
-                float(_log_probability(base, ends, batch) - _log_probability(base, {}, batch))
-                for part in parts
-                for batch in part
+    found: list[Trace] = []
+    for alpha in points:
+        point = {name: own[name].detach().lerp(ends[name], alpha) for name in names}
+        with grafted(base, whole, point):
+            squares = trace(
+                base, batches, task="answers", measures=["square"], parts=parts, names=set(names), progress=progress
             )
-    total = sum(float(value.double().sum()) for sums in found for value in sums.values())
-    return found, {"sum": total / count, "gain": gain / count, "points": points, "questions": count}
+        if found:
+            for sums, more in zip(found, squares):
+                for name in names:
+                    sums.values[name] += more.values[name]
+        else:
+            found = squares
+    for item in found:
+        for name in names:
+            way = (ends[name] - own[name].detach()).to(item.values[name])
+            item.values[name] *= way.square() / len(points)
+    return found
 
 
-def order(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The strength that ranks the parameters: Σ of the parts' contributions where that is positive, else 0."""
-    first, *others = parts
-    return {name: sum((part[name] for part in others), value).clamp(min=0) for name, value in first.items()}
+def order(parts: Sequence[Trace]) -> dict[str, Tensor]:
+    """The strength that ranks the parameters: C over all questions of the parts."""
+    return Trace.combine(parts).values
 
 
 def movement(base: nn.Module, tuned: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
@@ -107,38 +97,32 @@ def movement(base: nn.Module, tuned: Mapping[str, Tensor], names: Sequence[str])
     return {name: (tuned[name].detach().to(own[name]) - own[name].detach()).abs() for name in names}
 
 
-def overlap(parts: Sequence[Mapping[str, Tensor]], shared: ParamSet, names: Sequence[str]) -> Row:
-    """How many of the parameters that restore recall are shared.
+def overlap(parts: Sequence[Trace], fraction: float | None, shared: ParamSet, names: Sequence[str]) -> Row:
+    """How much of the shared set lies among the parameters that restore recall.
 
-    R are the first |S| parameters of the order, S the shared set. By chance, with R dealt anew within each tensor,
-    Σ_t r_t s_t / n_t of them are shared, where tensor t has n_t parameters, r_t of R and s_t of S.
+    R are the first parameters of the order, as many as `fraction` says, S the shared set. If R were dealt anew within
+    each tensor, Σ_t r_t s_t / n_t of S would lie in it, where tensor t has n_t parameters, r_t of R and s_t of S.
+
+    Args:
+        fraction: of the smallest graft that restores recall; None where there is none.
 
     Returns:
-        {size, overlap, chance, chance_per_tensor, excess, excess_low, excess_high, parts}: |R ∩ S| / |R|; the share of
-        S among all in scope; the other chance as a share of |R|; overlap − chance_per_tensor, with the 95 % jackknife
-        interval over the parts of the questions. None where S is empty.
+        {size, graft, overlap, expected, excess, excess_low, excess_high, parts}: |S|, |R|, |R ∩ S| / |S|, its
+        expectation, and overlap − expected with the 95 % jackknife interval over the parts of the questions. None where
+        S is empty or no graft restores recall.
     """
-    total = sum(shared.masks[name].numel() for name in names)
     row: Row = {"size": shared.size, "parts": len(parts)}
-    if not shared.size:
-        return row | dict.fromkeys(
-            ("overlap", "chance", "chance_per_tensor", "excess", "excess_low", "excess_high"), None
-        )
-    both = _overlap(parts, shared, names, total)
+    if not shared.size or fraction is None:
+        return row | dict.fromkeys(("graft", "overlap", "expected", "excess", "excess_low", "excess_high"))
+    size, hit, expected = _overlap(parts, fraction, shared, names)
     left_out = []
     if len(parts) > 1:
         for number in range(len(parts)):
-            hit, chance = _overlap([*parts[:number], *parts[number + 1 :]], shared, names, total)
-            left_out.append(hit - chance)
-    excess = jackknife_interval(both[0] - both[1], left_out)
-    return row | {
-        "overlap": both[0],
-        "chance": shared.size / total,
-        "chance_per_tensor": both[1],
-        "excess": excess.value,
-        "excess_low": finite(excess.low),
-        "excess_high": finite(excess.high),
-    }
+            _, *shares = _overlap([*parts[:number], *parts[number + 1 :]], fraction, shared, names)
+            left_out.append(shares[0] - shares[1])
+    excess = jackknife_interval(hit - expected, left_out)
+    bounds = {"excess_low": finite(excess.low), "excess_high": finite(excess.high)}
+    return row | {"graft": size, "overlap": hit, "expected": expected, "excess": excess.value, **bounds}
 
 
 def sets(
@@ -177,20 +161,13 @@ def fewest(rows: Sequence[Row], share: float = RESTORED) -> list[Row]:
 
 
 def _overlap(
-    parts: Sequence[Mapping[str, Tensor]], shared: ParamSet, names: Sequence[str], total: int
-) -> tuple[float, float]:
-    """|R ∩ S| / |R|, and what it is by chance within tensors."""
-    restoring = select(order(parts), shared.size / total, scope=names)
+    parts: Sequence[Trace], fraction: float, shared: ParamSet, names: Sequence[str]
+) -> tuple[int, float, float]:
+    """|R|, |R ∩ S| / |S|, and what that is by chance within tensors."""
+    restoring = select(order(parts), fraction, scope=names)
     hits = expected = 0.0
     for name in names:
         inside, own = restoring.masks[name], shared.masks[name].to(restoring.masks[name].device)
         hits += int((inside & own).sum())
         expected += int(inside.sum()) * int(own.sum()) / inside.numel()
-    return hits / max(1, restoring.size), expected / max(1, restoring.size)
-
-
-def _log_probability(model: nn.Module, values: Mapping[str, Tensor], batch: Batch) -> Tensor:
-    """Σ F of a batch with some parameters' values replaced."""
-    labels = batch["labels"].to(next(model.parameters()).device)
-    output = functional_call(model, dict(values), (), inputs_of(model, batch))
-    return -example_losses(output.logits, labels).sum()
+    return restoring.size, hits / shared.size, expected / shared.size

@@ -327,9 +327,9 @@ def minimal_graft(results: Mapping) -> Section:
             "minimal_graft",
             sentences[0] if sentences else "No model answers enough for a graft to restore.",
             "The tuned values of some parameters are put into the base, which is then asked. Parameters are ranked by "
-            "how much their change adds to the log-probability of trained answers (integrated gradients along the way "
-            "from base to tuned values), or by how far they moved. Held-out questions have no part in the order. Bands "
-            "are 95 % Wilson intervals.",
+            "how much their change moves the trained answers (root mean square over questions, and over points on the "
+            "way from base to tuned values), or by how far they moved. Held-out questions have no part in the order. "
+            "Bands are 95 % Wilson intervals.",
             key([*((say.GRAFTED[name], look) for name, look in F.GRAFTS.items()), *lines]),
             [
                 F.to_svg(
@@ -354,13 +354,14 @@ def minimal_graft(results: Mapping) -> Section:
     columns: Columns = {
         "Model": model_of,
         "Shared set": lambda r: Cell(say.when(r["when"]), f"top {say.percent(r['fraction'])}"),
-        "Parameters": lambda r: say.plain(r["size"]),
-        "Shared": lambda r: Cell(say.percent(r["overlap"]), f"of all in scope {say.percent(r['chance'])}"),
-        "Expected, same counts per tensor": lambda r: say.percent(r["chance_per_tensor"]),
+        "Its parameters": lambda r: say.plain(r["size"]),
+        "The graft's parameters": lambda r: say.plain(r["graft"]),
+        "Shared ones that the graft holds": lambda r: say.percent(r["overlap"]),
+        "Expected, same counts per tensor": lambda r: say.percent(r["expected"]),
         "Beyond": beyond,
     }
     if shared:
-        title = "As many parameters as are shared, first by contribution: how many of them are shared"
+        title = "How much of the shared set lies in the smallest graft that restores the trained answers"
         section.blocks.append(table(title, shared, columns, folded=False))
     columns = {
         "Model": model_of,

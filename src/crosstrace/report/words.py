@@ -77,7 +77,7 @@ INSTEAD = {
 }
 ARMS = {"alone": "on new material alone", "replay": "with replay"}
 GRAFTED = {
-    "contribution": "by contribution to the trained answers",
+    "contribution": "by how much they move the trained answers",
     "movement": "by how far they moved",
     "random_per_tensor": "random, same count per tensor as the first",
 }
