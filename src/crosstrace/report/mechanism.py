@@ -314,13 +314,10 @@ def minimal_graft(results: Mapping) -> Section:
         if whole is None or whole < WORTH:
             continue
         if fewest["size"] is None:
-            text = f"no graft does so: with all parameters in scope the base answers {say.percent(with_all)}"
+            text = f"no graft restores nine tenths of that, and all parameters in scope restore {say.percent(with_all)}"
         else:
-            text = f"{say.percent(fewest['fraction'])} of the parameters in scope do so ({fewest['size']:,})"
-        sentences.append(
-            f"{say.model(model)} answers {say.percent(whole)} of the {say.answered(parts[0])}; nine tenths of that "
-            f"are to be restored in the base by grafting: {text}."
-        )
+            text = f"grafting {say.percent(fewest['fraction'])} of its parameters restores nine tenths of that"
+        sentences.append(f"{say.model(model)} answers {say.percent(whole)} of the {say.answered(parts[0])}; {text}.")
     lines = [("model as trained", F.TUNED), ("base", F.UNTUNED)]
     section.blocks.append(
         Plot(
