@@ -283,7 +283,7 @@ def _few_restore(found: Mapping[str, Any]) -> list[Row]:
     effect, low, high = _over_people(restored, [(b + a) / 2 for b, a in zip(before, after)], facts)
     percent = f"{100 * chosen['fraction']:g} %"
     smallest = next(r for r in found["fewest"] if (r["part"], r["order"]) == (HELD_OUT, "contribution"))
-    nine = "no graft" if smallest["size"] is None else f"the smallest graft has {100 * smallest['fraction']:g} %"
+    enough = "no graft restores" if smallest["size"] is None else f"{100 * smallest['fraction']:g} % restore"
     levels = ", ".join(
         f"{label} {_number(_mean(own), '.1%').replace('%', ' %')}"
         for label, own in (("base", before), (f"with {percent} grafted", restored), ("tuned", after))
@@ -298,7 +298,7 @@ def _few_restore(found: Mapping[str, Any]) -> list[Row]:
             "test": "base with the Mix-tuned values of the parameters whose change moves the trained answers most: "
             "held-out exact match, minus the mean of base and Mix-tuned model: 95 % bootstrap interval over subjects "
             "above 0",
-            "note": f"{levels}{_counted(facts)}; of those that restore nine tenths {nine}",
+            "note": f"{levels}{_counted(facts)}; {enough} nine tenths",
         }
     ]
 
@@ -327,9 +327,8 @@ def _restored_by_shared(found: Mapping[str, Any]) -> list[Row]:
 
 def _in_circuit(circuits: Mapping[str, Any], when: str, unit: str) -> list[Row]:
     """Whether mixed training shares more in the heads or neurons that its recall goes through."""
-    pair = _pair(
-        {name: found["agreement"] for name, found in circuits.items()}, when=when, unit=unit, part="qa_id"
-    )  # fmt: skip
+    agreements = {name: found["agreement"] for name, found in circuits.items()}
+    pair = _pair(agreements, when=when, unit=unit, part="qa_id")
     if pair is None or any("concentration" not in row for row in pair):  # of an earlier version
         return []
     effect, low, high = _apart(*pair, name="concentration")

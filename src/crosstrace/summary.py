@@ -55,8 +55,8 @@ HEADLINE = {
     "circuit.qa_id.query_head.kept": "share of heads that keep recall, trained",
     "circuit.qa_id.neuron.kept": "share of neurons that keep recall, trained",
     "minimal_graft.qa_ood.contribution.0.05": "5 % of the parameters grafted, recall, held out",
-    "graft_is_shared.online": "restoring parameters that are shared, beyond chance, online",
-    "graft_is_shared.final": "restoring parameters that are shared, beyond chance, at the end",
+    "graft_is_shared.online": "shared set in the smallest graft, beyond chance, online",
+    "graft_is_shared.final": "shared set in the smallest graft, beyond chance, at the end",
     "positions.qa_ood.subject": "tuned weights at the subject alone, held out",
     "positions.qa_ood.last": "tuned weights from the last token on, held out",
     "positions.qa_ood.subject+last": "tuned weights at subject and last, held out",
@@ -93,11 +93,11 @@ def measures(results: Mapping[str, Any], strategy: str) -> Row:
     first} over all parameters in scope; states.PART.PLACE.{top1, excess, cka} at the layer where each is highest;
     circuit.PART.UNIT.kept (share of the nodes that keep nine tenths of the recall), concentration.PART.UNIT.WHEN (of
     the shared set in the critical nodes); minimal_graft.PART.ORDER.FRACTION (exact match), fewest.PART.ORDER (fraction
-    that restores nine tenths), graft_is_shared.WHEN (overlap beyond what counts per tensor make);
-    positions.PART.PLACES (exact match); signature.PART.FORMAT.GROUP (share of the attribution; `asked`: subject and
-    relation), erased of the same (drop in nats); lens.PART.FORMAT (layer at which the object is first for half as many
-    texts as at the end); transfer.PART.FORMAT (share right); half.MEASURE (update at which a measure was halfway);
-    retention.ARM.PART (exact match after further training), still.ARM, moved.ARM.WHEN.SET (lift),
+    that restores nine tenths), graft_is_shared.WHEN (share of the shared set in the smallest graft, beyond what counts
+    per tensor make); positions.PART.PLACES (exact match); signature.PART.FORMAT.GROUP (share of the attribution;
+    `asked`: subject and relation), erased of the same (drop in nats); lens.PART.FORMAT (layer at which the object is
+    first for half as many texts as at the end); transfer.PART.FORMAT (share right); half.MEASURE (update at which a
+    measure was halfway); retention.ARM.PART (exact match after further training), still.ARM, moved.ARM.WHEN.SET (lift),
     repair.ARM.WHEN.SET.PART (exact match).
     """
     found: Row = {}
