@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from crosstrace.errors import UserError
 from crosstrace.results import Results
 from crosstrace.store import read_json, write_json
 
@@ -67,8 +68,11 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("file", type=Path, help="the JSON file to write")
     options = parser.parse_args()
-    found = brief(dict(Results.read(options.run)))
-    about = read_json(options.run / "metadata.json")
+    try:
+        found = brief(dict(Results.read(options.run)))
+        about = read_json(options.run / "metadata.json")
+    except UserError as error:
+        raise SystemExit(str(error)) from None
     write_json(options.file, {"machine": about, **found})
     print(f"{options.file}: {options.file.stat().st_size / 1e6:.1f} MB")
 

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from crosstrace.signature import ASKED
-from crosstrace.stats import cluster_bootstrap, mean_between
+from crosstrace.stats import cluster_bootstrap, mean_between, nearest
 
 MIXED, STAGED = "mixed", "two_stage"
 TIMES = ("online", "summed", "final")
@@ -275,7 +275,8 @@ def _few_restore(found: Mapping[str, Any]) -> list[Row]:
     ranked = [row for row in grafts if row["order"] == "contribution"]
     if not ranked:
         return []
-    chosen = min(ranked, key=lambda row: abs(math.log(row["fraction"] / FEW)))
+    few = nearest([row["fraction"] for row in ranked], FEW)
+    chosen = next(row for row in ranked if row["fraction"] == few)
     base, tuned = (next(row for row in grafts if row["order"] == order) for order in ("base", "tuned"))
     values = [_values(row["by_person"]) for row in (chosen, base, tuned)]
     facts = [*values[0]]

@@ -5,7 +5,6 @@ It makes nothing and measures nothing.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,6 +18,7 @@ from crosstrace.errors import UserError
 from crosstrace.facts import FactSettings
 from crosstrace.processes import Processes, launched
 from crosstrace.shared import ParamSet, scope
+from crosstrace.stats import nearest
 from crosstrace.store import Run, expanded, read_json, sha256_file, sha256_tree
 from crosstrace.text import KNOWN, Example, read_jsonl
 from crosstrace.tokens import Encoded, encode
@@ -201,7 +201,7 @@ def load_base(experiment: Experiment, processes: Processes | None = None) -> Any
 
 def central_fraction(experiment: Experiment) -> float:
     """The one of analysis.central_fractions that is nearest to 5 %: where one shared set stands for all."""
-    return min(experiment.analysis.central_fractions, key=lambda f: abs(math.log(f / 0.05)))
+    return nearest(experiment.analysis.central_fractions, 0.05)
 
 
 def shared_sets(run: Run, experiment: Experiment, name: str) -> list[tuple[str, ParamSet]]:

@@ -7,7 +7,7 @@ Plain numbers in, plain numbers out; it knows nothing of parameters, traces or t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,6 +137,11 @@ def cluster_bootstrap(
     means = np.concatenate([t @ sums / (t @ items) for t in times])
     low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
     return Interval(float(difference.mean()), float(low), float(high))
+
+
+def nearest(values: Iterable[float], target: float) -> float:
+    """The positive number whose ratio to `target` is nearest to 1; the first of several."""
+    return min(values, key=lambda value: abs(math.log(value / target)))
 
 
 def mean_between(x: Sequence[float], y: Sequence[float], low: float, high: float) -> float:

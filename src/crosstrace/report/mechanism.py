@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from crosstrace.report import figures as F
 from crosstrace.report import rows as R
@@ -314,7 +315,10 @@ def minimal_graft(results: Mapping) -> Section:
         if whole is None or whole < WORTH:
             continue
         if fewest["size"] is None:
-            text = f"no graft restores nine tenths of that, and all parameters in scope restore {say.percent(with_all)}"
+            text = (
+                "no graft restores nine tenths of that: with all parameters in scope the base answers "
+                f"{say.percent(with_all)}"
+            )
         else:
             text = f"grafting {say.percent(fewest['fraction'])} of its parameters restores nine tenths of that"
         sentences.append(f"{say.model(model)} answers {say.percent(whole)} of the {say.answered(parts[0])}; {text}.")
@@ -342,12 +346,7 @@ def minimal_graft(results: Mapping) -> Section:
         )
     )
     shared = R.mechanism_rows(results, "minimal_graft", "overlap")
-
-    def beyond(row: Row) -> Cell:
-        amounts = (say.decimal(row[name], 3, sign=True) for name in ("excess", "excess_low", "excess_high"))
-        excess, low, high = amounts
-        return Cell(excess, f"{low} to {high}")
-
+    signed = partial(say.decimal, digits=3, sign=True)
     columns: Columns = {
         "Model": model_of,
         "Shared set": lambda r: Cell(say.when(r["when"]), f"top {say.percent(r['fraction'])}"),
@@ -355,7 +354,7 @@ def minimal_graft(results: Mapping) -> Section:
         "The graft's parameters": lambda r: say.plain(r["graft"]),
         "Shared ones that the graft holds": lambda r: say.percent(r["overlap"]),
         "Expected, same counts per tensor": lambda r: say.percent(r["expected"]),
-        "Beyond": beyond,
+        "Beyond": lambda r: Cell(signed(r["excess"]), say.interval(r["excess_low"], r["excess_high"], signed)),
     }
     if shared:
         title = "How much of the shared set lies in the smallest graft that restores the trained answers"
