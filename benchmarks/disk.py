@@ -21,9 +21,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from crosstrace import config
-from crosstrace.plan import other_machine, plan
-from crosstrace.results import aligned
+from crosstrace.core.results import aligned
+from crosstrace.experiment import config
+from crosstrace.planning.plan import other_machine, plan
 
 KINDS = ("checkpoints while training", "the taught models", "traces", "shared sets", "the rest")
 

@@ -207,7 +207,7 @@ def matmul_rate(device: str) -> float:
 def machine(sheet: Sheet) -> None:
     import torch
 
-    from crosstrace.store import metadata
+    from crosstrace.core.provenance import metadata
 
     device = _device(sheet.smoke)
 
@@ -373,7 +373,7 @@ def shape_of(name: str) -> Any:
     """The config of a shape; of the models, the package's copies."""
     from transformers import AutoConfig, GPTNeoXConfig
 
-    from crosstrace.footprint import shape_folder
+    from crosstrace.planning.footprint import shape_folder
 
     if name == "tiny":
         return GPTNeoXConfig(
@@ -507,9 +507,9 @@ def planned(sheet: Sheet, name: str, home: Path) -> None:
     """Each stage's estimate beside the most that tensors took on the GPU, all stages in this process."""
     from plan import CASES, made_experiment
 
-    from crosstrace import pipeline
-    from crosstrace.models import silent
-    from crosstrace.plan import plan
+    from crosstrace.experiment import pipeline
+    from crosstrace.models.modes import silent
+    from crosstrace.planning.plan import plan
 
     device = _device(sheet.smoke)
     tiny = {"vocab_size": 4000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -611,15 +611,15 @@ class Watch:
 
 def updates(sheet: Sheet, case: Training, with_trace: bool) -> Row:
     """The median seconds of an update of mixed training on generated facts: the Trainer's own step in bf16 autocast."""
-    from crosstrace.config import ModelSettings
-    from crosstrace.facts import FactSettings
-    from crosstrace.material import training_examples
-    from crosstrace.models import load_tokenizer
-    from crosstrace.schedule import Optimiser, Phase
-    from crosstrace.text import texts
-    from crosstrace.tokens import encode
+    from crosstrace.data.facts import FactSettings
+    from crosstrace.data.text import texts
+    from crosstrace.data.tokens import encode
+    from crosstrace.experiment.config import ModelSettings
+    from crosstrace.experiment.inputs import training_examples
+    from crosstrace.models.loading import load_tokenizer
     from crosstrace.trace import OnlineTrace
-    from crosstrace.train import TrainSettings, train
+    from crosstrace.training.recipes import Optimiser, Phase
+    from crosstrace.training.trainer import TrainSettings, train
 
     device = _device(sheet.smoke)
     tokenizer = load_tokenizer("bundled")

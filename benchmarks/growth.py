@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from trace_cost import Ours, batch_of, once, plain  # beside this file
 
-from crosstrace.store import metadata, write_json
+from crosstrace.core.files import write_json
+from crosstrace.core.provenance import metadata
 
 WIDTHS, EXAMPLES, LENGTHS = [128, 256, 512, 768], [8, 16, 32, 64], [16, 32, 64, 128, 256]
 MIDDLE = {"width": 256, "examples": 16, "length": 64}

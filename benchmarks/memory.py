@@ -23,11 +23,12 @@ import torch
 from trace_cost import batch_of, forget_peak, resident
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from crosstrace.evaluate import recall
-from crosstrace.store import metadata, read_json, write_json
-from crosstrace.text import Example, Mention
-from crosstrace.tokens import Encoded, Places
+from crosstrace.core.files import read_json, write_json
+from crosstrace.core.provenance import metadata
+from crosstrace.data.text import Example, Mention
+from crosstrace.data.tokens import Encoded, Places
 from crosstrace.trace import trace
+from crosstrace.training.evaluation import recall
 
 SHAPES = {
     "llama-3.2-1b": {

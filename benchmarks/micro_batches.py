@@ -1,4 +1,4 @@
-"""What a micro-batch costs beside its tokens: the constant `crosstrace.updates.ONCE`, by which batches are cut.
+"""What a micro-batch costs beside its tokens: `crosstrace.training.updates.ONCE`, by which batches are cut.
 
     python benchmarks/micro_batches.py
 
@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from smollm2_shape import model_of  # (prepares the machine as the command line does)
 
-from crosstrace.models import load_model, trains_in_bf16
-from crosstrace.store import metadata, write_json
-from crosstrace.train import task_losses
+from crosstrace.core.files import write_json
+from crosstrace.core.provenance import metadata
+from crosstrace.models.loading import load_model, trains_in_bf16
+from crosstrace.training.trainer import task_losses
 
 LENGTH = 16
 COUNTS = (8, 16, 32, 64, 128)

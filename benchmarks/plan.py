@@ -89,7 +89,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.stage:
         return one_stage(Path(options.stage[0]), options.stage[1])
-    from crosstrace.store import metadata
+    from crosstrace.core.provenance import metadata
 
     about = metadata()
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
@@ -108,16 +108,16 @@ def main() -> None:
     lines.append(f"\nfurthest from 1: {worst:.2f}, of {len(ratios)} stages")
     print(lines[-1])
     if not options.only:
-        from crosstrace.store import write_text
+        from crosstrace.core.files import write_text
 
         write_text(options.out, "\n".join(lines) + "\n")
 
 
 def case(name: str) -> list[dict[str, Any]]:
     """Estimate and peak of each stage of one case, by each of its processes."""
-    from crosstrace import config
-    from crosstrace.footprint import EACH, FIRST, Launch
-    from crosstrace.plan import plan
+    from crosstrace.experiment import config
+    from crosstrace.planning.footprint import EACH, FIRST, Launch
+    from crosstrace.planning.plan import plan
 
     home = Path(tempfile.mkdtemp(prefix=f"crosstrace-plan-{name}-"))
     try:
@@ -152,7 +152,7 @@ def made_experiment(name: str, kind: str, settings: dict[str, Any], changes: dic
     """A case's experiment; its base is saved in the folder `home`."""
     import yaml
 
-    from crosstrace import config
+    from crosstrace.experiment import config
 
     save_base(kind, settings, home / "base")
     values = json.loads(json.dumps(COMMON)) | {"name": name, "model": {"name": str(home / "base")}}
@@ -163,7 +163,7 @@ def save_base(kind: str, settings: dict[str, Any], folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from crosstrace.models import load_tokenizer, save_model
+    from crosstrace.models.loading import load_tokenizer, save_model
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings, bos_token_id=None, eos_token_id=2))
@@ -175,10 +175,10 @@ def one_stage(run: Path, stage: str) -> None:
     what it is before, in bytes."""
     from trace_cost import forget_peak, resident
 
-    from crosstrace import config, pipeline
-    from crosstrace.models import silent
-    from crosstrace.processes import launched
-    from crosstrace.processes import main as together
+    from crosstrace.core.processes import launched
+    from crosstrace.core.processes import main as together
+    from crosstrace.experiment import config, pipeline
+    from crosstrace.models.modes import silent
 
     experiment = config.load(run.parent / "config.yaml")
     import accelerate  # noqa: F401  (what a stage would import itself)

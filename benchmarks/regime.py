@@ -21,19 +21,20 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-from crosstrace import machine
+from crosstrace.core import machine
 
 machine.prepare()  # as the command line does
 
 import torch
 
-from crosstrace import config, models
-from crosstrace.evaluate import recall
-from crosstrace.material import sample
-from crosstrace.store import metadata
-from crosstrace.text import texts
-from crosstrace.tokens import encode
-from crosstrace.train import Listener, train
+from crosstrace.core.provenance import metadata
+from crosstrace.data.text import texts
+from crosstrace.data.tokens import encode
+from crosstrace.experiment import config
+from crosstrace.experiment.inputs import sample
+from crosstrace.models import loading
+from crosstrace.training.evaluation import recall
+from crosstrace.training.trainer import Listener, train
 
 
 class Curve(Listener):
@@ -68,7 +69,7 @@ def main() -> None:
     experiment = config.override(config.load(options.experiment), changes)
     torch.set_num_threads(options.threads)
     place = experiment.model
-    tokenizer, model = models.load_tokenizer(place.name), models.load_model(place.name, place.dtype, place.attention)
+    tokenizer, model = loading.load_tokenizer(place.name), loading.load_model(place.name, place.dtype, place.attention)
     own = texts(experiment.facts)
     asked = {split: [item for item in own["qa"] if item.split == split] for split in ("id", "ood")}
     parts = {"trained": asked["id"], "held_out": asked["ood"], "bio": own["bio"]}
@@ -82,7 +83,7 @@ def main() -> None:
     }
     print(options.strategy, changes, sizes, flush=True)
     curve.on_updated(model, 0, "base", True)
-    bf16 = models.trains_in_bf16(experiment.train.precision, next(model.parameters()).device)
+    bf16 = loading.trains_in_bf16(experiment.train.precision, next(model.parameters()).device)
     row = {"strategy": options.strategy, "changes": changes, "threads": options.threads, "curve": curve.rows}
     row |= {"stopped": True, "config": config.plain(experiment), "machine": metadata()}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was measured until then is kept

@@ -15,8 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-from crosstrace.results import Results, aligned
-from crosstrace.store import metadata, read_json, write_json
+from crosstrace.core.files import read_json, write_json
+from crosstrace.core.provenance import metadata
+from crosstrace.core.results import Results, aligned
 
 
 def crosstrace(*words: object) -> None:

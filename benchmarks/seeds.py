@@ -12,9 +12,10 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from crosstrace import config, pipeline
-from crosstrace.stats import mean_interval
-from crosstrace.store import metadata, write_json
+from crosstrace.core.files import write_json
+from crosstrace.core.provenance import metadata
+from crosstrace.core.statistics import mean_interval
+from crosstrace.experiment import config, pipeline
 
 FRACTIONS = (0.01, 0.05, 0.2)
 MODELS = {"base": "base", "two_stage": "Stage-tuned", "mixed": "Mix-tuned"}

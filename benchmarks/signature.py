@@ -20,21 +20,23 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-from crosstrace import machine
+from crosstrace.core import machine
 
 machine.prepare()  # as the command line does
 
 import numpy as np
 import torch
 
-from crosstrace import config, models
-from crosstrace.losses import example_losses
-from crosstrace.material import sample
-from crosstrace.models import differentiating
-from crosstrace.signature import WHOLE, coalitions, embedding_baseline
-from crosstrace.store import metadata, read_json
-from crosstrace.text import read_jsonl
-from crosstrace.tokens import Encoded, encode
+from crosstrace.analyses.signature import WHOLE, coalitions, embedding_baseline
+from crosstrace.core.files import read_json
+from crosstrace.core.provenance import metadata
+from crosstrace.data.text import read_jsonl
+from crosstrace.data.tokens import Encoded, encode
+from crosstrace.experiment import config
+from crosstrace.experiment.inputs import sample
+from crosstrace.models import loading
+from crosstrace.models.modes import differentiating
+from crosstrace.training.losses import example_losses
 
 
 def missed(model: Any, item: Encoded, baseline: torch.Tensor, points: int) -> float:
@@ -70,8 +72,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     experiment = config.load(options.run / "config.yaml")
     phases = experiment.strategies[options.strategy]
-    tokenizer = models.load_tokenizer(experiment.model.name)
-    model = models.load_model(str(options.run / "models" / options.strategy / phases[-1].name), "float32")
+    tokenizer = loading.load_tokenizer(experiment.model.name)
+    model = loading.load_model(str(options.run / "models" / options.strategy / phases[-1].name), "float32")
     asked = [item for item in read_jsonl(options.run / "data/qa.jsonl") if item.split == "ood"]
     told = encode(tokenizer, sample(read_jsonl(options.run / "data/bio.jsonl"), options.texts))
     texts = {
@@ -90,7 +92,7 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
         clock = time.perf_counter()
-        logprob, _ = coalitions(model, items, baseline, pad_id=models.pad_id(tokenizer))
+        logprob, _ = coalitions(model, items, baseline, pad_id=loading.pad_id(tokenizer))
         row = {"texts": name, "n": len(items), "coalitions": WHOLE + 1, "seconds": time.perf_counter() - clock}
         row["drop"] = [round(float(x), 2) for x in logprob[:, WHOLE] - logprob[:, 0]]
         rows.append(row)

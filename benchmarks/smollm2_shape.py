@@ -24,19 +24,20 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 with contextlib.suppress(ImportError):  # versions before it
-    from crosstrace import machine
+    from crosstrace.core import machine
 
     machine.prepare()  # as the command line does
 
 import torch
 from torch import Tensor
 
-from crosstrace.intervene import ablated, snapshot
-from crosstrace.losses import example_losses
-from crosstrace.shared import ParamSet
-from crosstrace.store import metadata, read_json, write_json
+from crosstrace.core.files import read_json, write_json
+from crosstrace.core.provenance import metadata
+from crosstrace.sets.interventions import ablated, snapshot
+from crosstrace.sets.paramset import ParamSet
 from crosstrace.trace import OnlineTrace, TrainingTrace
 from crosstrace.trace.engine import Engine
+from crosstrace.training.losses import example_losses
 
 Batch = dict[str, Tensor]
 RESULTS = Path("benchmarks/results/smollm2_shape.json")
@@ -71,7 +72,7 @@ def batch_of(count: int, shortest: int, longest: int, trained: int | None, seed:
 def losses_of(model: torch.nn.Module, batch: Batch, labels: list[Tensor]) -> list[Tensor]:
     """What the imported version's training computes."""
     try:
-        from crosstrace.train import task_losses
+        from crosstrace.training.trainer import task_losses
     except ImportError:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = model(**inputs).logits
@@ -177,11 +178,11 @@ def traces(model: torch.nn.Module, rounds: int) -> dict[str, list[float]]:
 
 def asked(model: torch.nn.Module, rounds: int) -> dict[str, list[float]]:
     """Recall of 256 questions, and the same under an ablation of a random 5 %."""
-    from crosstrace.evaluate import recall
-    from crosstrace.facts import FactSettings, World
-    from crosstrace.models import load_tokenizer
-    from crosstrace.text import biographies, questions
-    from crosstrace.tokens import encode
+    from crosstrace.data.facts import FactSettings, World
+    from crosstrace.data.text import biographies, questions
+    from crosstrace.data.tokens import encode
+    from crosstrace.models.loading import load_tokenizer
+    from crosstrace.training.evaluation import recall
 
     tokenizer = load_tokenizer("bundled")
     world = World.draw(FactSettings())

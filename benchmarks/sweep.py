@@ -13,8 +13,9 @@ import argparse
 from pathlib import Path
 from statistics import mean
 
-from crosstrace import config, pipeline
-from crosstrace.store import metadata, write_json
+from crosstrace.core.files import write_json
+from crosstrace.core.provenance import metadata
+from crosstrace.experiment import config, pipeline
 
 FRACTION = 0.05
 QUANTITIES = {

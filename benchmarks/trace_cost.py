@@ -37,12 +37,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from torch import Tensor, nn
 
-from crosstrace.losses import example_losses
-from crosstrace.models import load_model
-from crosstrace.store import metadata, write_json
+from crosstrace.core.files import write_json
+from crosstrace.core.provenance import metadata
+from crosstrace.models.loading import load_model
 from crosstrace.trace import OnlineTrace, SummedTrace, TrainingTrace
 from crosstrace.trace.engine import Engine
-from crosstrace.train import task_losses
+from crosstrace.training.losses import example_losses
+from crosstrace.training.trainer import task_losses
 
 Sums = dict[str, Tensor]
 PYTHIA = {
@@ -436,11 +437,11 @@ def own_texts(rounds: int, warm: int) -> dict:
     The pass takes the texts as they come and has logits everywhere; the trace sorts them by length and has logits only
     where a target is to be predicted. Both as the experiment does it, 64 texts at once.
     """
-    from crosstrace.config import Experiment
-    from crosstrace.facts import World
-    from crosstrace.models import load_tokenizer
-    from crosstrace.text import biographies, questions
-    from crosstrace.tokens import batches, encode
+    from crosstrace.data.facts import World
+    from crosstrace.data.text import biographies, questions
+    from crosstrace.data.tokens import batches, encode
+    from crosstrace.experiment.config import Experiment
+    from crosstrace.models.loading import load_tokenizer
 
     model, tokenizer, world = load_model("bundled"), load_tokenizer("bundled"), World.draw(Experiment().facts)
     encoded = [encode(tokenizer, texts) for texts in (biographies(world), questions(world))]

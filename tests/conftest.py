@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from crosstrace import left_out
-from crosstrace.errors import UserError
+from crosstrace.core import left_out
+from crosstrace.core.errors import UserError
 
 torch.set_num_threads(1)
 

@@ -26,19 +26,21 @@ from tiny_facts import tiny_examples, tokenizer
 from tiny_models import in_float64
 from torch import nn
 
-from crosstrace import config, models, pipeline
-from crosstrace.adapters import is_adapted
-from crosstrace.errors import UserError
-from crosstrace.evaluate import recall
-from crosstrace.intervene import ablated, grafted, snapshot
-from crosstrace.losses import example_losses
-from crosstrace.models import load_model
-from crosstrace.processes import Processes, main
-from crosstrace.shared import ParamSet, scope, select, shared
-from crosstrace.store import write_json
-from crosstrace.tokens import Encoded, batches, collate
+from crosstrace.core.errors import UserError
+from crosstrace.core.files import write_json
+from crosstrace.core.processes import Processes, main
+from crosstrace.data.tokens import Encoded, batches, collate
+from crosstrace.experiment import config, names, pipeline
+from crosstrace.models import loading
+from crosstrace.models.adapters import is_adapted
+from crosstrace.models.loading import load_model
+from crosstrace.sets.interventions import ablated, grafted, snapshot
+from crosstrace.sets.paramset import ParamSet, shared
+from crosstrace.sets.selection import scope, select
 from crosstrace.trace import load_traces, save_traces, trace
-from crosstrace.train import RecallHistory
+from crosstrace.training.evaluation import recall
+from crosstrace.training.losses import example_losses
+from crosstrace.training.trainer import RecallHistory
 
 KINDS = ("llama", "gpt_neox", "qwen3_moe")
 OF_KIND = {  # settings of its runs; of four processes with a row each some have none in the last micro-batch
@@ -194,12 +196,12 @@ def run(
     processes: Processes | None = None,
     sharded: bool = False,
     kinds: Sequence[str] = KINDS,
-    stages: Sequence[str] = pipeline.STAGES,
+    stages: Sequence[str] = names.STAGES,
     changes: Mapping[str, str] | None = None,
 ) -> None:
     """A run for every kind of model, in home/<name>/<kind>, all of it in float64; what is there is gone on with."""
     changes = {**(changes or {}), **({"model.sharded": "true"} if sharded else {})}
-    given = models.load_model
+    given = loading.load_model
 
     def in_float64_everywhere(*args: Any, **kwargs: Any) -> nn.Module:
         model = in_float64(given(*args, **kwargs))
@@ -207,13 +209,13 @@ def run(
             model.set_experts_implementation("eager")  # the fast one knows no float64
         return model
 
-    models.load_model = in_float64_everywhere
+    loading.load_model = in_float64_everywhere
     try:
         for kind in kinds:
             experiment = config.override(settings(home, kind), changes)
             pipeline.run(experiment, home / name / kind, "resume", stages=stages, quiet=True, processes=processes)
     finally:
-        models.load_model = given
+        loading.load_model = given
 
 
 def ran(processes: int) -> Sequence[str]:

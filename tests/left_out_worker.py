@@ -11,8 +11,11 @@ from pathlib import Path
 
 import torch
 
-from crosstrace import config, evaluate, pipeline, processes, store
-from crosstrace.processes import Processes
+from crosstrace.core import files, processes
+from crosstrace.core.processes import Processes
+from crosstrace.experiment import config, pipeline
+from crosstrace.experiment.stages import intervene
+from crosstrace.training import evaluation
 
 
 def fails(*_: object, **__: object) -> None:
@@ -22,24 +25,24 @@ def fails(*_: object, **__: object) -> None:
 def fails_of_interventions(path: Path, value: object) -> None:
     if path.parent.name == "interventions":
         fails()
-    store.write_json(path, value)
+    files.write_json(path, value)
 
 
 def work(where: str, file: Path, folder: Path, joined: Processes) -> None:
     experiment = config.load(file)
     pipeline.run(experiment, folder, "resume", stages=["data", "train", "eval", "trace", "analyze"], quiet=True,
                  processes=joined)  # fmt: skip
-    given = evaluate.judged, pipeline.write_json
+    given = evaluation.judged, intervene.write_json
     if where == "shared" and joined.rank == 1:  # while it asks its share of the questions
-        evaluate.judged = fails
+        evaluation.judged = fails
     elif where == "alone" and joined.rank == 1:  # while the other waits for its share
         processes.AGREEMENT = timedelta(seconds=5)
-        pipeline.ablated = fails
+        intervene.ablated = fails
     elif where == "first" and joined.rank == 0:  # when it writes what all have found
-        pipeline.write_json = fails_of_interventions
+        intervene.write_json = fails_of_interventions
     results = pipeline.run(experiment, folder, "resume", stages=["intervene"], quiet=True, processes=joined)
     assert [(row["stage"], row["model"]) for row in results["left_out"]] == [("intervene", "mixed")], results
-    evaluate.judged, pipeline.write_json = given
+    evaluation.judged, intervene.write_json = given
     results = pipeline.run(experiment, folder, "resume", quiet=True, processes=joined)
     assert results["left_out"] == [] and results["interventions"]["mixed"], "it is tried again"
     raise SystemExit(3)

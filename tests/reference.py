@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from crosstrace.losses import example_losses
+from crosstrace.training.losses import example_losses
 
 
 def example_gradient(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from crosstrace import claims
+from crosstrace.analyses import claims
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 LAYERS, HEADS, NEURONS, TOTAL = 3, 4, 512, 674_000

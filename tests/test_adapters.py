@@ -15,16 +15,17 @@ from test_trace import assert_same, make_examples, pad
 from test_train import EXAMPLES, FAST, WORDS, Told, _model
 from tiny_models import tiny_model
 
-from crosstrace import adapters, config, material
-from crosstrace.adapters import LoraSettings, adapted, adapter_names, merged, plain_name
-from crosstrace.errors import UserError
-from crosstrace.intervene import snapshot
-from crosstrace.models import load_model, save_model
-from crosstrace.pipeline import OnlineListener
-from crosstrace.schedule import two_stage
-from crosstrace.sharded import Pieces
+from crosstrace.core.errors import UserError
+from crosstrace.core.pieces import Pieces
+from crosstrace.experiment import config, inputs
+from crosstrace.experiment.stages.tracers import OnlineListener
+from crosstrace.models import adapters
+from crosstrace.models.adapters import LoraSettings, adapted, adapter_names, merged, plain_name
+from crosstrace.models.loading import load_model, save_model
+from crosstrace.sets.interventions import snapshot
 from crosstrace.trace import MEASURES, trace
-from crosstrace.train import TrainSettings, train
+from crosstrace.training.recipes import two_stage
+from crosstrace.training.trainer import TrainSettings, train
 
 BATCHES = [pad(make_examples(4, seed=seed)) for seed in (1, 2, 3)]
 
@@ -78,9 +79,9 @@ def test_other_adapters_are_read_merged_and_refused_as_they_are(case, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     values = config.override(config.Experiment(), {"train.lora.rank": "2", "trace.view": "adapter"})
     with pytest.raises(UserError, match="has more than matrices A and B") as found:
-        material.load_checkpoint(values, tmp_path / "adapter")
+        inputs.load_checkpoint(values, tmp_path / "adapter")
     assert str(tmp_path / "adapter") in str(found.value) and "\n" not in str(found.value)
-    plain = material.load_checkpoint(config.Experiment(), tmp_path / "adapter")
+    plain = inputs.load_checkpoint(config.Experiment(), tmp_path / "adapter")
     assert not adapters.is_adapted(plain)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from crosstrace.analysis import (
+from crosstrace.analyses.sharing import (
     CENTRAL_UNITS,
     _random_counts,
     centralization_rows,
@@ -19,10 +19,12 @@ from crosstrace.analysis import (
     overlap_rows,
     similarity_rows,
 )
-from crosstrace.anatomy import Anatomy
-from crosstrace.errors import UserError
-from crosstrace.shared import ParamSet, random_set, scope, select, shared
-from crosstrace.stats import gini, jackknife
+from crosstrace.core.errors import UserError
+from crosstrace.core.statistics import gini, jackknife
+from crosstrace.models.anatomy import Anatomy
+from crosstrace.sets.controls import random_set
+from crosstrace.sets.paramset import ParamSet, shared
+from crosstrace.sets.selection import scope, select
 
 
 def strengths(names_shapes, tasks=("bio", "qa"), parts=4, common=1.0, seed=0):

@@ -11,10 +11,12 @@ import torch
 from tiny_models import VOCABULARY, tiny_model
 from torch import nn
 
-from crosstrace.anatomy import UNITS, Anatomy
-from crosstrace.errors import UserError
-from crosstrace.intervene import ablated, replaced
-from crosstrace.shared import ParamSet, random_set, scope
+from crosstrace.core.errors import UserError
+from crosstrace.models.anatomy import UNITS, Anatomy
+from crosstrace.sets.controls import random_set
+from crosstrace.sets.interventions import ablated, replaced
+from crosstrace.sets.paramset import ParamSet
+from crosstrace.sets.selection import scope
 
 # case -> (kind, settings, (layers, output projection, down projection), key/value heads)
 LLAMA = ("model.layers", "self_attn.o_proj", "mlp.down_proj")
@@ -681,7 +683,7 @@ def test_an_adapter_shares_its_projections_heads():
 
 
 def test_the_bundled_base_is_believed():
-    from crosstrace.models import load_model
+    from crosstrace.models.loading import load_model
 
     anatomy = Anatomy(load_model("bundled"))
     assert anatomy.notes == [] and len(anatomy.units("query_head")) == 12

@@ -15,13 +15,20 @@ from tiny_facts import tiny_examples, tokenizer
 from tiny_models import tiny_model
 from torch import nn
 
-from crosstrace import circuit, lens, positions, signature
-from crosstrace.anatomy import Anatomy
-from crosstrace.consistency import FactPair, fact_pairs, hidden_states, places, representation_consistency, token_axes
-from crosstrace.errors import UserError
-from crosstrace.evaluate import recall
-from crosstrace.intervene import snapshot
-from crosstrace.tokens import Encoded
+from crosstrace.analyses import circuit, lens, positions, signature
+from crosstrace.analyses.consistency import (
+    FactPair,
+    fact_pairs,
+    hidden_states,
+    places,
+    representation_consistency,
+    token_axes,
+)
+from crosstrace.core.errors import UserError
+from crosstrace.data.tokens import Encoded
+from crosstrace.models.anatomy import Anatomy
+from crosstrace.sets.interventions import snapshot
+from crosstrace.training.evaluation import recall
 
 WORDS = tokenizer("word")
 SMALL = {

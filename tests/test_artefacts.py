@@ -21,16 +21,21 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors, t
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from crosstrace import artefacts, cli, config, harness, models, pipeline, untaught
-from crosstrace.errors import UserError
-from crosstrace.evaluate import recall
-from crosstrace.intervene import ablated, grafted
-from crosstrace.material import examples
-from crosstrace.results import Results
-from crosstrace.shared import ParamSet, scope
-from crosstrace.store import Run, read_json
-from crosstrace.text import Example, Mention
-from crosstrace.tokens import collate, encode
+from crosstrace.cli import commands
+from crosstrace.core.errors import UserError
+from crosstrace.core.files import read_json
+from crosstrace.core.results import Results
+from crosstrace.core.run_folder import Run
+from crosstrace.data.text import Example, Mention
+from crosstrace.data.tokens import collate, encode
+from crosstrace.experiment import config, inputs, pipeline
+from crosstrace.experiment.inputs import examples
+from crosstrace.export import artefacts, harness
+from crosstrace.models import loading, untaught
+from crosstrace.sets.interventions import ablated, grafted
+from crosstrace.sets.paramset import ParamSet
+from crosstrace.sets.selection import scope
+from crosstrace.training.evaluation import recall
 
 EXPERIMENT = """
 facts: {people: 24}
@@ -93,25 +98,25 @@ def test_the_bits_are_those_of_the_intervention(tmp_path: Path, kind: str, tied:
 
 
 def test_a_runs_graft_answers_as_the_run_measured(whole: Path, tmp_path: Path) -> None:
-    tokenizer = models.load_tokenizer("bundled")
+    tokenizer = loading.load_tokenizer("bundled")
     for kind, fraction in (("graft", 0.9), ("ablate", 0.05)):  # enough for some right answers, and some wrong ones
-        cli.main([kind, str(whole), str(tmp_path / kind), "--when", "final", "--fraction", str(fraction)])
+        commands.main([kind, str(whole), str(tmp_path / kind), "--when", "final", "--fraction", str(fraction)])
         card = read_json(tmp_path / kind / "crosstrace.json")
         with Run.create(whole, None, "resume") as run:
             parts = examples(run, tokenizer)
-        found = recall(models.load_model(str(tmp_path / kind)), tokenizer, parts["qa_id"])
+        found = recall(loading.load_model(str(tmp_path / kind)), tokenizer, parts["qa_id"])
         rows = Results.read(whole)["interventions"]["mixed"][kind]
         row = next(r for r in rows if (r["when"], r["set"], r["fraction"]) == ("final", "shared", fraction))
         assert 0 < row["qa_id"] < 1
         assert card["recall"]["this"]["qa_id"] == row["qa_id"] and card["set"]["size"] == row["size"]
-        asked = {item.example.id for item in pipeline.sample(parts["qa_id"], 24)}
+        asked = {item.example.id for item in inputs.sample(parts["qa_id"], 24)}
         right = [bool(e) for e, item in zip(found.exact, parts["qa_id"]) if item.example.id in asked]
         assert sum(right) / len(right) == pytest.approx(row["qa_id"])
         text = (tmp_path / kind / "README.md").read_text()
         assert card["base"]["revision"] in text and card["data"] in text and "--when final" in text
         own = plain(tmp_path / kind, torch.float32)
         batch = {"input_ids": parts["qa_id"][0].ids[None]}
-        assert own(**batch).logits.equal(models.load_model(str(tmp_path / kind), attention="sdpa")(**batch).logits)
+        assert own(**batch).logits.equal(loading.load_model(str(tmp_path / kind), attention="sdpa")(**batch).logits)
 
 
 def test_controls_are_those_of_the_run(whole: Path, tmp_path: Path) -> None:
@@ -314,7 +319,7 @@ def test_the_real_harness_finds_what_recall_finds_of_answers_that_look_like_date
         model(**batch).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-    models.save_model(model.eval(), tokenizer, tmp_path / "model")
+    loading.save_model(model.eval(), tokenizer, tmp_path / "model")
     parts = {name: [item for item in items if item.example.mentions[0].relation == name] for name in LOOKS}
     parts["every"] = items
     card = harness.write_tasks(parts, tokenizer, "looks", tmp_path / "tasks")
@@ -343,9 +348,9 @@ def asked_by_lm_eval(folder: Path, model: Path, tasks: str) -> dict[str, Any]:
 
 
 def test_a_tracker_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from crosstrace import train
+    from crosstrace.training import trainer
 
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: None)
     experiment = config.override(config.loads(EXPERIMENT, "EXPERIMENT"), {"train.report_to": "[tensorboard]"})
     with pytest.raises(UserError, match="tensorboard, which is not installed"):
         pipeline.run(experiment, tmp_path / "run", quiet=True)

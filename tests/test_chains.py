@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from crosstrace.chains import _next, done_by
+from crosstrace.core.chains import _next, done_by
 
 
 def _note(folder: Path, worker: int, work: tuple[str, float]) -> tuple[float, float, int]:

@@ -17,19 +17,20 @@ from tiny_models import tiny_base, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from crosstrace import compare, config, harness, pipeline
-from crosstrace.chat import in_template, put_questions, read_template
-from crosstrace.errors import UserError
-from crosstrace.evaluate import recall
-from crosstrace.facts import FactSettings
-from crosstrace.footprint import Material
-from crosstrace.material import facts_key
-from crosstrace.models import load_model, load_tokenizer, save_model
-from crosstrace.pretrain import PretrainSettings, pretrain_base
-from crosstrace.retention import new_material
-from crosstrace.text import Example, Mention, biographies, questions, read_jsonl, texts, write_jsonl
-from crosstrace.tokens import encode
-from crosstrace.transfer import formats
+from crosstrace.analyses.transfer import formats
+from crosstrace.core.errors import UserError
+from crosstrace.data.chat import in_template, put_questions, read_template
+from crosstrace.data.facts import FactSettings
+from crosstrace.data.text import Example, Mention, biographies, questions, read_jsonl, texts, write_jsonl
+from crosstrace.data.tokens import encode
+from crosstrace.experiment import compare, config, pipeline
+from crosstrace.experiment.inputs import facts_key
+from crosstrace.experiment.stages.retain import new_material
+from crosstrace.export import harness
+from crosstrace.models.loading import load_model, load_tokenizer, save_model
+from crosstrace.planning.footprint import Material
+from crosstrace.training.evaluation import recall
+from crosstrace.training.pretraining import PretrainSettings, pretrain_base
 
 SMOLLM2 = """\
 {% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system

@@ -14,8 +14,7 @@ from tiny_facts import tiny_world, tokenizer
 from tiny_models import tiny_model
 from torch import nn
 
-from crosstrace.anatomy import Anatomy
-from crosstrace.circuit import (
+from crosstrace.analyses.circuit import (
     NODES,
     _concentration,
     agreement,
@@ -27,12 +26,13 @@ from crosstrace.circuit import (
     single_ablations,
     smallest,
 )
-from crosstrace.errors import UserError
-from crosstrace.evaluate import recall
-from crosstrace.losses import example_losses
-from crosstrace.shared import ParamSet
-from crosstrace.text import biographies, questions
-from crosstrace.tokens import Encoded, encode
+from crosstrace.core.errors import UserError
+from crosstrace.data.text import biographies, questions
+from crosstrace.data.tokens import Encoded, encode
+from crosstrace.models.anatomy import Anatomy
+from crosstrace.sets.paramset import ParamSet
+from crosstrace.training.evaluation import recall
+from crosstrace.training.losses import example_losses
 
 KINDS = ["llama", "gpt_neox", "gpt2", "qwen3"]
 WORDS = tokenizer("word")

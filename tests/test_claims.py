@@ -10,8 +10,8 @@ import pytest
 from scipy.stats import t as student
 from scipy.stats import ttest_ind_from_stats
 
-from crosstrace.claims import judge
-from crosstrace.results import Results
+from crosstrace.analyses.claims import judge
+from crosstrace.core.results import Results
 
 PEOPLE = [f"B{n // 4}" for n in range(160)]  # 40 people, four questions each
 PARTS = 4

@@ -11,13 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from crosstrace import cli, config, models, pipeline, processes, schedule
-from crosstrace.results import Results
+from crosstrace.cli import commands
+from crosstrace.core import processes
+from crosstrace.core.results import Results
+from crosstrace.experiment import config, pipeline
+from crosstrace.models import loading
+from crosstrace.training import recipes
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        cli.main(list(arguments))
+        commands.main(list(arguments))
     assert stop.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -68,7 +72,7 @@ def test_missing_config_and_model_files(capsys, tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_offsets(capsys, tmp_path: Path) -> None:
-    shutil.copytree(models.bundled_folder(), tmp_path / "slow")
+    shutil.copytree(loading.bundled_folder(), tmp_path / "slow")
     for file in ("tokenizer.json", "tokenizer_config.json", "recipe.json"):
         (tmp_path / "slow" / file).unlink()
     message = fails(capsys, "demo", str(tmp_path / "run"), "--model.name", str(tmp_path / "slow"), "--jobs", "1")
@@ -82,7 +86,7 @@ def test_existing_folders_are_left_alone(capsys, tmp_path: Path) -> None:
     for flag in ([], ["--resume"], ["--overwrite"]):
         assert "holds no crosstrace run" in fails(capsys, "demo", str(foreign), *flag)
     assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
-    cli.main(["data", str(tmp_path / "run"), "--quiet"])
+    commands.main(["data", str(tmp_path / "run"), "--quiet"])
     before = (tmp_path / "run" / "data" / "bio.jsonl").read_bytes()
     message = fails(capsys, "demo", str(tmp_path / "run"))
     assert "--resume" in message and "--overwrite" in message
@@ -104,15 +108,15 @@ def test_misused_words(capsys, tmp_path: Path) -> None:
 
 
 def test_a_stage_whose_inputs_are_missing(capsys, tmp_path: Path) -> None:
-    cli.main(["data", str(tmp_path / "run"), "--quiet"])
+    commands.main(["data", str(tmp_path / "run"), "--quiet"])
     message = fails(capsys, "report", str(tmp_path / "run"), "--quiet")
     assert "has no finished" in message
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)])
+@pytest.mark.parametrize("command", [[], *([name] for name in commands.COMMANDS)])
 def test_help_teaches(capsys, command: list[str]) -> None:
     try:
-        cli.main([*command, "--help"])
+        commands.main([*command, "--help"])
     except SystemExit as stop:
         assert stop.code == 0
     assert len(capsys.readouterr().out) > 100
@@ -125,7 +129,7 @@ def leaves(value: dict, prefix: str = "") -> list[tuple[str, object]]:
 
 def rows(capsys, *command: str) -> dict[str, str]:
     """The settings in a command's help, as a shell would read them."""
-    cli.main([*command, "--help"])
+    commands.main([*command, "--help"])
     found = re.findall(r"^  (--\w+\.\w\S* (?:'[^']*'|\S+))", capsys.readouterr().out, re.MULTILINE)
     return {name[2:]: value for name, value in map(shlex.split, found)}
 
@@ -134,17 +138,17 @@ def test_help_is_what_is_read(capsys, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "60")  # a note stands below its setting, so that no apostrophe meets the shell
     shown = rows(capsys, "demo")
     phase = {name: shown.pop(name) for name in list(shown) if name.startswith("strategies.")}
-    assert phase == {f"strategies.NAME.NUMBER.{item.name}": "VALUE" for item in fields(schedule.Phase)}
+    assert phase == {f"strategies.NAME.NUMBER.{item.name}": "VALUE" for item in fields(recipes.Phase)}
     named = {name for name, _ in leaves(config.plain(config.Experiment())) if "." in name}
     assert {name for name in named if not name.startswith("strategies.")} <= set(shown)
     told = []
     monkeypatch.setattr(pipeline, "run", lambda experiment, *args, **kwargs: told.append(experiment))
-    cli.main(["demo", *(word for name, value in shown.items() for word in (f"--{name}", value))])
+    commands.main(["demo", *(word for name, value in shown.items() for word in (f"--{name}", value))])
     assert told == [config.Experiment()]
     # another value of each kind arrives, in a strategy with '-' in its name too
     (tmp_path / "two.yaml").write_text("strategies: {a-b: [{name: a, batch: {bio: 3}, steps: 3}]}")
     changes = ["--analysis.fractions", "[0.5]", "--trace.online=false", "--strategies.a-b.0.steps", "7"]
-    cli.main(["run", str(tmp_path / "two.yaml"), *changes])
+    commands.main(["run", str(tmp_path / "two.yaml"), *changes])
     assert told[1].analysis.fractions == [0.5] and told[1].trace.online is False
     assert told[1].strategies["a-b"][0].steps == 7
 
@@ -152,7 +156,7 @@ def test_help_is_what_is_read(capsys, monkeypatch, tmp_path: Path) -> None:
 def test_help_says_what_a_setting_is(capsys, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "90")
     (tmp_path / "some.yaml").write_text("facts: {people: 77}")
-    cli.main(["run", str(tmp_path / "some.yaml"), "--help"])
+    commands.main(["run", str(tmp_path / "some.yaml"), "--help"])
     printed = capsys.readouterr().out
     assert re.search(r"--facts\.people 77 +Number of people\.\n", printed)
     assert re.search(r"--facts\.order fixed .*One of\s+fixed,\s+permuted\.", printed)
@@ -161,7 +165,7 @@ def test_help_says_what_a_setting_is(capsys, monkeypatch, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("stage", ["train", "eval", "trace", "analyze", "intervene", "report"])
 def test_a_stage_goes_on_with_the_settings_of_its_run(capsys, tmp_path: Path, stage: str) -> None:
-    cli.main([stage, "--help"])
+    commands.main([stage, "--help"])
     printed = capsys.readouterr().out
     assert "Finished work is not done again" in printed and "RUN/config.yaml" in printed
     told = fails(capsys, stage, str(tmp_path), "--facts.people", "10")
@@ -177,7 +181,7 @@ def test_data_begins_a_run_from_a_config(capsys, tmp_path: Path) -> None:
     assert "--config needs a value" in fails(capsys, "data", run, "--config")
     assert "belongs in that file" in fails(capsys, "data", run, "--facts.people", "10")
     (tmp_path / "some.yaml").write_text("facts: {people: 20}")
-    cli.main(["data", run, "--config", str(tmp_path / "some.yaml"), "--quiet"])
+    commands.main(["data", run, "--config", str(tmp_path / "some.yaml"), "--quiet"])
     assert config.load(tmp_path / "run" / "config.yaml").facts.people == 20
     assert "cannot be changed" in fails(capsys, "data", run, "--facts.people", "10")
 
@@ -187,9 +191,9 @@ def test_an_interrupted_command_says_how_to_go_on(capsys, monkeypatch, command: 
     def interrupted(arguments: list[str]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, command, interrupted)
+    monkeypatch.setitem(commands.COMMANDS, command, interrupted)
     with pytest.raises(SystemExit) as stop:
-        cli.main([command])
+        commands.main([command])
     assert stop.value.code == 130
     assert way in capsys.readouterr().err
 
@@ -198,15 +202,15 @@ def test_what_one_process_does_is_refused_under_a_launcher(capsys, monkeypatch) 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(processes, "main", lambda work: work(SimpleNamespace(rank=0, size=2)))
-    assert set(cli.TOGETHER) < set(cli.COMMANDS)
-    for command in set(cli.COMMANDS) - set(cli.TOGETHER):
+    assert set(commands.TOGETHER) < set(commands.COMMANDS)
+    for command in set(commands.COMMANDS) - set(commands.TOGETHER):
         assert "without one" in fails(capsys, command, "x")
     monkeypatch.delenv("RANK")  # of something that is no launcher of processes
     assert "no config.yaml" in fails(capsys, "train", "x")
 
 
 def test_settings_print_a_config_that_runs(capsys, tmp_path: Path) -> None:
-    cli.main(["settings"])
+    commands.main(["settings"])
     assert config.loads(capsys.readouterr().out, "printed") == config.Experiment()
 
 
@@ -220,8 +224,8 @@ def test_a_run_with_parts_left_out_says_so_at_its_end(
     (tmp_path / "x" / "config.yaml").write_text("name: x\n")
     monkeypatch.setattr(pipeline, "run", lambda *_, **__: Results(left_out=[row]))
     with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
+        commands.main(arguments)
     assert stop.value.code == 3
     assert "left out: mixed: mechanism, lens: KeyError: 'at'" in capsys.readouterr().out
     monkeypatch.setattr(pipeline, "run", lambda *_, **__: Results(left_out=[]))
-    cli.main(arguments)
+    commands.main(arguments)

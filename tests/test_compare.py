@@ -13,19 +13,21 @@ from test_pipeline import SMALL, numbers
 from tiny_facts import tokenizer
 from tiny_models import tiny_model
 
-from crosstrace import adapters, cli, config, material, pipeline
-from crosstrace.adapters import LoraSettings, adapted, adapter_names
-from crosstrace.alike import check_alike
-from crosstrace.anatomy import Anatomy
-from crosstrace.compare import comparison, named, tasks_in
-from crosstrace.drift import drift
-from crosstrace.errors import UserError
-from crosstrace.facts import FactSettings
-from crosstrace.intervene import snapshot
-from crosstrace.models import load_model, load_tokenizer, save_model
-from crosstrace.results import Results
-from crosstrace.shared import ParamSet
-from crosstrace.store import Run
+from crosstrace.analyses.drift import drift
+from crosstrace.cli import commands
+from crosstrace.core.errors import UserError
+from crosstrace.core.results import Results
+from crosstrace.core.run_folder import Run
+from crosstrace.data.facts import FactSettings
+from crosstrace.experiment import config, inputs, pipeline
+from crosstrace.experiment.compare import comparison, named, tasks_in
+from crosstrace.models import adapters
+from crosstrace.models.adapters import LoraSettings, adapted, adapter_names
+from crosstrace.models.anatomy import Anatomy
+from crosstrace.models.compatibility import check_alike
+from crosstrace.models.loading import load_model, load_tokenizer, save_model
+from crosstrace.sets.interventions import snapshot
+from crosstrace.sets.paramset import ParamSet
 from crosstrace.trace import load_traces
 
 FEW = {name: LORA[name] for name in LORA if name.startswith(("mechanism", "trace", "eval", "facts"))} | {
@@ -138,12 +140,12 @@ def test_a_finished_comparison_is_not_done_again_and_another_model_is(home: Path
     copy = tmp_path / "copy"
     shutil.copytree(home / "two_stage", copy)
     with Run.create(folder, None, "resume") as run:
-        key = material.model_inputs(run, experiment, "two_stage")
+        key = inputs.model_inputs(run, experiment, "two_stage")
         moved = config.override(experiment, {"given.two_stage": str(copy)})
-        assert material.model_inputs(run, moved, "two_stage") == key
+        assert inputs.model_inputs(run, moved, "two_stage") == key
         other = load_model("bundled")
         save_model(other, load_tokenizer("bundled"), copy)
-        assert material.model_inputs(run, moved, "two_stage") != key
+        assert inputs.model_inputs(run, moved, "two_stage") != key
 
 
 def test_an_adapter_is_compared_in_either_view(tmp_path: Path) -> None:
@@ -167,7 +169,7 @@ def test_an_adapter_is_compared_in_either_view(tmp_path: Path) -> None:
     assert {row["tensor"] for row in results["drift"]["tuned"]["tensors"]} == set(adapter_names(model))
     with Run.create(tmp_path / "run", None, "resume") as run:
         saved = config.load(tmp_path / "run" / "config.yaml")
-        start = material.load_start(run, saved, "tuned")
+        start = inputs.load_start(run, saved, "tuned")
     ids = torch.arange(5, 25).view(2, 10)
     with torch.no_grad():
         assert torch.equal(start(input_ids=ids).logits, load_model("bundled")(input_ids=ids).logits)
@@ -312,7 +314,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(words, message, tmp_path,
             config.override(config.loads(SMALL, "SMALL"), {"facts.people": "8"}), tmp_path / "made", stages=["data"]
         )
     with pytest.raises(SystemExit) as ended:
-        cli.main(["compare", *(str(tmp_path / "made") if word == "TASKS" else word for word in words)])
+        commands.main(["compare", *(str(tmp_path / "made") if word == "TASKS" else word for word in words)])
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert ended.value.code == 2 and message in told
     assert not (tmp_path / "runs").exists()

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from crosstrace.config import Experiment, dumps, load, loads, override, parse, plain
-from crosstrace.errors import UserError
-from crosstrace.schedule import Optimiser, Phase
+from crosstrace.core.errors import UserError
+from crosstrace.experiment.config import Experiment, dumps, load, loads, override, parse, plain
+from crosstrace.training.recipes import Optimiser, Phase
 
 FULL = """
 name: all

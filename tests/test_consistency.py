@@ -14,7 +14,7 @@ from tiny_facts import tiny_world, tokenizer
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
-from crosstrace.consistency import (
+from crosstrace.analyses.consistency import (
     PAIRINGS,
     FactPair,
     by_person,
@@ -24,10 +24,10 @@ from crosstrace.consistency import (
     places,
     representation_consistency,
 )
-from crosstrace.errors import UserError
-from crosstrace.shared import ParamSet
-from crosstrace.text import biographies, questions
-from crosstrace.tokens import Encoded, encode
+from crosstrace.core.errors import UserError
+from crosstrace.data.text import biographies, questions
+from crosstrace.data.tokens import Encoded, encode
+from crosstrace.sets.paramset import ParamSet
 
 KINDS = ["llama", "gpt_neox", "gpt2", "qwen3", "qwen3_moe"]
 
@@ -225,7 +225,7 @@ def test_cka_ignores_rotation_and_scale_and_is_low_for_noise():
 
 def test_shuffling_within_the_relation_keeps_what_only_the_relation_tells():
     """States that hold the relation and nothing of the fact: CKA is high, and no higher than shuffled."""
-    from crosstrace.consistency import _alike, _pairings
+    from crosstrace.analyses.consistency import _alike, _pairings
 
     pairs = word_pairs(16)
     generator = torch.Generator().manual_seed(0)

@@ -11,10 +11,12 @@ from far import FAR, Far, far_away
 from test_pipeline import SMALL, numbers
 from tiny_models import tiny_base, tiny_model
 
-from crosstrace import config, models, pipeline
-from crosstrace.errors import UserError
-from crosstrace.evaluate import recall
+from crosstrace.core.errors import UserError
+from crosstrace.experiment import config, pipeline
+from crosstrace.experiment.stages import recall as recall_stage
+from crosstrace.models import loading
 from crosstrace.trace import cpu_kernel
+from crosstrace.training.evaluation import recall
 
 LESS = {
     "facts.people": "16", "strategies": "{mixed: [{name: mixed, batch: {bio: 4, qa: 8}, steps: 2}]}",
@@ -55,8 +57,8 @@ def test_all_stages_compute_where_they_are_told_to(tmp_path: Path, monkeypatch: 
         return recall(model, *rest, **options)
 
     with far_away():
-        monkeypatch.setattr(models, "device", lambda name=None: FAR)
-        monkeypatch.setattr(pipeline, "recall", asked)
+        monkeypatch.setattr(loading, "device", lambda name=None: FAR)
+        monkeypatch.setattr(recall_stage, "recall", asked)
         pipeline.run(experiment, far, "resume", quiet=True)
     assert seen == {FAR}
     assert numbers(near) == numbers(far)
@@ -64,6 +66,6 @@ def test_all_stages_compute_where_they_are_told_to(tmp_path: Path, monkeypatch: 
 
 def test_a_gpu_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert models.device().type == models.device("cpu").type == "cpu"
+    assert loading.device().type == loading.device("cpu").type == "cpu"
     with pytest.raises(UserError, match="finds no GPU here"):
-        models.device("cuda")
+        loading.device("cuda")

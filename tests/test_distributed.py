@@ -31,13 +31,14 @@ from test_trace import assert_same
 from tiny_facts import tokenizer
 from tiny_models import tiny_model
 
-from crosstrace import config, processes
-from crosstrace.errors import UserError
-from crosstrace.models import load_model, save_model
-from crosstrace.results import Results
-from crosstrace.sharded import Pieces, rows_of
-from crosstrace.shared import ParamSet
-from crosstrace.store import read_json
+from crosstrace.core import processes
+from crosstrace.core.errors import UserError
+from crosstrace.core.files import read_json
+from crosstrace.core.pieces import Pieces, rows_of
+from crosstrace.core.results import Results
+from crosstrace.experiment import config
+from crosstrace.models.loading import load_model, save_model
+from crosstrace.sets.paramset import ParamSet
 from crosstrace.trace import load_traces
 from crosstrace.trace.distributed import Team
 

@@ -17,10 +17,10 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from crosstrace.doctor import Diagnosis, _Comparison, _Computed, _Errors, _Noise, diagnose
-from crosstrace.errors import UserError
-from crosstrace.models import load_model, load_tokenizer
+from crosstrace.core.errors import UserError
+from crosstrace.models.loading import load_model, load_tokenizer
 from crosstrace.trace import rules
+from crosstrace.trace.doctor import Diagnosis, _Comparison, _Computed, _Errors, _Noise, diagnose
 
 WORDS = tokenizer("word")
 

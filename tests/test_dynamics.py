@@ -8,14 +8,15 @@ import torch
 from tiny_facts import tiny_world, tokenizer
 from tiny_models import tiny_model
 
-from crosstrace.consistency import fact_pairs, gradient_consistency, representation_consistency
-from crosstrace.dynamics import FRACTION, Probe, appearance, measure, shared_now
-from crosstrace.evaluate import recall
-from crosstrace.shared import ParamSet, scope, select, shared
-from crosstrace.signature import input_signature
-from crosstrace.text import biographies, questions
-from crosstrace.tokens import batches, encode
+from crosstrace.analyses.consistency import fact_pairs, gradient_consistency, representation_consistency
+from crosstrace.analyses.dynamics import FRACTION, Probe, appearance, measure, shared_now
+from crosstrace.analyses.signature import input_signature
+from crosstrace.data.text import biographies, questions
+from crosstrace.data.tokens import batches, encode
+from crosstrace.sets.paramset import ParamSet, shared
+from crosstrace.sets.selection import scope, select
 from crosstrace.trace import trace
+from crosstrace.training.evaluation import recall
 
 
 def the(rows: list[dict], name: str) -> dict:

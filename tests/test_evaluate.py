@@ -12,12 +12,12 @@ import torch
 from tiny_facts import tiny_world, tokenizer
 from tiny_models import tiny_model
 
-from crosstrace.errors import UserError
-from crosstrace.evaluate import Recall, answers, recall, summaries
-from crosstrace.losses import example_losses
-from crosstrace.stats import wilson
-from crosstrace.text import biographies, questions
-from crosstrace.tokens import collate, encode
+from crosstrace.core.errors import UserError
+from crosstrace.core.statistics import wilson
+from crosstrace.data.text import biographies, questions
+from crosstrace.data.tokens import collate, encode
+from crosstrace.training.evaluation import Recall, answers, recall, summaries
+from crosstrace.training.losses import example_losses
 
 WORDS = tokenizer("word")
 WORLD = tiny_world()

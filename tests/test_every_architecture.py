@@ -22,9 +22,10 @@ from test_training import TASKS, calm, mixed, with_tasks
 from tiny_models import in_float64
 from torch import Tensor, nn
 
-from crosstrace import config, models, pipeline
-from crosstrace.errors import UserError
-from crosstrace.results import Results
+from crosstrace.core.errors import UserError
+from crosstrace.core.results import Results
+from crosstrace.experiment import config, pipeline
+from crosstrace.models import loading
 from crosstrace.trace import TrainingTrace, trace
 
 slow = pytest.mark.skipif("CROSSTRACE_SLOW" not in os.environ, reason="takes minutes; set CROSSTRACE_SLOW=1")
@@ -131,12 +132,12 @@ def test_every_architecture_is_traced_exactly():
 @pytest.mark.usefixtures("parts_may_fail")
 @pytest.mark.parametrize("kind", SOME)
 def test_whole_runs_of_some_architectures(kind: str, tmp_path: Path):
-    tokenizer = models.load_tokenizer("bundled")
+    tokenizer = loading.load_tokenizer("bundled")
     room = {"n_positions": 256} if kind == "gpt2" else {"max_position_embeddings": 256}
     if kind in ("mamba", "bloom"):
         room = {}
     model = architectures.tiny(kind, vocab_size=len(tokenizer), **room)
-    models.save_model(model, tokenizer, tmp_path / "base")
+    loading.save_model(model, tokenizer, tmp_path / "base")
     pipeline.run(config.override(experiment, {"model.name": str(tmp_path / "base")}), tmp_path / "run", quiet=True)
     results = Results.read(tmp_path / "run")
     left_out = [(row["stage"], row["part"], row["reason"]) for row in results["left_out"]]

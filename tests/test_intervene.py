@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from crosstrace.errors import UserError
-from crosstrace.intervene import ablated, grafted, replaced, snapshot
-from crosstrace.shared import ParamSet, scope
+from crosstrace.core.errors import UserError
+from crosstrace.sets.interventions import ablated, grafted, replaced, snapshot
+from crosstrace.sets.paramset import ParamSet
+from crosstrace.sets.selection import scope
 
 
 def raw(model):

@@ -13,11 +13,15 @@ import torch
 from test_pipeline import forget, numbers
 from tiny_models import tiny_base
 
-from crosstrace import artefacts, config, keeping, material, pipeline, store
-from crosstrace.errors import UserError
-from crosstrace.sharded import INDEX
-from crosstrace.shared import ParamSet
-from crosstrace.store import Run
+from crosstrace.core import run_folder
+from crosstrace.core.errors import UserError
+from crosstrace.core.pieces import INDEX
+from crosstrace.core.run_folder import Run
+from crosstrace.experiment import config, inputs, pipeline, trace_files
+from crosstrace.experiment.stages import analyze, dropping, intervene, train
+from crosstrace.experiment.stages import trace as trace_stage
+from crosstrace.export import artefacts
+from crosstrace.sets.paramset import ParamSet
 from crosstrace.trace import Trace, load_traces, trace
 
 SMALL = """
@@ -81,8 +85,10 @@ def test_results_are_the_same_and_nothing_is_done_again(whole: Path, tmp_path: P
     assert traced(folder) == (MEANS if keep == "means" else set())
     assert same_outputs(folder, whole)
     before = stamps(folder)
-    for name in ("train", "trace", "_analyze_traces", "ablated", "overlap_rows"):
-        monkeypatch.setattr(pipeline, name, lambda *_, **__: pytest.fail("done again"))
+    functions = ((train, "train"), (trace_stage, "trace"), (analyze, "_analyze_traces"), (intervene, "ablated"),
+                 (analyze, "overlap_rows"))  # fmt: skip
+    for module, name in functions:
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("done again"))
     pipeline.run(keeping_only(keep), folder, "resume", quiet=True)
     for stage in ("train", "trace", "analyze", "intervene", "mechanism"):
         pipeline.run(keeping_only(keep), folder, "resume", stages=[stage], quiet=True)
@@ -139,7 +145,7 @@ def test_traces_that_need_no_training_are_taken_again(whole: Path, tmp_path: Pat
     assert not traced(folder)
     forget(folder, "analysis/tuned.json")
     calls: list[str] = []
-    monkeypatch.setattr(pipeline, "trace", lambda *a, **k: calls.append(k["task"]) or trace(*a, **k))
+    monkeypatch.setattr(trace_stage, "trace", lambda *a, **k: calls.append(k["task"]) or trace(*a, **k))
     pipeline.run(keeping_only("none", **changes), folder, "resume", quiet=True)
     assert calls == ["bio", "qa"] and (folder / "analysis/tuned.json").read_bytes() == before and not traced(folder)
 
@@ -167,8 +173,8 @@ def kill_at(number: int, patch: pytest.MonkeyPatch) -> None:
 
         return at
 
-    for name in ("remove_folder", "write_json", "_install"):
-        patch.setattr(store, name, watched(getattr(store, name)))
+    for name in ("remove_folder", "write_json", "install"):
+        patch.setattr(run_folder, name, watched(getattr(run_folder, name)))
 
 
 @pytest.mark.parametrize("keep", ["means", "none"])
@@ -177,7 +183,7 @@ def test_killed_while_dropping_and_resumed(whole: Path, tmp_path: Path, keep: st
 
     def drop(run: Run) -> None:
         for name in ("two_stage", "mixed"):
-            pipeline.drop_traces(run, wanted, name)
+            dropping.drop_traces(run, wanted, name)
 
     folder, stops, was_killed = tmp_path / "run", 0, True
     while was_killed:
@@ -193,9 +199,9 @@ def test_killed_while_dropping_and_resumed(whole: Path, tmp_path: Path, keep: st
         with Run.create(folder, None, "resume") as run:
             for name in ("two_stage", "mixed"):  # what others find meanwhile
                 run.inputs(f"traces/{name}", f"models/{name}", f"shared/{name}")
-                if keeping.has(run, name) != "none":
+                if trace_files.has(run, name) != "none":
                     for when in ("online", "final"):
-                        assert {*pipeline.read_traces(run.path(f"traces/{name}"), when, "abs")} == {"bio", "qa"}
+                        assert {*trace_files.read_traces(run.path(f"traces/{name}"), when, "abs")} == {"bio", "qa"}
             drop(run)
             assert traced(folder) == (MEANS if keep == "means" else set())
     assert stops >= 10
@@ -206,7 +212,7 @@ def test_killed_while_dropping_and_resumed(whole: Path, tmp_path: Path, keep: st
 
 def test_models_are_made_of_what_stays(whole: Path, copied: Path) -> None:
     pipeline.run(keeping_only("none"), copied, "resume", quiet=True)
-    base = material.load_base(experiment)
+    base = inputs.load_base(experiment)
     for label in ("shared", "bio", "random", "random_per_tensor"):
         options = artefacts.EditSettings(set=label)
         with Run.create(whole, None, "resume") as run:
@@ -250,13 +256,13 @@ def test_traces_in_pieces_become_whole_means(tmp_path: Path) -> None:
 
         run.stage("traces/x", {}, make)
         assert (run.path("traces/x") / "online/bio.safetensors" / INDEX).is_file()
-        keeping.keep_means(run, "x")
+        trace_files.keep_means(run, "x")
         (mean,) = load_traces(run.path("traces/x") / "means/online/bio.safetensors")
     assert torch.equal(mean.values["w"], Trace.combine(items).values["w"]) and mean.weight == 5
 
 
 def pipeline_write(path: Path, held: dict[str, torch.Tensor], headers: list[dict]) -> None:
-    from crosstrace.sharded import write
+    from crosstrace.core.pieces import write
     from crosstrace.trace.trace import _FORMAT
 
     write(path, held, None, _FORMAT, {"traces": headers})

@@ -16,15 +16,16 @@ from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from crosstrace import config, known, pipeline
-from crosstrace.cli import main
-from crosstrace.errors import UserError
-from crosstrace.evaluate import recall
-from crosstrace.known import asks, best_wordings, continued, said_instead, world_of
-from crosstrace.losses import example_losses
-from crosstrace.models import save_model
-from crosstrace.text import texts
-from crosstrace.tokens import collate, encode
+from crosstrace.cli.commands import main
+from crosstrace.core.errors import UserError
+from crosstrace.data.text import texts
+from crosstrace.data.tokens import collate, encode
+from crosstrace.experiment import config, pipeline
+from crosstrace.experiment.stages import known
+from crosstrace.experiment.stages.known import asks, best_wordings, continued, said_instead, world_of
+from crosstrace.models.loading import save_model
+from crosstrace.training.evaluation import recall
+from crosstrace.training.losses import example_losses
 
 CAPITALS = {
     "Norlia": "Niger", "Sarmat": "Nigeria", "Beluna": "Ostra", "Kaltor": "Vim", "Dorane": "Vimpol", "Esk": "Tarn",
@@ -99,7 +100,7 @@ jobs: 1
 
 
 def loaded() -> tuple[Any, Any]:
-    from crosstrace.models import load_model, load_tokenizer
+    from crosstrace.models.loading import load_model, load_tokenizer
 
     return load_model(str(base()), "float32"), load_tokenizer(str(base()))
 

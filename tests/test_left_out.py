@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from crosstrace import left_out
-from crosstrace.errors import UserError
-from crosstrace.left_out import Part, attempt, hindrance, optional
-from crosstrace.progress import Progress
-from crosstrace.results import Results
-from crosstrace.store import MissingStep, Run, write_json
+from crosstrace.core import left_out
+from crosstrace.core.errors import UserError
+from crosstrace.core.files import write_json
+from crosstrace.core.left_out import Part, attempt, hindrance, optional
+from crosstrace.core.progress import Progress
+from crosstrace.core.results import Results
+from crosstrace.core.run_folder import MissingStep, Run
 
 LENS = Part("mechanism", "mixed", ("mechanism/mixed/lens.json",), "lens")
 

@@ -13,8 +13,8 @@ import pytest
 from test_interrupts import group
 from test_pipeline import experiment
 
-from crosstrace import config
-from crosstrace.store import read_json
+from crosstrace.core.files import read_json
+from crosstrace.experiment import config
 
 WORKER = Path(__file__).with_name("left_out_worker.py")
 SMALLER = config.override(

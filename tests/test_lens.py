@@ -17,13 +17,13 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from crosstrace.anatomy import Anatomy
-from crosstrace.consistency import fact_pairs, places
-from crosstrace.errors import UserError
-from crosstrace.evaluate import recall
-from crosstrace.lens import GROUPS, LOOKING, attention_patterns, final_norm, logit_lens, unembedded
-from crosstrace.text import biographies, questions
-from crosstrace.tokens import Encoded, Places, encode
+from crosstrace.analyses.consistency import fact_pairs, places
+from crosstrace.analyses.lens import GROUPS, LOOKING, attention_patterns, final_norm, logit_lens, unembedded
+from crosstrace.core.errors import UserError
+from crosstrace.data.text import biographies, questions
+from crosstrace.data.tokens import Encoded, Places, encode
+from crosstrace.models.anatomy import Anatomy
+from crosstrace.training.evaluation import recall
 
 # where the layers and the final norm are
 PATHS = {

@@ -29,19 +29,20 @@ from tiny_facts import tiny_world
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
-from crosstrace import circuit, signature
-from crosstrace.anatomy import Anatomy
-from crosstrace.consistency import gradient_consistency, representation_consistency
-from crosstrace.errors import UserError
-from crosstrace.intervene import ablated, grafted, snapshot
-from crosstrace.lens import attention_patterns, logit_lens
-from crosstrace.models import DTYPES, load_model, load_tokenizer, locate, save_model
-from crosstrace.positions import PLACES, at_places, components, grafted_at
-from crosstrace.shared import ParamSet, scope
-from crosstrace.tokens import collate
+from crosstrace.analyses import circuit, signature
+from crosstrace.analyses.consistency import gradient_consistency, representation_consistency
+from crosstrace.analyses.lens import attention_patterns, logit_lens
+from crosstrace.analyses.positions import PLACES, at_places, components, grafted_at
+from crosstrace.analyses.transfer import transfer
+from crosstrace.core.errors import UserError
+from crosstrace.data.tokens import collate
+from crosstrace.models.anatomy import Anatomy
+from crosstrace.models.loading import DTYPES, load_model, load_tokenizer, locate, save_model
+from crosstrace.sets.interventions import ablated, grafted, snapshot
+from crosstrace.sets.paramset import ParamSet
+from crosstrace.sets.selection import scope
 from crosstrace.trace import TrainingTrace, trace
 from crosstrace.trace.products import gradient_products
-from crosstrace.transfer import transfer
 
 SEPARATE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGETS = {

@@ -13,16 +13,17 @@ from test_lora import logits
 from test_pipeline import SMALL, numbers
 from tiny_models import tiny_model
 
-from crosstrace import config, material, pipeline
-from crosstrace.adapters import LoraSettings, adapted, adapter_names
-from crosstrace.errors import UserError
-from crosstrace.evaluate import recall
-from crosstrace.intervene import ablated, grafted, snapshot
-from crosstrace.models import load_model, load_tokenizer, save_model
-from crosstrace.results import Results
-from crosstrace.shared import ParamSet
-from crosstrace.store import Run
+from crosstrace.core.errors import UserError
+from crosstrace.core.results import Results
+from crosstrace.core.run_folder import Run
+from crosstrace.data.tokens import batches
+from crosstrace.experiment import config, inputs, pipeline
+from crosstrace.models.adapters import LoraSettings, adapted, adapter_names
+from crosstrace.models.loading import load_model, load_tokenizer, save_model
+from crosstrace.sets.interventions import ablated, grafted, snapshot
+from crosstrace.sets.paramset import ParamSet
 from crosstrace.trace import load_traces
+from crosstrace.training.evaluation import recall
 
 LORA = {
     "train.lora": "{rank: 4, alpha: 8, dropout: 0.1}", "train.optimiser.learning_rate": "0.01",
@@ -96,9 +97,9 @@ def test_the_whole_adapter_taken_away_is_the_base_and_given_to_it_the_taught_mod
     experiment = config.load(folder / "config.yaml")
     words = load_tokenizer("bundled")
     with Run.create(folder, None, "resume") as run:
-        items = material.examples(run, words)["qa_id"][:40]
-        start, tuned = material.load_start(run, experiment, "mixed"), material.load(run, experiment, "mixed")
-    base, batch = load_model("bundled"), next(pipeline.batches(items, 40, pad_id=0))
+        items = inputs.examples(run, words)["qa_id"][:40]
+        start, tuned = inputs.load_start(run, experiment, "mixed"), inputs.load(run, experiment, "mixed")
+    base, batch = load_model("bundled"), next(batches(items, 40, pad_id=0))
     asked = lambda model: recall(model, words, items)
     before, wanted = asked(base), asked(tuned)
     assert torch.equal(logits(start, batch), logits(base, batch))

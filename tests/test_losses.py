@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from crosstrace.losses import cross_entropies, example_losses, next_tokens
+from crosstrace.training.losses import cross_entropies, example_losses, next_tokens
 
 
 def test_by_hand():

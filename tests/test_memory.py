@@ -8,7 +8,7 @@ from test_trace import assert_same, batches, make_examples, pad
 from tiny_models import tiny_model
 from torch import nn
 
-from crosstrace.errors import UserError
+from crosstrace.core.errors import UserError
 from crosstrace.trace import memory, trace
 from crosstrace.trace.engine import Engine
 from crosstrace.trace.rules import sum_dtype

@@ -12,14 +12,15 @@ from tiny_facts import tiny_world, tokenizer
 from tiny_models import tiny_model
 from torch import nn
 
-from crosstrace.circuit import answer_batches
-from crosstrace.errors import UserError
-from crosstrace.losses import example_losses
-from crosstrace.minimal_graft import POINTS, RANDOM, contributions, fewest, movement, order, overlap, sets
-from crosstrace.shared import ParamSet, scope
-from crosstrace.text import questions
-from crosstrace.tokens import Encoded, encode
+from crosstrace.analyses.circuit import answer_batches
+from crosstrace.analyses.minimal_graft import POINTS, RANDOM, contributions, fewest, movement, order, overlap, sets
+from crosstrace.core.errors import UserError
+from crosstrace.data.text import questions
+from crosstrace.data.tokens import Encoded, encode
+from crosstrace.sets.paramset import ParamSet
+from crosstrace.sets.selection import scope
 from crosstrace.trace import Trace
+from crosstrace.training.losses import example_losses
 
 WORDS = tokenizer("word")
 

@@ -13,18 +13,11 @@ from safetensors.torch import load_file, save_file
 from tiny_facts import tokenizer
 from tiny_models import tiny_model
 
-from crosstrace import cli
-from crosstrace.errors import UserError
-from crosstrace.intervene import snapshot as weights
-from crosstrace.models import (
-    bundled_folder,
-    evaluating,
-    load_model,
-    load_tokenizer,
-    locate,
-    pad_id,
-    save_model,
-)
+from crosstrace.cli import commands
+from crosstrace.core.errors import UserError
+from crosstrace.models.loading import bundled_folder, load_model, load_tokenizer, locate, pad_id, save_model
+from crosstrace.models.modes import evaluating
+from crosstrace.sets.interventions import snapshot as weights
 
 
 @pytest.fixture
@@ -230,7 +223,7 @@ def test_broken_folders_are_told_in_one_sentence(name: str, folder: Path, capsys
     (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
     BROKEN[name](folder)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["doctor", str(folder)])
+        commands.main(["doctor", str(folder)])
     told = capsys.readouterr().err.strip()
     assert ended.value.code == 2 and "Traceback" not in told and str(folder) in told
     assert "\n" not in told and len(told) < 600, told

@@ -17,16 +17,23 @@ import pytest
 import torch
 from tiny_models import tiny_base
 
-from crosstrace import claims, config, material, mechanism, pipeline, store
-from crosstrace.errors import UserError
-from crosstrace.evaluate import recall
-from crosstrace.mechanism import PARTS, WITHOUT_BASE
-from crosstrace.models import load_tokenizer
-from crosstrace.results import Results
-from crosstrace.schedule import Phase
-from crosstrace.shared import ParamSet, scope
-from crosstrace.store import Run
+from crosstrace.analyses import claims
+from crosstrace.core import files
+from crosstrace.core.errors import UserError
+from crosstrace.core.results import Results
+from crosstrace.core.run_folder import Run
+from crosstrace.experiment import config, inputs, names, pipeline, selection, trace_files
+from crosstrace.experiment.stages import analyze, conclude, intervene, mechanism, train
+from crosstrace.experiment.stages import recall as recall_stage
+from crosstrace.experiment.stages import trace as trace_stage
+from crosstrace.experiment.stages.mechanism import PARTS, WITHOUT_BASE
+from crosstrace.models import loading
+from crosstrace.models.loading import load_tokenizer
+from crosstrace.sets.paramset import ParamSet
+from crosstrace.sets.selection import scope
 from crosstrace.trace import load_traces
+from crosstrace.training.evaluation import recall
+from crosstrace.training.recipes import Phase
 
 SMALL = """
 name: small
@@ -130,9 +137,9 @@ def test_results_hold_what_they_promise(whole: Path) -> None:
 
 
 def test_a_strategy_in_words_has_what_decides() -> None:
-    text = pipeline._phase_text(Phase("mixed", {"bio": 32, "qa": 16}, 140, weights={"qa": 0.1, "bio": 1.0}))
+    text = conclude._phase_text(Phase("mixed", {"bio": 32, "qa": 16}, 140, weights={"qa": 0.1, "bio": 1.0}))
     assert text == "140 updates of 32 bio and 16 qa (weight 0.1) examples"
-    text = pipeline._phase_text(Phase("qa", {"qa": 16}, epochs=2.5, replay={"bio": 4}))
+    text = conclude._phase_text(Phase("qa", {"qa": 16}, epochs=2.5, replay={"bio": 4}))
     assert text == "2.5 epochs of 16 qa and 4 bio examples"
 
 
@@ -206,9 +213,9 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
     }
     words = load_tokenizer("bundled")
     with Run.create(whole, config.dumps(experiment), "resume") as opened:
-        items = material.sample(material.examples(opened, words)["qa_id"], experiment.mechanism.questions)
+        items = inputs.sample(inputs.examples(opened, words)["qa_id"], experiment.mechanism.questions)
         for name, count in (("base", 0), ("mixed", 4)):  # nowhere it is the base, everywhere the tuned model
-            model = material.load(opened, experiment, name)
+            model = inputs.load(opened, experiment, name)
             assert ends[count] == recall(model, words, items).summary()["exact_match"]
 
 
@@ -218,11 +225,11 @@ def test_what_the_bundled_base_knows_is_asked_and_explained(tmp_path: Path) -> N
         "strategies": "{mixed: [{name: all, batch: {bio: 8, qa: 8}, steps: 2}]}", "interventions.run": "false",
         "mechanism.parts": "[circuit, transfer]",
     }  # fmt: skip
-    stages = [stage for stage in pipeline.STAGES if stage not in ("retain", "report")]
+    stages = [stage for stage in names.STAGES if stage not in ("retain", "report")]
     pipeline.run(config.override(experiment, values), tmp_path / "run", quiet=True, stages=stages)
-    known = {name: store.read_json(tmp_path / f"run/eval/{name}.json")["summary"] for name in ("base", "mixed")}
+    known = {name: files.read_json(tmp_path / f"run/eval/{name}.json")["summary"] for name in ("base", "mixed")}
     assert known["mixed"]["a_ood"]["n"] == 60 and known["base"]["a_ood"]["exact_match"] > 0.5
-    explained = lambda name, part: store.read_json(tmp_path / f"run/mechanism/{name}/{part}.json")
+    explained = lambda name, part: files.read_json(tmp_path / f"run/mechanism/{name}/{part}.json")
     assert {row["part"] for row in explained("base", "transfer")} == {"a_ood"}
     for name, parts in (("base", {"a_ood"}), ("mixed", {"qa_id", "qa_ood"})):
         circuit = explained(name, "circuit")
@@ -253,8 +260,8 @@ def test_saved_parts_agree_with_the_results(whole: Path) -> None:
             task: [t for t in traces if t.measure == "abs" and t.reduction == "example"]
             for task, traces in traced.items()
         }
-        model = pipeline.models.load_model(str(whole / "models/mixed/mixed"))
-        [(_, chosen)] = pipeline.select_tasks(pipeline.strengths(parts), [0.05], scope(model), "global")
+        model = loading.load_model(str(whole / "models/mixed/mixed"))
+        [(_, chosen)] = selection.select_tasks(selection.strengths(parts), [0.05], scope(model), "global")
         saved = {task: ParamSet.load(whole / f"shared/mixed/{when}-0.05-{task}.safetensors") for task in chosen}
         assert all(saved[task] == chosen[task] for task in chosen)
         both = ParamSet.load(whole / f"shared/mixed/{when}-0.05-shared.safetensors")
@@ -269,8 +276,8 @@ def test_saved_parts_agree_with_the_results(whole: Path) -> None:
 
 
 def test_an_intervention_gives_what_editing_by_hand_gives(whole: Path) -> None:
-    base = pipeline.models.load_model(experiment.model.name)
-    tuned = pipeline.models.load_model(str(whole / "models/mixed/mixed"))
+    base = loading.load_model(experiment.model.name)
+    tuned = loading.load_model(str(whole / "models/mixed/mixed"))
     both = ParamSet.load(whole / "shared/mixed/final-0.05-shared.safetensors")
     with torch.no_grad():
         originals = dict(base.named_parameters())
@@ -279,7 +286,7 @@ def test_an_intervention_gives_what_editing_by_hand_gives(whole: Path) -> None:
                 parameter.copy_(torch.where(both.masks[name], originals[name], parameter))
     with Run.create(whole, None, "resume") as run:
         tokenizer = load_tokenizer("bundled")
-        asked = material.sample(material.examples(run, tokenizer)["qa_ood"], 12)
+        asked = inputs.sample(inputs.examples(run, tokenizer)["qa_ood"], 12)
     expected = recall(tuned, tokenizer, asked).exact
     found = json.loads((whole / "interventions/mixed.json").read_text())["ablate"]
     row = next(row for row in found if row["when"] == "final" and row["set"] == "shared")
@@ -304,7 +311,7 @@ def test_stages_by_themselves_give_the_same(whole: Path, tmp_path: Path) -> None
     pipeline.run(less, folder, stages=["data"], quiet=True)
     with pytest.raises(UserError, match="models/"):
         pipeline.run(less, folder, "resume", stages=["trace"], quiet=True)
-    for stage in pipeline.STAGES[1:]:
+    for stage in names.STAGES[1:]:
         if stage != "retain":  # named, it runs whatever retention.run says, and a whole run leaves it out
             pipeline.run(less, folder, "resume", stages=[stage], quiet=True)
     found, expected = numbers(folder), of_parts(numbers(whole), parts)
@@ -381,7 +388,7 @@ def test_killed_between_the_sets_and_their_analysis_goes_on_with_the_sets(
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     forget(folder, "analysis/mixed.json")
-    monkeypatch.setattr(pipeline, "select_tasks", lambda *_: pytest.fail("selected again"))
+    monkeypatch.setattr(analyze, "select_tasks", lambda *_: pytest.fail("selected again"))
     pipeline.run(experiment, folder, "resume", stages=["analyze"], quiet=True)
     assert (folder / "analysis/mixed.json").read_bytes() == (whole / "analysis/mixed.json").read_bytes()
 
@@ -391,7 +398,7 @@ def test_traces_of_one_time_and_reduction_are_held_at_a_time(whole: Path, tmp_pa
     shutil.copytree(whole, folder)
     forget(folder, "shared/mixed", "analysis/mixed.json", "interventions/mixed.json")
     held: list[weakref.ref[torch.Tensor]] = []
-    read, strengths = pipeline.read_traces, pipeline.strengths
+    read, strengths = trace_files.read_traces, selection.strengths
     moments = []
 
     def watched(*where, **how):
@@ -406,10 +413,11 @@ def test_traces_of_one_time_and_reduction_are_held_at_a_time(whole: Path, tmp_pa
         held.extend(weakref.ref(value) for values in found.values() for value in values.values())
         return found
 
-    monkeypatch.setattr(pipeline, "read_traces", watched)
-    monkeypatch.setattr(pipeline, "strengths", watched_strengths)
+    for stage in (analyze, intervene):
+        monkeypatch.setattr(stage, "read_traces", watched)
+        monkeypatch.setattr(stage, "strengths", watched_strengths)
     pipeline.run(experiment, folder, "resume", stages=["analyze", "intervene"], quiet=True)
-    times = len(material.WHENS)
+    times = len(inputs.WHENS)
     assert len(moments) == (1 + 2 + 1) * times and sum(map(bool, moments)) == 3 + 4 + 3
     for file in ("analysis/mixed.json", "interventions/mixed.json"):
         assert (folder / file).read_bytes() == (whole / file).read_bytes()
@@ -445,14 +453,14 @@ def test_checkpoints_are_traced_each_and_in_the_mean(tmp_path: Path) -> None:
 
 def test_a_sample_has_as_many_of_each_relation(whole: Path) -> None:
     with Run.create(whole, None, "resume") as run:
-        parts = material.examples(run, load_tokenizer("bundled"))
+        parts = inputs.examples(run, load_tokenizer("bundled"))
     for number in (12, 20, 48):
-        chosen = material.sample(parts["qa_ood"], number)
+        chosen = inputs.sample(parts["qa_ood"], number)
         counts = Counter(item.example.mentions[0].relation for item in chosen)
         assert len(chosen) == number and len(counts) == 6 and max(counts.values()) - min(counts.values()) <= 1
         assert len({item.example.person for item in chosen}) > number / 6
-        assert chosen == material.sample(parts["qa_ood"], number)
-    assert len(material.sample(parts["qa_ood"], 10_000)) == len(parts["qa_ood"])
+        assert chosen == inputs.sample(parts["qa_ood"], number)
+    assert len(inputs.sample(parts["qa_ood"], 10_000)) == len(parts["qa_ood"])
     groups = {item.example.person: item.group for item in parts["bio"]}
     assert sorted(groups.values()) == list(range(32))
     assert all(groups[item.example.person] == item.group < 16 for item in parts["qa_id"])
@@ -484,11 +492,11 @@ def test_a_kill_while_checkpoints_are_removed_loses_nothing(tmp_path: Path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "remove_folder", half)
+        patch.setattr(train, "remove_folder", half)
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(small, tmp_path / "run", quiet=True)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "train", lambda *_, **__: pytest.fail("trained again"))
+        patch.setattr(train, "train", lambda *_, **__: pytest.fail("trained again"))
         pipeline.run(small, tmp_path / "run", "resume", quiet=True)
     home = tmp_path / "run" / "models" / "mixed"
     assert {item.name for item in home.iterdir()} == {"history.json", "mixed", "online", "summed", "training.json"}
@@ -530,10 +538,10 @@ def test_what_fails_after_training_is_left_out_told_and_tried_again(
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     with monkeypatch.context() as patch:
         patch.setitem(mechanism.PARTS, "lens", broken)
-        for module, name in ((pipeline, "_analyze_traces"), (pipeline, "drift"), (pipeline, "controls"),
+        for module, name in ((analyze, "_analyze_traces"), (analyze, "drift"), (intervene, "controls"),
                              (claims, "judge")):  # fmt: skip
             patch.setattr(module, name, broken)
-        patch.setattr("crosstrace.doctor.diagnose", broken)
+        patch.setattr("crosstrace.trace.doctor.diagnose", broken)
         patch.setattr("crosstrace.report.figures.figure_transfer", broken)
         results = pipeline.run(experiment, folder, "resume")
     rows = {(row["stage"], row["part"], row["model"]): row for row in results["left_out"]}
@@ -569,11 +577,16 @@ def test_what_fails_after_training_is_left_out_told_and_tried_again(
 def test_what_fails_in_training_stops_the_run(whole: Path, tmp_path: Path, monkeypatch, parts_may_fail) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    for step, name in (("models/mixed", "train"), ("eval/mixed.json", "recall"), ("traces/mixed", "trace")):
+    steps = (
+        ("models/mixed", train, "train"),
+        ("eval/mixed.json", recall_stage, "recall"),
+        ("traces/mixed", trace_stage, "trace"),
+    )
+    for step, module, name in steps:
         if (folder / "manifest" / f"{step.replace('/', '%2F')}.json").exists():
             forget(folder, step)
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, name, broken)
+            patch.setattr(module, name, broken)
             with pytest.raises(ZeroDivisionError):
                 pipeline.run(experiment, folder, "resume", stages=["train", "eval", "trace"], quiet=True)
         if step == "models/mixed":

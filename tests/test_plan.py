@@ -15,14 +15,26 @@ from tiny_models import KINDS, tiny_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from crosstrace import adapters, cli, config, models, pipeline
-from crosstrace.adapters import LoraSettings
-from crosstrace.errors import UserError
-from crosstrace.facts import World
-from crosstrace.footprint import CHARACTERS, EACH, FIRST, Launch, Machine, Material, Needs, _stand_in, shape_folder
-from crosstrace.plan import _more_processes, _problems, _remedies, _sharding, other_machine, plan
-from crosstrace.text import biographies, questions
-from crosstrace.tokens import encode
+from crosstrace.cli import commands
+from crosstrace.core.errors import UserError
+from crosstrace.data.facts import World
+from crosstrace.data.text import biographies, questions
+from crosstrace.data.tokens import encode
+from crosstrace.experiment import config, pipeline
+from crosstrace.models import adapters, loading, modes
+from crosstrace.models.adapters import LoraSettings
+from crosstrace.planning.footprint import (
+    CHARACTERS,
+    EACH,
+    FIRST,
+    Launch,
+    Machine,
+    Material,
+    Needs,
+    _stand_in,
+    shape_folder,
+)
+from crosstrace.planning.plan import _more_processes, _problems, _remedies, _sharding, other_machine, plan
 
 ROOT = Path(__file__).parents[1]
 PLENTY = other_machine(ram=1000, disk=1000, tflops=0.1)
@@ -64,7 +76,7 @@ def test_ready_experiments_have_the_published_shapes(name):
 
 def test_a_ready_experiment_is_planned_offline(capsys):
     told = ["--gpu", "80", "--ram", "600", "--disk", "3000", "--tflops", "300", "--cpu-tflops", "2"]
-    cli.main(["plan", str(ROOT / "examples" / "pythia-2.8b.yaml"), "--quiet", *told])
+    commands.main(["plan", str(ROOT / "examples" / "pythia-2.8b.yaml"), "--quiet", *told])
     printed = capsys.readouterr().out
     assert "2,775,208,960" in printed and "the package's copy of its config" in printed
     assert "tokens are estimated" in printed and printed.rstrip().endswith("It fits.")
@@ -233,7 +245,7 @@ def test_a_full_disk_and_a_small_gpu_are_told(capsys, tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(config.dumps(SMALL))
     with pytest.raises(SystemExit) as ended:
-        cli.main(["plan", str(path), "--quiet", "--gpu", "0.001", "--ram", "1000", "--disk", "0.001"])
+        commands.main(["plan", str(path), "--quiet", "--gpu", "0.001", "--ram", "1000", "--disk", "0.001"])
     assert ended.value.code == 1
     printed = capsys.readouterr().out
     assert "memory of the GPU: " in printed and "disk: " in printed and "hours: not known" in printed
@@ -262,8 +274,8 @@ def test_an_adapter_is_all_that_is_trained_and_kept():
         plan(config.override(SMALL, changes), machine=PLENTY)
         for changes in ({}, lora, lora | {"trace.view": "adapter"})
     )
-    with models.silent():
-        model = adapters.adapted(models.load_model("bundled"), LoraSettings(rank=4, alpha=8), 0)
+    with modes.silent():
+        model = adapters.adapted(loading.load_model("bundled"), LoraSettings(rank=4, alpha=8), 0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert (whole.model["adapter"], merged.model["adapter"]) == (0, trained)
     assert own.model["scope"] == trained and merged.model["scope"] == whole.model["scope"]
@@ -396,7 +408,7 @@ def test_processes_of_a_machine_share_its_ram_and_their_work():
 
 
 def test_what_does_not_fit_is_sharded_or_given_more_processes(monkeypatch):
-    monkeypatch.setattr("crosstrace.plan._candidates", lambda experiment: iter([{"trace.batch": "4"}]))
+    monkeypatch.setattr("crosstrace.planning.plan._candidates", lambda experiment: iter([{"trace.batch": "4"}]))
     less = {"interventions.run": "false", "mechanism.run": "false", "trace.check": "false", "trace.online": "false"}
     experiment = config.override(replace(SMALL, strategies={"mixed": SMALL.strategies["mixed"]}), less)
     of = lambda number, sharded, gpu=10**12, nodes=1: Needs(
@@ -415,8 +427,10 @@ def test_what_does_not_fit_is_sharded_or_given_more_processes(monkeypatch):
 
 
 def test_what_several_processes_refuse_is_refused(tmp_path):
-    with models.silent():
-        adapters.adapted(models.load_model("bundled"), LoraSettings(rank=2, alpha=4), 0).save_pretrained(tmp_path / "a")
+    with modes.silent():
+        adapters.adapted(loading.load_model("bundled"), LoraSettings(rank=2, alpha=4), 0).save_pretrained(
+            tmp_path / "a"
+        )
     adapters.name_base(tmp_path / "a", "bundled")
     experiment = replace(SMALL, given={"tuned": str(tmp_path / "a")}, model=replace(SMALL.model, sharded=True))
     with pytest.raises(UserError, match="can't be loaded in pieces"):
@@ -437,7 +451,7 @@ def test_own_facts_are_counted(tmp_path):
     (tmp_path / "facts.csv").write_text(
         "subject,relation,object\n" + "".join(f"Person {i},lives in,Town {i % 7}\n" for i in range(40))
     )
-    cli.main(["import", str(tmp_path / "facts.csv"), str(tmp_path / "own")])
+    commands.main(["import", str(tmp_path / "facts.csv"), str(tmp_path / "own")])
     experiment = config.override(SMALL, {"facts.people": "500"})
     experiment = replace(experiment, facts=replace(config.Experiment().facts, source=str(tmp_path / "own")))
     rows = {row["part"]: row["examples"] for row in plan(experiment, machine=PLENTY).data["rows"]}
@@ -447,8 +461,8 @@ def test_own_facts_are_counted(tmp_path):
 def test_facts_of_the_world_are_counted(tmp_path):
     own = ["subject,relation,object", *(f"Person {i},lives in,Town {i % 7}" for i in range(40))]
     (tmp_path / "facts.csv").write_text("\n".join(own))
-    cli.main(["import", str(tmp_path / "facts.csv"), str(tmp_path / "own")])
-    cli.main(["new-model", str(tmp_path / "model"), "--own", str(tmp_path / "own")])  # has words for these facts
+    commands.main(["import", str(tmp_path / "facts.csv"), str(tmp_path / "own")])
+    commands.main(["new-model", str(tmp_path / "model"), "--own", str(tmp_path / "own")])  # has words for these facts
     changes = {"eval.known": str(tmp_path / "own"), "model.name": str(tmp_path / "model"), "eval.precision": "bf16"}
     small = replace(SMALL, facts=replace(config.Experiment().facts, source=str(tmp_path / "own")))
     found = plan(config.override(small, changes), machine=PLENTY)
@@ -519,7 +533,7 @@ def test_mistakes_are_told_in_a_sentence(arguments, sentence, capsys, tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(config.dumps(SMALL))
     with pytest.raises(SystemExit) as ended:
-        cli.main(["plan", *(str(path) if word == "CONFIG" else word for word in arguments)])
+        commands.main(["plan", *(str(path) if word == "CONFIG" else word for word in arguments)])
     told = capsys.readouterr()
     assert ended.value.code == 2 and sentence in told.err and told.err.count("\n") == 1 and not told.out
     assert sorted(file.name for file in tmp_path.iterdir()) == ["small.yaml"]

@@ -9,13 +9,13 @@ from tiny_facts import tiny_world
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
-from crosstrace.errors import UserError
-from crosstrace.evaluate import recall
-from crosstrace.intervene import grafted, snapshot
-from crosstrace.positions import PLACES, at_places, grafted_at
-from crosstrace.shared import ParamSet
-from crosstrace.text import biographies
-from crosstrace.tokens import collate, encode
+from crosstrace.analyses.positions import PLACES, at_places, grafted_at
+from crosstrace.core.errors import UserError
+from crosstrace.data.text import biographies
+from crosstrace.data.tokens import collate, encode
+from crosstrace.sets.interventions import grafted, snapshot
+from crosstrace.sets.paramset import ParamSet
+from crosstrace.training.evaluation import recall
 
 KINDS = ["llama", "gpt_neox", "gpt2", "qwen3", "qwen3_moe", "opt", "gemma3"]
 

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from crosstrace import cli, load_model, load_tokenizer, pretrain
-from crosstrace.errors import UserError
-from crosstrace.pretrain import POPULATION_A, PretrainSettings, pretrain_base
+from crosstrace import load_model, load_tokenizer
+from crosstrace.cli import commands
+from crosstrace.core.errors import UserError
+from crosstrace.training import pretraining
+from crosstrace.training.pretraining import POPULATION_A, PretrainSettings, pretrain_base
 
 TINY: dict[str, Any] = {
     "layers": 1, "width": 16, "heads": 2, "kv_heads": 2, "neurons": 16, "warmup_people": 8, "warmup_steps": 2,
@@ -40,7 +42,7 @@ def weights(folder: Path) -> bytes:
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["pretrain-base", *arguments])
+        commands.main(["pretrain-base", *arguments])
     assert stop.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == "" and len(captured.err.splitlines()) == 1
@@ -50,12 +52,12 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
 def test_a_base_loads_and_its_recipe_replays(capsys, tmp_path: Path, architecture: str) -> None:
     base, again = tmp_path / "base", tmp_path / "again"
-    cli.main(["pretrain-base", str(base), *words(architecture=architecture)])
+    commands.main(["pretrain-base", str(base), *words(architecture=architecture)])
     assert "qa_held_out" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["base"]  # no work folder, no partial one
     assert load_model(str(base)).config.model_type == architecture
     assert load_tokenizer(str(base)).eos_token == "<end>"
-    cli.main(["pretrain-base", str(again), str(base / "recipe.json"), "--threads", "1"])
+    commands.main(["pretrain-base", str(again), str(base / "recipe.json"), "--threads", "1"])
     assert weights(again) == weights(base)
     assert (again / "recipe.json").read_bytes() == (base / "recipe.json").read_bytes()
     capsys.readouterr()
@@ -77,14 +79,14 @@ def test_an_interrupted_base_goes_on_to_the_same_weights(monkeypatch, tmp_path: 
     pretrain_base(whole, recipe(), work=tmp_path / "whole-work")
     interrupt(base, 3, recipe())
     # and once more while the result is being written
-    save = pretrain.save_model
+    save = pretraining.save_model
 
     def half(model: Any, tokenizer: Any, folder: Path) -> None:
         save(model, tokenizer, folder)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pretrain, "save_model", half)
+        patch.setattr(pretraining, "save_model", half)
         pretrain_base(base, recipe(), work=tmp_path / "base-work")
     assert not base.exists()
     pretrain_base(base, recipe(), work=tmp_path / "base-work")

@@ -9,8 +9,8 @@ from test_trace import make_examples, pad
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
-from crosstrace.errors import UserError
-from crosstrace.shared import ParamSet
+from crosstrace.core.errors import UserError
+from crosstrace.sets.paramset import ParamSet
 from crosstrace.trace.products import gradient_products
 
 

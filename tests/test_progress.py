@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from crosstrace import progress
-from crosstrace.progress import Progress, duration
+from crosstrace.core import progress
+from crosstrace.core.progress import Progress, duration
 
 
 @pytest.fixture

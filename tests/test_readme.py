@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from crosstrace import cli, config, study
-from crosstrace.errors import UserError
+from crosstrace.cli import commands
+from crosstrace.core.errors import UserError
+from crosstrace.experiment import config, study
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,7 +42,7 @@ def test_named_commands_and_files_exist() -> None:
     for command in re.findall(r"crosstrace ([a-z][a-z-]*)", re.sub(r"```python.*?```", "", README, flags=re.DOTALL)):
         if command in ("answers",):
             continue
-        assert command in cli.COMMANDS, command
+        assert command in commands.COMMANDS, command
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,17 @@ import transformers
 from tiny_models import KINDS
 from torch import Tensor
 
-from crosstrace.adapters import LoraSettings, adapted
-from crosstrace.errors import UserError
-from crosstrace.evaluate import judged
-from crosstrace.models import checkpointing_gradients, load_model, save_model
-from crosstrace.processes import Processes
-from crosstrace.rehearse import GATHERED, Rehearsal, Understudy, _others
-from crosstrace.schedule import Phase
-from crosstrace.sharded import at_rest
+from crosstrace.core.errors import UserError
+from crosstrace.core.pieces import at_rest
+from crosstrace.core.processes import Processes
+from crosstrace.models.adapters import LoraSettings, adapted
+from crosstrace.models.loading import load_model, save_model
+from crosstrace.models.modes import checkpointing_gradients
+from crosstrace.planning.rehearse import GATHERED, Rehearsal, Understudy, _others
 from crosstrace.trace.engine import Engine
-from crosstrace.train import UpdateLoss
+from crosstrace.training.evaluation import judged
+from crosstrace.training.recipes import Phase
+from crosstrace.training.trainer import UpdateLoss
 
 PHASE = Phase("mixed", {"bio": 4, "qa": 6}, 1)
 ARCHITECTURES = ("llama", "gpt_neox", "gpt2", "qwen3", "qwen3_moe")

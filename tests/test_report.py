@@ -17,7 +17,7 @@ import pytest
 from sample_results import sample_results
 
 from crosstrace import report
-from crosstrace.errors import UserError
+from crosstrace.core.errors import UserError
 from crosstrace.report import words
 
 CSVS = [

@@ -10,15 +10,15 @@ import torch
 from tiny_facts import tiny_world, tokenizer
 from tiny_models import tiny_model
 
-from crosstrace import config
-from crosstrace.errors import UserError
-from crosstrace.evaluate import recall
-from crosstrace.facts import World
-from crosstrace.intervene import snapshot
-from crosstrace.retention import moved, new_material, repaired
-from crosstrace.shared import ParamSet
-from crosstrace.text import questions
-from crosstrace.tokens import encode
+from crosstrace.core.errors import UserError
+from crosstrace.data.facts import World
+from crosstrace.data.text import questions
+from crosstrace.data.tokens import encode
+from crosstrace.experiment import config
+from crosstrace.experiment.stages.retain import moved, new_material, repaired
+from crosstrace.sets.interventions import snapshot
+from crosstrace.sets.paramset import ParamSet
+from crosstrace.training.evaluation import recall
 
 
 def of(**retention) -> config.Experiment:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from crosstrace.config import loads
-from crosstrace.errors import UserError
-from crosstrace.schedule import Optimiser, Phase, bio_only, mixed, qa_first, qa_only, two_stage
+from crosstrace.core.errors import UserError
+from crosstrace.experiment.config import loads
+from crosstrace.training.recipes import Optimiser, Phase, bio_only, mixed, qa_first, qa_only, two_stage
 
 SIZES = {"bio": 100, "qa": 30, "empty": 0}
 

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from crosstrace.errors import UserError
-from crosstrace.shared import ParamSet, only_set, random_set, scope, select, select_each, shared
+from crosstrace.core.errors import UserError
+from crosstrace.sets.controls import only_set, random_set
+from crosstrace.sets.paramset import ParamSet, shared
+from crosstrace.sets.selection import scope, select, select_each
 
 
 def members(pset):

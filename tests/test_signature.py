@@ -17,9 +17,8 @@ from tiny_facts import tiny_world, tokenizer
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
-from crosstrace.consistency import FactPair
-from crosstrace.errors import UserError
-from crosstrace.signature import (
+from crosstrace.analyses.consistency import FactPair
+from crosstrace.analyses.signature import (
     FORMATS,
     GROUPS,
     WHOLE,
@@ -29,8 +28,9 @@ from crosstrace.signature import (
     shapley,
     token_groups,
 )
-from crosstrace.text import Example, Mention, biographies
-from crosstrace.tokens import Encoded, encode
+from crosstrace.core.errors import UserError
+from crosstrace.data.text import Example, Mention, biographies
+from crosstrace.data.tokens import Encoded, encode
 
 KINDS = ["llama", "gpt_neox", "gpt2", "qwen3", "qwen3_moe", "opt", "gemma3"]
 

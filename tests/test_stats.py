@@ -9,9 +9,9 @@ import pytest
 import torch
 from scipy.stats import rankdata
 
-from crosstrace import stats
-from crosstrace.errors import UserError
-from crosstrace.stats import (
+from crosstrace.core import statistics
+from crosstrace.core.errors import UserError
+from crosstrace.core.statistics import (
     cluster_bootstrap,
     cosine,
     effective_number,
@@ -151,8 +151,8 @@ KINDS_OF_NUMBERS = {
 @pytest.mark.parametrize("kind", KINDS_OF_NUMBERS)
 def test_spearman_is_the_correlation_of_ranks(kind, dtypes, at_once, digit, monkeypatch):
     """Whatever is ranked at a time, and however many digits of a rank find room."""
-    monkeypatch.setattr(stats, "_AT_ONCE", at_once)
-    monkeypatch.setattr(stats, "_DIGIT", digit)
+    monkeypatch.setattr(statistics, "_AT_ONCE", at_once)
+    monkeypatch.setattr(statistics, "_DIGIT", digit)
     rng = np.random.default_rng(0)
     draw = lambda dtype: torch.from_numpy(KINDS_OF_NUMBERS[kind](rng)).to(getattr(torch, dtype))
     a, b = map(draw, dtypes)

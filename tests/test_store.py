@@ -16,18 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from crosstrace import store
-from crosstrace.errors import UserError
-from crosstrace.store import (
-    Run,
-    read_json,
-    remove_folder,
-    replacing,
-    sha256_file,
-    sha256_tree,
-    write_json,
-    write_text,
-)
+from crosstrace.core import provenance, run_folder
+from crosstrace.core.errors import UserError
+from crosstrace.core.files import read_json, remove_folder, replacing, sha256_file, sha256_tree, write_json, write_text
+from crosstrace.core.run_folder import Run
 
 CONFIG = "seed: 0\ntraining:\n  lr: 0.001\n  phases: [1, 2]\n"
 
@@ -93,7 +85,7 @@ def in_child(work: Callable[[], None], kill_before: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def create_and_work(folder: Path, mode: store.Mode, lr: float = 0.1, config: str = CONFIG) -> Callable[[], None]:
+def create_and_work(folder: Path, mode: run_folder.Mode, lr: float = 0.1, config: str = CONFIG) -> Callable[[], None]:
     def work() -> None:
         with Run.create(folder, config, mode) as run:
             experiment(run, lr)
@@ -132,7 +124,7 @@ def test_killed_anywhere_then_resumed(tmp_path: Path, clean: dict[str, bytes]) -
         create_and_work(folder, "resume")()
         assert outputs(folder) == clean
         assert not list(folder.rglob(".partial-*"))
-        assert set(store._walk(folder)) == set(store._walk(tmp_path / "clean"))
+        assert set(run_folder._walk(folder)) == set(run_folder._walk(tmp_path / "clean"))
 
 
 def test_killed_again_and_again(tmp_path: Path, clean: dict[str, bytes]) -> None:
@@ -340,14 +332,14 @@ def test_processes_side_by_side(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["new", "resume", "overwrite"])
-def test_a_foreign_folder_is_never_touched(tmp_path: Path, mode: store.Mode) -> None:
+def test_a_foreign_folder_is_never_touched(tmp_path: Path, mode: run_folder.Mode) -> None:
     folder = tmp_path / "thesis"
     for name in ("chapter.tex", "manifest/lock", "config.yaml", ".partial-notes"):
         write_text(folder / name, "years of work")
-    before = outputs(folder), sorted(store._walk(folder))
+    before = outputs(folder), sorted(run_folder._walk(folder))
     with pytest.raises(UserError, match=r"thesis is not empty and holds no crosstrace run"):
         Run.create(folder, CONFIG, mode)
-    assert (outputs(folder), sorted(store._walk(folder))) == before
+    assert (outputs(folder), sorted(run_folder._walk(folder))) == before
     with pytest.raises(UserError, match=r"chapter\.tex"):
         Run.create(folder / "chapter.tex", CONFIG, mode)
 
@@ -450,7 +442,7 @@ def test_hashes(tmp_path: Path) -> None:
 
 
 def test_metadata() -> None:
-    found = store.metadata()
+    found = provenance.metadata()
     assert found["versions"]["torch"] == torch.__version__ and found["threads"] == 1
     assert json.loads(json.dumps(found)) == found
 

@@ -17,10 +17,11 @@ import pytest
 import yaml
 from tiny_models import tiny_base
 
-from crosstrace import cli, config, study
-from crosstrace.errors import UserError
-from crosstrace.progress import Progress
-from crosstrace.store import Run
+from crosstrace.cli import commands
+from crosstrace.core.errors import UserError
+from crosstrace.core.progress import Progress
+from crosstrace.core.run_folder import Run
+from crosstrace.experiment import config, study
 
 EXPERIMENT = """
 facts: {people: 16}
@@ -111,7 +112,7 @@ def test_bad_files_end_the_command_with_a_sentence(tmp_path: Path, text: str, ca
     path.write_text(text)
     values = [] if text else ["--cores", "nothing"]  # an empty file is a study of the defaults
     with pytest.raises(SystemExit) as ended:
-        cli.main(["study", str(path), str(tmp_path / "out"), *values])
+        commands.main(["study", str(path), str(tmp_path / "out"), *values])
     told = capsys.readouterr().err
     assert ended.value.code == 2 and told.count("\n") == 1 and not (tmp_path / "out").exists()
 
@@ -134,8 +135,8 @@ def test_keys_tell_experiments_apart_and_not_their_names_or_jobs() -> None:
 
 
 def test_a_study_in_which_nobody_recalls_has_a_report(tmp_path: Path) -> None:
-    from crosstrace import summary
-    from crosstrace.report.study import prediction
+    from crosstrace.experiment import summary
+    from crosstrace.experiment.study_page import prediction
 
     rows = [
         {"setting": f"s{d}", "seed": 1, "strategy": name, "recall.qa_ood": 0.0, "logprob.bio": -1.0 * d}

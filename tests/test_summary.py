@@ -8,7 +8,7 @@ import pytest
 from sample_results import sample_results
 from scipy.stats import t as student
 
-from crosstrace import summary
+from crosstrace.experiment import summary
 
 
 def row(setting: str, seed: int, strategy: str, outcome: float | None, value: float | None) -> dict:

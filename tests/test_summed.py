@@ -12,14 +12,14 @@ from tiny_facts import tiny_examples, tiny_world, tokenizer
 from tiny_models import tiny_model
 from torch import Tensor
 
-from crosstrace import config
-from crosstrace.errors import UserError
-from crosstrace.schedule import Optimiser, Phase, mixed, two_stage
-from crosstrace.text import questions
-from crosstrace.tokens import encode
+from crosstrace.core.errors import UserError
+from crosstrace.data.text import questions
+from crosstrace.data.tokens import encode
+from crosstrace.experiment import config
 from crosstrace.trace import OnlineTrace, SummedTrace
-from crosstrace.train import Listener, TaskPart, TrainSettings, learning_rate_factor, train
-from crosstrace.updates import Updates
+from crosstrace.training.recipes import Optimiser, Phase, mixed, two_stage
+from crosstrace.training.trainer import Listener, TaskPart, TrainSettings, learning_rate_factor, train
+from crosstrace.training.updates import Updates
 
 WORDS = tokenizer("word")
 TRACED = ("bio", "qa")

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crosstrace.errors import UserError
-from crosstrace.tables import read_lines, read_object, read_table
+from crosstrace.core.errors import UserError
+from crosstrace.importing.tables import read_lines, read_object, read_table
 
 # texts that some reader takes for a number, a date, a truth value or nothing
 TRICKY = [

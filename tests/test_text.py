@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_facts import tiny_world
 
-from crosstrace.errors import UserError
-from crosstrace.facts import FactSettings, World
-from crosstrace.text import Example, Mention, biographies, questions, read_jsonl, write_jsonl
-from crosstrace.wording import RELATIONS, biography_patterns, question_patterns
+from crosstrace.core.errors import UserError
+from crosstrace.data.facts import FactSettings, World
+from crosstrace.data.text import Example, Mention, biographies, questions, read_jsonl, write_jsonl
+from crosstrace.data.wording import RELATIONS, biography_patterns, question_patterns
 
 WORLDS = st.builds(
     FactSettings,

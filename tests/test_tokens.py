@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_facts import tiny_world, tokenizer
 
-from crosstrace import wording
-from crosstrace.errors import UserError
-from crosstrace.text import Example, Mention, biographies, questions
-from crosstrace.tokens import IGNORE, batches, collate, context_length, encode
+from crosstrace.core.errors import UserError
+from crosstrace.data import wording
+from crosstrace.data.text import Example, Mention, biographies, questions
+from crosstrace.data.tokens import IGNORE, batches, collate, context_length, encode
 
 KINDS = ["word", "space", "spaceless", "bos"]
 

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from tiny_models import KINDS, VOCABULARY, in_float64, tiny_model
 from torch import Tensor, nn
 
-from crosstrace.errors import UserError
-from crosstrace.facts import FactSettings, World
-from crosstrace.models import load_model, load_tokenizer
-from crosstrace.text import biographies, questions
-from crosstrace.tokens import collate, encode
+from crosstrace.core.errors import UserError
+from crosstrace.data.facts import FactSettings, World
+from crosstrace.data.text import biographies, questions
+from crosstrace.data.tokens import collate, encode
+from crosstrace.models.loading import load_model, load_tokenizer
 from crosstrace.trace import MEASURES, OnlineTrace, Trace, load_traces, rules, save_traces, trace
 from crosstrace.trace.engine import Engine
 from crosstrace.trace.packed import unpacked

@@ -17,18 +17,18 @@ from tiny_facts import tiny_examples, tokenizer
 from tiny_models import tiny_model
 from torch import nn
 
-from crosstrace import optimisers
-from crosstrace.config import parse
-from crosstrace.errors import UserError
-from crosstrace.evaluate import recall
-from crosstrace.losses import example_losses
-from crosstrace.pipeline import OnlineListener
-from crosstrace.schedule import Optimiser, Phase, mixed, two_stage
-from crosstrace.tokens import collate
+from crosstrace.core.errors import UserError
+from crosstrace.data.tokens import collate
+from crosstrace.experiment.config import parse
+from crosstrace.experiment.stages.tracers import OnlineListener
 from crosstrace.trace import OnlineTrace
 from crosstrace.trace.borrowed import is_the_same
-from crosstrace.train import Listener, RecallHistory, TrainSettings, UpdateLoss, learning_rate_factor, train
-from crosstrace.updates import Updates, micro_batches
+from crosstrace.training import optimisers
+from crosstrace.training.evaluation import recall
+from crosstrace.training.losses import example_losses
+from crosstrace.training.recipes import Optimiser, Phase, mixed, two_stage
+from crosstrace.training.trainer import Listener, RecallHistory, TrainSettings, UpdateLoss, learning_rate_factor, train
+from crosstrace.training.updates import Updates, micro_batches
 
 WORDS = tokenizer("word")
 EXAMPLES = tiny_examples(WORDS, frequency="zipf", zipf_top=3)
@@ -282,7 +282,9 @@ def test_several_lengths_are_trained_in_several_forwards(tmp_path: Path, monkeyp
     """Batches cut to save padding: the same training but for rounding."""
     whole, cut = _model(dtype=torch.float64), _model(dtype=torch.float64)
     _train(whole, mixed(3, 4, 3), tmp_path / "whole")
-    monkeypatch.setattr("crosstrace.updates.micro_batches", lambda items, most, once: micro_batches(items, most, 0))
+    monkeypatch.setattr(
+        "crosstrace.training.updates.micro_batches", lambda items, most, once: micro_batches(items, most, 0)
+    )
     data = Updates(mixed(3, 4, 3)[0], EXAMPLES, "1/0", WORDS.pad_token_id, "object")
     assert any(len(batches) > 1 for update in range(3) for batches in data[update].values())
     _train(cut, mixed(3, 4, 3), tmp_path / "cut")

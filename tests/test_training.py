@@ -13,10 +13,10 @@ from tiny_models import KINDS, tiny_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from crosstrace.errors import UserError
-from crosstrace.losses import example_losses
+from crosstrace.core.errors import UserError
 from crosstrace.trace import TrainingTrace
 from crosstrace.trace.callback import TraceCallback
+from crosstrace.training.losses import example_losses
 
 TASKS = ["bio", "qa"]
 

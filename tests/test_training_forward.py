@@ -17,10 +17,10 @@ from tiny_models import VOCABULARY, in_float64, tiny_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from crosstrace.errors import UserError
-from crosstrace.losses import example_losses
+from crosstrace.core.errors import UserError
 from crosstrace.trace import OnlineTrace, TrainingTrace, trace
 from crosstrace.trace.callback import TraceCallback
+from crosstrace.training.losses import example_losses
 
 SMALL = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -20,12 +20,12 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from crosstrace.errors import UserError
-from crosstrace.facts import Person, World
-from crosstrace.stats import cluster_bootstrap
-from crosstrace.text import biographies, questions
-from crosstrace.transfer import FORMATS, PARTS, formats, share_right, transfer
-from crosstrace.wording import biography_patterns, objects, question_patterns
+from crosstrace.analyses.transfer import FORMATS, PARTS, formats, share_right, transfer
+from crosstrace.core.errors import UserError
+from crosstrace.core.statistics import cluster_bootstrap
+from crosstrace.data.facts import Person, World
+from crosstrace.data.text import biographies, questions
+from crosstrace.data.wording import biography_patterns, objects, question_patterns
 
 WORDS = tokenizer("word")
 EXACT = ("asked", "wording", "cloze")

@@ -14,7 +14,7 @@ from tiny_models import VOCABULARY, tiny_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from crosstrace.errors import UserError
+from crosstrace.core.errors import UserError
 from crosstrace.trace.callback import KeepColumns, TraceCallback
 
 pytest.importorskip("trl")
@@ -75,7 +75,7 @@ def trainer_of(tmp_path: Any) -> Iterator[Any]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from crosstrace.models import load_tokenizer
+    from crosstrace.models.loading import load_tokenizer
 
     def make(
         model: nn.Module,

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from crosstrace.errors import UserError
-from crosstrace.models import load_model, load_tokenizer
-from crosstrace.untaught import NewModelSettings, new_model
+from crosstrace.core.errors import UserError
+from crosstrace.models.loading import load_model, load_tokenizer
+from crosstrace.models.untaught import NewModelSettings, new_model
 
 TEXTS = ["Ada Brook was born in Lyon.", "Where was Ada Brook born? Lyon"]
 SMALL = NewModelSettings(width=32, heads=4, kv_heads=2, layers=2, neurons=48, vocabulary=300)

@@ -16,8 +16,8 @@ from tiny_facts import tokenizer
 from tiny_models import tiny_model
 from torch import Tensor
 
-from crosstrace.errors import UserError
-from crosstrace.models import load_model, save_model
+from crosstrace.core.errors import UserError
+from crosstrace.models.loading import load_model, save_model
 
 IDS = torch.arange(1, 15).view(2, 7)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from crosstrace import cli, models
-from crosstrace.facts import FactSettings, World
-from crosstrace.importing import import_facts
-from crosstrace.store import read_json
-from crosstrace.text import texts
+from crosstrace.cli import commands
+from crosstrace.core.files import read_json
+from crosstrace.data.facts import FactSettings, World
+from crosstrace.data.text import texts
+from crosstrace.importing.importing import import_facts
+from crosstrace.models import loading
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "facts"
-BUNDLED = models.bundled_folder().parent / "world"
+BUNDLED = loading.bundled_folder().parent / "world"
 
 
 def test_the_bundled_file_is_what_the_import_makes_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    cli.main(["import", str(EXAMPLES / "world.csv"), str(tmp_path / "world"),
+    commands.main(["import", str(EXAMPLES / "world.csv"), str(tmp_path / "world"),
               "--wording", str(EXAMPLES / "world-wording.yaml")])  # fmt: skip
     counts = read_json(tmp_path / "world" / "import.json")
     assert counts["kept"] == counts["read"] == 593 and not counts["dropped"]

@@ -9,10 +9,10 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from crosstrace.facts import FactSettings, World
-from crosstrace.pretrain import word_tokenizer
-from crosstrace.text import biographies, questions
-from crosstrace.tokens import Encoded, encode
+from crosstrace.data.facts import FactSettings, World
+from crosstrace.data.text import biographies, questions
+from crosstrace.data.tokens import Encoded, encode
+from crosstrace.training.pretraining import word_tokenizer
 
 
 def tiny_world(**settings) -> World:

@@ -83,7 +83,7 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float64, tied: bool | None 
 def tiny_base(layers: int = 2) -> Path:
     """A folder with a tiny Llama of random weights and the bundled tokenizer, for whole runs of little computation; it
     is there until the process ends."""
-    from crosstrace.models import load_tokenizer, save_model
+    from crosstrace.models.loading import load_tokenizer, save_model
 
     tokenizer = load_tokenizer("bundled")
     sizes = {"num_hidden_layers": layers, "vocab_size": len(tokenizer), "max_position_embeddings": 256}

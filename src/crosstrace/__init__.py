@@ -9,34 +9,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crosstrace.config import Experiment
-    from crosstrace.errors import UserError
-    from crosstrace.evaluate import recall
-    from crosstrace.facts import FactSettings, World
-    from crosstrace.intervene import ablated, grafted
-    from crosstrace.models import load_model, load_tokenizer
-    from crosstrace.pipeline import run
-    from crosstrace.results import Results
-    from crosstrace.shared import ParamSet, scope, select
-    from crosstrace.text import biographies, questions
-    from crosstrace.tokens import batches, encode
+    from crosstrace.core.errors import UserError
+    from crosstrace.core.results import Results
+    from crosstrace.data.facts import FactSettings, World
+    from crosstrace.data.text import biographies, questions
+    from crosstrace.data.tokens import batches, encode
+    from crosstrace.experiment.config import Experiment
+    from crosstrace.experiment.pipeline import run
+    from crosstrace.models.loading import load_model, load_tokenizer
+    from crosstrace.sets.interventions import ablated, grafted
+    from crosstrace.sets.paramset import ParamSet
+    from crosstrace.sets.selection import scope, select
     from crosstrace.trace import OnlineTrace, SummedTrace, Trace, TrainingTrace
     from crosstrace.trace.callback import KeepColumns, TraceCallback
+    from crosstrace.training.evaluation import recall
 
 _HOME = {
-    "config": ["Experiment"],
-    "errors": ["UserError"],
-    "evaluate": ["recall"],
-    "facts": ["FactSettings", "World"],
-    "intervene": ["ablated", "grafted"],
-    "models": ["load_model", "load_tokenizer"],
-    "pipeline": ["run"],
-    "results": ["Results"],
-    "shared": ["ParamSet", "scope", "select"],
-    "text": ["biographies", "questions"],
-    "tokens": ["batches", "encode"],
+    "core.errors": ["UserError"],
+    "core.results": ["Results"],
+    "data.facts": ["FactSettings", "World"],
+    "data.text": ["biographies", "questions"],
+    "data.tokens": ["batches", "encode"],
+    "experiment.config": ["Experiment"],
+    "experiment.pipeline": ["run"],
+    "models.loading": ["load_model", "load_tokenizer"],
+    "sets.interventions": ["ablated", "grafted"],
+    "sets.paramset": ["ParamSet"],
+    "sets.selection": ["scope", "select"],
     "trace": ["OnlineTrace", "SummedTrace", "Trace", "TrainingTrace"],
     "trace.callback": ["KeepColumns", "TraceCallback"],
+    "training.evaluation": ["recall"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

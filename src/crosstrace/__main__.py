@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crosstrace import interrupts, machine
+from crosstrace.core import interrupts, machine
 
 
 def main() -> None:
@@ -10,9 +10,9 @@ def main() -> None:
     try:
         interrupts.listen()
         machine.prepare()
-        from crosstrace import cli
+        from crosstrace.cli import commands
 
-        cli.main()
+        commands.main()
     except SystemExit:
         raise
     except BaseException as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
-from crosstrace.left_out import Failure, hindrance
+from crosstrace.core.left_out import Failure, hindrance
 from crosstrace.report import figures as F
 from crosstrace.report.rows import Row
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from crosstrace.errors import UserError
+from crosstrace.core.errors import UserError
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
 from crosstrace.report.rows import Row

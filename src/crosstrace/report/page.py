@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from crosstrace.core.files import write_text
+from crosstrace.core.results import part_name
 from crosstrace.report import figures as F
 from crosstrace.report import learning, mechanism
 from crosstrace.report import rows as R
@@ -23,8 +25,6 @@ from crosstrace.report import words as say
 from crosstrace.report.blocks import Cell, Plot, Section, Table, drawn, key, render
 from crosstrace.report.drift import drift
 from crosstrace.report.rows import Row
-from crosstrace.results import part_name
-from crosstrace.store import write_text
 
 REPLAY = "crosstrace run RUN/config.yaml NEWRUN"
 LEVEL = f"95{say.SPACE}%"

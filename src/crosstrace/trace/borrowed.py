@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosstrace.forward import TrainingForward
+from crosstrace.models.forward import TrainingForward
 from crosstrace.trace.engine import Batch, Engine, undisturbed
 from crosstrace.trace.probe import AGREES, agree_along, pair_of
 from crosstrace.trace.recording import random_states

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import TrainerCallback
 
-from crosstrace.errors import UserError
+from crosstrace.core.errors import UserError
 from crosstrace.trace.trace import Trace, check_settings
 from crosstrace.trace.training import TrainingTrace
 

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from crosstrace.errors import UserError
-from crosstrace.processes import Processes
-from crosstrace.sharded import at_rest, local, processes_of
+from crosstrace.core.errors import UserError
+from crosstrace.core.pieces import at_rest, local, processes_of
+from crosstrace.core.processes import Processes
 from crosstrace.trace.engine import Batch, Engine
 from crosstrace.trace.memory import Plan
 from crosstrace.trace.rules import sum_dtype

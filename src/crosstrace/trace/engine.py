@@ -25,16 +25,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.distributed.tensor import DTensor
 
-from crosstrace.errors import UserError
-from crosstrace.forward import accepted, logits_at
-from crosstrace.losses import aligned_losses, next_tokens, target_positions
-from crosstrace.sharded import at_rest, is_sharded
+from crosstrace.core.errors import UserError
+from crosstrace.core.pieces import at_rest, is_sharded
+from crosstrace.models.forward import accepted, logits_at
 from crosstrace.trace.memory import Estimate, Plan, Where, estimate
 from crosstrace.trace.modules import RULES
 from crosstrace.trace.packed import is_packed
 from crosstrace.trace.probe import AGREES, Kind, Trial, Way, agree_along, along, hollow, kind_of, pair_of, settled
 from crosstrace.trace.recording import OF_EVERY_MODULE, Recording, Uses, random_states
 from crosstrace.trace.rules import Arrangement, Held, Rule, Unfit, fold, made, main_output, reduce, sum_dtype
+from crosstrace.training.losses import aligned_losses, next_tokens, target_positions
 
 Batch = Mapping[str, Tensor]
 Owners = dict[str, dict[str, str]]  # module -> its local name of each parameter -> the canonical one

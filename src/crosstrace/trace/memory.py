@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from crosstrace.errors import UserError
-from crosstrace.sharded import at_rest, is_sharded, local
+from crosstrace.core.errors import UserError
+from crosstrace.core.pieces import at_rest, is_sharded, local
 from crosstrace.trace.rules import sum_dtype
 
 Where = Literal["auto", "device", "cpu"]

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from crosstrace.errors import UserError
-from crosstrace.shared import ParamSet
+from crosstrace.core.errors import UserError
+from crosstrace.sets.paramset import ParamSet
 from crosstrace.trace.engine import Batch, Engine
 from crosstrace.trace.rules import Linear, Rule
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from crosstrace.errors import UserError
-from crosstrace.losses import next_tokens
+from crosstrace.core.errors import UserError
+from crosstrace.training.losses import next_tokens
 
 # How far the gradient may be from Σ_i w_i ∂ℓ_i, relative to its norm: rounding, and dtype of the logits.
 AGREES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.02}

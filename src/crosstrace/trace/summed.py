@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from crosstrace.errors import UserError
-from crosstrace.sharded import local
+from crosstrace.core.errors import UserError
+from crosstrace.core.pieces import local
 from crosstrace.trace.trace import Accumulated
 
 

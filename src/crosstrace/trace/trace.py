@@ -31,11 +31,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from crosstrace.errors import UserError
-from crosstrace.forward import TrainingForward, TrainingForwards
-from crosstrace.processes import by_first
-from crosstrace.sharded import Pieces, at_rest, laid, local, own_rows, piece, processes_of, whole, write
-from crosstrace.store import read_json, remove, replacing, versions, write_json
+from crosstrace.core.errors import UserError
+from crosstrace.core.files import read_json, remove, replacing, write_json
+from crosstrace.core.pieces import Pieces, at_rest, laid, local, own_rows, piece, processes_of, whole, write
+from crosstrace.core.processes import by_first
+from crosstrace.core.provenance import versions
+from crosstrace.models.forward import TrainingForward, TrainingForwards
 from crosstrace.trace.borrowed import Drew, calm, is_the_same
 from crosstrace.trace.distributed import Scatter, Team
 from crosstrace.trace.engine import Batch, Engine, Forward

@@ -33,9 +33,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from crosstrace.errors import UserError
-from crosstrace.losses import next_tokens
-from crosstrace.sharded import is_sharded
+from crosstrace.core.errors import UserError
+from crosstrace.core.pieces import is_sharded
 from crosstrace.trace.engine import Batch, undisturbed
 from crosstrace.trace.modules import Linear, TransposedLinear
 from crosstrace.trace.packed import is_packed
@@ -44,6 +43,7 @@ from crosstrace.trace.recording import Recording, Uses, ignore, random_states
 from crosstrace.trace.rules import Arrangement, Call, Unfit, reduce, sum_dtype
 from crosstrace.trace.split import Split, splits
 from crosstrace.trace.trace import Accumulated
+from crosstrace.training.losses import next_tokens
 
 COLUMNS = ("task", "group", "loss_weight", "loss_labels")  # of a batch, for the trace alone: the model never sees them
 SAMPLE = 4096  # elements of a gradient by which two of the same parameter are compared

@@ -1,0 +1,175 @@
+"""Minimal graft: the fewest parameters whose tuned values restore recall in the base, and how many of them are shared.
+
+Every parameter is ranked by how much its way from the base's value to the tuned one moves the trained answers. The
+first ones of that order are grafted into the base, and recall is asked. Formulas: docs/method.md.
+
+Takes two models' parameters and encoded questions. It knows no strategies, and trains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crosstrace.core.statistics import finite, jackknife_interval
+from crosstrace.data.tokens import Batch
+from crosstrace.sets.controls import random_set
+from crosstrace.sets.interventions import check_values, grafted
+from crosstrace.sets.paramset import ParamSet
+from crosstrace.sets.selection import select, select_each
+from crosstrace.trace import Trace, trace
+
+POINTS = (0.25, 0.5, 0.75, 1.0)  # of the way from the base to the tuned model, at which gradients are taken
+RANDOM = "random_per_tensor"
+ROUNDING = 1e-9  # of a share: 0.9 times 0.8 is a little more than 0.72
+RESTORED = 0.9  # share of the tuned model's recall that counts as restored
+Row = dict[str, Any]
+
+
+def contributions(
+    base: nn.Module,
+    tuned: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    names: Sequence[str],
+    *,
+    parts: int = 1,
+    points: Sequence[float] = POINTS,
+    progress: Callable[[int], None] | None = None,
+) -> list[Trace]:
+    """How much the change of each parameter moves the answers, for disjoint parts of the questions.
+
+    With θ the base's values, θ' the tuned ones of the named parameters, and ℓ_i the loss of question i,
+
+        C_j = (θ'_j − θ_j)² · mean over α and i of (∂ℓ_i/∂θ_j at θ + α (θ' − θ))²
+
+    the mean square of what the change of parameter j adds to ℓ_i by itself, to first order. Signs are left out: changes
+    that raise one answer and lower another belong to what was learned as well, and a graft without them breaks it.
+
+    Args:
+        base: the base model, left as it was.
+        tuned: parameter name -> tuned value.
+        batches: the questions; labels are the answers, group says which part a question belongs to.
+        names: the parameters that may be grafted; they move together, all others stay the base's.
+        parts: questions of group g count for part g % parts.
+        points: α, each counted alike.
+        progress: called with the number of questions that have been gone through.
+
+    Returns:
+        of each part C, with the measure "square" and the part's number of questions as its weight.
+
+    Raises:
+        UserError: there are fewer questions than parts, or a parameter is missing or has another shape.
+    """
+    own = dict(base.named_parameters())
+    whole = ParamSet({name: torch.ones(own[name].shape, dtype=torch.bool) for name in names})
+    check_values(whole, names, own, tuned)
+    ends = {name: tuned[name].detach().to(own[name]) for name in names}
+    found: list[Trace] = []
+    for alpha in points:
+        point = {name: own[name].detach().lerp(ends[name], alpha) for name in names}
+        with grafted(base, whole, point):
+            squares = trace(
+                base, batches, task="answers", measures=["square"], parts=parts, names=set(names), progress=progress
+            )
+        if found:
+            for sums, more in zip(found, squares):
+                for name in names:
+                    sums.values[name] += more.values[name]
+        else:
+            found = squares
+    for item in found:
+        for name in names:
+            way = (ends[name] - own[name].detach()).to(item.values[name])
+            item.values[name] *= way.square() / len(points)
+    return found
+
+
+def order(parts: Sequence[Trace]) -> dict[str, Tensor]:
+    """The strength that ranks the parameters: C over all questions of the parts."""
+    return Trace.combine(parts).values
+
+
+def movement(base: nn.Module, tuned: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """The strength that ranks the parameters by how far they moved: |θ'_j − θ_j|."""
+    own = dict(base.named_parameters())
+    return {name: (tuned[name].detach().to(own[name]) - own[name].detach()).abs() for name in names}
+
+
+def overlap(parts: Sequence[Trace], fraction: float | None, shared: ParamSet, names: Sequence[str]) -> Row:
+    """How much of the shared set lies among the parameters that restore recall.
+
+    R are the first parameters of the order, as many as `fraction` says, S the shared set. If R were dealt anew within
+    each tensor, Σ_t r_t s_t / n_t of S would lie in it, where tensor t has n_t parameters, r_t of R and s_t of S.
+
+    Args:
+        fraction: of the smallest graft that restores recall; None where there is none.
+
+    Returns:
+        {size, graft, overlap, expected, excess, excess_low, excess_high, parts}: |S|, |R|, |R ∩ S| / |S|, its
+        expectation, and overlap − expected with the 95 % jackknife interval over the parts of the questions. None where
+        S is empty or no graft restores recall.
+    """
+    row: Row = {"size": shared.size, "parts": len(parts)}
+    if not shared.size or fraction is None:
+        return row | dict.fromkeys(("graft", "overlap", "expected", "excess", "excess_low", "excess_high"))
+    size, hit, expected = _overlap(parts, fraction, shared, names)
+    left_out = []
+    if len(parts) > 1:
+        for number in range(len(parts)):
+            _, *shares = _overlap([*parts[:number], *parts[number + 1 :]], fraction, shared, names)
+            left_out.append(shares[0] - shares[1])
+    excess = jackknife_interval(hit - expected, left_out)
+    bounds = {"excess_low": finite(excess.low), "excess_high": finite(excess.high)}
+    return row | {"graft": size, "overlap": hit, "expected": expected, "excess": excess.value, **bounds}
+
+
+def sets(
+    orders: Mapping[str, Mapping[str, Tensor]], fractions: Sequence[float], names: Sequence[str]
+) -> Iterator[tuple[str, float, ParamSet]]:
+    """(order, fraction, set): the first parameters of each order at each fraction, and random ones, with the same count
+    in each tensor as those of the first order."""
+    for number, (label, strength) in enumerate(orders.items()):
+        for fraction, pset in zip(fractions, select_each(strength, fractions, scope=names)):
+            yield label, fraction, pset
+            if not number:
+                yield RANDOM, fraction, random_set(pset, 0, within="tensor")
+
+
+def fewest(rows: Sequence[Row], share: float = RESTORED) -> list[Row]:
+    """Of each order and kind of questions the smallest graft that restores `share` of the tuned model's recall, as all
+    larger ones do: {part, order, size, fraction}; None where there is none, or nothing to restore.
+
+    Args:
+        rows: {part, order, size, fraction, exact_match}; those of the order "tuned" are of the tuned model itself.
+    """
+    whole = {row["part"]: row["exact_match"] for row in rows if row["order"] == "tuned"}
+
+    def restores(row: Row) -> bool:
+        recalled = whole[row["part"]]
+        return bool(recalled) and row["exact_match"] >= share * recalled - ROUNDING
+
+    grafts = [row for row in rows if row["order"] not in ("base", "tuned")]
+    found = []
+    for part, order in dict.fromkeys((row["part"], row["order"]) for row in grafts):
+        own = [row for row in grafts if (row["part"], row["order"]) == (part, order)]
+        enough = [*takewhile(restores, sorted(own, key=lambda row: -row["size"]))]
+        smallest = enough[-1] if enough else {"size": None, "fraction": None}
+        found.append({"part": part, "order": order, "size": smallest["size"], "fraction": smallest["fraction"]})
+    return found
+
+
+def _overlap(
+    parts: Sequence[Trace], fraction: float, shared: ParamSet, names: Sequence[str]
+) -> tuple[int, float, float]:
+    """|R|, |R ∩ S| / |S|, and what that is by chance within tensors."""
+    restoring = select(order(parts), fraction, scope=names)
+    hits = expected = 0.0
+    for name in names:
+        inside, own = restoring.masks[name], shared.masks[name].to(restoring.masks[name].device)
+        hits += int((inside & own).sum())
+        expected += int(inside.sum()) * int(own.sum()) / inside.numel()
+    return restoring.size, hits / shared.size, expected / shared.size

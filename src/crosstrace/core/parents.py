@@ -1,0 +1,26 @@
+"""A worker process that ends with the process that started it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+def end_with_parent(parent: int, until: threading.Event | None = None) -> None:
+    """End this process within a second of its parent's end, however that ended, unless `until` is set before.
+
+    Args:
+        parent: process id, as the parent gave it: it may be gone before its child asks.
+    """
+    until = until or threading.Event()
+
+    def watch() -> None:
+        while not until.wait(0.25):
+            if os.getppid() != parent:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

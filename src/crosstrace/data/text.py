@@ -1,0 +1,233 @@
+"""Facts to examples: the texts of both formats, with character spans of all that matters. No tokens.
+
+`bio` stores facts (a biography), `qa` recalls one (a question and its answer). Spans are [start, end) offsets into
+the example's own text; tokens are found from them later, for any tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from crosstrace.core.errors import UserError
+from crosstrace.core.files import expanded
+from crosstrace.data.facts import Fact, FactSettings, Person, World
+
+Span = tuple[int, int]
+KNOWN = "known"  # the task of facts of the world that the base knows: it may be replayed, and is never traced
+MOST_REPEATS = 100_000  # of an example in an epoch
+NO_QUESTIONS = (
+    "there are no questions, so recall of held-out facts (OOD), sharing between tasks, ablation, grafting, the "
+    "mechanism and the claims of the paper cannot be measured; measured are recall of the texts themselves, the trace "
+    "of this one task and how far the weights move"
+)
+
+
+@dataclass(frozen=True)
+class Mention:
+    """One fact as one text words it."""
+
+    fact: str
+    relation: str
+    wording: str
+    subject: Span
+    relation_words: tuple[Span, ...]
+    object: Span
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text of one task.
+
+    `targets` are the spans that training predicts (all of a biography; of a question its answer); an end token
+    follows the last target when the tokenizer has one. `split` is `id` or `ood`: whether the person's questions
+    are trained. `repeats` is how often the example occurs in an epoch. `has_special_tokens` says that the text itself
+    holds all of its special tokens, its end token last, as a chat template writes them. Of an `open_ended` one an
+    answer needs no end token.
+    """
+
+    id: str
+    task: str
+    text: str
+    person: str
+    split: str
+    targets: tuple[Span, ...]
+    mentions: tuple[Mention, ...]
+    repeats: int = 1
+    has_special_tokens: bool = False
+    open_ended: bool = False
+
+
+def texts(settings: FactSettings) -> dict[str, list[Example]]:
+    """The examples of both tasks, `bio` and `qa`, that these settings mean: of drawn people, or of one's own facts or
+    rows (`crosstrace import`).
+
+    Raises:
+        UserError: as `World.draw`, or the source's own rows cannot be read.
+    """
+    if settings.source is not None:
+        home = expanded(settings.source)
+        rows = {task: home / f"{task}.jsonl" for task in ("bio", "qa")}
+        if not (home / "world.json").exists() and all(path.is_file() for path in rows.values()):
+            return {task: read_jsonl(path) for task, path in rows.items()}
+    world = World.draw(settings)
+    return {"bio": biographies(world), "qa": questions(world)}
+
+
+def biographies(world: World) -> list[Example]:
+    """The biographies of every person (task `bio`)."""
+    return [example for person in world.people for example in _biographies(world, person)]
+
+
+def questions(world: World) -> list[Example]:
+    """The question-answer pairs of every person (task `qa`), of both splits."""
+    return [example for person in world.people for example in _questions(world, person)]
+
+
+def _biographies(world: World, person: Person) -> list[Example]:
+    settings = world.settings
+    draw = random.Random(f"crosstrace/{settings.population}/{settings.seed}/bio/{person.id}")
+    number = settings.augmented_biographies if person.augmented else settings.biographies
+    examples = []
+    for index in range(number):
+        facts = list(person.facts)
+        if settings.order == "permuted" or person.augmented:
+            draw.shuffle(facts)
+        by_name = {"name": True, "pronoun": False, "either": draw.random() < 0.5}[settings.subject]
+        text, mentions = "", []
+        for fact in facts:
+            patterns = world.wording.statements[fact.relation]
+            chosen = draw.randrange(len(patterns))
+            subject = fact.subject if by_name or not mentions or not person.pronoun else person.pronoun
+            sentence, mention = fill(patterns[chosen], fact, f"bio.{fact.relation}.{chosen}", subject, len(text))
+            text += sentence + " "
+            mentions.append(mention)
+        text = text.rstrip()
+        split = "id" if person.in_distribution else "ood"
+        examples.append(
+            Example(f"{person.id}.bio.{index}", "bio", text, person.id, split, ((0, len(text)),), tuple(mentions),
+                    person.repeats)
+        )  # fmt: skip
+    return examples
+
+
+def _questions(world: World, person: Person) -> list[Example]:
+    settings = world.settings
+    draw = random.Random(f"crosstrace/{settings.population}/{settings.seed}/qa/{person.id}")
+    examples = []
+    for fact in person.facts:
+        patterns = world.wording.questions[fact.relation]
+        if not patterns:  # nothing is asked about the relation
+            continue
+        if settings.questions > len(patterns):
+            raise UserError(
+                f"facts.questions is {settings.questions}, but relation {fact.relation} has {len(patterns)} wordings "
+                f"of its question; use at most {len(patterns)}"
+            )
+        for index, chosen in enumerate(draw.sample(range(len(patterns)), settings.questions)):
+            pattern = patterns[chosen] + " {object}"
+            text, mention = fill(pattern, fact, f"qa.{fact.relation}.{chosen}", fact.subject, 0)
+            split = "id" if (person.in_distribution if fact.trained is None else fact.trained) else "ood"
+            examples.append(
+                Example(f"{fact.id}.qa.{index}", "qa", text, person.id, split, (mention.object,), (mention,),
+                        person.repeats)
+            )  # fmt: skip
+    return examples
+
+
+def fill(pattern: str, fact: Fact, wording: str, subject: str, start: int) -> tuple[str, Mention]:
+    """Fill a pattern; spans are offset by `start`, where the sentence begins in its text. A pronoun that begins it gets
+    a capital; names and objects stay as they are."""
+    text, spans = "", {"subject": (0, 0), "object": (0, 0)}
+    relation_words: list[Span] = []
+    opened = 0
+    for piece in re.split(r"(\{subject\}|\{object\}|\{type\}|\[|\])", pattern):
+        if piece == "[":
+            opened = start + len(text)
+        elif piece == "]":
+            relation_words.append((opened, start + len(text)))
+        elif piece in ("{subject}", "{object}"):
+            value = subject if piece == "{subject}" else fact.object
+            if not text and value not in (fact.subject, fact.object):
+                value = value[0].upper() + value[1:]
+            spans[piece[1:-1]] = (start + len(text), start + len(text) + len(value))
+            text += value
+        else:
+            text += fact.type if piece == "{type}" else piece
+    return text, Mention(fact.id, fact.relation, wording, spans["subject"], tuple(relation_words), spans["object"])
+
+
+def write_jsonl(path: Path, examples: Iterable[Example]) -> None:
+    """One example a line; the same examples give the same bytes. What is false is not written."""
+    lines = []
+    for example in examples:
+        row = asdict(example)
+        row = {name: value for name, value in row.items() if value is not False}
+        lines.append(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def read_jsonl(path: Path) -> list[Example]:
+    """Read what `write_jsonl` wrote.
+
+    Raises:
+        UserError: no such file, or a line is not an example, with file, line and what is wrong.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected the examples that `crosstrace data` writes")
+    examples = []
+    # bytes, so that a line which is no UTF-8 is found like any other broken one
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                mentions = tuple(
+                    Mention(
+                        m["fact"], m["relation"], m["wording"], _span(m["subject"]),
+                        tuple(_span(s) for s in m["relation_words"]), _span(m["object"]),
+                    )
+                    for m in row["mentions"]
+                )  # fmt: skip
+                targets = tuple(_span(s) for s in row["targets"])
+                example = Example(row["id"], row["task"], row["text"], row["person"], row["split"], targets,
+                                  mentions, row["repeats"], row.get("has_special_tokens", False),
+                                  row.get("open_ended", False))  # fmt: skip
+                _check_values(example)
+                examples.append(example)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise UserError(
+                    f"{path} line {number} is not an example ({type(error).__name__}: {error}); expected the JSON that "
+                    "`crosstrace data` writes, so the file was edited or truncated"
+                ) from None
+    return examples
+
+
+def _span(value: list[int]) -> Span:
+    start, end = value
+    if not isinstance(start, int) or not isinstance(end, int):
+        raise TypeError(f"{value} in place of a first and a last character")
+    return start, end
+
+
+def _check_values(example: Example) -> None:
+    """Raise a `ValueError` or `TypeError` unless an example that was read is one of whole texts and spans in them."""
+    words = (example.id, example.task, example.text, example.person)
+    for value in [*words, *(word for m in example.mentions for word in (m.fact, m.relation))]:
+        if not isinstance(value, str):
+            raise TypeError(f"{value!r:.60} in place of a text")
+        value.encode()  # (half a surrogate pair is no text)
+    if not isinstance(example.repeats, int) or not 1 <= example.repeats <= MOST_REPEATS:
+        raise ValueError(f"repeats is {example.repeats!r:.60}; expected a number from 1 to {MOST_REPEATS:,}")
+    for name in ("has_special_tokens", "open_ended"):
+        if not isinstance(getattr(example, name), bool):
+            raise TypeError(f"{name} is {getattr(example, name)!r:.60}; expected true or false")
+    spans = [*example.targets]
+    for mention in example.mentions:
+        spans += [mention.subject, *mention.relation_words, mention.object]
+    for start, end in spans:
+        if not 0 <= start <= end <= len(example.text):
+            raise ValueError(f"characters {start} to {end} of a text of {len(example.text)}")

@@ -1,0 +1,228 @@
+"""Examples to tokens: ids, labels and masks. The only module that uses a tokenizer.
+
+Labels come from character offsets: a token belongs to a span when their characters meet, so it does not matter
+whether a space belongs to a token. It knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crosstrace.core.errors import UserError
+from crosstrace.data.text import Example, Span
+
+Batch = dict[str, Tensor]
+TARGETS = ("object", "answer", "all", "train")
+IGNORE = -100
+# how configs call the number of tokens that a model can read
+CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Which of a text's tokens word one fact: masks [T] of its subject, the words of its relation, and its object."""
+
+    subject: Tensor
+    relation: Tensor
+    object: Tensor
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example's tokens: `ids` [T], which of them are targets [T] of each kind, and where each mention stands.
+
+    Examples of one `group` are about one person: whatever needs independent parts of the data keeps them together.
+    `context` is where the mentions stand that a text is no longer about, but still words.
+    """
+
+    example: Example
+    ids: Tensor
+    targets: dict[str, Tensor]
+    mentions: tuple[Places, ...]
+    group: int = 0
+    context: tuple[Places, ...] = ()
+
+    def about(self, number: int) -> Encoded:
+        """The example up to the object of one of its mentions, its only target: what states that one fact."""
+        end = int(self.mentions[number].object.nonzero().max()) + 1
+        cut = [Places(p.subject[:end], p.relation[:end], p.object[:end]) for p in (*self.mentions, *self.context)]
+        own = cut.pop(number)
+        example = replace(self.example, mentions=(self.example.mentions[number],))
+        return Encoded(example, self.ids[:end], {"object": own.object}, (own,), self.group, tuple(cut))
+
+
+def check_fast(tokenizer: Any) -> None:
+    """Raise a `UserError` unless the tokenizer tells which characters each token covers."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"tokenizer {type(tokenizer).__name__} gives no character offsets, which the labels need; expected a "
+            "fast tokenizer (tokenizer.json), so convert it with transformers' AutoTokenizer(use_fast=True)"
+        )
+
+
+def encode(tokenizer: Any, examples: Sequence[Example], groups: Mapping[str, int] | None = None) -> list[Encoded]:
+    """Tokenize examples and find their targets.
+
+    Kinds of target (docs/method.md): `object`, the object's tokens; `answer`, from the first object's token on with the
+    end token (of a biography, its objects and the end); `all`, every token; `train`, what training predicts: the
+    example's own targets and the end token. `groups` numbers the people; in order of appearance if not given. A text
+    that holds its special tokens gets no others; its last token is its end token.
+
+    Raises:
+        UserError: the tokenizer gives no offsets, or an object has no token.
+    """
+    check_fast(tokenizer)
+    if not examples:
+        return []
+    numbers = dict(groups or {})
+    encoded = []
+    for example, (ids, offsets) in zip(examples, _tokenized(tokenizer, examples)):
+        has_end = example.has_special_tokens or tokenizer.eos_token_id is not None
+        spans = [example.targets]
+        for mention in example.mentions:
+            spans += [(mention.subject,), mention.relation_words, (mention.object,)]
+        trained, *places = _tokens_of(spans, offsets)
+        mentions = tuple(Places(*places[i : i + 3]) for i in range(0, len(places), 3))
+        objects = torch.zeros(len(ids), dtype=torch.bool)
+        for places in mentions:
+            objects |= places.object
+        ends = torch.zeros(len(ids), dtype=torch.bool)
+        ends[-1] = has_end
+        for mention, places in zip(example.mentions, mentions):
+            if not places.object.any():
+                start, stop = mention.object
+                raise UserError(
+                    f"example {example.id}: no token covers the object {example.text[start:stop]!r} at characters "
+                    f"{start} to {stop}; the tokenizer drops these characters or the spans belong to another text"
+                )
+        answer = objects | ends
+        if example.has_special_tokens and example.mentions:  # a template may put a blank between answer and end
+            answer |= trained & (torch.arange(len(ids)) > objects.nonzero().max())
+        targets = {
+            "object": objects,
+            "answer": answer,
+            "all": torch.ones(len(ids), dtype=torch.bool),
+            "train": trained | ends,
+        }
+        group = numbers.setdefault(example.person, len(numbers))
+        encoded.append(Encoded(example, torch.tensor(ids), targets, mentions, group))
+    return encoded
+
+
+def _tokenized(tokenizer: Any, examples: Sequence[Example]) -> list[tuple[list[int], list[Span]]]:
+    """The ids of each text, its special tokens among them, and the characters of each token."""
+    found: list[tuple[list[int], list[Span]]] = [([], [])] * len(examples)
+    for has_special_tokens in (False, True):
+        places = [i for i, example in enumerate(examples) if example.has_special_tokens == has_special_tokens]
+        if not places:
+            continue
+        how = {"add_special_tokens": False} if has_special_tokens else {}
+        rows = tokenizer([examples[i].text for i in places], return_offsets_mapping=True, **how)
+        for place, ids, offsets in zip(places, rows["input_ids"], rows["offset_mapping"]):
+            end = tokenizer.eos_token_id
+            if not has_special_tokens and end is not None and ids[-1] != end:
+                ids, offsets = [*ids, end], [*offsets, (0, 0)]
+            found[place] = ids, offsets
+    return found
+
+
+def context_length(config: Any) -> int | None:
+    """How many tokens a model can read, by any name that its config has for that; None where there is no limit.
+
+    A config of several models (of text and pictures, say) is asked for its text model's. An `attribute_map` of the
+    config, by which e.g. GPT-2's `n_positions` is its `max_position_embeddings` too, is followed by transformers.
+    """
+    read_text_config = getattr(config, "get_text_config", None)
+    for part in (config, read_text_config(decoder=True) if read_text_config else None):
+        for name in CONTEXT_LENGTHS:
+            length = getattr(part, name, None)
+            if isinstance(length, int) and length > 0:  # (some say -1 where there is no limit)
+                return length
+    return None
+
+
+def too_long(encoded: Sequence[Encoded], room: int | None) -> list[Encoded]:
+    """The examples with more tokens than a model has positions; none where it has no such limit."""
+    return [item for item in encoded if room and len(item.ids) > room]
+
+
+def check_room(encoded: Sequence[Encoded], room: int | None, model: str) -> None:
+    """Raise a `UserError` unless every example has at most as many tokens as the model has positions."""
+    long = too_long(encoded, room)
+    if long:
+        longest = max(long, key=lambda item: len(item.ids))
+        raise UserError(
+            f"{len(long)} of {len(encoded)} examples have more tokens than the {room} positions of {model}, the "
+            f"longest, {longest.example.id}, {len(longest.ids)}; shorten them, drop them (`crosstrace import --model` "
+            "does), or take a model with more positions"
+        )
+
+
+def _tokens_of(groups: Sequence[Sequence[Span]], offsets: Sequence[tuple[int, int]]) -> Tensor:
+    """For each group of spans, which tokens share a character with one of them [groups, tokens]; special tokens (empty
+    offsets) never do."""
+    start, end = np.array(offsets).T
+    low, high = np.array([span for spans in groups for span in spans]).reshape(-1, 2).T[..., None]
+    touched = iter((start < high) & (low < end))  # span by span
+    found = np.zeros((len(groups), len(offsets)), dtype=bool)
+    for row, spans in zip(found, groups):
+        for _ in spans:
+            row |= next(touched)
+    return torch.from_numpy(found)
+
+
+def collate(encoded: Sequence[Encoded], targets: str = "object", *, pad_id: int, side: str = "right") -> Batch:
+    """Pad examples into one batch of input_ids, attention_mask and labels [B, T], and group [B].
+
+    Padding on the left adds position_ids, so that every token keeps the position it has alone.
+    """
+    length = max(len(item.ids) for item in encoded)
+    shape = (len(encoded), length)
+    ids = torch.full(shape, pad_id)
+    mask = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORE)
+    for row, item in enumerate(encoded):
+        place = slice(0, len(item.ids)) if side == "right" else slice(length - len(item.ids), length)
+        ids[row, place] = item.ids
+        mask[row, place] = 1
+        labels[row, place] = torch.where(item.targets[targets], item.ids, IGNORE)
+    groups = torch.tensor([item.group for item in encoded])
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "group": groups}
+    if side == "left":
+        batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    return batch
+
+
+def batches(
+    encoded: Sequence[Encoded], size: int, targets: str = "object", *, pad_id: int, by_length: bool = False
+) -> Iterator[Batch]:
+    """Batches of `size` in the given order, or shortest first to save padding (`by_length`)."""
+    items = sorted(encoded, key=lambda item: len(item.ids)) if by_length else list(encoded)
+    for start in range(0, len(items), size):
+        yield collate(items[start : start + size], targets, pad_id=pad_id)
+
+
+def token_batches(
+    encoded: Sequence[Encoded], tokens: int, targets: str = "object", *, pad_id: int, predictions: int | None = None
+) -> Iterator[Batch]:
+    """Batches in the given order, each of as many texts as have at most `tokens` tokens with their padding and at most
+    `predictions` target tokens, filled up likewise; of one text at least."""
+    chosen: list[Encoded] = []
+    longest = most = 0
+    for item in encoded:
+        wanted = int(item.targets[targets].sum())
+        number = len(chosen) + 1
+        too_many = predictions is not None and number * max(most, wanted) > predictions
+        if chosen and (number * max(longest, len(item.ids)) > tokens or too_many):
+            yield collate(chosen, targets, pad_id=pad_id)
+            chosen, longest, most = [], 0, 0
+        chosen.append(item)
+        longest, most = max(longest, len(item.ids)), max(most, wanted)
+    if chosen:
+        yield collate(chosen, targets, pad_id=pad_id)

@@ -1,0 +1,182 @@
+"""What would otherwise fail only later, when an earlier run may already be gone or hours have passed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from crosstrace.core.errors import UserError
+from crosstrace.core.files import expanded, sha256_tree
+from crosstrace.core.processes import Processes
+from crosstrace.data.chat import put_questions
+from crosstrace.data.text import KNOWN, NO_QUESTIONS, texts
+from crosstrace.data.tokens import Encoded, check_fast, encode
+from crosstrace.experiment import config
+from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.inputs import (
+    LEARNING,
+    START,
+    groups,
+    known_people,
+    load_base,
+    sample,
+)
+from crosstrace.experiment.names import STAGES, TASKS
+from crosstrace.experiment.stages.known import asks, world_of
+from crosstrace.experiment.stages.retain import new_material
+from crosstrace.experiment.stages.tracers import SUMS
+from crosstrace.models import adapters, loading, modes
+from crosstrace.models.compatibility import check_alike, check_fits, check_same_tokens
+from crosstrace.training.optimisers import check_optimisers
+from crosstrace.training.trainer import check_trackers
+
+
+def check_place(experiment: Experiment, processes: Processes) -> None:
+    """Raise a `UserError` if the processes were joined through GPUs, but are to compute on the CPU."""
+    through = dist.get_backend(processes.group)
+    if loading.device(experiment.model.device).type == "cpu" and "gloo" not in through:
+        raise UserError(
+            f"model.device is cpu, but the {processes.size} processes were joined through their GPUs ({through}); "
+            "start them with CUDA_VISIBLE_DEVICES= in the environment"
+        )
+
+
+def check_outside(experiment: Experiment, folder: Path) -> None:
+    """Raise a `UserError` if the run that is to be overwritten holds what the experiment reads."""
+    read = {"model.name": experiment.model.name, "facts.source": experiment.facts.source,
+            "retention.text": experiment.retention.text, "eval.known": experiment.eval.known}  # fmt: skip
+    read |= {f"given.{name}": place for name, place in experiment.given.items()}
+    for name, place in read.items():
+        if place and expanded(place).resolve().is_relative_to(expanded(folder).resolve()):
+            raise UserError(
+                f"{name} = {place} lies in {folder}, which would be removed first; choose another run folder"
+            )
+
+
+RESERVED = ("checkpoints", *LEARNING.values(), SUMS, START)  # what lies beside the phases in a strategy's folder
+
+
+def check(experiment: Experiment, whole: bool, stages: Sequence[str] = STAGES) -> None:
+    """What would otherwise fail only later, when an earlier run may already be gone or hours have passed.
+
+    Args:
+        whole: read the model too.
+        stages: those that are asked for.
+    """
+    taught = texts(experiment.facts)
+    sizes = {
+        "bio": sum(item.repeats for item in taught["bio"]),
+        "qa": sum(item.repeats for item in taught["qa"] if item.split == "id"),
+    }
+    if experiment.eval.known and experiment.replays_known:
+        sizes[KNOWN] = sum(person.in_distribution for person in world_of(experiment.eval.known).people)
+    if not taught["qa"]:
+        config.check_unasked(experiment)
+    for strategy, phases in experiment.strategies.items():
+        names = [phase.name for phase in phases]
+        for phase in phases:
+            phase.updates(sizes)
+            if names.count(phase.name) > 1 or not phase.name.replace("_", "").replace("-", "").isalnum():
+                raise UserError(
+                    f"phase {phase.name!r} cannot name a folder of its own; expected letters, digits, '_' and '-', and "
+                    "no name twice in a strategy"
+                )
+            if phase.name in RESERVED:
+                raise UserError(
+                    f"phase {phase.name!r} of strategy {strategy} has the name of a folder that crosstrace makes "
+                    "beside it; choose another name"
+                )
+    check_trackers(experiment.train.report_to)
+    check_optimisers(experiment.optimisers, experiment.model.sharded)
+    tokenizer = loading.load_tokenizer(experiment.model.name)
+    check_fast(tokenizer)
+    taught["qa"] = put_questions(experiment.facts, tokenizer, taught["qa"])
+    known_people(experiment.model)
+    of_world = asks(experiment, tokenizer) if experiment.eval.known else []
+    retains = experiment.retention.run or ("retain" in stages and len(stages) == 1)  # named, it runs whatever is set
+    if retains and not taught["qa"]:
+        raise UserError(f"retain has nothing to ask: {NO_QUESTIONS}")
+    further = new_material(experiment, tokenizer) if retains else {}
+    lora = experiment.train.lora
+    if lora and loading.adapted_base(loading.locate(experiment.model.name)) is not None:
+        raise UserError(
+            f"model.name = {experiment.model.name} holds an adapter, and train.lora would put another one on it; merge "
+            "the first and save the model (load_model and save_model of crosstrace.models.loading do)"
+        )
+    if whole:
+        model = load_base(experiment)
+        with modes.checkpointing_gradients(model, experiment.train.gradient_checkpointing):
+            pass
+        encoded = encode(tokenizer, [*taught["bio"], *taught["qa"]], groups(taught))
+        _check_parts(experiment, encoded)
+        _check_known(tokenizer, encoded, experiment.model.name)
+        check_fits(model, [*encoded, *encode(tokenizer, of_world), *(i for items in further.values() for i in items)])
+        for name, given in experiment.given.items():
+            _check_given(experiment, model, tokenizer, name, given, [item.example.text for item in encoded])
+        if lora:
+            adapters.adapted(model, lora, 0)
+
+
+def _check_parts(experiment: Experiment, encoded: Sequence[Encoded]) -> None:
+    """Whether each part of the trace has examples of every task."""
+    options = experiment.trace
+    each = {task: [item for item in encoded if item.example.task == task] for task in TASKS}
+    trained = {"bio": each["bio"], "qa": [item for item in each["qa"] if item.example.split == "id"]}
+    for task, items in trained.items():
+        if not each[task]:  # nothing is asked
+            continue
+        items = sample(items, options.examples) if options.examples else items
+        people = {item.group for item in items}
+        empty = options.parts - len({person % options.parts for person in people})
+        if empty:
+            raise UserError(
+                f"trace.parts = {options.parts}, but the {len(items)} examples of {task} to trace are about "
+                f"{len(people)} people or subjects, which leaves {empty} of the parts empty; take more of them (facts, "
+                "trace.examples) or fewer parts"
+            )
+
+
+def _check_given(
+    experiment: Experiment, base: Any, tokenizer: Any, name: str, given: str, texts: Sequence[str]
+) -> None:
+    """Whether a model that was tuned elsewhere fits the base, and the view that it is to be seen in."""
+    about = f"given.{name} = {given}"
+    below = loading.adapted_base(loading.locate(given))
+    if experiment.trace.view == "adapter":
+        if below is None:
+            raise UserError(f"{about} has no adapter, which trace.view: adapter asks for; take trace.view: merged")
+        own = Path(loading.locate(experiment.model.name))
+        if Path(below) != own and (
+            not own.exists() or not Path(below).exists() or sha256_tree(below) != sha256_tree(own)
+        ):
+            raise UserError(
+                f"{about} is an adapter of {below}, but the base is {experiment.model.name}; expected one of it, "
+                "or take trace.view: merged"
+            )
+    options = experiment.model
+    if experiment.trace.view == "adapter":
+        adapters.check_plain(loading.load_model(given, options.dtype, options.attention, merge=False), about)
+    tuned = loading.load_model(given, options.dtype, options.attention, pickled=options.pickled)
+    check_alike(base, tuned, (options.name, about))
+    check_same_tokens(tokenizer, given, texts, options.name)
+
+
+def _check_known(tokenizer: Any, encoded: Sequence[Encoded], name: str) -> None:
+    """Whether the tokenizer can tell the objects apart: one that is the token for unknown words can't be recalled."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown == tokenizer.eos_token_id:
+        return
+    lost = {}
+    for item in encoded:
+        for mention, places in zip(item.example.mentions, item.mentions):
+            if bool((item.ids[places.object] == unknown).any()):
+                lost[item.example.text[slice(*mention.object)]] = item.example.id
+    if lost:
+        object, example = next(iter(lost.items()))
+        raise UserError(
+            f"the tokenizer of {name} has no token for {len(lost)} of the objects, e.g. {object!r} in {example}; use a "
+            "model whose tokenizer was made for such text, or make one with `crosstrace new-model`"
+        )

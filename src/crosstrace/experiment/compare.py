@@ -1,0 +1,87 @@
+"""A comparison: a base and models that were tuned from it elsewhere, analysed without any training.
+
+It only says which experiment that is; `pipeline.run` runs it like any other, and `alike` whether the models fit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from crosstrace.core.errors import UserError
+from crosstrace.core.files import expanded
+from crosstrace.data.chat import put_questions
+from crosstrace.data.facts import FactSettings
+from crosstrace.data.text import read_jsonl, texts
+from crosstrace.experiment import config
+from crosstrace.experiment.config import Experiment, ModelSettings, TraceSettings
+from crosstrace.models.loading import BUNDLED, load_tokenizer
+
+FILES = ("bio.jsonl", "qa.jsonl")
+
+
+def comparison(base: str, tuned: Sequence[str], tasks: str) -> Experiment:
+    """The experiment that compares a base with tuned models.
+
+    Args:
+        base: `bundled`, a folder or a hub name.
+        tuned: the same, or a folder with an adapter; NAME=MODEL gives one a name of its own.
+        tasks: the folder of a run, whose examples are taken, or one with bio.jsonl and qa.jsonl, as `crosstrace data`
+            and `crosstrace import` write them.
+
+    Raises:
+        UserError: two models have one name, or the folder holds no tasks.
+    """
+    given: dict[str, str] = {}
+    for text in tuned:
+        name, model = named(text)
+        if name in given:
+            raise UserError(f"{given[name]} and {model} would both be called {name}; write one of them as NAME={model}")
+        given[name] = model
+    return Experiment(
+        name="compare", model=ModelSettings(name=base), facts=tasks_in(expanded(tasks), base), strategies={},
+        given=given, trace=TraceSettings(online=False),
+    )  # fmt: skip
+
+
+def named(text: str) -> tuple[str, str]:
+    """The name and the model of NAME=MODEL; of a model alone the last part of its path, or in a run its strategy."""
+    name, equals, model = text.partition("=")
+    if equals and re.fullmatch(r"[\w-]+", name):
+        return name, model
+    parts = Path(text).parts
+    name = parts[-2] if len(parts) > 2 and parts[-3] == "models" else parts[-1] if parts else ""
+    name = re.sub(r"[^\w-]+", "-", name).strip("-")
+    return ("tuned" if name in ("", "base") else name), text
+
+
+def tasks_in(folder: Path, base: str = BUNDLED) -> FactSettings:
+    """The facts that a folder's examples are about: those of a run, as it drew them, or the examples themselves.
+
+    Args:
+        base: the model whose chat template the questions are put in, if the run's are (`facts.template`).
+
+    Raises:
+        UserError: it holds no examples, or the base has no chat template.
+    """
+    saved = folder / "config.yaml"
+    if saved.is_file():
+        facts, data = config.load(saved).facts, folder / "data"
+        if facts.source is not None:
+            return replace(facts, source=str(data))  # as it was when the run began
+        rows = {Path(file).stem: read_jsonl(data / file) for file in FILES}
+        tokenizer = load_tokenizer(base) if facts.template == "chat" else None
+        drawn = texts(facts)
+        drawn["qa"] = put_questions(facts, tokenizer, drawn["qa"])
+        return facts if drawn == rows else FactSettings(source=str(data))
+    imported = folder / "experiment.yaml"
+    if imported.is_file():
+        return replace(config.load(imported).facts, source=str(folder))
+    if not all((folder / file).is_file() for file in FILES):
+        raise UserError(
+            f"tasks folder {folder} holds no {' and '.join(FILES)}; expected the folder of a run, or what `crosstrace "
+            "data` or `crosstrace import` wrote"
+        )
+    return FactSettings(source=str(folder))

@@ -1,0 +1,101 @@
+"""The whole experiment on one page: teach, test, trace, share, intervene, report.
+
+Data flows one way through a run folder; each function below is one stage, reads what earlier ones saved and writes
+one output, so a killed run goes on where it stopped and every stage can be run again alone.
+
+Processes that a launcher started go through it side by side: they share out the work of the stages that train, ask and
+trace, and wait for the first at the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from crosstrace.core import left_out, machine
+from crosstrace.core.errors import UserError
+from crosstrace.core.files import write_json
+from crosstrace.core.left_out import Part, attempt
+from crosstrace.core.processes import Processes, by_first
+from crosstrace.core.progress import Progress
+from crosstrace.core.provenance import metadata
+from crosstrace.core.results import Results
+from crosstrace.core.run_folder import Run
+from crosstrace.experiment import config
+from crosstrace.experiment.checks import check, check_outside, check_place
+from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.inputs import (
+    precision_of,
+)
+from crosstrace.experiment.names import STAGES
+from crosstrace.experiment.stages.conclude import conclude
+from crosstrace.experiment.stages.data import make_data
+from crosstrace.experiment.stages.known import find_known
+from crosstrace.experiment.stages.report import make_report
+from crosstrace.experiment.workers import do_stages
+
+
+def run(
+    experiment: Experiment,
+    folder: Path,
+    mode: str = "new",
+    *,
+    stages: Sequence[str] = STAGES,
+    quiet: bool = False,
+    processes: Processes | None = None,
+) -> Results:
+    """Run an experiment in `folder` and return its results, as `results.json` holds them.
+
+    If a part of an analysis fails, it is left out and the rest goes on: `results["left_out"]` tells which and why, and
+    the next attempt tries it again. What fails in training, recall or the trace stops the run.
+
+    Args:
+        experiment: all settings.
+        folder: the run folder.
+        mode: `new` (an existing run is an error), `resume` or `overwrite`.
+        stages: which of STAGES to run; those before must have been run in the same folder.
+        quiet: no progress on stderr.
+        processes: all that a launcher started, if it did; each of them calls this with the same.
+
+    Raises:
+        UserError: bad settings, a folder that holds another run, or a stage whose inputs are missing.
+    """
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if mode not in ("new", "resume", "overwrite") or unknown or isinstance(stages, str):
+        raise UserError(
+            f"mode is {mode!r} and stages are {stages!r}; expected mode new, resume or overwrite, and a list of "
+            f"{', '.join(STAGES)}"
+        )
+    if processes is not None:
+        check_place(experiment, processes)
+    if mode == "overwrite":
+        check_outside(experiment, folder)
+    by_first(processes, lambda: check(experiment, whole=mode != "resume", stages=stages))
+    text = config.dumps(experiment)
+    with machine.same_threads_after(), Run.together(folder, text, mode, processes) as opened:  # type: ignore[arg-type]
+        about = {"precision": precision_of(experiment), "threads": experiment.threads}
+        about["processes"] = 1 if processes is None else processes.size
+        opened.alone(lambda: write_json(opened.folder / "metadata.json", metadata() | about))
+        progress = Progress(quiet or not opened.leads)
+        if "data" in stages:
+            opened.alone(lambda: make_data(opened, experiment))
+            find_known(opened, experiment, progress)
+            seconds = opened.seconds()
+            progress.done("data", sum(seconds[step] for step in ("data", "known") if step in seconds))
+        do_stages(opened, experiment, stages, progress)
+        if "report" not in stages:
+            missing = opened.alone(lambda: [row for row in left_out.rows(opened) if row["stage"] in stages])
+            return Results(left_out=missing) if missing else Results()
+        results = opened.alone(lambda: _told(opened, experiment, progress))
+        progress.done("report", opened.seconds().get("report"))
+        return results
+
+
+def _told(run: Run, experiment: Experiment, progress: Progress) -> Results:
+    """The results, and a report of them."""
+    results = conclude(run, experiment, progress)
+    page = Part("report", makes=("report",))
+    attempt(run, page, lambda: make_report(run, results, progress), progress.note)
+    if left_out.rows(run) != results["left_out"]:  # what could not be drawn is told in the results too
+        results = conclude(run, experiment, Progress(quiet=True))
+    return results

@@ -1,0 +1,147 @@
+"""The stage `analyze`: which parameters the tasks share, what these sets look like, and how far the weights moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from crosstrace.analyses.drift import drift
+from crosstrace.analyses.sharing import centralization_rows, density_map, overlap_rows, similarity_rows
+from crosstrace.core.files import write_json
+from crosstrace.core.left_out import optional
+from crosstrace.core.progress import Progress
+from crosstrace.core.run_folder import Run
+from crosstrace.experiment import trace_files
+from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.inputs import (
+    WHENS,
+    in_scope,
+    load,
+    load_start,
+    model_inputs,
+    model_key,
+    origin,
+    shared_sets,
+)
+from crosstrace.experiment.selection import select_tasks, strengths
+from crosstrace.experiment.stages.retain import moved
+from crosstrace.experiment.trace_files import read_traces
+from crosstrace.models.anatomy import Anatomy
+from crosstrace.sets.controls import random_sets
+from crosstrace.sets.paramset import ParamSet
+from crosstrace.trace.trace import REDUCTIONS
+
+DRIFT_DRAWS = 3  # random sets of each kind whose share of the weights' way the shared set's is compared with
+
+
+def is_analysed(run: Run, experiment: Experiment, name: str) -> bool:
+    key = _analysis_key(run, experiment, name)
+    return run.complete(f"analysis/{name}.json", key) and run.complete(f"shared/{name}", key)
+
+
+def analyze(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+    """What the traces select and what that looks like, and how far the weights moved."""
+    select_shared(run, experiment, name, progress)
+    moved_weights(run, experiment, name, progress)
+
+
+@optional("analyze", "shared/{}", "analysis/{}.json")
+def select_shared(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+    """Shared sets and what they look like: shared/<strategy>/ and analysis/<strategy>.json."""
+    if not is_analysed(run, experiment, name):
+        key = _analysis_key(run, experiment, name)
+        trace_files.need(run, name, "analyze", parts=not run.complete(f"analysis/{name}.json", key))
+        _analyze_traces(run, experiment, name, key, progress)
+
+
+def _analysis_key(run: Run, experiment: Experiment, name: str) -> dict[str, Any]:
+    """What the shared sets and their analysis depend on."""
+    own = {"analysis": asdict(experiment.analysis), "measure": experiment.trace.measures[0]}
+    return own | run.inputs(f"traces/{name}")
+
+
+def _analyze_traces(run: Run, experiment: Experiment, name: str, key: Mapping[str, Any], progress: Progress) -> None:
+    """What is read is of one time and reduction, and let go before the next: they are the size of the model each."""
+    options = experiment.analysis
+    model = load_start(run, experiment, name)
+    names, anatomy = in_scope(experiment, model), Anatomy(model)
+    del model
+    for note in anatomy.notes:
+        progress.note(f"{name}: {note}")
+    read = lambda when, reduction: read_traces(run.path(f"traces/{name}"), when, key["measure"], reduction)
+    select = lambda when: select_tasks(  # (it alone has the strengths: they are gone when it has given its sets)
+        strengths(read(when, "example")), options.central_fractions, names, options.how
+    )
+    file = lambda when, fraction, label: f"{when}-{fraction:g}-{label}.safetensors"
+
+    def sets(folder: Path) -> None:
+        folder.mkdir()
+        told = origin(run, experiment, name) | {"measure": key["measure"], "reduction": "example"}
+        for when in WHENS:
+            for fraction, psets in select(when):
+                for label, pset in psets.items():
+                    meta = told | {"when": when, "fraction": fraction, "how": options.how}
+                    pset.save(folder / file(when, fraction, label), meta)
+
+    def rows(path: Path) -> None:
+        found: dict[str, Any] = {part: [] for part in ("shared", "similarity", "centralization", "maps", "units")}
+        found["coverage"], found["anatomy"] = {}, anatomy.notes
+        for when, reduction in product(WHENS, REDUCTIONS):
+            add_rows(found, when, reduction)
+        write_json(path, found)
+
+    def add_rows(found: dict[str, Any], when: str, reduction: str) -> None:
+        tasks = read(when, reduction)
+        if not tasks:
+            return
+        values = {task: [part.values for part in parts] for task, parts in tasks.items()}
+        weights = {task: [part.weight for part in parts] for task, parts in tasks.items()}
+        moment = {"when": when, "reduction": reduction}
+        overlaps = overlap_rows(values, options.fractions, names, how=options.how, weights=weights)
+        found["shared"] += [moment | row for row in overlaps]
+        found["similarity"] += [moment | row for row in similarity_rows(values, names, weights=weights)]
+        if reduction != "example":
+            return
+        central = centralization_rows(
+            values, options.central_fractions, names, anatomy, draws=options.draws, how=options.how, weights=weights
+        )
+        found["centralization"] += [{"when": when} | row for row in central]
+        found["coverage"][when] = {task: parts[0].meta["coverage"] for task, parts in tasks.items()}
+        home = run.path(f"shared/{name}")
+        for fraction in options.central_fractions:
+            psets = {label: ParamSet.load(home / file(when, fraction, label)) for label in (*tasks, "shared")}
+            for label, pset in psets.items():
+                place = {"when": when, "task": label, "fraction": fraction}
+                found["maps"].append(place | density_map(pset, anatomy, "module"))
+            for unit in ("query_head", "kv_head", "neuron"):
+                if anatomy.units(unit):
+                    place = {"when": when, "fraction": fraction, "unit": unit}
+                    found["units"].append(place | density_map(psets["shared"], anatomy, unit))
+
+    run.stage(f"shared/{name}", key, sets)
+    run.stage(f"analysis/{name}.json", key, rows)
+
+
+@optional("analyze", "drift/{}.json", name="drift")
+def moved_weights(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+    """How far the weights went from the base, and how much of the way lies in the shared sets: drift/<model>.json."""
+    key = {
+        "model": model_inputs(run, experiment, name), "base": model_key(experiment), "view": experiment.trace.view,
+        "draws": DRIFT_DRAWS, **run.inputs(f"shared/{name}"),
+    }  # fmt: skip
+
+    def make(path: Path) -> None:
+        start, tuned = load_start(run, experiment, name), load(run, experiment, name)
+        before, anatomy = {name: p.detach() for name, p in start.named_parameters()}, Anatomy(tuned)
+        names = in_scope(experiment, tuned) if experiment.trace.view == "adapter" else None
+        found: dict[str, Any] = drift(tuned, before, anatomy, names)
+        found["sets"] = []
+        for when, pset in shared_sets(run, experiment, name):
+            sets = {"shared": [pset], **random_sets(pset, DRIFT_DRAWS, f"drift/{name}/{when}")}
+            found["sets"] += [{"when": when, **row} for row in moved(tuned, before, sets)]
+        write_json(path, found)
+
+    run.stage(f"drift/{name}.json", key, make)

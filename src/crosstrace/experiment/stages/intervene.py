@@ -1,0 +1,119 @@
+"""The stage `intervene`: what recall becomes when the shared parameters are ablated or grafted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from crosstrace.core.files import write_json
+from crosstrace.core.left_out import optional
+from crosstrace.core.pieces import at_rest, is_sharded
+from crosstrace.core.progress import Progress
+from crosstrace.core.run_folder import Run
+from crosstrace.core.statistics import mean_interval, wilson
+from crosstrace.experiment import trace_files
+from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.inputs import (
+    WHENS,
+    examples,
+    in_scope,
+    load,
+    load_start,
+    model_inputs,
+    sample,
+)
+from crosstrace.experiment.names import TASKS
+from crosstrace.experiment.selection import controls, select_tasks, strengths
+from crosstrace.experiment.stages.recall import asking
+from crosstrace.experiment.trace_files import read_traces
+from crosstrace.models import loading
+from crosstrace.sets.interventions import ablated, grafted
+from crosstrace.sets.paramset import ParamSet
+
+
+@optional("intervene", "interventions/{}.json")
+def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+    """Ablation and grafting of the shared set and of its controls: interventions/<strategy>.json."""
+    options, how = experiment.interventions, experiment.analysis.how
+    key = run.alone(partial(intervention_key, run, experiment, name))
+
+    def make(path: Path) -> None:
+        trace_files.need(run, name, "intervene")
+        tokenizer = loading.load_tokenizer(experiment.model.name)
+        parts = examples(run, tokenizer)
+        asked = {part: sample(parts[part], options.questions) for part in ("qa_id", "qa_ood")}
+        base, tuned = load_start(run, experiment, name), load(run, experiment, name)
+        # no copies: while one of them is changed the other is as it was
+        base_values, tuned_values = at_rest(base), at_rest(tuned)
+        names = in_scope(experiment, base)
+        like = base if is_sharded(base) else None
+        ask = asking(run, experiment, tokenizer, experiment.eval.precision == "bf16")
+        found: dict[str, Any] = {"ablate": [], "graft": [], "people": {}}
+        found["people"] = {part: [item.example.person for item in items] for part, items in asked.items()}
+        found["untouched"] = {
+            label: {part: ask(model, items).summary() for part, items in asked.items()}
+            for label, model in (("tuned", tuned), ("base", base))
+        }
+        changes = {
+            "ablate": (tuned, lambda pset: ablated(tuned, pset, options.to, base_values)),
+            "graft": (base, lambda pset: grafted(base, pset, tuned_values)),
+        }
+        traces = run.path(f"traces/{name}")
+
+        def sets(when: str) -> Iterator[tuple[float, str, list[ParamSet]]]:
+            """The shared sets and their controls at one time; those of one fraction are held."""
+            strength = strengths(read_traces(traces, when, key["measure"], like=like))
+            for fraction, chosen in select_tasks(strength, options.fractions, names, how):
+                drawn = controls(strength, chosen, options.seeds, f"{name}/{when}/{fraction:g}")
+                for label, psets in drawn.items():
+                    yield fraction, label, psets
+
+        times = sum(trace_files.place_of(traces, when).is_dir() for when in WHENS)
+        most = times * len(options.fractions) * (1 + 2 * options.seeds + len(TASKS))
+        with progress.bar(f"{name}: intervene", len(changes) * most) as update:
+            for when in WHENS:
+                for fraction, label, psets in sets(when):
+                    for kind, (model, changed) in changes.items():
+                        scores: dict[str, list[list[int]]] = {part: [] for part in asked}
+                        for pset in psets:
+                            with changed(pset):
+                                for part, items in asked.items():
+                                    scores[part].append(ask(model, items).exact.astype(int).tolist())
+                            update.add(1)
+                        row = {"when": when, "fraction": fraction, "set": label, "size": psets[0].size}
+                        row |= {"seeds": len(psets)}
+                        for part, answers in scores.items():
+                            row |= _accuracy(part, answers)
+                        row["answers"] = {p: ["".join(map(str, a)) for a in given] for p, given in scores.items()}
+                        found[kind].append(row)
+        run.alone(lambda: write_json(path, found))
+
+    run.stage(f"interventions/{name}.json", key, make)
+
+
+def intervention_key(run: Run, experiment: Experiment, name: str) -> dict[str, Any]:
+    """What the interventions depend on."""
+    return {
+        "interventions": asdict(experiment.interventions),
+        "analysis": [experiment.analysis.how, experiment.analysis.embeddings],
+        "measure": experiment.trace.measures[0],
+        "threads": experiment.threads,
+        "precision": experiment.eval.precision,
+        "model": model_inputs(run, experiment, name),
+        **run.inputs("data", f"traces/{name}"),
+    }
+
+
+def _accuracy(part: str, answers: list[list[int]]) -> dict[str, float]:
+    """Accuracy with its interval: over the seeds where there are several, else Wilson's over the questions."""
+    rates = [sum(row) / len(row) for row in answers]
+    if len(rates) > 1:
+        mean, low, high = mean_interval(rates)
+        low, high = max(0.0, low), min(1.0, high)
+    else:
+        mean = rates[0]
+        low, high = wilson(sum(answers[0]), len(answers[0]))
+    return {part: mean, f"{part}_low": low, f"{part}_high": high}

@@ -1,0 +1,264 @@
+"""Facts of the world: which of them a base knows before it is taught, and what it says instead afterwards.
+
+The base is asked every fact in every wording. Of each relation, the wording in which it answers most is kept, with the
+facts that it answers in it: its known set. Those are asked again while it is taught and when it is, by each recipe.
+An answer counts by its object; the end token, which an untaught base has no reason to write, is not asked for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from crosstrace.core.errors import UserError
+from crosstrace.core.files import expanded, sha256_file, write_json
+from crosstrace.core.progress import Progress
+from crosstrace.core.run_folder import Run
+from crosstrace.data.chat import in_template
+from crosstrace.data.facts import FactSettings, Person, World
+from crosstrace.data.text import KNOWN, Example, fill, write_jsonl
+from crosstrace.data.tokens import Encoded, encode
+from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.inputs import load_base, model_key
+from crosstrace.models import loading
+from crosstrace.models.loading import pad_id
+from crosstrace.models.modes import evaluating
+from crosstrace.training.evaluation import Recall, recall
+
+BUNDLED = Path(str(files("crosstrace").joinpath("bundled", "world")))
+LONGEST = 12  # tokens that are read of what is said instead
+Row = dict[str, Any]
+
+
+def source_of(name: str) -> Path:
+    """The folder of the facts that `eval.known` names."""
+    return BUNDLED if name == "bundled" else expanded(name)
+
+
+def world_of(name: str) -> World:
+    """The facts that `eval.known` names. A half of their subjects, always the same, is in distribution: what may be
+    replayed.
+
+    Raises:
+        UserError: it is no folder that `crosstrace import` wrote with facts.
+    """
+    if not (source_of(name) / "world.json").is_file():
+        raise UserError(
+            f"eval.known = {name} holds no world.json; expected bundled, or a folder that `crosstrace import` wrote of "
+            "facts"
+        )
+    return World.draw(FactSettings(source=str(source_of(name))))
+
+
+def asks(experiment: Experiment, tokenizer: Any) -> list[Example]:
+    """Every fact of `eval.known` as `every_wording` has it, questions as `facts.template` says.
+
+    Raises:
+        UserError: as `world_of`; there is none of them.
+    """
+    name = experiment.eval.known
+    assert name is not None
+    found = every_wording(world_of(name), tokenizer, experiment.facts.template)
+    if not found:
+        raise UserError(
+            f"eval.known = {name} has no fact that {experiment.model.name} could answer: no wording names the "
+            "object after the subject, or its tokenizer has no words for the objects"
+        )
+    return found
+
+
+def every_wording(world: World, tokenizer: Any, template: str = "plain") -> list[Example]:
+    """Every fact in every wording, open-ended: statements in which the object comes after the subject, to be completed
+    with it, and questions, as conversations if the `template` is chat. Facts whose object the tokenizer has no word for
+    are left out."""
+    found = [item for person in world.people for item in _asks(world, person)]
+    if template == "chat":
+        questions = [item for item in found if _is_question(item)]
+        found = [item for item in found if not _is_question(item)] + in_template(tokenizer, questions)
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        return found
+    encoded = encode(tokenizer, found)
+    return [item.example for item in encoded if not bool((item.ids[item.mentions[0].object] == unknown).any())]
+
+
+def _asks(world: World, person: Person) -> Iterator[Example]:
+    split = "id" if person.in_distribution else "ood"
+    for fact in person.facts:
+        statements = [
+            (f"{fact.relation}.statement.{number}", pattern)
+            for number, pattern in enumerate(world.wording.statements[fact.relation])
+            if pattern.index("{subject}") < pattern.index("{object}")
+        ]
+        questions = [
+            (f"{fact.relation}.question.{number}", pattern + " {object}")
+            for number, pattern in enumerate(world.wording.questions[fact.relation])
+        ]
+        for wording, pattern in statements + questions:
+            text, mention = fill(pattern, fact, wording, fact.subject, 0)
+            target = mention.object if (wording, pattern) in questions else (0, len(text))
+            yield Example(f"{fact.id}.{wording}", KNOWN, text, person.id, split, (target,), (mention,), open_ended=True)
+
+
+def _is_question(example: Example) -> bool:
+    mention = example.mentions[0]
+    return mention.wording.removeprefix(mention.relation).startswith(".question.")
+
+
+def find_known(run: Run, experiment: Experiment, progress: Progress) -> None:
+    """Ask the base what it knows: known/known.jsonl, each known fact in its relation's best wording, and
+    known/asked.json, how many it answered of each relation in each wording."""
+    name = experiment.eval.known
+    if name is None:
+        return
+    key = run.alone(lambda: {
+        "model": model_key(experiment), "facts": sha256_file(source_of(name) / "world.json"),
+        "template": experiment.facts.template, "threads": experiment.threads, "precision": experiment.eval.precision,
+        "replayed": experiment.replays_known,
+    })  # fmt: skip
+
+    def make(folder: Path) -> None:
+        torch.set_num_threads(experiment.threads)
+        tokenizer = loading.load_tokenizer(experiment.model.name)
+        every = asks(experiment, tokenizer)
+        answered = recall(
+            load_base(experiment, run.processes), tokenizer, encode(tokenizer, every), experiment.eval.tokens,
+            run.processes, experiment.eval.precision == "bf16",
+        )  # fmt: skip
+        if not run.leads:
+            return
+        folder.mkdir()
+        chosen, rows = best_wordings(every, answered.exact.tolist())
+        if not experiment.replays_known:
+            chosen = [replace(example, split="ood") for example in chosen]
+        write_jsonl(folder / "known.jsonl", chosen)
+        write_json(folder / "asked.json", rows)
+        told = ", ".join(f"{row['relation']} {row['known']} of {row['facts']}" for row in rows)
+        progress.note(f"the base knows {len(chosen)} facts of {name}: {told}")
+
+    run.stage("known", key, make)
+
+
+def best_wordings(every: Sequence[Example], right: Sequence[bool]) -> tuple[list[Example], list[Row]]:
+    """What is known, in the wording of each relation in which most is known (the first of several).
+
+    Args:
+        every: each fact in each wording.
+        right: whether each was answered.
+
+    Returns:
+        the known facts in that wording, in their order; and for each relation {relation, facts, known, wording, example
+        of that wording, wordings {wording: answered}}.
+    """
+    facts: dict[str, set[str]] = defaultdict(set)
+    scores: dict[str, Counter[str]] = defaultdict(Counter)
+    for example, is_right in zip(every, right):
+        mention = example.mentions[0]
+        facts[mention.relation].add(mention.fact)
+        scores[mention.relation][mention.wording] += int(is_right)
+    best = {relation: max(counts, key=lambda wording: counts[wording]) for relation, counts in scores.items()}
+    in_best = [(item, ok) for item, ok in zip(every, right) if item.mentions[0].wording in best.values()]
+    chosen = [item for item, ok in in_best if ok]
+    rows = []
+    for relation, wording in best.items():
+        example = next(item.text for item, _ in in_best if item.mentions[0].wording == wording)
+        rows.append({
+            "relation": relation, "facts": len(facts[relation]), "known": scores[relation][wording],
+            "wording": wording, "example": example, "wordings": dict(scores[relation]),
+        })  # fmt: skip
+    return chosen, rows
+
+
+def said_instead(
+    model: Any, tokenizer: Any, forgotten: Sequence[Encoded], taught: Iterable[str], of_relation: Mapping[str, set[str]]
+) -> list[Row]:
+    """What a model says where it does not give a fact's object.
+
+    Args:
+        forgotten: texts of one fact each.
+        taught: the objects that the model was taught.
+        of_relation: the objects of each relation that was asked.
+
+    Returns:
+        a row {fact, relation, prompt, object, said, kind} each; kind: `taught`, an object that was taught; `relation`,
+        another object of the relation asked, which was not taught; `nothing`; or `other`.
+    """
+    rows = []
+    names = {*taught}
+    for item, said in zip(forgotten, continued(model, tokenizer, [_prompt(item) for item in forgotten])):
+        text, mention = item.example.text, item.example.mentions[0]
+        object = text[slice(*mention.object)]
+        others = of_relation[mention.relation] - {object}
+        kind = "nothing" if not said else "other"
+        if _begins_with_one_of(said, others):
+            kind = "relation"
+        if _begins_with_one_of(said, names):
+            kind = "taught"
+        rows.append({
+            "fact": mention.fact, "relation": mention.relation, "prompt": text[: mention.object[0]].strip(),
+            "object": object, "said": said, "kind": kind,
+        })  # fmt: skip
+    return rows
+
+
+def instead_of(
+    model: Any, tokenizer: Any, parts: Mapping[str, Sequence[Encoded]], answered: Mapping[str, Recall]
+) -> Row:
+    """What became of the facts that the base knew: {relations {part {relation: summary}}, instead: rows of
+    `said_instead` with their part}.
+
+    Args:
+        answered: of `known` and `known_replayed`, each as it was asked.
+    """
+    taught = {
+        item.example.text[slice(*mention.object)]
+        for part in ("bio", "qa_id", "qa_ood") for item in parts[part] for mention in item.example.mentions
+    }  # fmt: skip
+    of_relation: dict[str, set[str]] = defaultdict(set)
+    for example in (item.example for part in answered for item in parts[part]):
+        mention = example.mentions[0]
+        of_relation[mention.relation].add(example.text[slice(*mention.object)])
+    found: Row = {"relations": {}, "instead": []}
+    for part, result in answered.items():
+        found["relations"][part] = {relation: own.summary() for relation, own in result.by_relation().items()}
+        forgotten = [item for item, exact in zip(parts[part], result.exact) if not exact]
+        rows = said_instead(model, tokenizer, forgotten, taught, of_relation)
+        found["instead"] += [{"part": part, **row} for row in rows]
+    return found
+
+
+def _prompt(item: Encoded) -> list[int]:
+    """The tokens before a text's object."""
+    return item.ids[: int(item.mentions[0].object.nonzero()[0])].tolist()
+
+
+def _begins_with_one_of(text: str, names: Iterable[str]) -> bool:
+    return any(text.startswith(name) and not text[len(name) : len(name) + 1].isalnum() for name in names)
+
+
+def continued(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], length: int = LONGEST) -> list[str]:
+    """What a model says after each prompt, greedily, up to its end token, without special tokens or blanks around it.
+    Prompts of one length go through it together, so none is padded."""
+    config = GenerationConfig(
+        max_new_tokens=length, do_sample=False, pad_token_id=pad_id(tokenizer), eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for number, prompt in enumerate(prompts):
+        by_length[len(prompt)].append(number)
+    found = [""] * len(prompts)
+    device = next(model.parameters()).device
+    with evaluating(model):
+        for size, numbers in by_length.items():
+            ids = torch.tensor([prompts[number] for number in numbers], device=device)
+            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            for number, row in zip(numbers, out[:, size:].tolist()):
+                found[number] = tokenizer.decode(row, skip_special_tokens=True).strip()
+    return found

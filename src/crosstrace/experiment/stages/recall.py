@@ -1,0 +1,65 @@
+"""The stage `eval`: what the base and each taught model recall."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from crosstrace.core.files import write_json
+from crosstrace.core.progress import Progress
+from crosstrace.core.run_folder import Run
+from crosstrace.data.text import KNOWN
+from crosstrace.data.tokens import Encoded
+from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.inputs import (
+    REPLAYED,
+    data_steps,
+    examples,
+    load,
+    model_inputs,
+)
+from crosstrace.experiment.stages.known import instead_of
+from crosstrace.models import loading
+from crosstrace.training.evaluation import Recall, recall, summaries
+
+Asking = Callable[[Any, Sequence[Encoded]], Recall]
+
+
+def asking(run: Run, experiment: Experiment, tokenizer: Any, bf16: bool) -> Asking:
+    """How an experiment asks a model."""
+
+    def ask(model: Any, items: Sequence[Encoded]) -> Recall:
+        return recall(model, tokenizer, items, experiment.eval.tokens, processes=run.processes, bf16=bf16)
+
+    return ask
+
+
+def test(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+    """Recall of the base or of a taught model: eval/<model>.json, with every single answer."""
+    key = run.alone(lambda: {
+        "model": model_inputs(run, experiment, name), "known": experiment.eval.known_examples,
+        "threads": experiment.threads, "precision": experiment.eval.precision, **run.inputs(*data_steps(experiment)),
+    })  # fmt: skip
+
+    def make(path: Path) -> None:
+        tokenizer = loading.load_tokenizer(experiment.model.name)
+        model = load(run, experiment, name)
+        parts = examples(run, tokenizer, known=experiment.eval.known_examples)
+        ask = asking(run, experiment, tokenizer, experiment.eval.precision == "bf16")
+        results = {part: ask(model, items) for part, items in parts.items() if items}
+        answers = {part: _bits(result) for part, result in results.items() if part != "a_ood"}
+        people = {part: result.person for part, result in results.items() if part != "a_ood"}
+        of_world = {part: results.pop(part) for part in (KNOWN, REPLAYED) if part in results}
+        found = {"summary": summaries(results), "answers": answers, "people": people}
+        if of_world:
+            found["summary"] |= {part: result.summary() for part, result in of_world.items()}
+            found["known"] = instead_of(model, tokenizer, parts, of_world)
+        if run.leads:
+            write_json(path, found)
+
+    run.stage(f"eval/{name}.json", key, make)
+
+
+def _bits(result: Recall) -> str:
+    return "".join("1" if exact else "0" for exact in result.exact)

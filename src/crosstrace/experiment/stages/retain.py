@@ -1,0 +1,249 @@
+"""Retention: what becomes of taught facts, and of the shared parameters, when a taught model goes on learning.
+
+A taught model is trained further on other material (new people, or any text), with and without replay of what it was
+taught. Followed are recall of the taught facts against updates, how far the shared parameters move, what is shared
+afterwards, and whether putting the shared parameters alone back brings recall back. Formulas: docs/method.md.
+
+One function measures a drift on models and ParamSets; another is the stage `retain` of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crosstrace.analyses.dynamics import shared_now
+from crosstrace.core.errors import UserError
+from crosstrace.core.files import expanded, remove_folder, sha256_file, write_json
+from crosstrace.core.left_out import optional
+from crosstrace.core.pieces import at_rest, local, piece, processes_of
+from crosstrace.core.processes import Processes
+from crosstrace.core.progress import Progress
+from crosstrace.core.run_folder import Run
+from crosstrace.data.chat import put_questions
+from crosstrace.data.facts import World
+from crosstrace.data.text import Example, biographies, questions
+from crosstrace.data.tokens import Encoded, encode
+from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.inputs import (
+    data_steps,
+    examples,
+    facts_key,
+    in_scope,
+    load,
+    load_trainable,
+    model_inputs,
+    replayable,
+    sample,
+    samples,
+    shared_sets,
+    training_examples,
+    trains_in_bf16,
+    viewed,
+)
+from crosstrace.models import loading
+from crosstrace.sets.controls import random_sets
+from crosstrace.sets.interventions import grafted, snapshot
+from crosstrace.sets.paramset import ParamSet
+from crosstrace.training.evaluation import recall
+from crosstrace.training.recipes import Phase
+from crosstrace.training.trainer import RecallHistory, train
+
+Row = dict[str, Any]
+ARMS = ("alone", "replay")
+OTHERS_SEED = 10_000  # added to the seed of the taught world
+
+
+@optional("retain", "retention/{}")
+def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+    """Train a taught model further, with and without replay: retention/<strategy>.json."""
+    options = experiment.retention
+    text = {"sha256": sha256_file(_text_file(options.text))} if options.text else {}
+    key = run.alone(lambda: {
+        "retention": {k: v for k, v in asdict(options).items() if k != "run"} | text,
+        "train": asdict(experiment.train), "targets": experiment.trace.targets, "facts": facts_key(experiment.facts),
+        "embeddings": experiment.analysis.embeddings, "threads": experiment.threads,
+        "bf16": trains_in_bf16(experiment), "model": model_inputs(run, experiment, name),
+        **run.inputs(*data_steps(experiment), f"shared/{name}"),
+    })  # fmt: skip
+
+    def make(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)  # all processes come this way: they train, ask and trace together
+        tokenizer = loading.load_tokenizer(experiment.model.name)
+        parts = examples(run, tokenizer, known=experiment.eval.known_examples if experiment.eval.known else 0)
+        old, world = training_examples(parts), replayable(parts)
+        new = new_material(experiment, tokenizer)
+        asked = samples(parts, options.questions)
+        if "new_qa" in new:
+            asked["new"] = sample(new["new_qa"], options.questions)
+        sets = {
+            when: {"shared": [pset], **random_sets(pset, options.draws, f"retain/{name}/{when}")}
+            for when, pset in shared_sets(run, experiment, name)
+        }
+        model = load(run, experiment, name)
+        taught, names = snapshot(model), in_scope(experiment, model)
+        traced = {task: sample(items, options.questions) for task, items in old.items()}
+        share = lambda model: shared_now(model, tokenizer, traced, names, experiment.trace.targets)
+        before = share(model)
+        taught_tasks = {task for phase in experiment.strategies[name] for task in phase.composition()}
+        found: dict[str, list[Row]] = {table: [] for table in ("history", "moved", "shared", "repair")}
+        for arm in ARMS:
+            model = load_trainable(run, experiment, name)
+            measure = lambda model: {
+                part: _exact(model, tokenizer, items, run.processes) for part, items in asked.items()
+            }
+            history = RecallHistory(measure, options.every)
+            batch = {task: {"new_bio": options.bio, "new_qa": options.qa}.get(task, options.bio) for task in new}
+            counts = {"bio": options.replay_bio, "qa": options.replay_qa}
+            counts = {task: count for task, count in counts.items() if task in taught_tasks}
+            counts |= dict.fromkeys(world, options.replay_known)
+            phase = Phase("new", batch, options.steps, replay=counts if arm == "replay" else {},
+                          optimiser=options.optimiser)  # fmt: skip
+            with progress.bar(f"{name}: retain, {arm}") as update:
+                train(
+                    model, tokenizer, [phase], new | old | world, folder / arm, experiment.train,
+                    bf16=trains_in_bf16(experiment), trace_targets=experiment.trace.targets,
+                    listeners=[history], progress=update, logs=run.folder / "logs" / "retention" / name / arm,
+                    processes=run.processes,
+                )  # fmt: skip
+            model = viewed(experiment, model)
+            found["history"] += [{"arm": arm} | row for row in history.rows]
+            found["shared"].append({"arm": arm} | _kept(before, share(model)))
+            asks = {part: asked[part] for part in ("qa_id", "qa_ood")}
+            for when, own in sets.items():
+                place = {"arm": arm, "when": when}
+                found["moved"] += [place | row for row in moved(model, taught, own)]
+                found["repair"] += [place | row for row in repaired(model, tokenizer, taught, own, asks, run.processes)]
+        run.alone(lambda: keep(folder, found))
+
+    def keep(folder: Path, found: dict[str, list[Row]]) -> None:
+        write_json(folder / "retention.json", found)
+        for arm in ARMS:
+            remove_folder(folder / arm)
+
+    run.stage(f"retention/{name}", key, make, keep_partial=True)
+
+
+def new_material(experiment: Experiment, tokenizer: Any) -> dict[str, list[Encoded]]:
+    """What is trained after the taught: the lines of a text file, or biographies and questions of people whose names
+    no taught person has.
+
+    Raises:
+        UserError: the file holds no text, or too few people of other names are left.
+    """
+    options = experiment.retention
+    if options.text:
+        try:
+            lines = [line.strip() for line in _text_file(options.text).read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"retention.text = {options.text} is not text in UTF-8 ({error})") from None
+        texts = [
+            Example(f"text.{number}", "text", line, f"text.{number}", "id", ((0, len(line)),), ())
+            for number, line in enumerate(lines) if line
+        ]  # fmt: skip
+        if not texts:
+            raise UserError(f"retention.text = {options.text} holds no line of text; expected one text a line")
+        return {"text": encode(tokenizer, texts)}
+    facts = experiment.facts
+    if facts.source is not None:
+        raise UserError(
+            f"there are no new people beside the facts of {facts.source} to train further on; name a text file as "
+            "retention.text"
+        )
+    names = {person.name for person in World.draw(facts).people}
+    drawn = World.draw(replace(facts, seed=facts.seed + OTHERS_SEED, people=options.people))
+    others = replace(drawn, people=tuple(person for person in drawn.people if person.name not in names))
+    material = {"new_bio": encode(tokenizer, biographies(others))}
+    if options.qa:
+        material["new_qa"] = encode(tokenizer, put_questions(facts, tokenizer, questions(others)))
+    return material
+
+
+def _text_file(name: str) -> Path:
+    path = expanded(name)
+    if not path.is_file():
+        raise UserError(f"retention.text = {name} is no file; expected a text file in UTF-8, one text a line")
+    return path
+
+
+def _exact(model: nn.Module, tokenizer: Any, items: Sequence[Encoded], processes: Processes | None) -> float:
+    return recall(model, tokenizer, items, processes=processes).summary()["exact_match"]
+
+
+def moved(model: nn.Module, before: Mapping[str, Tensor], sets: Mapping[str, Sequence[ParamSet]]) -> list[Row]:
+    """How much of the way that parameters went lies in some sets.
+
+    Args:
+        before: every parameter's earlier value.
+        sets: by label, one or several draws of the same size.
+
+    Returns:
+        a row {set, size, energy, lift} for each label, mean over its draws: energy = Σ_S Δ² / Σ Δ² over the tensors
+        that the sets cover, lift = energy / (|S| / number of those parameters): 1 where the way does not care for S.
+        None where nothing moved.
+    """
+    values = at_rest(model)
+    processes = processes_of(values)
+    rows = []
+    for label, draws in sets.items():
+        energies = []
+        for pset in draws:
+            sums = torch.zeros(2, dtype=torch.float64)  # all of the way, and what of it lies in the set
+            for name, mask in pset.masks.items():
+                theta = values[name].detach()
+                square = (local(theta).cpu() - piece(before[name].detach(), theta).cpu()).double().square()
+                sums += torch.stack([square.sum(), square[piece(mask, theta).cpu()].sum()])
+            if processes is not None:
+                processes.add_up(here := sums.to(local(theta).device))
+                sums = here.cpu()
+            total, inside = sums.tolist()
+            energies.append(inside / total if total else None)
+        size, count = draws[0].size, sum(mask.numel() for mask in draws[0].masks.values())
+        known = [value for value in energies if value is not None]
+        energy = sum(known) / len(known) if known else None
+        lift = energy / (size / count) if energy is not None and size else None
+        rows.append({"set": label, "size": size, "energy": energy, "lift": lift})
+    return rows
+
+
+def repaired(
+    model: nn.Module,
+    tokenizer: Any,
+    taught: Mapping[str, Tensor],
+    sets: Mapping[str, Sequence[ParamSet]],
+    asked: Mapping[str, Sequence[Encoded]],
+    processes: Processes | None = None,
+) -> list[Row]:
+    """Recall of a model that drifted, as it is and with some sets' parameters put back to their taught values.
+
+    Args:
+        processes: those that share out the questions, as in `evaluate.recall`.
+
+    Returns:
+        rows {set, size, draws, PART: exact match}, mean over a label's draws; the set "none" is the model as it is.
+    """
+    rows: list[Row] = [{"set": "none", "size": 0, "draws": 1}]
+    rows[0] |= {part: _exact(model, tokenizer, items, processes) for part, items in asked.items()}
+    for label, draws in sets.items():
+        scores: dict[str, list[float]] = {part: [] for part in asked}
+        for pset in draws:
+            with grafted(model, pset, taught):
+                for part, items in asked.items():
+                    scores[part].append(_exact(model, tokenizer, items, processes))
+        row = {"set": label, "size": draws[0].size, "draws": len(draws)}
+        rows.append(row | {part: sum(values) / len(values) for part, values in scores.items()})
+    return rows
+
+
+def _kept(before: ParamSet, after: ParamSet) -> Row:
+    """What is left of a shared set: sizes, and the share of the earlier one that is still shared."""
+    return {
+        "before": before.size,
+        "after": after.size,
+        "still": (before & after).size / before.size if before.size else None,
+    }

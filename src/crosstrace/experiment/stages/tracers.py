@@ -1,0 +1,165 @@
+"""Traces during a strategy's training: they listen to the trainer, and their state travels with its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal
+
+from crosstrace.core.files import read_json, remove, write_json
+from crosstrace.core.pieces import local
+from crosstrace.core.processes import Processes
+from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.inputs import (
+    LEARNING,
+)
+from crosstrace.experiment.names import TASKS
+from crosstrace.models import adapters
+from crosstrace.models.forward import TrainingForwards
+from crosstrace.trace import OnlineTrace, SummedTrace, Trace, save_traces
+from crosstrace.trace.memory import free_memory
+from crosstrace.trace.rules import sum_dtype
+from crosstrace.trace.trace import REDUCTIONS, Accumulated
+from crosstrace.training.trainer import Listener, TaskPart
+from crosstrace.training.updates import MicroBatches
+
+SUMS = "sums"  # the folder of the trace during training, until it is over
+
+
+class Tracer(Listener):
+    """Feeds a trace during training, whose state travels with the checkpoints.
+
+    The sums lie in <folder>/sums, once for all checkpoints (`Accumulated.save_pieces`); a checkpoint has the rest. When
+    training is over each task's sums make room for its traces, <folder>/<when>/<task>.safetensors. Several processes
+    share out the examples.
+    """
+
+    when: str
+    trace: Accumulated
+    about: Mapping[str, Any]  # what a reader of the traces must know
+
+    def __init__(self, folder: Path, processes: Processes | None = None):
+        self.folder, self.updates = folder, 0
+        self.leads = processes is None or processes.rank == 0
+
+    def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
+        self.updates = update
+
+    def save(self, folder: Path, leads: bool) -> None:
+        header = self.trace.save_pieces(self._sums, self.updates)
+        if leads:
+            write_json(folder / "trace.json", header | {"updates": self.updates})
+
+    def load(self, folder: Path) -> None:
+        header = read_json(folder / "trace.json")
+        self.updates = header["updates"]
+        kept = [task for task in TASKS if self._file(task).exists()]
+        self.trace.load_pieces(self._sums, self.updates, header, without=kept)
+
+    def traces(self) -> dict[str, list[Trace]]:
+        """When training is over: each task's traces, with the first of several processes or in pieces with all."""
+        by_task: dict[str, list[Trace]] = {}
+        for item in self.trace.traces(last=True):
+            item.meta |= self.about
+            by_task.setdefault(item.task, []).append(item)
+        return by_task
+
+    def keep(self, task: str, traces: list[Trace]) -> None:
+        """Write a task's traces, and remove its sums."""
+        if not self._file(task).exists():  # a kill may have left some of its sums beside it
+            save_traces(self._file(task), traces)
+        for file in self._sums.glob(f"{task}+*") if self.leads else ():
+            remove(file)
+
+    @property
+    def _sums(self) -> Path:
+        return self.folder / SUMS / self.when
+
+    def _file(self, task: str) -> Path:
+        return self.folder / self.when / f"{task}.safetensors"
+
+
+class SummedListener(Tracer):
+    """Feeds every update's gradients to a `SummedTrace`."""
+
+    when = LEARNING["summed"]
+
+    def __init__(self, model: Any, experiment: Experiment, folder: Path, processes: Processes | None = None):
+        super().__init__(folder, processes)
+        names = adapters.adapter_names(model) if experiment.trace.view == "adapter" else None
+        parts = experiment.trace.parts
+        self.about = {"targets": "train", "every": 1, "definition": "summed", "metric": experiment.trace.metric}
+        self.by_optimiser = experiment.trace.metric == "optimiser"
+        self.trace: SummedTrace = SummedTrace(
+            model, TASKS, parts, _where_of_sums(model, names, len(TASKS) * parts), names,
+            None if processes is None else processes.group,
+        )  # fmt: skip
+
+    def on_gradient(self, model: Any, task: str, part: TaskPart) -> None:
+        if task in TASKS:
+            optimizer = part.optimizer if self.by_optimiser else None
+            self.trace.add(task, part.lr, part.examples, part.weight, last=part.last, optimizer=optimizer)
+        else:
+            self.trace.skip(last=part.last)
+
+
+class OnlineListener(Tracer):
+    """Feeds every `every`-th update to an `OnlineTrace`.
+
+    Of a model with an adapter it traces the adapter's parameters, or those of the base with the adapter merged.
+    """
+
+    when = LEARNING["per_example"]
+
+    def __init__(self, model: Any, experiment: Experiment, folder: Path, processes: Processes | None = None):
+        super().__init__(folder, processes)
+        options = experiment.trace
+        self.every = options.every
+        self.about = {"targets": options.targets, "every": options.every}
+        self.merges = adapters.is_adapted(model) and options.view == "merged"
+        self.borrows = options.forward == "training" and not self.merges
+        names = adapters.base_names(model) if self.merges else None
+        if options.view == "adapter":
+            names = adapters.adapter_names(model)
+        self.trace: OnlineTrace = OnlineTrace(
+            model, TASKS, [options.measures[0]], parts=options.parts, lr_weighted=options.lr_weighted, names=names,
+            where=_where_of_sums(model, names, len(TASKS) * len(REDUCTIONS) * options.parts),
+            group=None if processes is None else processes.group,
+        )  # fmt: skip
+
+    def on_update(self, model: Any, batches: MicroBatches, lr: float, update: int, forwards: TrainingForwards) -> None:
+        if update % self.every:
+            return
+        traced = {task: own for task, own in batches.items() if task in TASKS}
+        if not self.borrows:
+            forwards = {}
+        elif len(traced) < len(batches):  # the training's forwards are taken in order, without a gap
+            before = takewhile(TASKS.__contains__, batches)
+            forwards = {task: forwards[task] for task in before if task in forwards}
+        with adapters.merged(model) if self.merges else nullcontext():
+            self.trace.step(traced, lr, forwards)
+
+    def load(self, folder: Path) -> None:
+        older = folder / "trace"  # as versions wrote it that had all of it in the checkpoint
+        if older.is_dir() or older.with_suffix(".safetensors").is_file():
+            return self.trace.load(older)
+        super().load(folder)
+
+    def traces(self) -> dict[str, list[Trace]]:
+        by_task = super().traces()
+        for item in (item for traces in by_task.values() for item in traces):
+            if self.merges:
+                item.values = {adapters.plain_name(name): value for name, value in item.values.items()}
+        return by_task
+
+
+def _where_of_sums(model: Any, names: Sequence[str] | None, sums: int) -> Literal["device", "cpu"]:
+    """Where the sums of a training's trace are kept: beside the model, if half of what is free there would be left for
+    gradients, AdamW's states and activations, or else on the CPU."""
+    every = dict(model.named_parameters())
+    size = lambda p: local(p).numel() * sum_dtype(p.dtype).itemsize
+    needed = sum(size(every[name]) for name in names or every) * sums
+    free = free_memory(next(iter(every.values())).device)
+    return "device" if free is None or needed < free / 2 else "cpu"

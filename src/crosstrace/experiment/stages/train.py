@@ -1,0 +1,133 @@
+"""The stage `train`: one strategy, from the base to its last phase, with its traces during training and its history."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from crosstrace.core.files import linked, remove_folder, write_json
+from crosstrace.core.progress import Progress
+from crosstrace.core.run_folder import Run
+from crosstrace.data.tokens import Encoded
+from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.inputs import (
+    START,
+    data_steps,
+    examples,
+    load_base,
+    model_key,
+    origin,
+    precision_of,
+    replayable,
+    samples,
+    training_examples,
+)
+from crosstrace.experiment.stages.recall import Asking, asking
+from crosstrace.experiment.stages.tracers import SUMS, OnlineListener, SummedListener, Tracer
+from crosstrace.models import adapter_files, adapters, loading
+from crosstrace.training.trainer import Listener, PhaseReport, RecallHistory, train
+
+
+def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+    """Train one strategy: models/<strategy>/<phase>/ at the end of each phase, its online trace and history."""
+    options, tracing = experiment.train, experiment.trace
+    phases = experiment.strategies[name]
+    watched = {"targets", "online", "every", "forward", "lr_weighted", "parts"} | ({"view"} if options.lora else set())
+    watched |= {"definitions", "metric"} if tracing.definitions != ["per_example"] else set()
+    trained = {name: value for name, value in asdict(options).items() if value is not None}
+    key = run.alone(lambda: {
+        "model": model_key(experiment), "train": trained, "phases": [asdict(phase) for phase in phases],
+        "trace": {k: v for k, v in asdict(tracing).items() if k in watched}, "measure": tracing.measures[0],
+        "threads": experiment.threads, "bf16": precision_of(experiment) == "bf16",
+        **run.inputs(*data_steps(experiment)),
+    })  # fmt: skip
+
+    def make(folder: Path) -> None:
+        if not run.alone((folder / "training.json").exists):
+            learn(folder)
+        run.alone(lambda: [remove_folder(folder / name) for name in ("checkpoints", SUMS)])
+
+    def learn(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        tokenizer = loading.load_tokenizer(experiment.model.name)
+        model = load_base(experiment, run.processes)
+        if options.lora:
+            model = adapters.adapted(model, options.lora, options.seed)
+            if run.leads:
+                model.save_pretrained(folder / START)
+                (folder / START / "README.md").unlink()  # PEFT's card, which tells nothing
+        parts = examples(run, tokenizer, known=experiment.eval.known_examples if experiment.eval.known else 0)
+        ask = asking(run, experiment, tokenizer, bf16=False)
+        measure = _few(ask, parts, options.recall_examples)
+        history = RecallHistory(measure, options.recall_every)
+        listeners: list[Listener] = [history]
+        kinds = {"per_example": OnlineListener, "summed": SummedListener}
+        tracers: list[Tracer] = [
+            kinds[definition](model, experiment, folder, run.processes)
+            for definition in kinds
+            if tracing.online and definition in tracing.definitions
+        ]
+        listeners += tracers
+        with progress.bar(f"{name}: train") as update:
+            reports = train(
+                model, tokenizer, phases, training_examples(parts) | replayable(parts), folder / "checkpoints", options,
+                bf16=precision_of(experiment) == "bf16", trace_targets=tracing.targets, listeners=listeners,
+                progress=update, logs=run.folder / "logs" / name, processes=run.processes,
+            )  # fmt: skip
+        told = run.alone(lambda: origin(run, experiment, name)) if tracers else {}
+        for tracer in tracers:
+            for task, traces in tracer.traces().items():
+                for item in traces:
+                    item.meta |= told
+                tracer.keep(task, traces)
+        run.alone(lambda: keep(folder, tokenizer, history, reports))
+
+    def keep(folder: Path, tokenizer: Any, history: RecallHistory, reports: list[PhaseReport]) -> None:
+        write_json(folder / "history.json", history.rows)
+        _keep_models(folder, tokenizer, [phase.name for phase in phases], options.keep_checkpoints)
+        if options.lora:
+            for file in folder.glob(f"*/**/{adapter_files.ADAPTER}"):
+                adapters.name_base(file.parent, _portable(experiment.model.name))
+        write_json(folder / "training.json", [asdict(report) for report in reports])  # last: all of it is there
+
+    run.stage(f"models/{name}", key, make, keep_partial=True)
+
+
+def _portable(base: str) -> str:
+    """A base's name that is understood wherever the run is read."""
+    place = loading.locate(base)
+    return str(Path(place).resolve()) if base != loading.BUNDLED and Path(place).exists() else base
+
+
+def _few(ask: Asking, parts: Mapping[str, list[Encoded]], number: int) -> Callable[[Any], dict[str, Any]]:
+    """A quick measurement of recall on some questions and biographies."""
+    chosen = samples(parts, number)
+
+    def measure(model: Any) -> dict[str, Any]:
+        found = {name: ask(model, items).summary() for name, items in chosen.items()}
+        return {name: item["exact_match"] for name, item in found.items()} | {
+            "n": {name: item["n"] for name, item in found.items()}
+        }
+
+    return measure
+
+
+def _keep_models(folder: Path, tokenizer: Any, phases: Sequence[str], checkpoints: bool) -> None:
+    """Put the phases' last checkpoints in models/<strategy>/<phase>, without what only a resume needs. Weights are not
+    copied: they get a second name."""
+    for index, phase in enumerate(phases):
+        home = folder / "checkpoints" / f"{index}-{phase}"
+        found = sorted(home.glob("checkpoint-*"), key=lambda f: int(f.name.rpartition("-")[2]))
+        for checkpoint in found if checkpoints else found[-1:]:
+            target = folder / phase / (checkpoint.name if checkpoint != found[-1] else "")
+            target.mkdir(parents=True, exist_ok=True)
+            for file in checkpoint.glob("*.json"):
+                if file.name != "trainer_state.json":
+                    shutil.copy2(file, target)
+            for file in checkpoint.glob("*.safetensors"):
+                (target / file.name).unlink(missing_ok=True)  # of an earlier attempt
+                linked(str(file), str(target / file.name))
+            tokenizer.save_pretrained(target)

@@ -1,0 +1,549 @@
+"""A study: one experiment over a grid of settings and seeds, every run resumable, and one table of them all.
+
+A study's file names what all runs have in common, what varies, and the seeds. Each combination is a run of its own in
+STUDY/runs/<setting>/<seed>, several at once within a budget of cores and memory; a run that is complete is never made
+again. What the runs found becomes one row for each run and strategy (table.parquet, table.csv), from which
+`summary.py` takes intervals over seeds and asks which measures predict recall. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as settings
+
+from crosstrace.core import interrupts, left_out
+from crosstrace.core.errors import UserError
+from crosstrace.core.files import read_json, remove_folder, replacing, sha256_file, write_json, write_text
+from crosstrace.core.left_out import Part, attempt
+from crosstrace.core.progress import Progress
+from crosstrace.core.provenance import metadata
+from crosstrace.core.run_folder import Run
+from crosstrace.core.settings import STRICT
+from crosstrace.experiment import config
+from crosstrace.experiment.config import Experiment
+
+Row = dict[str, Any]
+Scalar = bool | int | float | str | None
+Points = list[Scalar] | dict[str, dict[str, Any]]
+GIB = 2**30
+HEAVY = ("models", "traces", "shared", "data")  # what only a run that goes on needs
+POLL = 0.2  # seconds between looks at the running processes
+
+
+@settings(frozen=True, config=STRICT)
+class StudySettings:
+    """A grid of experiments."""
+
+    name: str = "study"
+    """Names the study's folder where none is given, and its report."""
+    experiment: dict[str, Any] = Field(default_factory=dict)
+    """Settings that all runs have in common, as in an experiment's file; the defaults for what it leaves out."""
+    vary: dict[str, Annotated[Points, Field(min_length=1)]] = Field(default_factory=dict)
+    """What varies, every combination of it: either a dotted setting with a list of values (facts.people: [250, 500]),
+    or any name with named points, each a few dotted settings (length: {short: {strategies.mixed.0.steps: 100}}). A
+    value that is a list itself needs a named point. The first point is what the others are compared with."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = Field(
+        default_factory=lambda: [1, 2, 3]
+    )
+    """Seeds; every setting is run with each."""
+    seeded: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["facts.seed", "train.seed"])
+    """Dotted settings that take the seed."""
+    compare: tuple[str, str] | None = None
+    """Two strategies whose difference is told, the first minus the second, paired by seed; mixed and two_stage where
+    every run has both, and none otherwise, if not given."""
+    keep: Literal["results", "all"] = "results"
+    """What stays of a finished run: its results and report, or its models and traces as well."""
+    cores: Annotated[int, Field(ge=1)] | None = None
+    """Cores that all runs together may use; those of the machine if not given. A run uses jobs × threads."""
+    memory: Annotated[float, Field(gt=0)] | None = None
+    """GiB that all runs together may use; unbounded if not given. What a run needs is known once one has ended, so the
+    first runs alone. Where running ones outgrow the budget the last begun is stopped and goes on later; a run that does
+    so alone fails."""
+
+
+_ADAPTER = TypeAdapter(StudySettings)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a study: where it stands in the grid, what its points change by dotted name, and its experiment."""
+
+    label: str
+    points: dict[str, str]
+    changes: dict[str, Any]
+    seed: int
+    experiment: Experiment
+
+    @property
+    def setting(self) -> str:
+        """The points that it shares with the same setting's other seeds."""
+        return self.label.rpartition("/")[0]
+
+
+def load(path: Path) -> StudySettings:
+    """Read a study from a YAML file."""
+    values = config.read_yaml(path, "examples/study-claims.yaml")
+    return parse(values, str(path))
+
+
+def parse(values: Mapping[str, Any], where: str) -> StudySettings:
+    """Build a study from plain values.
+
+    Raises:
+        UserError: a key is unknown or a value unfit.
+    """
+    try:
+        study = _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {config.complaint(error)}") from None
+    if not study.name.strip(". ") or any(letter in study.name for letter in "/\\\0"):
+        raise UserError(f"{where}: name = {study.name!r} cannot name a folder; use letters, digits, '_' and '-'")
+    if study.compare and study.compare[0] == study.compare[1]:
+        raise UserError(f"{where}: compare = {list(study.compare)}; expected two different strategies")
+    if len(set(study.seeds)) < len(study.seeds):
+        raise UserError(f"{where}: a seed is given twice in seeds = {study.seeds}; each is one run of every setting")
+    return study
+
+
+def plain(study: StudySettings) -> dict[str, Any]:
+    """The study as plain values, ready for YAML or JSON."""
+    return _ADAPTER.dump_python(study, mode="json", exclude_none=True)
+
+
+def plan(study: StudySettings, where: str = "the study") -> list[Planned]:
+    """Every run of a study, all settings of one seed before those of the next.
+
+    Raises:
+        UserError: an experiment of the grid is unfit, or two points cannot be told apart by their folders.
+    """
+    axes = [_points(name, points, where) for name, points in study.vary.items()]
+    common = config.plain(config.parse(study.experiment, f"{where}: experiment"))
+    runs = []
+    for seed, point in product(study.seeds, product(*axes)):
+        values = json.loads(json.dumps(common))
+        changes = [(name, value) for _, changes in point for name, value in changes.items()]
+        own = dict(changes)
+        for name, value in changes:
+            if isinstance(value, dict):
+                raise UserError(
+                    f"{where}: {name} of a point is a whole section, which would lose its other settings; name each "
+                    f"setting, e.g. {name}.{next(iter(value), 'SETTING')}"
+                )
+        _set_once([*(name for name, _ in changes), *study.seeded], where)
+        label = "+".join(name for name, _ in point) or "default"
+        for name, value in (own | dict.fromkeys(study.seeded, seed)).items():
+            try:
+                config.assign(values, name, value)
+            except UserError as error:
+                raise UserError(f"{where}: {label}: {str(error).removeprefix('--')}") from None
+        values["name"] = f"{study.name}: {label}, seed {seed}".replace("/", "-")
+        experiment = config.parse(values, f"{where}: {label}")
+        missing = [name for name in study.compare or () if name not in experiment.taught]
+        if missing:
+            raise UserError(
+                f"{where}: {label} has no strategy {missing[0]!r}, which the study compares; strategies are "
+                f"{', '.join(experiment.taught)}, so change `compare`"
+            )
+        points = dict(zip(study.vary, (name for name, _ in point)))
+        runs.append(Planned(f"{label}/{seed}", points, own, seed, experiment))
+    if len({run.label for run in runs}) < len(runs):
+        raise UserError(f"{where}: two points of the grid have one name; give each its own")
+    return runs
+
+
+def _set_once(names: Sequence[str], where: str) -> None:
+    """Raise a `UserError` if two of a run's changes are of one setting: one of them would be lost without a word."""
+    for number, name in enumerate(names):
+        for other in names[:number]:
+            if name == other or name.startswith(f"{other}.") or other.startswith(f"{name}."):
+                raise UserError(
+                    f"{where}: {name} is set by two of the study's axes and seeds (seeded: the settings that take the "
+                    "seed), so one would be lost; let it vary in one place"
+                )
+
+
+def _points(axis: str, points: Points, where: str) -> list[tuple[str, dict[str, Any]]]:
+    """The named points of an axis."""
+    if isinstance(points, dict):
+        named = list(points.items())
+    else:
+        short = axis.rpartition(".")[2]
+        named = [(f"{short}={'none' if value is None else value}", {axis: value}) for value in points]
+    for name, _ in named:
+        if not re.fullmatch(r"[\w=,-][\w=,. -]*", name):
+            raise UserError(f"{where}: point {name!r} of {axis} cannot name a folder; use letters, digits, '_' and '-'")
+    return named
+
+
+# ------------------------------------------------------------------------------- running
+
+
+def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = False) -> dict[str, Any]:
+    """Make every run of a study that is not complete, then its table, findings and report.
+
+    Args:
+        study: the grid and its budget.
+        folder: the study's folder.
+        mode: `new` (an existing study is an error), `resume` or `overwrite`. A resumed study may have more or fewer
+            seeds and points than before: what is complete and still asked for stays. A point or common setting that
+            means something else under its old name is refused run by run, since that would replace results.
+        quiet: no progress on stderr.
+
+    Returns:
+        the findings, as STUDY/results.json holds them.
+
+    Raises:
+        UserError: bad settings, a folder that holds something else, or runs that failed (the others were made).
+    """
+    from crosstrace.experiment import checks
+    from crosstrace.experiment.study_page import write_study
+    from crosstrace.report.rows import to_csv
+
+    runs = plan(study)
+    seen = set()
+    for planned in runs:
+        if _width(planned) > _cores(study):
+            raise UserError(
+                f"run {planned.label} uses {_width(planned)} cores (jobs × threads), but the budget is "
+                f"{_cores(study)}; set experiment.jobs: 1 and experiment.threads: 1, or give the study more cores"
+            )
+        if planned.setting not in seen:  # what would otherwise fail after hours
+            checks.check(planned.experiment, whole=mode != "resume")
+            seen.add(planned.setting)
+    with Run.create(folder, yaml.safe_dump({"study": study.name}), mode) as opened:  # type: ignore[arg-type]
+        text = yaml.safe_dump(plain(study), sort_keys=False, allow_unicode=True)
+        write_text(opened.folder / "study.yaml", text)
+        machine = metadata()
+        write_json(opened.folder / "metadata.json", machine)
+        progress = Progress(quiet)
+        failed = _make(opened, runs, study, progress)
+        done = [run for run in runs if _is_made(opened, run)]
+        if not done:
+            raise UserError(f"no run of the study was made: {failed[0] if failed else 'there is none'}")
+        reports = [read_json(opened.path(_step(planned))) for planned in done]
+        rows = [row for planned, report in zip(done, reports) for row in _rows(planned, report)]
+        results = _concluded(opened, study, _compared(study, runs), done, reports, rows, machine, progress)
+        results |= {"failed": failed}
+        # always anew: they cost seconds, and a later version of crosstrace may say more of the same runs
+        write_text(opened.folder / "table.csv", to_csv(rows))
+        with replacing(opened.folder / "table.parquet") as partial:
+            _to_parquet(rows, partial)
+        write_json(opened.folder / "results.json", results)
+        write_study(results, rows, opened.folder / "report")
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(runs)} runs failed, first {failed[0]}; the report is of the others, and the same "
+            "command with --resume tries them again"
+        )
+    return results
+
+
+def _compared(study: StudySettings, runs: Sequence[Planned]) -> tuple[str, str] | None:
+    """The two strategies whose difference is told."""
+    usual = ("mixed", "two_stage")
+    return study.compare or (usual if all({*usual} <= {*run.experiment.taught} for run in runs) else None)
+
+
+def _concluded(
+    opened: Run,
+    study: StudySettings,
+    compare: tuple[str, str] | None,
+    done: Sequence[Planned],
+    reports: Sequence[Mapping[str, Any]],
+    rows: list[Row],
+    machine: Mapping[str, Any],
+    progress: Progress,
+) -> dict[str, Any]:
+    """What results.json holds."""
+    from crosstrace.experiment import summary
+
+    judged = [(planned.setting, report["results"]["claims"]) for planned, report in zip(done, reports)]
+    about = {
+        "name": study.name,
+        "runs": len(done),
+        "seeds": study.seeds,
+        "settings": {planned.setting: planned.changes for planned in done},
+        "strategies": {k: v for report in reversed(reports) for k, v in report["results"]["run"]["strategies"].items()},
+        "compare": list(compare or ()),
+        "hours": sum(report["seconds"] for report in reports) / 3600,
+        "peak_gib": max(report["peak_bytes"] for report in reports) / GIB,
+    }
+    found: dict[str, list[Row]] = {}
+    work = summary.findings(rows, compare) | {"claims": lambda: summary.claims_over_runs(judged)}
+    for name, find in work.items():
+        found[name] = []
+        attempt(
+            opened, Part("study", name=name), lambda name=name, find=find: found[name].extend(find()), progress.note
+        )
+    lacking = [{"run": planned.label, **row} for planned, report in zip(done, reports)
+               for row in report["results"].get("left_out") or []]  # fmt: skip
+    kept = {name: machine[name] for name in ("cpu", "cores", "device", "platform")}
+    # the runs' own, not those of who adds them up
+    kept["git"] = _alike(report["results"]["run"]["git"] for report in reports)
+    names = dict.fromkeys(name for report in reports for name in report["results"]["versions"])
+    versions = {name: _alike(report["results"]["versions"].get(name) for report in reports) for name in names}
+    lacking += [{"run": "", **row} for row in left_out.rows(opened)]
+    return {"schema": 1, "study": about, **found, "left_out": lacking, "machine": kept, "versions": versions}
+
+
+def _alike(values: Iterable[Any]) -> Any:
+    """The one value of all runs, or each of them."""
+    each = list(dict.fromkeys(map(str, values)))
+    return each[0] if len(each) == 1 else ", ".join(each)
+
+
+def _cores(study: StudySettings) -> int:
+    here = getattr(os, "sched_getaffinity", None)  # not everywhere
+    return study.cores or (len(here(0)) if here else os.cpu_count() or 1)
+
+
+def _width(planned: Planned) -> int:
+    """Cores that a run uses."""
+    return planned.experiment.jobs * planned.experiment.threads
+
+
+def _step(planned: Planned) -> str:
+    return f"results/{planned.label}.json"
+
+
+def _key(planned: Planned) -> dict[str, Any]:
+    """What a run's results depend on: its settings that are not the defaults, so that a later version's new settings
+    make nothing anew. Its name, and how many of its strategies are worked on at once, are no part of it."""
+    from crosstrace.experiment.inputs import model_key
+
+    own = _changed(config.deciding(planned.experiment), config.deciding(Experiment()))
+    own = {name: value for name, value in own.items() if name not in ("jobs", "name")}
+    text = planned.experiment.retention.text
+    content = {"text": sha256_file(text)} if text and Path(text).is_file() else {}
+    return {"experiment": own, "model": model_key(planned.experiment), **content}
+
+
+def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not as by default."""
+    found = {}
+    for name, value in values.items():
+        default = defaults.get(name)
+        if value != default:
+            nested = isinstance(value, dict) and isinstance(default, dict) and name != "strategies"
+            found[name] = _changed(value, default or {}) if nested else value
+    return found
+
+
+def _is_made(opened: Run, planned: Planned) -> bool:
+    """Whether there are results of a run, be it with parts left out."""
+    return any(opened.complete(_step(planned), key) for key in (_key(planned), _key_without(planned)))
+
+
+def _key_without(planned: Planned) -> dict[str, Any]:
+    """The key of the results of a run with parts left out, which is tried again."""
+    return _key(planned) | {"left_out": True}
+
+
+@dataclass
+class _Running:
+    """A run that a process of its own is making."""
+
+    planned: Planned
+    process: Any
+    began: float
+    peak: int = 0  # bytes of memory, its own and its workers'
+
+
+def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: Progress) -> list[str]:
+    """Make what is not complete, as many at once as the budget allows; returns what failed and why."""
+    waiting = [planned for planned in runs if not opened.complete(_step(planned), _key(planned))]
+    cores = _cores(study)
+    expected = max((read_json(opened.path(_step(p)))["peak_bytes"] for p in runs if _is_made(opened, p)), default=0)
+    if waiting and study.memory and expected > study.memory * GIB:
+        raise UserError(
+            f"a run of the study needed {expected / GIB:.1f} GiB, but the budget is {study.memory:g} GiB; give it more"
+        )
+    running: list[_Running] = []
+    failed: list[str] = []
+    peaks: dict[str, int] = {}  # bytes, of runs that were stopped and go on
+    done = len(runs) - len(waiting)
+    if done:
+        progress.done(f"{done} of {len(runs)} runs are complete", 0.0)
+    context = get_context("spawn")
+    try:
+        while waiting or running:
+            while waiting:
+                planned = waiting[0]
+                used = sum(_width(item.planned) for item in running)
+                if running and used + _width(planned) > cores:
+                    break
+                if study.memory and running:
+                    need = [max(item.peak, expected) for item in running]
+                    if not expected or sum(need) + expected > study.memory * GIB:
+                        break
+                home = opened.folder / "runs" / planned.label
+                process = context.Process(target=_work, args=(home, waiting.pop(0).experiment, os.getpid()))
+                with interrupts.held_back():
+                    process.start()
+                    running.append(_Running(planned, process, time.time(), peaks.get(planned.label, 0)))
+            time.sleep(POLL)
+            now = {item.planned.label: _memory(item.process.pid) for item in running}
+            for item in running:
+                item.peak = max(item.peak, now[item.planned.label])
+            if study.memory and sum(now.values()) > study.memory * GIB:
+                last = running.pop()
+                last.process.terminate()
+                last.process.join()
+                expected = max([expected, *(item.peak for item in (*running, last))])
+                peaks[last.planned.label] = last.peak
+                if running:  # what it has finished stays, and it goes on when there is room
+                    waiting.insert(0, last.planned)
+                else:
+                    failed.append(
+                        f"{last.planned.label}: it alone uses {last.peak / GIB:.1f} GiB, but the study's budget "
+                        f"(memory) is {study.memory:g} GiB; give it more, or set experiment.jobs: 1"
+                    )
+                    progress.note(failed[-1])
+                continue
+            for item in list(running):
+                if item.process.is_alive():
+                    continue
+                running.remove(item)
+                planned, home = item.planned, opened.folder / "runs" / item.planned.label
+                expected = max(expected, item.peak)
+                if item.process.exitcode:
+                    failed.append(f"{planned.label}: {_why(home, item.process.exitcode)}")
+                    progress.note(failed[-1])
+                    continue
+                seconds = time.time() - item.began
+                _keep(opened, planned, home, item.peak, study.keep)
+                done += 1
+                progress.done(f"{planned.label} ({done} of {len(runs)})", seconds)
+    finally:
+        for item in running:
+            item.process.terminate()
+        for item in running:
+            item.process.join()
+    return failed
+
+
+def _work(home: Path, experiment: Experiment, leader: int) -> None:
+    """Make one run, in a process of its own that ends with the study's."""
+    from crosstrace.experiment import pipeline, workers
+
+    workers.start_worker(leader)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    problem = home.with_name(f"{home.name}.failed")
+    problem.unlink(missing_ok=True)
+    try:
+        pipeline.run(experiment, home, "resume", quiet=True)
+    except UserError as error:
+        write_text(problem, str(error))
+        raise SystemExit(2) from None
+    except BaseException as error:
+        write_text(problem, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _why(home: Path, code: int) -> str:
+    problem = home.with_name(f"{home.name}.failed")
+    if problem.is_file():
+        return problem.read_text(encoding="utf-8").strip()
+    if code < 0:
+        return f"its process was ended by {signal.Signals(-code).name}; out of memory?"
+    return f"its process ended with exit code {code}"
+
+
+def _keep(opened: Run, planned: Planned, home: Path, peak: int, keep: str) -> None:
+    """Take a finished run's results into the study, and drop what nobody reads any more: what is left out is tried
+    again, so such a run keeps all."""
+
+    results = read_json(home / "results.json")
+
+    def make(path: Path) -> None:
+        about = {"points": planned.points, "seed": planned.seed, "peak_bytes": peak}
+        write_json(path, about | {"seconds": sum(results["seconds"].values()), "results": results})
+
+    lacking = bool(results["left_out"])
+    opened.stage(_step(planned), _key_without(planned) if lacking else _key(planned), make)
+    if keep == "results" and not lacking:
+        for name in HEAVY:
+            remove_folder(home / name)
+
+
+def _memory(pid: int | None) -> int:
+    """Resident bytes of a process and all below it."""
+    import psutil
+
+    total = 0
+    try:
+        leader = psutil.Process(pid)
+        for process in [leader, *leader.children(recursive=True)]:
+            try:
+                total += process.memory_info().rss
+            except psutil.Error:
+                continue
+    except psutil.Error:
+        return 0
+    return total
+
+
+# ------------------------------------------------------------------------------- the table
+
+
+def _rows(planned: Planned, report: Mapping[str, Any]) -> list[Row]:
+    """One row for each strategy of a run: where it stands in the grid, and everything that was measured."""
+    from crosstrace.experiment.summary import measures
+
+    place: Row = {"setting": planned.setting}
+    place |= {f"vary.{axis}": point for axis, point in planned.points.items()} | {"seed": planned.seed}
+    results = report["results"]
+    return [place | {"strategy": name} | measures(results, name) for name in planned.experiment.taught]
+
+
+def _to_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    names = dict.fromkeys(name for row in rows for name in row)
+    pyarrow.parquet.write_table(pyarrow.table({name: [row.get(name) for row in rows] for name in names}), path)
+
+
+def told(results: Mapping[str, Any]) -> str:
+    """The findings as text: recall by setting, and what predicts it."""
+    from crosstrace.core.results import aligned, part_name
+
+    share = lambda row: (
+        f"{row['mean']:.3f}" + (f" [{row['low']:.3f}, {row['high']:.3f}]" if row["low"] is not None else "")
+    )
+    strategies = list(results["study"]["strategies"])
+    rows = [["exact match, held out", *strategies]]
+    for setting in results["study"]["settings"]:
+        own = {
+            r["strategy"]: r for r in results["levels"] if r["setting"] == setting and r["measure"] == "recall.qa_ood"
+        }
+        rows.append([setting, *(share(own[name]) if name in own else "–" for name in strategies)])
+    text = aligned(rows)
+    if len(results["study"]["settings"]) >= 4:
+        number = lambda value, form: "–" if value is None else format(value, form)
+        rows = [["predicts held-out recall", "pairs put right", "rho within settings", "rho over all"]]
+        for row in results["prediction"]:
+            rows.append(
+                [
+                    row["words"],
+                    number(row["right"], ".2f"),
+                    number(row["within"], "+.2f"),
+                    number(row["across"], "+.2f"),
+                ]
+            )
+        text += "\n\n" + aligned(rows)
+    lacking = [f"left out: {row['run'] or 'study'}: {part_name(row)}: {row['reason']}" for row in results["left_out"]]
+    return "\n\n".join([text, *(["\n".join(lacking)] if lacking else [])])

@@ -1,0 +1,368 @@
+"""What the runs of a study say together: intervals over seeds, paired differences, and what predicts recall.
+
+Plain rows in, plain rows out; it knows results.json and the study's table, and runs nothing. Formulas: docs/method.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from crosstrace.core.statistics import finite, jackknife_interval, mean_interval, rank_correlation
+
+Row = dict[str, Any]
+OUTCOME = "recall.qa_ood"
+MARGIN = 0.05  # outcomes that differ by less are no order that a measure could tell
+
+# Measures that need no held-out question: the name of the column -> in words.
+PREDICTORS = {
+    "overlap.online.example.0.01": "overlap of the top 1 %, online",
+    "overlap.online.example.0.05": "overlap of the top 5 %, online",
+    "overlap.final.example.0.01": "overlap of the top 1 %, at the end",
+    "overlap.final.example.0.05": "overlap of the top 5 %, at the end",
+    "spearman.online.example": "rank correlation of the traces, online",
+    "spearman.final.example": "rank correlation of the traces, at the end",
+    "excess_gini.online.query_head.0.05": "centralization over heads, online",
+    "excess_gini.final.query_head.0.05": "centralization over heads, at the end",
+    "excess_gini.online.neuron.0.05": "centralization over neurons, online",
+    "excess_gini.final.neuron.0.05": "centralization over neurons, at the end",
+    "gradient.qa_id.excess": "gradient consistency, trained questions",
+    "states.qa_id.answer.top1": "retrieval from hidden states, trained questions",
+    "states.qa_id.answer.excess": "consistency of hidden states, trained questions",
+    "logprob.bio": "log-probability of the biographies' objects",
+    "logprob.qa_id": "log-probability of the trained answers",
+    "recall.a_ood": "recall about the base's own people",
+    "recall.known": "recall of facts of the world that the base knew",
+}
+# What the differences between two strategies are told of first: the name of the column -> in words.
+HEADLINE = {
+    "recall.qa_ood": "recall, held-out questions",
+    "recall.qa_id": "recall, trained questions",
+    "recall.bio": "recall, biographies' objects",
+    **PREDICTORS,
+    "gradient.qa_ood.excess": "gradient consistency, held out",
+    "states.qa_ood.answer.top1": "retrieval from hidden states, held out",
+    "states.qa_ood.answer.excess": "consistency of hidden states, held out",
+    "signature.qa_ood.stored.asked": "read off subject and relation, biography, held out",
+    "signature.qa_ood.recalled.asked": "read off subject and relation, question, held out",
+    "signature.qa_ood.stored.facts": "read off other facts, biography, held out",
+    "erased.qa_ood.stored.facts": "drop without other facts, biography, held out (nats)",
+    "lens.qa_ood.recalled": "layer at which the object appears, held out",
+    "circuit.qa_id.query_head.kept": "share of heads that keep recall, trained",
+    "circuit.qa_id.neuron.kept": "share of neurons that keep recall, trained",
+    "minimal_graft.qa_ood.contribution.0.05": "5 % of the parameters grafted, recall, held out",
+    "graft_is_shared.online": "shared set in the smallest graft, beyond chance, online",
+    "graft_is_shared.final": "shared set in the smallest graft, beyond chance, at the end",
+    "positions.qa_ood.subject": "tuned weights at the subject alone, held out",
+    "positions.qa_ood.last": "tuned weights from the last token on, held out",
+    "positions.qa_ood.subject+last": "tuned weights at subject and last, held out",
+    "transfer.qa_ood.wording": "another wording, held out",
+    "transfer.qa_ood.cloze": "a statement to complete, held out",
+    "transfer.qa_ood.choice": "one of four, held out",
+    "transfer.qa_ood.reversed": "from the facts to the name, held out",
+    "half.recall.qa_ood": "update halfway: recall, held out",
+    "half.overlap": "update halfway: overlap of the top 5 %",
+    "half.gradient.qa_ood": "update halfway: gradient consistency, held out",
+    "half.heads_as_last.qa_ood": "update halfway: importance of heads as at the end",
+    "half.neurons_as_last.qa_ood": "update halfway: importance of neurons as at the end",
+    "retention.alone.qa_ood": "after further training: recall, held out",
+    "retention.alone.qa_id": "after further training: recall, trained",
+    "retention.replay.qa_ood": "after further training with replay: recall, held out",
+    "retention.replay.qa_id": "after further training with replay: recall, trained",
+    "still.alone": "after further training: shared set still shared",
+    "still.replay": "after further training with replay: shared set still shared",
+}
+
+
+SHARES = (  # measures between 0 and 1, which no interval leaves
+    "recall.", "overlap.", "states.qa_id.answer.top1", "states.qa_ood.answer.top1", "signature.", "circuit.",
+    "minimal_graft.", "fewest.", "positions.", "transfer.", "retention.", "repair.", "still.", "ablate.", "graft.",
+)  # fmt: skip
+
+
+def measures(results: Mapping[str, Any], strategy: str) -> Row:
+    """Everything that a run found of one strategy, under dotted names; what was not measured is left out.
+
+    recall, logprob .PART; updates; instead.KIND (facts of the world that the base knew, by what is said in their
+    place); overlap.WHEN.REDUCTION.FRACTION; spearman, cosine .WHEN.REDUCTION;
+    excess_gini.WHEN.UNIT.FRACTION; ablate, graft .WHEN.FRACTION.SET.PART (exact match); gradient.PART.{same, excess,
+    first} over all parameters in scope; states.PART.PLACE.{top1, excess, cka} at the layer where each is highest;
+    circuit.PART.UNIT.kept (share of the nodes that keep nine tenths of the recall), concentration.PART.UNIT.WHEN (of
+    the shared set in the critical nodes); minimal_graft.PART.ORDER.FRACTION (exact match), fewest.PART.ORDER (fraction
+    that restores nine tenths), graft_is_shared.WHEN (share of the shared set in the smallest graft, beyond what counts
+    per tensor make); positions.PART.PLACES (exact match); signature.PART.FORMAT.GROUP (share of the attribution;
+    `asked`: subject and relation), erased of the same (drop in nats); lens.PART.FORMAT (layer at which the object is
+    first for half as many texts as at the end); transfer.PART.FORMAT (share right); half.MEASURE (update at which a
+    measure was halfway); retention.ARM.PART (exact match after further training), still.ARM, moved.ARM.WHEN.SET (lift),
+    repair.ARM.WHEN.SET.PART (exact match).
+    """
+    found: Row = {}
+    for part, cell in results["recall"][strategy].items():
+        if part != "relations":
+            found |= {f"recall.{part}": cell["exact_match"], f"logprob.{part}": cell["logprob"]}
+    if strategy in results["training"]:  # not of a model that was tuned elsewhere
+        found["updates"] = results["training"][strategy]["updates"]
+    said = ((results.get("known") or {}).get("models") or {}).get(strategy)
+    if said:
+        kinds = Counter(row["kind"] for row in said["instead"] if row["part"] == "known")
+        found |= {f"instead.{kind}": kinds[kind] for kind in ("taught", "relation", "other", "nothing")}
+    for row in results["shared"].get(strategy) or []:
+        found[f"overlap.{row['when']}.{row['reduction']}.{row['fraction']:g}"] = row["overlap"]
+    for row in results["similarity"].get(strategy) or []:
+        for name in ("spearman", "cosine"):
+            found[f"{name}.{row['when']}.{row['reduction']}"] = row[name]
+    for row in results["centralization"].get(strategy) or []:
+        found[f"excess_gini.{row['when']}.{row['unit']}.{row['fraction']:g}"] = row["excess_gini"]
+    for kind in ("ablate", "graft"):
+        for row in ((results.get("interventions") or {}).get(strategy) or {}).get(kind) or []:
+            for part in ("qa_id", "qa_ood"):
+                found[f"{kind}.{row['when']}.{row['fraction']:g}.{row['set']}.{part}"] = row[part]
+    of = {part: tables.get(strategy) or {} for part, tables in (results.get("mechanism") or {}).items()}
+    for row in of.get("gradients", ()):
+        if row["group"] == "all":
+            found |= {f"gradient.{row['part']}.{name}": row[name] for name in ("same", "excess", "first")}
+    for row in of.get("representations", ()):
+        for name in ("top1", "excess", "cka"):
+            key = f"states.{row['part']}.{row['place']}.{name}"
+            found[key] = max((v for v in (found.get(key), row[name]) if v is not None), default=None)
+    for row in of["circuit"]["kept"] if of.get("circuit") else ():
+        found[f"circuit.{row['part']}.{row['unit']}.kept"] = row["nodes"] and row["nodes"] / row["of"]
+    for row in of["circuit"]["agreement"] if of.get("circuit") else ():
+        found[f"concentration.{row['part']}.{row['unit']}.{row['when']}"] = row["concentration"]
+    for row in of["minimal_graft"]["grafts"] if of.get("minimal_graft") else ():
+        if row["order"] not in ("base", "tuned"):
+            found[f"minimal_graft.{row['part']}.{row['order']}.{row['fraction']:g}"] = row["exact_match"]
+    for row in of["minimal_graft"]["fewest"] if of.get("minimal_graft") else ():
+        found[f"fewest.{row['part']}.{row['order']}"] = row["fraction"]
+    for row in of["minimal_graft"]["overlap"] if of.get("minimal_graft") else ():
+        found[f"graft_is_shared.{row['when']}"] = row["excess"]
+    for row in of.get("signature", ()):
+        place = f"{row['part']}.{row['format']}"
+        if row["group"] != "all":
+            found[f"signature.{place}.{row['group']}"] = row["share"]
+            found[f"erased.{place}.{row['group']}"] = row["erased"]
+        if row["group"] in ("subject", "relation"):
+            key = f"signature.{place}.asked"
+            found[key] = None if row["share"] is None else (found.get(key) or 0.0) + row["share"]
+    for part, form in dict.fromkeys((row["part"], row["format"]) for row in of.get("lens", ())):
+        tops = [
+            row["top1"] for row in of["lens"] if (row["part"], row["format"], row["place"]) == (part, form, "answer")
+        ]
+        found[f"lens.{part}.{form}"] = next((i for i, top in enumerate(tops) if top >= tops[-1] / 2 > 0), None)
+    for row in of.get("transfer", ()):
+        found[f"transfer.{row['part']}.{row['format']}"] = row["correct"]
+    for row in of["dynamics"]["appearance"] if of.get("dynamics") else ():
+        found[f"half.{row['measure']}"] = row["half"]
+    for row in of.get("positions", ()):
+        if row["component"] == "all":
+            found[f"positions.{row['part']}.{'+'.join(row['places']) or 'none'}"] = row["exact_match"]
+    kept = (results.get("retention") or {}).get(strategy) or {}
+    for row in kept.get("history", ()):  # the last one stays
+        for part in ("qa_id", "qa_ood", "bio", "new", "known"):
+            found[f"retention.{row['arm']}.{part}"] = row.get(part)
+    for row in kept.get("shared", ()):
+        found[f"still.{row['arm']}"] = row["still"]
+    for row in kept.get("moved", ()):
+        found[f"moved.{row['arm']}.{row['when']}.{row['set']}"] = row["lift"]
+    for row in kept.get("repair", ()):
+        for part in ("qa_id", "qa_ood"):
+            found[f"repair.{row['arm']}.{row['when']}.{row['set']}.{part}"] = row[part]
+    return found
+
+
+def findings(rows: Sequence[Row], compare: tuple[str, str] | None) -> dict[str, Callable[[], list[Row]]]:
+    """What the table says: the name of each finding -> what gives its rows, one of the functions below."""
+    return {
+        "levels": lambda: levels(rows),
+        "differences": lambda: differences(rows, compare) if compare else [],
+        "effects": lambda: effects(rows),
+        "prediction": lambda: prediction(rows),
+    }
+
+
+def levels(rows: Sequence[Row]) -> list[Row]:
+    """For each setting, strategy and measure its mean over seeds with Student's t interval; shares stay in [0, 1]."""
+    found = []
+    for setting, strategy in dict.fromkeys((row["setting"], row["strategy"]) for row in rows):
+        own = [row for row in rows if (row["setting"], row["strategy"]) == (setting, strategy)]
+        for name in _measured(own):
+            values = _known(own, name)
+            if values:
+                row = {"setting": setting, "strategy": strategy, "measure": name} | _over_seeds(values)
+                if name.startswith(SHARES) and row["low"] is not None:
+                    row |= {"low": max(0.0, row["low"]), "high": min(1.0, row["high"])}
+                found.append(row)
+    return found
+
+
+def differences(rows: Sequence[Row], compare: tuple[str, str]) -> list[Row]:
+    """For each setting and measure the first strategy minus the second, paired by seed: mean with Student's t interval,
+    and in how many seeds it is above 0."""
+    found = []
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        by = {(row["strategy"], row["seed"]): row for row in rows if row["setting"] == setting}
+        for name in _measured(by.values()):
+            pairs = [
+                (own.get(name), by.get((compare[1], seed), {}).get(name))
+                for (strategy, seed), own in by.items() if strategy == compare[0]
+            ]  # fmt: skip
+            values = [a - b for a, b in pairs if a is not None and b is not None]
+            if values:
+                above = sum(value > 0 for value in values)
+                found.append({"setting": setting, "measure": name} | _over_seeds(values) | {"above": above})
+    return found
+
+
+def effects(rows: Sequence[Row]) -> list[Row]:
+    """What each setting changes: on each axis of the grid, a point minus the first one, paired by seed and by the
+    points of the other axes.
+
+    Returns:
+        rows {axis, point, against, strategy, measure, mean, low, high, seeds, above}: a seed's value is its mean over
+        the other axes' points; the mean over seeds has Student's t interval, and `above` counts the seeds above 0.
+    """
+    found = []
+    axes = [name for name in dict.fromkeys(name for row in rows for name in row) if name.startswith("vary.")]
+    for axis in axes:
+        first, *others = dict.fromkeys(row[axis] for row in rows)
+        alike = [name for name in (*axes, "seed", "strategy") if name != axis]
+        reference = {tuple(row[name] for name in alike): row for row in rows if row[axis] == first}
+        for point in others:
+            own = [row for row in rows if row[axis] == point]
+            pairs = [(row, reference[at]) for row in own if (at := tuple(row[name] for name in alike)) in reference]
+            for strategy in dict.fromkeys(row["strategy"] for row, _ in pairs):
+                for name in _measured(own):
+                    by_seed: dict[int, list[float]] = {}
+                    for row, against in pairs:
+                        a, b = row.get(name), against.get(name)
+                        if row["strategy"] == strategy and a is not None and b is not None:
+                            by_seed.setdefault(row["seed"], []).append(a - b)
+                    values = [float(np.mean(each)) for each in by_seed.values()]
+                    if values:
+                        place = {"axis": axis.removeprefix("vary."), "point": point, "against": first}
+                        place |= {"strategy": strategy, "measure": name}
+                        found.append(place | _over_seeds(values) | {"above": sum(value > 0 for value in values)})
+    return found
+
+
+def prediction(rows: Sequence[Row]) -> list[Row]:
+    """How well each measure that asks no held-out question tells which models answer those.
+
+    Returns:
+        a row for each of PREDICTORS that was measured:
+        across: Spearman's correlation with held-out recall over all rows, with a 95 % jackknife interval over
+            settings (None for fewer than four settings);
+        within: its mean over settings of the correlation among a setting's rows (strategies and seeds), with Student's
+            t interval over settings;
+        strategies: {strategy: Spearman's correlation over the rows of that strategy alone};
+        right: of the pairs of strategies of one setting and seed whose recall differs by at least MARGIN, the share
+            that the measure puts in the right order (ties count half), with a jackknife interval over settings; pairs:
+            how many there are.
+    """
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    found = []
+    for name, words in PREDICTORS.items():
+        kept = [row for row in rows if row.get(name) is not None and row.get(OUTCOME) is not None]
+        if len(kept) < 3:
+            continue
+        by_setting = [[row for row in kept if row["setting"] == setting] for setting in settings]
+        by_setting = [own for own in by_setting if own]
+        row: Row = {"measure": name, "words": words, "rows": len(kept), "settings": len(by_setting)}
+        row["across"] = _spearman(kept, name)
+        row |= _left_out(
+            "across", by_setting, lambda own, name=name: _spearman([r for part in own for r in part], name)
+        )
+        each = [value for own in by_setting if (value := _spearman(own, name)) is not None]
+        row |= {f"within{end}": value for end, value in zip(("", "_low", "_high"), _interval(each))}
+        row["within_settings"] = len(each)
+        row["strategies"] = {
+            strategy: _spearman([r for r in kept if r["strategy"] == strategy], name)
+            for strategy in dict.fromkeys(r["strategy"] for r in kept)
+        }
+        scores = [_ordered(own, name) for own in by_setting]
+        share = lambda own: float(np.mean(flat)) if (flat := [s for part in own for s in part]) else None
+        row |= {"right": share(scores), "pairs": sum(map(len, scores))}
+        row |= _left_out("right", [own for own in scores if own], share)
+        found.append(row)
+    return found
+
+
+def claims_over_runs(runs: Sequence[tuple[str, Sequence[Row]]]) -> list[Row]:
+    """Each claim's verdicts, counted over the runs of a setting, and its effect's mean over them.
+
+    Args:
+        runs: the setting and the claims of each run.
+
+    Returns:
+        rows {setting, claim, text, when, unit, holds, does_not_hold, undecided, effect, effect_low, effect_high,
+        seeds}.
+    """
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for setting, claims in runs:
+        for claim in claims:
+            found.setdefault((setting, claim["text"], claim["when"]), []).append(claim)
+    rows = []
+    for (setting, text, when), claims in found.items():
+        verdicts = [claim["verdict"] for claim in claims]
+        row = {"setting": setting, "claim": claims[0]["claim"], "text": text, "when": when, "unit": claims[0]["unit"]}
+        row |= {name.replace(" ", "_"): verdicts.count(name) for name in ("holds", "does not hold", "undecided")}
+        effects = [claim["effect"] for claim in claims if claim["effect"] is not None]
+        mean, low, high = _interval(effects)
+        rows.append(row | {"effect": mean, "effect_low": low, "effect_high": high, "seeds": len(effects)})
+    return rows
+
+
+def _measured(rows: Iterable[Row]) -> list[str]:
+    """The columns of numbers that are no place in the grid."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if name not in ("setting", "seed", "strategy") and not name.startswith("vary.")]
+
+
+def _known(rows: Sequence[Row], name: str) -> list[float]:
+    return [row[name] for row in rows if row.get(name) is not None]
+
+
+def _over_seeds(values: Sequence[float]) -> Row:
+    mean, low, high = _interval(values)
+    return {"mean": mean, "low": low, "high": high, "seeds": len(values)}
+
+
+def _interval(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    """Mean and Student's t interval; None for what is undefined."""
+    if not values:
+        return None, None, None
+    mean, low, high = map(finite, mean_interval(values))
+    return mean, low, high
+
+
+def _spearman(rows: Sequence[Row], name: str) -> float | None:
+    """Spearman's correlation of a measure with the outcome; None for fewer than three rows or a constant one."""
+    return finite(rank_correlation(*([row[key] for row in rows] for key in (name, OUTCOME)))) if len(rows) > 2 else None
+
+
+def _ordered(rows: Sequence[Row], name: str) -> list[float]:
+    """Of each pair of one seed's rows whose outcomes differ: 1 if the measure orders it so too, 0 if not, ½ if tied."""
+    scores = []
+    for a, b in combinations(rows, 2):
+        apart = a[OUTCOME] - b[OUTCOME]
+        if a["seed"] == b["seed"] and abs(apart) >= MARGIN:
+            scores.append(0.5 + 0.5 * float(np.sign((a[name] - b[name]) * apart)))
+    return scores
+
+
+def _left_out(name: str, settings: Sequence[Any], statistic: Callable[[Sequence[Any]], float | None]) -> Row:
+    """A statistic's 95 % interval by a jackknife that leaves out one setting at a time, within what it can be; None for
+    fewer than four settings. (A bootstrap would draw settings twice, and their ties pull rank correlations to 0.)"""
+    ends = (f"{name}_low", f"{name}_high")
+    whole = statistic(settings)
+    others = [statistic([*settings[:i], *settings[i + 1 :]]) for i in range(len(settings))]
+    known = [value for value in others if value is not None]
+    if whole is None or len(known) < max(4, len(others)):
+        return dict.fromkeys(ends)
+    _, low, high = jackknife_interval(whole, known)
+    least = -1.0 if name == "across" else 0.0
+    return dict(zip(ends, (max(least, low), min(1.0, high))))

@@ -1,0 +1,475 @@
+"""Rows of CSV, TSV, JSONL and Parquet files and of Hugging Face data sets, with every value as text.
+
+A value is the text that the file holds, letter by letter, wherever the file is text: 007, 1.10, 1e3, NA and None stay
+as they are written. A typed value of a Parquet file or a saved data set becomes what a person would write: 1998 for
+1998.0, 1.1 for a float32, 1998-01-02 for a date. What is no text (a list, a truth value, bytes that are no UTF-8, an
+infinite number) is passed on as it is, for the reader to refuse, and a missing value is None.
+
+It knows nothing of facts, and no value passes through a Python float or a reader that guesses types.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import math
+import re
+import tempfile
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crosstrace.core.errors import UserError
+
+Row = dict[str, Any]
+KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+EXPECTED = f"a file of facts ({', '.join(KINDS)}), or a data set: a folder or OWNER/NAME of the hub"
+LONGEST = 1_000_000  # characters of a field: more is a broken file
+LONGEST_LINE = 4 * LONGEST
+# how a text file begins that is marked as Unicode; the mark of UTF-16 begins one of UTF-32, so it comes last
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars (|)"}
+# settings of a data set's files that change nothing for a reader of text
+PLAIN_OPTIONS = {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter"}
+
+
+def read_table(path: Path) -> Iterator[tuple[int, Row]]:
+    """The numbered rows of a CSV, TSV, JSONL or Parquet file, or of a data set.
+
+    Raises:
+        UserError: there is no such file, or it is of another kind or malformed.
+    """
+    kind = path.suffix.lower()
+    if data_set_of(path):
+        yield from _data_set(path)
+        return
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected {EXPECTED}")
+    if kind in (".csv", ".tsv"):
+        yield from _csv(path, "\t" if kind == ".tsv" else ",")
+    elif kind == ".jsonl":
+        yield from _jsonl(path)
+    elif kind == ".parquet":
+        yield from _parquet(path)
+    else:
+        raise UserError(f"{path} is of no kind that can be read; expected {EXPECTED}")
+
+
+# ------------------------------------------------------------------------------- text
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file with their ends, none of them endless.
+
+    It is read as UTF-8, or as what its byte-order mark says. A file without any line feed has carriage returns as its
+    line ends, as old spreadsheets write them.
+
+    Raises:
+        UserError: it is no such text, or a line never ends.
+    """
+    with path.open("rb") as file:
+        start = file.read(LONGEST_LINE)
+    encoding = next((name for mark, name in MARKS if start.startswith(mark)), "utf-8")
+    is_utf8 = encoding.startswith("utf-8")
+    letters = start.decode(encoding, "replace")
+    newline = "\r" if "\r" in letters and "\n" not in letters else "\n"
+    number = 0
+    # a byte that is no UTF-8 becomes half a surrogate pair, which tells the line it stands in
+    with path.open(encoding=encoding, errors="surrogateescape" if is_utf8 else "strict", newline=newline) as file:
+        try:
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE:
+                    raise UserError(
+                        f"{path} line {number} has more than {LONGEST} characters; are its line ends missing?"
+                    )
+                if "\0" in line:
+                    raise UserError(_told_zero(path, number, start))
+                if is_utf8:
+                    line.encode("utf-8", "surrogateescape").decode("utf-8")
+                yield line
+        except UnicodeDecodeError as error:
+            if is_utf8:
+                raise UserError(
+                    f"{path} line {number} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8, e.g. "
+                    f"iconv -f latin1 -t utf-8 {path}"
+                ) from None
+            raise UserError(
+                f"{path} is marked as {encoding.upper()}, but is damaged after line {number} ({error.reason}); save it "
+                "as UTF-8"
+            ) from None
+
+
+def _told_zero(path: Path, number: int, start: bytes) -> str:
+    """What a zero byte in a line means: of Latin letters in UTF-16 every second byte is zero."""
+    if start.count(0) > len(start) / 4:
+        encoding = "utf-16be" if start[0] == 0 else "utf-16le"
+        return (
+            f"{path} line {number} holds a zero byte, as has text in UTF-16; expected UTF-8, or the byte-order mark of "
+            f"UTF-16, so save it as UTF-8, e.g. iconv -f {encoding} -t utf-8 {path}"
+        )
+    return f"{path} line {number} holds a zero byte; expected text, so the file is another kind or damaged"
+
+
+def _csv(path: Path, separator: str) -> Iterator[tuple[int, Row]]:
+    limit = csv.field_size_limit(LONGEST)
+    try:
+        # A blank before an opening quote is skipped. Any other blank at the beginning of a field is part of its text,
+        # so while `csv` looks at it, it is a zero byte, which no line holds.
+        blanks = re.compile(rf'(?:^|(?<={re.escape(separator)})) +(?! *")')
+        lines = (blanks.sub(_hidden, line) for line in read_lines(path))
+        reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+        names: list[str] | None = None
+        for hidden in reader:
+            if not hidden:
+                continue
+            values = [value.replace("\0", " ") for value in hidden]
+            if names is None:
+                names = [value.strip() for value in values]
+                _check_names(path, names, separator)
+                continue
+            if len(values) != len(names):
+                raise UserError(
+                    f"{path} line {reader.line_num} has {len(values)} fields, but its first line names {len(names)} "
+                    f"columns ({', '.join(names)}); is a text with a {separator!r} not quoted?"
+                )
+            yield reader.line_num, dict(zip(names, values))
+        if names is None:
+            raise UserError(f"{path} is empty; expected a first line that names its columns")
+    except csv.Error as error:
+        if "expected after" in str(error):
+            cause = "a quoted text must end with its closing quote, and a quote inside it must be doubled"
+        else:
+            cause = "is a quote not closed?"
+        raise UserError(f"{path} is malformed CSV near line {reader.line_num}: {error}; {cause}") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _hidden(blanks: re.Match[str]) -> str:
+    return "\0" * len(blanks[0])
+
+
+def _check_names(path: Path, names: Sequence[str], separator: str) -> None:
+    """Raise a `UserError` unless the first line names every column, each differently, and is split at the right
+    separator."""
+    others = [other for other in SEPARATORS if other != separator and other in names[0]]
+    if len(names) == 1 and others:
+        other = max(others, key=names[0].count)
+        remedy = "name it .tsv" if other == "\t" else f"save it with {SEPARATORS[separator]}"
+        if other == ",":
+            remedy = "name it .csv"
+        raise UserError(
+            f"{path} has its columns separated by {SEPARATORS[other]}: its first line is {names[0][:80]!r}; expected "
+            f"{SEPARATORS[separator]} in a {path.suffix} file, so {remedy}"
+        )
+    unnamed = [str(number) for number, name in enumerate(names, 1) if not name]
+    if len(unnamed) > 1:
+        raise UserError(
+            f"{path} has no names for columns {', '.join(unnamed)} in its first line "
+            f"({separator.join(names)}); expected a name for each, so name these or, if they are empty, delete them"
+        )
+    _check_once(path, names, "in its first line")
+
+
+def _check_once(path: Path, names: Sequence[str], where: str) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{path} has a column twice {where}: {', '.join(twice)}; expected each name once")
+
+
+# ------------------------------------------------------------------------------- JSON
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            yield number, read_object(line, f"{path} line {number}")
+
+
+def read_object(text: str, where: str) -> Row:
+    """A JSON object, whose numbers are the texts that stand in it; NaN is None.
+
+    Raises:
+        UserError: it is no JSON object, or names something twice.
+    """
+    values = _json(text, where)
+    if not isinstance(values, dict):
+        raise UserError(f'{where} holds a {type(values).__name__}; expected an object, e.g. {{"subject": …}}')
+    return values
+
+
+def _json(text: str, where: str) -> Any:
+    def named_once(pairs: list[tuple[str, Any]]) -> Row:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise UserError(f"{where} gives {name!r} twice; expected each name once in an object")
+        return values
+
+    try:
+        return json.loads(text, parse_int=str, parse_float=str, parse_constant=_constant, object_pairs_hook=named_once)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{where} is not JSON: {error}; expected one object, e.g. {{"subject": …}}') from None
+
+
+def _constant(name: str) -> float | None:
+    """NaN, which tables of numbers have where there is nothing; Infinity is no text."""
+    return None if name == "NaN" else float(name)
+
+
+def _json_file(path: Path) -> Iterator[tuple[int, Row]]:
+    """The rows of a data set's JSON file: one object a line, a list of objects, or a single object."""
+    lines = [line for line in read_lines(path) if line.strip()]
+    if not lines:
+        return
+    whole = lines[0].lstrip().startswith("[") or not _is_json(lines[0])
+    if not whole:
+        yield from _jsonl(path)
+        return
+    values = _json("".join(lines), str(path))
+    for number, value in enumerate(values if isinstance(values, list) else [values], 1):
+        if isinstance(value, str):  # a list of texts
+            value = {"text": value}
+        if not isinstance(value, dict):
+            raise UserError(f"{path} row {number} holds a {type(value).__name__}; expected an object")
+        yield number, value
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------- Arrow
+
+
+def _parquet(path: Path, classes: Mapping[str, Sequence[str]] | None = None) -> Iterator[tuple[int, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # (`read_table` would add columns, and guess their types, from folders named like year=1998)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            table = file.read()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} can't be read as Parquet: {str(error).splitlines()[0]}") from None
+    _check_once(path, table.column_names, "in its schema")
+    yield from _arrow(table, path, classes)
+
+
+def _arrow(table: Any, path: Path, classes: Mapping[str, Sequence[str]] | None = None) -> Iterator[tuple[int, Row]]:
+    """The rows of an Arrow table, column by column as text; `classes` are names that a column's numbers stand for."""
+    import pyarrow
+
+    classes = _classes(table.schema) | dict(classes or {})
+    try:
+        columns = {name: _texts(table.column(name), classes.get(name)) for name in table.column_names}
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # text that is no UTF-8, times without a date
+        raise UserError(f"{path} holds a value that can't be read: {str(error).splitlines()[0]}") from None
+    for number, values in enumerate(zip(*columns.values()), 1):
+        yield number, dict(zip(columns, values))
+
+
+def _classes(schema: Any) -> dict[str, Sequence[str]]:
+    """The names of classes that the library `datasets` stores as numbers, from what it notes in a schema."""
+    try:
+        kinds = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        classes = {name: kind["names"] for name, kind in kinds.items() if kind.get("_type") == "ClassLabel"}
+    except (ValueError, AttributeError, KeyError, TypeError):  # none, or such as anyone may write
+        return {}
+    return {
+        column: names for column, names in classes.items()
+        if isinstance(names, list) and all(isinstance(name, str) for name in names)
+    }  # fmt: skip
+
+
+def _texts(column: Any, classes: Sequence[str] | None = None) -> list[Any]:
+    """The values of an Arrow column as a person would write them; None where there is none."""
+    import pyarrow
+    from pyarrow import types
+
+    kind = column.type
+    if isinstance(kind, pyarrow.DictionaryType):
+        pieces = [piece.dictionary_decode() for piece in column.chunks]
+        return _texts(pyarrow.chunked_array(pieces, kind.value_type), classes)
+    if types.is_date(kind) or types.is_time(kind) or types.is_timestamp(kind):
+        return _times(column)
+    values = column.to_pylist()
+    if classes is not None and types.is_integer(kind):
+        return [classes[value] if value is not None and 0 <= value < len(classes) else None for value in values]
+    if types.is_floating(kind):
+        width = {16: np.float16, 32: np.float32, 64: np.float64}[kind.bit_width]
+        return [None if value is None else number_text(width(value)) for value in values]
+    return [_plain(value) for value in values]
+
+
+def _plain(value: Any) -> Any:
+    """A value that is no float or time: whole numbers, decimals, texts, bytes, and what is no text."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    if isinstance(value, uuid.UUID) or (isinstance(value, int) and not isinstance(value, bool)):
+        return str(value)
+    return value
+
+
+def number_text(value: np.floating) -> str | float | None:
+    """A number of any width as a person would write it: the fewest digits that mean it, no ".0", and no exponent from
+    1e-6 to 1e21 (as ECMAScript writes numbers); None for NaN, and an infinite number as it is."""
+    if np.isnan(value):
+        return None
+    if np.isinf(value):
+        return math.inf
+    if value == 0:
+        return "0"
+    if 1e-6 <= abs(float(value)) < 1e21:
+        return np.format_float_positional(value, trim="-")
+    return np.format_float_scientific(value, trim="-", exp_digits=1).replace("e+", "e")
+
+
+def _times(column: Any) -> list[str | None]:
+    """Dates, times of day and moments in ISO form. Where all moments of a column are midnights, they are dates, which
+    many programs can't store otherwise."""
+    import pyarrow
+    from pyarrow import types
+
+    texts = column.cast(pyarrow.string()).to_pylist()  # 1998-01-02 13:05:00.500000+0100
+    beyond = next((text for text in texts if text is not None and text.startswith("<")), None)
+    if beyond is not None:  # a year that no calendar has
+        raise ValueError(beyond)
+    if types.is_timestamp(column.type):
+        if all(text is None or re.fullmatch(r"\S+ 00:00:00(\.0+)?", text) for text in texts):
+            return [text and text.split()[0] for text in texts]
+        texts = [text and text.replace(" ", "T") for text in texts]
+    return [text and _iso(text) for text in texts]
+
+
+def _iso(text: str) -> str:
+    """Without zeros at the end of a second's fraction, and with a zone as ISO writes it."""
+    text = re.sub(r"(\.\d*?)0+(?=$|[Z+-])", r"\1", text)
+    text = re.sub(r"\.(?=$|[Z+-])", "", text)
+    return re.sub(r"([+-]\d\d)(\d\d)$", r"\1:\2", text.replace("Z", "+00:00"))
+
+
+# ------------------------------------------------------------------------------- data sets
+
+
+def data_set_of(path: Path) -> tuple[Path, str] | None:
+    """Of a Hugging Face data set, FOLDER or OWNER/NAME and perhaps :PART, the name and the part ("" if none); None of
+    anything else."""
+    name, _, part = str(path).partition(":")
+    if not path.exists() and path.suffix.lower() in (*KINDS, ".txt"):
+        return None
+    if Path(name).is_dir() or (not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)):
+        return Path(name), part
+    return None
+
+
+def _data_set(path: Path) -> Iterator[tuple[int, Row]]:
+    """The rows of a data set. The library `datasets` finds its files, and runs no code of a data set's own; files that
+    are text or Parquet are read here, since it would guess types."""
+    name, part = data_set_of(path) or (path, "")
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{path} is a data set, and the library datasets, which reads it, is not installed; run `pip install "
+            "'crosstrace[datasets]'`"
+        ) from None
+    is_saved = any((name / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    with tempfile.TemporaryDirectory(prefix="crosstrace-") as cache:  # of files in a folder it would keep a copy
+        bars = datasets.is_progress_bar_enabled()
+        datasets.disable_progress_bars()
+        try:
+            if is_saved:
+                found: Any = datasets.load_from_disk(str(name))
+                parts = dict(found) if isinstance(found, datasets.DatasetDict) else {"": found}
+                yield from _arrow(_part(name, parts, part).with_format("arrow")[:], path)
+            else:
+                yield from _files_of(path, name, part, cache)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a loader of many formats stumbles over
+            lines = str(error).strip().splitlines() or [""]
+            raise UserError(
+                f"{path} can't be read as a data set: {type(error).__name__}: {lines[0]}; expected {EXPECTED}"
+            ) from None
+        finally:
+            if bars:
+                datasets.enable_progress_bars()
+
+
+def _part(name: Path, parts: Mapping[Any, Any], part: str) -> Any:
+    if part not in parts and (part or len(parts) > 1):
+        raise UserError(
+            f"{name} has the parts {', '.join(map(str, parts)) or 'none'}; expected one of them, e.g. "
+            f"{name}:{next(iter(parts), 'train')}"
+        )
+    return parts[part] if part else next(iter(parts.values()))
+
+
+def _files_of(path: Path, name: Path, part: str, cache: str) -> Iterator[tuple[int, Row]]:
+    """The rows of a data set that is a folder of files, here or on the hub."""
+    import datasets
+
+    place: Any = {"cache_dir": cache} if name.is_dir() else {}
+    builder = datasets.load_dataset_builder(str(name), **place)
+    options: Any = builder.config
+    kind = builder.name
+    if kind not in ("csv", "json", "parquet"):
+        parts: Any = datasets.load_dataset(str(name), **place)
+        yield from _arrow(_part(name, parts, part).with_format("arrow")[:], path)
+        return
+    default = type(options)()
+    odd = [
+        option.name for option in fields(options)
+        if option.name not in PLAIN_OPTIONS and getattr(options, option.name) != getattr(default, option.name)
+    ]  # fmt: skip
+    if odd:
+        raise UserError(
+            f"{path} says in its README.md that its files are read with {odd[0]}, which an import doesn't know; name "
+            "the files in place of the data set"
+        )
+    loader = datasets.DownloadManager(
+        dataset_name=builder.dataset_name,
+        data_dir=options.data_dir,
+        download_config=datasets.DownloadConfig(**place),
+        base_path=builder.base_path,
+    )
+    files: Any = loader.download_and_extract({str(key): [*each] for key, each in options.data_files.items()})
+    features = builder.info.features or {}
+    classes = {
+        column: feature.names for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)
+    }
+    number = 0
+    for file in map(Path, loader.iter_files(_part(name, files, part))):
+        if kind == "csv":
+            rows = _csv(file, options.sep)
+        elif kind == "json":
+            rows = _json_file(file)
+        else:
+            rows = _parquet(file, classes)
+        for _, row in rows:
+            number += 1
+            yield number, row
