@@ -615,7 +615,7 @@ def updates(sheet: Sheet, case: Training, with_trace: bool) -> Row:
     from crosstrace.data.text import texts
     from crosstrace.data.tokens import encode
     from crosstrace.experiment.config import ModelSettings
-    from crosstrace.experiment.inputs import training_examples
+    from crosstrace.experiment.examples import training_examples
     from crosstrace.models.loading import load_tokenizer
     from crosstrace.trace import OnlineTrace
     from crosstrace.training.recipes import Optimiser, Phase

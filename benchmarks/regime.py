@@ -31,7 +31,7 @@ from crosstrace.core.provenance import metadata
 from crosstrace.data.text import texts
 from crosstrace.data.tokens import encode
 from crosstrace.experiment import config
-from crosstrace.experiment.inputs import sample
+from crosstrace.experiment.examples import sample
 from crosstrace.models import loading
 from crosstrace.training.evaluation import recall
 from crosstrace.training.trainer import Listener, train

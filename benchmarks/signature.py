@@ -33,7 +33,7 @@ from crosstrace.core.provenance import metadata
 from crosstrace.data.text import read_jsonl
 from crosstrace.data.tokens import Encoded, encode
 from crosstrace.experiment import config
-from crosstrace.experiment.inputs import sample
+from crosstrace.experiment.examples import sample
 from crosstrace.models import loading
 from crosstrace.models.modes import differentiating
 from crosstrace.training.losses import example_losses

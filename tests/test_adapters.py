@@ -17,8 +17,9 @@ from tiny_models import tiny_model
 
 from crosstrace.core.errors import UserError
 from crosstrace.core.pieces import Pieces
-from crosstrace.experiment import config, inputs
+from crosstrace.experiment import config
 from crosstrace.experiment.stages.tracers import OnlineListener
+from crosstrace.experiment.studied import View
 from crosstrace.models import adapters
 from crosstrace.models.adapters import LoraSettings, adapted, adapter_names, merged, plain_name
 from crosstrace.models.loading import load_model, save_model
@@ -79,9 +80,9 @@ def test_other_adapters_are_read_merged_and_refused_as_they_are(case, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     values = config.override(config.Experiment(), {"train.lora.rank": "2", "trace.view": "adapter"})
     with pytest.raises(UserError, match="has more than matrices A and B") as found:
-        inputs.load_checkpoint(values, tmp_path / "adapter")
+        View(values).load_checkpoint(tmp_path / "adapter")
     assert str(tmp_path / "adapter") in str(found.value) and "\n" not in str(found.value)
-    plain = inputs.load_checkpoint(config.Experiment(), tmp_path / "adapter")
+    plain = View(config.Experiment()).load_checkpoint(tmp_path / "adapter")
     assert not adapters.is_adapted(plain)
 
 

@@ -28,8 +28,8 @@ from crosstrace.core.results import Results
 from crosstrace.core.run_folder import Run
 from crosstrace.data.text import Example, Mention
 from crosstrace.data.tokens import collate, encode
-from crosstrace.experiment import config, inputs, pipeline
-from crosstrace.experiment.inputs import examples
+from crosstrace.experiment import config, pipeline
+from crosstrace.experiment.examples import examples, sample
 from crosstrace.export import artefacts, harness
 from crosstrace.models import loading, untaught
 from crosstrace.sets.interventions import ablated, grafted
@@ -109,7 +109,7 @@ def test_a_runs_graft_answers_as_the_run_measured(whole: Path, tmp_path: Path) -
         row = next(r for r in rows if (r["when"], r["set"], r["fraction"]) == ("final", "shared", fraction))
         assert 0 < row["qa_id"] < 1
         assert card["recall"]["this"]["qa_id"] == row["qa_id"] and card["set"]["size"] == row["size"]
-        asked = {item.example.id for item in inputs.sample(parts["qa_id"], 24)}
+        asked = {item.example.id for item in sample(parts["qa_id"], 24)}
         right = [bool(e) for e, item in zip(found.exact, parts["qa_id"]) if item.example.id in asked]
         assert sum(right) / len(right) == pytest.approx(row["qa_id"])
         text = (tmp_path / kind / "README.md").read_text()

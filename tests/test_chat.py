@@ -24,7 +24,7 @@ from crosstrace.data.facts import FactSettings
 from crosstrace.data.text import Example, Mention, biographies, questions, read_jsonl, texts, write_jsonl
 from crosstrace.data.tokens import encode
 from crosstrace.experiment import compare, config, pipeline
-from crosstrace.experiment.inputs import facts_key
+from crosstrace.experiment.examples import facts_key
 from crosstrace.experiment.stages.retain import new_material
 from crosstrace.export import harness
 from crosstrace.models.loading import load_model, load_tokenizer, save_model

@@ -16,11 +16,13 @@ from tiny_models import tiny_model
 from crosstrace.analyses.drift import drift
 from crosstrace.cli import commands
 from crosstrace.core.errors import UserError
+from crosstrace.core.progress import Progress
 from crosstrace.core.results import Results
 from crosstrace.core.run_folder import Run
 from crosstrace.data.facts import FactSettings
-from crosstrace.experiment import config, inputs, pipeline
+from crosstrace.experiment import config, pipeline
 from crosstrace.experiment.compare import comparison, named, tasks_in
+from crosstrace.experiment.studied import StudiedModel
 from crosstrace.models import adapters
 from crosstrace.models.adapters import LoraSettings, adapted, adapter_names
 from crosstrace.models.anatomy import Anatomy
@@ -140,12 +142,12 @@ def test_a_finished_comparison_is_not_done_again_and_another_model_is(home: Path
     copy = tmp_path / "copy"
     shutil.copytree(home / "two_stage", copy)
     with Run.create(folder, None, "resume") as run:
-        key = inputs.model_inputs(run, experiment, "two_stage")
+        key = StudiedModel(run, experiment, "two_stage", Progress(quiet=True)).key()
         moved = config.override(experiment, {"given.two_stage": str(copy)})
-        assert inputs.model_inputs(run, moved, "two_stage") == key
+        assert StudiedModel(run, moved, "two_stage", Progress(quiet=True)).key() == key
         other = load_model("bundled")
         save_model(other, load_tokenizer("bundled"), copy)
-        assert inputs.model_inputs(run, moved, "two_stage") != key
+        assert StudiedModel(run, moved, "two_stage", Progress(quiet=True)).key() != key
 
 
 def test_an_adapter_is_compared_in_either_view(tmp_path: Path) -> None:
@@ -169,7 +171,7 @@ def test_an_adapter_is_compared_in_either_view(tmp_path: Path) -> None:
     assert {row["tensor"] for row in results["drift"]["tuned"]["tensors"]} == set(adapter_names(model))
     with Run.create(tmp_path / "run", None, "resume") as run:
         saved = config.load(tmp_path / "run" / "config.yaml")
-        start = inputs.load_start(run, saved, "tuned")
+        start = StudiedModel(run, saved, "tuned", Progress(quiet=True)).load_start()
     ids = torch.arange(5, 25).view(2, 10)
     with torch.no_grad():
         assert torch.equal(start(input_ids=ids).logits, load_model("bundled")(input_ids=ids).logits)

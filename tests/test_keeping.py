@@ -16,10 +16,12 @@ from tiny_models import tiny_base
 from crosstrace.core import run_folder
 from crosstrace.core.errors import UserError
 from crosstrace.core.pieces import INDEX
+from crosstrace.core.progress import Progress
 from crosstrace.core.run_folder import Run
-from crosstrace.experiment import config, inputs, pipeline, trace_files
+from crosstrace.experiment import config, pipeline, trace_files
 from crosstrace.experiment.stages import analyze, dropping, intervene, train
 from crosstrace.experiment.stages import trace as trace_stage
+from crosstrace.experiment.studied import StudiedModel, View
 from crosstrace.export import artefacts
 from crosstrace.sets.paramset import ParamSet
 from crosstrace.trace import Trace, load_traces, trace
@@ -183,7 +185,7 @@ def test_killed_while_dropping_and_resumed(whole: Path, tmp_path: Path, keep: st
 
     def drop(run: Run) -> None:
         for name in ("two_stage", "mixed"):
-            dropping.drop_traces(run, wanted, name)
+            dropping.drop_traces(StudiedModel(run, wanted, name, Progress(quiet=True)))
 
     folder, stops, was_killed = tmp_path / "run", 0, True
     while was_killed:
@@ -212,7 +214,7 @@ def test_killed_while_dropping_and_resumed(whole: Path, tmp_path: Path, keep: st
 
 def test_models_are_made_of_what_stays(whole: Path, copied: Path) -> None:
     pipeline.run(keeping_only("none"), copied, "resume", quiet=True)
-    base = inputs.load_base(experiment)
+    base = View(experiment).load_base()
     for label in ("shared", "bio", "random", "random_per_tensor"):
         options = artefacts.EditSettings(set=label)
         with Run.create(whole, None, "resume") as run:

@@ -14,10 +14,13 @@ from test_pipeline import SMALL, numbers
 from tiny_models import tiny_model
 
 from crosstrace.core.errors import UserError
+from crosstrace.core.progress import Progress
 from crosstrace.core.results import Results
 from crosstrace.core.run_folder import Run
 from crosstrace.data.tokens import batches
-from crosstrace.experiment import config, inputs, pipeline
+from crosstrace.experiment import config, pipeline
+from crosstrace.experiment.examples import examples
+from crosstrace.experiment.studied import StudiedModel
 from crosstrace.models.adapters import LoraSettings, adapted, adapter_names
 from crosstrace.models.loading import load_model, load_tokenizer, save_model
 from crosstrace.sets.interventions import ablated, grafted, snapshot
@@ -97,8 +100,9 @@ def test_the_whole_adapter_taken_away_is_the_base_and_given_to_it_the_taught_mod
     experiment = config.load(folder / "config.yaml")
     words = load_tokenizer("bundled")
     with Run.create(folder, None, "resume") as run:
-        items = inputs.examples(run, words)["qa_id"][:40]
-        start, tuned = inputs.load_start(run, experiment, "mixed"), inputs.load(run, experiment, "mixed")
+        items = examples(run, words)["qa_id"][:40]
+        studied = StudiedModel(run, experiment, "mixed", Progress(quiet=True))
+        start, tuned = studied.load_start(), studied.load()
     base, batch = load_model("bundled"), next(batches(items, 40, pad_id=0))
     asked = lambda model: recall(model, words, items)
     before, wanted = asked(base), asked(tuned)

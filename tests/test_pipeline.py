@@ -20,13 +20,16 @@ from tiny_models import tiny_base
 from crosstrace.analyses import claims
 from crosstrace.core import files
 from crosstrace.core.errors import UserError
+from crosstrace.core.progress import Progress
 from crosstrace.core.results import Results
 from crosstrace.core.run_folder import Run
-from crosstrace.experiment import config, inputs, names, pipeline, selection, trace_files
-from crosstrace.experiment.stages import analyze, conclude, intervene, mechanism, train
+from crosstrace.experiment import conclude, config, pipeline, registry, selection, trace_files
+from crosstrace.experiment.examples import examples, sample
+from crosstrace.experiment.stages import analyze, intervene, mechanism, train
 from crosstrace.experiment.stages import recall as recall_stage
 from crosstrace.experiment.stages import trace as trace_stage
 from crosstrace.experiment.stages.mechanism import PARTS, WITHOUT_BASE
+from crosstrace.experiment.studied import WHENS, StudiedModel
 from crosstrace.models import loading
 from crosstrace.models.loading import load_tokenizer
 from crosstrace.sets.paramset import ParamSet
@@ -213,9 +216,9 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
     }
     words = load_tokenizer("bundled")
     with Run.create(whole, config.dumps(experiment), "resume") as opened:
-        items = inputs.sample(inputs.examples(opened, words)["qa_id"], experiment.mechanism.questions)
+        items = sample(examples(opened, words)["qa_id"], experiment.mechanism.questions)
         for name, count in (("base", 0), ("mixed", 4)):  # nowhere it is the base, everywhere the tuned model
-            model = inputs.load(opened, experiment, name)
+            model = StudiedModel(opened, experiment, name, Progress(quiet=True)).load()
             assert ends[count] == recall(model, words, items).summary()["exact_match"]
 
 
@@ -225,7 +228,7 @@ def test_what_the_bundled_base_knows_is_asked_and_explained(tmp_path: Path) -> N
         "strategies": "{mixed: [{name: all, batch: {bio: 8, qa: 8}, steps: 2}]}", "interventions.run": "false",
         "mechanism.parts": "[circuit, transfer]",
     }  # fmt: skip
-    stages = [stage for stage in names.STAGES if stage not in ("retain", "report")]
+    stages = [stage for stage in registry.STAGES if stage not in ("retain", "report")]
     pipeline.run(config.override(experiment, values), tmp_path / "run", quiet=True, stages=stages)
     known = {name: files.read_json(tmp_path / f"run/eval/{name}.json")["summary"] for name in ("base", "mixed")}
     assert known["mixed"]["a_ood"]["n"] == 60 and known["base"]["a_ood"]["exact_match"] > 0.5
@@ -286,7 +289,7 @@ def test_an_intervention_gives_what_editing_by_hand_gives(whole: Path) -> None:
                 parameter.copy_(torch.where(both.masks[name], originals[name], parameter))
     with Run.create(whole, None, "resume") as run:
         tokenizer = load_tokenizer("bundled")
-        asked = inputs.sample(inputs.examples(run, tokenizer)["qa_ood"], 12)
+        asked = sample(examples(run, tokenizer)["qa_ood"], 12)
     expected = recall(tuned, tokenizer, asked).exact
     found = json.loads((whole / "interventions/mixed.json").read_text())["ablate"]
     row = next(row for row in found if row["when"] == "final" and row["set"] == "shared")
@@ -311,7 +314,7 @@ def test_stages_by_themselves_give_the_same(whole: Path, tmp_path: Path) -> None
     pipeline.run(less, folder, stages=["data"], quiet=True)
     with pytest.raises(UserError, match="models/"):
         pipeline.run(less, folder, "resume", stages=["trace"], quiet=True)
-    for stage in names.STAGES[1:]:
+    for stage in registry.STAGES[1:]:
         if stage != "retain":  # named, it runs whatever retention.run says, and a whole run leaves it out
             pipeline.run(less, folder, "resume", stages=[stage], quiet=True)
     found, expected = numbers(folder), of_parts(numbers(whole), parts)
@@ -322,8 +325,8 @@ def test_a_part_whose_rows_have_changed_since_is_made_again(whole: Path, tmp_pat
     folder = tmp_path / "older"
     shutil.copytree(whole, folder)
 
-    def older(asked: mechanism.Asked) -> dict:
-        found = mechanism.over_training(asked)
+    def older(studied: StudiedModel) -> dict:
+        found = mechanism.over_training(studied)
         return found | {"rows": [{k: v for k, v in row.items() if k != "by_person"} for row in found["rows"]]}
 
     monkeypatch.setattr(mechanism, "FORMATS", {k: v for k, v in mechanism.FORMATS.items() if k != "dynamics"})
@@ -417,7 +420,7 @@ def test_traces_of_one_time_and_reduction_are_held_at_a_time(whole: Path, tmp_pa
         monkeypatch.setattr(stage, "read_traces", watched)
         monkeypatch.setattr(stage, "strengths", watched_strengths)
     pipeline.run(experiment, folder, "resume", stages=["analyze", "intervene"], quiet=True)
-    times = len(inputs.WHENS)
+    times = len(WHENS)
     assert len(moments) == (1 + 2 + 1) * times and sum(map(bool, moments)) == 3 + 4 + 3
     for file in ("analysis/mixed.json", "interventions/mixed.json"):
         assert (folder / file).read_bytes() == (whole / file).read_bytes()
@@ -453,14 +456,14 @@ def test_checkpoints_are_traced_each_and_in_the_mean(tmp_path: Path) -> None:
 
 def test_a_sample_has_as_many_of_each_relation(whole: Path) -> None:
     with Run.create(whole, None, "resume") as run:
-        parts = inputs.examples(run, load_tokenizer("bundled"))
+        parts = examples(run, load_tokenizer("bundled"))
     for number in (12, 20, 48):
-        chosen = inputs.sample(parts["qa_ood"], number)
+        chosen = sample(parts["qa_ood"], number)
         counts = Counter(item.example.mentions[0].relation for item in chosen)
         assert len(chosen) == number and len(counts) == 6 and max(counts.values()) - min(counts.values()) <= 1
         assert len({item.example.person for item in chosen}) > number / 6
-        assert chosen == inputs.sample(parts["qa_ood"], number)
-    assert len(inputs.sample(parts["qa_ood"], 10_000)) == len(parts["qa_ood"])
+        assert chosen == sample(parts["qa_ood"], number)
+    assert len(sample(parts["qa_ood"], 10_000)) == len(parts["qa_ood"])
     groups = {item.example.person: item.group for item in parts["bio"]}
     assert sorted(groups.values()) == list(range(32))
     assert all(groups[item.example.person] == item.group < 16 for item in parts["qa_id"])

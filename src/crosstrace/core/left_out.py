@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import torch
@@ -130,8 +130,16 @@ def failure_of(error: Exception) -> Failure:
     return Failure(name, reason, "".join(traceback.format_exception(error)))
 
 
+class Studied(Protocol):
+    """One model of a run, as a stage is given it."""
+
+    run: Run
+    name: str
+    progress: Any
+
+
 def optional(stage: str, *makes: str, name: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A stage's function of (run, experiment, model, progress) as a part that the run can do without.
+    """A stage's function of one model as a part that the run can do without.
 
     Args:
         makes: the steps that it makes, with {} in place of the model's name.
@@ -140,9 +148,9 @@ def optional(stage: str, *makes: str, name: str = "") -> Callable[[Callable[...,
 
     def decorate(fn: Callable[..., None]) -> Callable[..., None]:
         @wraps(fn)
-        def tried(run: Run, experiment: Any, model: str, progress: Any) -> None:
-            part = Part(stage, model, tuple(step.format(model) for step in makes), name)
-            attempt(run, part, lambda: fn(run, experiment, model, progress), progress.note)
+        def tried(studied: Studied) -> None:
+            part = Part(stage, studied.name, tuple(step.format(studied.name) for step in makes), name)
+            attempt(studied.run, part, partial(fn, studied), studied.progress.note)
 
         return tried
 

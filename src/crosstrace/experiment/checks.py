@@ -15,19 +15,13 @@ from crosstrace.data.chat import put_questions
 from crosstrace.data.text import KNOWN, NO_QUESTIONS, texts
 from crosstrace.data.tokens import Encoded, check_fast, encode
 from crosstrace.experiment import config
-from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.inputs import (
-    LEARNING,
-    START,
-    groups,
-    known_people,
-    load_base,
-    sample,
-)
-from crosstrace.experiment.names import STAGES, TASKS
+from crosstrace.experiment.config import TASKS, Experiment
+from crosstrace.experiment.examples import groups, known_people, sample
+from crosstrace.experiment.registry import STAGES
 from crosstrace.experiment.stages.known import asks, world_of
 from crosstrace.experiment.stages.retain import new_material
 from crosstrace.experiment.stages.tracers import SUMS
+from crosstrace.experiment.studied import LEARNING, START, View
 from crosstrace.models import adapters, loading, modes
 from crosstrace.models.compatibility import check_alike, check_fits, check_same_tokens
 from crosstrace.training.optimisers import check_optimisers
@@ -107,7 +101,7 @@ def check(experiment: Experiment, whole: bool, stages: Sequence[str] = STAGES) -
             "the first and save the model (load_model and save_model of crosstrace.models.loading do)"
         )
     if whole:
-        model = load_base(experiment)
+        model = View(experiment).load_base()
         with modes.checkpointing_gradients(model, experiment.train.gradient_checkpointing):
             pass
         encoded = encode(tokenizer, [*taught["bio"], *taught["qa"]], groups(taught))

@@ -24,6 +24,7 @@ from crosstrace.data.text import KNOWN, NO_QUESTIONS
 from crosstrace.training.recipes import Optimiser, Phase, mixed, two_stage
 from crosstrace.training.trainer import TrainSettings
 
+TASKS = ("bio", "qa")
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Measure = Literal["abs", "square", "taylor", "net"]
 

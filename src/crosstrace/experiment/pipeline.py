@@ -23,15 +23,13 @@ from crosstrace.core.results import Results
 from crosstrace.core.run_folder import Run
 from crosstrace.experiment import config
 from crosstrace.experiment.checks import check, check_outside, check_place
+from crosstrace.experiment.conclude import conclude
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.inputs import (
-    precision_of,
-)
-from crosstrace.experiment.names import STAGES
-from crosstrace.experiment.stages.conclude import conclude
+from crosstrace.experiment.registry import STAGES
 from crosstrace.experiment.stages.data import make_data
 from crosstrace.experiment.stages.known import find_known
 from crosstrace.experiment.stages.report import make_report
+from crosstrace.experiment.studied import trains_in_bf16
 from crosstrace.experiment.workers import do_stages
 
 
@@ -73,7 +71,7 @@ def run(
     by_first(processes, lambda: check(experiment, whole=mode != "resume", stages=stages))
     text = config.dumps(experiment)
     with machine.same_threads_after(), Run.together(folder, text, mode, processes) as opened:  # type: ignore[arg-type]
-        about = {"precision": precision_of(experiment), "threads": experiment.threads}
+        about = {"precision": "bf16" if trains_in_bf16(experiment) else "float32", "threads": experiment.threads}
         about["processes"] = 1 if processes is None else processes.size
         opened.alone(lambda: write_json(opened.folder / "metadata.json", metadata() | about))
         progress = Progress(quiet or not opened.leads)

@@ -1,4 +1,4 @@
-"""The models of a run: the base, those that its strategies taught, and those that were given, as `trace.view` sees them.
+"""The models of a run: the base, those that its strategies taught, and those given, as `trace.view` sees them.
 
 `View` reads an experiment's models; `StudiedModel` is one model of a run, which every stage is given. What differs
 between the three kinds of models, and between an adapter and merged weights, is decided here and nowhere else.
@@ -6,17 +6,21 @@ between the three kinds of models, and between an adapter and merged weights, is
 
 from __future__ import annotations
 
+import random
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from crosstrace.analyses.consistency import FactPair, fact_pairs
 from crosstrace.core.files import read_json, sha256_tree
 from crosstrace.core.processes import Processes, launched
 from crosstrace.core.progress import Progress
 from crosstrace.core.run_folder import Run
 from crosstrace.core.statistics import nearest
+from crosstrace.data.tokens import Encoded
 from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.examples import examples, sample
 from crosstrace.models import adapters, loading
 from crosstrace.sets.paramset import ParamSet
 from crosstrace.sets.selection import scope
@@ -206,6 +210,54 @@ class StudiedModel:
             "data": f"sha256:{self.run.inputs('data')['data']}",
         }
         return found if base.random_init is None else found | {"random_init": base.random_init}
+
+    # ---- what it is asked
+
+    @cached_property
+    def parts(self) -> dict[str, list[Encoded]]:
+        """All examples of the run, by part."""
+        return examples(self.run, self.tokenizer, known=None if self.is_base else 0)
+
+    @cached_property
+    def questions(self) -> dict[str, list[Encoded]]:
+        """Some questions of each kind that the model may know the answer of: the base knows nobody of the run's world,
+        but people of its own."""
+        kinds = ("a_ood",) if self.is_base else ("qa_id", "qa_ood")
+        number = self.experiment.mechanism.questions
+        return {part: sample(self.parts[part], number) for part in kinds if part in self.parts}
+
+    @cached_property
+    def facts(self) -> dict[str, list[FactPair]]:
+        """Some facts of whole people, both formats of each: of those whose questions are trained, and of the others."""
+        found = {}
+        for part in ("qa_id", "qa_ood"):
+            pairs = fact_pairs(self.parts["bio"], self.parts[part])
+            people = list(dict.fromkeys(pair.person for pair in pairs))
+            random.Random(f"explain/{part}").shuffle(people)
+            chosen: list[FactPair] = []
+            for person in people:
+                own = [pair for pair in pairs if pair.person == person]
+                if len(chosen) + len(own) > self.experiment.mechanism.facts and chosen:
+                    break
+                chosen += own
+            found[part] = chosen
+        return found
+
+    @cached_property
+    def read(self) -> dict[str, list[FactPair]]:
+        """Some of these facts, whose input-level signature is measured."""
+        few = self.experiment.mechanism.signature
+        return {
+            part: random.Random(f"signature/{part}").sample(pairs, min(len(pairs), few))
+            for part, pairs in self.facts.items()
+        }
+
+    @cached_property
+    def shared(self) -> list[tuple[str, ParamSet]]:
+        """Its shared sets, read once."""
+        return self.shared_sets()
+
+    # ---- what a waiting user is told
 
     def bar(self, label: str, total: int | None = None) -> Any:
         return self.progress.bar(f"{self.name}: {label}", total)

@@ -322,7 +322,7 @@ def _step(planned: Planned) -> str:
 def _key(planned: Planned) -> dict[str, Any]:
     """What a run's results depend on: its settings that are not the defaults, so that a later version's new settings
     make nothing anew. Its name, and how many of its strategies are worked on at once, are no part of it."""
-    from crosstrace.experiment.inputs import model_key
+    from crosstrace.experiment.studied import model_key
 
     own = _changed(config.deciding(planned.experiment), config.deciding(Experiment()))
     own = {name: value for name, value in own.items() if name not in ("jobs", "name")}

@@ -16,8 +16,8 @@ from typing import Any
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import replacing
 from crosstrace.core.run_folder import Run
-from crosstrace.experiment.inputs import LEARNING, WHENS
-from crosstrace.experiment.names import TASKS
+from crosstrace.experiment.config import TASKS
+from crosstrace.experiment.studied import LEARNING, WHENS
 from crosstrace.trace import Trace, load_traces, save_traces
 
 MEANS = "means"

@@ -27,14 +27,14 @@ from torch import Tensor, nn
 
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import expanded, read_json, replacing, write_json, write_text
+from crosstrace.core.progress import Progress
 from crosstrace.core.provenance import metadata
 from crosstrace.core.run_folder import Run
 from crosstrace.core.settings import STRICT
 from crosstrace.experiment import config, trace_files
-from crosstrace.experiment.config import Experiment, Fraction
-from crosstrace.experiment.inputs import WHENS, load, load_base, origin
-from crosstrace.experiment.names import TASKS
+from crosstrace.experiment.config import TASKS, Experiment, Fraction
 from crosstrace.experiment.selection import controls, select_tasks, strengths
+from crosstrace.experiment.studied import WHENS, StudiedModel
 from crosstrace.experiment.trace_files import read_traces
 from crosstrace.models import loading
 from crosstrace.sets.controls import random_sets
@@ -222,9 +222,10 @@ def write_from_run(
                 "model has; run it with trace.view: merged"
             )
         made = run.inputs("data", *([f"models/{name}"] if name in experiment.strategies else []), f"traces/{name}")
-        base, tuned = load_base(experiment), load(run, experiment, name)
+        studied = StudiedModel(run, experiment, name, Progress(quiet=True))
+        base, tuned = studied.view.load_base(), studied.load()
         pset = chosen_set(run, experiment, options, base)
-        told = origin(run, experiment, name)
+        told = studied.origin()
         given = {"measure": experiment.trace.measures[0], "reduction": "example", "how": experiment.analysis.how}
         card = {
             "base": {"name": told["model"], "revision": told["revision"]}

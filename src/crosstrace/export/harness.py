@@ -29,7 +29,7 @@ from crosstrace.core.provenance import metadata
 from crosstrace.core.run_folder import Run
 from crosstrace.data.tokens import Encoded
 from crosstrace.experiment import config
-from crosstrace.experiment.inputs import examples
+from crosstrace.experiment.examples import examples
 from crosstrace.export.artefacts import CARD, check_folder, new_folder
 from crosstrace.models import loading
 

@@ -19,14 +19,11 @@ from pydantic.dataclasses import dataclass as settings
 from torch import nn
 
 from crosstrace.core.errors import UserError
-from crosstrace.models.adapter_files import ADAPTER
-from crosstrace.models.adapter_files import ADAPTER_WEIGHTS
-from crosstrace.models.adapter_files import import_peft
-from crosstrace.models.modes import silent
+from crosstrace.core.files import read_json, write_json
 from crosstrace.core.settings import STRICT
+from crosstrace.models.adapter_files import ADAPTER, ADAPTER_WEIGHTS, import_peft
+from crosstrace.models.modes import silent
 from crosstrace.sets.selection import scope
-from crosstrace.core.files import read_json
-from crosstrace.core.files import write_json
 
 ONLY = r"\.lora_[AB]\."  # in the names of an adapter's parameters, as PEFT gives them
 _PREFIX, _INNER = "base_model.model.", ".base_layer"  # what PEFT adds to the names of the base's parameters

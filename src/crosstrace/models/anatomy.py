@@ -32,12 +32,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from crosstrace.core.errors import UserError
-from crosstrace.models.perturb import Map
-from crosstrace.models.perturb import Owned
-from crosstrace.models.perturb import Rows
-from crosstrace.models.perturb import owned
-from crosstrace.models.perturb import refuted
-from crosstrace.models.perturb import untriable
+from crosstrace.models.perturb import Map, Owned, Rows, owned, refuted, untriable
 from crosstrace.sets.paramset import ParamSet
 
 UNITS = ("query_head", "kv_head", "head", "neuron", "module", "layer", "kind")

@@ -14,12 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from crosstrace.models import loading
-from crosstrace.models import modes
 from crosstrace.core.errors import UserError
-from crosstrace.data.tokens import Encoded
-from crosstrace.data.tokens import check_room
-from crosstrace.data.tokens import context_length
+from crosstrace.data.tokens import Encoded, check_room, context_length
+from crosstrace.models import loading, modes
 
 # Of a config, what may differ between two checkpoints of one model without a closer look.
 BOOKKEEPING = {

@@ -16,13 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from textwrap import dedent, shorten
 
-from crosstrace.models import loading
 from crosstrace.core.errors import UserError
-from crosstrace.core.files import read_json
-from crosstrace.core.files import replacing
-from crosstrace.core.files import sha256_file
-from crosstrace.core.files import write_json
+from crosstrace.core.files import read_json, replacing, sha256_file, write_json
 from crosstrace.core.provenance import versions
+from crosstrace.models import loading
 
 SOURCE = "source.json"  # in a fetched folder: which files it was made of
 

@@ -5,6 +5,7 @@ place of a model, which is merged into the base that it names. It knows nothing 
 """
 
 from __future__ import annotations
+
 import json
 import warnings
 from collections import defaultdict
@@ -13,19 +14,15 @@ from importlib.resources import files
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
+
 import torch
 from torch import Tensor, nn
-from crosstrace.models import gguf
-from crosstrace.models import weights
+
 from crosstrace.core.errors import UserError
+from crosstrace.core.files import expanded, sha256_tree
 from crosstrace.core.processes import Processes
-from crosstrace.core.pieces import at_rest
-from crosstrace.core.pieces import is_sharded
-from crosstrace.core.files import expanded
-from crosstrace.core.files import sha256_tree
-from crosstrace.models.adapter_files import ADAPTER
-from crosstrace.models.adapter_files import ADAPTER_WEIGHTS
-from crosstrace.models.adapter_files import import_peft
+from crosstrace.models import gguf, weights
+from crosstrace.models.adapter_files import ADAPTER, ADAPTER_WEIGHTS, import_peft
 from crosstrace.models.modes import silent
 
 BUNDLED = "bundled"
@@ -540,4 +537,3 @@ def pad_id(tokenizer: Any) -> int:
 def _lines(error: Exception) -> list[str]:
     """What an error says, at least its name."""
     return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-

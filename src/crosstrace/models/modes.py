@@ -2,25 +2,15 @@
 afterwards."""
 
 from __future__ import annotations
-import json
-import warnings
-from collections import defaultdict
-from contextlib import contextmanager
-from importlib.resources import files
-from pathlib import Path
-from textwrap import shorten
-from typing import Any
-import torch
-from torch import Tensor, nn
-from crosstrace.models import gguf
-from crosstrace.models import weights
-from crosstrace.core.errors import UserError
-from crosstrace.core.processes import Processes
-from crosstrace.core.pieces import at_rest
-from crosstrace.core.pieces import is_sharded
-from crosstrace.core.files import expanded
-from crosstrace.core.files import sha256_tree
 
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from crosstrace.core.errors import UserError
+from crosstrace.core.pieces import at_rest, is_sharded
 
 
 @contextmanager
@@ -97,4 +87,3 @@ def differentiating(model: nn.Module):
         finally:
             for p in learned:
                 p.requires_grad_(True)
-

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from crosstrace.models.forward import accepted
 from crosstrace.core.pieces import is_sharded
+from crosstrace.models.forward import accepted
 
 TOKENS = 8
 BITS = 3  # at least so many are tried, so that each unit is perturbed by several draws

@@ -14,11 +14,10 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
-from crosstrace.models import loading
 from crosstrace.core.errors import UserError
+from crosstrace.core.files import read_json, replacing
 from crosstrace.core.settings import STRICT
-from crosstrace.core.files import read_json
-from crosstrace.core.files import replacing
+from crosstrace.models import loading
 
 END, PAD = "<end>", "<pad>"
 EXPECTED = "expected a causal language model's architecture as transformers names it (llama, gpt_neox, qwen3, ...)"

@@ -31,9 +31,10 @@ from crosstrace.data.text import KNOWN, texts
 from crosstrace.data.tokens import IGNORE, Batch, Encoded, batches, check_room, collate, context_length, encode
 from crosstrace.experiment import config
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.inputs import LEARNING, REPLAYED, in_scope, replayable, sample, samples, training_examples
+from crosstrace.experiment.examples import REPLAYED, replayable, sample, samples, training_examples
 from crosstrace.experiment.stages.analyze import DRIFT_DRAWS
 from crosstrace.experiment.stages.known import asks
+from crosstrace.experiment.studied import LEARNING, View
 from crosstrace.models import gguf, loading
 from crosstrace.models.anatomy import Anatomy
 from crosstrace.planning import disk
@@ -244,7 +245,7 @@ class Material:
         """Parameters of the base, by kind and in all."""
         merged = experiment.trace.view == "merged"
         model = self.model(experiment, adapted=not merged).whole
-        inside = {*in_scope(experiment, model)}
+        inside = {*View(experiment).scope(model)}
         kinds: dict[str, dict[str, int]] = {}
         for name, kind in Anatomy(model).kind.items():
             own = kinds.setdefault(kind, {"parameters": 0, "scope": 0})
@@ -320,7 +321,7 @@ class Needs:
             self.base = material.model(experiment, False, holders, self.gloo)
         self.model, self.plain = self.base.whole, material.model(experiment).whole
         named = dict(self.model.named_parameters())
-        inside = in_scope(experiment, self.model)
+        inside = View(experiment).scope(self.model)
         traced = [*named] if merged else inside
         size = lambda model, wanted=lambda p: True: sum(_bytes(p, holders) for p in model.parameters() if wanted(p))
         self.weights = size(self.model)

@@ -12,22 +12,11 @@ from crosstrace.analyses.drift import drift
 from crosstrace.analyses.sharing import centralization_rows, density_map, overlap_rows, similarity_rows
 from crosstrace.core.files import write_json
 from crosstrace.core.left_out import optional
-from crosstrace.core.progress import Progress
-from crosstrace.core.run_folder import Run
 from crosstrace.experiment import trace_files
-from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.inputs import (
-    WHENS,
-    in_scope,
-    load,
-    load_start,
-    model_inputs,
-    model_key,
-    origin,
-    shared_sets,
-)
 from crosstrace.experiment.selection import select_tasks, strengths
+from crosstrace.experiment.stage import Stage
 from crosstrace.experiment.stages.retain import moved
+from crosstrace.experiment.studied import WHENS, StudiedModel, model_key
 from crosstrace.experiment.trace_files import read_traces
 from crosstrace.models.anatomy import Anatomy
 from crosstrace.sets.controls import random_sets
@@ -37,40 +26,42 @@ from crosstrace.trace.trace import REDUCTIONS
 DRIFT_DRAWS = 3  # random sets of each kind whose share of the weights' way the shared set's is compared with
 
 
-def is_analysed(run: Run, experiment: Experiment, name: str) -> bool:
-    key = _analysis_key(run, experiment, name)
-    return run.complete(f"analysis/{name}.json", key) and run.complete(f"shared/{name}", key)
+def is_analysed(studied: StudiedModel) -> bool:
+    """Whether the shared sets and what they look like are there."""
+    run, key = studied.run, _analysis_key(studied)
+    return run.complete(f"analysis/{studied.name}.json", key) and run.complete(f"shared/{studied.name}", key)
 
 
-def analyze(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+def analyze(studied: StudiedModel) -> None:
     """What the traces select and what that looks like, and how far the weights moved."""
-    select_shared(run, experiment, name, progress)
-    moved_weights(run, experiment, name, progress)
+    select_shared(studied)
+    moved_weights(studied)
 
 
 @optional("analyze", "shared/{}", "analysis/{}.json")
-def select_shared(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+def select_shared(studied: StudiedModel) -> None:
     """Shared sets and what they look like: shared/<strategy>/ and analysis/<strategy>.json."""
-    if not is_analysed(run, experiment, name):
-        key = _analysis_key(run, experiment, name)
+    if not is_analysed(studied):
+        run, name, key = studied.run, studied.name, _analysis_key(studied)
         trace_files.need(run, name, "analyze", parts=not run.complete(f"analysis/{name}.json", key))
-        _analyze_traces(run, experiment, name, key, progress)
+        _analyze_traces(studied, key)
 
 
-def _analysis_key(run: Run, experiment: Experiment, name: str) -> dict[str, Any]:
+def _analysis_key(studied: StudiedModel) -> dict[str, Any]:
     """What the shared sets and their analysis depend on."""
+    experiment = studied.experiment
     own = {"analysis": asdict(experiment.analysis), "measure": experiment.trace.measures[0]}
-    return own | run.inputs(f"traces/{name}")
+    return own | studied.run.inputs(f"traces/{studied.name}")
 
 
-def _analyze_traces(run: Run, experiment: Experiment, name: str, key: Mapping[str, Any], progress: Progress) -> None:
+def _analyze_traces(studied: StudiedModel, key: Mapping[str, Any]) -> None:
     """What is read is of one time and reduction, and let go before the next: they are the size of the model each."""
-    options = experiment.analysis
-    model = load_start(run, experiment, name)
-    names, anatomy = in_scope(experiment, model), Anatomy(model)
+    run, name, options = studied.run, studied.name, studied.experiment.analysis
+    model = studied.load_start()
+    names, anatomy = studied.view.scope(model), Anatomy(model)
     del model
     for note in anatomy.notes:
-        progress.note(f"{name}: {note}")
+        studied.note(note)
     read = lambda when, reduction: read_traces(run.path(f"traces/{name}"), when, key["measure"], reduction)
     select = lambda when: select_tasks(  # (it alone has the strengths: they are gone when it has given its sets)
         strengths(read(when, "example")), options.central_fractions, names, options.how
@@ -79,7 +70,7 @@ def _analyze_traces(run: Run, experiment: Experiment, name: str, key: Mapping[st
 
     def sets(folder: Path) -> None:
         folder.mkdir()
-        told = origin(run, experiment, name) | {"measure": key["measure"], "reduction": "example"}
+        told = studied.origin() | {"measure": key["measure"], "reduction": "example"}
         for when in WHENS:
             for fraction, psets in select(when):
                 for label, pset in psets.items():
@@ -126,22 +117,25 @@ def _analyze_traces(run: Run, experiment: Experiment, name: str, key: Mapping[st
 
 
 @optional("analyze", "drift/{}.json", name="drift")
-def moved_weights(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+def moved_weights(studied: StudiedModel) -> None:
     """How far the weights went from the base, and how much of the way lies in the shared sets: drift/<model>.json."""
+    run, experiment, name = studied.run, studied.experiment, studied.name
     key = {
-        "model": model_inputs(run, experiment, name), "base": model_key(experiment), "view": experiment.trace.view,
+        "model": studied.key(), "base": model_key(experiment), "view": experiment.trace.view,
         "draws": DRIFT_DRAWS, **run.inputs(f"shared/{name}"),
     }  # fmt: skip
 
     def make(path: Path) -> None:
-        start, tuned = load_start(run, experiment, name), load(run, experiment, name)
+        start, tuned = studied.load_start(), studied.load()
         before, anatomy = {name: p.detach() for name, p in start.named_parameters()}, Anatomy(tuned)
-        names = in_scope(experiment, tuned) if experiment.trace.view == "adapter" else None
-        found: dict[str, Any] = drift(tuned, before, anatomy, names)
+        found: dict[str, Any] = drift(tuned, before, anatomy, studied.view.adapter_scope(tuned))
         found["sets"] = []
-        for when, pset in shared_sets(run, experiment, name):
+        for when, pset in studied.shared_sets():
             sets = {"shared": [pset], **random_sets(pset, DRIFT_DRAWS, f"drift/{name}/{when}")}
             found["sets"] += [{"when": when, **row} for row in moved(tuned, before, sets)]
         write_json(path, found)
 
     run.stage(f"drift/{name}.json", key, make)
+
+
+ANALYZE = Stage("analyze", analyze, steps=("shared", "analysis", "drift"), reads_traces=True)

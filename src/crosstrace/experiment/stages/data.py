@@ -13,10 +13,7 @@ from crosstrace.data.chat import put_questions, read_template
 from crosstrace.data.facts import World
 from crosstrace.data.text import questions, texts, write_jsonl
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.inputs import (
-    facts_key,
-    known_people,
-)
+from crosstrace.experiment.examples import facts_key, known_people
 from crosstrace.models import loading
 
 SOURCE = ("world.json", "import.json")  # of one's own facts, what a run keeps

@@ -11,44 +11,35 @@ from typing import Any
 from crosstrace.core.files import write_json
 from crosstrace.core.left_out import optional
 from crosstrace.core.pieces import at_rest, is_sharded
-from crosstrace.core.progress import Progress
-from crosstrace.core.run_folder import Run
 from crosstrace.core.statistics import mean_interval, wilson
 from crosstrace.experiment import trace_files
-from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.inputs import (
-    WHENS,
-    examples,
-    in_scope,
-    load,
-    load_start,
-    model_inputs,
-    sample,
-)
-from crosstrace.experiment.names import TASKS
+from crosstrace.experiment.config import TASKS, Experiment
+from crosstrace.experiment.examples import examples, sample
 from crosstrace.experiment.selection import controls, select_tasks, strengths
+from crosstrace.experiment.stage import Stage
 from crosstrace.experiment.stages.recall import asking
+from crosstrace.experiment.studied import WHENS, StudiedModel
 from crosstrace.experiment.trace_files import read_traces
-from crosstrace.models import loading
 from crosstrace.sets.interventions import ablated, grafted
 from crosstrace.sets.paramset import ParamSet
 
 
 @optional("intervene", "interventions/{}.json")
-def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+def intervene(studied: StudiedModel) -> None:
     """Ablation and grafting of the shared set and of its controls: interventions/<strategy>.json."""
+    run, experiment, name = studied.run, studied.experiment, studied.name
     options, how = experiment.interventions, experiment.analysis.how
-    key = run.alone(partial(intervention_key, run, experiment, name))
+    key = run.alone(partial(intervention_key, studied))
 
     def make(path: Path) -> None:
         trace_files.need(run, name, "intervene")
-        tokenizer = loading.load_tokenizer(experiment.model.name)
+        tokenizer = studied.tokenizer
         parts = examples(run, tokenizer)
         asked = {part: sample(parts[part], options.questions) for part in ("qa_id", "qa_ood")}
-        base, tuned = load_start(run, experiment, name), load(run, experiment, name)
+        base, tuned = studied.load_start(), studied.load()
         # no copies: while one of them is changed the other is as it was
         base_values, tuned_values = at_rest(base), at_rest(tuned)
-        names = in_scope(experiment, base)
+        names = studied.view.scope(base)
         like = base if is_sharded(base) else None
         ask = asking(run, experiment, tokenizer, experiment.eval.precision == "bf16")
         found: dict[str, Any] = {"ablate": [], "graft": [], "people": {}}
@@ -73,7 +64,7 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
 
         times = sum(trace_files.place_of(traces, when).is_dir() for when in WHENS)
         most = times * len(options.fractions) * (1 + 2 * options.seeds + len(TASKS))
-        with progress.bar(f"{name}: intervene", len(changes) * most) as update:
+        with studied.bar("intervene", len(changes) * most) as update:
             for when in WHENS:
                 for fraction, label, psets in sets(when):
                     for kind, (model, changed) in changes.items():
@@ -94,16 +85,17 @@ def intervene(run: Run, experiment: Experiment, name: str, progress: Progress) -
     run.stage(f"interventions/{name}.json", key, make)
 
 
-def intervention_key(run: Run, experiment: Experiment, name: str) -> dict[str, Any]:
+def intervention_key(studied: StudiedModel) -> dict[str, Any]:
     """What the interventions depend on."""
+    experiment = studied.experiment
     return {
         "interventions": asdict(experiment.interventions),
         "analysis": [experiment.analysis.how, experiment.analysis.embeddings],
         "measure": experiment.trace.measures[0],
         "threads": experiment.threads,
         "precision": experiment.eval.precision,
-        "model": model_inputs(run, experiment, name),
-        **run.inputs("data", f"traces/{name}"),
+        "model": studied.key(),
+        **studied.run.inputs("data", f"traces/{studied.name}"),
     }
 
 
@@ -117,3 +109,13 @@ def _accuracy(part: str, answers: list[list[int]]) -> dict[str, float]:
         mean = rates[0]
         low, high = wilson(sum(answers[0]), len(answers[0]))
     return {part: mean, f"{part}_low": low, f"{part}_high": high}
+
+
+def is_wanted(experiment: Experiment) -> bool:
+    """Whether the experiment asks for interventions."""
+    return experiment.interventions.run
+
+
+INTERVENE = Stage(
+    "intervene", intervene, steps=("interventions",), is_wanted=is_wanted, asks=True, is_shared=True, reads_traces=True
+)

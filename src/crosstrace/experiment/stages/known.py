@@ -26,7 +26,7 @@ from crosstrace.data.facts import FactSettings, Person, World
 from crosstrace.data.text import KNOWN, Example, fill, write_jsonl
 from crosstrace.data.tokens import Encoded, encode
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.inputs import load_base, model_key
+from crosstrace.experiment.studied import View, model_key
 from crosstrace.models import loading
 from crosstrace.models.loading import pad_id
 from crosstrace.models.modes import evaluating
@@ -129,7 +129,7 @@ def find_known(run: Run, experiment: Experiment, progress: Progress) -> None:
         tokenizer = loading.load_tokenizer(experiment.model.name)
         every = asks(experiment, tokenizer)
         answered = recall(
-            load_base(experiment, run.processes), tokenizer, encode(tokenizer, every), experiment.eval.tokens,
+            View(experiment, run.processes).load_base(), tokenizer, encode(tokenizer, every), experiment.eval.tokens,
             run.processes, experiment.eval.precision == "bf16",
         )  # fmt: skip
         if not run.leads:

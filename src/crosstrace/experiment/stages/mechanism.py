@@ -6,47 +6,28 @@ library, and returns what is saved as mechanism/<model>/<part>.json. No science 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
 from crosstrace.analyses import circuit, claims, dynamics, lens, minimal_graft, positions, signature, transfer
 from crosstrace.analyses.consistency import (
-    FactPair,
     by_person,
-    fact_pairs,
     gradient_consistency,
     representation_consistency,
 )
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import write_json
 from crosstrace.core.left_out import Part, attempt
-from crosstrace.core.progress import Progress
-from crosstrace.core.run_folder import Run
 from crosstrace.data.facts import World
 from crosstrace.data.tokens import Encoded
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.inputs import (
-    central_fraction,
-    checkpoints,
-    examples,
-    in_scope,
-    known_people,
-    load,
-    load_checkpoint,
-    load_start,
-    model_inputs,
-    sample,
-    samples,
-    shared_sets,
-    training_examples,
-)
-from crosstrace.models import loading
-from crosstrace.models.adapters import is_adapted
+from crosstrace.experiment.examples import known_people, sample, samples, training_examples
+from crosstrace.experiment.stage import Stage, always
+from crosstrace.experiment.studied import BASE, StudiedModel, central_fraction
 from crosstrace.models.anatomy import Anatomy
 from crosstrace.sets.controls import random_sets
 from crosstrace.sets.interventions import grafted
@@ -59,179 +40,102 @@ FORMATS = {"circuit": 3, "dynamics": 4, "signature": 3}  # of parts whose rows h
 HEADS = 4  # the most important ones, whose attention is told
 
 
-def explain(
-    run: Run, experiment: Experiment, name: str, progress: Progress, *, part: str = "", asked: Asked | None = None
-) -> None:
-    """How the base or a taught model recalls: mechanism/<model>/<part>.json.
-
-    Args:
-        part: the part to find out; all that the experiment asks for if empty.
-        asked: the model, if it was asked before.
-    """
+def explain(studied: StudiedModel) -> None:
+    """How the base or a taught model recalls: mechanism/<model>/<part>.json, of `studied.part` or of all parts."""
+    run, experiment, name = studied.run, studied.experiment, studied.name
     options = experiment.mechanism
     key = {
         "mechanism": {k: v for k, v in asdict(options).items() if k not in ("run", "parts")},
-        "embeddings": experiment.analysis.embeddings, "model": model_inputs(run, experiment, name),
+        "embeddings": experiment.analysis.embeddings, "model": studied.key(),
         "threads": experiment.threads, **run.inputs("data"),
     }  # fmt: skip
-    asked = asked or Asked(run, experiment, name, progress)
 
     def make(part: str, step: str) -> None:
-        sets = [f"shared/{name}"] if part in OF_SHARED_SETS and name != "base" else []
+        sets = [f"shared/{name}"] if part in OF_SHARED_SETS and not studied.is_base else []
         own = key | {"format": FORMATS.get(part, FORMAT)} | run.inputs(*sets)
-        run.stage(step, own, lambda path: write_json(path, PARTS[part](asked)))
+        run.stage(step, own, lambda path: write_json(path, PARTS[part](studied)))
 
-    for each in [part] if part else parts_of(experiment, name):
+    for each in [studied.part] if studied.part else parts_of(experiment, name):
         step = f"mechanism/{name}/{each}.json"
-        attempt(run, Part("mechanism", name, (step,), each), partial(make, each, step), progress.note)
+        attempt(run, Part("mechanism", name, (step,), each), partial(make, each, step), studied.progress.note)
 
 
 def parts_of(experiment: Experiment, name: str) -> list[str]:
     """The parts that are found out of a model."""
-    lacking = WITHOUT_BASE if name == "base" else ("dynamics",) if name in experiment.given else ()
+    lacking = WITHOUT_BASE if name == BASE else ("dynamics",) if name in experiment.given else ()
     return [part for part in experiment.mechanism.parts if part not in lacking]
 
 
-@dataclass
-class Asked:
-    """One model of a run and what it is asked; everything is read when first needed, and once."""
-
-    run: Run
-    experiment: Experiment
-    name: str
-    progress: Progress
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return loading.load_tokenizer(self.experiment.model.name)
-
-    @cached_property
-    def model(self) -> Any:
-        return load(self.run, self.experiment, self.name)
-
-    @cached_property
-    def parts(self) -> dict[str, list[Encoded]]:
-        return examples(self.run, self.tokenizer, known=None if self.name == "base" else 0)
-
-    @cached_property
-    def questions(self) -> dict[str, list[Encoded]]:
-        """Some questions of each kind that the model may know the answer of: the base knows nobody of the run's world,
-        but people of its own."""
-        kinds = ("a_ood",) if self.name == "base" else ("qa_id", "qa_ood")
-        return {part: sample(self.parts[part], self.options.questions) for part in kinds if part in self.parts}
-
-    @cached_property
-    def facts(self) -> dict[str, list[FactPair]]:
-        """Some facts of whole people, both formats of each: of those whose questions are trained, and of the others."""
-        found = {}
-        for part in ("qa_id", "qa_ood"):
-            pairs = fact_pairs(self.parts["bio"], self.parts[part])
-            people = list(dict.fromkeys(pair.person for pair in pairs))
-            random.Random(f"explain/{part}").shuffle(people)
-            chosen: list[FactPair] = []
-            for person in people:
-                own = [pair for pair in pairs if pair.person == person]
-                if len(chosen) + len(own) > self.options.facts and chosen:
-                    break
-                chosen += own
-            found[part] = chosen
-        return found
-
-    @cached_property
-    def read(self) -> dict[str, list[FactPair]]:
-        """Some of these facts, whose input-level signature is measured."""
-        few = self.options.signature
-        draw = lambda part, pairs: random.Random(f"signature/{part}").sample(pairs, min(len(pairs), few))
-        return {part: draw(part, pairs) for part, pairs in self.facts.items()}
-
-    @cached_property
-    def shared(self) -> list[tuple[str, ParamSet]]:
-        """A taught model's shared set of each time; none of the base."""
-        return [] if self.name == "base" else shared_sets(self.run, self.experiment, self.name)
-
-    @property
-    def options(self) -> Any:
-        return self.experiment.mechanism
-
-    @property
-    def pad_id(self) -> int:
-        return loading.pad_id(self.tokenizer)
-
-    def bar(self, label: str, total: int) -> Any:
-        return self.progress.bar(f"{self.name}: {label}", total)
-
-    def note(self, text: str) -> None:
-        self.progress.note(f"{self.name}: {text}")
-
-
-def gradients(asked: Asked) -> list[Row]:
+def gradients(studied: StudiedModel) -> list[Row]:
     """Consistency of a fact's two formats in gradients, over many sets of parameters."""
-    sets = _sets(asked)
+    sets = _sets(studied)
     psets = {str(number): pset for number, (_, pset) in enumerate(sets)}
     rows: list[Row] = []
-    with asked.bar("gradients", len(asked.facts)) as update:
-        for part, pairs in asked.facts.items():
+    with studied.bar("gradients", len(studied.facts)) as update:
+        for part, pairs in studied.facts.items():
             found = gradient_consistency(
-                asked.model, pairs, psets, pad_id=asked.pad_id, together=asked.options.together
+                studied.model, pairs, psets, pad_id=studied.pad_id, together=studied.experiment.mechanism.together
             )
             about = [{"part": part, **place} for place, _ in sets]
             rows += [place | {k: v for k, v in row.items() if k != "set"} for place, row in zip(about, found)]
             update.add(1)
-    return _without_facts(asked, "gradients", rows)
+    return _without_facts(studied, "gradients", rows)
 
 
-def representations(asked: Asked) -> list[Row]:
+def representations(studied: StudiedModel) -> list[Row]:
     """Consistency of a fact's two formats in hidden states."""
     rows: list[Row] = []
-    for part, pairs in asked.facts.items():
-        rows += [{"part": part} | row for row in representation_consistency(asked.model, pairs, pad_id=asked.pad_id)]
-    return _without_facts(asked, "representations", rows)
+    for part, pairs in studied.facts.items():
+        rows += [
+            {"part": part} | row for row in representation_consistency(studied.model, pairs, pad_id=studied.pad_id)
+        ]
+    return _without_facts(studied, "representations", rows)
 
 
-def input_signatures(asked: Asked) -> list[Row]:
+def input_signatures(studied: StudiedModel) -> list[Row]:
     """Off which tokens a fact is read, in both of its formats."""
     rows: list[Row] = []
-    with asked.bar("signature", len(asked.read)) as update:
-        for part, pairs in asked.read.items():
-            found = signature.input_signature(asked.model, pairs, pad_id=asked.pad_id)
+    with studied.bar("signature", len(studied.read)) as update:
+        for part, pairs in studied.read.items():
+            found = signature.input_signature(studied.model, pairs, pad_id=studied.pad_id)
             rows += [{"part": part} | row for row in found]
             update.add(1)
-    return _without_facts(asked, "signature", rows)
+    return _without_facts(studied, "signature", rows)
 
 
-def _without_facts(asked: Asked, part: str, rows: list[Row]) -> list[Row]:
+def _without_facts(studied: StudiedModel, part: str, rows: list[Row]) -> list[Row]:
     """The rows without the values of single facts, which take room, where no claim compares them."""
     for row in rows:
-        if asked.name == "base" or not claims.compares_facts(part, row):
+        if studied.name == "base" or not claims.compares_facts(part, row):
             del row["by_person"]
     return rows
 
 
-def along_layers(asked: Asked) -> list[Row]:
+def along_layers(studied: StudiedModel) -> list[Row]:
     """What the logit lens reads off the hidden states, in both formats of a fact."""
     rows: list[Row] = []
-    for part, pairs in asked.facts.items():
+    for part, pairs in studied.facts.items():
         for name in signature.FORMATS:
-            found = lens.logit_lens(asked.model, [getattr(pair, name) for pair in pairs], pad_id=asked.pad_id)
+            found = lens.logit_lens(studied.model, [getattr(pair, name) for pair in pairs], pad_id=studied.pad_id)
             rows += [{"part": part, "format": name} | row for row in found]
     return rows
 
 
-def circuits(asked: Asked) -> dict[str, list[Row]]:
+def circuits(studied: StudiedModel) -> dict[str, list[Row]]:
     """Heads and neurons that recall goes through, and whether they hold the shared parameters."""
-    model, tokenizer, options = asked.model, asked.tokenizer, asked.options
-    anatomy, psets = Anatomy(model), dict(asked.shared)
+    model, tokenizer, options = studied.model, studied.tokenizer, studied.experiment.mechanism
+    anatomy, psets = Anatomy(model), dict(studied.shared)
     units = [unit for unit in circuit.NODES if anatomy.sites(unit)]
     tables = ("heads", "modules", "alone", "curves", "kept", "agreement", "attention")
     found: dict[str, list[Any]] = {table: [] for table in tables}
     for unit in circuit.NODES:
         if unit not in units:
-            asked.note(f"no {unit} of {type(model).__name__} is in the circuit: {anatomy.why(unit)}")
+            studied.note(f"no {unit} of {type(model).__name__} is in the circuit: {anatomy.why(unit)}")
     if not units:
         reasons = "; ".join(anatomy.why(unit) for unit in circuit.NODES)
         raise UserError(f"the place of the heads and neurons of {type(model).__name__} is not known: {reasons}")
-    with asked.bar("circuit", len(asked.questions)) as update:
-        for part, items in asked.questions.items():
+    with studied.bar("circuit", len(studied.questions)) as update:
+        for part, items in studied.questions.items():
             place = {"part": part}
             data = circuit.answer_batches(items, tokenizer)
             means = circuit.node_means(model, data, anatomy, units)
@@ -245,7 +149,7 @@ def circuits(asked: Asked) -> dict[str, list[Row]]:
                     found["heads"].append(place | {"rows": rows, "columns": columns, "values": grid})
                 top = (-values).argsort(kind="stable")[: options.alone].tolist()
                 if unit == "query_head":
-                    found["attention"] += [place | row for row in _attended(asked, items, top[:HEADS])]
+                    found["attention"] += [place | row for row in _attended(studied, items, top[:HEADS])]
                 alone = circuit.single_ablations(model, tokenizer, items, anatomy, means, unit, top)
                 found["alone"] += [place | {"attribution": float(values[i])} | row for i, row in zip(top, alone)]
                 curve = circuit.curve(model, tokenizer, items, anatomy, means, values, unit, seeds=options.seeds)
@@ -260,25 +164,25 @@ def circuits(asked: Asked) -> dict[str, list[Row]]:
     return found
 
 
-def _attended(asked: Asked, items: list[Encoded], heads: list[int]) -> list[Row]:
+def _attended(studied: StudiedModel, items: list[Encoded], heads: list[int]) -> list[Row]:
     """What some heads attend to in some questions."""
     about = [item.about(0) for item in items]
     try:
-        return lens.attention_patterns(asked.model, about, heads, pad_id=asked.pad_id)
+        return lens.attention_patterns(studied.model, about, heads, pad_id=studied.pad_id)
     except UserError as why:  # a model that does not tell its attention
-        asked.note(f"no attention patterns, since {why}")
+        studied.note(f"no attention patterns, since {why}")
         return []
 
 
-def at_positions(asked: Asked) -> list[Row]:
+def at_positions(studied: StudiedModel) -> list[Row]:
     """Recall of the base with the tuned weights of some components at some tokens."""
-    base = load_start(asked.run, asked.experiment, asked.name)
-    values = {parameter: value.detach() for parameter, value in asked.model.named_parameters()}
+    base = studied.load_start()
+    values = {parameter: value.detach() for parameter, value in studied.model.named_parameters()}
     rows: list[Row] = []
-    names = in_scope(asked.experiment, base) if is_adapted(base) else None
+    names = studied.view.adapter_scope(base)
     psets = positions.components(Anatomy(base), names)
     refused: UserError | None = None
-    with asked.bar("positions", 2 * len(psets) * len(positions.CHOICES)) as update:
+    with studied.bar("positions", 2 * len(psets) * len(positions.CHOICES)) as update:
         for component, pset in psets.items():
             where: list[positions.Positions] = []  # the choice of tokens that is asked about
             with ExitStack() as graft:
@@ -286,12 +190,12 @@ def at_positions(asked: Asked) -> list[Row]:
                     chosen = lambda ids, where=where: where[-1](ids)
                     graft.enter_context(positions.grafted_at(base, pset, values, chosen))
                 except UserError as why:  # a model whose weights can't be told apart by token
-                    asked.note(f"nothing of {component} is grafted at positions, since {why}")
+                    studied.note(f"nothing of {component} is grafted at positions, since {why}")
                     refused = why
                     continue
-                for (part, items), places in product(asked.questions.items(), positions.CHOICES):
+                for (part, items), places in product(studied.questions.items(), positions.CHOICES):
                     where.append(positions.at_places(items, places))
-                    found = recall(base, asked.tokenizer, items).summary()
+                    found = recall(base, studied.tokenizer, items).summary()
                     place = {"part": part, "component": component, "places": list(places)}
                     rows.append(place | {k: found[k] for k in ("exact_match", "low", "high", "n", "logprob")})
                     update.add(1)
@@ -300,62 +204,64 @@ def at_positions(asked: Asked) -> list[Row]:
     return rows
 
 
-def transferred(asked: Asked) -> list[Row]:
+def transferred(studied: StudiedModel) -> list[Row]:
     """The taught facts in formats that were never trained."""
-    facts, parts = asked.experiment.facts, transfer.PARTS
-    if asked.name == "base":  # it knows nobody of the run's world, but people of its own
-        known = known_people(asked.experiment.model)
+    facts, parts = studied.experiment.facts, transfer.PARTS
+    if studied.name == "base":  # it knows nobody of the run's world, but people of its own
+        known = known_people(studied.experiment.model)
         if known is None:
             return []
         facts, parts = known, ("qa_ood",)
     if facts.source is not None:
-        if not asked.run.path("data/world.json").is_file():
-            asked.note("rows of text have no other wordings, so transfer is not asked")
+        if not studied.run.path("data/world.json").is_file():
+            studied.note("rows of text have no other wordings, so transfer is not asked")
             return []
-        facts = replace(facts, source=str(asked.run.path("data")))  # as it was when the run began
+        facts = replace(facts, source=str(studied.run.path("data")))  # as it was when the run began
     world = World.draw(facts)
     if any(fact.trained is not None for person in world.people for fact in person.facts):
-        asked.note("transfer is asked of people, and here one's questions are partly held out, so it is not asked")
+        studied.note("transfer is asked of people, and here one's questions are partly held out, so it is not asked")
         return []
     if not all(world.wording.questions.values()):
-        asked.note("nothing is asked about some relations, so transfer is not asked")
+        studied.note("nothing is asked about some relations, so transfer is not asked")
         return []
     k = min(4, *(len(values) for values in world.wording.objects.values()))
     if k < 2:
-        asked.note("a relation has a single object, so there is no false one to choose, and transfer is not asked")
+        studied.note("a relation has a single object, so there is no false one to choose, and transfer is not asked")
         return []
-    rows = transfer.transfer(asked.model, asked.tokenizer, world, parts=parts, number=asked.options.questions, k=k)
-    return [row | {"part": "a_ood"} for row in rows] if asked.name == "base" else rows
+    rows = transfer.transfer(
+        studied.model, studied.tokenizer, world, parts=parts, number=studied.experiment.mechanism.questions, k=k
+    )
+    return [row | {"part": "a_ood"} for row in rows] if studied.name == "base" else rows
 
 
-def over_training(asked: Asked) -> dict[str, list[Row]]:
+def over_training(studied: StudiedModel) -> dict[str, list[Row]]:
     """Recall, overlap, consistency, signature and circuit at every kept checkpoint, and in which order they came."""
-    experiment, options = asked.experiment, asked.options
-    places = checkpoints(asked.run, experiment, asked.name)
+    experiment, options = studied.experiment, studied.experiment.mechanism
+    places = studied.checkpoints()
     moments = [(0, "", None), *places]
     if len(moments) > options.checkpoints:  # spread evenly, both ends among them
         steps = (len(moments) - 1) / (options.checkpoints - 1)
         moments = [moments[round(number * steps)] for number in range(options.checkpoints)]
-    if len(places) == len(experiment.strategies[asked.name]):
-        asked.note("only the ends of the phases are there to look at; train.keep_checkpoints keeps more")
-    trained = training_examples(asked.parts)
+    if len(places) == len(experiment.strategies[studied.name]):
+        studied.note("only the ends of the phases are there to look at; train.keep_checkpoints keeps more")
+    trained = training_examples(studied.parts)
     probe = dynamics.Probe(
-        questions=asked.questions,
-        stored=samples(asked.parts, options.questions)["bio"],
+        questions=studied.questions,
+        stored=samples(studied.parts, options.questions)["bio"],
         traced={task: sample(items, options.questions) for task, items in trained.items()},
-        facts=asked.facts,
-        scope=in_scope(experiment, asked.model),
+        facts=studied.facts,
+        scope=studied.view.scope(studied.model),
         targets=experiment.trace.targets,
         together=options.together,
         steps=options.steps,
-        read={claims.HELD_OUT: asked.read[claims.HELD_OUT]},
+        read={claims.HELD_OUT: studied.read[claims.HELD_OUT]},
     )
     rows: list[Row] = []
     last: dynamics.Moment | None = None
-    with asked.bar("dynamics", len(moments)) as update:
+    with studied.bar("dynamics", len(moments)) as update:
         for number, phase, place in reversed(moments):  # the others are compared with the last
-            model = load_checkpoint(experiment, place) if place else load_start(asked.run, experiment, asked.name)
-            found = dynamics.measure(model, asked.tokenizer, probe, last)
+            model = studied.view.load_checkpoint(place) if place else studied.load_start()
+            found = dynamics.measure(model, studied.tokenizer, probe, last)
             last = last or found
             single = {measure: found.by_person[measure] for measure in claims.FOLLOWED}
             rows.append({"update": number, "phase": phase, **found.measures, "by_person": single})
@@ -364,37 +270,37 @@ def over_training(asked: Asked) -> dict[str, list[Row]]:
     return {"rows": rows, "appearance": dynamics.appearance(rows)}
 
 
-def _sets(asked: Asked) -> list[tuple[dict[str, Any], ParamSet]]:
+def _sets(studied: StudiedModel) -> list[tuple[dict[str, Any], ParamSet]]:
     """What gradients are compared over, and what it is: all in scope, each layer, kind and head, and of a taught model
     the shared set of each time, its complement, and random sets of its size."""
-    model = asked.model
-    names, anatomy = in_scope(asked.experiment, model), Anatomy(model)
+    model = studied.model
+    names, anatomy = studied.view.scope(model), Anatomy(model)
     whole = anatomy.whole(names)
     found: list[tuple[dict[str, Any], ParamSet]] = [({"group": "all", "label": "all"}, whole)]
     for unit in ("layer", "kind", "query_head"):
         found += [({"group": unit, "label": label}, pset) for label, pset in anatomy.parts(unit, names).items()]
-    for when, pset in asked.shared:
+    for when, pset in studied.shared:
         place = {"when": when, "fraction": pset.meta["fraction"]}
         sets = {"shared": [pset], "rest": [whole - pset]}
-        sets |= random_sets(pset, asked.options.draws, f"explain/{asked.name}/{when}")
+        sets |= random_sets(pset, studied.experiment.mechanism.draws, f"explain/{studied.name}/{when}")
         for label, psets in sets.items():
             found += [({"group": label, "label": label, **place}, own) for own in psets if own.size]
     return found
 
 
-def smallest_grafts(asked: Asked) -> dict[str, list[Row]]:
+def smallest_grafts(studied: StudiedModel) -> dict[str, list[Row]]:
     """The fewest parameters whose tuned values restore recall in the base, and how much of the shared set they hold."""
-    experiment = asked.experiment
-    questions = {part: items for part, items in asked.questions.items() if items}
-    base = load_start(asked.run, experiment, asked.name)
-    tuned = {parameter: value.detach() for parameter, value in asked.model.named_parameters()}
-    names = in_scope(experiment, base)
+    experiment = studied.experiment
+    questions = {part: items for part, items in studied.questions.items() if items}
+    base = studied.load_start()
+    tuned = {parameter: value.detach() for parameter, value in studied.model.named_parameters()}
+    names = studied.view.scope(base)
     trained = questions["qa_id"]
     parts = experiment.trace.parts
     if len({item.group % parts for item in trained}) < parts:
         parts = 1  # too few people for all parts, so there is no interval
-    data = circuit.answer_batches(trained, asked.tokenizer)
-    with asked.bar("contributions", len(trained) * len(minimal_graft.POINTS)) as update:
+    data = circuit.answer_batches(trained, studied.tokenizer)
+    with studied.bar("contributions", len(trained) * len(minimal_graft.POINTS)) as update:
         changes = minimal_graft.contributions(base, tuned, data, names, parts=parts, progress=update.add)
     orders = {"contribution": minimal_graft.order(changes), "movement": minimal_graft.movement(base, tuned, names)}
     fractions = sorted({*experiment.analysis.fractions, central_fraction(experiment), 1.0})
@@ -402,29 +308,29 @@ def smallest_grafts(asked: Asked) -> dict[str, list[Row]]:
 
     def ask(model: Any, order: str, fraction: float, size: int) -> None:
         for part, items in questions.items():
-            result = recall(model, asked.tokenizer, items)
+            result = recall(model, studied.tokenizer, items)
             row = {"part": part, "order": order, "fraction": fraction, "size": size, **result.summary()}
             rows.append(row | {"by_person": by_person(result.exact.astype(float), result.person)})
 
     ask(base, "base", 0.0, 0)
-    with asked.bar("minimal graft", len(fractions) * (len(orders) + 1)) as update:
+    with studied.bar("minimal graft", len(fractions) * (len(orders) + 1)) as update:
         for order, fraction, pset in minimal_graft.sets(orders, fractions, names):
             with grafted(base, pset, tuned):
                 ask(base, order, fraction, pset.size)
             update.add(1)
-    ask(asked.model, "tuned", 1.0, sum(value.numel() for value in tuned.values()))
+    ask(studied.model, "tuned", 1.0, sum(value.numel() for value in tuned.values()))
     fewest = minimal_graft.fewest(rows)
     (restoring,) = [row for row in fewest if (row["part"], row["order"]) == ("qa_id", "contribution")]
     shares = [
         {"when": when, "fraction": pset.meta["fraction"]}
         | minimal_graft.overlap(changes, restoring["fraction"], pset, names)
-        for when, pset in asked.shared
+        for when, pset in studied.shared
     ]
-    _without_facts(asked, "minimal_graft", rows)
+    _without_facts(studied, "minimal_graft", rows)
     return {"grafts": rows, "fewest": fewest, "overlap": shares}
 
 
-PARTS: Mapping[str, Callable[[Asked], Any]] = {
+PARTS: Mapping[str, Callable[[StudiedModel], Any]] = {
     "gradients": gradients,
     "representations": representations,
     "signature": input_signatures,
@@ -437,3 +343,13 @@ PARTS: Mapping[str, Callable[[Asked], Any]] = {
 }
 OF_SHARED_SETS: Sequence[str] = ("gradients", "circuit", "minimal_graft")  # these read what analyze has found
 WITHOUT_BASE: Sequence[str] = ("minimal_graft", "positions", "dynamics")  # it is where both begin
+
+
+def is_wanted(experiment: Experiment) -> bool:
+    """Whether the experiment asks how the models recall."""
+    return experiment.mechanism.run
+
+
+MECHANISM = Stage(
+    "mechanism", explain, steps=("mechanism",), of_base=always, is_wanted=is_wanted, asks=True, parts=parts_of
+)

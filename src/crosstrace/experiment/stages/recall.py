@@ -7,20 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from crosstrace.core.files import write_json
-from crosstrace.core.progress import Progress
 from crosstrace.core.run_folder import Run
 from crosstrace.data.text import KNOWN
 from crosstrace.data.tokens import Encoded
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.inputs import (
-    REPLAYED,
-    data_steps,
-    examples,
-    load,
-    model_inputs,
-)
+from crosstrace.experiment.examples import REPLAYED, data_steps, examples
+from crosstrace.experiment.stage import Stage, always
 from crosstrace.experiment.stages.known import instead_of
-from crosstrace.models import loading
+from crosstrace.experiment.studied import StudiedModel
 from crosstrace.training.evaluation import Recall, recall, summaries
 
 Asking = Callable[[Any, Sequence[Encoded]], Recall]
@@ -35,16 +29,16 @@ def asking(run: Run, experiment: Experiment, tokenizer: Any, bf16: bool) -> Aski
     return ask
 
 
-def test(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+def test(studied: StudiedModel) -> None:
     """Recall of the base or of a taught model: eval/<model>.json, with every single answer."""
+    run, experiment = studied.run, studied.experiment
     key = run.alone(lambda: {
-        "model": model_inputs(run, experiment, name), "known": experiment.eval.known_examples,
+        "model": studied.key(), "known": experiment.eval.known_examples,
         "threads": experiment.threads, "precision": experiment.eval.precision, **run.inputs(*data_steps(experiment)),
     })  # fmt: skip
 
     def make(path: Path) -> None:
-        tokenizer = loading.load_tokenizer(experiment.model.name)
-        model = load(run, experiment, name)
+        tokenizer, model = studied.tokenizer, studied.load()
         parts = examples(run, tokenizer, known=experiment.eval.known_examples)
         ask = asking(run, experiment, tokenizer, experiment.eval.precision == "bf16")
         results = {part: ask(model, items) for part, items in parts.items() if items}
@@ -58,8 +52,11 @@ def test(run: Run, experiment: Experiment, name: str, progress: Progress) -> Non
         if run.leads:
             write_json(path, found)
 
-    run.stage(f"eval/{name}.json", key, make)
+    run.stage(f"eval/{studied.name}.json", key, make)
 
 
 def _bits(result: Recall) -> str:
     return "".join("1" if exact else "0" for exact in result.exact)
+
+
+EVAL = Stage("eval", test, steps=("eval",), of_base=always, is_shared=True)

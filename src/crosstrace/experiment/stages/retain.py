@@ -23,30 +23,22 @@ from crosstrace.core.files import expanded, remove_folder, sha256_file, write_js
 from crosstrace.core.left_out import optional
 from crosstrace.core.pieces import at_rest, local, piece, processes_of
 from crosstrace.core.processes import Processes
-from crosstrace.core.progress import Progress
-from crosstrace.core.run_folder import Run
 from crosstrace.data.chat import put_questions
 from crosstrace.data.facts import World
 from crosstrace.data.text import Example, biographies, questions
 from crosstrace.data.tokens import Encoded, encode
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.inputs import (
+from crosstrace.experiment.examples import (
     data_steps,
     examples,
     facts_key,
-    in_scope,
-    load,
-    load_trainable,
-    model_inputs,
     replayable,
     sample,
     samples,
-    shared_sets,
     training_examples,
-    trains_in_bf16,
-    viewed,
 )
-from crosstrace.models import loading
+from crosstrace.experiment.stage import Stage
+from crosstrace.experiment.studied import StudiedModel, trains_in_bf16
 from crosstrace.sets.controls import random_sets
 from crosstrace.sets.interventions import grafted, snapshot
 from crosstrace.sets.paramset import ParamSet
@@ -60,21 +52,22 @@ OTHERS_SEED = 10_000  # added to the seed of the taught world
 
 
 @optional("retain", "retention/{}")
-def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+def retain(studied: StudiedModel) -> None:
     """Train a taught model further, with and without replay: retention/<strategy>.json."""
+    run, experiment, name = studied.run, studied.experiment, studied.name
     options = experiment.retention
     text = {"sha256": sha256_file(_text_file(options.text))} if options.text else {}
     key = run.alone(lambda: {
         "retention": {k: v for k, v in asdict(options).items() if k != "run"} | text,
         "train": asdict(experiment.train), "targets": experiment.trace.targets, "facts": facts_key(experiment.facts),
         "embeddings": experiment.analysis.embeddings, "threads": experiment.threads,
-        "bf16": trains_in_bf16(experiment), "model": model_inputs(run, experiment, name),
+        "bf16": trains_in_bf16(experiment), "model": studied.key(),
         **run.inputs(*data_steps(experiment), f"shared/{name}"),
     })  # fmt: skip
 
     def make(folder: Path) -> None:
         folder.mkdir(exist_ok=True)  # all processes come this way: they train, ask and trace together
-        tokenizer = loading.load_tokenizer(experiment.model.name)
+        tokenizer = studied.tokenizer
         parts = examples(run, tokenizer, known=experiment.eval.known_examples if experiment.eval.known else 0)
         old, world = training_examples(parts), replayable(parts)
         new = new_material(experiment, tokenizer)
@@ -83,17 +76,17 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
             asked["new"] = sample(new["new_qa"], options.questions)
         sets = {
             when: {"shared": [pset], **random_sets(pset, options.draws, f"retain/{name}/{when}")}
-            for when, pset in shared_sets(run, experiment, name)
+            for when, pset in studied.shared_sets()
         }
-        model = load(run, experiment, name)
-        taught, names = snapshot(model), in_scope(experiment, model)
+        model = studied.load()
+        taught, names = snapshot(model), studied.view.scope(model)
         traced = {task: sample(items, options.questions) for task, items in old.items()}
         share = lambda model: shared_now(model, tokenizer, traced, names, experiment.trace.targets)
         before = share(model)
-        taught_tasks = {task for phase in experiment.strategies[name] for task in phase.composition()}
+        taught_tasks = {task for phase in studied.phases for task in phase.composition()}
         found: dict[str, list[Row]] = {table: [] for table in ("history", "moved", "shared", "repair")}
         for arm in ARMS:
-            model = load_trainable(run, experiment, name)
+            model = studied.load_trainable()
             measure = lambda model: {
                 part: _exact(model, tokenizer, items, run.processes) for part, items in asked.items()
             }
@@ -104,14 +97,14 @@ def retain(run: Run, experiment: Experiment, name: str, progress: Progress) -> N
             counts |= dict.fromkeys(world, options.replay_known)
             phase = Phase("new", batch, options.steps, replay=counts if arm == "replay" else {},
                           optimiser=options.optimiser)  # fmt: skip
-            with progress.bar(f"{name}: retain, {arm}") as update:
+            with studied.bar(f"retain, {arm}") as update:
                 train(
                     model, tokenizer, [phase], new | old | world, folder / arm, experiment.train,
                     bf16=trains_in_bf16(experiment), trace_targets=experiment.trace.targets,
                     listeners=[history], progress=update, logs=run.folder / "logs" / "retention" / name / arm,
                     processes=run.processes,
                 )  # fmt: skip
-            model = viewed(experiment, model)
+            model = studied.view.merge(model)
             found["history"] += [{"arm": arm} | row for row in history.rows]
             found["shared"].append({"arm": arm} | _kept(before, share(model)))
             asks = {part: asked[part] for part in ("qa_id", "qa_ood")}
@@ -247,3 +240,11 @@ def _kept(before: ParamSet, after: ParamSet) -> Row:
         "after": after.size,
         "still": (before & after).size / before.size if before.size else None,
     }
+
+
+def is_wanted(experiment: Experiment) -> bool:
+    """Whether the experiment trains its taught models further."""
+    return experiment.retention.run
+
+
+RETAIN = Stage("retain", retain, steps=("retention",), of_given=False, is_wanted=is_wanted, asks=True, is_shared=True)

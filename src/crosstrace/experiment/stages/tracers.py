@@ -11,11 +11,8 @@ from typing import Any, Literal
 from crosstrace.core.files import read_json, remove, write_json
 from crosstrace.core.pieces import local
 from crosstrace.core.processes import Processes
-from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.inputs import (
-    LEARNING,
-)
-from crosstrace.experiment.names import TASKS
+from crosstrace.experiment.config import TASKS, Experiment
+from crosstrace.experiment.studied import LEARNING
 from crosstrace.models import adapters
 from crosstrace.models.forward import TrainingForwards
 from crosstrace.trace import OnlineTrace, SummedTrace, Trace, save_traces

@@ -9,40 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from crosstrace.core.files import linked, remove_folder, write_json
-from crosstrace.core.progress import Progress
-from crosstrace.core.run_folder import Run
 from crosstrace.data.tokens import Encoded
-from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.inputs import (
-    START,
-    data_steps,
-    examples,
-    load_base,
-    model_key,
-    origin,
-    precision_of,
-    replayable,
-    samples,
-    training_examples,
-)
+from crosstrace.experiment.examples import data_steps, examples, replayable, samples, training_examples
+from crosstrace.experiment.stage import Stage
 from crosstrace.experiment.stages.recall import Asking, asking
 from crosstrace.experiment.stages.tracers import SUMS, OnlineListener, SummedListener, Tracer
+from crosstrace.experiment.studied import START, StudiedModel, model_key, trains_in_bf16
 from crosstrace.models import adapter_files, adapters, loading
 from crosstrace.training.trainer import Listener, PhaseReport, RecallHistory, train
 
 
-def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> None:
+def teach(studied: StudiedModel) -> None:
     """Train one strategy: models/<strategy>/<phase>/ at the end of each phase, its online trace and history."""
-    options, tracing = experiment.train, experiment.trace
-    phases = experiment.strategies[name]
+    run, experiment, name, phases = studied.run, studied.experiment, studied.name, studied.phases
+    options, tracing, bf16 = experiment.train, experiment.trace, trains_in_bf16(experiment)
     watched = {"targets", "online", "every", "forward", "lr_weighted", "parts"} | ({"view"} if options.lora else set())
     watched |= {"definitions", "metric"} if tracing.definitions != ["per_example"] else set()
     trained = {name: value for name, value in asdict(options).items() if value is not None}
     key = run.alone(lambda: {
         "model": model_key(experiment), "train": trained, "phases": [asdict(phase) for phase in phases],
         "trace": {k: v for k, v in asdict(tracing).items() if k in watched}, "measure": tracing.measures[0],
-        "threads": experiment.threads, "bf16": precision_of(experiment) == "bf16",
-        **run.inputs(*data_steps(experiment)),
+        "threads": experiment.threads, "bf16": bf16, **run.inputs(*data_steps(experiment)),
     })  # fmt: skip
 
     def make(folder: Path) -> None:
@@ -52,8 +39,7 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
 
     def learn(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        tokenizer = loading.load_tokenizer(experiment.model.name)
-        model = load_base(experiment, run.processes)
+        tokenizer, model = studied.tokenizer, studied.view.load_base()
         if options.lora:
             model = adapters.adapted(model, options.lora, options.seed)
             if run.leads:
@@ -71,13 +57,13 @@ def teach(run: Run, experiment: Experiment, name: str, progress: Progress) -> No
             if tracing.online and definition in tracing.definitions
         ]
         listeners += tracers
-        with progress.bar(f"{name}: train") as update:
+        with studied.bar("train") as update:
             reports = train(
                 model, tokenizer, phases, training_examples(parts) | replayable(parts), folder / "checkpoints", options,
-                bf16=precision_of(experiment) == "bf16", trace_targets=tracing.targets, listeners=listeners,
+                bf16=bf16, trace_targets=tracing.targets, listeners=listeners,
                 progress=update, logs=run.folder / "logs" / name, processes=run.processes,
             )  # fmt: skip
-        told = run.alone(lambda: origin(run, experiment, name)) if tracers else {}
+        told = run.alone(studied.origin) if tracers else {}
         for tracer in tracers:
             for task, traces in tracer.traces().items():
                 for item in traces:
@@ -131,3 +117,6 @@ def _keep_models(folder: Path, tokenizer: Any, phases: Sequence[str], checkpoint
                 (target / file.name).unlink(missing_ok=True)  # of an earlier attempt
                 linked(str(file), str(target / file.name))
             tokenizer.save_pretrained(target)
+
+
+TRAIN = Stage("train", teach, steps=("models",), of_given=False, is_shared=True)

@@ -16,11 +16,9 @@ from crosstrace.core.run_folder import Run
 from crosstrace.data.text import NO_QUESTIONS
 from crosstrace.experiment import config
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.inputs import (
-    data_steps,
-    load_base,
-)
-from crosstrace.experiment.names import STAGES
+from crosstrace.experiment.examples import data_steps
+from crosstrace.experiment.registry import OF_STEPS, STAGES
+from crosstrace.experiment.studied import View
 from crosstrace.models import adapters, loading
 from crosstrace.training.recipes import Phase
 
@@ -112,23 +110,10 @@ def conclude(run: Run, experiment: Experiment, progress: Progress) -> Results:
 
 def _seconds(run: Run) -> dict[str, float]:
     """Seconds of each stage, all strategies together: with several jobs, more than the clock on the wall shows."""
-    home = {
-        "known": "data",
-        "doctor.json": "trace",
-        "models": "train",
-        "drift": "analyze",
-        "traces": "trace",
-        "shared": "analyze",
-        "analysis": "analyze",
-        "interventions": "intervene",
-        "mechanism": "mechanism",
-        "retention": "retain",
-    }
     found: dict[str, float] = {}
     for step, seconds in run.seconds().items():
-        first = step.partition("/")[0]
-        stage = home.get(first, first)
-        if stage in STAGES:
+        stage = OF_STEPS.get(step.partition("/")[0])
+        if stage is not None:
             found[stage] = found.get(stage, 0.0) + seconds
     return {stage: found[stage] for stage in STAGES if stage in found}
 
@@ -148,7 +133,7 @@ def _training(run: Run, name: str) -> dict[str, Any]:
 
 
 def _about(run: Run, experiment: Experiment, about: Mapping[str, Any]) -> dict[str, Any]:
-    model = load_base(experiment)
+    model = View(experiment).load_base()
     strategies = {
         name: "; then ".join(_phase_text(phase) for phase in phases) for name, phases in experiment.strategies.items()
     } | {name: f"tuned elsewhere: {model}" for name, model in experiment.given.items()}
@@ -183,7 +168,7 @@ def _adapter_told(experiment: Experiment) -> dict[str, Any]:
     options = experiment.train.lora
     if options is None:
         return {}
-    model = adapters.adapted(load_base(experiment), options, 0)
+    model = adapters.adapted(View(experiment).load_base(), options, 0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"lora": asdict(options) | {"parameters": trained}, "view": experiment.trace.view}
 
