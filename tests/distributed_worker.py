@@ -51,7 +51,7 @@ OF_KIND = {  # settings of its runs; of four processes with a row each some have
 MEASURES = ("abs", "taylor")
 STEPS, BATCH = 8, 4
 RETAINED = {
-    "retention": "{run: true, people: 24, steps: 4, bio: 3, qa: 5, replay_bio: 1, replay_qa: 4, every: 2, "
+    "retention": "{run: true, people: 24, steps: 4, store: 3, recall: 5, replay_store: 1, replay_recall: 4, every: 2, "
     "questions: 9, draws: 1}",
 }
 LORA = RETAINED | {"train.lora": "{rank: 2, alpha: 4}", "trace.view": "adapter"}

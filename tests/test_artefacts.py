@@ -103,7 +103,7 @@ def test_a_runs_graft_answers_as_the_run_measured(whole: Path, tmp_path: Path) -
         commands.main([kind, str(whole), str(tmp_path / kind), "--when", "final", "--fraction", str(fraction)])
         card = read_json(tmp_path / kind / "crosstrace.json")
         with Run.create(whole, None, "resume") as run:
-            parts = examples(run, tokenizer)
+            parts = examples(run, config.load(whole / "config.yaml"), tokenizer)
         found = recall(loading.load_model(str(tmp_path / kind)), tokenizer, parts["qa_id"])
         rows = Results.read(whole)["interventions"]["mixed"][kind]
         row = next(r for r in rows if (r["when"], r["set"], r["fraction"]) == ("final", "shared", fraction))

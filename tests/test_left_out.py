@@ -17,6 +17,8 @@ from crosstrace.core.left_out import Part, attempt, hindrance, optional
 from crosstrace.core.progress import Progress
 from crosstrace.core.results import Results
 from crosstrace.core.run_folder import MissingStep, Run
+from crosstrace.experiment import config
+from crosstrace.experiment.studied import StudiedModel
 
 LENS = Part("mechanism", "mixed", ("mechanism/mixed/lens.json",), "lens")
 
@@ -95,10 +97,10 @@ def test_what_needs_a_step_that_is_left_out_is_left_out_too(run: Run, parts_may_
 
 def test_a_stage_that_a_run_can_do_without(run: Run, parts_may_fail) -> None:
     @optional("intervene", "interventions/{}.json")
-    def intervene(run: Run, experiment: object, name: str, progress: Progress) -> None:
-        run.stage(f"interventions/{name}.json", {}, lambda path: write_json(path, [][experiment]))
+    def intervene(studied: StudiedModel) -> None:
+        run.stage(f"interventions/{studied.name}.json", {}, lambda path: write_json(path, [][5]))
 
-    intervene(run, 5, "mixed", Progress(quiet=True))
+    intervene(StudiedModel(run, config.Experiment(), "mixed", Progress(quiet=True)))
     assert left_out.steps(run) == ["interventions/mixed.json"]
     assert not list(run.folder.rglob(".partial-*")) and not run.path("interventions/mixed.json").exists()
 

@@ -100,7 +100,7 @@ def test_the_whole_adapter_taken_away_is_the_base_and_given_to_it_the_taught_mod
     experiment = config.load(folder / "config.yaml")
     words = load_tokenizer("bundled")
     with Run.create(folder, None, "resume") as run:
-        items = examples(run, words)["qa_id"][:40]
+        items = examples(run, experiment, words)["qa_id"][:40]
         studied = StudiedModel(run, experiment, "mixed", Progress(quiet=True))
         start, tuned = studied.load_start(), studied.load()
     base, batch = load_model("bundled"), next(batches(items, 40, pad_id=0))

@@ -52,7 +52,8 @@ interventions: {fractions: [0.05], seeds: 2, questions: 12}
 mechanism:
   {parts: [gradients, representations, signature, lens, circuit, minimal_graft, positions, transfer, dynamics],
    facts: 12, together: 12, draws: 1, questions: 8, steps: 2, alone: 2, seeds: 1, signature: 3}
-retention: {people: 24, steps: 4, bio: 4, qa: 8, replay_bio: 2, replay_qa: 4, every: 2, questions: 12, draws: 1}
+retention: 
+  {people: 24, steps: 4, store: 4, recall: 8, replay_store: 2, replay_recall: 4, every: 2, questions: 12, draws: 1}
 eval: {known_examples: 60}
 jobs: 1
 """
@@ -216,7 +217,7 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
     }
     words = load_tokenizer("bundled")
     with Run.create(whole, config.dumps(experiment), "resume") as opened:
-        items = sample(examples(opened, words)["qa_id"], experiment.mechanism.questions)
+        items = sample(examples(opened, experiment, words)["qa_id"], experiment.mechanism.questions)
         for name, count in (("base", 0), ("mixed", 4)):  # nowhere it is the base, everywhere the tuned model
             model = StudiedModel(opened, experiment, name, Progress(quiet=True)).load()
             assert ends[count] == recall(model, words, items).summary()["exact_match"]
@@ -264,7 +265,9 @@ def test_saved_parts_agree_with_the_results(whole: Path) -> None:
             for task, traces in traced.items()
         }
         model = loading.load_model(str(whole / "models/mixed/mixed"))
-        [(_, chosen)] = selection.select_tasks(selection.strengths(parts), [0.05], scope(model), "global")
+        [(_, chosen)] = selection.select_tasks(
+            selection.strengths(parts), [0.05], scope(model), "global", ("bio", "qa")
+        )
         saved = {task: ParamSet.load(whole / f"shared/mixed/{when}-0.05-{task}.safetensors") for task in chosen}
         assert all(saved[task] == chosen[task] for task in chosen)
         both = ParamSet.load(whole / f"shared/mixed/{when}-0.05-shared.safetensors")
@@ -289,7 +292,7 @@ def test_an_intervention_gives_what_editing_by_hand_gives(whole: Path) -> None:
                 parameter.copy_(torch.where(both.masks[name], originals[name], parameter))
     with Run.create(whole, None, "resume") as run:
         tokenizer = load_tokenizer("bundled")
-        asked = sample(examples(run, tokenizer)["qa_ood"], 12)
+        asked = sample(examples(run, experiment, tokenizer)["qa_ood"], 12)
     expected = recall(tuned, tokenizer, asked).exact
     found = json.loads((whole / "interventions/mixed.json").read_text())["ablate"]
     row = next(row for row in found if row["when"] == "final" and row["set"] == "shared")
@@ -456,7 +459,7 @@ def test_checkpoints_are_traced_each_and_in_the_mean(tmp_path: Path) -> None:
 
 def test_a_sample_has_as_many_of_each_relation(whole: Path) -> None:
     with Run.create(whole, None, "resume") as run:
-        parts = examples(run, load_tokenizer("bundled"))
+        parts = examples(run, experiment, load_tokenizer("bundled"))
     for number in (12, 20, 48):
         chosen = sample(parts["qa_ood"], number)
         counts = Counter(item.example.mentions[0].relation for item in chosen)

@@ -13,7 +13,7 @@ conversation, and statements are plain text.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,13 +59,16 @@ def transfer(
     tokenizer: Any,
     world: World,
     *,
-    parts: Sequence[str] = PARTS,
+    parts: Mapping[str, str] | None = None,
     number: int = 96,
     k: int = 4,
     seed: int = 0,
     tokens: int = TOKENS,
 ) -> list[Row]:
-    """How many of a world's facts a model gives or recognises in each format; for the arguments see `formats`.
+    """How many of a world's facts a model gives or recognises in each format; for the other arguments see `formats`.
+
+    Args:
+        parts: what a row calls the people -> which of PARTS they are; those names themselves if not given.
 
     Returns:
         a row for each part and format: part, format; correct: the share of right answers, with correct_low and
@@ -78,7 +81,7 @@ def transfer(
         UserError: as `formats`.
     """
     rows: list[Row] = []
-    for part in parts:
+    for label, part in (parts or dict(zip(PARTS, PARTS))).items():
         found, absent = formats(world, tokenizer, part, number=number, k=k, seed=seed)
         texts = {id(text): text for items in found.values() for item in items for text in item.candidates}
         judged = recall(model, tokenizer, list(texts.values()), tokens)
@@ -89,7 +92,7 @@ def transfer(
             for item in items:
                 own = [id(text) for text in item.candidates]
                 right.append(share_right([logprob[i] for i in own]) if own[1:] else float(exact[own[0]]))
-            row: Row = {"part": part, "format": name} | mean_over_people("correct", np.array(right), people)
+            row: Row = {"part": label, "format": name} | mean_over_people("correct", np.array(right), people)
             row["chance"] = float(np.mean([item.chance for item in items])) if items else None
             row["logprob"] = float(np.mean([logprob[id(item.candidates[0])] for item in items])) if items else None
             rows.append(row | {"n": len(items), "people": len(set(people)), "absent": absent.get(name)})

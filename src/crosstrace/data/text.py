@@ -1,7 +1,7 @@
 """Facts to examples: the texts of both formats, with character spans of all that matters. No tokens.
 
-`bio` stores facts (a biography), `qa` recalls one (a question and its answer). Spans are [start, end) offsets into
-the example's own text; tokens are found from them later, for any tokenizer.
+A biography stores facts; a question and its answer, or a statement to complete, recalls one. Spans are [start, end)
+offsets into the example's own text; tokens are found from them later, for any tokenizer.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import expanded
 from crosstrace.data.facts import Fact, FactSettings, Person, World
+from crosstrace.data.tasks import TaskSettings, default_tasks
 
 Span = tuple[int, int]
 KNOWN = "known"  # the task of facts of the world that the base knows: it may be replayed, and is never traced
@@ -62,20 +63,68 @@ class Example:
     open_ended: bool = False
 
 
-def texts(settings: FactSettings) -> dict[str, list[Example]]:
-    """The examples of both tasks, `bio` and `qa`, that these settings mean: of drawn people, or of one's own facts or
-    rows (`crosstrace import`).
+def texts(settings: FactSettings, tasks: Mapping[str, TaskSettings] | None = None) -> dict[str, list[Example]]:
+    """The examples of every task that these settings mean: of drawn people, of one's own facts or rows (`crosstrace
+    import`), or of a task's own file.
+
+    Args:
+        tasks: biographies and questions, called bio and qa, if not given.
 
     Raises:
-        UserError: as `World.draw`, or the source's own rows cannot be read.
+        UserError: as `World.draw`, or the rows of a source or file cannot be read.
     """
-    if settings.source is not None:
-        home = expanded(settings.source)
-        rows = {task: home / f"{task}.jsonl" for task in ("bio", "qa")}
-        if not (home / "world.json").exists() and all(path.is_file() for path in rows.values()):
-            return {task: read_jsonl(path) for task, path in rows.items()}
-    world = World.draw(settings)
-    return {"bio": biographies(world), "qa": questions(world)}
+    tasks = default_tasks() if tasks is None else tasks
+    rows: dict[str, list[Example]] = {}
+    if settings.source is not None and not (expanded(settings.source) / "world.json").exists():
+        files = {source: expanded(settings.source) / name for source, name in OWN_ROWS.items()}
+        if all(path.is_file() for path in files.values()):
+            rows = {source: read_jsonl(path) for source, path in files.items()}
+    world = World.draw(settings) if not rows and any(task.is_of_world for task in tasks.values()) else None
+    found = {}
+    for name, task in tasks.items():
+        if not task.is_of_world:
+            items = _read_file(name, task.source)
+        elif world is not None:
+            items = MAKERS[task.source](world)
+        elif task.source in rows:
+            items = rows[task.source]
+        else:
+            raise UserError(
+                f"tasks.{name}.source is {task.source}, but {settings.source} holds rows of text alone; expected a "
+                f"folder of facts with world.json, or one of {', '.join(rows)}"
+            )
+        found[name] = [item if item.task == name else replace(item, task=name) for item in items]
+    return found
+
+
+def _read_file(task: str, source: str) -> list[Example]:
+    """A task's own examples: JSONL as `write_jsonl` writes it, or text with one example a line."""
+    path = expanded(source)
+    if not path.is_file():
+        raise UserError(
+            f"tasks.{task}.source = {source} is no file; expected {', '.join(MAKERS)}, a .jsonl file of examples, or a "
+            "text file in UTF-8 with one text a line"
+        )
+    return read_jsonl(path) if path.suffix == ".jsonl" else read_lines(path, task, f"tasks.{task}.source")
+
+
+def read_lines(path: Path, task: str, setting: str) -> list[Example]:
+    """The lines of a text file, each an example that is about nobody.
+
+    Raises:
+        UserError: it is not text, or holds none; `setting` names it.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{setting} = {path} is not text in UTF-8 ({error})") from None
+    found = [
+        Example(f"{task}.{number}", task, line, f"{task}.{number}", "id", ((0, len(line)),), ())
+        for number, line in enumerate(lines) if line
+    ]  # fmt: skip
+    if not found:
+        raise UserError(f"{setting} = {path} holds no line of text; expected one text a line")
+    return found
 
 
 def biographies(world: World) -> list[Example]:
@@ -135,6 +184,36 @@ def _questions(world: World, person: Person) -> list[Example]:
             examples.append(
                 Example(f"{fact.id}.qa.{index}", "qa", text, person.id, split, (mention.object,), (mention,),
                         person.repeats)
+            )  # fmt: skip
+    return examples
+
+
+def statements_to_complete(world: World) -> list[Example]:
+    """A statement about every fact, up to its object, which is to be completed (task `cloze`).
+
+    The wording is one that none of the person's biographies has, where there is one. A relation whose statements all
+    name the object before the subject has none.
+    """
+    told = {(mention.fact, mention.wording) for text in biographies(world) for mention in text.mentions}
+    examples = []
+    for person in world.people:
+        for fact in person.facts:
+            patterns = [
+                (number, pattern)
+                for number, pattern in enumerate(world.wording.statements[fact.relation])
+                if pattern.index("{subject}") < pattern.index("{object}")
+            ]
+            untold = [own for own in patterns if (fact.id, f"bio.{fact.relation}.{own[0]}") not in told]
+            if not patterns:
+                continue
+            number, pattern = random.Random(f"crosstrace/cloze/{fact.id}").choice(untold or patterns)
+            text, mention = fill(pattern, fact, f"cloze.{fact.relation}.{number}", fact.subject, 0)
+            end = mention.object[1]
+            words = tuple(span for span in mention.relation_words if span[1] <= end)
+            split = "id" if (person.in_distribution if fact.trained is None else fact.trained) else "ood"
+            examples.append(
+                Example(f"{fact.id}.cloze", "cloze", text[:end], person.id, split, (mention.object,),
+                        (replace(mention, relation_words=words),), person.repeats)
             )  # fmt: skip
     return examples
 
@@ -231,3 +310,11 @@ def _check_values(example: Example) -> None:
     for start, end in spans:
         if not 0 <= start <= end <= len(example.text):
             raise ValueError(f"characters {start} to {end} of a text of {len(example.text)}")
+
+
+MAKERS: Mapping[str, Callable[[World], list[Example]]] = {
+    "biographies": biographies,
+    "questions": questions,
+    "cloze": statements_to_complete,
+}
+OWN_ROWS = {"biographies": "bio.jsonl", "questions": "qa.jsonl"}  # in a folder of imported rows

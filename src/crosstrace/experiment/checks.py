@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,12 @@ import torch.distributed as dist
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import expanded, sha256_tree
 from crosstrace.core.processes import Processes
-from crosstrace.data.chat import put_questions
+from crosstrace.data.tasks import ID
 from crosstrace.data.text import KNOWN, NO_QUESTIONS, texts
 from crosstrace.data.tokens import Encoded, check_fast, encode
 from crosstrace.experiment import config
-from crosstrace.experiment.config import TASKS, Experiment
-from crosstrace.experiment.examples import groups, known_people, sample
+from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.examples import encode_tasks, groups, known_people, sample, taught_texts, training_examples
 from crosstrace.experiment.registry import STAGES
 from crosstrace.experiment.stages.known import asks, world_of
 from crosstrace.experiment.stages.retain import new_material
@@ -60,14 +60,15 @@ def check(experiment: Experiment, whole: bool, stages: Sequence[str] = STAGES) -
         whole: read the model too.
         stages: those that are asked for.
     """
-    taught = texts(experiment.facts)
+    roles, taught = experiment.roles, texts(experiment.facts, experiment.tasks)
     sizes = {
-        "bio": sum(item.repeats for item in taught["bio"]),
-        "qa": sum(item.repeats for item in taught["qa"] if item.split == "id"),
+        task: sum(item.repeats for item in items if task not in roles.split or item.split == ID)
+        for task, items in taught.items()
     }
+    asks_something = any(taught[task] for task in roles.of_role("recall"))
     if experiment.eval.known and experiment.replays_known:
         sizes[KNOWN] = sum(person.in_distribution for person in world_of(experiment.eval.known).people)
-    if not taught["qa"]:
+    if not asks_something:
         config.check_unasked(experiment)
     for strategy, phases in experiment.strategies.items():
         names = [phase.name for phase in phases]
@@ -87,11 +88,11 @@ def check(experiment: Experiment, whole: bool, stages: Sequence[str] = STAGES) -
     check_optimisers(experiment.optimisers, experiment.model.sharded)
     tokenizer = loading.load_tokenizer(experiment.model.name)
     check_fast(tokenizer)
-    taught["qa"] = put_questions(experiment.facts, tokenizer, taught["qa"])
+    taught = taught_texts(experiment, tokenizer)
     known_people(experiment.model)
     of_world = asks(experiment, tokenizer) if experiment.eval.known else []
     retains = experiment.retention.run or ("retain" in stages and len(stages) == 1)  # named, it runs whatever is set
-    if retains and not taught["qa"]:
+    if retains and not asks_something:
         raise UserError(f"retain has nothing to ask: {NO_QUESTIONS}")
     further = new_material(experiment, tokenizer) if retains else {}
     lora = experiment.train.lora
@@ -104,8 +105,9 @@ def check(experiment: Experiment, whole: bool, stages: Sequence[str] = STAGES) -
         model = View(experiment).load_base()
         with modes.checkpointing_gradients(model, experiment.train.gradient_checkpointing):
             pass
-        encoded = encode(tokenizer, [*taught["bio"], *taught["qa"]], groups(taught))
-        _check_parts(experiment, encoded)
+        parts = encode_tasks(tokenizer, taught, groups(taught, roles), experiment)
+        encoded = [item for items in parts.values() for item in items]
+        _check_parts(experiment, training_examples(parts, roles))
         _check_known(tokenizer, encoded, experiment.model.name)
         check_fits(model, [*encoded, *encode(tokenizer, of_world), *(i for items in further.values() for i in items)])
         for name, given in experiment.given.items():
@@ -114,14 +116,10 @@ def check(experiment: Experiment, whole: bool, stages: Sequence[str] = STAGES) -
             adapters.adapted(model, lora, 0)
 
 
-def _check_parts(experiment: Experiment, encoded: Sequence[Encoded]) -> None:
+def _check_parts(experiment: Experiment, trained: Mapping[str, Sequence[Encoded]]) -> None:
     """Whether each part of the trace has examples of every task."""
     options = experiment.trace
-    each = {task: [item for item in encoded if item.example.task == task] for task in TASKS}
-    trained = {"bio": each["bio"], "qa": [item for item in each["qa"] if item.example.split == "id"]}
     for task, items in trained.items():
-        if not each[task]:  # nothing is asked
-            continue
         items = sample(items, options.examples) if options.examples else items
         people = {item.group for item in items}
         empty = options.parts - len({person % options.parts for person in people})

@@ -16,7 +16,7 @@ from crosstrace.core.run_folder import Run
 from crosstrace.data.text import NO_QUESTIONS
 from crosstrace.experiment import config
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.examples import data_steps
+from crosstrace.experiment.examples import asks_something, data_steps
 from crosstrace.experiment.registry import OF_STEPS, STAGES
 from crosstrace.experiment.studied import View
 from crosstrace.models import adapters, loading
@@ -58,7 +58,7 @@ def conclude(run: Run, experiment: Experiment, progress: Progress) -> Results:
         interventions = {name: read_json(run.path(f"interventions/{name}.json")) for name in with_interventions}
         about = read_json(run.folder / "metadata.json")
         results: dict[str, Any] = {"schema": 1, "run": _about(run, experiment, about)}
-        if not run.path("data/qa.jsonl").read_bytes():
+        if not asks_something(run, experiment):
             results["lacking"] = NO_QUESTIONS
         if run.path("data/import.json").is_file():
             results["import"] = read_json(run.path("data/import.json"))
@@ -73,8 +73,8 @@ def conclude(run: Run, experiment: Experiment, progress: Progress) -> Results:
         results["drift"] = {
             name: read_json(run.path(f"drift/{name}.json")) for name in names if f"drift/{name}.json" not in absent
         }
-        for part in ("shared", "similarity", "centralization", "maps", "units"):
-            results[part] = {name: found[part] for name, found in analyses.items()}
+        for part in ("shared", "pairs", "similarity", "centralization", "maps", "units"):
+            results[part] = {name: found.get(part, []) for name, found in analyses.items()}
         results["interventions"] = {
             name: {kind: [_without_answers(row) for row in found[kind]] for kind in ("ablate", "graft")}
             | {"untouched": found["untouched"]}

@@ -20,11 +20,11 @@ from crosstrace.core.files import NO_YAML
 from crosstrace.core.run_folder import CHANGEABLE
 from crosstrace.core.settings import STRICT
 from crosstrace.data.facts import FactSettings, people_on_both_sides
+from crosstrace.data.tasks import Roles, TaskSettings, default_tasks
 from crosstrace.data.text import KNOWN, NO_QUESTIONS
 from crosstrace.training.recipes import Optimiser, Phase, mixed, two_stage
 from crosstrace.training.trainer import TrainSettings
 
-TASKS = ("bio", "qa")
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Measure = Literal["abs", "square", "taylor", "net"]
 
@@ -124,6 +124,8 @@ class AnalysisSettings:
     """Whether token embeddings and unembedding are in scope."""
     draws: Annotated[int, Field(ge=2)] = 20
     """Random sets that centralization is compared with."""
+    tasks: Annotated[list[str], Field(min_length=2)] | None = None
+    """Tasks whose intersection is the shared set: all that store or recall, if not given."""
 
 
 @settings(frozen=True, config=STRICT)
@@ -197,14 +199,14 @@ class RetentionSettings:
     """A text file, one text a line, in place of new people."""
     steps: Annotated[int, Field(ge=1)] = 100
     """Updates."""
-    bio: Annotated[int, Field(ge=1)] = 64
-    """New biographies, or lines of text, in an update."""
-    qa: Annotated[int, Field(ge=0)] = 128
-    """Questions about new people in an update; 0 trains their biographies alone."""
-    replay_bio: Annotated[int, Field(ge=1)] = 8
-    """Taught biographies in an update, with replay."""
-    replay_qa: Annotated[int, Field(ge=1)] = 16
-    """Taught questions in an update, with replay."""
+    store: Annotated[int, Field(ge=1)] = 64
+    """New examples of each task that stores (biographies), or lines of text, in an update."""
+    recall: Annotated[int, Field(ge=0)] = 128
+    """New examples of each task that recalls (questions) in an update; 0 trains those that store alone."""
+    replay_store: Annotated[int, Field(ge=1)] = 8
+    """Taught examples of each task that stores in an update, with replay."""
+    replay_recall: Annotated[int, Field(ge=1)] = 16
+    """Taught examples of each task that recalls in an update, with replay."""
     replay_known: Annotated[int, Field(ge=0)] = 0
     """Facts of the world that the base knew (`eval.known`) in an update, with replay."""
     optimiser: Optimiser | None = None
@@ -225,6 +227,12 @@ class Experiment:
     """Names the run folder where none is given, and the report."""
     model: ModelSettings = Field(default_factory=ModelSettings)
     facts: FactSettings = Field(default_factory=FactSettings)
+    tasks: Annotated[dict[str, TaskSettings], Field(min_length=1)] = Field(default_factory=default_tasks)
+    """Named formats of text that are taught, traced and asked: biographies (`bio`) and questions (`qa`) where not
+    given."""
+    outcome: str | None = None
+    """The part of the examples in which knowledge shows, e.g. qa_ood: held-out examples of a recall task, those of the
+    first one where not given."""
     strategies: dict[str, Annotated[list[Phase], Field(min_length=1)]] = Field(
         default_factory=lambda: {"two_stage": two_stage(), "mixed": mixed()}
     )
@@ -245,6 +253,12 @@ class Experiment:
     mechanism, are done at once."""
     threads: Annotated[int, Field(ge=1)] = 1
     """Threads of each process. Results may differ in the last bits between numbers of threads."""
+
+    @property
+    def roles(self) -> Roles:
+        """Which task stores and which recalls, and the parts of the examples."""
+        chosen = self.analysis.tasks
+        return Roles.of(self.tasks, self.outcome, None if chosen is None else tuple(chosen))
 
     @property
     def taught(self) -> list[str]:
@@ -301,6 +315,10 @@ def parse(values: Mapping[str, Any], where: str) -> Experiment:
 
 def check(experiment: Experiment, where: str) -> Experiment:
     """What no single setting can tell: conditions between settings."""
+    try:
+        _ = experiment.roles
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     if experiment.facts.source is None:  # of a source it is known once it is read
         check_parts(experiment.trace.parts, people_on_both_sides(experiment.facts, where), where)
     if not experiment.name.strip(". ") or any(letter in experiment.name for letter in "/\\\0"):

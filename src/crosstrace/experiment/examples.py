@@ -15,13 +15,16 @@ from typing import Any, TypeVar
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import expanded, read_json, sha256_file
 from crosstrace.core.run_folder import Run
+from crosstrace.data.chat import put_questions
 from crosstrace.data.facts import FactSettings
-from crosstrace.data.text import KNOWN, Example, read_jsonl
+from crosstrace.data.tasks import ID, OOD, Roles, TaskSettings
+from crosstrace.data.text import KNOWN, Example, read_jsonl, texts
 from crosstrace.data.tokens import Encoded, encode
 from crosstrace.experiment.config import Experiment, ModelSettings
 from crosstrace.models import loading
 
 T = TypeVar("T", Example, Encoded)
+A_OOD = "a_ood"  # the part of questions about people whom the base knows, which it was never trained on
 REPLAYED = "known_replayed"  # the part of the facts that the base knows which training replays
 
 
@@ -44,41 +47,73 @@ def data_steps(experiment: Experiment) -> list[str]:
     return ["data", "known"] if experiment.eval.known else ["data"]
 
 
-def examples(run: Run, tokenizer: Any, known: int | None = 0) -> dict[str, list[Encoded]]:
-    """The run's examples by part: bio, qa_id, qa_ood and, where there are such, at most `known` each (None: all) of
-    a_ood, questions about people whom the base knows, and of facts of the world that it knows: known, and those that
-    training replays apart from them.
+def examples(run: Run, experiment: Experiment, tokenizer: Any, known: int | None = 0) -> dict[str, list[Encoded]]:
+    """The run's examples by part: those of its tasks (bio, qa_id and qa_ood by default) and, where there are such, at
+    most `known` each (None: all) of a_ood, questions about people whom the base knows, and of facts of the world that
+    it knows: known, and those that training replays apart from them.
 
     All examples of a person are of one group, as `groups` numbers them.
     """
-    texts = {"bio": read_jsonl(run.path("data/bio.jsonl")), "qa": read_jsonl(run.path("data/qa.jsonl"))}
-    numbers = groups(texts)
-    for part, file in (("a_ood", "data/a_qa.jsonl"), (KNOWN, "known/known.jsonl")):
+    texts = {task: read_jsonl(run.path(f"data/{task}.jsonl")) for task in experiment.tasks}
+    numbers = groups(texts, experiment.roles)
+    for part, file in ((A_OOD, "data/a_qa.jsonl"), (KNOWN, "known/known.jsonl")):
         if known != 0 and run.path(file).exists():
             texts[part] = sample(read_jsonl(run.path(file)), known)
-    parts = {name: encode(tokenizer, items, numbers) for name, items in texts.items()}
-    of_split = lambda items, split: [item for item in items if item.example.split == split]
-    qa, facts = parts.pop("qa"), parts.pop(KNOWN, [])
-    parts |= {"qa_id": of_split(qa, "id"), "qa_ood": of_split(qa, "ood")}
-    parts |= {KNOWN: of_split(facts, "ood")} if facts else {}
-    replayed = of_split(facts, "id")
+    parts = encode_tasks(tokenizer, texts, numbers, experiment)
+    for name in (name for name in texts if name not in experiment.tasks):
+        parts[name] = mark_traced(encode(tokenizer, texts[name], numbers), experiment.trace.targets)
+    facts = parts.pop(KNOWN, [])
+    parts |= {KNOWN: _of_split(facts, OOD)} if facts else {}
+    replayed = _of_split(facts, ID)
     return parts | ({REPLAYED: replayed} if replayed else {})
 
 
-def groups(texts: Mapping[str, Sequence[Example]]) -> dict[str, int]:
-    """The number of each person of bio and qa: its group, the unit that the traces' parts are made of.
+def encode_tasks(
+    tokenizer: Any, texts: Mapping[str, Sequence[Example]], numbers: Mapping[str, int], experiment: Experiment
+) -> dict[str, list[Encoded]]:
+    """The examples of an experiment's tasks by part, with the targets that their tasks name: `train`, which training
+    predicts, and `trace`, whose loss is traced."""
+    parts: dict[str, list[Encoded]] = {}
+    for name, task in experiment.tasks.items():
+        traced = task.trace_targets or ("train" if task.role == "other" else experiment.trace.targets)
+        items = mark_traced(encode(tokenizer, texts[name], numbers), traced)
+        for item in items:
+            item.targets["train"] = item.targets[task.targets]
+        if task.is_split:
+            parts |= {f"{name}_{split}": _of_split(items, split) for split in (ID, OOD)}
+        else:
+            parts[name] = items
+    return parts
+
+
+def mark_traced(items: list[Encoded], targets: str) -> list[Encoded]:
+    """The examples themselves, with `targets` as those whose loss is traced (`trace`)."""
+    for item in items:
+        item.targets["trace"] = item.targets[targets]
+    return items
+
+
+def _of_split(items: Sequence[Encoded], split: str) -> list[Encoded]:
+    return [item for item in items if item.example.split == split]
+
+
+def groups(texts: Mapping[str, Sequence[Example]], roles: Roles) -> dict[str, int]:
+    """The number of each person that the tasks are about: its group, the unit that the traces' parts are made of.
 
     Those whose questions are trained come first, so that they spread evenly over the parts, as all people do.
     """
-    asked = [item.person for item in texts["qa"] if item.split == "id"]
-    told = [item.person for split in ("id", "ood") for item in texts["bio"] if item.split == split]
+    ordered = [*roles.of_role("recall"), *roles.of_role("store"), *roles.of_role("other")]
+    asked = [item.person for task in ordered if task in roles.split for item in texts[task] if item.split == ID]
+    told = [
+        item.person for task in ordered if task not in roles.split
+        for split in (ID, OOD) for item in texts[task] if item.split == split
+    ]  # fmt: skip
     return {person: number for number, person in enumerate(dict.fromkeys([*asked, *told]))}
 
 
-def training_examples(parts: Mapping[str, list[Encoded]]) -> dict[str, list[Encoded]]:
-    """What is trained and traced of each task that has examples: every biography, and the questions of the ID
-    people."""
-    return {task: parts[part] for task, part in (("bio", "bio"), ("qa", "qa_id")) if parts[part]}
+def training_examples(parts: Mapping[str, list[Encoded]], roles: Roles) -> dict[str, list[Encoded]]:
+    """What is trained and traced of each task that has examples: all of it, but held-out examples."""
+    return {task: parts[part] for task in roles.tasks if parts[part := roles.trained_part(task)]}
 
 
 def replayable(parts: Mapping[str, list[Encoded]]) -> dict[str, list[Encoded]]:
@@ -98,11 +133,13 @@ def sample(items: Sequence[T], number: int | None) -> list[T]:
     return [items[index] for index in sorted(islice(turns, number))]
 
 
-def samples(parts: Mapping[str, list[Encoded]], number: int) -> dict[str, list[Encoded]]:
-    """So many questions of each kind, and biographies with about as many objects."""
-    kinds = ("qa_id", "qa_ood", KNOWN, REPLAYED)
+def samples(parts: Mapping[str, list[Encoded]], number: int, roles: Roles) -> dict[str, list[Encoded]]:
+    """So many questions of each kind, and of texts that store facts about as many objects."""
+    kinds = (*roles.asked, KNOWN, REPLAYED)
     chosen = {name: sample(parts[name], number) for name in kinds if parts.get(name)}
-    return chosen | {"bio": sample(parts["bio"], max(1, number // len(parts["bio"][0].example.mentions)))}
+    for part in (part for part in roles.parts if part not in kinds and parts.get(part)):
+        chosen[part] = sample(parts[part], max(1, number // max(1, len(parts[part][0].example.mentions))))
+    return chosen
 
 
 def facts_key(facts: FactSettings) -> dict[str, Any]:
@@ -115,3 +152,32 @@ def facts_key(facts: FactSettings) -> dict[str, Any]:
     names = ("world.json", "bio.jsonl", "qa.jsonl", "import.json")
     files = [expanded(facts.source) / name for name in names]
     return own | {"content": {file.name: sha256_file(file) for file in files if file.is_file()}}
+
+
+def tasks_key(tasks: Mapping[str, TaskSettings]) -> dict[str, Any]:
+    """The tasks' settings and the content of their files."""
+    files = {name: expanded(task.source) for name, task in tasks.items() if not task.is_of_world}
+    content = {name: sha256_file(file) for name, file in files.items() if file.is_file()}
+    return {"settings": {name: asdict(task) for name, task in tasks.items()}, "content": content}
+
+
+def taught_texts(experiment: Experiment, tokenizer: Any) -> dict[str, list[Example]]:
+    """The examples of every task, those that ask as `facts.template` says.
+
+    Args:
+        tokenizer: needed for a chat template alone.
+
+    Raises:
+        UserError: as `texts` and `put_questions`.
+    """
+    found = texts(experiment.facts, experiment.tasks)
+    for name, task in experiment.tasks.items():
+        if task.role == "recall" and task.source != "cloze":
+            found[name] = put_questions(experiment.facts, tokenizer, found[name])
+    return found
+
+
+def asks_something(run: Run, experiment: Experiment) -> bool:
+    """Whether a task that recalls has examples in the run."""
+    recalling = experiment.roles.of_role("recall")
+    return any(run.path(f"data/{task}.jsonl").read_bytes() for task in recalling)

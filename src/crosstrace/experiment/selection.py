@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
@@ -21,14 +21,14 @@ def strengths(tasks: Mapping[str, Sequence[Trace]]) -> Strengths:
 
 
 def select_tasks(
-    found: Strengths, fractions: Sequence[float], in_scope: Sequence[str], how: str
+    found: Strengths, fractions: Sequence[float], in_scope: Sequence[str], how: str, together: Collection[str]
 ) -> Iterator[tuple[float, dict[str, ParamSet]]]:
-    """For each fraction, when its turn comes, S_t of every task, and their intersection under the name "shared".
-    Nothing if no task is given."""
+    """For each fraction, when its turn comes, S_t of every task, and under the name "shared" the intersection of those
+    of the tasks `together`. Nothing if no task is given."""
     each = {task: select_each(values, fractions, scope=in_scope, how=how) for task, values in found.items()}
     for fraction in fractions if each else ():
         sets = {task: next(own) for task, own in each.items()}
-        yield fraction, {**sets, "shared": shared(sets)}
+        yield fraction, {**sets, "shared": shared({task: sets[task] for task in together})}
 
 
 def controls(found: Strengths, psets: Mapping[str, ParamSet], seeds: int, salt: str = "") -> dict[str, list[ParamSet]]:

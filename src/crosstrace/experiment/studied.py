@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstrace.analyses.consistency import FactPair, fact_pairs
+from crosstrace.core.errors import UserError
 from crosstrace.core.files import read_json, sha256_tree
 from crosstrace.core.processes import Processes, launched
 from crosstrace.core.progress import Progress
@@ -20,7 +21,7 @@ from crosstrace.core.run_folder import Run
 from crosstrace.core.statistics import nearest
 from crosstrace.data.tokens import Encoded
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.examples import examples, sample
+from crosstrace.experiment.examples import A_OOD, examples, sample
 from crosstrace.models import adapters, loading
 from crosstrace.sets.paramset import ParamSet
 from crosstrace.sets.selection import scope
@@ -216,22 +217,25 @@ class StudiedModel:
     @cached_property
     def parts(self) -> dict[str, list[Encoded]]:
         """All examples of the run, by part."""
-        return examples(self.run, self.tokenizer, known=None if self.is_base else 0)
+        return examples(self.run, self.experiment, self.tokenizer, known=None if self.is_base else 0)
 
     @cached_property
     def questions(self) -> dict[str, list[Encoded]]:
         """Some questions of each kind that the model may know the answer of: the base knows nobody of the run's world,
         but people of its own."""
-        kinds = ("a_ood",) if self.is_base else ("qa_id", "qa_ood")
+        kinds = (A_OOD,) if self.is_base else self.experiment.roles.both
         number = self.experiment.mechanism.questions
         return {part: sample(self.parts[part], number) for part in kinds if part in self.parts}
 
     @cached_property
     def facts(self) -> dict[str, list[FactPair]]:
         """Some facts of whole people, both formats of each: of those whose questions are trained, and of the others."""
-        found = {}
-        for part in ("qa_id", "qa_ood"):
-            pairs = fact_pairs(self.parts["bio"], self.parts[part])
+        found, roles = {}, self.experiment.roles
+        if not roles.stored:
+            raise UserError("no task stores facts, so there are no two formats of a fact to compare")
+        stored = [item for part in roles.parts_of(roles.stored) for item in self.parts[part]]
+        for part in roles.both:
+            pairs = fact_pairs(stored, self.parts[part])
             people = list(dict.fromkeys(pair.person for pair in pairs))
             random.Random(f"explain/{part}").shuffle(people)
             chosen: list[FactPair] = []

@@ -16,7 +16,7 @@ from typing import Any
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import replacing
 from crosstrace.core.run_folder import Run
-from crosstrace.experiment.config import TASKS
+from crosstrace.data.tasks import Roles
 from crosstrace.experiment.studied import LEARNING, WHENS
 from crosstrace.trace import Trace, load_traces, save_traces
 
@@ -30,22 +30,24 @@ def place_of(folder: Path, when: str) -> Path:
 
 
 def read_traces(
-    folder: Path, when: str, measure: str, reduction: str = "example", like: Any = None
+    folder: Path, when: str, measure: str, roles: Roles, reduction: str = "example", like: Any = None
 ) -> dict[str, list[Trace]]:
     """task -> the parts of its trace at one time, or its mean where that alone was kept; `like` as in `load_traces`.
 
-    Empty if fewer than two tasks have one: of a strategy that never trains a task there is no online trace of it, so
-    nothing online to share. The summed trace has a measure of its own.
+    Empty if a task of the shared set has none: of a strategy that never trains a task there is no online trace of it,
+    so nothing online to share. The summed trace has a measure of its own.
     """
     tasks: dict[str, list[Trace]] = {}
     measure = "net" if when == LEARNING["summed"] else measure
     for file in sorted(place_of(folder, when).glob("*.safetensors")):
         for item in load_traces(file, like, measure=measure, reduction=reduction):
-            if item.task not in TASKS:  # it would name files
-                raise UserError(f"{file} holds a trace of {item.task!r}; expected {' or '.join(TASKS)}: was it edited?")
+            if item.task not in roles.tasks:  # it would name files
+                known = " or ".join(roles.tasks)
+                raise UserError(f"{file} holds a trace of {item.task!r}; expected {known}: was it edited?")
             tasks.setdefault(item.task, []).append(item)
-    if len(tasks) < 2:
+    if len(tasks) < 2 or not {*roles.shared} <= {*tasks}:
         return {}
+    tasks = {task: tasks[task] for task in roles.tasks if task in tasks}
     if len({len(parts) for parts in tasks.values()}) > 1:  # too few steps or people for all parts: no intervals
         return {task: [Trace.combine(parts)] for task, parts in tasks.items()}
     return tasks

@@ -21,6 +21,7 @@ from crosstrace.core.progress import Progress
 from crosstrace.core.run_folder import Run
 from crosstrace.data.text import NO_QUESTIONS
 from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.examples import asks_something
 from crosstrace.experiment.registry import OF_MODELS
 from crosstrace.experiment.stages.dropping import drop_traces
 from crosstrace.experiment.studied import BASE, StudiedModel
@@ -119,7 +120,7 @@ def _do(studied: StudiedModel, name: str) -> None:
     """Do a stage of a model, or the part that the model names."""
     run, stage = studied.run, OF_MODELS[name]
     torch.set_num_threads(studied.experiment.threads)
-    if stage.asks and not run.path("data/qa.jsonl").read_bytes():
+    if stage.asks and not asks_something(run, studied.experiment):
         raise UserError(f"{name} has nothing to ask: {NO_QUESTIONS}")
     if stage.is_shared:
         stage.run(studied)

@@ -32,7 +32,7 @@ from crosstrace.core.provenance import metadata
 from crosstrace.core.run_folder import Run
 from crosstrace.core.settings import STRICT
 from crosstrace.experiment import config, trace_files
-from crosstrace.experiment.config import TASKS, Experiment, Fraction
+from crosstrace.experiment.config import Experiment, Fraction
 from crosstrace.experiment.selection import controls, select_tasks, strengths
 from crosstrace.experiment.studied import WHENS, StudiedModel
 from crosstrace.experiment.trace_files import read_traces
@@ -44,7 +44,6 @@ from crosstrace.sets.selection import scope
 
 CARD = "crosstrace.json"
 _INSIDE = "crosstrace"
-CONTROLS_OF_TASKS = ("bio_only", "qa_only")  # which no stage saves, and traces are needed for
 Card = dict[str, Any]
 
 
@@ -258,20 +257,20 @@ def chosen_set(run: Run, experiment: Experiment, options: EditSettings, model: n
     """A set of a run at any fraction, drawn as the stage `intervene` draws it."""
     name, when, fraction = options.strategy, options.when, options.fraction
     salt = f"{name}/{when}/{fraction:g}"
-    if trace_files.has(run, name) == "none" and options.set not in CONTROLS_OF_TASKS:
+    if trace_files.has(run, name) == "none" and not options.set.endswith("_only"):
         saved = _saved_sets(run, experiment, options)
         if saved:
             drawn = {label: [pset] for label, pset in saved.items()}
             return _drawn(drawn | random_sets(saved["shared"], options.draw + 1, salt), options)
     trace_files.need(run, name, f"the set {options.set!r} at the fraction {fraction:g} ({when})")
-    read = lambda when: read_traces(run.path(f"traces/{name}"), when, experiment.trace.measures[0])
+    read = lambda when: read_traces(run.path(f"traces/{name}"), when, experiment.trace.measures[0], experiment.roles)
     traced = read(when)
     if not traced:
         there = ", ".join(other for other in WHENS if read(other)) or "none of both tasks"
         raise UserError(f"{run.folder} has no {when} trace of strategy {name}; there is {there}: name one with --when")
     found = strengths(traced)
     names = scope(model, experiment.analysis.embeddings)
-    ((_, psets),) = select_tasks(found, [fraction], names, experiment.analysis.how)
+    ((_, psets),) = select_tasks(found, [fraction], names, experiment.analysis.how, experiment.roles.shared)
     drawn = controls(found, psets, options.draw + 1, salt)
     return _drawn({task: [psets[task]] for task in found} | drawn, options)
 
@@ -279,7 +278,7 @@ def chosen_set(run: Run, experiment: Experiment, options: EditSettings, model: n
 def _saved_sets(run: Run, experiment: Experiment, options: EditSettings) -> dict[str, ParamSet]:
     """The tasks' sets and the shared one as `analyze` saved them; none at a fraction that it does not save."""
     home, start = run.path(f"shared/{options.strategy}"), f"{options.when}-{options.fraction:g}-"
-    files = {task: home / f"{start}{task}.safetensors" for task in TASKS}
+    files = {task: home / f"{start}{task}.safetensors" for task in experiment.roles.shared}
     if options.fraction not in experiment.analysis.central_fractions or not all(map(Path.is_file, files.values())):
         return {}
     meta = {"fraction": options.fraction, "how": experiment.analysis.how}

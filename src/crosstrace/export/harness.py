@@ -63,7 +63,8 @@ def export_run(run_folder: str | Path, folder: str | Path, overwrite: bool = Fal
         experiment = config.loads(run.config_text, str(run.folder / "config.yaml"))
         data = f"sha256:{run.inputs('data')['data']}"
         tokenizer = loading.load_tokenizer(experiment.model.name)
-        parts = {name: items for name, items in examples(run, tokenizer).items() if name in ("qa_id", "qa_ood")}
+        every = examples(run, experiment, tokenizer)
+        parts = {part: every[part] for part in experiment.roles.asked}
         if not any(parts.values()):
             raise UserError(f"{run.folder} has no questions to export; its facts or texts were imported without any")
         told = {

@@ -26,12 +26,19 @@ from crosstrace.analyses import circuit, minimal_graft, positions
 from crosstrace.analyses.signature import WHOLE
 from crosstrace.core.errors import UserError
 from crosstrace.core.pieces import rows_of
-from crosstrace.data.chat import put_questions
-from crosstrace.data.text import KNOWN, texts
+from crosstrace.data.text import KNOWN
 from crosstrace.data.tokens import IGNORE, Batch, Encoded, batches, check_room, collate, context_length, encode
 from crosstrace.experiment import config
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.examples import REPLAYED, replayable, sample, samples, training_examples
+from crosstrace.experiment.examples import (
+    REPLAYED,
+    encode_tasks,
+    replayable,
+    sample,
+    samples,
+    taught_texts,
+    training_examples,
+)
 from crosstrace.experiment.stages.analyze import DRIFT_DRAWS
 from crosstrace.experiment.stages.known import asks
 from crosstrace.experiment.studied import LEARNING, View
@@ -51,7 +58,6 @@ Moment = tuple[
     str, Mapping[str, float], Mapping[str, float]
 ]  # what happens; what is held on the training's device, and on the host
 Work = Counter  # "tokens": positions that go through the model; "pairs": Σ of each text's length squared
-TASKS = 2
 LOOKED_AT = 2000  # updates of a phase whose lengths are counted; of more, so many spread evenly
 CHARACTERS = 4  # a token, by rule of thumb, where there is no tokenizer
 # and about as many words as chat templates have
@@ -187,12 +193,9 @@ class Material:
             self.tokenizer = _stand_in()
             self.tokenizer_of = f"none at hand, so tokens are estimated, about {CHARACTERS} characters each"
         self.pad = loading.pad_id(self.tokenizer)
-        own = texts(experiment.facts)
-        own["qa"] = put_questions(experiment.facts, self.tokenizer, own["qa"])
-        asked = {split: [item for item in own["qa"] if item.split == split] for split in ("id", "ood")}
-        parts = {"bio": own["bio"], "qa_id": asked["id"], "qa_ood": asked["ood"]}
-        self.parts = {part: encode(self.tokenizer, items) for part, items in parts.items()}
-        self.trained = training_examples(self.parts)
+        self.roles = experiment.roles
+        self.parts = encode_tasks(self.tokenizer, taught_texts(experiment, self.tokenizer), {}, experiment)
+        self.trained = training_examples(self.parts, self.roles)
         self.wordings = []  # all that the base is asked of the world, of which it may know everything
         if experiment.eval.known:
             every = asks(experiment, self.tokenizer)
@@ -221,7 +224,7 @@ class Material:
 
     def longest(self, questions: int) -> list[Encoded]:
         """The longest of some questions, as many as go through a model at once for attribution."""
-        items = [*self.asked("qa_id", questions), *self.asked("qa_ood", questions)]
+        items = [item for part in self.roles.both for item in self.asked(part, questions)]
         return sorted(items, key=lambda item: len(item.ids))[-64:]
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -232,7 +235,7 @@ class Material:
 
     def check(self, experiment: Experiment) -> None:
         """What no later part could do without."""
-        if not self.parts["qa_id"] and not self.parts["qa_ood"]:
+        if not any(self.parts[part] for part in self.roles.asked):
             config.check_unasked(experiment)
         sizes = epoch_sizes(self.seen)
         for phases in experiment.strategies.values():
@@ -309,6 +312,7 @@ class Needs:
             experiment = replace(experiment, jobs=1)  # who work side by side do one thing at a time
         self.experiment, self.material, self.machine, self.launch = experiment, material, machine, launch
         self.sharded = experiment.model.sharded and number > 1
+        self.tasks = len(experiment.tasks)
         self.alone = self
         if number > 1:
             self.alone = Needs(experiment, material, replace(machine, gpu=None) if self.sharded else machine)
@@ -344,7 +348,7 @@ class Needs:
         self.learning_sums = tracing.parts * sum(
             {"per_example": len(REDUCTIONS), "summed": 1}[name] for name in defined
         )
-        self.online = TASKS * self.learning_sums * self.sums
+        self.online = self.tasks * self.learning_sums * self.sums
         self.whens = [LEARNING[name] for name in defined] + ["final"] + ["checkpoints"] * tracing.checkpoints
 
     @cached_property
@@ -421,7 +425,7 @@ class Needs:
                 if self._shares_forward and sum(map(len, chosen.values())) > 1:  # of the micro-batches before
                     further |= {"gradients": self.learned}
                 yield f"a traced step of {phase.name}", held | further | self._traced(chosen), host
-        for part, items in samples(self.material.parts, e.train.recall_examples).items():
+        for part, items in samples(self.material.parts, e.train.recall_examples, e.roles).items():
             yield f"recall of {part}", held | self._recall(part, len(items), e.eval.tokens), host
         if self.sharded:
             yield "a checkpoint", held, host | self._copies()
@@ -594,19 +598,19 @@ class Needs:
 
     def _read(self) -> float:
         """Bytes of the traces of one time by one reduction. Files are mapped: what nobody looks at takes none."""
-        return TASKS * self.experiment.trace.parts * self.sums
+        return self.tasks * self.experiment.trace.parts * self.sums
 
     def _sets(self, fractions: int) -> float:
         """A mask of every task's set and of the shared one, at each fraction."""
-        return fractions * (TASKS + 1) * self.scope
+        return fractions * (self.tasks + 1) * self.scope
 
     def _analyze(self) -> Iterator[Moment]:
         """`pipeline.analyze`: the traces of one time by one reduction, and what one set or table needs beside them."""
-        strengths, wide = {"strengths": TASKS * self.sums}, {"a tensor in float64": 4 * self.largest}
+        strengths, wide = {"strengths": self.tasks * self.sums}, {"a tensor in float64": 4 * self.largest}
         yield "sets", {}, {"traces": self._read()} | strengths | wide
-        seen = {"traces": TASKS * self.experiment.trace.parts * self.scope_sums}  # in scope alone
-        means = {"strengths": TASKS * self.scope_sums}
-        masks = (TASKS + 2) * self.scope  # every task's set, what they share, and what any has
+        seen = {"traces": self.tasks * self.experiment.trace.parts * self.scope_sums}  # in scope alone
+        means = {"strengths": self.tasks * self.scope_sums}
+        masks = (self.tasks + 2) * self.scope  # every task's set, what they share, and what any has
         yield "overlap", {}, seen | means | wide | {"masks": masks}
         ranking = RANKING["float64" if self.scope_sums > 4 * self.scope else "float32"]
         yield "similarity", {}, seen | means | {"ranks": ranking * self.scope}
@@ -615,17 +619,17 @@ class Needs:
 
     def controls(self) -> int:
         """Sets of one time and fraction that are put in: the shared one and its controls."""
-        return 1 + 2 * self.experiment.interventions.seeds + TASKS
+        return 1 + 2 * self.experiment.interventions.seeds + self.tasks
 
     def _intervene(self) -> Iterator[Moment]:
         """`pipeline.intervene`: base and tuned model, the strengths of one time, and the sets of one fraction."""
         options = self.experiment.interventions
-        both, strengths = {"weights": 2 * self.weights}, {"strengths": TASKS * self.sums}
+        both, strengths = {"weights": 2 * self.weights}, {"strengths": self.tasks * self.sums}
         yield "strengths", both, strengths | {"traces": self._read(), "a tensor in float64": 4 * self.largest}
         held = strengths | {"masks": self._sets(1) + (self.controls() - 1) * self.scope}
         yield "controls", both, held | {"what is free of one task": self.scope_sums}
         saved = {"values to put back": max(options.fractions) * self.scope_sums}
-        for part in ("qa_id", "qa_ood"):
+        for part in self.experiment.roles.asked:
             yield (
                 f"recall of {part}",
                 both | saved | self._recall(part, options.questions, self.experiment.eval.tokens),
@@ -664,17 +668,19 @@ class Needs:
             yield "contributions", weights | self._estimate([row]), host | {"traces": traces * self.scope_sums}
         if "positions" in options.parts and name is not None:
             three = {"weights": 3 * self.weights}  # base, tuned, and what they make together
-            yield "weights at some tokens", three | self._recall("qa_ood", options.questions), host
+            yield "weights at some tokens", three | self._recall(self.experiment.roles.outcome, options.questions), host
         if "dynamics" in options.parts and name is not None:
             parts = {"activations": self._inward(seen.once(("answers", options.questions), answers))}
-            yield "checkpoints", parts | {"weights": 3 * self.weights}, host | {"traces": 2 * TASKS * self.sums}
-        yield "recall", held | self._recall("qa_ood", options.questions), host
+            yield "checkpoints", parts | {"weights": 3 * self.weights}, host | {"traces": 2 * self.tasks * self.sums}
+        yield "recall", held | self._recall(self.experiment.roles.outcome, options.questions), host
 
     def _formats(self) -> Mapping[str, Tensor]:
         """The longest facts in both formats, as many as are compared at once."""
         seen, together = self.material, self.experiment.mechanism.together
-        texts = sorted(seen.parts["bio"], key=lambda item: len(item.ids))[-together:]
-        questions = sorted(seen.parts["qa_ood"], key=lambda item: len(item.ids))[-together:]
+        texts = sorted(seen.parts[seen.roles.trained_part(seen.roles.stored)], key=lambda item: len(item.ids))[
+            -together:
+        ]
+        questions = sorted(seen.parts[seen.roles.outcome], key=lambda item: len(item.ids))[-together:]
         row = collate([item.about(len(item.mentions) - 1) for item in texts] + questions, pad_id=seen.pad)
         return {k: v for k, v in row.items() if k != "group"}
 
@@ -687,7 +693,9 @@ class Needs:
         """`retention.retain`: as training, beside a copy of the taught values and the sets."""
         options = self.experiment.retention
         sets = len(self.whens) * (1 + 2 * options.draws) * self.alone.scope
-        batch = {"bio": options.bio + options.replay_bio, "qa": options.qa + options.replay_qa}
+        roles = self.experiment.roles
+        batch = dict.fromkeys(roles.of_role("store"), options.store + options.replay_store)
+        batch |= dict.fromkeys(roles.of_role("recall"), options.recall + options.replay_recall)
         phase = Phase("new", {task: count for task, count in batch.items() if count}, options.steps)
         data = self._updates(phase, "0")
         held = self._trained() | {"a copy of the weights": self.weights}
@@ -738,7 +746,7 @@ class Needs:
             places = 1 + sum(number for _, number in phases) if e.trace.checkpoints and phases else 1
             found[name] = disk.Strategy(
                 phases=phases, further=saves(e.retention.steps), model=self.saved, optimiser=self.optimised,
-                trace=self.sums, tasks=TASKS, online=self.learning_sums,
+                trace=self.sums, tasks=self.tasks, online=self.learning_sums,
                 times=places * several, parts=e.trace.parts,
                 sets=(len(self.whens) if phases else 1) * self._sets(len(e.analysis.central_fractions)) / 8,
             )  # fmt: skip
@@ -802,7 +810,7 @@ class Needs:
             if name in e.strategies:
                 steps = sum(self.flops(_seen(data)) for _, data in self.phases(name))
                 updates = sum(len(data) for _, data in self.phases(name))
-                chosen = samples(seen.parts, e.train.recall_examples)
+                chosen = samples(seen.parts, e.train.recall_examples, e.roles)
                 few = sum(map(asked_of, chosen.values()), Counter())
                 times = 1 + len(self.phases(name)) + (updates // e.train.recall_every if e.train.recall_every else 0)
                 # of a frozen base there is no gradient of the weights, a third of it all
@@ -819,17 +827,21 @@ class Needs:
             places = sum(len(_saved(len(data), e.train.checkpoint_every)) for _, data in self.phases(name)) or 1
             add(name, "trace", once * (places if e.trace.checkpoints else 1))
             if e.interventions.run:
-                few = sum((asked_of(seen.asked(p, e.interventions.questions)) for p in ("qa_id", "qa_ood")), Counter())
+                few = sum((asked_of(seen.asked(p, e.interventions.questions)) for p in e.roles.asked), Counter())
                 sets = len(self.whens) * len(e.interventions.fractions) * self.controls()
                 add(name, "intervene", (2 * sets + 2) * self.flops(few))
             if e.mechanism.run:
                 add(name, "mechanism", self._mechanism_flops(2))
             if e.retention.run and name in e.strategies:
                 o = e.retention
-                texts = _times(work_of(seen.parts["bio"], o.bio), 1 / len(seen.parts["bio"]))
-                once = 3 * o.steps * (2 * o.bio + o.replay_bio) * self.flops(texts)
-                qa = _times(work_of(seen.parts["qa_id"], 128), 1 / len(seen.parts["qa_id"]))
-                add(name, "retain", once + 3 * o.steps * (2 * o.qa + o.replay_qa) * self.flops(qa))
+                counts = {"store": (o.store, o.replay_store), "recall": (o.recall, o.replay_recall)}
+                once = 0.0
+                for task, items in seen.trained.items():
+                    if e.roles.tasks[task] in counts:
+                        new, replayed = counts[e.roles.tasks[task]]
+                        each = _times(work_of(items, max(1, new)), 1 / len(items))
+                        once += 3 * o.steps * (2 * new + replayed) * self.flops(each)
+                add(name, "retain", once)
         if seen.wordings:
             add("base", "data", self.flops(asked_of(seen.wordings)))
         add("base", "eval", self.flops(asked))
@@ -841,7 +853,8 @@ class Needs:
         """Of one model; `kinds` of questions are asked."""
         o, seen = self.experiment.mechanism, self.material
         mean = lambda items: _times(work_of(items, 64), 1 / len(items))
-        bio, qa = (self.flops(mean(seen.parts[part])) for part in ("bio", "qa_ood"))
+        stored = seen.roles.trained_part(seen.roles.stored)
+        bio, qa = (self.flops(mean(seen.parts[part])) for part in (stored, seen.roles.outcome))
         pair = bio + qa  # a fact's two formats; the text that stores it ends with its object
         layers = self.model.config.get_text_config().num_hidden_layers
         facts, few = 2 * o.facts, kinds * o.questions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +50,22 @@ def select_shared(studied: StudiedModel) -> None:
 def _analysis_key(studied: StudiedModel) -> dict[str, Any]:
     """What the shared sets and their analysis depend on."""
     experiment = studied.experiment
-    own = {"analysis": asdict(experiment.analysis), "measure": experiment.trace.measures[0]}
+    options = {name: value for name, value in asdict(experiment.analysis).items() if value is not None}
+    own = {"analysis": options, "measure": experiment.trace.measures[0]}
     return own | studied.run.inputs(f"traces/{studied.name}")
 
 
 def _analyze_traces(studied: StudiedModel, key: Mapping[str, Any]) -> None:
     """What is read is of one time and reduction, and let go before the next: they are the size of the model each."""
-    run, name, options = studied.run, studied.name, studied.experiment.analysis
+    run, name, options, roles = studied.run, studied.name, studied.experiment.analysis, studied.experiment.roles
     model = studied.load_start()
     names, anatomy = studied.view.scope(model), Anatomy(model)
     del model
     for note in anatomy.notes:
         studied.note(note)
-    read = lambda when, reduction: read_traces(run.path(f"traces/{name}"), when, key["measure"], reduction)
+    read = lambda when, reduction: read_traces(run.path(f"traces/{name}"), when, key["measure"], roles, reduction)
     select = lambda when: select_tasks(  # (it alone has the strengths: they are gone when it has given its sets)
-        strengths(read(when, "example")), options.central_fractions, names, options.how
+        strengths(read(when, "example")), options.central_fractions, names, options.how, roles.shared
     )
     file = lambda when, fraction, label: f"{when}-{fraction:g}-{label}.safetensors"
 
@@ -78,7 +79,9 @@ def _analyze_traces(studied: StudiedModel, key: Mapping[str, Any]) -> None:
                     pset.save(folder / file(when, fraction, label), meta)
 
     def rows(path: Path) -> None:
-        found: dict[str, Any] = {part: [] for part in ("shared", "similarity", "centralization", "maps", "units")}
+        found: dict[str, Any] = {
+            part: [] for part in ("shared", "pairs", "similarity", "centralization", "maps", "units")
+        }
         found["coverage"], found["anatomy"] = {}, anatomy.notes
         for when, reduction in product(WHENS, REDUCTIONS):
             add_rows(found, when, reduction)
@@ -88,12 +91,17 @@ def _analyze_traces(studied: StudiedModel, key: Mapping[str, Any]) -> None:
         tasks = read(when, reduction)
         if not tasks:
             return
-        values = {task: [part.values for part in parts] for task, parts in tasks.items()}
+        every = {task: [part.values for part in parts] for task, parts in tasks.items()}
+        values = {task: every[task] for task in roles.shared}
         weights = {task: [part.weight for part in parts] for task, parts in tasks.items()}
         moment = {"when": when, "reduction": reduction}
         overlaps = overlap_rows(values, options.fractions, names, how=options.how, weights=weights)
         found["shared"] += [moment | row for row in overlaps]
-        found["similarity"] += [moment | row for row in similarity_rows(values, names, weights=weights)]
+        for pair in combinations(every, 2) if len(every) > 2 else ():
+            both = {task: every[task] for task in pair}
+            overlaps = overlap_rows(both, options.central_fractions, names, how=options.how, weights=weights)
+            found["pairs"] += [moment | {"tasks": [*pair]} | row for row in overlaps]
+        found["similarity"] += [moment | row for row in similarity_rows(every, names, weights=weights)]
         if reduction != "example":
             return
         central = centralization_rows(

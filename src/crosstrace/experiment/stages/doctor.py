@@ -8,7 +8,6 @@ from pathlib import Path
 from crosstrace.core.files import write_json
 from crosstrace.core.left_out import optional
 from crosstrace.data.text import read_jsonl
-from crosstrace.experiment.config import TASKS
 from crosstrace.experiment.studied import StudiedModel
 
 
@@ -22,7 +21,7 @@ def examine(studied: StudiedModel) -> None:
     def make(path: Path) -> None:
         kernels = tuple(dict.fromkeys(("eager", experiment.model.attention)))
         model, tokenizer = studied.load(), studied.tokenizer
-        own = {task: items for task in TASKS if (items := read_jsonl(run.path(f"data/{task}.jsonl")))}
+        own = {task: items for task in experiment.tasks if (items := read_jsonl(run.path(f"data/{task}.jsonl")))}
         with studied.progress.bar("doctor") as update:
             write_json(path, asdict(diagnose(model, tokenizer, texts=own, kernels=kernels, progress=update)))
 

@@ -13,7 +13,7 @@ from crosstrace.core.left_out import optional
 from crosstrace.core.pieces import at_rest, is_sharded
 from crosstrace.core.statistics import mean_interval, wilson
 from crosstrace.experiment import trace_files
-from crosstrace.experiment.config import TASKS, Experiment
+from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import examples, sample
 from crosstrace.experiment.selection import controls, select_tasks, strengths
 from crosstrace.experiment.stage import Stage
@@ -28,14 +28,14 @@ from crosstrace.sets.paramset import ParamSet
 def intervene(studied: StudiedModel) -> None:
     """Ablation and grafting of the shared set and of its controls: interventions/<strategy>.json."""
     run, experiment, name = studied.run, studied.experiment, studied.name
-    options, how = experiment.interventions, experiment.analysis.how
+    options, how, roles = experiment.interventions, experiment.analysis.how, experiment.roles
     key = run.alone(partial(intervention_key, studied))
 
     def make(path: Path) -> None:
         trace_files.need(run, name, "intervene")
         tokenizer = studied.tokenizer
-        parts = examples(run, tokenizer)
-        asked = {part: sample(parts[part], options.questions) for part in ("qa_id", "qa_ood")}
+        parts = examples(run, experiment, tokenizer)
+        asked = {part: sample(parts[part], options.questions) for part in roles.asked}
         base, tuned = studied.load_start(), studied.load()
         # no copies: while one of them is changed the other is as it was
         base_values, tuned_values = at_rest(base), at_rest(tuned)
@@ -56,14 +56,14 @@ def intervene(studied: StudiedModel) -> None:
 
         def sets(when: str) -> Iterator[tuple[float, str, list[ParamSet]]]:
             """The shared sets and their controls at one time; those of one fraction are held."""
-            strength = strengths(read_traces(traces, when, key["measure"], like=like))
-            for fraction, chosen in select_tasks(strength, options.fractions, names, how):
+            strength = strengths(read_traces(traces, when, key["measure"], roles, like=like))
+            for fraction, chosen in select_tasks(strength, options.fractions, names, how, roles.shared):
                 drawn = controls(strength, chosen, options.seeds, f"{name}/{when}/{fraction:g}")
                 for label, psets in drawn.items():
                     yield fraction, label, psets
 
         times = sum(trace_files.place_of(traces, when).is_dir() for when in WHENS)
-        most = times * len(options.fractions) * (1 + 2 * options.seeds + len(TASKS))
+        most = times * len(options.fractions) * (1 + 2 * options.seeds + len(experiment.tasks))
         with studied.bar("intervene", len(changes) * most) as update:
             for when in WHENS:
                 for fraction, label, psets in sets(when):

@@ -209,17 +209,23 @@ def said_instead(
 
 
 def instead_of(
-    model: Any, tokenizer: Any, parts: Mapping[str, Sequence[Encoded]], answered: Mapping[str, Recall]
+    model: Any,
+    tokenizer: Any,
+    taught: Sequence[Encoded],
+    parts: Mapping[str, Sequence[Encoded]],
+    answered: Mapping[str, Recall],
 ) -> Row:
     """What became of the facts that the base knew: {relations {part {relation: summary}}, instead: rows of
     `said_instead` with their part}.
 
     Args:
-        answered: of `known` and `known_replayed`, each as it was asked.
+        taught: examples of what was taught, whose objects a model may say in place of what it knew.
+        parts: the facts of the world, `known` and `known_replayed`.
+        answered: of the same, what the model answered.
     """
-    taught = {
+    objects = {
         item.example.text[slice(*mention.object)]
-        for part in ("bio", "qa_id", "qa_ood") for item in parts[part] for mention in item.example.mentions
+        for item in taught for mention in item.example.mentions
     }  # fmt: skip
     of_relation: dict[str, set[str]] = defaultdict(set)
     for example in (item.example for part in answered for item in parts[part]):
@@ -229,7 +235,7 @@ def instead_of(
     for part, result in answered.items():
         found["relations"][part] = {relation: own.summary() for relation, own in result.by_relation().items()}
         forgotten = [item for item, exact in zip(parts[part], result.exact) if not exact]
-        rows = said_instead(model, tokenizer, forgotten, taught, of_relation)
+        rows = said_instead(model, tokenizer, forgotten, objects, of_relation)
         found["instead"] += [{"part": part, **row} for row in rows]
     return found
 

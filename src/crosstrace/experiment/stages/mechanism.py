@@ -25,7 +25,7 @@ from crosstrace.core.left_out import Part, attempt
 from crosstrace.data.facts import World
 from crosstrace.data.tokens import Encoded
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.examples import known_people, sample, samples, training_examples
+from crosstrace.experiment.examples import A_OOD, known_people, sample, samples, training_examples
 from crosstrace.experiment.stage import Stage, always
 from crosstrace.experiment.studied import BASE, StudiedModel, central_fraction
 from crosstrace.models.anatomy import Anatomy
@@ -206,12 +206,13 @@ def at_positions(studied: StudiedModel) -> list[Row]:
 
 def transferred(studied: StudiedModel) -> list[Row]:
     """The taught facts in formats that were never trained."""
-    facts, parts = studied.experiment.facts, transfer.PARTS
+    roles = studied.experiment.roles
+    facts, parts = studied.experiment.facts, dict(zip(roles.both, transfer.PARTS))
     if studied.name == "base":  # it knows nobody of the run's world, but people of its own
         known = known_people(studied.experiment.model)
         if known is None:
             return []
-        facts, parts = known, ("qa_ood",)
+        facts, parts = known, {A_OOD: "qa_ood"}
     if facts.source is not None:
         if not studied.run.path("data/world.json").is_file():
             studied.note("rows of text have no other wordings, so transfer is not asked")
@@ -231,7 +232,7 @@ def transferred(studied: StudiedModel) -> list[Row]:
     rows = transfer.transfer(
         studied.model, studied.tokenizer, world, parts=parts, number=studied.experiment.mechanism.questions, k=k
     )
-    return [row | {"part": "a_ood"} for row in rows] if studied.name == "base" else rows
+    return rows
 
 
 def over_training(studied: StudiedModel) -> dict[str, list[Row]]:
@@ -244,17 +245,18 @@ def over_training(studied: StudiedModel) -> dict[str, list[Row]]:
         moments = [moments[round(number * steps)] for number in range(options.checkpoints)]
     if len(places) == len(experiment.strategies[studied.name]):
         studied.note("only the ends of the phases are there to look at; train.keep_checkpoints keeps more")
-    trained = training_examples(studied.parts)
+    roles = experiment.roles
+    trained = training_examples(studied.parts, roles)
     probe = dynamics.Probe(
         questions=studied.questions,
-        stored=samples(studied.parts, options.questions)["bio"],
-        traced={task: sample(items, options.questions) for task, items in trained.items()},
+        stored=samples(studied.parts, options.questions, roles)[roles.trained_part(roles.stored)],
+        traced={task: sample(trained[task], options.questions) for task in roles.shared},
         facts=studied.facts,
         scope=studied.view.scope(studied.model),
-        targets=experiment.trace.targets,
+        targets="trace",
         together=options.together,
         steps=options.steps,
-        read={claims.HELD_OUT: studied.read[claims.HELD_OUT]},
+        read={roles.outcome: studied.read[roles.outcome]},
     )
     rows: list[Row] = []
     last: dynamics.Moment | None = None
@@ -295,7 +297,8 @@ def smallest_grafts(studied: StudiedModel) -> dict[str, list[Row]]:
     base = studied.load_start()
     tuned = {parameter: value.detach() for parameter, value in studied.model.named_parameters()}
     names = studied.view.scope(base)
-    trained = questions["qa_id"]
+    roles = experiment.roles
+    trained = questions[roles.trained]
     parts = experiment.trace.parts
     if len({item.group % parts for item in trained}) < parts:
         parts = 1  # too few people for all parts, so there is no interval
@@ -320,7 +323,7 @@ def smallest_grafts(studied: StudiedModel) -> dict[str, list[Row]]:
             update.add(1)
     ask(studied.model, "tuned", 1.0, sum(value.numel() for value in tuned.values()))
     fewest = minimal_graft.fewest(rows)
-    (restoring,) = [row for row in fewest if (row["part"], row["order"]) == ("qa_id", "contribution")]
+    (restoring,) = [row for row in fewest if (row["part"], row["order"]) == (roles.trained, "contribution")]
     shares = [
         {"when": when, "fraction": pset.meta["fraction"]}
         | minimal_graft.overlap(changes, restoring["fraction"], pset, names)

@@ -11,7 +11,7 @@ from crosstrace.core.run_folder import Run
 from crosstrace.data.text import KNOWN
 from crosstrace.data.tokens import Encoded
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.examples import REPLAYED, data_steps, examples
+from crosstrace.experiment.examples import A_OOD, REPLAYED, data_steps, examples
 from crosstrace.experiment.stage import Stage, always
 from crosstrace.experiment.stages.known import instead_of
 from crosstrace.experiment.studied import StudiedModel
@@ -39,16 +39,17 @@ def test(studied: StudiedModel) -> None:
 
     def make(path: Path) -> None:
         tokenizer, model = studied.tokenizer, studied.load()
-        parts = examples(run, tokenizer, known=experiment.eval.known_examples)
+        parts = examples(run, experiment, tokenizer, known=experiment.eval.known_examples)
         ask = asking(run, experiment, tokenizer, experiment.eval.precision == "bf16")
         results = {part: ask(model, items) for part, items in parts.items() if items}
-        answers = {part: _bits(result) for part, result in results.items() if part != "a_ood"}
-        people = {part: result.person for part, result in results.items() if part != "a_ood"}
+        answers = {part: _bits(result) for part, result in results.items() if part != A_OOD}
+        people = {part: result.person for part, result in results.items() if part != A_OOD}
         of_world = {part: results.pop(part) for part in (KNOWN, REPLAYED) if part in results}
         found = {"summary": summaries(results), "answers": answers, "people": people}
         if of_world:
             found["summary"] |= {part: result.summary() for part, result in of_world.items()}
-            found["known"] = instead_of(model, tokenizer, parts, of_world)
+            taught = [item for part in experiment.roles.parts for item in parts[part]]
+            found["known"] = instead_of(model, tokenizer, taught, parts, of_world)
         if run.leads:
             write_json(path, found)
 

@@ -25,13 +25,14 @@ from crosstrace.core.pieces import at_rest, local, piece, processes_of
 from crosstrace.core.processes import Processes
 from crosstrace.data.chat import put_questions
 from crosstrace.data.facts import World
-from crosstrace.data.text import Example, biographies, questions
+from crosstrace.data.text import MAKERS, read_lines
 from crosstrace.data.tokens import Encoded, encode
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import (
     data_steps,
     examples,
     facts_key,
+    mark_traced,
     replayable,
     sample,
     samples,
@@ -68,12 +69,15 @@ def retain(studied: StudiedModel) -> None:
     def make(folder: Path) -> None:
         folder.mkdir(exist_ok=True)  # all processes come this way: they train, ask and trace together
         tokenizer = studied.tokenizer
-        parts = examples(run, tokenizer, known=experiment.eval.known_examples if experiment.eval.known else 0)
-        old, world = training_examples(parts), replayable(parts)
+        parts = examples(
+            run, experiment, tokenizer, known=experiment.eval.known_examples if experiment.eval.known else 0
+        )
+        roles = experiment.roles
+        old, world = training_examples(parts, roles), replayable(parts)
         new = new_material(experiment, tokenizer)
-        asked = samples(parts, options.questions)
-        if "new_qa" in new:
-            asked["new"] = sample(new["new_qa"], options.questions)
+        asked = samples(parts, options.questions, roles)
+        if f"new_{roles.recalled}" in new:
+            asked["new"] = sample(new[f"new_{roles.recalled}"], options.questions)
         sets = {
             when: {"shared": [pset], **random_sets(pset, options.draws, f"retain/{name}/{when}")}
             for when, pset in studied.shared_sets()
@@ -81,7 +85,9 @@ def retain(studied: StudiedModel) -> None:
         model = studied.load()
         taught, names = snapshot(model), studied.view.scope(model)
         traced = {task: sample(items, options.questions) for task, items in old.items()}
-        share = lambda model: shared_now(model, tokenizer, traced, names, experiment.trace.targets)
+        share = lambda model: shared_now(
+            model, tokenizer, {task: traced[task] for task in roles.shared}, names, "trace"
+        )
         before = share(model)
         taught_tasks = {task for phase in studied.phases for task in phase.composition()}
         found: dict[str, list[Row]] = {table: [] for table in ("history", "moved", "shared", "repair")}
@@ -91,23 +97,25 @@ def retain(studied: StudiedModel) -> None:
                 part: _exact(model, tokenizer, items, run.processes) for part, items in asked.items()
             }
             history = RecallHistory(measure, options.every)
-            batch = {task: {"new_bio": options.bio, "new_qa": options.qa}.get(task, options.bio) for task in new}
-            counts = {"bio": options.replay_bio, "qa": options.replay_qa}
-            counts = {task: count for task, count in counts.items() if task in taught_tasks}
+            of_recall = [f"new_{task}" for task in roles.of_role("recall")]
+            batch = {task: options.recall if task in of_recall else options.store for task in new}
+            counts = dict.fromkeys(roles.of_role("store"), options.replay_store)
+            counts |= dict.fromkeys(roles.of_role("recall"), options.replay_recall)
+            counts = {task: counts[task] for task in roles.tasks if task in counts and task in taught_tasks}
             counts |= dict.fromkeys(world, options.replay_known)
             phase = Phase("new", batch, options.steps, replay=counts if arm == "replay" else {},
                           optimiser=options.optimiser)  # fmt: skip
             with studied.bar(f"retain, {arm}") as update:
                 train(
                     model, tokenizer, [phase], new | old | world, folder / arm, experiment.train,
-                    bf16=trains_in_bf16(experiment), trace_targets=experiment.trace.targets,
+                    bf16=trains_in_bf16(experiment), trace_targets="trace",
                     listeners=[history], progress=update, logs=run.folder / "logs" / "retention" / name / arm,
                     processes=run.processes,
                 )  # fmt: skip
             model = studied.view.merge(model)
             found["history"] += [{"arm": arm} | row for row in history.rows]
             found["shared"].append({"arm": arm} | _kept(before, share(model)))
-            asks = {part: asked[part] for part in ("qa_id", "qa_ood")}
+            asks = {part: asked[part] for part in roles.asked}
             for when, own in sets.items():
                 place = {"arm": arm, "when": when}
                 found["moved"] += [place | row for row in moved(model, taught, own)]
@@ -131,17 +139,8 @@ def new_material(experiment: Experiment, tokenizer: Any) -> dict[str, list[Encod
     """
     options = experiment.retention
     if options.text:
-        try:
-            lines = [line.strip() for line in _text_file(options.text).read_text(encoding="utf-8").splitlines()]
-        except UnicodeDecodeError as error:
-            raise UserError(f"retention.text = {options.text} is not text in UTF-8 ({error})") from None
-        texts = [
-            Example(f"text.{number}", "text", line, f"text.{number}", "id", ((0, len(line)),), ())
-            for number, line in enumerate(lines) if line
-        ]  # fmt: skip
-        if not texts:
-            raise UserError(f"retention.text = {options.text} holds no line of text; expected one text a line")
-        return {"text": encode(tokenizer, texts)}
+        lines = read_lines(_text_file(options.text), "text", "retention.text")
+        return {"text": mark_traced(encode(tokenizer, lines), "train")}
     facts = experiment.facts
     if facts.source is not None:
         raise UserError(
@@ -151,9 +150,16 @@ def new_material(experiment: Experiment, tokenizer: Any) -> dict[str, list[Encod
     names = {person.name for person in World.draw(facts).people}
     drawn = World.draw(replace(facts, seed=facts.seed + OTHERS_SEED, people=options.people))
     others = replace(drawn, people=tuple(person for person in drawn.people if person.name not in names))
-    material = {"new_bio": encode(tokenizer, biographies(others))}
-    if options.qa:
-        material["new_qa"] = encode(tokenizer, put_questions(facts, tokenizer, questions(others)))
+    material = {}
+    for name, task in experiment.tasks.items():
+        if not task.is_of_world or task.role == "other" or (task.role == "recall" and not options.recall):
+            continue
+        items = MAKERS[task.source](others)
+        if task.role == "recall" and task.source != "cloze":
+            items = put_questions(facts, tokenizer, items)
+        material[f"new_{name}"] = mark_traced(encode(tokenizer, items), experiment.trace.targets)
+    if not material:
+        raise UserError("no task is made of the world's facts, so there is nothing new to train; set retention.text")
     return material
 
 

@@ -24,7 +24,8 @@ from crosstrace.trace import Trace, load_traces, save_traces, trace
 
 def take_traces(studied: StudiedModel) -> None:
     """The trace at the final checkpoint (and at kept ones): traces/<strategy>/<when>/<task>.safetensors."""
-    run, name, options = studied.run, studied.name, studied.experiment.trace
+    run, experiment, name = studied.run, studied.experiment, studied.name
+    options = experiment.trace
     taken = {name: value for name, value in asdict(options).items() if name != "keep"}
     key = run.alone(lambda: {"trace": taken, "model": studied.key(), **run.inputs("data")})
     run.alone(partial(take_again, studied, key))
@@ -32,7 +33,7 @@ def take_traces(studied: StudiedModel) -> None:
     def make(folder: Path) -> None:
         if options.online and studied.is_trained and (why := run.dropped(f"models/{name}")):
             raise UserError(f"trace needs the trace during the training of {name}, which is gone: {why}")
-        trained = training_examples(examples(run, studied.tokenizer))
+        trained = training_examples(examples(run, experiment, studied.tokenizer), experiment.roles)
         home, phases = run.path(f"models/{name}"), studied.phases
         places = {"final": studied.folder}
         told = run.alone(studied.origin) | {"targets": options.targets}
@@ -73,7 +74,7 @@ def take_traces(studied: StudiedModel) -> None:
 
 def _trace_batches(items: list[Encoded], studied: StudiedModel) -> Iterator[Batch]:
     options = studied.experiment.trace
-    return batches(items, options.batch, options.targets, pad_id=studied.pad_id, by_length=True)
+    return batches(items, options.batch, "trace", pad_id=studied.pad_id, by_length=True)
 
 
 def _mean_over_checkpoints(folder: Path, places: Mapping[str, Path], tasks: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from crosstrace.core.files import read_json, remove, write_json
 from crosstrace.core.pieces import local
 from crosstrace.core.processes import Processes
-from crosstrace.experiment.config import TASKS, Experiment
+from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.studied import LEARNING
 from crosstrace.models import adapters
 from crosstrace.models.forward import TrainingForwards
@@ -37,8 +37,8 @@ class Tracer(Listener):
     trace: Accumulated
     about: Mapping[str, Any]  # what a reader of the traces must know
 
-    def __init__(self, folder: Path, processes: Processes | None = None):
-        self.folder, self.updates = folder, 0
+    def __init__(self, tasks: Sequence[str], folder: Path, processes: Processes | None = None):
+        self.tasks, self.folder, self.updates = tasks, folder, 0
         self.leads = processes is None or processes.rank == 0
 
     def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
@@ -52,7 +52,7 @@ class Tracer(Listener):
     def load(self, folder: Path) -> None:
         header = read_json(folder / "trace.json")
         self.updates = header["updates"]
-        kept = [task for task in TASKS if self._file(task).exists()]
+        kept = [task for task in self.tasks if self._file(task).exists()]
         self.trace.load_pieces(self._sums, self.updates, header, without=kept)
 
     def traces(self) -> dict[str, list[Trace]]:
@@ -84,18 +84,18 @@ class SummedListener(Tracer):
     when = LEARNING["summed"]
 
     def __init__(self, model: Any, experiment: Experiment, folder: Path, processes: Processes | None = None):
-        super().__init__(folder, processes)
+        super().__init__(tuple(experiment.tasks), folder, processes)
         names = adapters.adapter_names(model) if experiment.trace.view == "adapter" else None
         parts = experiment.trace.parts
         self.about = {"targets": "train", "every": 1, "definition": "summed", "metric": experiment.trace.metric}
         self.by_optimiser = experiment.trace.metric == "optimiser"
         self.trace: SummedTrace = SummedTrace(
-            model, TASKS, parts, _where_of_sums(model, names, len(TASKS) * parts), names,
+            model, self.tasks, parts, _where_of_sums(model, names, len(self.tasks) * parts), names,
             None if processes is None else processes.group,
         )  # fmt: skip
 
     def on_gradient(self, model: Any, task: str, part: TaskPart) -> None:
-        if task in TASKS:
+        if task in self.tasks:
             optimizer = part.optimizer if self.by_optimiser else None
             self.trace.add(task, part.lr, part.examples, part.weight, last=part.last, optimizer=optimizer)
         else:
@@ -111,7 +111,7 @@ class OnlineListener(Tracer):
     when = LEARNING["per_example"]
 
     def __init__(self, model: Any, experiment: Experiment, folder: Path, processes: Processes | None = None):
-        super().__init__(folder, processes)
+        super().__init__(tuple(experiment.tasks), folder, processes)
         options = experiment.trace
         self.every = options.every
         self.about = {"targets": options.targets, "every": options.every}
@@ -121,19 +121,19 @@ class OnlineListener(Tracer):
         if options.view == "adapter":
             names = adapters.adapter_names(model)
         self.trace: OnlineTrace = OnlineTrace(
-            model, TASKS, [options.measures[0]], parts=options.parts, lr_weighted=options.lr_weighted, names=names,
-            where=_where_of_sums(model, names, len(TASKS) * len(REDUCTIONS) * options.parts),
+            model, self.tasks, [options.measures[0]], parts=options.parts, lr_weighted=options.lr_weighted, names=names,
+            where=_where_of_sums(model, names, len(self.tasks) * len(REDUCTIONS) * options.parts),
             group=None if processes is None else processes.group,
         )  # fmt: skip
 
     def on_update(self, model: Any, batches: MicroBatches, lr: float, update: int, forwards: TrainingForwards) -> None:
         if update % self.every:
             return
-        traced = {task: own for task, own in batches.items() if task in TASKS}
+        traced = {task: own for task, own in batches.items() if task in self.tasks}
         if not self.borrows:
             forwards = {}
         elif len(traced) < len(batches):  # the training's forwards are taken in order, without a gap
-            before = takewhile(TASKS.__contains__, batches)
+            before = takewhile(self.tasks.__contains__, batches)
             forwards = {task: forwards[task] for task in before if task in forwards}
         with adapters.merged(model) if self.merges else nullcontext():
             self.trace.step(traced, lr, forwards)

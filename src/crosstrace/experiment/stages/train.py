@@ -45,10 +45,13 @@ def teach(studied: StudiedModel) -> None:
             if run.leads:
                 model.save_pretrained(folder / START)
                 (folder / START / "README.md").unlink()  # PEFT's card, which tells nothing
-        parts = examples(run, tokenizer, known=experiment.eval.known_examples if experiment.eval.known else 0)
+        parts = examples(
+            run, experiment, tokenizer, known=experiment.eval.known_examples if experiment.eval.known else 0
+        )
         ask = asking(run, experiment, tokenizer, bf16=False)
-        measure = _few(ask, parts, options.recall_examples)
+        measure = _few(ask, samples(parts, options.recall_examples, experiment.roles))
         history = RecallHistory(measure, options.recall_every)
+        taught = training_examples(parts, experiment.roles) | replayable(parts)
         listeners: list[Listener] = [history]
         kinds = {"per_example": OnlineListener, "summed": SummedListener}
         tracers: list[Tracer] = [
@@ -59,8 +62,8 @@ def teach(studied: StudiedModel) -> None:
         listeners += tracers
         with studied.bar("train") as update:
             reports = train(
-                model, tokenizer, phases, training_examples(parts) | replayable(parts), folder / "checkpoints", options,
-                bf16=bf16, trace_targets=tracing.targets, listeners=listeners,
+                model, tokenizer, phases, taught, folder / "checkpoints", options,
+                bf16=bf16, trace_targets="trace", listeners=listeners,
                 progress=update, logs=run.folder / "logs" / name, processes=run.processes,
             )  # fmt: skip
         told = run.alone(studied.origin) if tracers else {}
@@ -88,9 +91,8 @@ def _portable(base: str) -> str:
     return str(Path(place).resolve()) if base != loading.BUNDLED and Path(place).exists() else base
 
 
-def _few(ask: Asking, parts: Mapping[str, list[Encoded]], number: int) -> Callable[[Any], dict[str, Any]]:
-    """A quick measurement of recall on some questions and biographies."""
-    chosen = samples(parts, number)
+def _few(ask: Asking, chosen: Mapping[str, list[Encoded]]) -> Callable[[Any], dict[str, Any]]:
+    """A quick measurement of recall on some examples of each part."""
 
     def measure(model: Any) -> dict[str, Any]:
         found = {name: ask(model, items).summary() for name, items in chosen.items()}
