@@ -52,7 +52,7 @@ interventions: {fractions: [0.05], seeds: 2, questions: 12}
 mechanism:
   {parts: [gradients, representations, signature, lens, circuit, minimal_graft, positions, transfer, dynamics],
    facts: 12, together: 12, draws: 1, questions: 8, steps: 2, alone: 2, seeds: 1, signature: 3}
-retention: 
+retention:
   {people: 24, steps: 4, store: 4, recall: 8, replay_store: 2, replay_recall: 4, every: 2, questions: 12, draws: 1}
 eval: {known_examples: 60}
 jobs: 1
