@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from crosstrace.analyses import claims
+from crosstrace.analyses.claims.facts import compares_facts
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 LAYERS, HEADS, NEURONS, TOTAL = 3, 4, 512, 674_000
@@ -376,7 +376,7 @@ def _gradients(model: str, skill: float) -> list[dict[str, Any]]:
         for place in sets
     ]
     for row in rows:
-        if model != "base" and claims.compares_facts("gradients", row):
+        if model != "base" and compares_facts("gradients", row, "qa_ood"):
             row["by_person"] = {f"B{n}": [row["excess"]] * 6 for n in range(16)}
     return rows
 

@@ -10,7 +10,8 @@ import pytest
 from scipy.stats import t as student
 from scipy.stats import ttest_ind_from_stats
 
-from crosstrace.analyses.claims import judge
+from crosstrace.analyses.claims.case import Case
+from crosstrace.analyses.claims.judge import judge
 from crosstrace.core.results import Results
 
 PEOPLE = [f"B{n // 4}" for n in range(160)]  # 40 people, four questions each
@@ -66,7 +67,7 @@ def _case(
     evals = {
         name: {"answers": {"qa_ood": _bits(right)}, "people": {"qa_ood": PEOPLE}} for name, right in zip(names, recall)
     }
-    return judge(results, evals, dict.fromkeys(names, found), [FRACTION])
+    return judge(Case(results, evals, dict.fromkeys(names, found), [FRACTION]))
 
 
 def _verdicts(claim: str, **case) -> list[str]:
@@ -220,7 +221,7 @@ def _compared(
         found[model] = [rows[0] | apart, *trained, *rows] if rows else []
     recalled = {name: {"bio": {"logprob": -0.5}, "qa_id": {"logprob": -0.25}} for name in ("mixed", "two_stage")}
     results = {"mechanism": {part: found, "dynamics": dynamics or {}}, "recall": recalled}
-    return judge(results, {}, {}, [FRACTION], given)[0]
+    return judge(Case(results, {}, {}, [FRACTION], given=given))[0]
 
 
 def _one(part: str, mixed: Sequence[Facts | None], staged: Sequence[Facts | None]) -> dict:
@@ -370,7 +371,7 @@ def _grafted(restored: Facts, base: Facts, tuned: Facts, excess: tuple = (0.1, 0
     }
     recalled = {name: {"bio": {"logprob": -0.5}, "qa_id": {"logprob": -0.25}} for name in ("mixed", "two_stage")}
     results = {"mechanism": {"minimal_graft": {model: found, "two_stage": found}}, "recall": recalled}
-    return judge(results, {}, {}, [FRACTION], given)[0]
+    return judge(Case(results, {}, {}, [FRACTION], given=given))[0]
 
 
 def _right(*people: int, n: int = 8) -> dict[str, list[float | None]]:
@@ -447,7 +448,7 @@ def test_sharing_in_the_circuit(mixed: tuple, staged: tuple, verdict: str):
         for name, values in (("mixed", mixed), ("two_stage", staged))
     }
     recalled = {name: {"bio": {"logprob": -0.5}, "qa_id": {"logprob": -0.25}} for name in circuits}
-    rows = judge({"mechanism": {"circuit": circuits}, "recall": recalled}, {}, {}, [FRACTION])[0]
+    rows = judge(Case({"mechanism": {"circuit": circuits}, "recall": recalled}, {}, {}, [FRACTION]))[0]
     assert [(r["claim"], r["when"], r["verdict"]) for r in rows] == [
         ("in_circuit", "online", verdict), ("in_circuit", "final", verdict)
     ]  # fmt: skip
@@ -457,7 +458,7 @@ def test_sharing_in_the_circuit(mixed: tuple, staged: tuple, verdict: str):
         assert rows[0]["high"] - rows[0]["effect"] == pytest.approx(half) == rows[0]["effect"] - rows[0]["low"]
         assert rows[0]["effect"] == pytest.approx(100 * (mixed[0] - staged[0]))
     older = {name: {"agreement": [{"unit": "query_head", "when": "online", "part": "qa_id"}]} for name in circuits}
-    assert judge({"mechanism": {"circuit": older}, "recall": recalled}, {}, {}, [FRACTION])[0] == []
+    assert judge(Case({"mechanism": {"circuit": older}, "recall": recalled}, {}, {}, [FRACTION]))[0] == []
 
 
 def test_what_needs_no_trace_is_not_told_as_untested():

@@ -17,7 +17,8 @@ import pytest
 import torch
 from tiny_models import tiny_base
 
-from crosstrace.analyses import claims
+from crosstrace.analyses.claims import judge
+from crosstrace.analyses.claims.facts import compares_facts
 from crosstrace.core import files
 from crosstrace.core.errors import UserError
 from crosstrace.core.progress import Progress
@@ -189,7 +190,7 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
             assert last["gradient.qa_ood"][person] == pytest.approx(values, rel=1e-4)
         shares = [
             row["share"] for row in found["signature"][strategy]
-            if claims.compares_facts("signature", row)
+            if compares_facts("signature", row, "qa_ood")
         ]  # fmt: skip
         single = [value for values in last["signature.qa_ood"].values() for value in values]
         assert sum(single) / len(single) == pytest.approx(sum(shares), rel=1e-5)
@@ -545,7 +546,7 @@ def test_what_fails_after_training_is_left_out_told_and_tried_again(
     with monkeypatch.context() as patch:
         patch.setitem(mechanism.PARTS, "lens", broken)
         for module, name in ((analyze, "_analyze_traces"), (analyze, "drift"), (intervene, "controls"),
-                             (claims, "judge")):  # fmt: skip
+                             (judge, "judge")):  # fmt: skip
             patch.setattr(module, name, broken)
         patch.setattr("crosstrace.trace.doctor.diagnose", broken)
         patch.setattr("crosstrace.report.figures.figure_transfer", broken)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from crosstrace.analyses import claims
+from crosstrace.analyses.claims.case import Case
 from crosstrace.core import left_out
 from crosstrace.core.files import read_json, write_json
 from crosstrace.core.left_out import Part, attempt
@@ -88,9 +88,11 @@ def conclude(run: Run, experiment: Experiment, progress: Progress) -> Results:
         results["claims"], results["differences"] = [], []
 
         def judge() -> None:
-            fractions = experiment.analysis.central_fractions
-            judged = claims.judge(results, evals, interventions, fractions, experiment.given)
-            results["claims"], results["differences"] = judged
+            case = Case(
+                results, evals, interventions, experiment.analysis.central_fractions, experiment.roles,
+                given=experiment.given, words=experiment.words,
+            )  # fmt: skip
+            results["claims"], results["differences"] = judge.judge(case, experiment.pairs)
 
         attempt(run, claimed, judge, progress.note)
         if experiment.trace.check and "doctor.json" not in absent:

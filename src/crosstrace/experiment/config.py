@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as settings
 
+from crosstrace.analyses.claims.case import DEFAULT
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import NO_YAML
 from crosstrace.core.run_folder import CHANGEABLE
@@ -241,6 +242,11 @@ class Experiment:
     """Named models that were tuned from the base elsewhere, e.g. {tuned: some/folder}: a folder, one with a LoRA
     adapter, or a hub name. They are analysed as the strategies' models are, without training; with some of them
     strategies may be {}."""
+    compare: Annotated[list[tuple[str, str]], Field(min_length=1)] | None = None
+    """Pairs of strategies or given models that the claims compare, the one first that is expected to know more; mixed
+    against two_stage where not given."""
+    words: dict[str, str] = Field(default_factory=dict)
+    """What models are called in claims and report, e.g. {qa_first: Questions first}."""
     train: TrainSettings = Field(default_factory=TrainSettings)
     eval: EvalSettings = Field(default_factory=EvalSettings)
     trace: TraceSettings = Field(default_factory=TraceSettings)
@@ -259,6 +265,11 @@ class Experiment:
         """Which task stores and which recalls, and the parts of the examples."""
         chosen = self.analysis.tasks
         return Roles.of(self.tasks, self.outcome, None if chosen is None else tuple(chosen))
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The pairs of models that the claims compare."""
+        return self.compare or [DEFAULT]
 
     @property
     def taught(self) -> list[str]:
@@ -328,6 +339,12 @@ def check(experiment: Experiment, where: str) -> Experiment:
             f"{where}: strategies is empty, so there is nothing to analyse; expected a strategy, or a model under "
             "`given`"
         )
+    for name in (name for pair in experiment.compare or () for name in pair):
+        if name not in experiment.taught:
+            raise UserError(
+                f"{where}: compare names {name!r}, which is no strategy or given model; expected of "
+                f"{', '.join(experiment.taught)}"
+            )
     for name in experiment.taught:
         if experiment.taught.count(name) > 1:
             raise UserError(f"{where}: {name!r} is both a strategy and a given model; give one of them another name")

@@ -13,7 +13,8 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from crosstrace.analyses import circuit, claims, dynamics, lens, minimal_graft, positions, signature, transfer
+from crosstrace.analyses import circuit, dynamics, lens, minimal_graft, positions, signature, transfer
+from crosstrace.analyses.claims.facts import compares_facts, followed
 from crosstrace.analyses.consistency import (
     by_person,
     gradient_consistency,
@@ -106,7 +107,7 @@ def input_signatures(studied: StudiedModel) -> list[Row]:
 def _without_facts(studied: StudiedModel, part: str, rows: list[Row]) -> list[Row]:
     """The rows without the values of single facts, which take room, where no claim compares them."""
     for row in rows:
-        if studied.name == "base" or not claims.compares_facts(part, row):
+        if studied.name == "base" or not compares_facts(part, row, studied.experiment.roles.outcome):
             del row["by_person"]
     return rows
 
@@ -265,7 +266,7 @@ def over_training(studied: StudiedModel) -> dict[str, list[Row]]:
             model = studied.view.load_checkpoint(place) if place else studied.load_start()
             found = dynamics.measure(model, studied.tokenizer, probe, last)
             last = last or found
-            single = {measure: found.by_person[measure] for measure in claims.FOLLOWED}
+            single = {measure: found.by_person[measure] for measure in followed(roles)}
             rows.append({"update": number, "phase": phase, **found.measures, "by_person": single})
             update.add(1)
     rows.reverse()

@@ -1,0 +1,85 @@
+"""What claims are judged on: a run's numbers, which task stores and which recalls, and which models are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from crosstrace.analyses.claims.effects import Row
+from crosstrace.data.tasks import Roles, default_tasks
+
+DEFAULT = ("mixed", "two_stage")
+WORDS = {"mixed": "Mix-tuned", "two_stage": "Stage-tuned"}  # what the paper calls these models
+TIMES = ("online", "summed", "final")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison of two models of a run.
+
+    Attributes:
+        results: what is known so far, as in results.json.
+        evals: per model, its answers ("answers": part -> bits) and whom each is about ("people").
+        interventions: per model, its rows with answers.
+        fractions: at which sharing and centralization are judged.
+        roles: which task stores, which recalls, and the outcome.
+        pair: the two models, the one first that the claims expect to know more.
+        given: models that were taught elsewhere.
+        words: what models are called.
+    """
+
+    results: Mapping[str, Any]
+    evals: Mapping[str, Any]
+    interventions: Mapping[str, Any]
+    fractions: Sequence[float]
+    roles: Roles = field(default_factory=lambda: Roles.of(default_tasks(), None, None))
+    pair: tuple[str, str] = DEFAULT
+    given: Collection[str] = ()
+    words: Mapping[str, str] = field(default_factory=dict)
+
+    def called(self, name: str) -> str:
+        """What a model is called, e.g. "Mix-tuned"."""
+        return {**WORDS, **self.words}.get(name, name.replace("_", "-"))
+
+    def training(self, name: str) -> str:
+        """What its training is called, e.g. "two-stage training"; of a given model, the model."""
+        return self.called(name) if name in self.given else f"{name.replace('_', '-')} training"
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What both models are called."""
+        return self.called(self.pair[0]), self.called(self.pair[1])
+
+    @property
+    def minus(self) -> str:
+        """Which difference an effect is, e.g. "Mix-tuned minus Stage-tuned"."""
+        return " minus ".join(self.names)
+
+    @property
+    def first_training(self) -> str:
+        return self.training(self.pair[0])
+
+    @property
+    def against(self) -> str:
+        """At the end of a claim: what is compared with what, if it is not the paper's pair."""
+        return "" if self.pair == DEFAULT else f", against {self.training(self.pair[1])}"
+
+    def mechanism(self, part: str) -> Mapping[str, Any]:
+        """The rows of a part of the mechanism, by model."""
+        return (self.results.get("mechanism") or {}).get(part) or {}
+
+    def two(self, table: Mapping[str, Any], **wanted: Any) -> tuple[Row, Row] | None:
+        """The row of each model that has these values; None where one has none."""
+        found = []
+        for name in self.pair:
+            match = [row for row in table.get(name, ()) if all(row[key] == value for key, value in wanted.items())]
+            if not match:
+                return None
+            found.append(match[0])
+        return found[0], found[1]
+
+
+def capital(text: str) -> str:
+    """A text with a capital at its beginning."""
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,104 @@
+"""Effects of the claims with their intervals, and the verdicts that they give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+from crosstrace.core.statistics import cluster_bootstrap
+
+BOOTSTRAP_SEED = 0
+
+FEWEST = 6  # people: of five, all differ in one direction by chance in more than 5 % of the cases
+
+Row = dict[str, Any]
+
+Values = dict[tuple[str, int], float]  # of single facts: the person, and which one of the person's facts
+
+Effect = tuple[float | None, float | None, float | None]
+
+
+def against_controls(effects: Mapping[str, Effect]) -> tuple[str, str]:
+    """The strongest control, and the verdict on a claim that must hold against every one."""
+    verdicts = [verdict_of(low, high) for _, low, high in effects.values()]
+    strongest = min(effects, key=lambda control: math.inf if (e := effects[control][0]) is None else e)
+    if "does not hold" in verdicts:
+        return strongest, "does not hold"
+    return strongest, "holds" if set(verdicts) == {"holds"} else "undecided"
+
+
+def values_of(by_person: Mapping[str, Sequence[float | None]]) -> Values:
+    """The values that are defined."""
+    return {
+        (person, number): value
+        for person, values in by_person.items()
+        for number, value in enumerate(values)
+        if value is not None
+    }
+
+
+def over_people(a: Sequence[float], b: Sequence[float], facts: Sequence[tuple[str, int]]) -> Effect:
+    """Mean a − b of paired facts, and its interval over people if there are enough of them."""
+    people = [person for person, _ in facts]
+    if not people:
+        return None, None, None
+    effect, low, high = cluster_bootstrap(a, b, people, seed=BOOTSTRAP_SEED)
+    return (effect, low, high) if len(set(people)) >= FEWEST else (effect, None, None)
+
+
+def counted(facts: Collection[tuple[str, int]]) -> str:
+    people = len({person for person, _ in facts})
+    few = f", too few for an interval (at least {FEWEST})" if people < FEWEST else ""
+    return f"; {len(facts)} facts of {people} subjects{few}"
+
+
+def mean_of(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def difference(a: Row, b: Row, name: str) -> Effect:
+    """a − b of two independent jackknife estimates, Welch's interval."""
+    if any(row[key] is None for row in (a, b) for key in (name, "low", "high")):
+        return None, None, None
+    freedoms = [row["parts"] - 1 for row in (a, b)]
+    errors = [
+        (row["high"] - row["low"]) / 2 / float(student.ppf(0.975, freedom)) for row, freedom in zip((a, b), freedoms)
+    ]
+    effect, variance = a[name] - b[name], errors[0] ** 2 + errors[1] ** 2
+    if variance == 0:
+        return effect, effect, effect
+    freedom = variance**2 / sum(error**4 / own for error, own in zip(errors, freedoms))
+    half = float(student.ppf(0.975, freedom)) * math.sqrt(variance)
+    return effect, effect - half, effect + half
+
+
+def apart(a: Row, b: Row, name: str) -> Effect:
+    """a − b of two independent estimates whose 95 % intervals are known: their half-widths add up in quadrature."""
+    if any(row[key] is None for row in (a, b) for key in (name, f"{name}_low", f"{name}_high")):
+        return None, None, None
+    effect = a[name] - b[name]
+    half = math.hypot(*((row[f"{name}_high"] - row[f"{name}_low"]) / 2 for row in (a, b)))
+    return effect, effect - half, effect + half
+
+
+def verdict_of(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return "undecided"
+    return "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
+
+
+def points(effect: float | None, low: float | None, high: float | None) -> Row:
+    named = {"effect": effect, "low": low, "high": high}
+    return {k: None if v is None else 100 * v for k, v in named.items()} | {"unit": "percentage points"}
+
+
+def answers_of(bits: str) -> np.ndarray:
+    return np.array([bit == "1" for bit in bits], dtype=float)
+
+
+def number(value: float | None, form: str = "+.3f") -> str:
+    return "undefined" if value is None else format(value, form)

@@ -1,0 +1,265 @@
+"""Claims on single facts in both of their formats: in gradients, in hidden states, and in what is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from crosstrace.analyses.claims.case import TIMES, Case, capital
+from crosstrace.analyses.claims.effects import (
+    Effect,
+    Row,
+    Values,
+    against_controls,
+    counted,
+    mean_of,
+    number,
+    over_people,
+    points,
+    values_of,
+    verdict_of,
+)
+from crosstrace.analyses.signature import ASKED
+from crosstrace.core.statistics import mean_between
+from crosstrace.data.tasks import Roles
+
+RANDOM = ("random", "random_per_tensor")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A claim that compares single held-out facts of two models.
+
+    Attributes:
+        claim: its name.
+        makes: what the first model's training is said to do.
+        quantity: what is compared.
+        unit: of the effect.
+        measure: its name at each checkpoint of training, in the rows of `dynamics`, before the part.
+    """
+
+    claim: str
+    makes: str
+    quantity: str
+    unit: str
+    measure: str
+
+    def says(self, case: Case, when: str) -> str:
+        """What the claim says of the end of training ("final"), or of all of it ("training")."""
+        text = f"{capital(case.first_training)} {self.makes}"
+        return (f"{text} while it trains" if when == "training" else text) + case.against
+
+    def test(self, case: Case, when: str) -> str:
+        """What decides it."""
+        moment, over = "at the end of training", ""
+        if when == "training":
+            moment = "during training"
+            over = ", mean over the share of training that checkpoints of both models span, without base and end"
+        return (
+            f"held-out facts {moment}: {self.quantity}{over}, {case.minus}: 95 % bootstrap interval over subjects "
+            "above 0"
+        )
+
+
+GRADIENTS = Comparison(
+    claim="gradient_consistency",
+    makes="makes the gradients of a fact's two formats more alike",
+    quantity="cosine of the two formats' gradients beyond that with another subject's fact of the relation, over all "
+    "parameters in scope",
+    unit="cosine",
+    measure="gradient",
+)
+
+STATES = Comparison(
+    claim="state_consistency",
+    makes="makes the hidden states of a fact's two formats more alike",
+    quantity="how often the question's state before the object finds its own fact first among the stored ones, mean "
+    "over all layers after the embeddings",
+    unit="percentage points",
+    measure="states",
+)
+
+INPUTS = Comparison(
+    claim="input_signature",
+    makes="reads a biography's object more off its subject and relation",
+    quantity="share of the attribution of the object in the biography that the tokens of subject and relation hold, "
+    "against all of the context before it",
+    unit="percentage points",
+    measure="signature",
+)
+
+COMPARISONS = (GRADIENTS, STATES, INPUTS)
+
+
+def followed(roles: Roles) -> tuple[str, ...]:
+    """What is followed fact by fact at every checkpoint."""
+    return tuple(f"{what.measure}.{roles.outcome}" for what in COMPARISONS)
+
+
+def compares_facts(part: str, row: Row, outcome: str) -> bool:
+    """Whether a claim compares the single facts of this row of a part of the mechanism."""
+    if row["part"] != outcome:
+        return False
+    if part == "gradients":
+        return row["group"] in ("all", "shared", *RANDOM)
+    if part == "minimal_graft":
+        return row["order"] in ("base", "contribution", "tuned")
+    if part == "representations":
+        return row["place"] == "answer" and row["layer"] > 0
+    return part == "signature" and row["format"] == "stored" and row["group"] in ASKED
+
+
+def gradient_consistency(case: Case) -> list[Row]:
+    """Whether the gradients of a fact's two formats are more alike in the first model."""
+    found = case.mechanism("gradients")
+    tables = [_tables(case, found.get(name, ()), "gradients", group="all") for name in case.pair]
+    if not all(tables):
+        return _while_training(case, GRADIENTS)
+    trained = [
+        row["excess"] for name in case.pair for row in found[name]
+        if row["part"] == case.roles.trained and row["group"] == "all"
+    ]  # fmt: skip
+    also = f"; trained facts {_levels(case, trained[0], trained[1])}" if len(trained) == 2 else ""
+    return [_compared(case, GRADIENTS, tables[0], tables[1], also=also), *_while_training(case, GRADIENTS)]
+
+
+def state_consistency(case: Case) -> list[Row]:
+    """Whether the hidden states of a fact's two formats are more alike in the first model."""
+    found = case.mechanism("representations")
+    tables = [_tables(case, found.get(name, ()), "representations") for name in case.pair]
+    at_the_end = [_compared(case, STATES, tables[0], tables[1])] if all(tables) else []
+    return at_the_end + _while_training(case, STATES)
+
+
+def input_signature(case: Case) -> list[Row]:
+    """Whether the first model reads a stored object more off its subject and relation."""
+    found = case.mechanism("signature")
+    shares: list[list[Values]] = []
+    for name in case.pair:
+        groups = [_tables(case, found.get(name, ()), "signature", group=group) for group in ASKED]
+        if not all(groups):
+            return _while_training(case, INPUTS)
+        (subject,), (relation,) = groups
+        shares.append([{fact: value + relation[fact] for fact, value in subject.items() if fact in relation}])
+    return [_compared(case, INPUTS, shares[0], shares[1]), *_while_training(case, INPUTS)]
+
+
+def in_shared_set(case: Case, name: str) -> list[Row]:
+    """Whether a model's gradients are more alike inside the shared set of each time."""
+    found = case.mechanism("gradients").get(name, ())
+    return [row for when in TIMES for row in _in_shared_set(case, name, found, when)]
+
+
+def _while_training(case: Case, what: Comparison) -> list[Row]:
+    """A claim on each fact's mean over the share of training that checkpoints of both models span."""
+    rows, measure = case.mechanism("dynamics"), f"{what.measure}.{case.roles.outcome}"
+    models = [_checkpoints((rows.get(name) or {}).get("rows") or (), measure) for name in case.pair]
+    if not all(models):
+        return []
+    start, stop = max(min(at) for at in models), min(max(at) for at in models)
+    if start > stop:  # no share of training at which both were looked at
+        return []
+    one, two = (_over_training(at, start, stop) for at in models)
+    span = f"from {100 * start:.0f} % to {100 * stop:.0f} % of training"
+    also = f"; {span}, {len(models[0])} and {len(models[1])} checkpoints"
+    return [_compared(case, what, [one], [two], when="training", also=also)]
+
+
+def _checkpoints(rows: Sequence[Row], measure: str) -> dict[float, Values]:
+    """The values of single facts at each checkpoint between the base and the end, by the share of training."""
+    end = rows[-1]["update"] if rows else 0
+    return {
+        row["update"] / end: values_of(row["by_person"][measure]) for row in rows
+        if 0 < row["update"] < end and measure in row.get("by_person", ())
+    }  # fmt: skip
+
+
+def _over_training(at: Mapping[float, Values], start: float, stop: float) -> Values:
+    """Each fact's mean from one share of training to another, of those facts that every checkpoint defines."""
+    first, *others = at.values()
+    facts = [fact for fact in first if all(fact in values for values in others)]
+    return {fact: mean_between([*at], [values[fact] for values in at.values()], start, stop) for fact in facts}
+
+
+def _in_shared_set(case: Case, name: str, found: Sequence[Row], when: str) -> list[Row]:
+    """Consistency of gradients inside the shared set of one time, beyond random sets."""
+    inside, *controls = (_tables(case, found, "gradients", group=group, when=when) for group in ("shared", *RANDOM))
+    if not inside or not all(controls):
+        return []
+    effects: dict[str, Effect] = {}
+    levels: list[str] = []
+    facts: set[tuple[str, int]] = set()
+    for control, draws in zip(RANDOM, controls):
+        common = [fact for fact in inside[0] if all(fact in draw for draw in draws)]
+        random = [float(np.mean([draw[fact] for draw in draws])) for fact in common]
+        effects[control] = over_people([inside[0][fact] for fact in common], random, common)
+        levels.append(f"{control} {number(mean_of(random))}")
+        facts |= set(common)
+    strongest, verdict = against_controls(effects)
+    effect, low, high = effects[strongest]
+    note = f"inside {number(mean_of([inside[0][fact] for fact in inside[0] if fact in facts]))}, {', '.join(levels)}"
+    return [
+        {
+            "claim": "consistency_in_shared_set",
+            "text": "Gradients of the two formats are more alike inside the shared set than in random sets",
+            "when": when,
+            "verdict": verdict,
+            "effect": effect,
+            "low": low,
+            "high": high,
+            "unit": "cosine",
+            "test": f"{case.called(name)}, held-out facts at the end of training: the cosine beyond another fact of "
+            "the relation inside the shared set of the fraction nearest 5 %, minus its mean over random sets of the "
+            "same size, and minus that over random sets of the same size in each tensor: 95 % bootstrap interval over "
+            "subjects above 0 for both",
+            "note": f"against the stronger control, {strongest}; {note}{counted(facts)}",
+        }
+    ]
+
+
+def _tables(case: Case, rows: Sequence[Row], part: str, **wanted: Any) -> list[Values]:
+    """The single facts' values of the rows that a claim compares, those that are defined; layers in their order."""
+    chosen = [
+        row for row in rows
+        if "by_person" in row and compares_facts(part, row, case.roles.outcome)
+        and all(row.get(k) == v for k, v in wanted.items())
+    ]  # fmt: skip
+    return [values_of(row["by_person"]) for row in chosen]
+
+
+def _compared(
+    case: Case, what: Comparison, first: Sequence[Values], second: Sequence[Values], *, when: str = "final",
+    also: str = "",
+) -> Row:  # fmt: skip
+    """A claim on the same facts in both models; of several tables (layers) the mean over those that define a fact."""
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    seen: set[tuple[str, int]] = set()
+    for one, two in zip(first, second):
+        seen |= one.keys() | two.keys()
+        for fact, value in one.items():
+            if fact in two:
+                found.setdefault(fact, []).append((value, two[fact]))
+    a, b = ([float(np.mean([pair[i] for pair in pairs])) for pairs in found.values()] for i in (0, 1))
+    effect, low, high = over_people(a, b, list(found))
+    percent = what.unit == "percentage points"
+    amounts = points(effect, low, high) if percent else {"effect": effect, "low": low, "high": high, "unit": what.unit}
+    alone = len(seen) - len(found)
+    left_out = f"; {alone} more defined in one model only" if alone else ""
+    levels = _levels(case, mean_of(a), mean_of(b), percent)
+    return {
+        "claim": what.claim,
+        "text": what.says(case, when),
+        "when": when,
+        "verdict": verdict_of(low, high),
+        **amounts,
+        "test": what.test(case, when),
+        "note": f"{levels}{counted(found)}{left_out}{also}",
+    }
+
+
+def _levels(case: Case, first: float | None, second: float | None, percent: bool = False) -> str:
+    told = [number(value, ".1%" if percent else "+.3f").replace("%", " %") for value in (first, second)]
+    return f"{case.names[0]} {told[0]}, {case.names[1]} {told[1]}"

@@ -1,0 +1,110 @@
+"""The paper's claims, each judged on a run by a stated test: holds, does not hold, or undecided.
+
+Numbers come in, verdicts go out. A verdict is about one run: its intervals cover which questions were asked and which
+examples were traced, not which seed the world or the training had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from crosstrace.analyses.claims.case import DEFAULT, Case
+from crosstrace.analyses.claims.effects import Row
+from crosstrace.analyses.claims.facts import (
+    COMPARISONS,
+    gradient_consistency,
+    in_shared_set,
+    input_signature,
+    state_consistency,
+)
+from crosstrace.analyses.claims.recalling import interventions, minimal_graft, recall
+from crosstrace.analyses.claims.sharing import circuits, sharing
+
+# no trace has a part in these
+OF_CHECKPOINTS = (*(what.claim for what in COMPARISONS), "minimal_graft")
+
+
+def judge(case: Case, pairs: Sequence[tuple[str, str]] = (DEFAULT,)) -> tuple[list[Row], list[Row]]:
+    """Judge every claim that the run's models allow.
+
+    Args:
+        case: the run; its pair is not looked at.
+        pairs: models that are compared, the one first that is expected to know more. Claims on a single model are
+            judged for the first of each pair, and for given models.
+
+    Returns:
+        the claims, each with its `pair` or `model`, and a sentence on each one that comes out differently online and at
+        the final checkpoint.
+    """
+    cases = [replace(case, pair=pair) for pair in pairs]
+    models = [*dict.fromkeys([*(first for first, _ in pairs), *case.given])]
+    rows: list[Row] = []
+    for claim in (recall, sharing, gradient_consistency, state_consistency, input_signature):
+        rows += _of_pairs(claim, cases)
+    for claim in (in_shared_set, interventions, minimal_graft):
+        rows += _of_models(claim, case, models)
+    rows += _of_pairs(circuits, cases)
+    if case.given:
+        rows += _not_tested(rows)
+    return rows, _differences(rows, case)
+
+
+def _of_pairs(claim: Callable[[Case], list[Row]], cases: Sequence[Case]) -> list[Row]:
+    return [row | {"pair": [*case.pair]} for case in cases for row in claim(case)]
+
+
+def _of_models(claim: Callable[[Case, str], list[Row]], case: Case, models: Sequence[str]) -> list[Row]:
+    """The claim on each model; which one it is about is said in its text, but for the paper's Mix-tuned model."""
+    return [
+        row | {"model": name, "text": row["text"] if name == DEFAULT[0] else f"{name}: {row['text']}"}
+        for name in models for row in claim(case, name)
+    ]  # fmt: skip
+
+
+def _not_tested(rows: Sequence[Row]) -> list[Row]:
+    """What was judged at the final checkpoint and has no online trace, since training was not seen."""
+    online = {(row["claim"], row["text"]) for row in rows if row["when"] == "online"}
+    lacking = [
+        row for row in rows
+        if row["when"] == "final" and row["claim"] not in OF_CHECKPOINTS and (row["claim"], row["text"]) not in online
+    ]  # fmt: skip
+    nothing = {"effect": None, "low": None, "high": None, "verdict": "not tested", "when": "online"}
+    return [row | nothing | {"note": "no online trace: the models were not trained here"} for row in lacking]
+
+
+def _differences(rows: Sequence[Row], case: Case) -> list[Row]:
+    """Why the trace's time matters, for each claim whose verdicts differ between the two times."""
+    found = []
+    for claim in dict.fromkeys(row["claim"] for row in rows):
+        by_text: dict[str, dict[str, Row]] = {}
+        for row in rows:
+            if row["claim"] == claim:
+                by_text.setdefault(row["text"], {})[row["when"]] = row
+        differing = [
+            text for text, at in by_text.items()
+            if {"online", "final"} <= set(at) and at["online"]["verdict"] != at["final"]["verdict"]
+        ]  # fmt: skip
+        for text in differing[:1]:
+            pair = by_text[text]["online"].get("pair", case.pair)
+            found.append({"claim": claim, "about": text, "text": _why(case, pair)})
+    return found
+
+
+def _why(case: Case, pair: Sequence[str]) -> str:
+    """The explanation, with the numbers of this run."""
+    stored, asked = case.roles.trained_part(case.roles.stored), case.roles.trained
+    losses = {
+        name: [-case.results["recall"][name][part]["logprob"] for part in (stored, asked)]
+        for name in pair if name in case.results["recall"]
+    }  # fmt: skip
+    told = "; ".join(
+        f"{name.replace('_', '-')}: {fit[0]:.2f} nats an object in biographies and {fit[1]:.2f} an answer"
+        for name, fit in losses.items()
+    )
+    return (
+        "The online trace adds up what pushed the parameters while they learned; the trace at the final checkpoint "
+        "shows only what would push them now, which depends on how well each task is still fitted (negative "
+        f"log-probability after training: {told}). What a fitted task still pushes is small, what a forgotten one "
+        "pushes is large, so the two times need not rank the same parameters."
+    )
