@@ -74,7 +74,7 @@ def test_new_people_have_no_taught_persons_name() -> None:
     taught = {person.name for person in World.draw(experiment.facts).people}
     named = {item.example.text for item in material["new_qa"]}
     assert material["new_bio"] and named and not any(name in text for name in taught for text in named)
-    assert set(new_material(of(qa=0), tokenizer("word"))) == {"new_bio"}
+    assert set(new_material(of(recall=0), tokenizer("word"))) == {"new_bio"}
     with_taught_names = dataclasses.replace(experiment.facts, seed=experiment.facts.seed)
     assert {p.name for p in World.draw(with_taught_names).people} == taught
 

@@ -210,7 +210,7 @@ def test_rows_equal_a_loop_over_single_candidates(kind):
     world = tiny_world()
     values = {fact.id: fact.object for person in world.people for fact in person.facts}
     model.train()
-    rows = of(transfer(model, WORDS, world, parts=["qa_ood"], number=4, k=3, tokens=40), "qa_ood")
+    rows = of(transfer(model, WORDS, world, parts={"qa_ood": "qa_ood"}, number=4, k=3, tokens=40), "qa_ood")
     assert all(module.training for module in model.modules())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -384,7 +384,7 @@ def test_parts_are_the_people_whose_questions_are_trained_and_the_others():
     rows = transfer(Toy(WORDS), WORDS, tiny_world(qa_share=1.0), number=2)
     assert all(row["n"] == 0 and "nobody" in row["absent"] for row in of(rows, "qa_ood").values())
     assert of(rows, "qa_id")["asked"]["n"] == 2
-    assert len(transfer(Toy(WORDS), WORDS, world, number=2, parts=["qa_ood"])) == len(FORMATS)
+    assert len(transfer(Toy(WORDS), WORDS, world, number=2, parts={"held out": "qa_ood"})) == len(FORMATS)
 
 
 def test_the_same_is_drawn_again_and_something_else_with_another_seed():

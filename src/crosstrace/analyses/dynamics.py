@@ -39,7 +39,7 @@ class Probe:
 
     Attributes:
         questions: part -> texts about one fact each, whose recall and circuit are measured.
-        stored: texts whose objects' recall is measured (biographies).
+        stored: texts whose objects' recall is measured (biographies), by the part that they are.
         traced: task -> the examples of its trace.
         facts: part -> facts in both formats.
         scope: names of the parameters that sets are selected from.
@@ -50,7 +50,7 @@ class Probe:
     """
 
     questions: Mapping[str, Sequence[Encoded]]
-    stored: Sequence[Encoded]
+    stored: Mapping[str, Sequence[Encoded]]
     traced: Mapping[str, Sequence[Encoded]]
     facts: Mapping[str, Sequence[FactPair]]
     scope: Sequence[str]
@@ -95,8 +95,7 @@ def measure(model: nn.Module, tokenizer: Any, probe: Probe, last: Moment | None 
     """
     pad = pad_id(tokenizer)
     found: dict[str, float | None] = {}
-    found["recall.bio"] = recall(model, tokenizer, probe.stored).summary()["exact_match"]
-    for part, items in probe.questions.items():
+    for part, items in {**probe.stored, **probe.questions}.items():
         found[f"recall.{part}"] = recall(model, tokenizer, items).summary()["exact_match"]
 
     strengths, sets = _selected(model, tokenizer, probe.traced, probe.scope, probe.targets)

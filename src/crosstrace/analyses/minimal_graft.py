@@ -111,10 +111,10 @@ def overlap(parts: Sequence[Trace], fraction: float | None, shared: ParamSet, na
     Returns:
         {size, graft, overlap, expected, excess, excess_low, excess_high, parts}: |S|, |R|, |R ∩ S| / |S|, its
         expectation, and overlap − expected with the 95 % jackknife interval over the parts of the questions. None where
-        S is empty or no graft restores recall.
+        S is empty, or no graft of less than all parameters restores recall.
     """
     row: Row = {"size": shared.size, "parts": len(parts)}
-    if not shared.size or fraction is None:
+    if not shared.size or fraction is None or fraction >= 1:
         return row | dict.fromkeys(("graft", "overlap", "expected", "excess", "excess_low", "excess_high"))
     size, hit, expected = _overlap(parts, fraction, shared, names)
     left_out = []

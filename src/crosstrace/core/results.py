@@ -39,8 +39,10 @@ class Results(dict[str, Any]):
         """Exact match of every model on every set of questions, with 95 % Wilson intervals; a header first."""
         if not self.get("recall"):
             return []
-        parts = [part for part in PARTS if part in next(iter(self["recall"].values()))]
-        rows = [["exact match", *(PARTS[part] for part in parts)]]
+        there = [part for part in next(iter(self["recall"].values())) if part != "relations"]
+        order = [*PARTS][:3] + [part for part in there if part not in PARTS] + [*PARTS][3:]  # the base's own last
+        parts = [part for part in order if part in there]
+        rows = [["exact match", *(_part_in_words(part) for part in parts)]]
         for name, found in self["recall"].items():
             cells = [found[part] for part in parts]
             rows.append([name, *(f"{c['exact_match']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells)])
@@ -84,6 +86,16 @@ class Results(dict[str, Any]):
         tables += [f"<p>{html.escape(self['lacking'])}</p>"] if "lacking" in self else []
         tables += [f"<p>{html.escape(line)}</p>" for line in self.left_out_lines()]
         return "".join(tables) or "no results yet: they come with the stage <code>report</code>"
+
+
+def _part_in_words(part: str) -> str:
+    """A part of the examples, e.g. "QA, held out"."""
+    if part in PARTS:
+        return PARTS[part]
+    for ending, which in (("_id", "trained"), ("_ood", "held out")):
+        if part.endswith(ending):
+            return f"{part.removesuffix(ending).replace('_', ' ')}, {which}"
+    return part.replace("_", " ")
 
 
 def part_name(row: Mapping[str, Any]) -> str:

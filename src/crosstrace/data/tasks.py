@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass as settings
 
@@ -103,6 +103,26 @@ class Roles:
         chosen = shared or tuple(name for name, task in tasks.items() if task.role != "other")
         return cls({name: task.role for name, task in tasks.items()}, split, outcome or (held_out or [""])[0], chosen)
 
+    @classmethod
+    def read(cls, results: Mapping[str, Any]) -> Roles:
+        """Those of a run whose results.json this is, or of a study; the default ones of an earlier version."""
+        about = (results.get("run") or results.get("study") or {}).get("tasks")
+        if about is None:
+            return DEFAULT_ROLES
+        return cls(dict(about["roles"]), tuple(about["split"]), about["outcome"], tuple(about["shared"]))
+
+    def as_values(self) -> dict[str, Any]:
+        """What `read` takes."""
+        return {
+            "roles": dict(self.tasks), "split": [*self.split], "outcome": self.outcome, "shared": [*self.shared]
+        }  # fmt: skip
+
+    def measure(self, name: str) -> str:
+        """A measure that is written for the default tasks, such as recall.qa_ood, as it is called with these."""
+        stored = self.trained_part(self.stored) if self.stored else ""
+        own = {"bio": stored, "qa_id": self.trained, "qa_ood": self.outcome}
+        return ".".join(own.get(step, step) for step in name.split("."))
+
     @cached_property
     def parts(self) -> tuple[str, ...]:
         """All parts, in the order of the tasks."""
@@ -148,3 +168,6 @@ class Roles:
     def stored(self) -> str:
         """The task whose texts store what the outcome asks for: the first of role `store`; empty if there is none."""
         return next(iter(self.of_role("store")), "")
+
+
+DEFAULT_ROLES = Roles.of(default_tasks(), None, None)

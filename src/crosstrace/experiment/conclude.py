@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from crosstrace.analyses.claims import judge
 from crosstrace.analyses.claims.case import Case
 from crosstrace.core import left_out
 from crosstrace.core.files import read_json, write_json
@@ -87,14 +88,14 @@ def conclude(run: Run, experiment: Experiment, progress: Progress) -> Results:
         results["retention"] = {name: read_json(run.path(f"retention/{name}") / "retention.json") for name in retained}
         results["claims"], results["differences"] = [], []
 
-        def judge() -> None:
+        def judge_claims() -> None:
             case = Case(
                 results, evals, interventions, experiment.analysis.central_fractions, experiment.roles,
                 given=experiment.given, words=experiment.words,
             )  # fmt: skip
             results["claims"], results["differences"] = judge.judge(case, experiment.pairs)
 
-        attempt(run, claimed, judge, progress.note)
+        attempt(run, claimed, judge_claims, progress.note)
         if experiment.trace.check and "doctor.json" not in absent:
             diagnosis = read_json(run.path("doctor.json"))
             results["doctor"] = {key: diagnosis[key] for key in ("verdict", "problems", "checks")}
@@ -146,6 +147,9 @@ def _about(run: Run, experiment: Experiment, about: Mapping[str, Any]) -> dict[s
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seed": experiment.facts.seed,
         "facts": asdict(experiment.facts),
+        "tasks": experiment.roles.as_values(),
+        "compare": [[*pair] for pair in experiment.pairs],
+        "words": dict(experiment.words),
         "strategies": strategies,
         **({"given": dict(experiment.given)} if experiment.given else {}),
         "trace": {

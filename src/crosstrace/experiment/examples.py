@@ -137,7 +137,7 @@ def samples(parts: Mapping[str, list[Encoded]], number: int, roles: Roles) -> di
     """So many questions of each kind, and of texts that store facts about as many objects."""
     kinds = (*roles.asked, KNOWN, REPLAYED)
     chosen = {name: sample(parts[name], number) for name in kinds if parts.get(name)}
-    for part in (part for part in roles.parts if part not in kinds and parts.get(part)):
+    for part in (part for task in roles.of_role("store") for part in roles.parts_of(task) if parts.get(part)):
         chosen[part] = sample(parts[part], max(1, number // max(1, len(parts[part][0].example.mentions))))
     return chosen
 

@@ -32,6 +32,7 @@ from crosstrace.core.progress import Progress
 from crosstrace.core.provenance import metadata
 from crosstrace.core.run_folder import Run
 from crosstrace.core.settings import STRICT
+from crosstrace.data.tasks import Roles
 from crosstrace.experiment import config
 from crosstrace.experiment.config import Experiment
 
@@ -252,8 +253,8 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
 
 
 def _compared(study: StudySettings, runs: Sequence[Planned]) -> tuple[str, str] | None:
-    """The two strategies whose difference is told."""
-    usual = ("mixed", "two_stage")
+    """The two strategies whose difference is told: as the study says, or the first that the claims compare."""
+    usual = runs[0].experiment.pairs[0]
     return study.compare or (usual if all({*usual} <= {*run.experiment.taught} for run in runs) else None)
 
 
@@ -271,8 +272,11 @@ def _concluded(
     from crosstrace.experiment import summary
 
     judged = [(planned.setting, report["results"]["claims"]) for planned, report in zip(done, reports)]
+    roles = Roles.read(reports[0]["results"])
     about = {
         "name": study.name,
+        "tasks": roles.as_values(),
+        "words": reports[0]["results"]["run"].get("words", {}),
         "runs": len(done),
         "seeds": study.seeds,
         "settings": {planned.setting: planned.changes for planned in done},
@@ -282,7 +286,7 @@ def _concluded(
         "peak_gib": max(report["peak_bytes"] for report in reports) / GIB,
     }
     found: dict[str, list[Row]] = {}
-    work = summary.findings(rows, compare) | {"claims": lambda: summary.claims_over_runs(judged)}
+    work = summary.findings(rows, compare, roles) | {"claims": lambda: summary.claims_over_runs(judged)}
     for name, find in work.items():
         found[name] = []
         attempt(
@@ -524,12 +528,10 @@ def told(results: Mapping[str, Any]) -> str:
     share = lambda row: (
         f"{row['mean']:.3f}" + (f" [{row['low']:.3f}, {row['high']:.3f}]" if row["low"] is not None else "")
     )
-    strategies = list(results["study"]["strategies"])
+    strategies, outcome = list(results["study"]["strategies"]), Roles.read(results).measure("recall.qa_ood")
     rows = [["exact match, held out", *strategies]]
     for setting in results["study"]["settings"]:
-        own = {
-            r["strategy"]: r for r in results["levels"] if r["setting"] == setting and r["measure"] == "recall.qa_ood"
-        }
+        own = {r["strategy"]: r for r in results["levels"] if r["setting"] == setting and r["measure"] == outcome}
         rows.append([setting, *(share(own[name]) if name in own else "–" for name in strategies)])
     text = aligned(rows)
     if len(results["study"]["settings"]) >= 4:

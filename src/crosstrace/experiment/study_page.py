@@ -9,7 +9,8 @@ from typing import Any
 
 from crosstrace.core.files import write_text
 from crosstrace.core.results import part_name
-from crosstrace.experiment.summary import HEADLINE, SHARES
+from crosstrace.data.tasks import Roles
+from crosstrace.experiment.summary import HEADLINE, is_share
 from crosstrace.report import figures as F
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
@@ -32,7 +33,11 @@ def write_study(results: Mapping[str, Any], rows: Sequence[Row], folder: str | P
         results: the study's results.json, as read.
         rows: the study's table.
     """
-    folder = Path(folder)
+    with say.own_words(results):
+        return _write(results, rows, Path(folder))
+
+
+def _write(results: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     builders = {"recall": recall, "differences": differences, "effects": effects, "claims": claims}
     parts = drawn([*builders.items(), ("prediction", partial(prediction, rows=rows))], results)
@@ -69,8 +74,8 @@ def recall(results: Mapping) -> Section:
     """The levels of recall and overlap, in every setting."""
     section = Section("recall", "Recall and sharing, setting by setting")
     rows = [{**r, "group": _label(r["setting"])} for r in results["levels"]]
-    looks, names = _looks(rows), [m for m, _ in DRAWN if R.where(rows, measure=m)]
-    titles = dict(DRAWN)
+    looks, titles = _looks(rows), _named(results, dict(DRAWN))
+    names = [m for m in titles if R.where(rows, measure=m)]
     section.blocks.append(
         Plot(
             "levels",
@@ -106,7 +111,7 @@ def differences(results: Mapping) -> Section:
     levels = results["levels"]
     for setting in R.distinct(rows, "setting"):
         body = []
-        for name, words in HEADLINE.items():
+        for name, words in _named(results, HEADLINE).items():
             for r in R.where(rows, setting=setting, measure=name):
                 each = [R.where(levels, setting=setting, measure=name, strategy=s) for s in results["study"]["compare"]]
                 cells = [_level(found[0]) if found else Cell(say.DASH) for found in each]
@@ -134,11 +139,15 @@ def effects(results: Mapping) -> Section:
     body = []
     for axis, point, against in each:
         words = f"{say.spoken(axis)}: {_label(point)} minus {_label(against)}"
-        body.append(line(words, axis=axis, point=point, measure="recall.qa_ood"))
+        body.append(line(words, axis=axis, point=point, measure=_outcome(results)))
     section.blocks.append(Table(["Held-out questions", *names], body, "Change in recall of held-out questions"))
     for (axis, point, _), (words, *_) in zip(each, body):
         own = R.where(rows, axis=axis, point=point)
-        body = [line(w, axis=axis, point=point, measure=m) for m, w in HEADLINE.items() if R.where(own, measure=m)]
+        body = [
+            line(w, axis=axis, point=point, measure=m)
+            for m, w in _named(results, HEADLINE).items()
+            if R.where(own, measure=m)
+        ]
         section.blocks.append(Table(["Measure", *names], body, words, True))
     return section
 
@@ -148,7 +157,9 @@ def claims(results: Mapping) -> Section:
     section = Section("claims", "The paper's claims, over runs")
     rows = results["claims"]
     if not rows:
-        section.absent = "No claims were tested: they compare the strategies mixed and two_stage"
+        section.absent = (
+            "No claims were tested: they compare two strategies, mixed and two_stage if `compare` names no others"
+        )
         return section
     settings = R.distinct(rows, "setting")
     body = []
@@ -187,8 +198,8 @@ def prediction(results: Mapping, rows: Sequence[Row]) -> Section:
             "questions; no measure asks any of them. The best of many measures looks better than it is.",
             key((say.model(s), look) for s, look in looks.items()),
             [
-                F.to_svg(F.figure_scatter(rows, m, "recall.qa_ood", named[m], looks), f"scatter-{i}", named[m])
-                for i, m in enumerate(m for m in SCATTERED if m in named)
+                F.to_svg(F.figure_scatter(rows, m, _outcome(results), named[m], looks), f"scatter-{i}", named[m])
+                for i, m in enumerate(m for m in map(Roles.read(results).measure, SCATTERED) if m in named)
             ],
             [{k: v for k, v in r.items() if k != "strategies"} | _by_strategy(r) for r in found],
         )
@@ -218,7 +229,7 @@ def prediction(results: Mapping, rows: Sequence[Row]) -> Section:
 
 def _headline(results: Mapping) -> str:
     """The held-out recall of the strategies that are compared, or of all, over settings."""
-    rows = R.where(results["levels"], measure="recall.qa_ood")
+    rows = R.where(results["levels"], measure=_outcome(results))
     parts = []
     for name in results["study"]["compare"] or results["study"]["strategies"]:
         values = [r["mean"] for r in R.where(rows, strategy=name)]
@@ -232,6 +243,17 @@ def _headline(results: Mapping) -> str:
     return "; ".join(parts) + (f", over {settings} settings" if settings > 1 else "")
 
 
+def _named(results: Mapping, measures: Mapping[str, str]) -> dict[str, str]:
+    """Measures and their words, as they are called with the study's tasks."""
+    roles = Roles.read(results)
+    return {roles.measure(name): words for name, words in measures.items()}
+
+
+def _outcome(results: Mapping) -> str:
+    """The measure of held-out recall."""
+    return Roles.read(results).measure("recall.qa_ood")
+
+
 def _looks(rows: Sequence[Row]) -> dict[str, F.Look]:
     """A look for each strategy, the known ones as in a run's report."""
     names = R.distinct(rows, "strategy")
@@ -243,7 +265,7 @@ def _label(setting: str) -> str:
 
 
 def _level(row: Row, sign: bool = False) -> Cell:
-    if row["measure"].startswith(SHARES) and not sign:
+    if is_share(row["measure"]) and not sign:
         return Cell(say.percent(row["mean"]), say.interval(row["low"], row["high"]))
     form = lambda value: say.decimal(value, 3, sign=sign)
     return Cell(form(row["mean"]), say.interval(row["low"], row["high"], form))

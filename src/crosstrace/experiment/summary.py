@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from crosstrace.core.statistics import finite, jackknife_interval, mean_interval, rank_correlation
+from crosstrace.data.tasks import DEFAULT_ROLES, Roles
 
 Row = dict[str, Any]
-OUTCOME = "recall.qa_ood"
+OUTCOME = "recall.qa_ood"  # as all names below, with the default tasks; `Roles.measure` gives those of others
 MARGIN = 0.05  # outcomes that differ by less are no order that a measure could tell
 
 # Measures that need no held-out question: the name of the column -> in words.
@@ -79,16 +80,22 @@ HEADLINE = {
 
 
 SHARES = (  # measures between 0 and 1, which no interval leaves
-    "recall.", "overlap.", "states.qa_id.answer.top1", "states.qa_ood.answer.top1", "signature.", "circuit.",
-    "minimal_graft.", "fewest.", "positions.", "transfer.", "retention.", "repair.", "still.", "ablate.", "graft.",
+    "recall.", "overlap.", "signature.", "circuit.", "minimal_graft.", "fewest.", "positions.", "transfer.",
+    "retention.", "repair.", "still.", "ablate.", "graft.",
 )  # fmt: skip
+
+
+def is_share(measure: str) -> bool:
+    """Whether a measure is between 0 and 1."""
+    return measure.startswith(SHARES) or (measure.startswith("states.") and measure.endswith(".answer.top1"))
 
 
 def measures(results: Mapping[str, Any], strategy: str) -> Row:
     """Everything that a run found of one strategy, under dotted names; what was not measured is left out.
 
     recall, logprob .PART; updates; instead.KIND (facts of the world that the base knew, by what is said in their
-    place); overlap.WHEN.REDUCTION.FRACTION; spearman, cosine .WHEN.REDUCTION;
+    place); overlap.WHEN.REDUCTION.FRACTION, of three or more
+    tasks overlap.TASK+TASK.WHEN.REDUCTION.FRACTION too; spearman, cosine .WHEN.REDUCTION;
     excess_gini.WHEN.UNIT.FRACTION; ablate, graft .WHEN.FRACTION.SET.PART (exact match); gradient.PART.{same, excess,
     first} over all parameters in scope; states.PART.PLACE.{top1, excess, cka} at the layer where each is highest;
     circuit.PART.UNIT.kept (share of the nodes that keep nine tenths of the recall), concentration.PART.UNIT.WHEN (of
@@ -101,6 +108,7 @@ def measures(results: Mapping[str, Any], strategy: str) -> Row:
     repair.ARM.WHEN.SET.PART (exact match).
     """
     found: Row = {}
+    roles = Roles.read(results)
     for part, cell in results["recall"][strategy].items():
         if part != "relations":
             found |= {f"recall.{part}": cell["exact_match"], f"logprob.{part}": cell["logprob"]}
@@ -112,14 +120,19 @@ def measures(results: Mapping[str, Any], strategy: str) -> Row:
         found |= {f"instead.{kind}": kinds[kind] for kind in ("taught", "relation", "other", "nothing")}
     for row in results["shared"].get(strategy) or []:
         found[f"overlap.{row['when']}.{row['reduction']}.{row['fraction']:g}"] = row["overlap"]
+    for row in (results.get("pairs") or {}).get(strategy) or []:
+        place = f"{'+'.join(row['tasks'])}.{row['when']}.{row['reduction']}.{row['fraction']:g}"
+        found[f"overlap.{place}"] = row["overlap"]
     for row in results["similarity"].get(strategy) or []:
+        both = row.get("tasks") or []  # of more than one pair those that store and recall have the plain name
+        own = "" if {*both} <= {roles.stored, roles.recalled} else f"{'+'.join(both)}."
         for name in ("spearman", "cosine"):
-            found[f"{name}.{row['when']}.{row['reduction']}"] = row[name]
+            found[f"{name}.{own}{row['when']}.{row['reduction']}"] = row[name]
     for row in results["centralization"].get(strategy) or []:
         found[f"excess_gini.{row['when']}.{row['unit']}.{row['fraction']:g}"] = row["excess_gini"]
     for kind in ("ablate", "graft"):
         for row in ((results.get("interventions") or {}).get(strategy) or {}).get(kind) or []:
-            for part in ("qa_id", "qa_ood"):
+            for part in roles.asked:
                 found[f"{kind}.{row['when']}.{row['fraction']:g}.{row['set']}.{part}"] = row[part]
     of = {part: tables.get(strategy) or {} for part, tables in (results.get("mechanism") or {}).items()}
     for row in of.get("gradients", ()):
@@ -162,25 +175,25 @@ def measures(results: Mapping[str, Any], strategy: str) -> Row:
             found[f"positions.{row['part']}.{'+'.join(row['places']) or 'none'}"] = row["exact_match"]
     kept = (results.get("retention") or {}).get(strategy) or {}
     for row in kept.get("history", ()):  # the last one stays
-        for part in ("qa_id", "qa_ood", "bio", "new", "known"):
+        for part in (*roles.asked, *(roles.trained_part(task) for task in roles.of_role("store")), "new", "known"):
             found[f"retention.{row['arm']}.{part}"] = row.get(part)
     for row in kept.get("shared", ()):
         found[f"still.{row['arm']}"] = row["still"]
     for row in kept.get("moved", ()):
         found[f"moved.{row['arm']}.{row['when']}.{row['set']}"] = row["lift"]
     for row in kept.get("repair", ()):
-        for part in ("qa_id", "qa_ood"):
+        for part in roles.asked:
             found[f"repair.{row['arm']}.{row['when']}.{row['set']}.{part}"] = row[part]
     return found
 
 
-def findings(rows: Sequence[Row], compare: tuple[str, str] | None) -> dict[str, Callable[[], list[Row]]]:
+def findings(rows: Sequence[Row], compare: tuple[str, str] | None, roles: Roles) -> dict[str, Callable[[], list[Row]]]:
     """What the table says: the name of each finding -> what gives its rows, one of the functions below."""
     return {
         "levels": lambda: levels(rows),
         "differences": lambda: differences(rows, compare) if compare else [],
         "effects": lambda: effects(rows),
-        "prediction": lambda: prediction(rows),
+        "prediction": lambda: prediction(rows, roles),
     }
 
 
@@ -193,7 +206,7 @@ def levels(rows: Sequence[Row]) -> list[Row]:
             values = _known(own, name)
             if values:
                 row = {"setting": setting, "strategy": strategy, "measure": name} | _over_seeds(values)
-                if name.startswith(SHARES) and row["low"] is not None:
+                if is_share(name) and row["low"] is not None:
                     row |= {"low": max(0.0, row["low"]), "high": min(1.0, row["high"])}
                 found.append(row)
     return found
@@ -249,7 +262,7 @@ def effects(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def prediction(rows: Sequence[Row]) -> list[Row]:
+def prediction(rows: Sequence[Row], roles: Roles = DEFAULT_ROLES) -> list[Row]:
     """How well each measure that asks no held-out question tells which models answer those.
 
     Returns:
@@ -265,25 +278,27 @@ def prediction(rows: Sequence[Row]) -> list[Row]:
     """
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     found = []
-    for name, words in PREDICTORS.items():
-        kept = [row for row in rows if row.get(name) is not None and row.get(OUTCOME) is not None]
+    outcome = roles.measure(OUTCOME)
+    for default, words in PREDICTORS.items():
+        name = roles.measure(default)
+        kept = [row for row in rows if row.get(name) is not None and row.get(outcome) is not None]
         if len(kept) < 3:
             continue
         by_setting = [[row for row in kept if row["setting"] == setting] for setting in settings]
         by_setting = [own for own in by_setting if own]
         row: Row = {"measure": name, "words": words, "rows": len(kept), "settings": len(by_setting)}
-        row["across"] = _spearman(kept, name)
+        row["across"] = _spearman(kept, name, outcome)
         row |= _left_out(
-            "across", by_setting, lambda own, name=name: _spearman([r for part in own for r in part], name)
+            "across", by_setting, lambda own, name=name: _spearman([r for part in own for r in part], name, outcome)
         )
-        each = [value for own in by_setting if (value := _spearman(own, name)) is not None]
+        each = [value for own in by_setting if (value := _spearman(own, name, outcome)) is not None]
         row |= {f"within{end}": value for end, value in zip(("", "_low", "_high"), _interval(each))}
         row["within_settings"] = len(each)
         row["strategies"] = {
-            strategy: _spearman([r for r in kept if r["strategy"] == strategy], name)
+            strategy: _spearman([r for r in kept if r["strategy"] == strategy], name, outcome)
             for strategy in dict.fromkeys(r["strategy"] for r in kept)
         }
-        scores = [_ordered(own, name) for own in by_setting]
+        scores = [_ordered(own, name, outcome) for own in by_setting]
         share = lambda own: float(np.mean(flat)) if (flat := [s for part in own for s in part]) else None
         row |= {"right": share(scores), "pairs": sum(map(len, scores))}
         row |= _left_out("right", [own for own in scores if own], share)
@@ -339,16 +354,16 @@ def _interval(values: Sequence[float]) -> tuple[float | None, float | None, floa
     return mean, low, high
 
 
-def _spearman(rows: Sequence[Row], name: str) -> float | None:
+def _spearman(rows: Sequence[Row], name: str, outcome: str) -> float | None:
     """Spearman's correlation of a measure with the outcome; None for fewer than three rows or a constant one."""
-    return finite(rank_correlation(*([row[key] for row in rows] for key in (name, OUTCOME)))) if len(rows) > 2 else None
+    return finite(rank_correlation(*([row[key] for row in rows] for key in (name, outcome)))) if len(rows) > 2 else None
 
 
-def _ordered(rows: Sequence[Row], name: str) -> list[float]:
+def _ordered(rows: Sequence[Row], name: str, outcome: str) -> list[float]:
     """Of each pair of one seed's rows whose outcomes differ: 1 if the measure orders it so too, 0 if not, ½ if tied."""
     scores = []
     for a, b in combinations(rows, 2):
-        apart = a[OUTCOME] - b[OUTCOME]
+        apart = a[outcome] - b[outcome]
         if a["seed"] == b["seed"] and abs(apart) >= MARGIN:
             scores.append(0.5 + 0.5 * float(np.sign((a[name] - b[name]) * apart)))
     return scores

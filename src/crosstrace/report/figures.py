@@ -125,7 +125,7 @@ def _figure(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 def figure_recall(results: Mapping, *, legend: bool = True) -> Figure:
     """Exact match of every model on every test, with intervals."""
     rows = _needed(R.where(R.recall_rows(results), relation=""), "recall")
-    tests = R.held_out_first(R.distinct(rows, "test"))
+    tests = R.held_out_first(R.distinct(rows, "test"), results)
     fig, ax = _panel("Exact match", "share of answers, 95\u202f% intervals", height=90 + 52 * len(tests), left=168)
     _dots(ax, rows, tests, [say.test(t) for t in tests], "test", _models(rows, results), "exact_match")
     return _finish(fig, ax, legend)
@@ -135,7 +135,7 @@ def figure_recall(results: Mapping, *, legend: bool = True) -> Figure:
 def figure_relations(results: Mapping, *, test: str | None = None, legend: bool = True) -> Figure:
     """Exact match of every model on each relation of one test (default: the held-out one)."""
     rows = [r for r in R.recall_rows(results) if r["relation"]]
-    test = test or next(iter(R.held_out_first(R.distinct(rows, "test"))), None)
+    test = test or next(iter(R.held_out_first(R.distinct(rows, "test"), results)), None)
     rows = _needed(R.where(rows, test=test), f"recall by relation on {test}")
     relations = R.distinct(rows, "relation")
     left = 24 + 7 * max(map(len, relations))
@@ -154,7 +154,7 @@ def figure_relations(results: Mapping, *, test: str | None = None, legend: bool 
 def figure_history(results: Mapping, *, test: str | None = None, legend: bool = True) -> Figure:
     """One test's exact match while training, one line a strategy; a dotted vertical is a change of phase."""
     rows = R.history_rows(results)
-    test = test or next(iter(R.held_out_first(R.distinct(rows, "test"))), None)
+    test = test or next(iter(R.held_out_first(R.distinct(rows, "test"), results)), None)
     rows = _needed(R.where(rows, test=test), f"recall over training on {test}")
     counts = R.distinct(rows, "n")
     n = f", n = {counts[0]:,}" if len(counts) == 1 else ""
@@ -219,6 +219,25 @@ def figure_map(
     title = f"{say.model(strategy)}, {say.when(when).lower()}"
     what = "shared set" if task == "shared" else f"set of the {say.task(task)}"
     return _heat(values, layers, kinds, title, what, top)
+
+
+@_figure
+def figure_pairs(
+    results: Mapping,
+    *,
+    strategy: str | None = None,
+    when: str | None = None,
+    fraction: float | None = None,
+    top: float | None = None,
+) -> Figure:
+    """Heat map over tasks and tasks: the overlap of what both select; `top` as in `figure_map`."""
+    rows = R.where(R.pair_rows(results), reduction="example")
+    rows, strategy, when, _ = _one(rows, strategy, when, fraction, "overlap of pairs")
+    tasks = list(dict.fromkeys(task for r in rows for task in r["tasks"]))
+    overlap = {frozenset(r["tasks"]): say.number(r["overlap"]) for r in rows}
+    values = [[overlap.get(frozenset((a, b)), math.nan) for b in tasks] for a in tasks]
+    title = f"{say.model(strategy)}, {say.when(when).lower()}"
+    return _heat(values, list(map(say.task, tasks)), list(map(say.task, tasks)), title, "other task's set", top)
 
 
 @_figure
@@ -296,7 +315,7 @@ def figure_intervention(
     strategy = strategy or next((s for s in R.strategies(results) if R.where(every, strategy=s)), None)
     rows = R.where(every, strategy=strategy)
     when = when or next(iter(R.distinct(rows, "when")), None)
-    test = test or next(iter(R.held_out_first(R.distinct(rows, "test"))), None)
+    test = test or next(iter(R.held_out_first(R.distinct(rows, "test"), results)), None)
     rows = _needed(R.where(rows, when=when, test=test), f"interventions ({kind})")
     fig, ax = _panel(
         f"{say.model(strategy or '')}, {say.when(when or '').lower()}",
@@ -318,7 +337,7 @@ def figure_gradients(results: Mapping, *, part: str | None = None, legend: bool 
     """How much closer the gradients of a fact's two formats are than those of two people's: over all parameters in
     scope, the shared set, its complement and random sets, every model's."""
     rows = R.mechanism_rows(results, "gradients")
-    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"))), None)
+    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"), results)), None)
     rows = [
         {**r, "set": say.explained(r), "value": r["excess"], "low": r["excess_low"], "high": r["excess_high"]}
         for r in R.where(rows, part=part)
@@ -340,7 +359,7 @@ def figure_depth(
 ) -> Figure:
     """One number of the hidden states' consistency at one place of the text over the layers, every model's."""
     rows = R.where(R.mechanism_rows(results, "representations"), place=place)
-    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"))), None)
+    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"), results)), None)
     rows = _needed(R.where(rows, part=part), f"representation consistency at the {place}")
     fig, ax = _panel(say.place(place), f"{say.test(part or '')}: {say.STATES[value]}", below="layer")
     for name, look in _models(rows, results).items():
@@ -369,7 +388,7 @@ def figure_circuit(
     model = model or next((m for m in reversed(R.distinct(rows, "model"))), None)
     rows = R.where(rows, model=model)
     unit = unit or next(iter(R.distinct(rows, "unit")), None)
-    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"))), None)
+    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"), results)), None)
     rows = _needed(R.where(rows, unit=unit, part=part), f"circuit of {model}")
     fig, ax = _panel(
         f"{say.model(model or '')}, {say.unit(unit or '')}",
@@ -395,7 +414,7 @@ def figure_minimal_graft(
     """Exact match of the base with the first parameters of each order grafted, against their fraction."""
     every = R.mechanism_rows(results, "minimal_graft", "grafts")
     model = model or next((m for m in reversed(R.distinct(every, "model"))), None)
-    part = part or next(iter(R.held_out_first(R.distinct(every, "part"))), None)
+    part = part or next(iter(R.held_out_first(R.distinct(every, "part"), results)), None)
     every = R.where(every, model=model, part=part)
     rows = _needed([r for r in every if r["order"] in GRAFTS], f"minimal grafts of {model}")
     fig, ax = _panel(
@@ -419,7 +438,7 @@ def figure_positions(
 ) -> Figure:
     """Exact match of the base with tuned weights at some tokens of the question only, every strategy's."""
     rows = R.where(R.mechanism_rows(results, "positions"), component=component)
-    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"))), None)
+    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"), results)), None)
     rows = [{**r, "where": say.places(r["places"])} for r in R.where(rows, part=part)]
     rows = _needed(rows, f"grafting at positions on {part}")
     groups = R.distinct(rows, "where")
@@ -464,7 +483,7 @@ def figure_signature(
 ) -> Figure:
     """What each group of tokens carries of the object (`share` of the attribution, or the drop when `erased`)."""
     rows = R.mechanism_rows(results, "signature")
-    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"))), None)
+    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"), results)), None)
     rows = [r for r in R.where(rows, part=part, format=form) if r["group"] != "all" and r.get(value) is not None]
     rows = _needed(rows, f"input-level signature of {part}")
     rows = [{**r, "low": r[f"{value}_low"], "high": r[f"{value}_high"]} for r in rows if r["tokens"]]
@@ -484,7 +503,7 @@ def figure_lens(
 ) -> Figure:
     """How often the object's first token is the first by the logit lens, over the layers, every model's."""
     rows = R.where(R.mechanism_rows(results, "lens"), place=place, format=form)
-    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"))), None)
+    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"), results)), None)
     rows = _needed(R.where(rows, part=part), f"logit lens at the {place}")
     fig, ax = _panel(say.place(place), f"{say.test(part or '')}: object first", below="layer")
     for name, look in _models(rows, results).items():
@@ -499,7 +518,7 @@ def figure_lens(
 def figure_transfer(results: Mapping, *, part: str | None = None, legend: bool = True) -> Figure:
     """Share of the facts that each model gives or recognises in each format, beside chance."""
     rows = [r for r in R.mechanism_rows(results, "transfer") if r["n"]]
-    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"))), None)
+    part = part or next(iter(R.held_out_first(R.distinct(rows, "part"), results)), None)
     rows = _needed(R.where(rows, part=part), f"other formats of {part}")
     rows = [{**r, "low": r["correct_low"], "high": r["correct_high"]} for r in rows]
     formats = R.distinct(rows, "format")

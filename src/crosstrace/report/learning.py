@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import product
 
+from crosstrace.data.tasks import Roles
 from crosstrace.report import figures as F
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
@@ -70,7 +71,7 @@ def transfer(results: Mapping) -> Section:
     if not rows:
         section.absent = "No other formats were asked"
         return section
-    parts = R.held_out_first(R.distinct(rows, "part"))
+    parts = R.held_out_first(R.distinct(rows, "part"), results)
     lead = next(p for p in parts if p != "a_ood" or len(parts) == 1)
     sentences = []
     for name in ("wording", "cloze", "reversed"):
@@ -108,7 +109,7 @@ def transfer(results: Mapping) -> Section:
         "Log-probability of the true one, nats": lambda r: say.decimal(r["logprob"]),
         "n": lambda r: Cell(say.plain(r["n"]), f"{say.plain(r['people'])} subjects"),
     }
-    section.blocks += by_part("every format in numbers", rows, columns)
+    section.blocks += by_part(results, "every format in numbers", rows, columns)
     return section
 
 
@@ -122,14 +123,15 @@ def dynamics(results: Mapping) -> Section:
             "No checkpoints were looked at: mechanism.parts names no dynamics, which train.keep_checkpoints is for"
         )
         return section
-    names = R.distinct(rows, "model")
+    names, roles = R.distinct(rows, "model"), Roles.read(results)
+    told_of = {roles.measure(m) for m in TOLD}
     sentences = []
     for name in names:
-        came = [r for r in R.where(order, model=name) if r["half"] is not None and r["measure"] in TOLD]
+        came = [r for r in R.where(order, model=name) if r["half"] is not None and r["measure"] in told_of]
         told = [f"{say.measured(r['measure'])} at update {round(r['half']):,}" for r in came]
         if told:
             sentences.append(f"{say.model(name)} was halfway in {say.listing(told)}.")
-    measures = [m for m in FOLLOWED if any(r.get(m) is not None for r in rows)]
+    measures = [m for m in map(roles.measure, FOLLOWED) if any(r.get(m) is not None for r in rows)]
     section.blocks.append(
         Plot(
             "dynamics",
@@ -169,7 +171,7 @@ def retention(results: Mapping) -> Section:
         return section
     names, arms = R.distinct(rows, "strategy"), R.distinct(rows, "arm")
     fixed = ("strategy", "arm", "update", "phase", "when", "set", "size", "draws")
-    parts = R.held_out_first([k for k in dict.fromkeys(k for r in rows for k in r) if k not in fixed])
+    parts = R.held_out_first([k for k in dict.fromkeys(k for r in rows for k in r) if k not in fixed], results)
     end = max(r["update"] for r in rows)
     sentences = []
     for arm in arms:
@@ -199,7 +201,7 @@ def retention(results: Mapping) -> Section:
         "Shared set": lambda r: say.when(r["when"]),
         "Put back": lambda r: say.PUT_BACK.get(r["set"]) or say.pset(r["set"]),
     }
-    for part in R.held_out_first([k for k in own("repair")[0] if k not in fixed] if own("repair") else []):
+    for part in R.held_out_first([k for k in own("repair")[0] if k not in fixed] if own("repair") else [], results):
         columns[say.test(part)] = lambda r, part=part: say.percent(r[part])
     title = "Recall after further training, with some parameters put back to their taught values"
     section.blocks.append(table(title, own("repair"), columns, folded=False))

@@ -23,7 +23,7 @@ def gradients(results: Mapping) -> Section:
     if not rows:
         section.absent = "The gradients of a fact's two formats were not compared"
         return section
-    parts = R.held_out_first(R.distinct(rows, "part"))
+    parts = R.held_out_first(R.distinct(rows, "part"), results)
     whole = R.where(rows, group="all", part=parts[0])
     finding = say.compare(
         [(say.model(r["model"]), say.number(r["excess"])) for r in whole],
@@ -56,7 +56,7 @@ def gradients(results: Mapping) -> Section:
         **COSINES,
         "Own is highest": lambda r: Cell(say.percent(r.get("first")), f"chance {say.percent(r.get('chance_first'))}"),
     }
-    section.blocks += by_part("every set in numbers", rows, columns)
+    section.blocks += by_part(results, "every set in numbers", rows, columns)
     return section
 
 
@@ -67,7 +67,7 @@ def representations(results: Mapping) -> Section:
     if not rows:
         section.absent = "The hidden states of a fact's two formats were not compared"
         return section
-    parts = R.held_out_first(R.distinct(rows, "part"))
+    parts = R.held_out_first(R.distinct(rows, "part"), results)
     places = [p for p in ("answer", "subject", "relation") if R.where(rows, place=p)]
     best = []
     for model in R.distinct(rows, "model"):
@@ -98,7 +98,7 @@ def representations(results: Mapping) -> Section:
         "Found first": lambda r: Cell(say.percent(r.get("top1")), f"right object {say.percent(r.get('answer_top1'))}"),
         "Reciprocal rank": lambda r: Cell(say.decimal(r.get("mrr")), f"chance {say.decimal(r.get('chance_mrr'))}"),
     }
-    section.blocks += by_part("every layer in numbers", rows, columns)
+    section.blocks += by_part(results, "every layer in numbers", rows, columns)
     return section
 
 
@@ -109,7 +109,7 @@ def signature(results: Mapping) -> Section:
     if not rows:
         section.absent = "The input-level signature was not measured"
         return section
-    parts = R.held_out_first(R.distinct(rows, "part"))
+    parts = R.held_out_first(R.distinct(rows, "part"), results)
     found = []
     for model in R.distinct(rows, "model"):
         own = {r["group"]: r for r in R.where(rows, model=model, part=parts[0], format="recalled")}
@@ -151,7 +151,7 @@ def signature(results: Mapping) -> Section:
         "Drop when erased, nats": lambda r: Cell(say.decimal(r["erased"]), bounds(r, "erased", say.decimal)),
         "Object found then": lambda r: say.percent(r["erased_exact"]),
     }
-    section.blocks += by_part("every group in numbers", rows, columns)
+    section.blocks += by_part(results, "every group in numbers", rows, columns)
     return section
 
 
@@ -162,7 +162,7 @@ def lens(results: Mapping) -> Section:
     if not rows:
         section.absent = "The logit lens was not applied"
         return section
-    parts = R.held_out_first(R.distinct(rows, "part"))
+    parts = R.held_out_first(R.distinct(rows, "part"), results)
     sentences = []
     for model in R.distinct(rows, "model"):
         own = R.where(rows, model=model, part=parts[0], format="recalled", place="answer")
@@ -201,7 +201,7 @@ def lens(results: Mapping) -> Section:
             say.decimal(r["margin"], sign=True), say.interval(r["margin_low"], r["margin_high"], say.decimal)
         ),
     }
-    section.blocks += by_part("every layer in numbers", rows, columns)
+    section.blocks += by_part(results, "every layer in numbers", rows, columns)
     return section
 
 
@@ -218,7 +218,7 @@ def circuit(results: Mapping) -> Section:
         found = []
         for model in (m for m in models if m != "base"):
             own = R.where(rows, model=model, unit=unit)
-            part = R.held_out_first(R.distinct(own, "part"))[0]
+            part = R.held_out_first(R.distinct(own, "part"), results)[0]
             for r in R.where(R.mechanism_rows(results, "circuit", "kept"), model=model, unit=unit, part=part):
                 if r["nodes"] is not None and r["exact_match"] >= WORTH:
                     found.append(
@@ -235,7 +235,7 @@ def circuit(results: Mapping) -> Section:
         )
         for i, unit in enumerate(units)
         for j, model in enumerate(models)
-        for k, part in enumerate(R.held_out_first(R.distinct(R.where(rows, model=model), "part")))
+        for k, part in enumerate(R.held_out_first(R.distinct(R.where(rows, model=model), "part"), results))
     ]
     section.blocks.append(
         Plot(
@@ -305,7 +305,7 @@ def minimal_graft(results: Mapping) -> Section:
     if not rows:
         section.absent = "The smallest graft that restores recall was not looked for"
         return section
-    parts, models = R.held_out_first(R.distinct(rows, "part")), R.distinct(rows, "model")
+    parts, models = R.held_out_first(R.distinct(rows, "part"), results), R.distinct(rows, "model")
     smallest = R.mechanism_rows(results, "minimal_graft", "fewest")
     sentences = []
     for model in models:
@@ -377,7 +377,7 @@ def positions(results: Mapping) -> Section:
     if not rows:
         section.absent = "Tuned weights were not grafted at positions"
         return section
-    parts, components = R.held_out_first(R.distinct(rows, "part")), R.distinct(rows, "component")
+    parts, components = R.held_out_first(R.distinct(rows, "part"), results), R.distinct(rows, "component")
     sentences = []
     for model in R.distinct(rows, "model"):
         own = {tuple(r["places"]): r["exact_match"] for r in R.where(rows, model=model, part=parts[0], component="all")}
@@ -430,9 +430,9 @@ def models_of(results: Mapping, rows: list[Row]) -> list[tuple[str, F.Look]]:
     return [(say.model(m), look) for m, look in F.strategy_looks(results).items() if m in found]
 
 
-def by_part(title: str, rows: list[Row], columns: Columns) -> list[Table]:
+def by_part(results: Mapping, title: str, rows: list[Row], columns: Columns) -> list[Table]:
     """A folded table of the rows of each kind of questions, the held-out ones first."""
-    parts = R.held_out_first(R.distinct(rows, "part"))
+    parts = R.held_out_first(R.distinct(rows, "part"), results)
     return [table(f"{say.test(p)}: {title}", R.where(rows, part=p), columns) for p in parts]
 
 

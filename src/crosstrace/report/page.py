@@ -41,7 +41,8 @@ def write_report(results: Mapping[str, Any], folder: str | Path) -> Path:
 
 def draw(results: Mapping[str, Any]) -> list[Section]:
     """All sections of the page. One that can't be drawn has nothing but its `failure`."""
-    sections = drawn([(id, build) for id, _, build in SECTIONS], results)
+    with say.own_words(results):
+        sections = drawn([(id, build) for id, _, build in SECTIONS], results)
     for section, (id, stage, _) in zip(sections, SECTIONS):
         if section.failure is not None:
             continue
@@ -68,7 +69,9 @@ def write_page(results: Mapping[str, Any], sections: Sequence[Section], folder: 
     for plot in (block for section in sections for block in section.blocks if isinstance(block, Plot)):
         write_text(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
     page = folder / "index.html"
-    write_text(page, _render(results, sections))
+    with say.own_words(results):
+        text = _render(results, sections)
+    write_text(page, text)
     return page
 
 
@@ -80,7 +83,7 @@ def recall(results: Mapping) -> Section:
     if not overall:
         section.absent = "Recall was not evaluated"
         return section
-    tests, models = R.held_out_first(R.distinct(overall, "test")), _models(results)
+    tests, models = R.held_out_first(R.distinct(overall, "test"), results), _models(results)
     lead = tests[0]
     panels = [F.to_svg(F.figure_recall(results, legend=False), "recall", "Exact match of every model on every test")]
     relations = R.distinct([r for r in rows if r["relation"]], "relation")
@@ -126,7 +129,7 @@ def recall(results: Mapping) -> Section:
         )
     )
     if relations:
-        found = R.held_out_first(R.distinct([r for r in rows if r["relation"]], "test"))
+        found = R.held_out_first(R.distinct([r for r in rows if r["relation"]], "test"), results)
         pairs = [(m, t) for t in found for m in models]
         head = ["Relation"] + [f"{say.model(m)}: {say.test(t)}" for m, t in pairs]
         body = [
@@ -147,7 +150,7 @@ def training(results: Mapping) -> Section:
         if not results.get("training") and (results.get("run") or {}).get("given"):
             section.absent, section.command = f"{section.absent}: the models were tuned elsewhere", ""
         return section
-    tests = R.held_out_first(R.distinct(rows, "test"))
+    tests = R.held_out_first(R.distinct(rows, "test"), results)
     names = [s for s in R.strategies(results) if R.where(rows, strategy=s)]
     ends, peaks = [], []
     for s in names:
@@ -231,19 +234,41 @@ def overlap(results: Mapping) -> Section:
     ]
     head = ["Trace", "ρ", "Model", "Shared parameters", "Overlap", "Chance", "Lift", "Jaccard"]
     section.blocks.append(Table(head, body, "Every fraction in numbers", True))
+    section.blocks += _pairs(results)
     alike = [
         [
             say.model(r["strategy"]),
             say.when(r["when"], r.get("reduction")),
+            " and ".join(map(say.task, r.get("tasks") or ())),
             say.decimal(r.get("spearman")),
             say.decimal(r.get("cosine")),
         ]
         for r in R.similarity_rows(results)
     ]
     if alike:
-        head = ["Model", "Trace", "Spearman", "Cosine"]
+        head = ["Model", "Trace", "Tasks", "Spearman", "Cosine"]
         section.blocks.append(Table(head, alike, "Similarity of the tasks' traces over all parameters in scope"))
     return section
+
+
+def _pairs(results: Mapping) -> list[Plot]:
+    """The overlap of each two tasks as a matrix, where there are more than two."""
+    rows = R.pair_rows(results)
+    if not rows:
+        return []
+    at, panels = R.headline(rows), []
+    own = R.where(rows, fraction=at)
+    top = max((say.number(r["overlap"]) for r in own), default=1.0)
+    views = list(dict.fromkeys((r["strategy"], r["when"]) for r in own if r["reduction"] == "example"))
+    for i, (strategy, when) in enumerate(views):
+        figure = F.figure_pairs(results, strategy=strategy, when=when, fraction=at, top=top)
+        panels.append(F.to_svg(figure, f"pairs-{i}", f"Overlap of each two tasks, {say.model(strategy)}"))
+    most = max((r for r in own if r["reduction"] == "example"), key=lambda r: say.number(r["overlap"]))
+    tasks = " and ".join(map(say.task, most["tasks"]))
+    finding = f"{tasks} share most: {say.percent(most['overlap'])} of the top {say.percent(at)} in "
+    finding += f"{say.model(most['strategy'])} ({say.when(most['when']).lower()})."
+    text = "The share of each task's strongest parameters that another task has among its own."
+    return [Plot("pairs", finding[:1].upper() + finding[1:], text, [], panels, rows)]
 
 
 def places(results: Mapping) -> Section:
@@ -383,7 +408,7 @@ def intervention(results: Mapping, kind: str) -> Section:
     if not rows:
         section.absent = f"No parameters were {'ablated' if ablate else 'grafted'}"
         return section
-    tests, whens = R.held_out_first(R.distinct(rows, "test")), R.distinct(rows, "when")
+    tests, whens = R.held_out_first(R.distinct(rows, "test"), results), R.distinct(rows, "when")
     names = [s for s in R.strategies(results) if R.where(rows, strategy=s)]
     panels = [
         F.to_svg(
@@ -599,7 +624,7 @@ def _flat(value: Any, form=say.plain, prefix: str = "") -> list[tuple[str, str]]
 
 def _render(results: Mapping, sections: Sequence[Section]) -> str:
     run = results.get("run") or {}
-    tests = R.held_out_first(R.distinct(R.where(R.recall_rows(results), relation=""), "test"))
+    tests = R.held_out_first(R.distinct(R.where(R.recall_rows(results), relation=""), "test"), results)
     headline = (
         say.compare(_recalled(results, tests[0]), "answers", f" of the {say.answered(tests[0])}") if tests else ""
     )

@@ -8,9 +8,10 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from crosstrace.data.tasks import Roles
 from crosstrace.report.words import number
 
 Row = dict[str, Any]
@@ -57,6 +58,12 @@ def history_rows(results: Mapping) -> list[Row]:
 def overlap_rows(results: Mapping) -> list[Row]:
     """{strategy, when, reduction, fraction, size, selected, overlap, low, high, chance, lift, jaccard}."""
     return _per_strategy(results, "shared")
+
+
+def pair_rows(results: Mapping) -> list[Row]:
+    """{strategy, when, reduction, tasks, fraction, size, selected, overlap, low, high, chance, lift, jaccard}: each two
+    of three or more tasks."""
+    return _per_strategy(results, "pairs")
 
 
 def similarity_rows(results: Mapping) -> list[Row]:
@@ -140,10 +147,14 @@ def where(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     return [r for r in rows if all(v is None or r.get(k) == v for k, v in wanted.items())]
 
 
-def held_out_first(tests: Sequence[str]) -> list[str]:
-    """Tests in the order of interest: held out, trained, the rest, and last what the base knew."""
-    last = ("a_ood", "known", "known_replayed")
-    rank: Callable[[str], tuple] = lambda t: (t in last, not t.endswith("_ood"), not t.endswith("_id"))
+def held_out_first(tests: Sequence[str], results: Mapping) -> list[str]:
+    """Tests in the order of interest: the outcome, what else is held out, trained, the rest, and last what the base
+    knew."""
+    last, outcome = ("a_ood", "known", "known_replayed"), Roles.read(results).outcome
+
+    def rank(test: str) -> tuple[bool, ...]:
+        return test in last, test != outcome, not test.endswith("_ood"), not test.endswith("_id")
+
     return sorted(tests, key=rank)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 DASH = "–"
 SPACE = "\u202f"  # narrow, non-breaking: between a number and its unit
@@ -16,7 +18,7 @@ MODELS = {
     "bio_only": "BIO-only",
     "qa_only": "QA-only",
 }
-TASKS = {"bio": "biographies", "qa": "questions", "shared": "shared"}
+TASKS = {"bio": "biographies", "qa": "questions", "cloze": "statements to complete", "shared": "shared"}
 TESTS = {
     "bio": "Biographies",
     "qa_id": "Questions, trained (ID)",
@@ -162,8 +164,22 @@ def spoken(name: str) -> str:
     return name.replace("_", " ")
 
 
+_OWN_WORDS: ContextVar[Mapping[str, str]] = ContextVar("_OWN_WORDS")
+
+
+@contextmanager
+def own_words(results: Mapping) -> Iterator[None]:
+    """While a page is made, models are called what its experiment calls them (`words`)."""
+    about = results.get("run") or results.get("study") or {}
+    token = _OWN_WORDS.set(about.get("words") or {})
+    try:
+        yield
+    finally:
+        _OWN_WORDS.reset(token)
+
+
 def model(name: str) -> str:
-    return MODELS.get(name, spoken(name))
+    return {**MODELS, **_OWN_WORDS.get({})}.get(name, spoken(name))
 
 
 def task(name: str) -> str:
@@ -176,8 +192,12 @@ def test(name: str) -> str:
         return TESTS[name]
     for ending, meaning in (("_ood", "held out (OOD)"), ("_id", "trained (ID)")):
         if name.endswith(ending):
-            return f"{spoken(name.removesuffix(ending))}, {meaning}"
-    return spoken(name)
+            return f"{_capital(task(name.removesuffix(ending)))}, {meaning}"
+    return _capital(task(name))
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def answered(name: str) -> str:
@@ -219,8 +239,12 @@ def explained(row: Mapping[str, object]) -> str:
 def measured(name: str) -> str:
     """A measure that is followed over training."""
     kind, _, part = name.partition(".")
-    where = {"qa_id": ", trained", "qa_ood": ", held out", "bio": ", biographies"}
-    return MEASURED.get(kind, spoken(kind)) + where.get(part, "")
+    name = MEASURED.get(kind, spoken(kind))
+    for ending, which in (("_id", "trained"), ("_ood", "held out")):
+        if part.endswith(ending):
+            own = part.removesuffix(ending)
+            return f"{name}, {which}" if own == "qa" else f"{name}, {task(own)}, {which}"
+    return f"{name}, {task(part)}" if part else name
 
 
 def curve(kind: str, order: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crosstrace.analyses.claims.effects import Row
-from crosstrace.data.tasks import Roles, default_tasks
+from crosstrace.data.tasks import DEFAULT_ROLES, Roles
 
 DEFAULT = ("mixed", "two_stage")
 WORDS = {"mixed": "Mix-tuned", "two_stage": "Stage-tuned"}  # what the paper calls these models
@@ -33,7 +33,7 @@ class Case:
     evals: Mapping[str, Any]
     interventions: Mapping[str, Any]
     fractions: Sequence[float]
-    roles: Roles = field(default_factory=lambda: Roles.of(default_tasks(), None, None))
+    roles: Roles = DEFAULT_ROLES
     pair: tuple[str, str] = DEFAULT
     given: Collection[str] = ()
     words: Mapping[str, str] = field(default_factory=dict)

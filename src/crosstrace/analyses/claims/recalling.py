@@ -161,7 +161,7 @@ def _restored_by_shared(case: Case, name: str, found: Mapping[str, Any]) -> list
             "note": f"the graft has {row['graft']:,} parameters and holds {number(row['overlap'], '.3f')} of the "
             f"{row['size']:,} shared ones, expected {number(row['expected'], '.3f')}"
             if row["graft"]
-            else "no graft restores nine tenths of the trained answers",
+            else "no graft of less than all parameters restores nine tenths of the trained answers",
         }
         for row in found["overlap"]
         if row["when"] in TIMES

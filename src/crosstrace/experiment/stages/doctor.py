@@ -21,7 +21,9 @@ def examine(studied: StudiedModel) -> None:
     def make(path: Path) -> None:
         kernels = tuple(dict.fromkeys(("eager", experiment.model.attention)))
         model, tokenizer = studied.load(), studied.tokenizer
-        own = {task: items for task in experiment.tasks if (items := read_jsonl(run.path(f"data/{task}.jsonl")))}
+        roles = experiment.roles  # (texts of role `other` need not have an object, which is what is looked at)
+        tasks = [*roles.of_role("store"), *roles.of_role("recall")]
+        own = {task: items for task in tasks if (items := read_jsonl(run.path(f"data/{task}.jsonl")))}
         with studied.progress.bar("doctor") as update:
             write_json(path, asdict(diagnose(model, tokenizer, texts=own, kernels=kernels, progress=update)))
 

@@ -247,10 +247,10 @@ def over_training(studied: StudiedModel) -> dict[str, list[Row]]:
     if len(places) == len(experiment.strategies[studied.name]):
         studied.note("only the ends of the phases are there to look at; train.keep_checkpoints keeps more")
     roles = experiment.roles
-    trained = training_examples(studied.parts, roles)
+    trained, stored = training_examples(studied.parts, roles), roles.trained_part(roles.stored)
     probe = dynamics.Probe(
         questions=studied.questions,
-        stored=samples(studied.parts, options.questions, roles)[roles.trained_part(roles.stored)],
+        stored={stored: samples(studied.parts, options.questions, roles)[stored]},
         traced={task: sample(trained[task], options.questions) for task in roles.shared},
         facts=studied.facts,
         scope=studied.view.scope(studied.model),

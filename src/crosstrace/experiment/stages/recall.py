@@ -41,7 +41,8 @@ def test(studied: StudiedModel) -> None:
         tokenizer, model = studied.tokenizer, studied.load()
         parts = examples(run, experiment, tokenizer, known=experiment.eval.known_examples)
         ask = asking(run, experiment, tokenizer, experiment.eval.precision == "bf16")
-        results = {part: ask(model, items) for part, items in parts.items() if items}
+        others = {part for task in experiment.roles.of_role("other") for part in experiment.roles.parts_of(task)}
+        results = {part: ask(model, items) for part, items in parts.items() if items and part not in others}
         answers = {part: _bits(result) for part, result in results.items() if part != A_OOD}
         people = {part: result.person for part, result in results.items() if part != A_OOD}
         of_world = {part: results.pop(part) for part in (KNOWN, REPLAYED) if part in results}
