@@ -415,7 +415,9 @@ def test_what_restores_recall_is_shared_beyond_chance(excess: tuple, verdict: st
     assert rows[0]["effect"] == (None if excess[0] is None else pytest.approx(100 * excess[0]))
     told = "the graft has 4,000 parameters and holds 0.400 of the 100 shared ones, expected 0.300"
     assert rows[0]["note"] == (
-        told if excess[0] is not None else "no graft of less than all parameters restores nine tenths of the trained answers"
+        told
+        if excess[0] is not None
+        else "no graft of less than all parameters restores nine tenths of the trained answers"
     )
 
 

@@ -14,6 +14,7 @@ import pytest
 from crosstrace.cli import commands
 from crosstrace.core import processes
 from crosstrace.core.results import Results
+from crosstrace.data.tasks import TaskSettings
 from crosstrace.experiment import config, pipeline
 from crosstrace.models import loading
 from crosstrace.training import recipes
@@ -139,8 +140,10 @@ def test_help_is_what_is_read(capsys, monkeypatch, tmp_path: Path) -> None:
     shown = rows(capsys, "demo")
     phase = {name: shown.pop(name) for name in list(shown) if name.startswith("strategies.")}
     assert phase == {f"strategies.NAME.NUMBER.{item.name}": "VALUE" for item in fields(recipes.Phase)}
+    task = {name: shown.pop(name) for name in list(shown) if name.startswith("tasks.")}
+    assert task == {f"tasks.NAME.{item.name}": "VALUE" for item in fields(TaskSettings)}
     named = {name for name, _ in leaves(config.plain(config.Experiment())) if "." in name}
-    assert {name for name in named if not name.startswith("strategies.")} <= set(shown)
+    assert {name for name in named if not name.startswith(("strategies.", "tasks."))} <= set(shown)
     told = []
     monkeypatch.setattr(pipeline, "run", lambda experiment, *args, **kwargs: told.append(experiment))
     commands.main(["demo", *(word for name, value in shown.items() for word in (f"--{name}", value))])

@@ -66,7 +66,9 @@ def test_measures_are_the_librarys_own(kind: str) -> None:
     bio, qa = (encode(words, texts(world)) for texts in (biographies, questions))
     pairs, names = fact_pairs(bio, qa)[:6], scope(model)
     tasks, own = {"bio": bio, "qa": qa}, {"qa_id": pairs}
-    probe = Probe({"qa_id": qa[:6]}, {"bio": bio[:2]}, tasks, own, names, together=6, steps=2, read={"qa_id": pairs[:3]})
+    probe = Probe(
+        {"qa_id": qa[:6]}, {"bio": bio[:2]}, tasks, own, names, together=6, steps=2, read={"qa_id": pairs[:3]}
+    )
     found = measure(model, words, probe)
     assert found.measures["recall.qa_id"] == recall(model, words, qa[:6]).exact.mean()
     sets = {}

@@ -27,6 +27,8 @@ from safetensors import SafetensorError
 
 from crosstrace.core import interrupts
 from crosstrace.core.errors import UserError
+from crosstrace.data.tasks import TaskSettings
+from crosstrace.training.recipes import Phase
 
 DEMO, COMPARED = Path("runs/demo"), Path("runs/compare")
 
@@ -245,23 +247,22 @@ def _describe(value: Any, prefix: str, width: int) -> Iterator[str]:
         if is_dataclass(item):
             sections.append(_describe(item, f"{prefix}{name}.", width))
         elif name == "strategies" and item:
-            sections.append(_describe_phases(item, width))
+            phases = [f"{own}.{i} ({p.name})" for own, phases in item.items() for i, p in enumerate(phases)]
+            sections.append(_describe_each("strategies.NAME.NUMBER", Phase, phases, width))
+        elif name == "tasks":
+            sections.append(_describe_each("tasks.NAME", TaskSettings, item, width))
         else:
             yield _row(f"--{prefix}{name} {_word(item)}", note + _choices(hints[name]), width)
     for section in sections:
         yield from section
 
 
-def _describe_phases(strategies: dict[str, list[Any]], width: int) -> Iterator[str]:
-    """Lines on the settings of a phase, which are the same in every strategy."""
-    phase = type(next(iter(strategies.values()))[0])
-    there = ", ".join(
-        f"{name}.{i} ({item.name})" for name, phases in strategies.items() for i, item in enumerate(phases)
-    )
-    yield from ["", textwrap.fill(f"strategies.NAME.NUMBER: {inspect.getdoc(phase)} There are {there}.", width)]
-    notes = _field_notes(phase)
-    for item in fields(phase):
-        yield _row(f"--strategies.NAME.NUMBER.{item.name} VALUE", notes.get(item.name, ""), width)
+def _describe_each(prefix: str, kind: Any, there: Iterable[str], width: int) -> Iterator[str]:
+    """Lines on the settings of what there may be several of, by names of their own: a phase, a task."""
+    yield from ["", textwrap.fill(f"{prefix}: {inspect.getdoc(kind)} There are {', '.join(there)}.", width)]
+    notes = _field_notes(kind)
+    for item in fields(kind):
+        yield _row(f"--{prefix}.{item.name} VALUE", notes.get(item.name, ""), width)
 
 
 def _row(left: str, note: str, width: int) -> str:

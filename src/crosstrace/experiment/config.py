@@ -19,15 +19,15 @@ from crosstrace.analyses.claims.case import DEFAULT
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import NO_YAML
 from crosstrace.core.run_folder import CHANGEABLE
-from crosstrace.core.settings import STRICT
+from crosstrace.core.settings import STRICT, one_of
 from crosstrace.data.facts import FactSettings, people_on_both_sides
 from crosstrace.data.tasks import Roles, TaskSettings, default_tasks
 from crosstrace.data.text import KNOWN, NO_QUESTIONS
+from crosstrace.trace.measures import MEASURES
 from crosstrace.training.recipes import Optimiser, Phase, mixed, two_stage
 from crosstrace.training.trainer import TrainSettings
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
-Measure = Literal["abs", "square", "taylor", "net"]
 
 
 @settings(frozen=True, config=STRICT)
@@ -75,7 +75,7 @@ class TraceSettings:
     view: Literal["merged", "adapter"] = "merged"
     """Of models with a LoRA adapter: which parameters are traced, selected, ablated and grafted, those of the merged
     weights or the adapter's own."""
-    measures: list[Measure] = Field(default_factory=lambda: ["abs"], min_length=1)
+    measures: list[Annotated[str, one_of(MEASURES)]] = Field(default_factory=lambda: ["abs"], min_length=1)
     """Measures of the trace at checkpoints; the first one selects the shared set."""
     targets: Literal["object", "answer", "all", "train"] = "object"
     """Tokens whose loss is traced."""

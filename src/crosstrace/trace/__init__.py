@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from crosstrace.trace.measures import MEASURES, Measure
 from crosstrace.trace.summed import SummedTrace
-from crosstrace.trace.trace import MEASURES, OnlineTrace, Trace, load_traces, save_traces, trace
+from crosstrace.trace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
 from crosstrace.trace.training import TrainingTrace
 
-__all__ = ["MEASURES", "OnlineTrace", "SummedTrace", "Trace", "TrainingTrace", "load_traces", "save_traces", "trace"]
+__all__ = [
+    "MEASURES",
+    "Measure",
+    "OnlineTrace",
+    "SummedTrace",
+    "Trace",
+    "TrainingTrace",
+    "load_traces",
+    "save_traces",
+    "trace",
+]

@@ -40,13 +40,12 @@ from crosstrace.models.forward import TrainingForward, TrainingForwards
 from crosstrace.trace.borrowed import Drew, calm, is_the_same
 from crosstrace.trace.distributed import Scatter, Team
 from crosstrace.trace.engine import Batch, Engine, Forward
+from crosstrace.trace.measures import MEASURES
 from crosstrace.trace.memory import Estimate, Where
 from crosstrace.trace.packed import unpacked
 from crosstrace.trace.rules import sum_dtype
 
-MEASURES = ("abs", "square", "taylor", "net")
 REDUCTIONS = ("example", "step")
-_SUM_OF = {"abs": "abs", "square": "square", "taylor": "abs", "net": "sum"}  # |θ·g| = |θ|·|g| at one θ
 _FORMAT = "crosstrace traces 1"
 _STATE = "crosstrace online trace 1"
 _SUM = "crosstrace sum of an online trace 1"
@@ -76,8 +75,9 @@ class Trace:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def strength(self) -> dict[str, Tensor]:
-        """Non-negative strength per parameter: |values| of `net`, the values themselves otherwise."""
-        return {name: v.abs() for name, v in self.values.items()} if self.measure == "net" else dict(self.values)
+        """Non-negative strength per parameter: |values| of a signed measure, the values themselves otherwise."""
+        signed = MEASURES[self.measure].is_signed
+        return {name: v.abs() for name, v in self.values.items()} if signed else dict(self.values)
 
     def whole(self) -> Trace:
         """The same trace with every tensor whole, on the CPU of each process; an ordinary trace is one already."""
@@ -459,7 +459,7 @@ class Accumulated:
             facts["processes"] = self._team.processes.size
         self._whole = not last
         return [
-            Trace(key.rsplit("/", 3)[0], mean.measure, mean.reduction, "online", mean.finished(keep=not last),
+            Trace(key.rsplit("/", 3)[0], mean.measure.name, mean.reduction, "online", mean.finished(keep=not last),
                   mean.weight, facts | self._forward_of(key.rsplit("/", 3)[0]) | {"part": int(key.rsplit("/", 1)[1])})
             for key, mean in self._means.items()
             if mean.weight > 0
@@ -827,7 +827,7 @@ class _Mean:
     def __init__(
         self, parameters: Mapping[str, Tensor], measure: str, reduction: str, device: torch.device | None = None
     ) -> None:
-        self.measure, self.reduction = measure, reduction
+        self.measure, self.reduction = MEASURES[measure], reduction
         self.like = parameters
         self.total = {n: torch.zeros(local(p).shape, dtype=sum_dtype(p.dtype), device=device or p.device)
                       for n, p in parameters.items()}  # fmt: skip
@@ -836,22 +836,18 @@ class _Mean:
     def takes(self, theta: Tensor, factor: float) -> bool:
         """Whether the engine may add its sum right here: nothing is to be done with it, and it is at hand."""
         here = next(iter(self.total.values())).device == theta.device
-        return self.measure != "taylor" and factor == 1.0 and here
+        return self.measure.at is None and factor == 1.0 and here
 
     def add(self, name: str, value: Tensor, theta: Tensor, factor: float) -> None:
         """Add the sum that the measure is made of, taken at the parameter theta."""
-        if self.measure == "taylor":
-            value = value * theta.detach().abs()
+        if self.measure.at is not None:
+            value = self.measure.at(value, theta.detach())
         self.total[name].add_(value.to(self.total[name].device), alpha=factor)
 
     def add_step(self, name: str, total: Tensor, count: int, theta: Tensor, factor: float) -> None:
         """Add a step's mean gradient, given as its sum over `count` examples, which is used up."""
-        if self.measure in ("abs", "taylor"):
-            total.abs_()
-        elif self.measure == "square":
-            total.square_()
-            count *= count
-        self.add(name, total, theta, factor / count)
+        value, divisor = self.measure.of_step(total, count)
+        self.add(name, value, theta, factor / divisor)
 
     def finished(self, keep: bool = False) -> dict[str, Tensor]:
         """The mean, on the CPU (of sharded parameters sharded likewise). The sums are used up, unless they are to be
@@ -880,7 +876,7 @@ def _open(
     """
     users: dict[str, list[_Mean]] = {key: [] for key in also}
     for mean in means:
-        users.setdefault(_SUM_OF[mean.measure], []).append(mean)
+        users.setdefault(mean.measure.sums, []).append(mean)
     if scatter is not None:
 
         def add(key: str, value: Tensor) -> None:

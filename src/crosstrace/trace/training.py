@@ -233,7 +233,7 @@ class TrainingTrace(Accumulated):
     def _check_alive(self, changed: set[str]) -> None:
         """Raise a `UserError` if a parameter that the training has changed the gradient of has a trace of zero."""
         # θ·g is zero where θ is, g² where it is too small for a float, and all at a learning rate of zero
-        means = [mean for mean in self._means.values() if mean.measure in ("abs", "net")]
+        means = [mean for mean in self._means.values() if mean.measure.at is None and mean.measure.sums != "square"]
         if not means or not self._step_factor:
             return
         for name in sorted(changed - self._alive):

@@ -1,0 +1,86 @@
+"""Records by name: those of the package, and those that other installed packages add.
+
+A package adds records through an entry point of the group `crosstrace.extensions`, which names an object that holds
+them: a list, or a function that returns one. Nothing that a setting or a file says is ever imported.
+
+    [project.entry-points."crosstrace.extensions"]
+    mine = "my_package:EXTENSIONS"          # EXTENSIONS = [Measure(...), Analysis(...), Stage(...)]
+
+It knows nothing of what the records are for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, cached_property
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from crosstrace.core.errors import UserError
+
+GROUP = "crosstrace.extensions"
+Record = TypeVar("Record")
+
+
+@cache
+def extensions() -> tuple[object, ...]:
+    """The records that installed packages add, in the order of the entry points' names.
+
+    Raises:
+        UserError: an entry point can't be loaded, or gives no list.
+    """
+    found: list[object] = []
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        about = f"the extension {point.name} ({point.value})"
+        try:
+            given: Any = point.load()
+            given = given() if callable(given) else given
+        except Exception as error:
+            raise UserError(f"{about} can't be loaded: {type(error).__name__}: {error}; repair or remove it") from error
+        if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+            raise UserError(f"{about} is a {type(given).__name__}; expected a list of records, or a function of one")
+        found += given
+    return tuple(found)
+
+
+class Registry(Mapping[str, Record], Generic[Record]):
+    """All records of one kind by their names, the package's own first.
+
+    Args:
+        kind: the class of the records, each of which has a `name`.
+        built_in: gives the package's own; called when a record is first asked for.
+    """
+
+    def __init__(self, kind: type[Record], built_in: Callable[[], Iterable[Record]]) -> None:
+        self.kind, self._built_in = kind, built_in
+
+    @cached_property
+    def _records(self) -> dict[str, Record]:
+        found: dict[str, Record] = {}
+        for record in [*self._built_in(), *(own for own in extensions() if isinstance(own, self.kind))]:
+            name = record.name  # pyright: ignore[reportAttributeAccessIssue]
+            if name in found:
+                raise UserError(f"two extensions add a {self.kind.__name__} of the name {name!r}; remove one of them")
+            found[name] = record
+        return found
+
+    def __getitem__(self, name: str) -> Record:
+        if name not in self._records:
+            raise UserError(self.unknown(name))
+        return self._records[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._records
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def unknown(self, name: str) -> str:
+        """The sentence on a name that no record has."""
+        close = difflib.get_close_matches(name, self, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"expected of {', '.join(self)}"
+        return f"unknown {self.kind.__name__.lower()} {name!r}; {hint}, or is the package that adds it not installed?"
