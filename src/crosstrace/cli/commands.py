@@ -249,7 +249,7 @@ def _describe(value: Any, prefix: str, width: int) -> Iterator[str]:
         elif name == "strategies" and item:
             phases = [f"{own}.{i} ({p.name})" for own, phases in item.items() for i, p in enumerate(phases)]
             sections.append(_describe_each("strategies.NAME.NUMBER", Phase, phases, width))
-        elif name == "tasks":
+        elif name == "tasks" and isinstance(item, dict):
             sections.append(_describe_each("tasks.NAME", TaskSettings, item, width))
         else:
             yield _row(f"--{prefix}{name} {_word(item)}", note + _choices(hints[name]), width)
