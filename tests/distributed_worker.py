@@ -30,7 +30,7 @@ from crosstrace.core.errors import UserError
 from crosstrace.core.files import write_json
 from crosstrace.core.processes import Processes, main
 from crosstrace.data.tokens import Encoded, batches, collate
-from crosstrace.experiment import config, names, pipeline
+from crosstrace.experiment import config, pipeline
 from crosstrace.models import loading
 from crosstrace.models.adapters import is_adapted
 from crosstrace.models.loading import load_model
@@ -196,7 +196,7 @@ def run(
     processes: Processes | None = None,
     sharded: bool = False,
     kinds: Sequence[str] = KINDS,
-    stages: Sequence[str] = names.STAGES,
+    stages: Sequence[str] | None = None,
     changes: Mapping[str, str] | None = None,
 ) -> None:
     """A run for every kind of model, in home/<name>/<kind>, all of it in float64; what is there is gone on with."""

@@ -11,6 +11,7 @@ import sys
 import time
 import weakref
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,12 @@ from crosstrace.core.errors import UserError
 from crosstrace.core.progress import Progress
 from crosstrace.core.results import Results
 from crosstrace.core.run_folder import Run
-from crosstrace.experiment import conclude, config, pipeline, registry, selection, trace_files
+from crosstrace.experiment import analyses, conclude, config, pipeline, registry, selection, trace_files
+from crosstrace.experiment.analysis import ANALYSES
 from crosstrace.experiment.examples import examples, sample
-from crosstrace.experiment.stages import analyze, intervene, mechanism, train
+from crosstrace.experiment.stages import analyze, intervene, train
 from crosstrace.experiment.stages import recall as recall_stage
 from crosstrace.experiment.stages import trace as trace_stage
-from crosstrace.experiment.stages.mechanism import PARTS, WITHOUT_BASE
 from crosstrace.experiment.studied import WHENS, StudiedModel
 from crosstrace.models import loading
 from crosstrace.models.loading import load_tokenizer
@@ -161,9 +162,9 @@ def test_a_run_leaves_the_number_of_threads_as_it_was(tmp_path: Path) -> None:
 
 def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
     found = Results.read(whole)["mechanism"]
-    assert set(found) == set(PARTS)
+    assert set(found) == set(ANALYSES)
     for part, rows in found.items():
-        assert set(rows) == {"base", "two_stage", "mixed"} - ({"base"} if part in WITHOUT_BASE else set())
+        assert set(rows) == {"base", "two_stage", "mixed"} - (set() if ANALYSES[part].of_base else {"base"})
         if part not in ("circuit", "minimal_graft", "dynamics"):
             assert {row["part"] for row in rows["mixed"]} == {"qa_id", "qa_ood"}
     for strategy, updates in (("mixed", [0, 4, 6]), ("two_stage", [0, 4, 6, 10, 12])):
@@ -230,7 +231,7 @@ def test_what_the_bundled_base_knows_is_asked_and_explained(tmp_path: Path) -> N
         "strategies": "{mixed: [{name: all, batch: {bio: 8, qa: 8}, steps: 2}]}", "interventions.run": "false",
         "mechanism.parts": "[circuit, transfer]",
     }  # fmt: skip
-    stages = [stage for stage in registry.STAGES if stage not in ("retain", "report")]
+    stages = [stage for stage in registry.stage_names() if stage not in ("retain", "report")]
     pipeline.run(config.override(experiment, values), tmp_path / "run", quiet=True, stages=stages)
     known = {name: files.read_json(tmp_path / f"run/eval/{name}.json")["summary"] for name in ("base", "mixed")}
     assert known["mixed"]["a_ood"]["n"] == 60 and known["base"]["a_ood"]["exact_match"] > 0.5
@@ -318,7 +319,7 @@ def test_stages_by_themselves_give_the_same(whole: Path, tmp_path: Path) -> None
     pipeline.run(less, folder, stages=["data"], quiet=True)
     with pytest.raises(UserError, match="models/"):
         pipeline.run(less, folder, "resume", stages=["trace"], quiet=True)
-    for stage in registry.STAGES[1:]:
+    for stage in registry.stage_names()[1:]:
         if stage != "retain":  # named, it runs whatever retention.run says, and a whole run leaves it out
             pipeline.run(less, folder, "resume", stages=[stage], quiet=True)
     found, expected = numbers(folder), of_parts(numbers(whole), parts)
@@ -330,15 +331,15 @@ def test_a_part_whose_rows_have_changed_since_is_made_again(whole: Path, tmp_pat
     shutil.copytree(whole, folder)
 
     def older(studied: StudiedModel) -> dict:
-        found = mechanism.over_training(studied)
+        found = analyses.over_training(studied)
         return found | {"rows": [{k: v for k, v in row.items() if k != "by_person"} for row in found["rows"]]}
 
-    monkeypatch.setattr(mechanism, "FORMATS", {k: v for k, v in mechanism.FORMATS.items() if k != "dynamics"})
-    monkeypatch.setattr(mechanism, "PARTS", {**PARTS, "dynamics": older})
+    earlier = replace(ANALYSES["dynamics"], version=2, measure=older)
+    monkeypatch.setitem(ANALYSES._records, "dynamics", earlier)
     pipeline.run(experiment, folder, "resume", stages=["mechanism"], quiet=True)
     monkeypatch.undo()
     pipeline.run(experiment, folder, "resume", stages=["report"], quiet=True)
-    assert numbers(folder)["claims"] == of_parts(numbers(whole), {*PARTS} - {"dynamics"})["claims"]
+    assert numbers(folder)["claims"] == of_parts(numbers(whole), {*ANALYSES} - {"dynamics"})["claims"]
     steps = sorted(folder.glob("mechanism/*/*.json"))
     before = {step: step.stat().st_mtime_ns for step in steps}
     pipeline.run(experiment, folder, "resume", stages=["mechanism", "report"], quiet=True)
@@ -544,7 +545,7 @@ def test_what_fails_after_training_is_left_out_told_and_tried_again(
     )  # fmt: skip
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     with monkeypatch.context() as patch:
-        patch.setitem(mechanism.PARTS, "lens", broken)
+        patch.setitem(ANALYSES._records, "lens", replace(ANALYSES["lens"], measure=broken))
         for module, name in ((analyze, "_analyze_traces"), (analyze, "drift"), (intervene, "controls"),
                              (judge, "judge")):  # fmt: skip
             patch.setattr(module, name, broken)
@@ -607,7 +608,7 @@ def test_an_earlier_result_of_a_part_that_is_left_out_is_not_reported(
     shutil.copytree(whole, folder)
     record = folder / "manifest" / "mechanism%2Fmixed%2Flens.json.json"
     record.write_text(record.read_text().replace('"key": "', '"key": "of other inputs '))
-    monkeypatch.setitem(mechanism.PARTS, "lens", broken)
+    monkeypatch.setitem(ANALYSES._records, "lens", replace(ANALYSES["lens"], measure=broken))
     results = pipeline.run(experiment, folder, "resume", quiet=True)
     assert set(results["mechanism"]["lens"]) == {"base", "two_stage"}
     assert [row["model"] for row in results["left_out"]] == ["mixed"]

@@ -12,8 +12,9 @@ It knows nothing of what the records are for.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
@@ -49,16 +50,19 @@ class Registry(Mapping[str, Record], Generic[Record]):
 
     Args:
         kind: the class of the records, each of which has a `name`.
-        built_in: gives the package's own; called when a record is first asked for.
+        built_in: where the package's own are, as an entry point would name them: "module:attribute". They are imported
+            when a record is first asked for, so settings can be checked against names of what is built on settings.
     """
 
-    def __init__(self, kind: type[Record], built_in: Callable[[], Iterable[Record]]) -> None:
+    def __init__(self, kind: type[Record], built_in: str) -> None:
         self.kind, self._built_in = kind, built_in
 
     @cached_property
     def _records(self) -> dict[str, Record]:
         found: dict[str, Record] = {}
-        for record in [*self._built_in(), *(own for own in extensions() if isinstance(own, self.kind))]:
+        module, _, attribute = self._built_in.partition(":")
+        own_records: Iterable[Record] = getattr(import_module(module), attribute)
+        for record in [*own_records, *(own for own in extensions() if isinstance(own, self.kind))]:
             name = record.name  # pyright: ignore[reportAttributeAccessIssue]
             if name in found:
                 raise UserError(f"two extensions add a {self.kind.__name__} of the name {name!r}; remove one of them")

@@ -17,7 +17,6 @@ from crosstrace.data.tokens import Encoded, check_fast, encode
 from crosstrace.experiment import config
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import encode_tasks, groups, known_people, sample, taught_texts, training_examples
-from crosstrace.experiment.registry import STAGES
 from crosstrace.experiment.stages.known import asks, world_of
 from crosstrace.experiment.stages.retain import new_material
 from crosstrace.experiment.stages.tracers import SUMS
@@ -53,12 +52,12 @@ def check_outside(experiment: Experiment, folder: Path) -> None:
 RESERVED = ("checkpoints", *LEARNING.values(), SUMS, START)  # what lies beside the phases in a strategy's folder
 
 
-def check(experiment: Experiment, whole: bool, stages: Sequence[str] = STAGES) -> None:
+def check(experiment: Experiment, whole: bool, stages: Sequence[str] = ()) -> None:
     """What would otherwise fail only later, when an earlier run may already be gone or hours have passed.
 
     Args:
         whole: read the model too.
-        stages: those that are asked for.
+        stages: those that are asked for; all if empty.
     """
     roles, taught = experiment.roles, texts(experiment.facts, experiment.tasks)
     sizes = {

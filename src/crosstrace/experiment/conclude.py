@@ -16,10 +16,11 @@ from crosstrace.core.results import Results
 from crosstrace.core.run_folder import Run
 from crosstrace.data.text import NO_QUESTIONS
 from crosstrace.experiment import config
+from crosstrace.experiment.analysis import ANALYSES
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import asks_something, data_steps
-from crosstrace.experiment.registry import OF_STEPS, STAGES
-from crosstrace.experiment.studied import View
+from crosstrace.experiment.registry import stage_names, stage_of, stages
+from crosstrace.experiment.studied import StudiedModel, View
 from crosstrace.models import adapters, loading
 from crosstrace.training.recipes import Phase
 
@@ -43,6 +44,11 @@ def conclude(run: Run, experiment: Experiment, progress: Progress) -> Results:
     needed += [f"mechanism/{name}/{part}.json" for part, found in mechanism.items() for name in found]
     retained = [name for name in names if is_done(f"retention/{name}")]
     needed += [f"retention/{name}" for name in retained]
+    told = {
+        stage: [name for name in ("base", *names) if is_done(f"{stage.steps[0]}/{name}.json")]
+        for stage in stages().values() if stage.results is not None
+    }  # fmt: skip
+    needed += [f"{stage.steps[0]}/{name}.json" for stage, own in told.items() for name in own]
     claimed = Part("report", name="claims")
     key = {
         "inputs": run.inputs(*(step for step in needed if step not in absent)),
@@ -86,6 +92,10 @@ def conclude(run: Run, experiment: Experiment, progress: Progress) -> Results:
             for part, found in mechanism.items()
         }
         results["retention"] = {name: read_json(run.path(f"retention/{name}") / "retention.json") for name in retained}
+        results["stages"] = {
+            stage.name: {name: stage.results(StudiedModel(run, experiment, name, progress)) for name in own}
+            for stage, own in told.items() if stage.results is not None
+        }  # fmt: skip
         results["claims"], results["differences"] = [], []
 
         def judge_claims() -> None:
@@ -93,7 +103,7 @@ def conclude(run: Run, experiment: Experiment, progress: Progress) -> Results:
                 results, evals, interventions, experiment.analysis.central_fractions, experiment.roles,
                 given=experiment.given, words=experiment.words,
             )  # fmt: skip
-            results["claims"], results["differences"] = judge.judge(case, experiment.pairs)
+            results["claims"], results["differences"] = judge.judge(case, experiment.pairs, _further_claims(experiment))
 
         attempt(run, claimed, judge_claims, progress.note)
         if experiment.trace.check and "doctor.json" not in absent:
@@ -111,14 +121,23 @@ def conclude(run: Run, experiment: Experiment, progress: Progress) -> Results:
     return Results.read(run.stage("results.json", key, lambda path: write_json(path, results)))
 
 
+def _further_claims(experiment: Experiment) -> tuple[list[judge.PairClaim], list[judge.ModelClaim]]:
+    """The claims of the analyses that are asked for and make one."""
+    found = [ANALYSES[part] for part in experiment.mechanism.parts]
+    return (
+        [own.pair_claim for own in found if own.pair_claim is not None],
+        [own.model_claim for own in found if own.model_claim is not None],
+    )
+
+
 def _seconds(run: Run) -> dict[str, float]:
     """Seconds of each stage, all strategies together: with several jobs, more than the clock on the wall shows."""
     found: dict[str, float] = {}
     for step, seconds in run.seconds().items():
-        stage = OF_STEPS.get(step.partition("/")[0])
+        stage = stage_of(step)
         if stage is not None:
             found[stage] = found.get(stage, 0.0) + seconds
-    return {stage: found[stage] for stage in STAGES if stage in found}
+    return {stage: found[stage] for stage in stage_names() if stage in found}
 
 
 def _training(run: Run, name: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from crosstrace.core.settings import STRICT, one_of
 from crosstrace.data.facts import FactSettings, people_on_both_sides
 from crosstrace.data.tasks import Roles, TaskSettings, default_tasks
 from crosstrace.data.text import KNOWN, NO_QUESTIONS
+from crosstrace.experiment.analysis import ANALYSES
 from crosstrace.trace.measures import MEASURES
 from crosstrace.training.recipes import Optimiser, Phase, mixed, two_stage
 from crosstrace.training.trainer import TrainSettings
@@ -151,12 +152,7 @@ class MechanismSettings:
 
     run: bool = True
     """Analyse the mechanism at all."""
-    parts: list[
-        Literal[
-            "gradients", "representations", "signature", "lens", "circuit", "minimal_graft", "positions", "transfer",
-            "dynamics",
-        ]
-    ] = Field(
+    parts: list[Annotated[str, one_of(ANALYSES)]] = Field(
         default_factory=lambda: [
             "gradients", "representations", "signature", "lens", "circuit", "minimal_graft", "positions", "transfer"
         ],
@@ -254,6 +250,8 @@ class Experiment:
     interventions: InterventionSettings = Field(default_factory=InterventionSettings)
     mechanism: MechanismSettings = Field(default_factory=MechanismSettings)
     retention: RetentionSettings = Field(default_factory=RetentionSettings)
+    extensions: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Settings of other packages' stages and analyses, by their names."""
     jobs: Annotated[int, Field(ge=1)] = 2
     """Processes that share out the work, one for each model at most: stages of several models, and the parts of the
     mechanism, are done at once."""

@@ -25,10 +25,10 @@ from crosstrace.experiment import config
 from crosstrace.experiment.checks import check, check_outside, check_place
 from crosstrace.experiment.conclude import conclude
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.registry import STAGES
+from crosstrace.experiment.registry import stage_names
+from crosstrace.experiment.reporting import make_report
 from crosstrace.experiment.stages.data import make_data
 from crosstrace.experiment.stages.known import find_known
-from crosstrace.experiment.stages.report import make_report
 from crosstrace.experiment.studied import trains_in_bf16
 from crosstrace.experiment.workers import do_stages
 
@@ -38,7 +38,7 @@ def run(
     folder: Path,
     mode: str = "new",
     *,
-    stages: Sequence[str] = STAGES,
+    stages: Sequence[str] | None = None,
     quiet: bool = False,
     processes: Processes | None = None,
 ) -> Results:
@@ -51,18 +51,21 @@ def run(
         experiment: all settings.
         folder: the run folder.
         mode: `new` (an existing run is an error), `resume` or `overwrite`.
-        stages: which of STAGES to run; those before must have been run in the same folder.
+        stages: which of `registry.stage_names()` to run, all if not given; those before must have been run in the same
+            folder.
         quiet: no progress on stderr.
         processes: all that a launcher started, if it did; each of them calls this with the same.
 
     Raises:
         UserError: bad settings, a folder that holds another run, or a stage whose inputs are missing.
     """
-    unknown = [stage for stage in stages if stage not in STAGES]
+    known = stage_names()
+    stages = known if stages is None else stages
+    unknown = [stage for stage in stages if stage not in known]
     if mode not in ("new", "resume", "overwrite") or unknown or isinstance(stages, str):
         raise UserError(
             f"mode is {mode!r} and stages are {stages!r}; expected mode new, resume or overwrite, and a list of "
-            f"{', '.join(STAGES)}"
+            f"{', '.join(known)}"
         )
     if processes is not None:
         check_place(experiment, processes)

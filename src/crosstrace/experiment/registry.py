@@ -1,7 +1,9 @@
-"""The stages of a run, in their order."""
+"""The stages of a run, in their order: the package's own, and those that other packages add."""
 
 from __future__ import annotations
 
+from crosstrace.core.errors import UserError
+from crosstrace.core.registry import Registry
 from crosstrace.experiment.stage import Stage
 from crosstrace.experiment.stages.analyze import ANALYZE
 from crosstrace.experiment.stages.intervene import INTERVENE
@@ -11,10 +13,33 @@ from crosstrace.experiment.stages.retain import RETAIN
 from crosstrace.experiment.stages.trace import TRACE
 from crosstrace.experiment.stages.train import TRAIN
 
-OF_MODELS: dict[str, Stage] = {
-    stage.name: stage for stage in (TRAIN, EVAL, TRACE, ANALYZE, INTERVENE, MECHANISM, RETAIN)
-}
-STAGES = ("data", *OF_MODELS, "report")  # the first and the last are of the whole run
-OF_STEPS = {"data": "data", "known": "data", "report": "report"} | {
-    step: stage.name for stage in OF_MODELS.values() for step in stage.steps
-}  # the first word of a step's name -> its stage
+OWN = (TRAIN, EVAL, TRACE, ANALYZE, INTERVENE, MECHANISM, RETAIN)
+_ALL: Registry[Stage] = Registry(Stage, "crosstrace.experiment.registry:OWN")
+
+
+def stages() -> dict[str, Stage]:
+    """Every stage that is done for one model at a time.
+
+    Raises:
+        UserError: another package's stage follows one that there is not.
+    """
+    ordered = [*OWN]
+    for stage in (_ALL[name] for name in _ALL if _ALL[name] not in OWN):
+        names = [other.name for other in ordered]
+        if stage.after not in names:
+            raise UserError(f"the stage {stage.name} is to follow {stage.after!r}; expected of {', '.join(names)}")
+        ordered.insert(names.index(stage.after) + 1, stage)
+    return {stage.name: stage for stage in ordered}
+
+
+def stage_names() -> tuple[str, ...]:
+    """The names of all stages; the first and the last are of the whole run."""
+    return ("data", *stages(), "report")
+
+
+def stage_of(step: str) -> str | None:
+    """The stage that writes a step of the run folder."""
+    first = step.partition("/")[0]
+    if first in ("data", "known", "report"):
+        return "report" if first == "report" else "data"
+    return next((stage.name for stage in stages().values() if first in stage.steps), None)

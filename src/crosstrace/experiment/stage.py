@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from crosstrace.experiment.analysis import Moment
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.studied import BASE, StudiedModel
+
+if TYPE_CHECKING:
+    from crosstrace.report.blocks import Section
 
 
 def always(experiment: Experiment) -> bool:
@@ -39,6 +44,13 @@ class Stage:
         is_shared: whether processes that a launcher started do it together; the first does it alone otherwise.
         reads_traces: whether trace files may be dropped when it is done.
         parts: the parts of one model's stage, which need nothing of each other.
+        after: the stage that it follows, of a stage that another package adds.
+        results: what results.json says of it under stages.<name>.<model>, given the model, once it has written
+            <first of steps>/<model>.json; nothing if not given.
+        section: its section of the report, made of results.json.
+        numbers: what of its results goes into a study's table, by dotted names.
+        needs: the moments at which it holds most, given what a plan counts with (`Needs`) and the model's name.
+        work: floating-point operations for one model, given the same.
     """
 
     name: str
@@ -51,6 +63,12 @@ class Stage:
     is_shared: bool = False
     reads_traces: bool = False
     parts: Callable[[Experiment, str], Sequence[str]] = whole
+    after: str = "mechanism"
+    results: Callable[[StudiedModel], Any] | None = None
+    section: Callable[[Mapping[str, Any]], Section] | None = None
+    numbers: Callable[[Any], Mapping[str, float | None]] | None = None
+    needs: Callable[[Any, str], Iterator[Moment]] | None = None
+    work: Callable[[Any, str], float] | None = None
 
     def is_done_for(self, experiment: Experiment, name: str) -> bool:
         """Whether a model of the run has the stage."""

@@ -34,7 +34,9 @@ from crosstrace.core.run_folder import Run
 from crosstrace.core.settings import STRICT
 from crosstrace.data.tasks import Roles
 from crosstrace.experiment import config
+from crosstrace.experiment.analysis import ANALYSES
 from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.registry import stages
 
 Row = dict[str, Any]
 Scalar = bool | int | float | str | None
@@ -510,7 +512,21 @@ def _rows(planned: Planned, report: Mapping[str, Any]) -> list[Row]:
     place: Row = {"setting": planned.setting}
     place |= {f"vary.{axis}": point for axis, point in planned.points.items()} | {"seed": planned.seed}
     results = report["results"]
-    return [place | {"strategy": name} | measures(results, name) for name in planned.experiment.taught]
+    return [
+        place | {"strategy": name} | measures(results, name) | _of_extensions(results, name)
+        for name in planned.experiment.taught
+    ]
+
+
+def _of_extensions(results: Mapping[str, Any], name: str) -> Row:
+    """The numbers of analyses and stages that give some, each under its own name."""
+    found: Row = {}
+    for own, rows in ((ANALYSES, results.get("mechanism") or {}), (stages(), results.get("stages") or {})):
+        for record in (own[part] for part in rows if part in own):
+            if record.numbers is not None and name in rows[record.name]:
+                numbers = record.numbers(rows[record.name][name])
+                found |= {f"{record.name}.{key}": value for key, value in numbers.items()}
+    return found
 
 
 def _to_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -22,7 +22,7 @@ from crosstrace.core.run_folder import Run
 from crosstrace.data.text import NO_QUESTIONS
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import asks_something
-from crosstrace.experiment.registry import OF_MODELS
+from crosstrace.experiment.registry import stages as all_stages
 from crosstrace.experiment.stages.dropping import drop_traces
 from crosstrace.experiment.studied import BASE, StudiedModel
 
@@ -43,11 +43,12 @@ class Work:
 
 def do_stages(run: Run, experiment: Experiment, stages: Sequence[str], progress: Progress) -> None:
     """The base's evaluation and every strategy's own chain of stages, shared out among `jobs` processes."""
-    chain = [stage for stage in OF_MODELS if stage in stages]
+    known = all_stages()
+    chain = [stage for stage in known if stage in stages]
     if not chain:
         return
     names = [*experiment.taught]
-    if any(OF_MODELS[stage].of_base(experiment) for stage in chain):
+    if any(known[stage].of_base(experiment) for stage in chain):
         names.append(BASE)
     chains = {name: _works(experiment, name, chain) for name in names}
     if experiment.jobs == 1 or run.processes is not None:  # who work side by side do one thing at a time
@@ -86,7 +87,8 @@ def start_worker(leader: int) -> None:
 def _works(experiment: Experiment, name: str, chain: Sequence[str]) -> list[list[Work]]:
     """The stages of a model in groups, of which one needs the other; nothing of the base's needs anything."""
     groups = []
-    for stage in (OF_MODELS[stage] for stage in chain):
+    known = all_stages()
+    for stage in (known[stage] for stage in chain):
         if stage.is_done_for(experiment, name) and (stage.is_wanted(experiment) or len(chain) == 1):
             groups.append([Work(name, stage.name)])
     return [[work for group in groups for work in group]] if name == BASE else groups
@@ -94,7 +96,8 @@ def _works(experiment: Experiment, name: str, chain: Sequence[str]) -> list[list
 
 def _in_parts(experiment: Experiment, group: Sequence[Work]) -> list[Work]:
     """The works of a group, each in the parts of its stage, which need nothing of each other."""
-    return [replace(work, part=part) for work in group for part in OF_MODELS[work.stage].parts(experiment, work.name)]
+    known = all_stages()
+    return [replace(work, part=part) for work in group for part in known[work.stage].parts(experiment, work.name)]
 
 
 _studied: StudiedModel | None = None  # in a worker: the model whose parts of a stage it did last
@@ -118,7 +121,7 @@ def _work(folder: Path, experiment: Experiment, quiet: bool, position: int, work
 
 def _do(studied: StudiedModel, name: str) -> None:
     """Do a stage of a model, or the part that the model names."""
-    run, stage = studied.run, OF_MODELS[name]
+    run, stage = studied.run, all_stages()[name]
     torch.set_num_threads(studied.experiment.threads)
     if stage.asks and not asks_something(run, studied.experiment):
         raise UserError(f"{name} has nothing to ask: {NO_QUESTIONS}")

@@ -22,13 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosstrace.analyses import circuit, minimal_graft, positions
-from crosstrace.analyses.signature import WHOLE
 from crosstrace.core.errors import UserError
 from crosstrace.core.pieces import rows_of
 from crosstrace.data.text import KNOWN
 from crosstrace.data.tokens import IGNORE, Batch, Encoded, batches, check_room, collate, context_length, encode
 from crosstrace.experiment import config
+from crosstrace.experiment.analysis import ANALYSES, Analysis
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import (
     REPLAYED,
@@ -39,6 +38,8 @@ from crosstrace.experiment.examples import (
     taught_texts,
     training_examples,
 )
+from crosstrace.experiment.registry import OWN, stages
+from crosstrace.experiment.stage import Stage
 from crosstrace.experiment.stages.analyze import DRIFT_DRAWS
 from crosstrace.experiment.stages.known import asks
 from crosstrace.experiment.studied import LEARNING, View
@@ -406,6 +407,16 @@ class Needs:
             yield "mechanism", FIRST, alone, alone._mechanism(process)
         if e.retention.run and process in e.strategies:
             yield "retain", EACH, self, self._retain()
+        for stage in self._further(process):
+            if stage.needs is not None:
+                of = self if stage.is_shared else alone
+                yield stage.name, EACH if stage.is_shared else FIRST, of, stage.needs(of, process)
+
+    def _further(self, process: str) -> list[Stage]:
+        """The stages of other packages that a model has."""
+        e = self.experiment
+        return [own for own in stages().values()
+                if own not in OWN and own.is_wanted(e) and own.is_done_for(e, process)]  # fmt: skip
 
     # Each of these gives moments: what happens, what is held on the device, and what on the host.
 
@@ -426,7 +437,7 @@ class Needs:
                     further |= {"gradients": self.learned}
                 yield f"a traced step of {phase.name}", held | further | self._traced(chosen), host
         for part, items in samples(self.material.parts, e.train.recall_examples, e.roles).items():
-            yield f"recall of {part}", held | self._recall(part, len(items), e.eval.tokens), host
+            yield f"recall of {part}", held | self.recall(part, len(items), e.eval.tokens), host
         if self.sharded:
             yield "a checkpoint", held, host | self._copies()
 
@@ -504,7 +515,7 @@ class Needs:
             for own in chosen.values()
             for batch in own
         ]
-        parts = max((self._estimate([row]) for row in rows), key=lambda parts: sum(parts.values()))
+        parts = max((self.estimate([row]) for row in rows), key=lambda parts: sum(parts.values()))
         several = any(len(own) > 1 for own in chosen.values())
         if self.launch.processes > 1 or several:  # a step's gradients meet when all of it has been gone through
             parts = parts | {"the step's gradients": self.sums}
@@ -517,14 +528,14 @@ class Needs:
         """`trace.distributed.Scatter`: whole sums of two parameters, and the copy of one that gloo sends."""
         return (2 + self.gloo) * kinds * self.alone.largest
 
-    def _estimate(self, rows: Sequence[Mapping[str, Tensor]]) -> Parts:
+    def estimate(self, rows: Sequence[Mapping[str, Tensor]]) -> Parts:
         """Activations of the costliest of some batches, as a trace itself estimates them, and what is gathered."""
         largest = max(rows, key=lambda row: row["input_ids"].numel() * row["input_ids"].shape[1])
         targets = int((largest["labels"] != -100).sum(1).max())
         key = ("trace", id(self.base), largest["input_ids"].shape, targets)
         return self.material.once(key, lambda: self.base.traced(rows))
 
-    def _recall(self, part: str, number: int | None = None, tokens: int = TOKENS) -> Parts:
+    def recall(self, part: str, number: int | None = None, tokens: int = TOKENS) -> Parts:
         """What `evaluate.recall` holds beside the weights, of the batch with most tokens and that with most answers.
         Each of N processes asks its share, every N-th by length; `tokens` are those that go through at once."""
         items, pad, size = self.material.asked(part, number), self.material.pad, self.launch.processes
@@ -544,7 +555,7 @@ class Needs:
         for part in (part for part, items in self.material.parts.items() if items):
             yield (
                 f"recall of {part}",
-                {"weights": self.weights} | self._recall(part, tokens=self.experiment.eval.tokens),
+                {"weights": self.weights} | self.recall(part, tokens=self.experiment.eval.tokens),
                 {},
             )
 
@@ -564,7 +575,7 @@ class Needs:
             rows = self.material.once(("rows", task, repr(e.trace)), partial(self._rows, items))
             rows = [self._share(row) for row in rows]
             places = 1 + e.trace.checkpoints
-            held = {"weights": places * self.weights} | self._estimate(rows)
+            held = {"weights": places * self.weights} | self.estimate(rows)
             if self.sharded:
                 held |= {"whole sums on their way": self._on_their_way(len(e.trace.measures))}
                 there = {"sums": several * self.sums, "the task before": before}
@@ -632,7 +643,7 @@ class Needs:
         for part in self.experiment.roles.asked:
             yield (
                 f"recall of {part}",
-                both | saved | self._recall(part, options.questions, self.experiment.eval.tokens),
+                both | saved | self.recall(part, options.questions, self.experiment.eval.tokens),
                 held,
             )
 
@@ -648,33 +659,20 @@ class Needs:
                 yield what, {**device, **host}, {}
 
     def _mechanism(self, name: str | None) -> Iterator[Moment]:
-        """`mechanism.explain`: its parts one after the other, the model and the shared sets held throughout."""
-        options, seen = self.experiment.mechanism, self.material
+        """`mechanism.explain`: its analyses one after the other, the model and the shared sets held throughout."""
+        for analysis in self._analyses(name):
+            if analysis.needs is not None:
+                yield from analysis.needs(self, name)
         sets = 0 if name is None else len(self.whens) * self.scope
-        held, host = {"weights": self.weights}, {"masks": sets}
-        answers = lambda: collate(seen.longest(options.questions), "answer", pad_id=seen.pad)
-        if {"gradients", "dynamics"} & {*options.parts}:
-            row = seen.once(("formats", options.together), self._formats)
-            others = 0 if name is None else len(self.whens) * (1 + 2 * options.draws) * self.scope
-            yield "gradients of both formats", held | self._estimate([row]), {"masks": sets + others}
-        if {"circuit", "dynamics"} & {*options.parts}:
-            row = seen.once(("answers", options.questions), answers)
-            yield "attribution", held | {"activations": self._inward(row)}, host
-        if "minimal_graft" in options.parts and name is not None:
-            # base, tuned, a point between them, what the base had; each part's trace, that of the point before
-            weights, traces = {"weights": 4 * self.weights}, 2 * self.experiment.trace.parts
-            batch = seen.once(("answers", options.questions), answers)
-            row = {name: value for name, value in batch.items() if name != "group"}
-            yield "contributions", weights | self._estimate([row]), host | {"traces": traces * self.scope_sums}
-        if "positions" in options.parts and name is not None:
-            three = {"weights": 3 * self.weights}  # base, tuned, and what they make together
-            yield "weights at some tokens", three | self._recall(self.experiment.roles.outcome, options.questions), host
-        if "dynamics" in options.parts and name is not None:
-            parts = {"activations": self._inward(seen.once(("answers", options.questions), answers))}
-            yield "checkpoints", parts | {"weights": 3 * self.weights}, host | {"traces": 2 * self.tasks * self.sums}
-        yield "recall", held | self._recall(self.experiment.roles.outcome, options.questions), host
+        asked = self.recall(self.experiment.roles.outcome, self.experiment.mechanism.questions)
+        yield "recall", {"weights": self.weights} | asked, {"masks": sets}
 
-    def _formats(self) -> Mapping[str, Tensor]:
+    def _analyses(self, name: str | None) -> list[Analysis]:
+        """Those that are made of a model."""
+        found = [ANALYSES[part] for part in self.experiment.mechanism.parts]
+        return [own for own in found if own.of_base or name is not None]
+
+    def formats(self) -> Mapping[str, Tensor]:
         """The longest facts in both formats, as many as are compared at once."""
         seen, together = self.material, self.experiment.mechanism.together
         texts = sorted(seen.parts[seen.roles.trained_part(seen.roles.stored)], key=lambda item: len(item.ids))[
@@ -684,7 +682,7 @@ class Needs:
         row = collate([item.about(len(item.mentions) - 1) for item in texts] + questions, pad_id=seen.pad)
         return {k: v for k, v in row.items() if k != "group"}
 
-    def _inward(self, row: Batch) -> float:
+    def inward(self, row: Batch) -> float:
         """What a forward and backward to the embeddings holds, no parameter's gradient with it."""
         key = ("inward", id(self.base), row["input_ids"].shape)
         return sum(self.material.once(key, lambda: self.base.inward(row)).values())
@@ -831,7 +829,7 @@ class Needs:
                 sets = len(self.whens) * len(e.interventions.fractions) * self.controls()
                 add(name, "intervene", (2 * sets + 2) * self.flops(few))
             if e.mechanism.run:
-                add(name, "mechanism", self._mechanism_flops(2))
+                add(name, "mechanism", self._mechanism_flops(name))
             if e.retention.run and name in e.strategies:
                 o = e.retention
                 counts = {"store": (o.store, o.replay_store), "recall": (o.recall, o.replay_recall)}
@@ -842,38 +840,39 @@ class Needs:
                         each = _times(work_of(items, max(1, new)), 1 / len(items))
                         once += 3 * o.steps * (2 * new + replayed) * self.flops(each)
                 add(name, "retain", once)
+            for stage in self._further(name):
+                if stage.work is not None:
+                    add(name, stage.name, stage.work(self, name))
         if seen.wordings:
             add("base", "data", self.flops(asked_of(seen.wordings)))
         add("base", "eval", self.flops(asked))
         if e.mechanism.run:
-            add("base", "mechanism", self._mechanism_flops(1))
+            add("base", "mechanism", self._mechanism_flops(None))
         return rows
 
-    def _mechanism_flops(self, kinds: int) -> float:
-        """Of one model; `kinds` of questions are asked."""
-        o, seen = self.experiment.mechanism, self.material
-        mean = lambda items: _times(work_of(items, 64), 1 / len(items))
-        stored = seen.roles.trained_part(seen.roles.stored)
-        bio, qa = (self.flops(mean(seen.parts[part])) for part in (stored, seen.roles.outcome))
-        pair = bio + qa  # a fact's two formats; the text that stores it ends with its object
-        layers = self.model.config.get_text_config().num_hidden_layers
-        facts, few = 2 * o.facts, kinds * o.questions
-        read = o.signature * (WHOLE + 1)  # texts whose input-level signature is measured, and how often
-        fractions = 9  # of `circuit.curve`
-        nodes = len(circuit.NODES)
-        costs = {
-            "gradients": 3 * facts * pair,
-            "representations": facts * pair,
-            "signature": 2 * read * pair,
-            "lens": facts * pair,
-            "circuit": few * qa * (2 * layers * 2 * o.steps + nodes * (o.alone + 2 * fractions * (1 + o.seeds))),
-            "minimal_graft": o.questions * qa * 3 * len(minimal_graft.POINTS)
-            + few * qa * (2 + 3 * (len(self.experiment.analysis.fractions) + 1)),
-            "positions": few * qa * 3 * len(positions.CHOICES) * 2,
-            "transfer": 6 * few * qa,
-        }
-        costs["dynamics"] = o.checkpoints * (costs["gradients"] + read * bio + few * qa * 4 * layers * o.steps)
-        return sum(costs[part] for part in o.parts)
+    @cached_property
+    def stored_flops(self) -> float:
+        """Of one forward of a text that stores facts."""
+        return self._mean_flops(self.material.roles.trained_part(self.material.roles.stored))
+
+    @cached_property
+    def asked_flops(self) -> float:
+        """Of one forward of a question."""
+        return self._mean_flops(self.material.roles.outcome)
+
+    def _mean_flops(self, part: str) -> float:
+        items = self.material.parts[part]
+        return self.flops(_times(work_of(items, 64), 1 / len(items)))
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model."""
+        return self.model.config.get_text_config().num_hidden_layers
+
+    def _mechanism_flops(self, name: str | None) -> float:
+        """Of one model: the base is asked one kind of questions, any other two."""
+        kinds = 1 if name is None else 2
+        return sum(analysis.work(self, kinds) for analysis in self._analyses(name) if analysis.work is not None)
 
 
 def _asked(items: Sequence[Encoded], tokens: int) -> Counter[str]:

@@ -39,11 +39,16 @@ def write_report(results: Mapping[str, Any], folder: str | Path) -> Path:
     return write_page(results, draw(results), folder)
 
 
-def draw(results: Mapping[str, Any]) -> list[Section]:
-    """All sections of the page. One that can't be drawn has nothing but its `failure`."""
+Builder = tuple[str, str, Callable[[Mapping[str, Any]], Section]]  # a section's id, the stage it is of, its function
+
+
+def draw(results: Mapping[str, Any], further: Sequence[Builder] = ()) -> list[Section]:
+    """All sections of the page, `further` ones of other packages last. One that can't be drawn has nothing but its
+    `failure`."""
+    builders = [*SECTIONS, *further]
     with say.own_words(results):
-        sections = drawn([(id, build) for id, _, build in SECTIONS], results)
-    for section, (id, stage, _) in zip(sections, SECTIONS):
+        sections = drawn([(id, build) for id, _, build in builders], results)
+    for section, (id, stage, _) in zip(sections, builders):
         if section.failure is not None:
             continue
         section.left_out = _left_out(results, id, stage)

@@ -25,13 +25,22 @@ from crosstrace.analyses.claims.sharing import circuits, sharing
 OF_CHECKPOINTS = (*(what.claim for what in COMPARISONS), "minimal_graft")
 
 
-def judge(case: Case, pairs: Sequence[tuple[str, str]] = (DEFAULT,)) -> tuple[list[Row], list[Row]]:
+PairClaim = Callable[[Case], list[Row]]
+ModelClaim = Callable[[Case, str], list[Row]]
+
+
+def judge(
+    case: Case,
+    pairs: Sequence[tuple[str, str]] = (DEFAULT,),
+    further: tuple[Sequence[PairClaim], Sequence[ModelClaim]] = ((), ()),
+) -> tuple[list[Row], list[Row]]:
     """Judge every claim that the run's models allow.
 
     Args:
         case: the run; its pair is not looked at.
         pairs: models that are compared, the one first that is expected to know more. Claims on a single model are
             judged for the first of each pair, and for given models.
+        further: claims of other packages, on pairs and on single models.
 
     Returns:
         the claims, each with its `pair` or `model`, and a sentence on each one that comes out differently online and at
@@ -44,17 +53,20 @@ def judge(case: Case, pairs: Sequence[tuple[str, str]] = (DEFAULT,)) -> tuple[li
         rows += _of_pairs(claim, cases)
     for claim in (in_shared_set, interventions, minimal_graft):
         rows += _of_models(claim, case, models)
-    rows += _of_pairs(circuits, cases)
+    for claim in (circuits, *further[0]):
+        rows += _of_pairs(claim, cases)
+    for claim in further[1]:
+        rows += _of_models(claim, case, models)
     if case.given:
         rows += _not_tested(rows)
     return rows, _differences(rows, case)
 
 
-def _of_pairs(claim: Callable[[Case], list[Row]], cases: Sequence[Case]) -> list[Row]:
+def _of_pairs(claim: PairClaim, cases: Sequence[Case]) -> list[Row]:
     return [row | {"pair": [*case.pair]} for case in cases for row in claim(case)]
 
 
-def _of_models(claim: Callable[[Case, str], list[Row]], case: Case, models: Sequence[str]) -> list[Row]:
+def _of_models(claim: ModelClaim, case: Case, models: Sequence[str]) -> list[Row]:
     """The claim on each model; which one it is about is said in its text, but for the paper's Mix-tuned model."""
     return [
         row | {"model": name, "text": row["text"] if name == DEFAULT[0] else f"{name}: {row['text']}"}

@@ -10,6 +10,8 @@ from crosstrace.core import left_out
 from crosstrace.core.left_out import Part
 from crosstrace.core.progress import Progress
 from crosstrace.core.run_folder import Run
+from crosstrace.experiment.analysis import ANALYSES
+from crosstrace.experiment.registry import stages
 
 
 def make_report(run: Run, results: Mapping[str, Any], progress: Progress) -> None:
@@ -20,7 +22,7 @@ def make_report(run: Run, results: Mapping[str, Any], progress: Progress) -> Non
     key: dict[str, Any] = {"results": dict(results) | {"left_out": others}}
     if run.complete("report", key):
         return
-    sections = draw(results)
+    sections = draw(results, _further(results))
     for section in sections:
         part = Part("report", name=f"section {section.id}")
         if section.failure is None:
@@ -36,3 +38,11 @@ def make_report(run: Run, results: Mapping[str, Any], progress: Progress) -> Non
         write_page(results, sections, folder)
 
     run.stage("report", key, make)
+
+
+def _further(results: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    """The sections of analyses and stages that other packages add, where the results hold something of them."""
+    analyses = [ANALYSES[name] for name in results.get("mechanism") or {} if name in ANALYSES]
+    found = [(own.name, "mechanism", own.section) for own in analyses if own.section is not None]
+    of_stages = results.get("stages") or {}
+    return found + [(name, name, own.section) for name, own in stages().items() if own.section and name in of_stages]
