@@ -42,7 +42,8 @@ def longer(case):
     first, second = (rows[name][0]["tokens"] for name in case.pair)
     return [{
         "claim": "longer", "text": f"{case.names[0]} is asked longer questions", "when": "final",
-        "verdict": "undecided", "effect": first - second, "low": None, "high": None, "unit": "tokens", "test": "none", "note": "a count",
+        "verdict": "undecided", "effect": first - second, "low": None, "high": None, "unit": "tokens",
+        "test": "none", "note": "a count",
     }]
 
 
