@@ -373,7 +373,7 @@ def shape_of(name: str) -> Any:
     """The config of a shape; of the models, the package's copies."""
     from transformers import AutoConfig, GPTNeoXConfig
 
-    from crosstrace.planning.footprint import shape_folder
+    from crosstrace.experiment.needs.material import shape_folder
 
     if name == "tiny":
         return GPTNeoXConfig(

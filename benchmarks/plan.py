@@ -116,7 +116,8 @@ def main() -> None:
 def case(name: str) -> list[dict[str, Any]]:
     """Estimate and peak of each stage of one case, by each of its processes."""
     from crosstrace.experiment import config
-    from crosstrace.planning.footprint import EACH, FIRST, Launch
+    from crosstrace.experiment.needs.machine import Launch
+    from crosstrace.planning.needs import EACH, FIRST
     from crosstrace.planning.plan import plan
 
     home = Path(tempfile.mkdtemp(prefix=f"crosstrace-plan-{name}-"))

@@ -25,10 +25,10 @@ from crosstrace.data.text import Example, Mention, biographies, questions, read_
 from crosstrace.data.tokens import encode
 from crosstrace.experiment import compare, config, pipeline
 from crosstrace.experiment.examples import facts_key
+from crosstrace.experiment.needs.material import Material
 from crosstrace.experiment.stages.retain import new_material
 from crosstrace.export import harness
 from crosstrace.models.loading import load_model, load_tokenizer, save_model
-from crosstrace.planning.footprint import Material
 from crosstrace.training.evaluation import recall
 from crosstrace.training.pretraining import PretrainSettings, pretrain_base
 

@@ -22,7 +22,8 @@ from crosstrace.data.text import texts
 from crosstrace.data.tokens import collate, encode
 from crosstrace.experiment import config, pipeline
 from crosstrace.experiment.stages import known
-from crosstrace.experiment.stages.known import asks, best_wordings, continued, said_instead, world_of
+from crosstrace.experiment.stages.known import best_wordings, continued, said_instead
+from crosstrace.experiment.world_facts import asks, world_of
 from crosstrace.models.loading import save_model
 from crosstrace.training.evaluation import recall
 from crosstrace.training.losses import example_losses

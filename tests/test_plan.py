@@ -21,19 +21,12 @@ from crosstrace.data.facts import World
 from crosstrace.data.text import biographies, questions
 from crosstrace.data.tokens import encode
 from crosstrace.experiment import config, pipeline
+from crosstrace.experiment.needs.machine import Launch, Machine
+from crosstrace.experiment.needs.material import Material, shape_folder
+from crosstrace.experiment.needs.sizes import CHARACTERS, _stand_in
 from crosstrace.models import adapters, loading, modes
 from crosstrace.models.adapters import LoraSettings
-from crosstrace.planning.footprint import (
-    CHARACTERS,
-    EACH,
-    FIRST,
-    Launch,
-    Machine,
-    Material,
-    Needs,
-    _stand_in,
-    shape_folder,
-)
+from crosstrace.planning.needs import EACH, FIRST, Needs
 from crosstrace.planning.plan import _more_processes, _problems, _remedies, _sharding, other_machine, plan
 
 ROOT = Path(__file__).parents[1]

@@ -19,8 +19,8 @@ from crosstrace.core.processes import Processes
 from crosstrace.models.adapters import LoraSettings, adapted
 from crosstrace.models.loading import load_model, save_model
 from crosstrace.models.modes import checkpointing_gradients
-from crosstrace.planning.rehearse import GATHERED, Rehearsal, Understudy, _others
 from crosstrace.trace.engine import Engine
+from crosstrace.trace.rehearse import GATHERED, Rehearsal, Understudy, _others
 from crosstrace.training.evaluation import judged
 from crosstrace.training.recipes import Phase
 from crosstrace.training.trainer import UpdateLoss

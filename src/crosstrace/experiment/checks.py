@@ -17,10 +17,10 @@ from crosstrace.data.tokens import Encoded, check_fast, encode
 from crosstrace.experiment import config
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import encode_tasks, groups, known_people, sample, taught_texts, training_examples
-from crosstrace.experiment.stages.known import asks, world_of
 from crosstrace.experiment.stages.retain import new_material
 from crosstrace.experiment.stages.tracers import SUMS
 from crosstrace.experiment.studied import LEARNING, START, View
+from crosstrace.experiment.world_facts import asks, world_of
 from crosstrace.models import adapters, loading, modes
 from crosstrace.models.compatibility import check_alike, check_fits, check_same_tokens
 from crosstrace.training.optimisers import check_optimisers

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from crosstrace.experiment.analysis import Moment
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.studied import BASE, StudiedModel
 
 if TYPE_CHECKING:
+    from crosstrace.experiment.needs.sizes import Need, Operations, Sizes
     from crosstrace.report.blocks import Section
 
 
@@ -49,8 +49,8 @@ class Stage:
             <first of steps>/<model>.json; nothing if not given.
         section: its section of the report, made of results.json.
         numbers: what of its results goes into a study's table, by dotted names.
-        needs: the moments at which it holds most, given what a plan counts with (`Needs`) and the model's name.
-        work: floating-point operations for one model, given the same.
+        needs: the moments at which it holds most of a model, as `Sizes.each` and `Sizes.first` make them.
+        work: its floating-point operations for a model.
     """
 
     name: str
@@ -67,8 +67,8 @@ class Stage:
     results: Callable[[StudiedModel], Any] | None = None
     section: Callable[[Mapping[str, Any]], Section] | None = None
     numbers: Callable[[Any], Mapping[str, float | None]] | None = None
-    needs: Callable[[Any, str], Iterator[Moment]] | None = None
-    work: Callable[[Any, str], float] | None = None
+    needs: Callable[[Sizes, str], Iterable[Need]] | None = None
+    work: Callable[[Sizes, str], Iterable[Operations]] | None = None
 
     def is_done_for(self, experiment: Experiment, name: str) -> bool:
         """Whether a model of the run has the stage."""

@@ -867,7 +867,7 @@ def _drop_known(found: Imported, partial: Path, model: str) -> bool:
     Raises:
         UserError: the model can't be loaded, or knows all of them.
     """
-    from crosstrace.experiment.stages.known import every_wording
+    from crosstrace.experiment.world_facts import every_wording
     from crosstrace.training.evaluation import recall
 
     tokenizer = loading.load_tokenizer(model)

@@ -28,8 +28,10 @@ from crosstrace.core.errors import UserError
 from crosstrace.core.results import aligned
 from crosstrace.experiment import config
 from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.needs.machine import Launch, Machine
+from crosstrace.experiment.needs.material import Material
 from crosstrace.models import loading, modes
-from crosstrace.planning.footprint import EACH, Launch, Machine, Material, Needs
+from crosstrace.planning.needs import EACH, Needs
 from crosstrace.trace.memory import SPARE, size_text
 from crosstrace.training.trainer import UpdateLoss
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import combinations, product
 from pathlib import Path
@@ -13,6 +13,7 @@ from crosstrace.analyses.sharing import centralization_rows, density_map, overla
 from crosstrace.core.files import write_json
 from crosstrace.core.left_out import optional
 from crosstrace.experiment import trace_files
+from crosstrace.experiment.needs.sizes import Need, Sizes
 from crosstrace.experiment.selection import select_tasks, strengths
 from crosstrace.experiment.stage import Stage
 from crosstrace.experiment.stages.retain import moved
@@ -23,6 +24,7 @@ from crosstrace.sets.controls import random_sets
 from crosstrace.sets.paramset import ParamSet
 from crosstrace.trace.trace import REDUCTIONS
 
+RANKING = {"float32": 8, "float64": 66}  # bytes a parameter of `spearman` beside its two traces, as measured
 DRIFT_DRAWS = 3  # random sets of each kind whose share of the weights' way the shared set's is compared with
 
 
@@ -146,4 +148,20 @@ def moved_weights(studied: StudiedModel) -> None:
     run.stage(f"drift/{name}.json", key, make)
 
 
-ANALYZE = Stage("analyze", analyze, steps=("shared", "analysis", "drift"), reads_traces=True)
+def needs(sizes: Sizes, name: str) -> Iterator[Need]:
+    """The traces of one time by one reduction, and what one set or table needs beside them."""
+    sizes = sizes.alone
+    tasks, wide = sizes.tasks, {"a tensor in float64": 4 * sizes.largest}
+    traces = {"traces": sizes.traces_read()}
+    yield sizes.first("sets", {}, traces | {"strengths": tasks * sizes.sums} | wide)
+    seen = {"traces": tasks * sizes.experiment.trace.parts * sizes.scope_sums}  # in scope alone
+    means = {"strengths": tasks * sizes.scope_sums}
+    masks = (tasks + 2) * sizes.scope  # every task's set, what they share, and what any has
+    yield sizes.first("overlap", {}, seen | means | wide | {"masks": masks})
+    ranking = RANKING["float64" if sizes.scope_sums > 4 * sizes.scope else "float32"]
+    yield sizes.first("similarity", {}, seen | means | {"ranks": ranking * sizes.scope})
+    masks = (len(sizes.whens) + 2 * DRIFT_DRAWS) * sizes.scope
+    yield sizes.first("the weights' way", {"weights": 2 * sizes.weights}, {"masks": masks} | wide)
+
+
+ANALYZE = Stage("analyze", analyze, steps=("shared", "analysis", "drift"), reads_traces=True, needs=needs)

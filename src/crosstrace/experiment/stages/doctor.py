@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from crosstrace.core.files import write_json
 from crosstrace.core.left_out import optional
 from crosstrace.data.text import read_jsonl
+from crosstrace.experiment.needs.sizes import Need, Sizes
 from crosstrace.experiment.studied import StudiedModel
 
 
@@ -29,3 +31,10 @@ def examine(studied: StudiedModel) -> None:
 
     key = {"model": studied.key(), "threads": experiment.threads, **run.inputs("data")}
     run.stage("doctor.json", key, make)
+
+
+def needs_of_doctor(sizes: Sizes) -> Iterator[Need]:
+    """About four gradients, and of half precision a model in float32 with gradients."""
+    half = sizes.experiment.model.dtype in ("bfloat16", "float16")
+    parts = {"weights": sizes.weights, "gradients": 3 * sizes.weights + sizes.sums}
+    yield sizes.first("the check", parts | {"a copy in float32": 2 * sizes.sums * half}, {})

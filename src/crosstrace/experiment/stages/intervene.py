@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -13,8 +14,10 @@ from crosstrace.core.left_out import optional
 from crosstrace.core.pieces import at_rest, is_sharded
 from crosstrace.core.statistics import mean_interval, wilson
 from crosstrace.experiment import trace_files
+from crosstrace.experiment.analysis import Moment
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import examples, sample
+from crosstrace.experiment.needs.sizes import Need, Operations, Sizes, asked_work
 from crosstrace.experiment.selection import controls, select_tasks, strengths
 from crosstrace.experiment.stage import Stage
 from crosstrace.experiment.stages.recall import asking
@@ -116,6 +119,51 @@ def is_wanted(experiment: Experiment) -> bool:
     return experiment.interventions.run
 
 
+def sets_put_in(experiment: Experiment) -> int:
+    """Sets of one time and fraction that are put in: the shared one and its controls."""
+    return 1 + 2 * experiment.interventions.seeds + len(experiment.tasks)
+
+
+def needs(sizes: Sizes, name: str) -> Iterator[Need]:
+    """Base and tuned model, the strengths of one time, and the sets of one fraction.
+
+    Traces, strengths and sets of a sharded model lie where its pieces do, but for random sets, which every process
+    draws whole on its host.
+    """
+    drawn = 2 * sizes.experiment.interventions.seeds
+    for what, device, host in _moments(sizes):
+        if not sizes.sharded:
+            yield sizes.each(what, device, host)
+        elif "masks" in host:
+            pieces = {**device, **host, "masks": host["masks"] - drawn * sizes.scope}
+            yield sizes.each(what, pieces, {"random masks": drawn * sizes.alone.scope})
+        else:
+            yield sizes.each(what, {**device, **host}, {})
+
+
+def _moments(sizes: Sizes) -> Iterator[Moment]:
+    options = sizes.experiment.interventions
+    both, strengths = {"weights": 2 * sizes.weights}, {"strengths": sizes.tasks * sizes.sums}
+    yield "strengths", both, strengths | {"traces": sizes.traces_read(), "a tensor in float64": 4 * sizes.largest}
+    held = strengths | {"masks": sizes.masks(1) + (sets_put_in(sizes.experiment) - 1) * sizes.scope}
+    yield "controls", both, held | {"what is free of one task": sizes.scope_sums}
+    saved = {"values to put back": max(options.fractions) * sizes.scope_sums}
+    for part in sizes.experiment.roles.asked:
+        asked = sizes.recall(part, options.questions, sizes.experiment.eval.tokens)
+        yield f"recall of {part}", both | saved | asked, held
+
+
+def work(sizes: Sizes, name: str) -> Iterator[Operations]:
+    """A forward pass of some questions under every set, ablated and grafted."""
+    experiment, material = sizes.experiment, sizes.material
+    options, tokens = experiment.interventions, experiment.eval.tokens
+    asked = [material.asked(part, options.questions) for part in experiment.roles.asked]
+    few = sum((asked_work(items, tokens) for items in asked), Counter())
+    sets = len(sizes.whens) * len(options.fractions) * sets_put_in(experiment)
+    yield Operations("intervene", (2 * sets + 2) * sizes.flops(few), sizes.asking_dtype)
+
+
 INTERVENE = Stage(
-    "intervene", intervene, steps=("interventions",), is_wanted=is_wanted, asks=True, is_shared=True, reads_traces=True
-)
+    "intervene", intervene, steps=("interventions",), is_wanted=is_wanted, asks=True, is_shared=True, reads_traces=True,
+    needs=needs, work=work,
+)  # fmt: skip

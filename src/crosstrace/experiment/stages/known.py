@@ -8,108 +8,30 @@ An answer counts by its object; the end token, which an untaught base has no rea
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from crosstrace.core.errors import UserError
-from crosstrace.core.files import expanded, sha256_file, write_json
+from crosstrace.core.files import sha256_file, write_json
 from crosstrace.core.progress import Progress
 from crosstrace.core.run_folder import Run
-from crosstrace.data.chat import in_template
-from crosstrace.data.facts import FactSettings, Person, World
-from crosstrace.data.text import KNOWN, Example, fill, write_jsonl
+from crosstrace.data.text import Example, write_jsonl
 from crosstrace.data.tokens import Encoded, encode
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.studied import View, model_key
+from crosstrace.experiment.world_facts import asks, source_of
 from crosstrace.models import loading
 from crosstrace.models.loading import pad_id
 from crosstrace.models.modes import evaluating
 from crosstrace.training.evaluation import Recall, recall
 
-BUNDLED = Path(str(files("crosstrace").joinpath("bundled", "world")))
 LONGEST = 12  # tokens that are read of what is said instead
+
 Row = dict[str, Any]
-
-
-def source_of(name: str) -> Path:
-    """The folder of the facts that `eval.known` names."""
-    return BUNDLED if name == "bundled" else expanded(name)
-
-
-def world_of(name: str) -> World:
-    """The facts that `eval.known` names. A half of their subjects, always the same, is in distribution: what may be
-    replayed.
-
-    Raises:
-        UserError: it is no folder that `crosstrace import` wrote with facts.
-    """
-    if not (source_of(name) / "world.json").is_file():
-        raise UserError(
-            f"eval.known = {name} holds no world.json; expected bundled, or a folder that `crosstrace import` wrote of "
-            "facts"
-        )
-    return World.draw(FactSettings(source=str(source_of(name))))
-
-
-def asks(experiment: Experiment, tokenizer: Any) -> list[Example]:
-    """Every fact of `eval.known` as `every_wording` has it, questions as `facts.template` says.
-
-    Raises:
-        UserError: as `world_of`; there is none of them.
-    """
-    name = experiment.eval.known
-    assert name is not None
-    found = every_wording(world_of(name), tokenizer, experiment.facts.template)
-    if not found:
-        raise UserError(
-            f"eval.known = {name} has no fact that {experiment.model.name} could answer: no wording names the "
-            "object after the subject, or its tokenizer has no words for the objects"
-        )
-    return found
-
-
-def every_wording(world: World, tokenizer: Any, template: str = "plain") -> list[Example]:
-    """Every fact in every wording, open-ended: statements in which the object comes after the subject, to be completed
-    with it, and questions, as conversations if the `template` is chat. Facts whose object the tokenizer has no word for
-    are left out."""
-    found = [item for person in world.people for item in _asks(world, person)]
-    if template == "chat":
-        questions = [item for item in found if _is_question(item)]
-        found = [item for item in found if not _is_question(item)] + in_template(tokenizer, questions)
-    unknown = tokenizer.unk_token_id
-    if unknown is None:
-        return found
-    encoded = encode(tokenizer, found)
-    return [item.example for item in encoded if not bool((item.ids[item.mentions[0].object] == unknown).any())]
-
-
-def _asks(world: World, person: Person) -> Iterator[Example]:
-    split = "id" if person.in_distribution else "ood"
-    for fact in person.facts:
-        statements = [
-            (f"{fact.relation}.statement.{number}", pattern)
-            for number, pattern in enumerate(world.wording.statements[fact.relation])
-            if pattern.index("{subject}") < pattern.index("{object}")
-        ]
-        questions = [
-            (f"{fact.relation}.question.{number}", pattern + " {object}")
-            for number, pattern in enumerate(world.wording.questions[fact.relation])
-        ]
-        for wording, pattern in statements + questions:
-            text, mention = fill(pattern, fact, wording, fact.subject, 0)
-            target = mention.object if (wording, pattern) in questions else (0, len(text))
-            yield Example(f"{fact.id}.{wording}", KNOWN, text, person.id, split, (target,), (mention,), open_ended=True)
-
-
-def _is_question(example: Example) -> bool:
-    mention = example.mentions[0]
-    return mention.wording.removeprefix(mention.relation).startswith(".question.")
 
 
 def find_known(run: Run, experiment: Experiment, progress: Progress) -> None:

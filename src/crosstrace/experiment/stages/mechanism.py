@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 
@@ -9,6 +10,7 @@ from crosstrace.core.files import write_json
 from crosstrace.core.left_out import Part, attempt
 from crosstrace.experiment.analysis import ANALYSES
 from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.needs.sizes import Need, Operations, Sizes
 from crosstrace.experiment.stage import Stage, always
 from crosstrace.experiment.studied import BASE, StudiedModel
 
@@ -47,6 +49,27 @@ def is_wanted(experiment: Experiment) -> bool:
     return experiment.mechanism.run
 
 
+def needs(sizes: Sizes, name: str) -> Iterator[Need]:
+    """The analyses one after the other, the model and the shared sets held throughout."""
+    sizes = sizes.alone
+    of = None if name == BASE else name
+    for analysis in (ANALYSES[part] for part in parts_of(sizes.experiment, name)):
+        for what, device, host in analysis.needs(sizes, of) if analysis.needs is not None else ():
+            yield sizes.first(what, device, host)
+    sets = 0 if of is None else len(sizes.whens) * sizes.scope
+    asked = sizes.recall(sizes.experiment.roles.outcome, sizes.experiment.mechanism.questions)
+    yield sizes.first("recall", {"weights": sizes.weights} | asked, {"masks": sets})
+
+
+def work(sizes: Sizes, name: str) -> Iterator[Operations]:
+    """The base is asked one kind of questions, any other model two."""
+    kinds = 1 if name == BASE else 2
+    chosen = [ANALYSES[part] for part in parts_of(sizes.experiment, name)]
+    flops = sum(analysis.work(sizes, kinds) for analysis in chosen if analysis.work is not None)
+    yield Operations("mechanism", flops, sizes.experiment.model.dtype, is_shared=False)
+
+
 MECHANISM = Stage(
-    "mechanism", explain, steps=("mechanism",), of_base=always, is_wanted=is_wanted, asks=True, parts=parts_of
-)
+    "mechanism", explain, steps=("mechanism",), of_base=always, is_wanted=is_wanted, asks=True, parts=parts_of,
+    needs=needs, work=work,
+)  # fmt: skip

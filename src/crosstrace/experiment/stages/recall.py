@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from crosstrace.data.text import KNOWN
 from crosstrace.data.tokens import Encoded
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import A_OOD, REPLAYED, data_steps, examples
+from crosstrace.experiment.needs.sizes import Need, Operations, Sizes, asked_work
 from crosstrace.experiment.stage import Stage, always
 from crosstrace.experiment.stages.known import instead_of
 from crosstrace.experiment.studied import StudiedModel
@@ -61,4 +63,18 @@ def _bits(result: Recall) -> str:
     return "".join("1" if exact else "0" for exact in result.exact)
 
 
-EVAL = Stage("eval", test, steps=("eval",), of_base=always, is_shared=True)
+def needs(sizes: Sizes, name: str) -> Iterator[Need]:
+    """The weights, and the largest batch of every part."""
+    for part in (part for part, items in sizes.material.parts.items() if items):
+        asked = sizes.recall(part, tokens=sizes.experiment.eval.tokens)
+        yield sizes.each(f"recall of {part}", {"weights": sizes.weights} | asked, {})
+
+
+def work(sizes: Sizes, name: str) -> Iterator[Operations]:
+    """A forward pass of every example."""
+    parts, tokens = sizes.material.parts.values(), sizes.experiment.eval.tokens
+    asked = sum((asked_work(items, tokens) for items in parts), Counter())
+    yield Operations("eval", sizes.flops(asked), sizes.asking_dtype)
+
+
+EVAL = Stage("eval", test, steps=("eval",), of_base=always, is_shared=True, needs=needs, work=work)

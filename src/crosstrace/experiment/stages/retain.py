@@ -9,7 +9,7 @@ One function measures a drift on models and ParamSets; another is the stage `ret
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ from crosstrace.experiment.examples import (
     samples,
     training_examples,
 )
+from crosstrace.experiment.needs.material import times, work_of
+from crosstrace.experiment.needs.sizes import Need, Operations, Sizes, costliest
 from crosstrace.experiment.stage import Stage
 from crosstrace.experiment.studied import StudiedModel, trains_in_bf16
 from crosstrace.sets.controls import random_sets
@@ -253,4 +255,32 @@ def is_wanted(experiment: Experiment) -> bool:
     return experiment.retention.run
 
 
-RETAIN = Stage("retain", retain, steps=("retention",), of_given=False, is_wanted=is_wanted, asks=True, is_shared=True)
+def needs(sizes: Sizes, name: str) -> Iterator[Need]:
+    """As training, beside a copy of the taught values and the sets."""
+    options, roles = sizes.experiment.retention, sizes.experiment.roles
+    sets = len(sizes.whens) * (1 + 2 * options.draws) * sizes.alone.scope
+    batch = dict.fromkeys(roles.of_role("store"), options.store + options.replay_store)
+    batch |= dict.fromkeys(roles.of_role("recall"), options.recall + options.replay_recall)
+    phase = Phase("new", {task: count for task, count in batch.items() if count}, options.steps)
+    data = sizes.updates(phase, "0")
+    held = sizes.trained_held() | {"a copy of the weights": sizes.weights}
+    chosen = {task: [sizes.share(batch) for batch in own] for task, own in costliest(data).items()}
+    yield sizes.each("a step", held | sizes.step(phase, chosen), {"masks": sets})
+
+
+def work(sizes: Sizes, name: str) -> Iterator[Operations]:
+    """Forward and backward of every update, alone and with replay."""
+    options, roles, flops = sizes.experiment.retention, sizes.experiment.roles, 0.0
+    counts = {"store": (options.store, options.replay_store), "recall": (options.recall, options.replay_recall)}
+    for task, items in sizes.material.trained.items():
+        if roles.tasks[task] in counts:
+            new, replayed = counts[roles.tasks[task]]
+            each = times(work_of(items, max(1, new)), 1 / len(items))
+            flops += 3 * options.steps * (2 * new + replayed) * sizes.flops(each)
+    yield Operations("retain", flops, sizes.precision)
+
+
+RETAIN = Stage(
+    "retain", retain, steps=("retention",), of_given=False, is_wanted=is_wanted, asks=True, is_shared=True,
+    needs=needs, work=work,
+)  # fmt: skip

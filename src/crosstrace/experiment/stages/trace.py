@@ -15,10 +15,12 @@ from crosstrace.core.pieces import is_sharded
 from crosstrace.data.tokens import Batch, Encoded, batches
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import examples, sample, training_examples
+from crosstrace.experiment.needs.material import work_of
+from crosstrace.experiment.needs.sizes import Need, Operations, Sizes, saved_after
 from crosstrace.experiment.stage import Stage
-from crosstrace.experiment.stages.doctor import examine
+from crosstrace.experiment.stages.doctor import examine, needs_of_doctor
 from crosstrace.experiment.stages.dropping import take_again
-from crosstrace.experiment.studied import LEARNING, StudiedModel
+from crosstrace.experiment.studied import BASE, LEARNING, StudiedModel
 from crosstrace.trace import Trace, load_traces, save_traces, trace
 
 
@@ -97,4 +99,49 @@ def is_checked(experiment: Experiment) -> bool:
     return experiment.trace.check
 
 
-TRACE = Stage("trace", take_or_examine, steps=("traces", "doctor.json"), of_base=is_checked, is_shared=True)
+def needs(sizes: Sizes, name: str) -> Iterator[Need]:
+    """The traces of one task, which are still held while the next one's are taken. Those of a sharded model lie where
+    its pieces do."""
+    if name == BASE:
+        yield from needs_of_doctor(sizes.alone)
+        return
+    options, before = sizes.experiment.trace, 0
+    several = len(options.measures) * options.parts
+    for task, items in sizes.material.trained.items():
+        rows = sizes.material.once(("rows", task, repr(options)), partial(sizes.trace_rows, items))
+        rows = [sizes.share(row) for row in rows]
+        held = {"weights": (1 + options.checkpoints) * sizes.weights} | sizes.estimate(rows)
+        if sizes.sharded:
+            held |= {"whole sums on their way": sizes.on_their_way(len(options.measures))}
+            there = {"sums": several * sizes.sums, "the task before": before}
+            host = {} if sizes.machine.gpu is None else {"sums to save": several * sizes.sums}
+        else:
+            there, host = sizes.trace_sums(several * sizes.sums, sum(held.values()))
+            host |= {"the task before": before}
+        yield sizes.each(f"the trace of {task}", held | there, host)
+        before = several * sizes.sums
+    if options.checkpoints:
+        alone = sizes.alone
+        each = sum(
+            len(saved_after(len(data), alone.experiment.train.checkpoint_every)) for _, data in alone.phases(name)
+        )
+        traces = {"traces": (each + 1) * several * alone.sums}
+        yield alone.first("the mean over checkpoints", {"weights": alone.weights}, traces)
+
+
+def work(sizes: Sizes, name: str) -> Iterator[Operations]:
+    """As much as a training's forward and backward of every example that is traced, at every checkpoint."""
+    if name == BASE:
+        return
+    options, every = sizes.experiment.trace, sizes.experiment.train.checkpoint_every
+    trained = sizes.material.trained.values()
+    chosen = [sample(items, options.examples) if options.examples else items for items in trained]
+    once = 3 * sum(sizes.flops(work_of(items, options.batch)) for items in chosen)
+    places = sum(len(saved_after(len(data), every)) for _, data in sizes.phases(name)) or 1
+    yield Operations("trace", once * (places if options.checkpoints else 1), sizes.experiment.model.dtype)
+
+
+TRACE = Stage(
+    "trace", take_or_examine, steps=("traces", "doctor.json"), of_base=is_checked, is_shared=True, needs=needs,
+    work=work,
+)  # fmt: skip

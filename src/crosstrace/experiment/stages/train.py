@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from crosstrace.core.files import linked, remove_folder, write_json
 from crosstrace.data.tokens import Encoded
 from crosstrace.experiment.examples import data_steps, examples, replayable, samples, training_examples
+from crosstrace.experiment.needs.sizes import Need, Operations, Sizes, asked_work, costliest, seen_work
 from crosstrace.experiment.stage import Stage
 from crosstrace.experiment.stages.recall import Asking, asking
 from crosstrace.experiment.stages.tracers import SUMS, OnlineListener, SummedListener, Tracer
@@ -121,4 +124,46 @@ def _keep_models(folder: Path, tokenizer: Any, phases: Sequence[str], checkpoint
             tokenizer.save_pretrained(target)
 
 
-TRAIN = Stage("train", teach, steps=("models",), of_given=False, is_shared=True)
+def needs(sizes: Sizes, name: str) -> Iterator[Need]:
+    """Weights, gradients and the optimiser's state, which is of the weights' dtype; the sums of the traces."""
+    experiment = sizes.experiment
+    held, host = sizes.learning_held()
+    for phase, data in sizes.phases(name):
+        chosen = sizes.material.once(("costliest", id(data)), partial(costliest, data))
+        chosen = {task: [sizes.share(batch) for batch in own] for task, own in chosen.items()}
+        step = sizes.step(phase, chosen)
+        if "summed" in sizes.whens and len(chosen) > 1:  # each task's gradient apart
+            step = step | {"gradients of a task": sizes.learned}
+        yield sizes.each(f"a step of {phase.name}", held | step, host)
+        if "online" in sizes.whens:
+            further = {"a copy of what is merged": sizes.adapted} if sizes.adapted else {}
+            if sizes.shares_forward and sum(map(len, chosen.values())) > 1:  # of the micro-batches before
+                further |= {"gradients": sizes.learned}
+            yield sizes.each(f"a traced step of {phase.name}", held | further | sizes.traced(chosen), host)
+    for part, items in samples(sizes.material.parts, experiment.train.recall_examples, experiment.roles).items():
+        asked = sizes.recall(part, len(items), experiment.eval.tokens)
+        yield sizes.each(f"recall of {part}", held | asked, host)
+    if sizes.sharded:
+        yield sizes.each("a checkpoint", held, host | sizes.copies())
+    # process 0 saves a sharded model whole, gathered; any other one alone, as all have it
+    saved = {"the whole model": sizes.alone.weights} if sizes.sharded else sizes.copies()
+    yield sizes.first("a checkpoint", held, host | saved)
+
+
+def work(sizes: Sizes, name: str) -> Iterator[Operations]:
+    """Forward and backward of every update, recall now and then, and the trace of some updates."""
+    experiment, material = sizes.experiment, sizes.material
+    steps = sum(sizes.flops(seen_work(data)) for _, data in sizes.phases(name))
+    updates = sum(len(data) for _, data in sizes.phases(name))
+    chosen = samples(material.parts, experiment.train.recall_examples, experiment.roles)
+    few = sum((asked_work(items, experiment.eval.tokens) for items in chosen.values()), Counter())
+    every = experiment.train.recall_every
+    times = 1 + len(sizes.phases(name)) + (updates // every if every else 0)
+    # of a frozen base there is no gradient of the weights, a third of it all
+    passes = (2 if experiment.train.lora else 3) + experiment.train.gradient_checkpointing
+    yield Operations("train", passes * steps + times * sizes.flops(few), sizes.precision)
+    traced = (3 - sizes.shares_forward) * steps / experiment.trace.every if "online" in sizes.whens else 0.0
+    yield Operations("train, traced", traced, experiment.model.dtype)
+
+
+TRAIN = Stage("train", teach, steps=("models",), of_given=False, is_shared=True, needs=needs, work=work)
