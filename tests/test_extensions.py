@@ -91,7 +91,7 @@ RECORDS = [
     Analysis("lengths", "how long are the questions?", lengths, needs=need, work=lambda needs, kinds: 1e9,
              pair_claim=longer, section=section, numbers=lambda rows: {"tokens": rows[0]["tokens"]}),
     Stage("weigh", weigh, steps=("weights",), after="eval", results=weighed, section=table, numbers=numbers,
-          needs=lambda needs, name: iter([("weighing", {"weights": needs.weights}, {})])),
+          needs=lambda sizes, name: [sizes.each("weighing", {"weights": sizes.weights}, {})]),
 ]
 '''
 

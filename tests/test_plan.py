@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -22,8 +21,8 @@ from crosstrace.data.text import biographies, questions
 from crosstrace.data.tokens import encode
 from crosstrace.experiment import config, pipeline
 from crosstrace.experiment.needs.machine import Launch, Machine
-from crosstrace.experiment.needs.material import Material, shape_folder
-from crosstrace.experiment.needs.sizes import CHARACTERS, _stand_in
+from crosstrace.experiment.needs.material import CHARACTERS, Material, _stand_in, shape_folder
+from crosstrace.experiment.registry import stages
 from crosstrace.models import adapters, loading, modes
 from crosstrace.models.adapters import LoraSettings
 from crosstrace.planning.needs import EACH, FIRST, Needs
@@ -299,8 +298,11 @@ def needs(
     return Needs(experiment, material(), replace(PLENTY, gpu=gpu), Launch(processes, nodes))
 
 
-def moments(found: Iterator) -> dict[str, dict[str, float]]:
-    return {what: {**host, **device} for what, device, host in found}
+def moments(of: Needs, stage: str, first: bool = False) -> dict[str, dict[str, float]]:
+    """What a stage holds at its moments, of each process or of the first."""
+    found = stages()[stage].needs
+    assert found is not None
+    return {need.what: {**need.host, **need.device} for need in found(of, "mixed") if need.is_of_first == first}
 
 
 def rows_of_stage(of: Needs, stage: str, process: str = "mixed") -> dict[tuple[str, str], dict[str, int]]:
@@ -318,18 +320,18 @@ def test_one_process_is_nothing_that_a_launcher_starts():
 def test_ddp_holds_everything_in_each_process_by_hand():
     one, four, gpu = needs(1), needs(4), needs(4, gpu=10**12)
     n = sum(p.numel() for p in one.model.parameters())
-    before, train = moments(one._train("mixed")), moments(four._train("mixed"))
+    before, train = moments(one, "train"), moments(four, "train")
     step, traced = train["a step of mixed"], train["a traced step of mixed"]
     assert step["weights"] == step["DDP's buckets"] == traced["the step's gradients"] == 4 * n
     assert step["optimiser"] == 8 * n and step["trace's sums"] == 32 * n
     assert step["activations"] < 0.5 * before["a step of mixed"]["activations"]  # 1 of 4 texts and 2 of 8 questions
     assert "the step's gradients" not in before["a traced step of mixed"]
-    assert "DDP's buckets" in moments(gpu._retain())["a step"]
+    assert "DDP's buckets" in moments(gpu, "retain")["a step"]
     found = rows_of_stage(gpu, "train")
     assert found[EACH, "gpu"]["trace's sums"] == 32 * n and (EACH, "ram") not in found
     assert found[FIRST, "ram"] == {"copies of the sums": 32 * n}  # which alone saves them
     for label in ("the trace of bio", "the trace of qa"):  # 2 of 8 in a batch
-        mine, whole = (moments(of._trace())[label] for of in (four, one))
+        mine, whole = (moments(of, "trace")[label] for of in (four, one))
         assert mine["sums"] == whole["sums"] == 8 * n and mine["activations"] == pytest.approx(
             whole["activations"] / 4, rel=0.01
         )
@@ -342,7 +344,7 @@ def test_autocast_keeps_the_weights_that_it_has_cast_whatever_the_batch():
     of = needs(4, precision="bf16")
     cast = 2 * sum(module.weight.numel() for module in of.model.modules() if isinstance(module, nn.Linear))
     mine, whole, single = (
-        moments(needs(n, precision=precision)._train("mixed"))["a step of mixed"]
+        moments(needs(n, precision=precision), "train")["a step of mixed"]
         for n, precision in ((4, "bf16"), (1, "bf16"), (1, "float32"))
     )
     assert mine["weights in bf16"] == cast and "weights in bf16" not in single
@@ -355,7 +357,7 @@ def test_a_sharded_model_is_held_in_rows_by_hand():
     rows = sum(-(-len(p) // 4) * (p.numel() // len(p)) for p in parameters)
     n, largest = (fn(p.numel() for p in parameters) for fn in (sum, max))
     assert n / 4 <= rows < 1.02 * n / 4
-    train, trace = moments(of._train("mixed")), moments(of._trace())
+    train, trace = moments(of, "train"), moments(of, "trace")
     step, traced = train["a step of mixed"], train["a traced step of mixed"]
     assert step["weights"] == 4 * rows and step["optimiser"] == 8 * rows and step["trace's sums"] == 32 * rows
     assert step["gathered layers"] > 4 * largest and not step["DDP's buckets"]
@@ -363,14 +365,14 @@ def test_a_sharded_model_is_held_in_rows_by_hand():
     taken = trace["the trace of qa"]
     assert taken["sums"] == taken["the task before"] == 8 * rows and taken["gathered layers"] > 4 * largest
     assert taken["whole sums on their way"] == 3 * 4 * largest  # of two, and gloo's copy of one
-    assert moments(gpu._trace())["the trace of qa"]["whole sums on their way"] == 2 * 4 * largest
-    saved = moments(of._kept())["a checkpoint"]
+    assert moments(gpu, "trace")["the trace of qa"]["whole sums on their way"] == 2 * 4 * largest
+    saved = moments(of, "train", first=True)["a checkpoint"]
     assert saved["the whole model"] == 4 * n and saved["weights"] == 4 * rows
-    assert moments(gpu._train("mixed"))["a checkpoint"]["copies of the sums"] == 32 * rows  # each its own
+    assert moments(gpu, "train")["a checkpoint"]["copies of the sums"] == 32 * rows  # each its own
     # alone it has the whole model, which may fit no GPU
     assert {*rows_of_stage(gpu, "analyze")} == {*rows_of_stage(gpu, "mechanism")} == {(FIRST, "ram")}
     assert {*rows_of_stage(gpu, "trace", "base")} == {(FIRST, "ram")}
-    intervened = moments(of._intervene_in_pieces())["controls"]
+    intervened = moments(of, "intervene")["controls"]
     assert intervened["strengths"] == 8 * rows and intervened["weights"] == 8 * rows
     scope = sum(-(-len(p) // 4) * (p.numel() // len(p)) for p in parameters[1:])  # all but the tied embeddings
     assert intervened["masks"] == (2 + 1 + 2) * scope  # the tasks', shared, each task alone
