@@ -16,7 +16,7 @@ from crosstrace.core import processes
 from crosstrace.core.results import Results
 from crosstrace.data.tasks import TaskSettings
 from crosstrace.experiment import config, pipeline
-from crosstrace.models import loading
+from crosstrace.models import locating
 from crosstrace.training import recipes
 
 
@@ -73,7 +73,7 @@ def test_missing_config_and_model_files(capsys, tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_offsets(capsys, tmp_path: Path) -> None:
-    shutil.copytree(loading.bundled_folder(), tmp_path / "slow")
+    shutil.copytree(locating.bundled_folder(), tmp_path / "slow")
     for file in ("tokenizer.json", "tokenizer_config.json", "recipe.json"):
         (tmp_path / "slow" / file).unlink()
     message = fails(capsys, "demo", str(tmp_path / "run"), "--model.name", str(tmp_path / "slow"), "--jobs", "1")

@@ -23,7 +23,7 @@ from crosstrace.core.errors import UserError
 from crosstrace.core.files import sha256_file
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import model_key
-from crosstrace.models import fetch, loading
+from crosstrace.models import fetch, loading, locating
 from crosstrace.planning.plan import plan
 from crosstrace.trace import trace
 
@@ -175,7 +175,7 @@ def test_what_lies_beside_it_changes_nothing(file: Path, tmp_path: Path):
 
 def test_a_folder_with_one_file(file: Path, tmp_path: Path):
     (tmp_path / "one.gguf").write_bytes(file.read_bytes())
-    assert loading.locate(str(tmp_path)) == str(tmp_path / "one.gguf")
+    assert locating.locate(str(tmp_path)) == str(tmp_path / "one.gguf")
     assert torch.equal(_logits(loading.load_model(str(tmp_path))), _logits(loading.load_model(str(file))))
     (tmp_path / "two.gguf").write_bytes(file.read_bytes())
     with pytest.raises(UserError, match=r"holds 2 GGUF files \(one.gguf, two.gguf.*name the file, such as .*one.gguf"):
@@ -183,10 +183,10 @@ def test_a_folder_with_one_file(file: Path, tmp_path: Path):
 
 
 def test_a_name_stands_for_its_content(file: Path, tmp_path: Path):
-    assert loading.revision(str(file)) is not None
+    assert locating.revision(str(file)) is not None
     copied = tmp_path / "other.gguf"
     copied.write_bytes(file.read_bytes())
-    assert loading.revision(str(copied)) == loading.revision(str(file))
+    assert locating.revision(str(copied)) == locating.revision(str(file))
     other = written(tmp_path / "differs.gguf", tied=False)
     named = lambda place: model_key(replace(Experiment(), model=replace(Experiment().model, name=str(place))))[
         "content"

@@ -26,7 +26,7 @@ from crosstrace.data.facts import FactSettings, World
 from crosstrace.data.text import NO_QUESTIONS, texts
 from crosstrace.data.tokens import encode
 from crosstrace.experiment import config, pipeline
-from crosstrace.importing import importing
+from crosstrace.importing import facts, importing, kept, rows
 from crosstrace.models import untaught
 from crosstrace.planning import plan
 from crosstrace.training.pretraining import word_tokenizer
@@ -49,7 +49,7 @@ def table(path: Path, rows: list[tuple], head: tuple = ("subject", "relation", "
     return path
 
 
-def imported(tmp_path: Path, *files: Path, **options) -> importing.Imported:
+def imported(tmp_path: Path, *files: Path, **options) -> kept.Imported:
     return importing.make(tmp_path / "own", files, tell=lambda text: None, **options)
 
 
@@ -224,7 +224,7 @@ def test_values_are_the_same_by_every_road(tmp_path: Path, road: str) -> None:
             text = json.dumps({"name": name, "samples": samples}).replace('"1.10"', "1.10")
             (tmp_path / f"{name}.json").write_text(text)
             files.append(tmp_path / f"{name}.json")
-    found = importing.import_facts(files)
+    found = facts.import_facts(files)
     assert {(s["name"], f["relation"], f["object"]) for s in found.subjects for f in s["facts"]} == {*VALUES}
 
 
@@ -232,14 +232,14 @@ def test_numbers_of_every_column_are_as_they_are_written(tmp_path: Path) -> None
     (tmp_path / "facts.jsonl").write_text(
         '{"subject": 1.10, "relation": 2e3, "object": 3.0, "type": 4.50, "pronoun": 5.0, "split": "id"}\n'
     )
-    (fact,) = importing.import_facts([tmp_path / "facts.jsonl"]).subjects
+    (fact,) = facts.import_facts([tmp_path / "facts.jsonl"]).subjects
     assert fact == {
         "name": "1.10", "type": "4.50", "pronoun": "5.0",
         "facts": [{"relation": "2e3", "object": "3.0", "split": "id"}],
     }  # fmt: skip
     (tmp_path / "store.jsonl").write_text('{"prompt": 1.10, "completion": 2e3, "subject": 7.0}\n')
     (tmp_path / "recall.csv").write_text('prompt,completion,subject,split\n007, "NA", 7.0,id\n1.10,1e3,8.0,ood\n')
-    store, recall, _ = importing.import_rows({name: tmp_path / f"{name}.{kind}" for name, kind in
+    store, recall, _ = rows.import_rows({name: tmp_path / f"{name}.{kind}" for name, kind in
                                               (("store", "jsonl"), ("recall", "csv"))})  # fmt: skip
     assert [(item.text, item.person) for item in store] == [("1.10 2e3", "7.0")]
     assert [(item.text, item.person) for item in recall] == [("007 NA", "7.0"), ("1.10 1e3", "8.0")]
@@ -250,7 +250,7 @@ def test_numbers_of_parquet_rows_of_text(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "recall.parquet")
     (tmp_path / "store.txt").write_text("It was then.\n")
     rows = {"store": tmp_path / "store.txt", "recall": tmp_path / "recall.parquet"}
-    assert [item.text for item in importing.import_rows(rows)[1]] == ["When? 1998", "How much? 1.1"]
+    assert [item.text for item in rows.import_rows(rows)[1]] == ["When? 1998", "How much? 1.1"]
 
 
 def test_relations_of_a_wording_file_are_named_as_it_is_written(tmp_path: Path) -> None:
@@ -269,11 +269,11 @@ def test_a_column_without_a_name_is_told_as_one(tmp_path: Path) -> None:
 @settings(deadline=None)
 @given(st.lists(st.text("ab 1.京é", min_size=1, max_size=4), max_size=6), st.lists(st.text("ab 1.京é\n"), max_size=3))
 def test_objects_in_texts_are_found_as_one_by_one(objects: list[str], lines: list[str]) -> None:
-    found = {object for object in objects if any(importing._within(object, line) for line in lines)}
-    assert importing._standing(objects, lines) == found
+    found = {object for object in objects if any(facts.within(object, line) for line in lines)}
+    assert facts._standing(objects, lines) == found
     slow = set()
     for object in objects:
-        before, after = ("" if importing._wide(letter) else r"\w" for letter in (object[0], object[-1]))
+        before, after = ("" if facts.is_wide(letter) else r"\w" for letter in (object[0], object[-1]))
         whole = (f"(?<!{before})" if before else "") + re.escape(object) + (f"(?!{after})" if after else "")
         slow |= {object} if any(re.search(whole, line) for line in lines) else set()
     assert found == slow
@@ -297,7 +297,7 @@ def test_the_work_of_an_import_grows_with_its_rows(tmp_path: Path, relations: in
 
         sys.setprofile(counted)
         try:
-            importing.import_facts([path])
+            facts.import_facts([path])
         finally:
             sys.setprofile(None)
         return count

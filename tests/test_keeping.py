@@ -268,6 +268,6 @@ def test_traces_in_pieces_become_whole_means(tmp_path: Path) -> None:
 
 def pipeline_write(path: Path, held: dict[str, torch.Tensor], headers: list[dict]) -> None:
     from crosstrace.core.pieces import write
-    from crosstrace.trace.trace import _FORMAT
+    from crosstrace.trace.result import _FORMAT
 
     write(path, held, None, _FORMAT, {"traces": headers})

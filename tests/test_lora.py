@@ -37,7 +37,8 @@ from crosstrace.analyses.transfer import transfer
 from crosstrace.core.errors import UserError
 from crosstrace.data.tokens import collate
 from crosstrace.models.anatomy import Anatomy
-from crosstrace.models.loading import DTYPES, load_model, load_tokenizer, locate, save_model
+from crosstrace.models.loading import DTYPES, load_model, load_tokenizer, save_model
+from crosstrace.models.locating import locate
 from crosstrace.sets.interventions import ablated, grafted, snapshot
 from crosstrace.sets.paramset import ParamSet
 from crosstrace.sets.selection import scope

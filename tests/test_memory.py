@@ -33,9 +33,9 @@ def test_every_way_gives_the_same_trace(kind, where, passes):
 
 def test_sums_on_another_device_than_the_model(monkeypatch):
     """The way of a GPU's model with sums on the CPU: nothing is added in place."""
-    from crosstrace.trace.trace import _Mean
+    from crosstrace.trace.means import Mean
 
-    monkeypatch.setattr(_Mean, "takes", lambda *_: False)
+    monkeypatch.setattr(Mean, "takes", lambda *_: False)
     model = tiny_model("llama")
     data = [pad(make_examples(4))]
     got = trace(model, data, task="qa", measures=("abs", "net"))

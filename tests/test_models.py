@@ -15,7 +15,8 @@ from tiny_models import tiny_model
 
 from crosstrace.cli import commands
 from crosstrace.core.errors import UserError
-from crosstrace.models.loading import bundled_folder, load_model, load_tokenizer, locate, pad_id, save_model
+from crosstrace.models.loading import load_model, load_tokenizer, pad_id, save_model
+from crosstrace.models.locating import bundled_folder, locate
 from crosstrace.models.modes import evaluating
 from crosstrace.sets.interventions import snapshot as weights
 

@@ -26,7 +26,8 @@ from crosstrace.experiment.registry import stages
 from crosstrace.models import adapters, loading, modes
 from crosstrace.models.adapters import LoraSettings
 from crosstrace.planning.needs import EACH, FIRST, Needs
-from crosstrace.planning.plan import _more_processes, _problems, _remedies, _sharding, other_machine, plan
+from crosstrace.planning.plan import other_machine, plan
+from crosstrace.planning.remedies import _sharding, find_remedies, more_processes, problems_of
 
 ROOT = Path(__file__).parents[1]
 PLENTY = other_machine(ram=1000, disk=1000, tflops=0.1)
@@ -403,7 +404,7 @@ def test_processes_of_a_machine_share_its_ram_and_their_work():
 
 
 def test_what_does_not_fit_is_sharded_or_given_more_processes(monkeypatch):
-    monkeypatch.setattr("crosstrace.planning.plan._candidates", lambda experiment: iter([{"trace.batch": "4"}]))
+    monkeypatch.setattr("crosstrace.planning.remedies._candidates", lambda experiment: iter([{"trace.batch": "4"}]))
     less = {"interventions.run": "false", "mechanism.run": "false", "trace.check": "false", "trace.online": "false"}
     experiment = config.override(replace(SMALL, strategies={"mixed": SMALL.strategies["mixed"]}), less)
     of = lambda number, sharded, gpu=10**12, nodes=1: Needs(
@@ -414,10 +415,10 @@ def test_what_does_not_fit_is_sharded_or_given_more_processes(monkeypatch):
     whole = of(2, False).totals()["gpu"]
     assert four < 0.9 * two < 0.85 * whole
     large = of(2, False, (two + whole) / 2 / 0.9)
-    assert "memory of each GPU" in _problems(large)[0] and _remedies(large) == (["--model.sharded true"], {})
+    assert "memory of each GPU" in problems_of(large)[0] and find_remedies(large) == (["--model.sharded true"], {})
     adapter = config.override(SMALL, {"train.lora": "{rank: 4, alpha: 8}"})
     assert _sharding(SMALL) and not _sharding(adapter)
-    found = _more_processes(of(2, False, (two + four) / 2 / 0.9, nodes=2))
+    found = more_processes(of(2, False, (two + four) / 2 / 0.9, nodes=2))
     assert found == ["--processes 4 --nodes 2 --model.sharded true"]
 
 

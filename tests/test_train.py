@@ -347,7 +347,7 @@ def test_a_task_behind_one_that_is_not_shared(
             count.append(1)
             return is_the_same(engine, batch, forward) and len(count) > 1
 
-        monkeypatch.setattr(sys.modules["crosstrace.trace.trace"], "is_the_same", rejects)
+        monkeypatch.setattr(sys.modules["crosstrace.trace.online"], "is_the_same", rejects)
     shared, found = taught("shared", "training")
     assert _same(own, shared)
     for task, traces in expected.items():

@@ -10,11 +10,11 @@ from crosstrace.cli import commands
 from crosstrace.core.files import read_json
 from crosstrace.data.facts import FactSettings, World
 from crosstrace.data.text import texts
-from crosstrace.importing.importing import import_facts
-from crosstrace.models import loading
+from crosstrace.importing.facts import import_facts
+from crosstrace.models import locating
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "facts"
-BUNDLED = loading.bundled_folder().parent / "world"
+BUNDLED = locating.bundled_folder().parent / "world"
 
 
 def test_the_bundled_file_is_what_the_import_makes_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -29,7 +29,7 @@ from crosstrace.core.statistics import (
 from crosstrace.models.anatomy import Anatomy
 from crosstrace.sets.paramset import ParamSet, shared
 from crosstrace.sets.selection import select_each
-from crosstrace.trace.trace import weighted_mean
+from crosstrace.trace.result import weighted_mean
 
 Parts = Mapping[str, Sequence[Mapping[str, Tensor]]]  # task -> part of the data -> tensor name -> values
 Weights = Mapping[str, Sequence[float]]  # task -> the weight (number of examples) of each part

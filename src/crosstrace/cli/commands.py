@@ -769,7 +769,7 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 def import_own(arguments: list[str]) -> None:
     """One's own facts or texts."""
-    from crosstrace.importing import importing
+    from crosstrace.importing import importing, kept
 
     words = _split("import", arguments, ("overwrite", "unknown"))
     if "help" in words.flags:
@@ -802,9 +802,9 @@ def import_own(arguments: list[str]) -> None:
             "  --overwrite      replace FOLDER if an import made it"
         )
     columns = ("subject", "relation", "object", "type", "split-column")
-    words.only((*columns, "wording", "split", "model", *importing.ROWS))
+    words.only((*columns, "wording", "split", "model", *kept.ROWS))
     given = words.changes()
-    rows = {name: Path(given[name]) for name in importing.ROWS if name in given}
+    rows = {name: Path(given[name]) for name in kept.ROWS if name in given}
     for name in rows:
         needed = name.removesuffix("-completions") if name != "recall" else "store"
         if needed not in rows:

@@ -28,11 +28,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import quote, unquote
 
-import yaml
-
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import (
-    NO_YAML,
     PARTIAL,
     contents_of,
     digest_of,
@@ -55,17 +52,12 @@ from crosstrace.core.provenance import version_of
 
 if TYPE_CHECKING:
     from crosstrace.core.processes import Processes
+from crosstrace.core.locks import WORKERS_PATIENCE, lock_folder, lock_workers
+from crosstrace.core.same_settings import check_config
 
 T = TypeVar("T")
 
 Mode = Literal["new", "resume", "overwrite"]
-
-WORKERS_PATIENCE = 30.0  # seconds given to the workers of a killed process to notice and end
-
-CHANGEABLE = ("trace.keep",)  # settings on which no result depends: a run may go on with others
-
-# Settings that say which analyses are made, each a step of its own: a run may go on with more of them, or fewer.
-EXTENDABLE = ("mechanism.run", "mechanism.parts", "interventions.run")
 
 
 class MissingStep(UserError):
@@ -124,13 +116,13 @@ class Run:
             )
         if config_text is None and state == "blank":
             raise UserError(f"{folder} holds no crosstrace run; start one first with `crosstrace run` or `demo`")
-        lock = _lock_folder(folder)
+        lock = lock_folder(folder)
         try:
             if mode == "overwrite" and state == "run":
                 aside = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
                 os.rename(folder, aside)
                 lock.close()
-                lock = _lock_folder(folder)
+                lock = lock_folder(folder)
             for old in folder.parent.iterdir():  # also what a killed overwrite left
                 if old.name.startswith(f".{folder.name}.replaced-") and _state(old) != "foreign":
                     _discard(old)
@@ -143,10 +135,10 @@ class Run:
                 if config_text is None:
                     raise UserError(f"{saved} is missing, so the run cannot be continued; start again with --overwrite")
                 write_text(saved, config_text)
-            elif config_text is not None and _check_config(saved, config_text):
+            elif config_text is not None and check_config(saved, config_text):
                 write_text(saved, config_text)
             run = cls(folder, lock)
-            _lock_workers(folder, fcntl.LOCK_EX, WORKERS_PATIENCE).close()
+            lock_workers(folder, fcntl.LOCK_EX, WORKERS_PATIENCE).close()
             run.clean()
             return run
         except BaseException:
@@ -214,10 +206,10 @@ class Run:
         folder = expanded(folder).resolve()
         ended = threading.Event()
         end_with_parent(os.getppid(), ended)
-        run = cls(folder, _lock_workers(folder, fcntl.LOCK_SH, WORKERS_PATIENCE))
+        run = cls(folder, lock_workers(folder, fcntl.LOCK_SH, WORKERS_PATIENCE))
         run._ended = ended
         with suppress(UserError):
-            _lock_folder(folder).close()
+            lock_folder(folder).close()
             run.close()
             raise RuntimeError(f"the process that led the run in {folder} is gone, so its worker ends")
         return run
@@ -474,80 +466,3 @@ def _discard(folder: Path) -> None:
         if item.name != "RUN":
             remove(item)
     remove(folder)
-
-
-def _lock_folder(folder: Path) -> IO[str]:
-    """Hold `folder` alone; the lock ends with the process, however it ends."""
-    busy = UserError(
-        f"{folder} is in use by another crosstrace process; wait for it, stop it, or choose another folder"
-    )
-    try:
-        (folder / "manifest").mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "manifest" / "lock", "a")  # noqa: SIM115  (held open as long as the run is)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
-            raise busy  # the folder was replaced while we opened it
-    except OSError:
-        lock.close()
-        raise busy from None
-    except UserError:
-        lock.close()
-        raise
-    return lock
-
-
-def _lock_workers(folder: Path, kind: int, patience: float) -> IO[str]:
-    """Hold the second lock: shared by workers while they live, taken by a new leader to know them gone."""
-    lock = open(folder / "manifest" / "workers", "a")  # noqa: SIM115
-    until = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
-            return lock
-        except OSError:
-            if time.monotonic() >= until:
-                lock.close()
-                raise UserError(
-                    f"{folder} is still written to by a worker of an earlier crosstrace process; stop it and try again"
-                ) from None
-        time.sleep(0.1)
-
-
-def _check_config(saved: Path, config_text: str) -> bool:
-    """Whether `config_text` differs from the saved file, in settings with which a run may go on.
-
-    Raises:
-        UserError: another setting differs; the sentence names the first one.
-    """
-    try:
-        old, new = (dict(_settings(yaml.safe_load(text))) for text in (saved.read_text(encoding="utf-8"), config_text))
-    except NO_YAML:
-        raise UserError(f"{saved} is damaged, so the run cannot be continued; start again with --overwrite") from None
-    differs = False
-    for name in [*new, *old]:
-        was, now = old.get(name, "not set"), new.get(name, "not set")
-        if was != now and not _may_change(name):
-            raise UserError(
-                f"{saved.parent} was made with {name} = {was}, and this configuration has {name} = {now}; "
-                "--resume needs the same settings, so choose another folder, or --overwrite to begin again"
-            )
-        differs = differs or was != now
-    return differs
-
-
-def _may_change(name: str) -> bool:
-    """Whether a run may go on with another value of this setting, or of this item of a list."""
-    return any(name == own or name.startswith(f"{own}.") for own in (*CHANGEABLE, *EXTENDABLE))
-
-
-def _settings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Every leaf of a configuration as (dotted name, its JSON text)."""
-    nested = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    items = list(nested)
-    if not items:
-        yield name, json.dumps(value, default=str)
-    for key, item in items:
-        yield from _settings(item, f"{name}.{key}" if name else str(key))

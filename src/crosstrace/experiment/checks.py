@@ -21,7 +21,7 @@ from crosstrace.experiment.stages.retain import new_material
 from crosstrace.experiment.stages.tracers import SUMS
 from crosstrace.experiment.studied import LEARNING, START, View
 from crosstrace.experiment.world_facts import asks, world_of
-from crosstrace.models import adapters, loading, modes
+from crosstrace.models import adapters, loading, locating, modes
 from crosstrace.models.compatibility import check_alike, check_fits, check_same_tokens
 from crosstrace.training.optimisers import check_optimisers
 from crosstrace.training.trainer import check_trackers
@@ -95,7 +95,7 @@ def check(experiment: Experiment, whole: bool, stages: Sequence[str] = ()) -> No
         raise UserError(f"retain has nothing to ask: {NO_QUESTIONS}")
     further = new_material(experiment, tokenizer) if retains else {}
     lora = experiment.train.lora
-    if lora and loading.adapted_base(loading.locate(experiment.model.name)) is not None:
+    if lora and locating.adapted_base(locating.locate(experiment.model.name)) is not None:
         raise UserError(
             f"model.name = {experiment.model.name} holds an adapter, and train.lora would put another one on it; merge "
             "the first and save the model (load_model and save_model of crosstrace.models.loading do)"
@@ -135,11 +135,11 @@ def _check_given(
 ) -> None:
     """Whether a model that was tuned elsewhere fits the base, and the view that it is to be seen in."""
     about = f"given.{name} = {given}"
-    below = loading.adapted_base(loading.locate(given))
+    below = locating.adapted_base(locating.locate(given))
     if experiment.trace.view == "adapter":
         if below is None:
             raise UserError(f"{about} has no adapter, which trace.view: adapter asks for; take trace.view: merged")
-        own = Path(loading.locate(experiment.model.name))
+        own = Path(locating.locate(experiment.model.name))
         if Path(below) != own and (
             not own.exists() or not Path(below).exists() or sha256_tree(below) != sha256_tree(own)
         ):

@@ -17,7 +17,8 @@ from crosstrace.data.facts import FactSettings
 from crosstrace.data.text import read_jsonl, texts
 from crosstrace.experiment import config
 from crosstrace.experiment.config import Experiment, ModelSettings, TraceSettings
-from crosstrace.models.loading import BUNDLED, load_tokenizer
+from crosstrace.models.loading import load_tokenizer
+from crosstrace.models.locating import BUNDLED
 
 FILES = ("bio.jsonl", "qa.jsonl")
 

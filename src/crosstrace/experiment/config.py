@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass as settings
 from crosstrace.analyses.claims.case import DEFAULT
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import NO_YAML
-from crosstrace.core.run_folder import CHANGEABLE
+from crosstrace.core.same_settings import CHANGEABLE
 from crosstrace.core.settings import STRICT, one_of
 from crosstrace.data.facts import FactSettings, people_on_both_sides
 from crosstrace.data.tasks import Roles, TaskSettings, default_tasks

@@ -21,7 +21,7 @@ from crosstrace.data.tasks import ID, OOD, Roles, TaskSettings
 from crosstrace.data.text import KNOWN, Example, read_jsonl, texts
 from crosstrace.data.tokens import Encoded, encode
 from crosstrace.experiment.config import Experiment, ModelSettings
-from crosstrace.models import loading
+from crosstrace.models import locating
 
 T = TypeVar("T", Example, Encoded)
 A_OOD = "a_ood"  # the part of questions about people whom the base knows, which it was never trained on
@@ -30,7 +30,7 @@ REPLAYED = "known_replayed"  # the part of the facts that the base knows which t
 
 def known_people(model: ModelSettings) -> FactSettings | None:
     """The people that a base made by `crosstrace pretrain-base` was taught; None for any other model."""
-    recipe = Path(loading.locate(model.name)) / "recipe.json"
+    recipe = Path(locating.locate(model.name)) / "recipe.json"
     if model.random_init is not None or not recipe.is_file():
         return None
     try:

@@ -22,7 +22,7 @@ from crosstrace.core.statistics import nearest
 from crosstrace.data.tokens import Encoded
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import A_OOD, examples, sample
-from crosstrace.models import adapters, loading
+from crosstrace.models import adapters, loading, locating
 from crosstrace.sets.paramset import ParamSet
 from crosstrace.sets.selection import scope
 from crosstrace.training.recipes import Phase
@@ -143,7 +143,7 @@ class StudiedModel:
     def folder(self) -> Path:
         """Where a taught model is: what its strategy's last phase left, or what was given."""
         if self.is_given:
-            return Path(loading.locate(self.experiment.given[self.name]))
+            return Path(locating.locate(self.experiment.given[self.name]))
         return self.run.path(f"models/{self.name}") / self.phases[-1].name
 
     def load(self) -> Any:
@@ -205,7 +205,7 @@ class StudiedModel:
         base = self.experiment.model
         found = {
             "model": base.name,
-            "revision": loading.revision(base.name),
+            "revision": locating.revision(base.name),
             "dtype": base.dtype,
             "strategy": self.name,
             "data": f"sha256:{self.run.inputs('data')['data']}",
@@ -279,9 +279,9 @@ def model_key(experiment: Experiment) -> dict[str, Any]:
 
 def _content(model: str) -> Any:
     """What a model holds: of a folder a hash, with that of the base that its adapter is for; else its name."""
-    place = Path(loading.locate(model))
+    place = Path(locating.locate(model))
     content: Any = sha256_tree(place) if place.exists() else str(place)
-    below = loading.adapted_base(str(place))
+    below = locating.adapted_base(str(place))
     if below is not None:
         content = [content, sha256_tree(below) if Path(below).exists() else below]
     return content

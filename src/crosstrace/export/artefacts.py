@@ -36,7 +36,7 @@ from crosstrace.experiment.config import Experiment, Fraction
 from crosstrace.experiment.selection import controls, select_tasks, strengths
 from crosstrace.experiment.studied import WHENS, StudiedModel
 from crosstrace.experiment.trace_files import read_traces
-from crosstrace.models import loading
+from crosstrace.models import loading, locating
 from crosstrace.sets.controls import random_sets
 from crosstrace.sets.interventions import ablated, grafted
 from crosstrace.sets.paramset import ParamSet, shared
@@ -141,7 +141,7 @@ def _told(base: Any, tuned: Any, card: Mapping[str, Any] | None) -> Card:
         if key in told:
             continue
         if isinstance(model, (str, Path)):
-            told[key] = {"name": str(model), "revision": loading.revision(str(model))}
+            told[key] = {"name": str(model), "revision": locating.revision(str(model))}
         else:
             name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
             told[key] = {"name": name, "weights": _weights_hash(model)}
@@ -229,7 +229,7 @@ def write_from_run(
         card = {
             "base": {"name": told["model"], "revision": told["revision"]}
             | {key: told[key] for key in ("random_init",) if key in told},
-            "tuned": {"name": experiment.given[name], "revision": loading.revision(experiment.given[name])}
+            "tuned": {"name": experiment.given[name], "revision": locating.revision(experiment.given[name])}
             if name in experiment.given
             else {"name": name, "revision": f"sha256:{made[f'models/{name}']}"},
             "strategy": name,

@@ -31,7 +31,7 @@ from crosstrace.data.tokens import Encoded
 from crosstrace.experiment import config
 from crosstrace.experiment.examples import examples
 from crosstrace.export.artefacts import CARD, check_folder, new_folder
-from crosstrace.models import loading
+from crosstrace.models import loading, locating
 
 _COMMON = "_questions"  # without .yaml, so that the harness takes it for no task
 GENERATE = "_generate"  # ends the names of tasks by generation
@@ -68,7 +68,7 @@ def export_run(run_folder: str | Path, folder: str | Path, overwrite: bool = Fal
         if not any(parts.values()):
             raise UserError(f"{run.folder} has no questions to export; its facts or texts were imported without any")
         told = {
-            "model": experiment.model.name, "revision": loading.revision(experiment.model.name),
+            "model": experiment.model.name, "revision": locating.revision(experiment.model.name),
             "dtype": experiment.model.dtype, "data": data,
         }  # fmt: skip
         return write_tasks(parts, tokenizer, experiment.name, folder, card=told, overwrite=overwrite)

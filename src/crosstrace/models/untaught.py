@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass as settings
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import read_json, replacing
 from crosstrace.core.settings import STRICT
-from crosstrace.models import loading
+from crosstrace.models import loading, locating
 
 END, PAD = "<end>", "<pad>"
 EXPECTED = "expected a causal language model's architecture as transformers names it (llama, gpt_neox, qwen3, ...)"
@@ -107,7 +107,7 @@ def _model(tokenizer: Any, positions: int, options: NewModelSettings) -> Any:
         kind = options.architecture
         values = _values(kind, tokenizer, positions, options)
     what = f"no model of the architecture {kind!r} can be made"
-    with loading.reading(what, OWN_CONFIG), torch.random.fork_rng():
+    with locating.reading(what, OWN_CONFIG), torch.random.fork_rng():
         config = AutoConfig.for_model(kind, **values)
         with torch.device("meta"):
             size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
@@ -117,7 +117,7 @@ def _model(tokenizer: Any, positions: int, options: NewModelSettings) -> Any:
             f"{what}: with these settings it has {size:,} parameters, since it has further sizes that they do not "
             f"name; {OWN_CONFIG}"
         )
-    with loading.reading(what, OWN_CONFIG), torch.random.fork_rng():
+    with locating.reading(what, OWN_CONFIG), torch.random.fork_rng():
         torch.manual_seed(options.seed)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=loading.DTYPES[options.dtype])
         _try(model.eval(), what)
@@ -146,7 +146,7 @@ def _values(kind: str, tokenizer: Any, positions: int, options: NewModelSettings
         raise UserError(
             f"{kind!r} is a model of several parts, for more than text; expected one for text alone, such as {part}"
         )
-    with loading.reading(f"no model of the architecture {kind!r} can be made", EXPECTED):
+    with locating.reading(f"no model of the architecture {kind!r} can be made", EXPECTED):
         default = own()
     known = {*default.to_dict(), *own.attribute_map}
     given = _tokens(tokenizer) | _sizes(positions, options)

@@ -17,7 +17,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,26 @@ import torch
 
 from crosstrace.core.errors import UserError
 from crosstrace.core.results import aligned
-from crosstrace.experiment import config
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.needs.machine import Launch, Machine
 from crosstrace.experiment.needs.material import Material
 from crosstrace.models import loading, modes
 from crosstrace.planning.needs import EACH, Needs
-from crosstrace.trace.memory import SPARE, size_text
+from crosstrace.planning.remedies import (
+    IN_WORDS,
+    MOST_PROCESSES,
+    check_pieces,
+    find_remedies,
+    more_processes,
+    problems_of,
+    together_text,
+)
+from crosstrace.trace.memory import size_text
 from crosstrace.training.trainer import UpdateLoss
 
 Row = dict[str, Any]
+
 PLANNED = "planned"  # a machine that is told of
-MOST_PROCESSES = 64  # that are looked for
-_WORDS = {"gpu": "memory of the GPU", "ram": "RAM", "disk": "disk"}
 
 
 @dataclass(frozen=True)
@@ -123,18 +130,18 @@ def plan(
     if launch.processes > 1 and step:
         raise UserError(f"--step times an update of one process, but {launch.processes} are planned; leave it out")
     if launch.processes > 1 and experiment.model.sharded:
-        _check_pieces(experiment)
+        check_pieces(experiment)
     progress("facts and tokens")
     material = Material(experiment)
     material.check(experiment)
     progress("memory")
     needs = Needs(experiment, material, machine, launch)
-    problems = _problems(needs)
+    problems = problems_of(needs)
     progress("settings that would fit" if problems else "disk")
-    remedies, least = _remedies(needs) if problems else ([], {})
+    remedies, least = find_remedies(needs) if problems else ([], {})
     if problems and not remedies and more:
         progress("processes that would fit")
-        remedies = _more_processes(needs)
+        remedies = more_processes(needs)
     work = needs.work()
     if probe and machine.name != PLANNED:
         progress("matrix products")
@@ -161,12 +168,6 @@ def plan(
     )
 
 
-def _check_pieces(experiment: Experiment) -> None:
-    """What several processes would refuse when they load the models."""
-    for name in (experiment.model.name, *experiment.given.values()):
-        loading.check_pieces(name)
-
-
 def other_machine(
     gpu: float | None = None,
     ram: float | None = None,
@@ -190,160 +191,6 @@ def other_machine(
 def as_json(found: Plan) -> str:
     """The plan as JSON."""
     return json.dumps(asdict(found), indent=1)
-
-
-# ------------------------------------------------------------------------------- does it fit?
-
-
-def _problems(needs: Needs) -> list[str]:
-    """What does not fit, and by how much."""
-    found, totals, words = [], needs.totals(), dict(_WORDS)
-    if needs.launch.processes > 1:
-        words |= {"gpu": "memory of each GPU", "ram": f"RAM for {_together(needs.launch)}"}
-    for where, free in (("gpu", needs.machine.gpu), ("ram", needs.machine.ram), ("disk", needs.machine.disk)):
-        if free is None or totals[where] <= SPARE * free:
-            continue
-        if where == "disk":
-            row = max(needs.disk, key=lambda row: row["bytes"])
-            most = f"{size_text(row['bytes'])} of it for {row['what']}"
-        else:
-            size, row = max((needs.fullest(process, where) for process in needs.processes()), key=lambda of: of[0])
-            most = f"{size_text(size)} of it by {row['process']}: {row['stage']}, {row['moment']}"
-        too_much = size_text(round(totals[where] - SPARE * free))
-        found.append(
-            f"{words[where]}: {size_text(totals[where])} are needed at once ({most}), but {size_text(free)} are free, "
-            f"of which {SPARE:.0%} may be planned with: {too_much} too much"
-        )
-    return found
-
-
-def _candidates(needs: Needs) -> Iterator[dict[str, str]]:
-    """Changes that take less, the least painful first."""
-    e = needs.experiment
-    if e.jobs > 1:
-        yield {"jobs": "1"}
-    if e.trace.batch > 8:
-        yield {"trace.batch": "8"}
-    for tokens in (2048, 512):
-        if e.eval.tokens > tokens:
-            yield {"eval.tokens": str(tokens)}
-    if e.trace.keep == "parts":
-        yield {"trace.keep": "means"}
-    if e.trace.keep != "none":
-        yield {"trace.keep": "none"}
-    longest = max((len(data) for name in e.strategies for _, data in needs.phases(name)), default=0)
-    if e.train.checkpoint_every < longest and not e.train.keep_checkpoints:
-        yield {"train.checkpoint_every": str(longest)}  # none before a phase's end
-    if e.interventions.run and e.interventions.seeds > 1:
-        yield {"interventions.seeds": "1"}
-    if e.interventions.run and len(e.interventions.fractions) > 1:
-        yield {"interventions.fractions": "[0.05]"}
-    if len(e.analysis.central_fractions) > 1:
-        yield {"analysis.central_fractions": "[0.05]"}
-    if e.train.keep_checkpoints and not e.trace.checkpoints:
-        yield {"train.keep_checkpoints": "false"}
-    largest = max((n for phases in e.strategies.values() for p in phases for n in p.composition().values()), default=1)
-    for size in (8, 1):
-        if min(largest, e.train.micro_batch or largest) > size:
-            yield {"train.micro_batch": str(size)}
-    if e.strategies and not e.train.gradient_checkpointing:
-        yield {"train.gradient_checkpointing": "true"}
-    if e.retention.run:
-        yield {"retention.run": "false"}
-    if e.mechanism.run:
-        yield {"mechanism.run": "false"}
-    if e.interventions.run:
-        yield {"interventions.run": "false"}
-    if e.trace.check:
-        yield {"trace.check": "false"}
-    if e.trace.parts > 2:
-        yield {"trace.parts": "2"}
-    if e.trace.online:
-        yield {"trace.online": "false"}
-    if e.model.dtype != "bfloat16" and (
-        e.train.lora or not e.strategies
-    ):  # (weights that are trained lose small steps)
-        yield {"model.dtype": "bfloat16"}
-
-
-def _remedies(needs: Needs) -> tuple[list[str], Row]:
-    """Settings that would make the experiment fit, those of a sharded model among them; and where none do, what is
-    needed with the least that they can ask for."""
-    found, least = _settings(needs)
-    change = _sharding(needs.experiment) if needs.launch.processes > 1 else {}
-    if not change:
-        return found, least
-    sharded = _with(needs, change)
-    if not _problems(sharded):
-        return [_as_typed(change), *found], {}
-    if not found:
-        further, least = _settings(sharded)
-        found = [f"{_as_typed(change)} {remedy}" for remedy in further]
-    return found, least
-
-
-def _sharding(experiment: Experiment) -> dict[str, str]:
-    """What shards the model among several processes; nothing if it is, or if that is refused."""
-    change = {"model.sharded": "true"}
-    if experiment.model.sharded:
-        return {}
-    try:
-        _check_pieces(config.override(experiment, change))
-    except UserError:
-        return {}
-    return change
-
-
-def _with(needs: Needs, changes: Mapping[str, str], launch: Launch | None = None) -> Needs:
-    """The needs of the experiment with other settings, or of other processes."""
-    return Needs(config.override(needs.experiment, changes), needs.material, needs.machine, launch or needs.launch)
-
-
-def _more_processes(needs: Needs) -> list[str]:
-    """The fewest processes that the experiment would fit on as it is or sharded: twice as many, and so on, on as many
-    machines or on more of them."""
-    launch, times = needs.launch, 2
-    sharding = _sharding(needs.experiment)
-    while times * launch.processes <= MOST_PROCESSES:
-        number = times * launch.processes
-        for nodes in (launch.nodes, times * launch.nodes):
-            for change in [{}, sharding] if sharding else [{}]:
-                if not _problems(_with(needs, change, Launch(number, nodes))):
-                    machines = {"nodes": str(nodes)} if nodes > 1 else {}
-                    return [_as_typed({"processes": str(number)} | machines | change)]
-        times *= 2
-    return []
-
-
-def _settings(needs: Needs) -> tuple[list[str], Row]:
-    """Settings that would make the experiment fit: each that does alone, and the fewest found of the others that do
-    together; and where none do, what is needed with all of them."""
-
-    def with_(changes: Sequence[Mapping[str, str]]) -> Needs:
-        return _with(needs, {name: value for change in changes for name, value in change.items()})
-
-    every = list(_candidates(needs))
-    least = with_(every)
-    if _problems(least):
-        return [], least.totals()
-    alone = [change for change in every if not _problems(with_([change]))]
-    taken: list[dict[str, str]] = []
-    for change in (other for other in every if other not in alone):  # gentler ones may do together
-        if taken and not _problems(with_(taken)):
-            break
-        taken = [other for other in taken if not other.keys() & change.keys()] + [change]
-    if _problems(with_(taken)):
-        return [_as_typed(change) for change in alone], {}
-    for change in list(taken):  # what the later ones made needless
-        rest = [other for other in taken if other is not change]
-        if not _problems(with_(rest)):
-            taken = rest
-    together = " ".join(_as_typed(change) for change in taken)
-    return [*(_as_typed(change) for change in alone), together], {}
-
-
-def _as_typed(change: Mapping[str, str]) -> str:
-    return " ".join(f"--{name} {value!r}" if " " in value else f"--{name} {value}" for name, value in change.items())
 
 
 # ------------------------------------------------------------------------------- time
@@ -490,8 +337,8 @@ def _told(found: Plan) -> Iterator[str]:
     yield "\n" + aligned(rows)
     yield f"the disk is fullest at {found.disk[0]['moment']}"
     rows = [["in all", "at once", "free"]]
-    names = ("each GPU", f"RAM, {_together(launch)}", "disk") if several else ("GPU", "RAM", "disk")
-    for where, name in zip(_WORDS, names):
+    names = ("each GPU", f"RAM, {together_text(launch)}", "disk") if several else ("GPU", "RAM", "disk")
+    for where, name in zip(IN_WORDS, names):
         free = found.machine[where]
         if where != "gpu" or free is not None:
             rows.append([name, size_text(found.totals[where]), "not known" if free is None else size_text(free)])
@@ -510,7 +357,7 @@ def _told(found: Plan) -> Iterator[str]:
     yield "It does not fit."
     yield from (f"- {problem}" for problem in found.problems)
     if not found.remedies:
-        needed = ", ".join(f"{size_text(size)} of {_WORDS[where]}" for where, size in found.least.items() if size)
+        needed = ", ".join(f"{size_text(size)} of {IN_WORDS[where]}" for where, size in found.least.items() if size)
         more = f", nor would more processes, up to {MOST_PROCESSES}" if several else ""
         yield f"No settings would make it fit{more}: with the least that they can ask for it needs {needed}."
         if not several and found.machine["gpu"] is not None:
@@ -520,11 +367,6 @@ def _told(found: Plan) -> Iterator[str]:
     else:
         yield "Each of these lines would make it fit:"
         yield from (f"  {remedy}" for remedy in found.remedies)
-
-
-def _together(launch: Launch) -> str:
-    """The processes whose memory adds up."""
-    return f"{launch.beside} processes" + " of a machine" * (launch.nodes > 1)
 
 
 def _right(rows: list[list[str]]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from crosstrace.trace.checkpoint import trace
 from crosstrace.trace.measures import MEASURES, Measure
+from crosstrace.trace.online import OnlineTrace
+from crosstrace.trace.result import Trace, load_traces, save_traces
 from crosstrace.trace.summed import SummedTrace
-from crosstrace.trace.trace import OnlineTrace, Trace, load_traces, save_traces, trace
 from crosstrace.trace.training import TrainingTrace
 
 __all__ = [

@@ -10,7 +10,8 @@ import torch
 from transformers import TrainerCallback
 
 from crosstrace.core.errors import UserError
-from crosstrace.trace.trace import Trace, check_settings
+from crosstrace.trace.means import check_settings
+from crosstrace.trace.result import Trace
 from crosstrace.trace.training import TrainingTrace
 
 _STATE = "crosstrace"

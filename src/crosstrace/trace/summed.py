@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from crosstrace.core.errors import UserError
 from crosstrace.core.pieces import local
-from crosstrace.trace.trace import Accumulated
+from crosstrace.trace.accumulated import Accumulated
 
 
 class SummedTrace(Accumulated):

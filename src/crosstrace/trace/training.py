@@ -35,6 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from crosstrace.core.errors import UserError
 from crosstrace.core.pieces import is_sharded
+from crosstrace.trace.accumulated import Accumulated
 from crosstrace.trace.engine import Batch, undisturbed
 from crosstrace.trace.modules import Linear, TransposedLinear
 from crosstrace.trace.packed import is_packed
@@ -42,7 +43,6 @@ from crosstrace.trace.probe import AGREES, Kind, agree, kind_of, pair_of
 from crosstrace.trace.recording import Recording, Uses, ignore, random_states
 from crosstrace.trace.rules import Arrangement, Call, Unfit, reduce, sum_dtype
 from crosstrace.trace.split import Split, splits
-from crosstrace.trace.trace import Accumulated
 from crosstrace.training.losses import next_tokens
 
 COLUMNS = ("task", "group", "loss_weight", "loss_labels")  # of a batch, for the trace alone: the model never sees them

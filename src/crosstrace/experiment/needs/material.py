@@ -22,7 +22,7 @@ from crosstrace.experiment.examples import (
 )
 from crosstrace.experiment.studied import View
 from crosstrace.experiment.world_facts import asks
-from crosstrace.models import gguf, loading
+from crosstrace.models import gguf, loading, locating
 from crosstrace.models.anatomy import Anatomy
 from crosstrace.trace.rehearse import Understudy
 from crosstrace.training.updates import epoch_sizes
@@ -45,8 +45,8 @@ def shape_folder(name: str) -> tuple[Path, str]:
     Raises:
         UserError: a hub name of which nothing is on this machine.
     """
-    place = loading.locate(name)
-    place = loading.adapted_base(place) or place
+    place = locating.locate(name)
+    place = locating.adapted_base(place) or place
     if Path(place).exists():
         return Path(place), "its folder" if Path(place).is_dir() else "its file"
     from huggingface_hub import try_to_load_from_cache
@@ -54,7 +54,7 @@ def shape_folder(name: str) -> tuple[Path, str]:
     cached = try_to_load_from_cache(place, "config.json")
     if isinstance(cached, str):
         return Path(cached).parent, "the hub's cache"
-    copied = loading.bundled_folder().parent / SHAPES / place.replace("/", "--")
+    copied = locating.bundled_folder().parent / SHAPES / place.replace("/", "--")
     if copied.is_dir():
         return copied, "the package's copy of its config"
     known = sorted(folder.name.replace("--", "/") for folder in copied.parent.iterdir() if folder.is_dir())
@@ -82,7 +82,7 @@ class Material:
 
     def __init__(self, experiment: Experiment) -> None:
         self.folder, self.source = shape_folder(experiment.model.name)
-        self.config = loading.read_config(str(self.folder))
+        self.config = locating.read_config(str(self.folder))
         # of a config alone transformers would make a tokenizer that knows no word
         files = ("tokenizer.json", "tokenizer_config.json")
         if gguf.is_gguf(self.folder) or any((self.folder / file).is_file() for file in files):

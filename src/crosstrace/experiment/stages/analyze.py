@@ -22,7 +22,7 @@ from crosstrace.experiment.trace_files import read_traces
 from crosstrace.models.anatomy import Anatomy
 from crosstrace.sets.controls import random_sets
 from crosstrace.sets.paramset import ParamSet
-from crosstrace.trace.trace import REDUCTIONS
+from crosstrace.trace.means import REDUCTIONS
 
 RANKING = {"float32": 8, "float64": 66}  # bytes a parameter of `spearman` beside its two traces, as measured
 DRIFT_DRAWS = 3  # random sets of each kind whose share of the weights' way the shared set's is compared with

@@ -16,9 +16,10 @@ from crosstrace.experiment.studied import LEARNING
 from crosstrace.models import adapters
 from crosstrace.models.forward import TrainingForwards
 from crosstrace.trace import OnlineTrace, SummedTrace, Trace, save_traces
+from crosstrace.trace.accumulated import Accumulated
+from crosstrace.trace.means import REDUCTIONS
 from crosstrace.trace.memory import free_memory
 from crosstrace.trace.rules import sum_dtype
-from crosstrace.trace.trace import REDUCTIONS, Accumulated
 from crosstrace.training.trainer import Listener, TaskPart
 from crosstrace.training.updates import MicroBatches
 

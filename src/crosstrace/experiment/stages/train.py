@@ -18,7 +18,7 @@ from crosstrace.experiment.stage import Stage
 from crosstrace.experiment.stages.recall import Asking, asking
 from crosstrace.experiment.stages.tracers import SUMS, OnlineListener, SummedListener, Tracer
 from crosstrace.experiment.studied import START, StudiedModel, model_key, trains_in_bf16
-from crosstrace.models import adapter_files, adapters, loading
+from crosstrace.models import adapter_files, adapters, locating
 from crosstrace.training.trainer import Listener, PhaseReport, RecallHistory, train
 
 
@@ -90,8 +90,8 @@ def teach(studied: StudiedModel) -> None:
 
 def _portable(base: str) -> str:
     """A base's name that is understood wherever the run is read."""
-    place = loading.locate(base)
-    return str(Path(place).resolve()) if base != loading.BUNDLED and Path(place).exists() else base
+    place = locating.locate(base)
+    return str(Path(place).resolve()) if base != locating.BUNDLED and Path(place).exists() else base
 
 
 def _few(ask: Asking, chosen: Mapping[str, list[Encoded]]) -> Callable[[Any], dict[str, Any]]:

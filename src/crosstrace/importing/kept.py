@@ -1,0 +1,110 @@
+"""What an import keeps, what it drops, and why."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+LONG = 200  # characters of a name: more is a text
+
+COLUMNS = ("subject", "relation", "object", "type", "pronoun", "split", "statement", "question")
+
+ROW_COLUMNS = ("text", "prompt", "completion", "subject", "split")
+
+ROWS = ("store", "store-completions", "recall", "recall-completions")  # files of plain rows
+
+SPLITS = ("id", "ood")
+
+Said = dict[str, dict[str, dict[str, None]]]  # relation -> statements, questions -> its different patterns, in order
+
+INVISIBLE = re.compile(
+    "[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"
+)
+
+REASONS = {
+    "empty": "a subject, relation or object that is empty",
+    "not a text": "a value that is neither text nor a number nor a date, e.g. a list, a truth value or bytes",
+    "too long": f"a subject, relation or object of more than {LONG} characters",
+    "control": "characters that control the text's direction or a terminal",
+    "not Unicode": "half a surrogate pair, which no file can hold",
+    "duplicate": "said before",
+    "contradiction": "another object for a subject and relation that were there before",
+    "answer in the prompt": "the object stands in the subject's name or type, so the question gives it away",
+    "other split": "a split other than id and ood",
+    "no words": "a subject, relation or object without a word",
+    "too long for the model": "a text of more tokens than the model of --model can read",
+    "known to the model": "a fact that the model of --model says by itself, in one of its wordings",
+    "one word": "a text of one word, in which nothing is predicted",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One row of a file: where it stands and its columns."""
+
+    file: str
+    number: int
+    values: Mapping[str, Any]
+
+
+@dataclass
+class Imported:
+    """What was read, and what became of it.
+
+    Attributes:
+        rows: (subject, relation) -> (file, row) of each fact.
+        relations: name -> {statements, questions, objects}.
+        subjects: {name, type, pronoun, facts [{relation, object, split}]}.
+        dropped: (file, row, reason, what) of each row that was not kept.
+        read: rows of each file.
+        notes: what a reader of results should know of the data.
+    """
+
+    relations: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    subjects: list[dict[str, Any]] = field(default_factory=list)
+    dropped: list[tuple[str, int, str, str]] = field(default_factory=list)
+    read: dict[str, int] = field(default_factory=dict)
+    rows: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def kept(self) -> int:
+        """Number of rows that were kept: facts, or texts."""
+        return sum(self.read.values()) - len(self.dropped)
+
+    def counts(self) -> dict[str, Any]:
+        """Rows read = facts kept + rows dropped, the latter by reason."""
+        return {
+            "read": sum(self.read.values()),
+            "kept": self.kept,
+            "dropped": dict(Counter(reason for _, _, reason, _ in self.dropped)),
+            "subjects": len(self.subjects),
+            "relations": {name: len(facts) for name, facts in self.by_relation().items()},
+        }
+
+    def by_relation(self) -> dict[str, list[tuple[dict[str, Any], str]]]:
+        """Relation -> (subject, object) of each of its facts."""
+        facts: dict[str, list[tuple[dict[str, Any], str]]] = {name: [] for name in self.relations}
+        for subject in self.subjects:
+            for fact in subject["facts"]:
+                facts.setdefault(fact["relation"], []).append((subject, fact["object"]))
+        return facts
+
+
+def tidy(value: Any) -> str:
+    """One line of composed characters, without blanks at its ends."""
+    return " ".join(unicodedata.normalize("NFC", str(value)).split())
+
+
+def short(values: Mapping[str, Any]) -> str:
+    said = (values.get(name) for name in COLUMNS[:3])
+    text = " | ".join("" if value is None else str(value) for value in said)
+    return text.encode("utf-8", "replace").decode()[:LONG]
+
+
+def dropped_text(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} × {REASONS[reason]}" for reason, number in dropped.items())
