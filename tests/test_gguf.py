@@ -22,7 +22,7 @@ from crosstrace.cli import commands
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import sha256_file
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.examples import model_key
+from crosstrace.experiment.studied import model_key
 from crosstrace.models import fetch, loading, locating
 from crosstrace.planning.plan import plan
 from crosstrace.trace import trace

@@ -26,7 +26,8 @@ from crosstrace.data.facts import FactSettings, World
 from crosstrace.data.text import NO_QUESTIONS, texts
 from crosstrace.data.tokens import encode
 from crosstrace.experiment import config, pipeline
-from crosstrace.importing import facts, importing, kept, rows
+from crosstrace.importing import facts, importing, kept
+from crosstrace.importing.rows import import_rows
 from crosstrace.models import untaught
 from crosstrace.planning import plan
 from crosstrace.training.pretraining import word_tokenizer
@@ -239,7 +240,7 @@ def test_numbers_of_every_column_are_as_they_are_written(tmp_path: Path) -> None
     }  # fmt: skip
     (tmp_path / "store.jsonl").write_text('{"prompt": 1.10, "completion": 2e3, "subject": 7.0}\n')
     (tmp_path / "recall.csv").write_text('prompt,completion,subject,split\n007, "NA", 7.0,id\n1.10,1e3,8.0,ood\n')
-    store, recall, _ = rows.import_rows({name: tmp_path / f"{name}.{kind}" for name, kind in
+    store, recall, _ = import_rows({name: tmp_path / f"{name}.{kind}" for name, kind in
                                               (("store", "jsonl"), ("recall", "csv"))})  # fmt: skip
     assert [(item.text, item.person) for item in store] == [("1.10 2e3", "7.0")]
     assert [(item.text, item.person) for item in recall] == [("007 NA", "7.0"), ("1.10 1e3", "8.0")]
@@ -250,7 +251,7 @@ def test_numbers_of_parquet_rows_of_text(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "recall.parquet")
     (tmp_path / "store.txt").write_text("It was then.\n")
     rows = {"store": tmp_path / "store.txt", "recall": tmp_path / "recall.parquet"}
-    assert [item.text for item in rows.import_rows(rows)[1]] == ["When? 1998", "How much? 1.1"]
+    assert [item.text for item in import_rows(rows)[1]] == ["When? 1998", "How much? 1.1"]
 
 
 def test_relations_of_a_wording_file_are_named_as_it_is_written(tmp_path: Path) -> None:
