@@ -614,12 +614,13 @@ def updates(sheet: Sheet, case: Training, with_trace: bool) -> Row:
     from crosstrace.data.facts import FactSettings
     from crosstrace.data.text import texts
     from crosstrace.data.tokens import encode
-    from crosstrace.experiment.config import ModelSettings
     from crosstrace.experiment.examples import training_examples
+    from crosstrace.experiment.settings import ModelSettings
     from crosstrace.models.loading import load_tokenizer
     from crosstrace.trace import OnlineTrace
     from crosstrace.training.recipes import Optimiser, Phase
-    from crosstrace.training.trainer import TrainSettings, train
+    from crosstrace.training.settings import TrainSettings
+    from crosstrace.training.trainer import train
 
     device = _device(sheet.smoke)
     tokenizer = load_tokenizer("bundled")

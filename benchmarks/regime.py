@@ -34,7 +34,8 @@ from crosstrace.experiment import config
 from crosstrace.experiment.examples import sample
 from crosstrace.models import loading
 from crosstrace.training.evaluation import recall
-from crosstrace.training.trainer import Listener, train
+from crosstrace.training.listeners import Listener
+from crosstrace.training.trainer import train
 
 
 class Curve(Listener):

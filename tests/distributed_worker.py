@@ -39,8 +39,8 @@ from crosstrace.sets.paramset import ParamSet, shared
 from crosstrace.sets.selection import scope, select
 from crosstrace.trace import load_traces, save_traces, trace
 from crosstrace.training.evaluation import recall
+from crosstrace.training.listeners import RecallHistory
 from crosstrace.training.losses import example_losses
-from crosstrace.training.trainer import RecallHistory
 
 KINDS = ("llama", "gpt_neox", "qwen3_moe")
 OF_KIND = {  # settings of its runs; of four processes with a row each some have none in the last micro-batch

@@ -26,7 +26,8 @@ from crosstrace.models.loading import load_model, save_model
 from crosstrace.sets.interventions import snapshot
 from crosstrace.trace import MEASURES, trace
 from crosstrace.training.recipes import two_stage
-from crosstrace.training.trainer import TrainSettings, train
+from crosstrace.training.settings import TrainSettings
+from crosstrace.training.trainer import train
 
 BATCHES = [pad(make_examples(4, seed=seed)) for seed in (1, 2, 3)]
 

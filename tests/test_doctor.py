@@ -20,7 +20,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from crosstrace.core.errors import UserError
 from crosstrace.models.loading import load_model, load_tokenizer
 from crosstrace.trace import rules
-from crosstrace.trace.doctor import Diagnosis, _Comparison, _Computed, _Errors, _Noise, diagnose
+from crosstrace.trace.doctor import Diagnosis, diagnose
+from crosstrace.trace.doctor_noise import Comparison, Computed, Errors, Noise
 
 WORDS = tokenizer("word")
 
@@ -230,20 +231,20 @@ class Given:
     def __init__(self, limits: dict[str, float], loss: float) -> None:
         self.limits, self.loss = limits, loss
 
-    def limit(self, name: str) -> _Errors:
-        return _Errors(*[self.limits.get(name, 0.1)] * 3)
+    def limit(self, name: str) -> Errors:
+        return Errors(*[self.limits.get(name, 0.1)] * 3)
 
     def loss_limit(self) -> float:
         return self.loss
 
 
 def test_disagreement_is_ranked_by_what_is_tolerated() -> None:
-    comparison = _Comparison("padding", "on the left", Given({}, 0.1))
+    comparison = Comparison("padding", "on the left", Given({}, 0.1))
     gradients = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([4.0]), "c": torch.tensor([0.0])}
     other = {"a": torch.tensor([1.0, 2.5]), "b": torch.tensor([2.0])}
-    comparison.add(0, _Computed(1.0, gradients), _Computed(1.0, gradients))
+    comparison.add(0, Computed(1.0, gradients), Computed(1.0, gradients))
     assert not comparison.fails() and comparison.worst() == ("", 0.0)
-    comparison.add(3, _Computed(3.0, other), _Computed(2.5, gradients))
+    comparison.add(3, Computed(3.0, other), Computed(2.5, gradients))
     assert comparison.example == 3 and comparison.loss == pytest.approx(0.2)
     # a: (0, 0.5) beside (1, 2): 0.5 of 2; of the norm √5; along (1, 2)/√5 it is 1/√5
     assert comparison.errors["a"] == pytest.approx((0.25, 0.5 / 5**0.5, 0.2))
@@ -261,22 +262,22 @@ def test_disagreement_is_ranked_by_what_is_tolerated() -> None:
 def test_an_error_that_is_a_factor_shows_in_the_scale() -> None:
     torch.manual_seed(0)
     expected = {"a": torch.randn(1000)}
-    rounded, off = _Comparison("", ""), _Comparison("", "")
-    rounded.add(0, _Computed(1.0, {"a": expected["a"] + 1e-3 * torch.randn(1000)}), _Computed(1.0, expected))
-    off.add(0, _Computed(1.0, {"a": expected["a"] * 0.999}), _Computed(1.0, expected))
+    rounded, off = Comparison("", ""), Comparison("", "")
+    rounded.add(0, Computed(1.0, {"a": expected["a"] + 1e-3 * torch.randn(1000)}), Computed(1.0, expected))
+    off.add(0, Computed(1.0, {"a": expected["a"] * 0.999}), Computed(1.0, expected))
     assert off.errors["a"] == pytest.approx((1e-3, 1e-3, 1e-3), rel=1e-3)
     assert rounded.errors["a"].norm == pytest.approx(1e-3, rel=0.1) and rounded.errors["a"].scale < 1e-4
 
 
-def errors(**largest: float) -> dict[str, _Errors]:
-    return {name: _Errors(x, x, x / 10) for name, x in largest.items()}
+def errors(**largest: float) -> dict[str, Errors]:
+    return {name: Errors(x, x, x / 10) for name, x in largest.items()}
 
 
 def test_tolerances_by_hand() -> None:
     """Three parameters with errors of 1e-5, 2e-5 and 9e-5 by one rounding more; and beside copies."""
 
-    def noise(dtype: torch.dtype = torch.float32, **copies: float) -> _Noise:
-        made = _Noise(dtype)
+    def noise(dtype: torch.dtype = torch.float32, **copies: float) -> Noise:
+        made = Noise(dtype)
         made.rounded.errors, made.rounded.loss = errors(a=1e-5, b=2e-5, c=9e-5), 1e-6
         made.copies.errors = errors(**copies)
         return made
@@ -289,13 +290,13 @@ def test_tolerances_by_hand() -> None:
     assert [loud.limit(name).largest for name in "abc"] == pytest.approx([24e-5, 40 * 16e-5, 72e-5])
     assert [loud.copies.limit(name).largest for name in "abc"] == pytest.approx([80e-5, 80e-5, 360e-5])
     assert [row["parameter"] for row in loud.copies.disagree()] == ["b"]
-    loud.against_float32 = _Comparison("dtype", "bfloat16 against float32")
+    loud.against_float32 = Comparison("dtype", "bfloat16 against float32")
     loud.against_float32.errors = errors(c=1e-3)
     assert loud.limit("c").largest == pytest.approx(2e-3)
-    layers = _Noise(torch.float32)
+    layers = Noise(torch.float32)
     layers.rounded.errors = errors(**{"layers.0.w": 1e-5, "layers.11.w": 8e-5, "v": 1e-5, "u": 1e-5})
     assert layers.limit("layers.0.w").largest == layers.limit("layers.3.w").largest == pytest.approx(64e-5)
-    nothing = _Noise(torch.bfloat16)
+    nothing = Noise(torch.bfloat16)
     assert nothing.limit("a").largest == nothing.loss_limit() == 8 * 2**-7
 
 

@@ -550,7 +550,7 @@ def test_what_fails_after_training_is_left_out_told_and_tried_again(
                              (judge, "judge")):  # fmt: skip
             patch.setattr(module, name, broken)
         patch.setattr("crosstrace.trace.doctor.diagnose", broken)
-        patch.setattr("crosstrace.report.figures.figure_transfer", broken)
+        patch.setattr("crosstrace.report.mechanism_figures.figure_transfer", broken)
         results = pipeline.run(experiment, folder, "resume")
     rows = {(row["stage"], row["part"], row["model"]): row for row in results["left_out"]}
     assert set(rows) == {

@@ -10,7 +10,7 @@ import pytest
 
 from crosstrace.cli import commands
 from crosstrace.core.errors import UserError
-from crosstrace.experiment import config, study
+from crosstrace.experiment import config, study_settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def test_examples_are_valid(path: Path) -> None:
     if path.name.startswith("study-"):
         with pytest.raises(UserError, match="is a study"):
             config.load(path)
-        assert study.plan(study.load(path))
+        assert study_settings.plan(study_settings.load(path))
         return
     experiment = config.load(path)
     assert config.loads(config.dumps(experiment), "dumped") == experiment

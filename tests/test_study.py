@@ -21,7 +21,7 @@ from crosstrace.cli import commands
 from crosstrace.core.errors import UserError
 from crosstrace.core.progress import Progress
 from crosstrace.core.run_folder import Run
-from crosstrace.experiment import config, study
+from crosstrace.experiment import config, study, study_settings
 
 EXPERIMENT = """
 facts: {people: 16}
@@ -45,8 +45,8 @@ GRID = {
 }
 
 
-def parsed(**changes) -> study.StudySettings:
-    return study.parse(GRID | changes, "the test")
+def parsed(**changes) -> study_settings.StudySettings:
+    return study_settings.parse(GRID | changes, "the test")
 
 
 def file_of(folder: Path, values: dict) -> Path:
@@ -61,7 +61,7 @@ def table(folder: Path) -> list[dict]:
 
 
 def test_every_combination_is_a_run_seed_by_seed() -> None:
-    runs = study.plan(parsed(vary=GRID["vary"] | {"facts.people": [16, 24]}))
+    runs = study_settings.plan(parsed(vary=GRID["vary"] | {"facts.people": [16, 24]}))
     assert [run.label for run in runs[:4]] == ["short+people=16/1", "short+people=24/1", "long+people=16/1",
                                                "long+people=24/1"]  # fmt: skip
     assert len(runs) == 8 and [run.seed for run in runs] == [1] * 4 + [2] * 4
@@ -69,9 +69,9 @@ def test_every_combination_is_a_run_seed_by_seed() -> None:
     assert last.facts.people == 24 and last.facts.seed == last.train.seed == 2
     assert last.strategies["mixed"][0].steps == 3 and runs[0].experiment.strategies["mixed"][0].steps == 2
     assert runs[-1].setting == "long+people=24"
-    (alone,) = study.plan(parsed(vary={}, seeds=[7]))
+    (alone,) = study_settings.plan(parsed(vary={}, seeds=[7]))
     assert alone.label == "default/7"
-    (random,) = study.plan(parsed(vary={}, seeds=[7], seeded=["facts.seed", "model.random_init"]))
+    (random,) = study_settings.plan(parsed(vary={}, seeds=[7], seeded=["facts.seed", "model.random_init"]))
     assert random.experiment.model.random_init == 7
 
 
@@ -102,7 +102,7 @@ def test_every_combination_is_a_run_seed_by_seed() -> None:
 )
 def test_bad_studies_are_told_in_a_sentence(changes: dict, told: str) -> None:
     with pytest.raises(UserError) as error:
-        study.plan(parsed(**changes))
+        study_settings.plan(parsed(**changes))
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
@@ -123,7 +123,7 @@ def test_keys_tell_experiments_apart_and_not_their_names_or_jobs() -> None:
     other = {"mixed": [{"name": "mixed", "batch": {"bio": 4, "qa": 4}, "steps": 2}]}
 
     def key(experiment: dict, **changes) -> dict:
-        (planned,) = study.plan(parsed(experiment=experiment, vary={}, seeds=[1], **changes))
+        (planned,) = study_settings.plan(parsed(experiment=experiment, vary={}, seeds=[1], **changes))
         return study._key(planned)
 
     whole = config.plain(config.Experiment())["strategies"]
@@ -149,12 +149,12 @@ def test_a_study_in_which_nobody_recalls_has_a_report(tmp_path: Path) -> None:
 def test_strategies_to_compare_are_those_that_every_run_has() -> None:
     only = {"strategies": {"only": [{"name": "all", "batch": {"bio": 4, "qa": 4}, "steps": 2}]}}
     single = parsed(experiment=yaml.safe_load(EXPERIMENT) | only, vary={})
-    assert study._compared(single, study.plan(single)) is None
-    assert study._compared(parsed(), study.plan(parsed())) == ("mixed", "two_stage")
+    assert study._compared(single, study_settings.plan(single)) is None
+    assert study._compared(parsed(), study_settings.plan(parsed())) == ("mixed", "two_stage")
 
 
 def test_none_is_a_point_like_any_other() -> None:
-    runs = study.plan(parsed(vary={"trace.examples": [None, 8]}, seeds=[1]))
+    runs = study_settings.plan(parsed(vary={"trace.examples": [None, 8]}, seeds=[1]))
     assert [(run.setting, run.experiment.trace.examples) for run in runs] == [
         ("examples=none", None),
         ("examples=8", 8),
@@ -191,7 +191,7 @@ def test_a_study_keeps_to_its_memory(
     monkeypatch.setattr(study, "POLL", 0.0)
     settings = parsed(vary={}, seeds=[1, 2, 3, 4], memory=1.0, cores=2)
     with Run.create(tmp_path / "out", "study: test", "new") as opened:
-        failed = study._make(opened, study.plan(settings), settings, Progress(True))
+        failed = study._make(opened, study_settings.plan(settings), settings, Progress(True))
     assert " ".join(began) == begun
     if second > 1:
         assert kept == [1, 3, 4] and len(failed) == 1 and "it alone uses 1.2 GiB" in failed[0]

@@ -25,9 +25,11 @@ from crosstrace.trace import OnlineTrace
 from crosstrace.trace.borrowed import is_the_same
 from crosstrace.training import optimisers
 from crosstrace.training.evaluation import recall
+from crosstrace.training.listeners import Listener, RecallHistory
 from crosstrace.training.losses import example_losses
 from crosstrace.training.recipes import Optimiser, Phase, mixed, two_stage
-from crosstrace.training.trainer import Listener, RecallHistory, TrainSettings, UpdateLoss, learning_rate_factor, train
+from crosstrace.training.settings import TrainSettings
+from crosstrace.training.trainer import UpdateLoss, learning_rate_factor, train
 from crosstrace.training.updates import Updates, micro_batches
 
 WORDS = tokenizer("word")

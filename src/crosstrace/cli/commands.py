@@ -393,7 +393,7 @@ def compare(arguments: list[str]) -> None:
 
 def study(arguments: list[str]) -> None:
     """One experiment over a grid of settings and seeds."""
-    from crosstrace.experiment import config, study
+    from crosstrace.experiment import config, study, study_settings
 
     words = _split("study", arguments, ("resume", "overwrite", "quiet"))
     if "help" in words.flags:
@@ -401,19 +401,21 @@ def study(arguments: list[str]) -> None:
             "Run one experiment over a grid of settings and seeds, as the file CONFIG says, in the folder STUDY or in "
             "runs/<its name>: every run of its own, several at once, then one table and a report of them all."
         )
-        return _print_help("crosstrace study CONFIG [STUDY] [OPTIONS]", about, _BEGIN_STUDY, study.StudySettings())
+        return _print_help(
+            "crosstrace study CONFIG [STUDY] [OPTIONS]", about, _BEGIN_STUDY, study_settings.StudySettings()
+        )
     if not 1 <= len(words.names) <= 2:
         raise UserError(
             f"study takes a file and at most one folder, but {len(words.names)} names were given"
             + (f": {', '.join(words.names)}" if words.names else "; e.g. crosstrace study examples/study-claims.yaml")
         )
-    options = study.load(Path(words.names[0]))
+    options = study_settings.load(Path(words.names[0]))
     words.only([item.name for item in fields(options)])
     if words.settings:
-        values = study.plain(options)
+        values = study_settings.plain(options)
         for name, text in words.changes().items():
             config.assign(values, name, config.value_of(name, text))
-        options = study.parse(values, "the command line")
+        options = study_settings.parse(values, "the command line")
     folder = Path(words.names[1]) if len(words.names) == 2 else Path("runs") / options.name
     results = study.run(options, folder, words.mode, quiet=words.quiet)
     print(study.told(results))
@@ -656,7 +658,7 @@ def _number(name: str, value: str | None) -> float:
 
 def doctor(arguments: list[str]) -> None:
     """Can a model be traced exactly here?"""
-    from crosstrace.experiment.config import ModelSettings
+    from crosstrace.experiment.settings import ModelSettings
 
     words = _split("doctor", arguments, ("quiet",))
     if "help" in words.flags:

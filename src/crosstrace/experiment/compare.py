@@ -16,7 +16,8 @@ from crosstrace.data.chat import put_questions
 from crosstrace.data.facts import FactSettings
 from crosstrace.data.text import read_jsonl, texts
 from crosstrace.experiment import config
-from crosstrace.experiment.config import Experiment, ModelSettings, TraceSettings
+from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.settings import ModelSettings, TraceSettings
 from crosstrace.models.loading import load_tokenizer
 from crosstrace.models.locating import BUNDLED
 

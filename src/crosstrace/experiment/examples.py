@@ -20,7 +20,8 @@ from crosstrace.data.facts import FactSettings
 from crosstrace.data.tasks import ID, OOD, Roles, TaskSettings
 from crosstrace.data.text import KNOWN, Example, read_jsonl, texts
 from crosstrace.data.tokens import Encoded, encode
-from crosstrace.experiment.config import Experiment, ModelSettings
+from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.settings import ModelSettings
 from crosstrace.models import locating
 
 T = TypeVar("T", Example, Encoded)

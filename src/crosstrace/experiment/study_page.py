@@ -11,6 +11,7 @@ from crosstrace.core.files import write_text
 from crosstrace.core.results import part_name
 from crosstrace.data.tasks import Roles
 from crosstrace.experiment.summary import HEADLINE, is_share
+from crosstrace.report import drawing
 from crosstrace.report import figures as F
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
@@ -83,7 +84,7 @@ def recall(results: Mapping) -> Section:
             "A dot is the mean over seeds, its line Student's 95 % interval.",
             key((say.model(s), look) for s, look in looks.items()),
             [
-                F.to_svg(F.figure_levels(R.where(rows, measure=m), titles[m], looks), f"levels-{i}", titles[m])
+                drawing.to_svg(F.figure_levels(R.where(rows, measure=m), titles[m], looks), f"levels-{i}", titles[m])
                 for i, m in enumerate(names)
             ],
             [{k: v for k, v in r.items() if k != "group"} for r in rows],
@@ -198,7 +199,7 @@ def prediction(results: Mapping, rows: Sequence[Row]) -> Section:
             "questions; no measure asks any of them. The best of many measures looks better than it is.",
             key((say.model(s), look) for s, look in looks.items()),
             [
-                F.to_svg(F.figure_scatter(rows, m, _outcome(results), named[m], looks), f"scatter-{i}", named[m])
+                drawing.to_svg(F.figure_scatter(rows, m, _outcome(results), named[m], looks), f"scatter-{i}", named[m])
                 for i, m in enumerate(m for m in map(Roles.read(results).measure, SCATTERED) if m in named)
             ],
             [{k: v for k, v in r.items() if k != "strategies"} | _by_strategy(r) for r in found],
@@ -254,10 +255,10 @@ def _outcome(results: Mapping) -> str:
     return Roles.read(results).measure("recall.qa_ood")
 
 
-def _looks(rows: Sequence[Row]) -> dict[str, F.Look]:
+def _looks(rows: Sequence[Row]) -> dict[str, drawing.Look]:
     """A look for each strategy, the known ones as in a run's report."""
     names = R.distinct(rows, "strategy")
-    return {s: look for s, look in F.strategy_looks({"recall": dict.fromkeys(names)}).items() if s in names}
+    return {s: look for s, look in drawing.strategy_looks({"recall": dict.fromkeys(names)}).items() if s in names}
 
 
 def _label(setting: str) -> str:

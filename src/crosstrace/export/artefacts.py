@@ -32,8 +32,9 @@ from crosstrace.core.provenance import metadata
 from crosstrace.core.run_folder import Run
 from crosstrace.core.settings import STRICT
 from crosstrace.experiment import config, trace_files
-from crosstrace.experiment.config import Experiment, Fraction
+from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.selection import controls, select_tasks, strengths
+from crosstrace.experiment.settings import Fraction
 from crosstrace.experiment.studied import WHENS, StudiedModel
 from crosstrace.experiment.trace_files import read_traces
 from crosstrace.models import loading, locating

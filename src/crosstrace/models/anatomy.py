@@ -22,7 +22,6 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -33,43 +32,21 @@ from transformers.pytorch_utils import Conv1D
 
 from crosstrace.core.errors import UserError
 from crosstrace.models.perturb import Map, Owned, Rows, owned, refuted, untriable
+from crosstrace.models.projections import (
+    ATTENTION,
+    COUNTS,
+    MLP,
+    Proposal,
+    attention_maps,
+    axis_of,
+    base_layer,
+    width_of,
+)
 from crosstrace.sets.paramset import ParamSet
 
 UNITS = ("query_head", "kv_head", "head", "neuron", "module", "layer", "kind")
+
 _LETTER = {"query_head": "H", "kv_head": "KV", "head": "H", "neuron": "N"}
-
-# The children by which an attention module or an MLP is recognised: role -> the child's name.
-_ATTENTION = (
-    {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},  # Llama, Mistral, Qwen, Gemma
-    {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"},  # OPT, GPT-J
-    {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "dense"},  # Phi
-    {"qkv": "qkv_proj", "o": "o_proj"},  # Phi-3
-    {"qkv": "Wqkv", "o": "out_proj"},  # MPT
-    {"qkv": "query_key_value", "o": "dense"},  # GPT-NeoX, BLOOM, Falcon
-    {"qkv": "c_attn", "o": "c_proj"},  # GPT-2
-)
-_MLP = (
-    {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
-    {"gate_up": "gate_up_proj", "down": "down_proj"},
-    {"up": "up_proj", "down": "down_proj"},
-    {"up": "dense_h_to_4h", "down": "dense_4h_to_h"},
-    {"up": "c_fc", "down": "c_proj"},
-    {"up": "fc1", "down": "fc2"},
-    {"up": "fc_in", "down": "fc_out"},
-)
-# By which names an attention module may tell its number of query heads, if the config's is not its own.
-_COUNTS = ("num_heads", "num_attention_heads", "n_heads")
-
-
-@dataclass(frozen=True)
-class _Proposal:
-    """The maps of one attention module or MLP that its shapes allow; the first that holds is taken."""
-
-    family: str  # "heads" or "neurons"
-    layer: int
-    place: str  # the module's path within its layer
-    maps: list[Map]
-    why: str | None = None  # there is none
 
 
 class Anatomy:
@@ -123,11 +100,11 @@ class Anatomy:
         self._whole_tensors()
         del self._name, self._path, self._users
 
-    def _propose(self, decoder: nn.Module, config) -> Iterator[_Proposal]:
+    def _propose(self, decoder: nn.Module, config) -> Iterator[Proposal]:
         """The maps of all attention modules and MLPs of a known form."""
         for module in decoder.modules():
             children = dict(module.named_children())
-            for family, forms, reader in (("heads", _ATTENTION, self._attention), ("neurons", _MLP, self._mlp)):
+            for family, forms, reader in (("heads", ATTENTION, self._attention), ("neurons", MLP, self._mlp)):
                 form = next((f for f in forms if children.keys() >= set(f.values())), None)
                 if form is None:
                     continue
@@ -135,13 +112,13 @@ class Anatomy:
                 layer = self._set_kinds(modules, "attention" if family == "heads" else "mlp")
                 if layer is None:
                     continue
-                linear = all(isinstance(_plain(m), (nn.Linear, Conv1D)) for m in modules.values())
+                linear = all(isinstance(base_layer(m), (nn.Linear, Conv1D)) for m in modules.values())
                 maps = reader(module, modules, config) if linear else "its projections are no linear layers"
                 place = _within(self._path[id(module)])
                 if isinstance(maps, str):
-                    yield _Proposal(family, layer, place, [], maps)
+                    yield Proposal(family, layer, place, [], maps)
                 else:
-                    yield _Proposal(family, layer, place, maps)
+                    yield Proposal(family, layer, place, maps)
 
     def why(self, unit: str) -> str:
         """Why the model, or a part of it, has no such unit: the notes about it as one sentence."""
@@ -274,14 +251,14 @@ class Anatomy:
 
     def _names(self, module: nn.Module) -> list[str]:
         """Canonical names of a module's own parameters, and of an adapter's on it."""
-        return [self._name[id(p)] for p in module.parameters(recurse=_plain(module) is not module)]
+        return [self._name[id(p)] for p in module.parameters(recurse=base_layer(module) is not module)]
 
     def _simple_kinds(self, path: str, module: nn.Module) -> None:
         """The kinds that a module's class or path tells; attention and MLP follow from their families."""
         kind = None
         if "norm" in type(module).__name__.lower():
             kind = "norm"
-        elif isinstance(_plain(module), nn.Embedding):
+        elif isinstance(base_layer(module), nn.Embedding):
             kind = "position"  # token embeddings are told apart afterwards, by identity
         elif re.search(r"(^|\.)(router|gate)$", path):
             kind = "router"
@@ -300,25 +277,25 @@ class Anatomy:
 
     def _attention(self, home: nn.Module, modules: Mapping[str, nn.Module], config) -> list[Map] | str:
         """The maps of an attention module that its shapes allow, or why there is none."""
-        told = [_told(config, "num_attention_heads"), *(getattr(home, name, None) for name in _COUNTS)]
+        told = [_told(config, "num_attention_heads"), *(getattr(home, name, None) for name in COUNTS)]
         counts = [heads for heads in dict.fromkeys(told) if isinstance(heads, int) and heads > 0]
         if not counts:
             return "neither the config nor the module tells the number of heads"
-        maps = [m for heads in counts for m in _attention_maps(home, modules, heads)]
+        maps = [m for heads in counts for m in attention_maps(home, modules, heads)]
         if maps:
             return maps
-        shapes = ", ".join(f"{_width(x, 'out')} rows of {role.upper()}" for role, x in modules.items() if role != "o")
-        return f"{shapes} and {_width(modules['o'], 'in')} columns of O do not fit {counts[0]} heads"
+        shapes = ", ".join(f"{width_of(x, 'out')} rows of {role.upper()}" for role, x in modules.items() if role != "o")
+        return f"{shapes} and {width_of(modules['o'], 'in')} columns of O do not fit {counts[0]} heads"
 
     def _mlp(self, home: nn.Module, modules: Mapping[str, nn.Module], config) -> list[Map] | str:
         """The maps of an MLP that its shapes allow, or why there is none."""
-        neurons = _width(modules["down"], "in")
+        neurons = width_of(modules["down"], "in")
         ids = torch.arange(neurons)
         layouts = {"gate": [ids], "up": [ids], "gate_up": [ids.repeat(2), ids.repeat_interleave(2)]}
         inner = {role: module for role, module in modules.items() if role != "down"}
         for role, module in inner.items():
-            if _width(module, "out") != len(layouts[role][0]):
-                return f"{_width(module, 'out')} rows of its {role} projection do not fit {neurons} columns of down"
+            if width_of(module, "out") != len(layouts[role][0]):
+                return f"{width_of(module, 'out')} rows of its {role} projection do not fit {neurons} columns of down"
         maps = []
         for layout in product(*(layouts[role] for role in inner)):
             claims = [
@@ -328,7 +305,7 @@ class Anatomy:
             maps.append(Map(home, modules["down"], tuple(claims)))
         return maps
 
-    def _believe(self, model: nn.Module, decoder: nn.Module, proposals: Sequence[_Proposal]) -> None:
+    def _believe(self, model: nn.Module, decoder: nn.Module, proposals: Sequence[Proposal]) -> None:
         """Try the maps, place the units of those that hold, and say why the others don't."""
         maps = [m for proposal in proposals for m in proposal.maps]
         why = untriable(model)
@@ -454,17 +431,10 @@ class Anatomy:
                 self._index[unit][self._name[id(p)]] = axis, index
 
 
-def _plain(module: nn.Module) -> nn.Module:
-    """The module that an adapter (PEFT's) is put on, which its wrapper holds; of any other, itself."""
-    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
-        module = inner
-    return module
-
-
 def _along(module: nn.Module, side: str) -> Iterator[tuple[Tensor, int]]:
     """The parameters of a projection, and of a LoRA adapter on it, that have an axis along one of its sides."""
-    plain: Any = _plain(module)
-    yield plain.weight, _axis(plain, side)
+    plain: Any = base_layer(module)
+    yield plain.weight, axis_of(plain, side)
     if side == "out" and getattr(plain, "bias", None) is not None:
         yield plain.bias, 0
     for part, axis in {"in": {"lora_A": 1}, "out": {"lora_B": 0, "lora_magnitude_vector": 0}}[side].items():
@@ -473,88 +443,12 @@ def _along(module: nn.Module, side: str) -> Iterator[tuple[Tensor, int]]:
                 yield p, axis
 
 
-def _axis(module: nn.Module, side: str) -> int:
-    """The weight's axis: nn.Linear keeps [out, in], GPT-2's Conv1D [in, out]."""
-    return int((side == "out") == isinstance(module, Conv1D))
-
-
-def _width(module: nn.Module, side: str) -> int:
-    weight = _plain(module).weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[_axis(_plain(module), side)]
-
-
 def _told(config, name: str) -> Any:
     """A setting of the config, None where it has none, or one of its own for each layer (transformers then raises)."""
     try:
         return getattr(config, name, None)
     except Exception:
         return None
-
-
-def _attention_maps(home: nn.Module, modules: Mapping[str, nn.Module], heads: int) -> list[Map]:
-    """The maps of an attention module with so many query heads in the usual layouts; none if the shapes forbid them."""
-    width = _width(modules["o"], "in")
-    dim = width // heads
-    rows = {role: _width(module, "out") for role, module in modules.items() if role != "o"}
-    kv_rows = rows["k"] if "k" in rows else (rows["qkv"] - width) // 2
-    kv = kv_rows // dim if dim else 0
-    gated = rows.get("q") == 2 * width  # a gate of each query's size beside it
-    expected = {"q": width * (1 + gated), "k": kv * dim, "v": kv * dim, "qkv": width + 2 * kv * dim}
-    fits = kv > 0 and heads * dim == width and heads % kv == 0
-    if not fits or any(number != expected[role] for role, number in rows.items()):
-        return []
-    queries = torch.arange(heads).repeat_interleave(dim)
-    keys = queries // (heads // kv)
-    maps = []
-    for slices in _fused(heads, kv) if "qkv" in rows else _apart(heads, kv, gated):
-        claims = []
-        for role, units in slices.items():
-            name = f"a {'query' if role == 'q' else 'key/value'} head's rows of {role.upper()}"
-            claims.append(
-                Rows(
-                    name=name,
-                    unit="query_head" if role == "q" else "kv_head",
-                    projection=modules["qkv" if "qkv" in rows else role],
-                    of_row=units.repeat_interleave(dim),
-                    of_column=queries if role == "q" else keys,
-                    reaches_later={"q": False, "k": True, "v": None}[role] if "qkv" in rows else None,
-                    mixes=role != "v",
-                )
-            )
-        maps.append(Map(home, modules["o"], tuple(claims)))
-    return maps
-
-
-def _apart(heads: int, kv: int, gated: bool) -> list[dict[str, Tensor]]:
-    """The unit of each slice of head-width rows, of separate projections Q, K and V: the usual layouts.
-
-    If Q has a gate beside each query: for each head its query and its gate; and all queries, then all gates.
-    """
-    query, key = torch.arange(heads), torch.arange(kv)
-    queries = [query.repeat_interleave(2), query.repeat(2)] if gated else [query]
-    return [{"q": q, "k": key, "v": key} for q in queries]
-
-
-def _fused(heads: int, kv: int) -> list[dict[str, Tensor]]:
-    """The unit of each slice of head-width rows, -1 for none, of Q, K and V in one projection: the usual layouts.
-
-    First all of Q, then all of K, then all of V; and for each key/value head its queries, its key, its value.
-    """
-    query, key, none = torch.arange(heads), torch.arange(kv), torch.tensor(-1)
-    blocks = {
-        "q": torch.cat([query, none.expand(2 * kv)]),
-        "k": torch.cat([none.expand(heads), key, none.expand(kv)]),
-        "v": torch.cat([none.expand(heads + kv), key]),
-    }
-    queries, nobody, key = query.view(kv, -1), none.expand(kv, heads // kv), key.view(-1, 1)
-    one = none.expand(kv, 1)
-    groups = {
-        "q": torch.cat([queries, one, one], 1).view(-1),
-        "k": torch.cat([nobody, key, one], 1).view(-1),
-        "v": torch.cat([nobody, one, key], 1).view(-1),
-    }
-    return [blocks, groups]
 
 
 def _layers(numbers: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from crosstrace.core.left_out import Failure, hindrance
-from crosstrace.report import figures as F
+from crosstrace.report import drawing
 from crosstrace.report.rows import Row
 
 MARKS = {  # the marks of matplotlib as paths around (14, 6), for the keys above the figures
@@ -67,12 +67,12 @@ class Section:
     failure: Failure | None = None  # why it could not be drawn
 
 
-def key(entries: Iterable[tuple[str, F.Look]]) -> list[dict[str, str]]:
+def key(entries: Iterable[tuple[str, drawing.Look]]) -> list[dict[str, str]]:
     dashes = {"-": "", "--": "6 4", ":": "2 3"}
     return [
         {
             "label": label,
-            "color": F.VARIABLES[look.color],
+            "color": drawing.VARIABLES[look.color],
             "dash": dashes[look.dash],
             "width": str(look.width),
             "mark": MARKS.get(look.mark, ""),

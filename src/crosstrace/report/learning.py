@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import product
 
 from crosstrace.data.tasks import Roles
-from crosstrace.report import figures as F
+from crosstrace.report import drawing, mechanism_figures
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
 from crosstrace.report.blocks import Cell, Plot, Section, Table, key
@@ -92,9 +92,11 @@ def transfer(results: Mapping) -> Section:
             "the fact, not for others; only the way back to the name is new altogether. "
             + "The base is asked about the people it was pretrained on. " * ("a_ood" in parts)
             + f"Lines are 95 % intervals, resampled by subject.{missing}",
-            key([*models_of(results, rows), ("chance", F.CHANCE)]),
+            key([*models_of(results, rows), ("chance", drawing.CHANCE)]),
             [
-                F.to_svg(F.figure_transfer(results, part=p, legend=False), f"transfer-{i}", say.test(p))
+                drawing.to_svg(
+                    mechanism_figures.figure_transfer(results, part=p, legend=False), f"transfer-{i}", say.test(p)
+                )
                 for i, p in enumerate(parts)
             ],
             rows,
@@ -139,9 +141,13 @@ def dynamics(results: Mapping) -> Section:
             "Every measure is taken anew at each checkpoint on the same few examples; a dotted vertical is where a "
             "strategy changes phase. Halfway is the first update at which a measure had made half of its way from the "
             "base to the end of training; of a measure that came back on its way, nothing is said.",
-            key((say.model(s), F.strategy_looks(results)[s]) for s in names),
+            key((say.model(s), drawing.strategy_looks(results)[s]) for s in names),
             [
-                F.to_svg(F.figure_dynamics(results, measure=m, legend=False), f"dynamics-{i}", say.measured(m))
+                drawing.to_svg(
+                    mechanism_figures.figure_dynamics(results, measure=m, legend=False),
+                    f"dynamics-{i}",
+                    say.measured(m),
+                )
                 for i, m in enumerate(measures)
             ],
             rows,
@@ -185,9 +191,15 @@ def retention(results: Mapping) -> Section:
             sentences[0] or "Recall under further training.",
             "Each taught model is trained further on what retention.people or retention.text says, alone and with "
             "taught examples replayed in every update.",
-            key((f"{say.model(s)}, {say.ARMS[a]}", F.arm_look(results, s, a)) for s in names for a in arms),
+            key(
+                (f"{say.model(s)}, {say.ARMS[a]}", mechanism_figures.arm_look(results, s, a))
+                for s in names
+                for a in arms
+            ),
             [
-                F.to_svg(F.figure_retention(results, part=p, legend=False), f"retention-{i}", say.test(p))
+                drawing.to_svg(
+                    mechanism_figures.figure_retention(results, part=p, legend=False), f"retention-{i}", say.test(p)
+                )
                 for i, p in enumerate(parts)
             ],
             rows,

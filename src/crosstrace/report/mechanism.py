@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from crosstrace.report import figures as F
+from crosstrace.report import drawing, mechanism_figures
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
 from crosstrace.report.blocks import Cell, Plot, Section, Table, key
@@ -41,7 +41,9 @@ def gradients(results: Mapping) -> Section:
             "which is why the base is shown.",
             key(models_of(results, rows)),
             [
-                F.to_svg(F.figure_gradients(results, part=p, legend=False), f"gradients-{i}", say.test(p))
+                drawing.to_svg(
+                    mechanism_figures.figure_gradients(results, part=p, legend=False), f"gradients-{i}", say.test(p)
+                )
                 for i, p in enumerate(parts)
             ],
             rows,
@@ -82,7 +84,7 @@ def representations(results: Mapping) -> Section:
             "centred cosine, at three places of the text; of the relation, only where the subject comes before (in the "
             "bundled biographies it ends right before the object). Layer 0 are the embeddings. Bands are 95 % "
             "intervals, resampled by subject.",
-            key([*models_of(results, rows), ("knowing the relation or the subject alone", F.CHANCE)]),
+            key([*models_of(results, rows), ("knowing the relation or the subject alone", drawing.CHANCE)]),
             _panels(results, places, parts, "top1"),
             rows,
             folded=[*_panels(results, places, parts, "cka"), *_panels(results, places, parts, "excess")],
@@ -124,14 +126,18 @@ def signature(results: Mapping) -> Section:
             "are told in biographies alone. Lines are 95 % intervals, resampled by subject.",
             key(models_of(results, rows)),
             [
-                F.to_svg(F.figure_signature(results, part=p, form=f, legend=False), f"signature-{i}-{j}", say.test(p))
+                drawing.to_svg(
+                    mechanism_figures.figure_signature(results, part=p, form=f, legend=False),
+                    f"signature-{i}-{j}",
+                    say.test(p),
+                )
                 for i, p in enumerate(parts)
                 for j, f in enumerate(("recalled", "stored"))
             ],
             rows,
             folded=[
-                F.to_svg(
-                    F.figure_signature(results, part=p, form=f, value="erased", legend=False),
+                drawing.to_svg(
+                    mechanism_figures.figure_signature(results, part=p, form=f, value="erased", legend=False),
                     f"erased-{i}-{j}",
                     say.test(p),
                 )
@@ -182,7 +188,9 @@ def lens(results: Mapping) -> Section:
             "subject.",
             key(models_of(results, rows)),
             [
-                F.to_svg(F.figure_lens(results, part=p, place=place, legend=False), f"lens-{i}", say.test(p))
+                drawing.to_svg(
+                    mechanism_figures.figure_lens(results, part=p, place=place, legend=False), f"lens-{i}", say.test(p)
+                )
                 for i, (p, place) in enumerate(panels)
             ],
             rows,
@@ -228,8 +236,8 @@ def circuit(results: Mapping) -> Section:
         if found:
             sentences.append("; ".join(found) + ".")
     panels = [
-        F.to_svg(
-            F.figure_circuit(results, model=model, unit=unit, part=part, legend=False),
+        drawing.to_svg(
+            mechanism_figures.figure_circuit(results, model=model, unit=unit, part=part, legend=False),
             f"circuit-{i}-{j}-{k}",
             f"{say.model(model)}, {say.unit(unit)}, {say.test(part)}",
         )
@@ -246,7 +254,7 @@ def circuit(results: Mapping) -> Section:
             "are; random nodes beside them, mean and 95 % interval over draws."
             + " The base is asked about the people it was pretrained on."
             * ("a_ood" in R.distinct(rows, "part")),
-            key((say.curve(*which), look) for which, look in F.CIRCUIT.items()),
+            key((say.curve(*which), look) for which, look in mechanism_figures.CIRCUIT.items()),
             panels,
             rows,
             also=" ".join(sentences[1:]),
@@ -322,7 +330,7 @@ def minimal_graft(results: Mapping) -> Section:
         else:
             text = f"grafting {say.percent(fewest['fraction'])} of its parameters restores nine tenths of that"
         sentences.append(f"{say.model(model)} answers {say.percent(whole)} of the {say.answered(parts[0])}; {text}.")
-    lines = [("model as trained", F.TUNED), ("base", F.UNTUNED)]
+    lines = [("model as trained", drawing.TUNED), ("base", drawing.UNTUNED)]
     section.blocks.append(
         Plot(
             "minimal_graft",
@@ -331,10 +339,10 @@ def minimal_graft(results: Mapping) -> Section:
             "how much their change moves the trained answers (root mean square over questions, and over points on the "
             "way from base to tuned values), or by how far they moved. Held-out questions have no part in the order. "
             "Bands are 95 % Wilson intervals.",
-            key([*((say.GRAFTED[name], look) for name, look in F.GRAFTS.items()), *lines]),
+            key([*((say.GRAFTED[name], look) for name, look in mechanism_figures.GRAFTS.items()), *lines]),
             [
-                F.to_svg(
-                    F.figure_minimal_graft(results, model=model, part=part, legend=False),
+                drawing.to_svg(
+                    mechanism_figures.figure_minimal_graft(results, model=model, part=part, legend=False),
                     f"minimal-graft-{i}-{j}",
                     f"{say.model(model)}, {say.test(part)}",
                 )
@@ -397,8 +405,8 @@ def positions(results: Mapping) -> Section:
             "are 95 % Wilson intervals.",
             key(models_of(results, rows)),
             [
-                F.to_svg(
-                    F.figure_positions(results, part=part, component=component, legend=False),
+                drawing.to_svg(
+                    mechanism_figures.figure_positions(results, part=part, component=component, legend=False),
                     f"positions-{i}-{j}",
                     f"{say.test(part)}, {say.COMPONENTS.get(component, component)}",
                 )
@@ -414,8 +422,8 @@ def positions(results: Mapping) -> Section:
 
 def _panels(results: Mapping, places: list[str], parts: list[str], value: str) -> list[str]:
     return [
-        F.to_svg(
-            F.figure_depth(results, place=place, part=part, value=value, legend=False),
+        drawing.to_svg(
+            mechanism_figures.figure_depth(results, place=place, part=part, value=value, legend=False),
             f"states-{value}-{i}-{j}",
             f"{say.STATES[value]}, {say.place(place)}, {say.test(part)}",
         )
@@ -424,10 +432,10 @@ def _panels(results: Mapping, places: list[str], parts: list[str], value: str) -
     ]
 
 
-def models_of(results: Mapping, rows: list[Row]) -> list[tuple[str, F.Look]]:
+def models_of(results: Mapping, rows: list[Row]) -> list[tuple[str, drawing.Look]]:
     """The models that some rows are of, each with its look: the key of their figure."""
     found = R.distinct(rows, "model")
-    return [(say.model(m), look) for m, look in F.strategy_looks(results).items() if m in found]
+    return [(say.model(m), look) for m, look in drawing.strategy_looks(results).items() if m in found]
 
 
 def by_part(results: Mapping, title: str, rows: list[Row], columns: Columns) -> list[Table]:

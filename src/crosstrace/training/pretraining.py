@@ -25,8 +25,10 @@ from crosstrace.data.text import biographies, questions
 from crosstrace.data.tokens import encode
 from crosstrace.models.loading import save_model
 from crosstrace.training.evaluation import recall, summaries
+from crosstrace.training.listeners import RecallHistory
 from crosstrace.training.recipes import Optimiser, Phase
-from crosstrace.training.trainer import RecallHistory, TrainSettings, train
+from crosstrace.training.settings import TrainSettings
+from crosstrace.training.trainer import train
 
 POPULATION_A = FactSettings(
     population="A", people=3000, seed=1, qa_share=0.5, biographies=5, order="permuted", subject="either", questions=3

@@ -9,18 +9,15 @@ checkpoint. It knows nothing of traces beyond handing each update's batches to w
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -28,95 +25,19 @@ from crosstrace.core.errors import UserError
 from crosstrace.core.files import remove, remove_folder
 from crosstrace.core.pieces import at_rest, is_sharded, local
 from crosstrace.core.processes import Processes, by_first
-from crosstrace.core.settings import STRICT
 from crosstrace.data.tokens import IGNORE, Batch, Encoded
-from crosstrace.models.adapters import LoraSettings, is_adapted, load_weights
-from crosstrace.models.forward import TrainingForwards, logits_at, rows_at
+from crosstrace.models.adapters import is_adapted, load_weights
+from crosstrace.models.forward import logits_at, rows_at
 from crosstrace.models.loading import load_model, pad_id
 from crosstrace.models.modes import checkpointing_gradients, silent
 from crosstrace.training import optimisers
+from crosstrace.training.listeners import Listener, TaskPart
 from crosstrace.training.losses import aligned_losses, next_tokens, target_positions
 from crosstrace.training.recipes import Optimiser, Phase, Strategy
+from crosstrace.training.settings import TrainSettings
 from crosstrace.training.updates import MicroBatches, Updates, epoch_sizes
 
-
-@settings(frozen=True, config=STRICT)
-class TrainSettings:
-    """How every strategy is trained."""
-
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
-    """Seed of the order in which examples are seen."""
-    optimiser: Optimiser = Field(default_factory=Optimiser)
-    """Settings of every phase that names none of its own."""
-    lora: LoraSettings | None = None
-    """Train a LoRA adapter in place of all weights, e.g. {rank: 8, alpha: 16}; all weights are trained if not given."""
-    precision: Literal["auto", "float32", "bf16"] = "auto"
-    """Of the multiplications in training: `auto` is bf16 autocast where the processor has it, else float32."""
-    micro_batch: Annotated[int, Field(ge=1)] | None = None
-    """Examples of one task that go through the model at once, at most; the gradients of an update's micro-batches are
-    added up. Fewer take less memory; an update's loss and traces are the same but for rounding."""
-    gradient_checkpointing: bool = False
-    """Keep only what enters each layer in a forward, and compute the rest again in the backward: slower, with less
-    memory. What is traced during training is then a forward of its own (see trace.forward)."""
-    checkpoint_every: Annotated[int, Field(ge=1)] = 50
-    """Updates between the checkpoints that an interrupted training resumes from."""
-    keep_checkpoints: bool = False
-    """Keep every checkpoint (as models/<strategy>/<phase>/checkpoint-N) rather than the last one."""
-    recall_every: Annotated[int, Field(ge=0)] = 50
-    """Updates between measurements of recall during training; 0 for none."""
-    recall_examples: Annotated[int, Field(ge=1)] = 300
-    """Examples in each of those measurements."""
-    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
-    """Trackers that get the loss and the learning rate while training, by the Trainer's own integrations."""
-
-
 LOG_EVERY = 10  # updates between two points of a tracker's curves
-
-
-class Listener:
-    """What is told of training; a class of its own does something with it.
-
-    Its state travels with the checkpoints. Of several processes each has its own, and all are told the same.
-    """
-
-    def on_update(self, model: Any, batches: MicroBatches, lr: float, update: int, forwards: TrainingForwards) -> None:
-        """Before update number `update` (0-based, over all phases): the model as it is and each task's micro-batches,
-        which it will see next, those of all processes together.
-
-        Args:
-            forwards: by task, the training's own forward: of some rows of a micro-batch; or of the next one, in the
-                order of tasks and micro-batches without a gap, to be kept for the update, which then makes none of its
-                own. It gives the losses of the labels [B]. A task has one if its labels are among those trained, so
-                that nothing else is computed than without; none has one where several processes train or gradients are
-                checkpointed.
-        """
-
-    def on_gradient(self, model: Any, task: str, part: TaskPart) -> None:
-        """A task's part of an update's loss has been differentiated: `.grad` has gained its gradient since the last
-        call, before clipping. Every task of the update is told of, in their order."""
-
-    def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
-        """After `update` updates over all phases; `last` at the end of a phase."""
-
-    def save(self, folder: Path, leads: bool) -> None:
-        """Write everything that a resumed training needs. Of several processes all call this, and one `leads`: it
-        writes what all of them have."""
-
-    def load(self, folder: Path) -> None:
-        """Read it back."""
-
-
-@dataclass(frozen=True)
-class TaskPart:
-    """A task's part of an update's loss: weight · mean over its examples of ℓ."""
-
-    lr: float
-    examples: int
-    weight: float
-    last: bool
-    """Whether it is the update's last one."""
-    optimizer: Any = None
-    """The phase's optimiser, as the update before left it."""
 
 
 @dataclass
@@ -543,26 +464,3 @@ def _load_weights(model: Any, folder: Path, processes: Processes | None) -> None
     with silent():
         saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
     model.load_state_dict(saved.state_dict())
-
-
-class RecallHistory(Listener):
-    """A listener that measures recall every so many updates."""
-
-    def __init__(self, measure: Callable[[Any], dict[str, Any]], every: int):
-        self.measure, self.every = measure, every
-        self.rows: list[dict[str, Any]] = []
-
-    def on_update(self, model: Any, batches: MicroBatches, lr: float, update: int, forwards: TrainingForwards) -> None:
-        if update == 0 and not self.rows:
-            self.rows.append({"update": 0, "phase": "", **self.measure(model)})
-
-    def on_updated(self, model: Any, update: int, phase: str, last: bool) -> None:
-        if (self.every and update % self.every == 0) or last:
-            self.rows.append({"update": update, "phase": phase, **self.measure(model)})
-
-    def save(self, folder: Path, leads: bool) -> None:
-        if leads:
-            (folder / "recall.json").write_text(json.dumps(self.rows))
-
-    def load(self, folder: Path) -> None:
-        self.rows = json.loads((folder / "recall.json").read_text())

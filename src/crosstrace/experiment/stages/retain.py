@@ -46,8 +46,9 @@ from crosstrace.sets.controls import random_sets
 from crosstrace.sets.interventions import grafted, snapshot
 from crosstrace.sets.paramset import ParamSet
 from crosstrace.training.evaluation import recall
+from crosstrace.training.listeners import RecallHistory
 from crosstrace.training.recipes import Phase
-from crosstrace.training.trainer import RecallHistory, train
+from crosstrace.training.trainer import train
 
 Row = dict[str, Any]
 ARMS = ("alone", "replay")

@@ -20,7 +20,7 @@ from crosstrace.trace.accumulated import Accumulated
 from crosstrace.trace.means import REDUCTIONS
 from crosstrace.trace.memory import free_memory
 from crosstrace.trace.rules import sum_dtype
-from crosstrace.training.trainer import Listener, TaskPart
+from crosstrace.training.listeners import Listener, TaskPart
 from crosstrace.training.updates import MicroBatches
 
 SUMS = "sums"  # the folder of the trace during training, until it is over

@@ -19,7 +19,8 @@ from crosstrace.experiment.stages.recall import Asking, asking
 from crosstrace.experiment.stages.tracers import SUMS, OnlineListener, SummedListener, Tracer
 from crosstrace.experiment.studied import START, StudiedModel, model_key, trains_in_bf16
 from crosstrace.models import adapter_files, adapters, locating
-from crosstrace.training.trainer import Listener, PhaseReport, RecallHistory, train
+from crosstrace.training.listeners import Listener, RecallHistory
+from crosstrace.training.trainer import PhaseReport, train
 
 
 def teach(studied: StudiedModel) -> None:
