@@ -612,6 +612,7 @@ class Watch:
 def updates(sheet: Sheet, case: Training, with_trace: bool) -> Row:
     """The median seconds of an update of mixed training on generated facts: the Trainer's own step in bf16 autocast."""
     from crosstrace.data.facts import FactSettings
+    from crosstrace.data.tasks import DEFAULT_ROLES
     from crosstrace.data.text import texts
     from crosstrace.data.tokens import encode
     from crosstrace.experiment.examples import training_examples
@@ -626,7 +627,7 @@ def updates(sheet: Sheet, case: Training, with_trace: bool) -> Row:
     tokenizer = load_tokenizer("bundled")
     own = texts(FactSettings(people=60 if sheet.smoke else 400))
     parts = {"bio": own["bio"], "qa_id": [item for item in own["qa"] if item.split == "id"]}
-    examples = training_examples({part: encode(tokenizer, items) for part, items in parts.items()})
+    examples = training_examples({part: encode(tokenizer, items) for part, items in parts.items()}, DEFAULT_ROLES)
     model = made(case.shape, device, "float32", ModelSettings().attention)
     trace = OnlineTrace(model, ["bio", "qa"], ["abs"], case.reductions) if with_trace else None
     # the first updates compile, tune and choose the rules

@@ -92,13 +92,13 @@ def test_a_signal_while_workers_work_leaves_nobody_and_a_run_to_go_on_with(
 def test_a_signal_while_a_file_is_written_takes_the_half_of_it_away(tmp_path: Path) -> None:
     program = (
         "import pathlib, sys, time\n"
-        "from crosstrace import __main__, cli, store\n"
+        "from crosstrace import __main__\nfrom crosstrace.cli import commands\nfrom crosstrace.core import files\n"
         "def write(words):\n"
-        "    with store.replacing(words[0]) as partial:\n"
+        "    with files.replacing(words[0]) as partial:\n"
         "        partial.write_text('half')\n"
         "        print('begun', flush=True)\n"
         "        time.sleep(60)\n"
-        "cli.COMMANDS['export'] = write\n"
+        "commands.COMMANDS['export'] = write\n"
         "__main__.main()\n"
     )
     process = subprocess.Popen(
@@ -123,7 +123,7 @@ def test_a_signal_while_a_file_is_written_takes_the_half_of_it_away(tmp_path: Pa
 def test_a_process_that_does_not_hear_is_ended(tmp_path: Path, work: str) -> None:
     program = (
         "import contextlib, ctypes, threading, time\n"
-        "from crosstrace import __main__, cli, interrupts\n"
+        "from crosstrace import __main__\nfrom crosstrace.cli import commands\nfrom crosstrace.core import interrupts\n"
         "interrupts.PATIENCE = 0.5\n"
         "def lost():\n"  # as in a destructor, where exceptions are dropped
         "    while True:\n"
@@ -132,7 +132,7 @@ def test_a_process_that_does_not_hear_is_ended(tmp_path: Path, work: str) -> Non
         "def work(words):\n"
         "    print('begun', flush=True)\n"
         f"    {work}\n"
-        "cli.COMMANDS['demo'] = work\n"
+        "commands.COMMANDS['demo'] = work\n"
         "__main__.main()\n"
     )
     process = subprocess.Popen(
@@ -148,8 +148,8 @@ def test_a_signal_that_is_to_be_ignored_is(tmp_path: Path) -> None:
     program = (
         "import signal, time\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"  # as nohup does
-        "from crosstrace import __main__, cli\n"
-        "cli.COMMANDS['demo'] = lambda words: (print('begun', flush=True), time.sleep(1))\n"
+        "from crosstrace import __main__\nfrom crosstrace.cli import commands\n"
+        "commands.COMMANDS['demo'] = lambda words: (print('begun', flush=True), time.sleep(1))\n"
         "__main__.main()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program, "demo"], stdout=subprocess.PIPE, text=True)

@@ -12,7 +12,7 @@ import pytest
 def prepared(given: dict[str, str]) -> tuple[str, list[int]]:
     """GOMP_SPINCOUNT, and the parameters that malloc was told, in a process with some environment."""
     code = (
-        "import ctypes, os\nfrom crosstrace import machine\ntold = []\n"
+        "import ctypes, os\nfrom crosstrace.core import machine\ntold = []\n"
         "class Library:\n    def mallopt(self, parameter, value): told.append(parameter); return 1\n"
         "machine.ctypes.CDLL = lambda name: Library()\nmachine.prepare()\n"
         "import sys\nprint(os.environ.get('GOMP_SPINCOUNT', ''), *told, 'torch' in sys.modules)"

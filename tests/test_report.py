@@ -230,7 +230,7 @@ def test_any_strategies_and_tasks(tmp_path):
         raw = raw.replace(f'"{old}', f'"{new}')
     results = json.loads(raw.replace('"bio"', '"wiki"').replace('"qa"', '"quiz"'))
     text = text_of(report.write_report(results, tmp_path))
-    assert "my recipe" in text and "quiz, held out (OOD)" in text and "quiz alone" in text
+    assert "my recipe" in text and "Quiz, held out (OOD)" in text and "quiz alone" in text
     assert "of the held-out quiz" in text
 
 
