@@ -10,7 +10,7 @@ bytes is skipped, any other is built again. This module knows nothing of what a 
     <folder>/manifest/RUN             marks the folder as a crosstrace run
     <folder>/manifest/<step>.json     one record per finished step ("/" in its name is written %2F)
     <folder>/manifest/started/        when the steps that keep their partial folder began
-    <folder>/manifest/left_out/       parts that failed and that the run does without (see left_out.py)
+    <folder>/manifest/left_out/       parts that failed and that the run does without (see core/left_out.py)
     <folder>/<step>                   a finished file or folder
 """
 

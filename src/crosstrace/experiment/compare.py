@@ -1,6 +1,6 @@
 """A comparison: a base and models that were tuned from it elsewhere, analysed without any training.
 
-It only says which experiment that is; `pipeline.run` runs it like any other, and `alike` whether the models fit.
+It only says which experiment that is; `pipeline.run` runs it like any other, and `compatibility` whether the models fit.
 """
 
 from __future__ import annotations

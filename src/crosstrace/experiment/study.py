@@ -42,9 +42,6 @@ HEAVY = ("models", "traces", "shared", "data")  # what only a run that goes on n
 POLL = 0.2  # seconds between looks at the running processes
 
 
-# ------------------------------------------------------------------------------- running
-
-
 def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = False) -> dict[str, Any]:
     """Make every run of a study that is not complete, then its table, findings and report.
 

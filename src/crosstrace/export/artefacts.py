@@ -1,6 +1,6 @@
 """Models for others: grafted and ablated ones as ordinary Hugging Face folders, each with a card of its origin.
 
-The weights are the very bits that `intervene.grafted` and `intervene.ablated` give. It measures nothing: the sets of a
+The weights are the very bits that `interventions.grafted` and `interventions.ablated` give. It measures nothing: the sets of a
 run are those that the stage `intervene` measured, and what a card says of recall is what that stage found.
 
     <folder>/config.json, *.safetensors, tokenizer*   what `AutoModelForCausalLM` and `AutoTokenizer` read

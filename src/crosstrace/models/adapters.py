@@ -1,7 +1,7 @@
 """LoRA adapters in training: put one on a base, merge it for a while, read its weights back. By PEFT.
 
 An adapter replaces a projection W by W + s·B·A, with s = alpha/rank; only A and B are trained. It knows neither tasks,
-strategies nor traces; `models.load_model` reads what is saved. Formulas and the views of an adapter: docs/method.md.
+strategies nor traces; `loading.load_model` reads what is saved. Formulas and the views of an adapter: docs/method.md.
 """
 
 from __future__ import annotations

@@ -23,9 +23,6 @@ def check_pieces(experiment: Experiment) -> None:
         loading.check_pieces(name)
 
 
-# ------------------------------------------------------------------------------- does it fit?
-
-
 def problems_of(needs: Needs) -> list[str]:
     """What does not fit, and by how much."""
     found, totals, words = [], needs.totals(), dict(IN_WORDS)

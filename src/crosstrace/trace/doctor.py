@@ -484,9 +484,6 @@ class _Examination:
         )
 
 
-# ---------------------------------------------------------------- ways through the model
-
-
 def _examples(
     model: Any, tokenizer: Any, count: int, texts: Mapping[str, Sequence[Example]] | None = None
 ) -> list[Encoded]:

@@ -297,9 +297,6 @@ def _norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(_wide(x)))
 
 
-# ---------------------------------------------------------------- numbers
-
-
 def name_pattern(name: str) -> str:
     """A parameter's name without the numbers of its layer and expert."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

@@ -218,7 +218,7 @@ class _Unsent:
 
 
 def _in_pieces(model: Any, mesh: Any, gloo: bool) -> Any:
-    """The model as `models.load_model` gives it to the processes of the mesh: in pieces, tied when it is so."""
+    """The model as `loading.load_model` gives it to the processes of the mesh: in pieces, tied when it is so."""
     from transformers.distributed.configuration_utils import DistributedConfig
 
     head = model.get_output_embeddings()
@@ -438,7 +438,7 @@ class Understudy:
             yield
 
     def recall(self, rows: Sequence[Batch]) -> Parts:
-        """`evaluate.recall` of some batches, one after the other: the last one's results are still held."""
+        """`evaluation.recall` of some batches, one after the other: the last one's results are still held."""
 
         def rehearse(model: Any) -> Sequence[Parts]:
             with (

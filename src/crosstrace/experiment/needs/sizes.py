@@ -222,7 +222,7 @@ class Sizes:
         return self.material.once(key, lambda: self.base.traced(rows))
 
     def recall(self, part: str, number: int | None = None, tokens: int = TOKENS) -> Parts:
-        """What `evaluate.recall` holds beside the weights, of the batch with most tokens and that with most answers.
+        """What `evaluation.recall` holds beside the weights, of the batch with most tokens and that with most answers.
         Each of N processes asks its share, every N-th by length; `tokens` are those that go through at once."""
         items, pad, size = self.material.asked(part, number), self.material.pad, self.launch.processes
         share = lambda: sorted(items, key=lambda item: len(item.ids))[(len(items) - 1) % size :: size]
@@ -322,7 +322,7 @@ class Sizes:
 
 
 def asked_work(items: Sequence[Encoded], tokens: int) -> Counter[str]:
-    """The work of `evaluate.recall`, `tokens` at once."""
+    """The work of `evaluation.recall`, `tokens` at once."""
     longest = max((len(item.ids) for item in items), default=1)
     return work_of(items, max(1, tokens // longest))
 

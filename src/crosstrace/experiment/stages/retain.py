@@ -224,7 +224,7 @@ def repaired(
     """Recall of a model that drifted, as it is and with some sets' parameters put back to their taught values.
 
     Args:
-        processes: those that share out the questions, as in `evaluate.recall`.
+        processes: those that share out the questions, as in `evaluation.recall`.
 
     Returns:
         rows {set, size, draws, PART: exact match}, mean over a label's draws; the set "none" is the model as it is.
