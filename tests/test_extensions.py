@@ -49,7 +49,7 @@ def longer(case):
 
 def section(results):
     from matplotlib.figure import Figure
-    from crosstrace.report import figures as F
+    from crosstrace.report import drawing as F
 
     rows = R.mechanism_rows(results, "lengths")
     figure = Figure()

@@ -168,7 +168,7 @@ def test_a_missing_part_is_left_out(part, tmp_path):
     if part == "recall":
         assert "crosstrace eval RUN adds this" in text
     if part == "claims":
-        assert "No claims were tested: they compare the strategies mixed and two_stage" in text
+        assert "No claims were tested: they compare two strategies, which the setting compare names" in text
 
 
 def test_empty_results_still_make_a_page(tmp_path):

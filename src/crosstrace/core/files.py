@@ -10,15 +10,11 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from crosstrace.core.errors import UserError
-
-if TYPE_CHECKING:
-    pass
-
 
 # what PyYAML raises: for a date like 2020-99-99, a list as a key and brackets without end, none of its own errors
 NO_YAML = (yaml.YAMLError, ValueError, TypeError, RecursionError)

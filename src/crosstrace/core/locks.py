@@ -6,13 +6,9 @@ import fcntl
 import os
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from crosstrace.core.errors import UserError
-
-if TYPE_CHECKING:
-    pass
-
 
 WORKERS_PATIENCE = 30.0  # seconds given to the workers of a killed process to notice and end
 

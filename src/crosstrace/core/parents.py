@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def end_with_parent(parent: int, until: threading.Event | None = None) -> None:

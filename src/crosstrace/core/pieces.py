@@ -119,7 +119,7 @@ def piece(x: Tensor, like: Tensor) -> Tensor:
     if rows is None or not isinstance(like, DTensor):
         raise UserError(
             "a tensor in pieces on several processes was given for one that is whole; bring it together with "
-            "`sharded.whole`, or load it without `like`"
+            "`pieces.whole`, or load it without `like`"
         )
     if x.device_mesh != like.device_mesh or x.placements != like.placements:
         raise UserError("two tensors lie in pieces on other processes; expected the layout of one sharded model")

@@ -9,11 +9,7 @@ import subprocess
 from contextlib import suppress
 from importlib import metadata as packages
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Any
 
 PACKAGES = ("crosstrace", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "scipy")
 

@@ -244,7 +244,7 @@ class Run:
         `fn(partial)` makes a file or a folder at `partial` (its parent exists, it itself does not). When `fn`
         returns, the output is synced, renamed to `path(name)`, and only then recorded. Distinct steps may be
         built by several processes at once. Of processes that work on the run side by side, all call `fn` with the
-        same path, and what they don't write together (`sharded.write`) the one that `leads` writes.
+        same path, and what they don't write together (`pieces.write`) the one that `leads` writes.
 
         Args:
             name: the output's path inside the folder, e.g. "models/mixed" or "results.json"; no step's output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -13,10 +13,6 @@ from crosstrace.core.errors import UserError
 from crosstrace.core.files import (
     NO_YAML,
 )
-
-if TYPE_CHECKING:
-    pass
-
 
 CHANGEABLE = ("trace.keep",)  # settings on which no result depends: a run may go on with others
 

@@ -19,7 +19,11 @@ Role = Literal["store", "recall", "other"]
 Targets = Literal["train", "object", "answer", "all"]
 WORLD = ("biographies", "questions", "cloze")  # texts that are made of the world's facts
 ID, OOD = "id", "ood"  # splits: people whose questions are trained, and people whose questions are held out
-TAKEN = ("a", "base", "known", "shared", "random", "random_per_tensor", "none", "rest", "all")  # other things' names
+# names of other parts, files, sets and columns
+TAKEN = (
+    "a", "a_qa", "base", "known", "known_replayed", "new", "text", "relations", "shared", "random", "random_per_tensor",
+    "none", "rest", "all", "update", "phase", "n", "when", "fraction", "set", "size", "seeds", "arm", "answers",
+)  # fmt: skip
 
 
 @settings(frozen=True, config=STRICT)
@@ -84,10 +88,11 @@ class Roles:
                 that is none.
         """
         for name in tasks:
-            if name in TAKEN or not name.isidentifier() or name.endswith(("_id", "_ood", "_only")):
+            taken = name in TAKEN or name.startswith("new_") or name.endswith(("_id", "_ood", "_only", "_low", "_high"))
+            if taken or not name.isidentifier():
                 raise UserError(
-                    f"tasks: {name!r} cannot name a task; expected letters, digits and '_', no end in _id, _ood or "
-                    f"_only, and none of {', '.join(TAKEN)}"
+                    f"tasks: {name!r} cannot name a task; expected letters, digits and '_', no beginning new_, no end "
+                    f"in _id, _ood, _only, _low or _high, and none of {', '.join(TAKEN)}"
                 )
         split = tuple(name for name, task in tasks.items() if task.is_split)
         held_out = [f"{name}_{OOD}" for name in split if tasks[name].role == "recall"]

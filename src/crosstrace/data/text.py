@@ -299,6 +299,8 @@ def _check_values(example: Example) -> None:
         if not isinstance(value, str):
             raise TypeError(f"{value!r:.60} in place of a text")
         value.encode()  # (half a surrogate pair is no text)
+    if example.split not in ("id", "ood"):
+        raise ValueError(f"split is {example.split!r:.60}; expected id or ood")
     if not isinstance(example.repeats, int) or not 1 <= example.repeats <= MOST_REPEATS:
         raise ValueError(f"repeats is {example.repeats!r:.60}; expected a number from 1 to {MOST_REPEATS:,}")
     for name in ("has_special_tokens", "open_ended"):

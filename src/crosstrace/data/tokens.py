@@ -18,7 +18,6 @@ from crosstrace.core.errors import UserError
 from crosstrace.data.text import Example, Span
 
 Batch = dict[str, Tensor]
-TARGETS = ("object", "answer", "all", "train")
 IGNORE = -100
 # how configs call the number of tokens that a model can read
 CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions")

@@ -183,6 +183,9 @@ def transferred(studied: StudiedModel) -> list[Row]:
         if known is None:
             return []
         facts, parts = known, {A_OOD: "qa_ood"}
+    elif studied.experiment.tasks[roles.recalled].source != "questions":
+        studied.note("what is asked is no question of the world, so transfer is not asked")
+        return []
     if facts.source is not None:
         if not studied.run.path("data/world.json").is_file():
             studied.note("rows of text have no other wordings, so transfer is not asked")
@@ -202,7 +205,8 @@ def transferred(studied: StudiedModel) -> list[Row]:
     rows = transfer.transfer(
         studied.model, studied.tokenizer, world, parts=parts, number=studied.experiment.mechanism.questions, k=k
     )
-    return rows
+    taught = {task.source for task in studied.experiment.tasks.values()}  # a format that is trained is no new one
+    return [row for row in rows if row["format"] not in taught]
 
 
 def over_training(studied: StudiedModel) -> dict[str, list[Row]]:

@@ -15,8 +15,10 @@ from crosstrace.data.tasks import ID
 from crosstrace.data.text import KNOWN, NO_QUESTIONS, texts
 from crosstrace.data.tokens import Encoded, check_fast, encode
 from crosstrace.experiment import config
+from crosstrace.experiment.analysis import ANALYSES
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import encode_tasks, groups, known_people, sample, taught_texts, training_examples
+from crosstrace.experiment.registry import stage_names
 from crosstrace.experiment.stages.retain import new_material
 from crosstrace.experiment.stages.tracers import SUMS
 from crosstrace.experiment.studied import LEARNING, START, View
@@ -42,6 +44,7 @@ def check_outside(experiment: Experiment, folder: Path) -> None:
     read = {"model.name": experiment.model.name, "facts.source": experiment.facts.source,
             "retention.text": experiment.retention.text, "eval.known": experiment.eval.known}  # fmt: skip
     read |= {f"given.{name}": place for name, place in experiment.given.items()}
+    read |= {f"tasks.{name}.source": own.source for name, own in experiment.tasks.items() if not own.is_of_world}
     for name, place in read.items():
         if place and expanded(place).resolve().is_relative_to(expanded(folder).resolve()):
             raise UserError(
@@ -83,6 +86,12 @@ def check(experiment: Experiment, whole: bool, stages: Sequence[str] = ()) -> No
                     f"phase {phase.name!r} of strategy {strategy} has the name of a folder that crosstrace makes "
                     "beside it; choose another name"
                 )
+    known = [*stage_names(), *ANALYSES]
+    for name in (name for name in experiment.extensions if name not in known):
+        raise UserError(
+            f"extensions names {name!r}, but no installed package adds a stage or analysis of that name; there are "
+            f"{', '.join(known)}"
+        )
     check_trackers(experiment.train.report_to)
     check_optimisers(experiment.optimisers, experiment.model.sharded)
     tokenizer = loading.load_tokenizer(experiment.model.name)
@@ -106,6 +115,7 @@ def check(experiment: Experiment, whole: bool, stages: Sequence[str] = ()) -> No
             pass
         parts = encode_tasks(tokenizer, taught, groups(taught, roles), experiment)
         encoded = [item for items in parts.values() for item in items]
+        _check_targets(parts, experiment, asks_something)
         _check_parts(experiment, training_examples(parts, roles))
         _check_known(tokenizer, encoded, experiment.model.name)
         check_fits(model, [*encoded, *encode(tokenizer, of_world), *(i for items in further.values() for i in items)])
@@ -113,6 +123,24 @@ def check(experiment: Experiment, whole: bool, stages: Sequence[str] = ()) -> No
             _check_given(experiment, model, tokenizer, name, given, [item.example.text for item in encoded])
         if lora:
             adapters.adapted(model, lora, 0)
+
+
+def _check_targets(parts: Mapping[str, list[Encoded]], experiment: Experiment, asks_something: bool) -> None:
+    """Whether every part that is asked has examples, and every traced example tokens to trace."""
+    roles = experiment.roles
+    for part in roles.asked if asks_something else ():
+        if not parts[part]:
+            raise UserError(
+                f"the part {part} of tasks.{roles.task_of(part)} has no example; expected some of each split, `id` and "
+                "`ood`, or held_out: false"
+            )
+    for task, items in training_examples(parts, roles).items():
+        empty = [item for item in items if not bool(item.targets["trace"][1:].any())]
+        if empty:
+            raise UserError(
+                f"{len(empty)} of the {len(items)} examples of tasks.{task} to trace have no token of the kind that is "
+                f"traced, e.g. {empty[0].example.id}; set tasks.{task}.trace_targets: train, or name their objects"
+            )
 
 
 def _check_parts(experiment: Experiment, trained: Mapping[str, Sequence[Encoded]]) -> None:

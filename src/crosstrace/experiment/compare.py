@@ -1,6 +1,7 @@
 """A comparison: a base and models that were tuned from it elsewhere, analysed without any training.
 
-It only says which experiment that is; `pipeline.run` runs it like any other, and `compatibility` whether the models fit.
+It only says which experiment that is: `pipeline.run` runs it like any other, and `models.compatibility` tells
+whether the models fit.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from crosstrace.core.errors import UserError
 from crosstrace.core.files import expanded
 from crosstrace.data.chat import put_questions
 from crosstrace.data.facts import FactSettings
+from crosstrace.data.tasks import default_tasks
 from crosstrace.data.text import read_jsonl, texts
 from crosstrace.experiment import config
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.settings import ModelSettings, TraceSettings
+from crosstrace.experiment.settings import AnalysisSettings, ModelSettings, TraceSettings
 from crosstrace.models.loading import load_tokenizer
 from crosstrace.models.locating import BUNDLED
 
@@ -42,10 +44,32 @@ def comparison(base: str, tuned: Sequence[str], tasks: str) -> Experiment:
         if name in given:
             raise UserError(f"{given[name]} and {model} would both be called {name}; write one of them as NAME={model}")
         given[name] = model
-    return Experiment(
-        name="compare", model=ModelSettings(name=base), facts=tasks_in(expanded(tasks), base), strategies={},
-        given=given, trace=TraceSettings(online=False),
-    )  # fmt: skip
+    folder = expanded(tasks)
+    experiment = Experiment(
+        name="compare", model=ModelSettings(name=base), strategies={}, given=given, trace=TraceSettings(online=False)
+    )
+    run = _run_of_other_tasks(folder)
+    if run is None:
+        return replace(experiment, facts=tasks_in(folder, base))
+    return replace(
+        experiment,
+        facts=run.facts if run.facts.source is None else replace(run.facts, source=str(folder / "data")),
+        tasks={
+            name: replace(task, source=str(folder / "data" / f"{name}.jsonl"), held_out=task.is_split)
+            for name, task in run.tasks.items()
+        },
+        outcome=run.outcome,
+        analysis=AnalysisSettings(tasks=run.analysis.tasks),
+    )
+
+
+def _run_of_other_tasks(folder: Path) -> Experiment | None:
+    """The settings of a run whose tasks are others than biographies and questions; `None` for any other folder."""
+    saved = folder / "config.yaml"
+    if not saved.is_file():
+        return None
+    run = config.load(saved)
+    return None if run.tasks == default_tasks() else run
 
 
 def named(text: str) -> tuple[str, str]:

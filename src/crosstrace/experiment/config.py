@@ -157,7 +157,20 @@ def check(experiment: Experiment, where: str) -> Experiment:
             f"{where}: strategies is empty, so there is nothing to analyse; expected a strategy, or a model under "
             "`given`"
         )
-    for name in (name for pair in experiment.compare or () for name in pair):
+    _check_roles(experiment, where)
+    for name in experiment.words:
+        if name not in (*experiment.taught, "base"):
+            raise UserError(
+                f"{where}: words names {name!r}, which is no model of the run; expected of base, "
+                f"{', '.join(experiment.taught)}"
+            )
+    pairs = experiment.compare or []
+    for first, second in pairs:
+        if first == second or pairs.count((first, second)) > 1:
+            raise UserError(
+                f"{where}: compare has [{first}, {second}]; expected two different models, and no pair twice"
+            )
+    for name in (name for pair in pairs for name in pair):
         if name not in experiment.taught:
             raise UserError(
                 f"{where}: compare names {name!r}, which is no strategy or given model; expected of "
@@ -198,6 +211,22 @@ def check(experiment: Experiment, where: str) -> Experiment:
     if experiment.trace.view == "adapter" and experiment.strategies and not experiment.train.lora:
         raise UserError(f"{where}: trace.view: adapter needs train.lora, or there is no adapter to trace")
     return experiment
+
+
+def _check_roles(experiment: Experiment, where: str) -> None:
+    """Whether there are tasks for what is to be found out."""
+    roles = experiment.roles
+    for name in ("interventions", "mechanism", "retention"):
+        if getattr(experiment, name).run and not roles.outcome:
+            raise UserError(
+                f"{where}: {name}.run is true, but no task that recalls has held-out examples; give one, or set "
+                f"{name}.run: false"
+            )
+    if experiment.mechanism.run and not roles.stored:
+        raise UserError(
+            f"{where}: mechanism.run is true, but no task has the role store, so there are no two formats of a fact to "
+            "compare; give one, or set mechanism.run: false"
+        )
 
 
 def _check_sharded(experiment: Experiment, where: str) -> None:

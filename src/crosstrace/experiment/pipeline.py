@@ -1,7 +1,7 @@
 """The whole experiment on one page: teach, test, trace, share, intervene, report.
 
-Data flows one way through a run folder; each function below is one stage, reads what earlier ones saved and writes
-one output, so a killed run goes on where it stopped and every stage can be run again alone.
+Data flows one way through a run folder; each stage (`stages/`) reads what earlier ones saved and writes its
+outputs, so a killed run goes on where it stopped and every stage can be run again alone.
 
 Processes that a launcher started go through it side by side: they share out the work of the stages that train, ask and
 trace, and wait for the first at the others.

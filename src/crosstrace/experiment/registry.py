@@ -14,6 +14,7 @@ from crosstrace.experiment.stages.trace import TRACE
 from crosstrace.experiment.stages.train import TRAIN
 
 OWN = (TRAIN, EVAL, TRACE, ANALYZE, INTERVENE, MECHANISM, RETAIN)
+OF_RUN = ("data", "known", "report")  # what is of the whole run
 _ALL: Registry[Stage] = Registry(Stage, "crosstrace.experiment.registry:OWN")
 
 
@@ -23,12 +24,21 @@ def stages() -> dict[str, Stage]:
     Raises:
         UserError: another package's stage follows one that there is not.
     """
-    ordered = [*OWN]
-    for stage in (_ALL[name] for name in _ALL if _ALL[name] not in OWN):
+    ordered, waiting = [*OWN], [_ALL[name] for name in _ALL if _ALL[name] not in OWN]
+    for stage in waiting:
+        if {stage.name, *stage.steps} & {*OF_RUN}:
+            raise UserError(f"the stage {stage.name} of a package has the name or a step of one of {', '.join(OF_RUN)}")
+    while waiting:
         names = [other.name for other in ordered]
-        if stage.after not in names:
-            raise UserError(f"the stage {stage.name} is to follow {stage.after!r}; expected of {', '.join(names)}")
-        ordered.insert(names.index(stage.after) + 1, stage)
+        stage = next((own for own in waiting if own.after in names), None)
+        if stage is None:
+            own = waiting[0]
+            raise UserError(f"the stage {own.name} is to follow {own.after!r}; expected of {', '.join(names)}")
+        place = names.index(stage.after) + 1
+        while place < len(ordered) and ordered[place].after == stage.after and ordered[place] not in OWN:
+            place += 1
+        ordered.insert(place, stage)
+        waiting.remove(stage)
     return {stage.name: stage for stage in ordered}
 
 
@@ -40,6 +50,6 @@ def stage_names() -> tuple[str, ...]:
 def stage_of(step: str) -> str | None:
     """The stage that writes a step of the run folder."""
     first = step.partition("/")[0]
-    if first in ("data", "known", "report"):
+    if first in OF_RUN:
         return "report" if first == "report" else "data"
     return next((stage.name for stage in stages().values() if first in stage.steps), None)

@@ -231,8 +231,10 @@ class StudiedModel:
     def facts(self) -> dict[str, list[FactPair]]:
         """Some facts of whole people, both formats of each: of those whose questions are trained, and of the others."""
         found, roles = {}, self.experiment.roles
-        if not roles.stored:
-            raise UserError("no task stores facts, so there are no two formats of a fact to compare")
+        if not roles.stored or not roles.outcome:
+            raise UserError(
+                "no task stores facts, or none asks for held-out ones, so there are no two formats to compare"
+            )
         stored = [item for part in roles.parts_of(roles.stored) for item in self.parts[part]]
         for part in roles.both:
             pairs = fact_pairs(stored, self.parts[part])

@@ -176,12 +176,15 @@ def _step(planned: Planned) -> str:
 def _key(planned: Planned) -> dict[str, Any]:
     """What a run's results depend on: its settings that are not the defaults, so that a later version's new settings
     make nothing anew. Its name, and how many of its strategies are worked on at once, are no part of it."""
+    from crosstrace.experiment.examples import tasks_key
     from crosstrace.experiment.studied import model_key
 
     own = _changed(config.deciding(planned.experiment), config.deciding(Experiment()))
     own = {name: value for name, value in own.items() if name not in ("jobs", "name")}
     text = planned.experiment.retention.text
     content = {"text": sha256_file(text)} if text and Path(text).is_file() else {}
+    files = tasks_key(planned.experiment.tasks)["content"]
+    content |= {"tasks": files} if files else {}
     return {"experiment": own, "model": model_key(planned.experiment), **content}
 
 
@@ -191,7 +194,7 @@ def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     for name, value in values.items():
         default = defaults.get(name)
         if value != default:
-            nested = isinstance(value, dict) and isinstance(default, dict) and name != "strategies"
+            nested = isinstance(value, dict) and isinstance(default, dict) and name not in ("strategies", "tasks")
             found[name] = _changed(value, default or {}) if nested else value
     return found
 
@@ -348,9 +351,6 @@ def _memory(pid: int | None) -> int:
     except psutil.Error:
         return 0
     return total
-
-
-# ------------------------------------------------------------------------------- the table
 
 
 def _rows(planned: Planned, report: Mapping[str, Any]) -> list[Row]:

@@ -45,7 +45,7 @@ def read_traces(
                 known = " or ".join(roles.tasks)
                 raise UserError(f"{file} holds a trace of {item.task!r}; expected {known}: was it edited?")
             tasks.setdefault(item.task, []).append(item)
-    if len(tasks) < 2 or not {*roles.shared} <= {*tasks}:
+    if len(roles.shared) < 2 or not {*roles.shared} <= {*tasks}:
         return {}
     tasks = {task: tasks[task] for task in roles.tasks if task in tasks}
     if len({len(parts) for parts in tasks.values()}) > 1:  # too few steps or people for all parts: no intervals

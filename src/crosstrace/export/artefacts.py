@@ -1,7 +1,7 @@
 """Models for others: grafted and ablated ones as ordinary Hugging Face folders, each with a card of its origin.
 
-The weights are the very bits that `interventions.grafted` and `interventions.ablated` give. It measures nothing: the sets of a
-run are those that the stage `intervene` measured, and what a card says of recall is what that stage found.
+The weights are the very bits that `interventions.grafted` and `interventions.ablated` give. It measures nothing: the
+sets of a run are those that the stage `intervene` measured, and what a card says of recall is what that stage found.
 
     <folder>/config.json, *.safetensors, tokenizer*   what `AutoModelForCausalLM` and `AutoTokenizer` read
     <folder>/README.md                                the model card
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,15 +52,15 @@ Card = dict[str, Any]
 class EditSettings:
     """Which parameters of a run are grafted or ablated."""
 
-    strategy: str = "mixed"
-    """Whose tuned values."""
+    strategy: str | None = None
+    """Whose tuned values; not given: those of the model that the run's `compare` names first."""
     when: Literal["online", "summed", "final", "checkpoints"] = "online"
     """Of which trace: over training, at the final checkpoint, or the mean over kept checkpoints."""
     fraction: Fraction = 0.05
     """Top fraction of the parameters in scope that each task's set holds."""
     set: str = "shared"
-    """The shared set, a task's own (bio, qa), or a control of the shared set's size: bio_only, qa_only, random,
-    random_per_tensor."""
+    """The shared set, a task's own set (its name), or a control of the shared set's size: random, random_per_tensor,
+    or a shared task's set without the other tasks' (its name and _only)."""
     draw: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Which of the random sets, counted from 0; those of the stage `intervene` are the first ones."""
 
@@ -212,10 +212,11 @@ def write_from_run(
     check_folder(folder, overwrite)
     with Run.create(run_folder, None, "resume") as run:
         experiment = config.loads(run.config_text, str(run.folder / "config.yaml"))
-        name = options.strategy
         there = [*experiment.strategies, *experiment.given]
+        name = options.strategy or next((name for pair in experiment.pairs for name in pair if name in there), there[0])
         if name not in there:
             raise UserError(f"{run_folder} has no strategy {name!r}; name one of {', '.join(there)} with --strategy")
+        options = replace(options, strategy=name)
         if experiment.trace.view == "adapter":
             raise UserError(
                 f"the sets of {run_folder} are of an adapter's parameters (trace.view: adapter), which no ordinary "
@@ -255,8 +256,9 @@ def write_from_run(
 
 
 def chosen_set(run: Run, experiment: Experiment, options: EditSettings, model: nn.Module) -> ParamSet:
-    """A set of a run at any fraction, drawn as the stage `intervene` draws it."""
+    """A set of a run at any fraction, drawn as the stage `intervene` draws it; `options` name the strategy."""
     name, when, fraction = options.strategy, options.when, options.fraction
+    assert name is not None
     salt = f"{name}/{when}/{fraction:g}"
     if trace_files.has(run, name) == "none" and not options.set.endswith("_only"):
         saved = _saved_sets(run, experiment, options)
@@ -278,13 +280,14 @@ def chosen_set(run: Run, experiment: Experiment, options: EditSettings, model: n
 
 def _saved_sets(run: Run, experiment: Experiment, options: EditSettings) -> dict[str, ParamSet]:
     """The tasks' sets and the shared one as `analyze` saved them; none at a fraction that it does not save."""
+    roles = experiment.roles
     home, start = run.path(f"shared/{options.strategy}"), f"{options.when}-{options.fraction:g}-"
-    files = {task: home / f"{start}{task}.safetensors" for task in experiment.roles.shared}
+    files = {task: home / f"{start}{task}.safetensors" for task in experiment.tasks}
     if options.fraction not in experiment.analysis.central_fractions or not all(map(Path.is_file, files.values())):
         return {}
     meta = {"fraction": options.fraction, "how": experiment.analysis.how}
     sets = {task: ParamSet(ParamSet.load(file).masks, meta=meta) for task, file in files.items()}
-    return {**sets, "shared": shared(sets)}
+    return {**sets, "shared": shared({task: sets[task] for task in roles.shared})}
 
 
 def _drawn(drawn: Mapping[str, Sequence[ParamSet]], options: EditSettings) -> ParamSet:

@@ -81,7 +81,7 @@ def make(
     Args:
         files, wording, columns: as of `import_facts`; the last of rows too.
         split, model: facts.split and model.name of the experiment that is written beside the data.
-        unknown: drop the facts that the model says by itself (`known.every_wording`), in one of their wordings.
+        unknown: drop the facts that the model says by itself (`world_facts.every_wording`), in one of their wordings.
         overwrite: replace an earlier import.
         tell: is given the counts and notes, and how to go on.
 

@@ -16,8 +16,6 @@ from crosstrace.importing.facts import is_wide, note_scripts, told_unused, withi
 from crosstrace.importing.kept import INVISIBLE, LONG, ROW_COLUMNS, SPLITS, Imported, dropped_text, tidy
 from crosstrace.importing.tables import read_lines, read_table
 
-# ------------------------------------------------------------------------------- plain rows
-
 
 def import_rows(
     rows: Mapping[str, Path], columns: Mapping[str, str] | None = None

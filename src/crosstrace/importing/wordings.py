@@ -10,8 +10,6 @@ from crosstrace.core.errors import UserError
 from crosstrace.experiment.config import read_yaml
 from crosstrace.importing.kept import INVISIBLE, LONG, tidy
 
-# ------------------------------------------------------------------------------- patterns
-
 
 def wordings(path: Path) -> dict[str, dict[str, list[str]]]:
     """The wordings of a YAML file."""

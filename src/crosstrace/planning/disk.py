@@ -1,7 +1,7 @@
 """What a run's folder holds, moment by moment: the fullest one, and what is left, by kind.
 
-The strategies are gone through as `pipeline` does it, so a stage that comes to write or to remove other things has its
-line here to be changed with it. A kind is counted in bytes of weights, sums and masks; texts, tables and the report are
+It follows the order of the stages (`experiment/stages`): a stage that writes or removes something else must be changed
+here too. A kind is counted in bytes of weights, sums and masks; texts, tables and the report are
 not counted. It reads no files and knows nothing of memory.
 """
 

@@ -132,7 +132,7 @@ def _interpreter() -> int:
 
 
 def _disk(sizes: Sizes) -> list[Row]:
-    """`pipeline`'s run folder at its fullest, and what stays."""
+    """The run folder at its fullest, and what stays."""
     e = sizes.experiment
     saves = lambda steps: len(saved_after(steps, e.train.checkpoint_every))
     several, found = len(e.trace.measures) * e.trace.parts, {}

@@ -2,7 +2,7 @@
 
 The facts are drawn and tokenized, and the base is made of fake tensors from its config alone; what a training step and
 an evaluation hold at once is rehearsed on those (`rehearse`), what a trace holds is `trace.memory`'s own estimate, and
-what the stages keep beside it is counted as `pipeline` does it. Where it does not fit, settings that would make it fit
+what the stages keep beside it is added up (`planning.disk`). Where it does not fit, settings that would make it fit
 are searched for by planning again.
 
 It reads no weights, downloads nothing and writes nothing. It does not know what an allocator wastes, nor the time of

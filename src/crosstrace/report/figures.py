@@ -13,10 +13,6 @@ from typing import TYPE_CHECKING
 
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
-from crosstrace.report.rows import Row
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 from crosstrace.report.drawing import (
     CHANCE,
     COLUMNS,
@@ -40,6 +36,10 @@ from crosstrace.report.drawing import (
     strategy_looks,
     styled,
 )
+from crosstrace.report.rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @styled

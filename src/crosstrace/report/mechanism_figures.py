@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING
 
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 from crosstrace.report.drawing import (
     CHANCE,
     INK,
@@ -31,6 +28,9 @@ from crosstrace.report.drawing import (
     strategy_looks,
     styled,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CIRCUIT = {  # what is done to which nodes
     ("keep", "top"): Look(SERIES[0], "o"),

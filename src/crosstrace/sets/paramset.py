@@ -128,7 +128,7 @@ class ParamSet:
         """Write the set as one safetensors file, one bit a parameter; `meta` is added to the set's own.
 
         The file's metadata has, as JSON, a `header` (name, size, shapes, meta) and the `versions` that wrote it.
-        A sharded set is saved by all its processes together, as a folder of files (see `sharded.write`).
+        A sharded set is saved by all its processes together, as a folder of files (see `pieces.write`).
         """
         header = {
             "name": self.name,

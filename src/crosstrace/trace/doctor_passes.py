@@ -117,9 +117,6 @@ def attention_kernel(model: Any, name: str | None) -> Iterator[None]:
             config._attn_implementation_internal = kernel
 
 
-# ---------------------------------------------------------------- who makes the difference
-
-
 @dataclass
 class _Seen:
     """What one module got and gave for one example, at its own tokens; or the gradients that arrived at both."""

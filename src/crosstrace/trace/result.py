@@ -117,7 +117,7 @@ def save_traces(path: str | os.PathLike[str], traces: Sequence[Trace]) -> None:
 
     The file's metadata has, as JSON, `traces`, a list of their other attributes, and the `versions` that wrote it. It
     appears whole or not at all. Traces of a sharded model are saved by all its processes together, as a folder of files
-    (see `sharded.write`).
+    (see `pieces.write`).
     """
     headers = [{k: v for k, v in vars(t).items() if k != "values"} | {"names": list(t.values)} for t in traces]
     held = {f"{i}/{n}": v for i, t in enumerate(traces) for n, v in t.values.items()}

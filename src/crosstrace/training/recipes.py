@@ -82,7 +82,7 @@ class Phase:
                 raise UserError(
                     f"phase {self.name} trains task {task!r}, which has no training example (tasks with examples: "
                     f"{', '.join(name for name, size in sizes.items() if size) or 'none'}); check facts.qa_share "
-                    "and the task's name"
+                    "and the task's name, or give strategies of your own: those by default train bio and qa"
                 )
         unknown = set(self.weights) - set(self.composition())
         if unknown:

@@ -98,7 +98,8 @@ def _differences(rows: Sequence[Row], case: Case) -> list[Row]:
             if {"online", "final"} <= set(at) and at["online"]["verdict"] != at["final"]["verdict"]
         ]  # fmt: skip
         for text in differing[:1]:
-            pair = by_text[text]["online"].get("pair", case.pair)
+            row = by_text[text]["online"]
+            pair = row.get("pair") or [row["model"]]
             found.append({"claim": claim, "about": text, "text": _why(case, pair)})
     return found
 
@@ -106,12 +107,14 @@ def _differences(rows: Sequence[Row], case: Case) -> list[Row]:
 def _why(case: Case, pair: Sequence[str]) -> str:
     """The explanation, with the numbers of this run."""
     stored, asked = case.roles.trained_part(case.roles.stored), case.roles.trained
+    what = "biographies" if stored == "bio" else stored
+    found = {name: case.results["recall"].get(name, {}) for name in pair}
     losses = {
-        name: [-case.results["recall"][name][part]["logprob"] for part in (stored, asked)]
-        for name in pair if name in case.results["recall"]
+        name: [-parts[part]["logprob"] for part in (stored, asked)]
+        for name, parts in found.items() if {stored, asked} <= {*parts}
     }  # fmt: skip
     told = "; ".join(
-        f"{name.replace('_', '-')}: {fit[0]:.2f} nats an object in biographies and {fit[1]:.2f} an answer"
+        f"{name.replace('_', '-')}: {fit[0]:.2f} nats an object in {what} and {fit[1]:.2f} an answer"
         for name, fit in losses.items()
     )
     return (

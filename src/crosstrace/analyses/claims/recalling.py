@@ -56,7 +56,7 @@ def recall(case: Case) -> list[Row]:
 
 def interventions(case: Case, name: str) -> list[Row]:
     """Whether recall hangs on the shared set of a model."""
-    if name not in case.interventions:
+    if name not in case.interventions or not case.roles.outcome:
         return []
     return [
         row for when in TIMES for kind in ("ablate", "graft")

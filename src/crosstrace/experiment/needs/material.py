@@ -15,6 +15,7 @@ from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import (
     REPLAYED,
     encode_tasks,
+    mark_traced,
     replayable,
     sample,
     taught_texts,
@@ -97,7 +98,7 @@ class Material:
         self.wordings = []  # all that the base is asked of the world, of which it may know everything
         if experiment.eval.known:
             every = asks(experiment, self.tokenizer)
-            self.wordings = encode(self.tokenizer, every)
+            self.wordings = mark_traced(encode(self.tokenizer, every), experiment.trace.targets)
             of_fact = {item.example.mentions[0].fact: item for item in self.wordings}
             facts = sample([*of_fact.values()], experiment.eval.known_examples)
             split = lambda item: item.example.split if experiment.replays_known else "ood"

@@ -21,7 +21,7 @@ from crosstrace.experiment.examples import (
     sample,
 )
 from crosstrace.experiment.needs.machine import ALONE, Launch, Machine
-from crosstrace.experiment.needs.material import Material, times, work_of
+from crosstrace.experiment.needs.material import Material, Work, times, work_of
 from crosstrace.experiment.studied import LEARNING, View
 from crosstrace.models import loading
 from crosstrace.models.anatomy import Anatomy
@@ -33,7 +33,6 @@ from crosstrace.training.evaluation import TOKENS, recall_batches
 from crosstrace.training.recipes import Phase
 from crosstrace.training.updates import Updates
 
-Work = Counter  # "tokens": positions that go through the model; "pairs": Σ of each text's length squared
 LOOKED_AT = 2000  # updates of a phase whose lengths are counted; of more, so many spread evenly
 
 
@@ -180,7 +179,7 @@ class Sizes:
 
     def updates(self, phase: Phase, seed: str) -> Updates:
         """What the updates of a phase see, as `train` has it."""
-        seen, targets, most = self.material, self.experiment.trace.targets, self.experiment.train.micro_batch
+        seen, targets, most = self.material, "trace", self.experiment.train.micro_batch
         processes = self.launch.processes
         make = lambda: Updates(phase, seen.seen, seed, seen.pad, targets, most, processes, self.sharded)
         return seen.once((seed, repr(phase), targets, most, processes, self.sharded), make)
@@ -249,7 +248,7 @@ class Sizes:
         """The batches of a task's trace."""
         options = self.experiment.trace
         items = sample(items, options.examples) if options.examples else items
-        rows = batches(items, options.batch, options.targets, pad_id=self.material.pad, by_length=True)
+        rows = batches(items, options.batch, "trace", pad_id=self.material.pad, by_length=True)
         return [{k: v for k, v in row.items() if k != "group"} for row in rows]
 
     def traces_read(self) -> float:

@@ -57,7 +57,7 @@ OTHERS_SEED = 10_000  # added to the seed of the taught world
 
 @optional("retain", "retention/{}")
 def retain(studied: StudiedModel) -> None:
-    """Train a taught model further, with and without replay: retention/<strategy>.json."""
+    """Train a taught model further, with and without replay: retention/<strategy>/."""
     run, experiment, name = studied.run, studied.experiment, studied.name
     options = experiment.retention
     text = {"sha256": sha256_file(_text_file(options.text))} if options.text else {}
