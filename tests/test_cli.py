@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from crosstrace.cli import commands
+from crosstrace.cli import commands, options
 from crosstrace.core import processes
 from crosstrace.core.results import Results
 from crosstrace.data.tasks import TaskSettings
@@ -96,15 +96,15 @@ def test_existing_folders_are_left_alone(capsys, tmp_path: Path) -> None:
 
 
 def test_misused_words(capsys, tmp_path: Path) -> None:
-    assert "did you mean 'demo'" in fails(capsys, "dmo")
+    assert 'Did you mean "demo"?' in fails(capsys, "dmo")
     assert "exclude each other" in fails(capsys, "demo", "--resume", "--overwrite")
     assert "no config.yaml" in fails(capsys, "trace", str(tmp_path))
     assert "needs a value" in fails(capsys, "demo", str(tmp_path / "run"), "--facts.people")
-    assert "needs a value" in fails(capsys, "demo", "--trace.no-online", "--quiet")
-    assert "unknown setting 'facts.peeple'" in fails(capsys, "demo", str(tmp_path / "run"), "--facts.peeple", "4")
+    assert "Unknown option: --trace.no-online" in fails(capsys, "demo", "--trace.no-online", "--quiet")
+    assert "Did you mean --facts.people?" in fails(capsys, "demo", str(tmp_path / "run"), "--facts.peeple", "4")
     assert "valid list" in fails(capsys, "demo", "--analysis.fractions", "0.01", "0.05")
-    assert "did you mean --resume" in fails(capsys, "demo", "--resum")
-    assert "unknown option -q" in fails(capsys, "demo", "-q")
+    assert "Did you mean --resume?" in fails(capsys, "demo", "--resum")
+    assert "Unknown option: -q" in fails(capsys, "demo", "-q")
     assert "begin one with" in fails(capsys, "eval", str(tmp_path / "nothing"))
 
 
@@ -128,42 +128,61 @@ def leaves(value: dict, prefix: str = "") -> list[tuple[str, object]]:
     return [leaf for part in nested for leaf in part]
 
 
-def rows(capsys, *command: str) -> dict[str, str]:
-    """The settings in a command's help, as a shell would read them."""
-    commands.main([*command, "--help"])
-    found = re.findall(r"^  (--\w+\.\w\S* (?:'[^']*'|\S+))", capsys.readouterr().out, re.MULTILINE)
-    return {name[2:]: value for name, value in map(shlex.split, found)}
-
-
-def test_help_is_what_is_read(capsys, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("COLUMNS", "60")  # a note stands below its setting, so that no apostrophe meets the shell
-    shown = rows(capsys, "demo")
-    phase = {name: shown.pop(name) for name in list(shown) if name.startswith("strategies.")}
-    assert phase == {f"strategies.NAME.NUMBER.{item.name}": "VALUE" for item in fields(recipes.Phase)}
-    task = {name: shown.pop(name) for name in list(shown) if name.startswith("tasks.")}
-    assert task == {f"tasks.NAME.{item.name}": "VALUE" for item in fields(TaskSettings)}
-    named = {name for name, _ in leaves(config.plain(config.Experiment())) if "." in name}
+def test_every_setting_is_an_option_whose_default_is_the_experiments(monkeypatch, tmp_path: Path) -> None:
+    experiment = config.Experiment()
+    shown = {name: options.word(value) for name, value, _, _ in options.leaves(experiment)}
+    named = {name for name, _ in leaves(config.plain(experiment))}
     assert {name for name in named if not name.startswith(("strategies.", "tasks."))} <= set(shown)
-    told = []
-    monkeypatch.setattr(pipeline, "run", lambda experiment, *args, **kwargs: told.append(experiment))
+    got: list[config.Experiment] = []
+    monkeypatch.setattr(pipeline, "run", lambda experiment, *args, **kwargs: got.append(experiment))
     commands.main(["demo", *(word for name, value in shown.items() for word in (f"--{name}", value))])
-    assert told == [config.Experiment()]
-    # another value of each kind arrives, in a strategy with '-' in its name too
+    assert got == [experiment]
+    # another value of each kind arrives, in a strategy with '-' in its name and in a section that is off, too
     (tmp_path / "two.yaml").write_text("strategies: {a-b: [{name: a, batch: {bio: 3}, steps: 3}]}")
     changes = ["--analysis.fractions", "[0.5]", "--trace.online=false", "--strategies.a-b.0.steps", "7"]
-    commands.main(["run", str(tmp_path / "two.yaml"), *changes])
-    assert told[1].analysis.fractions == [0.5] and told[1].trace.online is False
-    assert told[1].strategies["a-b"][0].steps == 7
+    commands.main(["run", str(tmp_path / "two.yaml"), *changes, "--train.lora.rank", "2", "--quiet"])
+    assert got[1].analysis.fractions == [0.5] and got[1].trace.online is False
+    assert got[1].strategies["a-b"][0].steps == 7
+    assert got[1].train.lora is not None and got[1].train.lora.rank == 2
 
 
-def test_help_says_what_a_setting_is(capsys, monkeypatch, tmp_path: Path) -> None:
+def test_help_explains_every_setting(capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "90")
-    (tmp_path / "some.yaml").write_text("facts: {people: 77}")
-    commands.main(["run", str(tmp_path / "some.yaml"), "--help"])
+    commands.main(["run", "--help"])
     printed = capsys.readouterr().out
-    assert re.search(r"--facts\.people 77 +Number of people\.\n", printed)
-    assert re.search(r"--facts\.order fixed .*One of\s+fixed,\s+permuted\.", printed)
     assert max(map(len, printed.splitlines())) <= 90
+    flat = re.sub(r"[\s│╭╮╰╯─]+", " ", printed)
+    assert "--facts.people INT Number of people. [default: 500]" in flat
+    assert "[choices: fixed, permuted] [default: fixed]" in flat
+    for name, _, _, _ in options.leaves(config.Experiment()):
+        assert f"--{name}" in flat.replace(" .", "."), name  # a long name may be broken before a dot
+
+
+def test_a_setting_is_explained_by_itself(capsys, tmp_path: Path) -> None:
+    commands.main(["settings", "facts.people"])
+    assert capsys.readouterr().out == "--facts.people 500\n    Number of people.\n"
+    (tmp_path / "some.yaml").write_text("facts: {people: 77}")
+    commands.main(["settings", "facts.people", "--config", str(tmp_path / "some.yaml")])
+    assert capsys.readouterr().out.startswith("--facts.people 77\n")
+    commands.main(["settings", "facts"])
+    printed = capsys.readouterr().out
+    assert "--facts.order fixed" in printed and "One of fixed, permuted." in printed
+    commands.main(["settings", "strategies"])
+    printed = capsys.readouterr().out
+    assert all(f"--strategies.NAME.NUMBER.{item.name}" in printed for item in fields(recipes.Phase))
+    commands.main(["settings", "tasks"])
+    printed = capsys.readouterr().out
+    assert all(f"--tasks.NAME.{item.name}" in printed for item in fields(TaskSettings))
+    assert "there is no setting 'facts.peple'" in fails(capsys, "settings", "facts.peple")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands_and_settings(capsys, shell: str) -> None:
+    commands.main(["completion", shell])
+    script = capsys.readouterr().out
+    assert "crosstrace" in script and "pretrain-base" in script and "facts.people" in script
+    if shell == "bash":
+        assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 
 
 @pytest.mark.parametrize("stage", ["train", "eval", "trace", "analyze", "intervene", "report"])
@@ -174,13 +193,13 @@ def test_a_stage_goes_on_with_the_settings_of_its_run(capsys, tmp_path: Path, st
     told = fails(capsys, stage, str(tmp_path), "--facts.people", "10")
     assert "settings of an existing run cannot be changed" in told
     assert f"`crosstrace run {tmp_path}/config.yaml NEWRUN --facts.people 10`" in told
-    assert f"unknown option --bogus; `crosstrace {stage} --help`" in fails(capsys, stage, str(tmp_path), "--bogus")
-    assert "0 names were given" in fails(capsys, stage)
+    assert f"Unknown option: --bogus. `crosstrace {stage} --help`" in fails(capsys, stage, str(tmp_path), "--bogus")
+    assert f"{stage} needs RUN" in fails(capsys, stage)
 
 
 def test_data_begins_a_run_from_a_config(capsys, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
-    assert "unknown option --bogus" in fails(capsys, "data", run, "--bogus")
+    assert "Unknown option: --bogus" in fails(capsys, "data", run, "--bogus")
     assert "--config needs a value" in fails(capsys, "data", run, "--config")
     assert "belongs in that file" in fails(capsys, "data", run, "--facts.people", "10")
     (tmp_path / "some.yaml").write_text("facts: {people: 20}")
@@ -191,7 +210,7 @@ def test_data_begins_a_run_from_a_config(capsys, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("command", "way"), [("demo", "go on with --resume"), ("train", "give the same command")])
 def test_an_interrupted_command_says_how_to_go_on(capsys, monkeypatch, command: str, way: str) -> None:
-    def interrupted(arguments: list[str]) -> None:
+    def interrupted() -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setitem(commands.COMMANDS, command, interrupted)

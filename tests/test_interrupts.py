@@ -93,8 +93,8 @@ def test_a_signal_while_a_file_is_written_takes_the_half_of_it_away(tmp_path: Pa
     program = (
         "import pathlib, sys, time\n"
         "from crosstrace import __main__\nfrom crosstrace.cli import commands\nfrom crosstrace.core import files\n"
-        "def write(words):\n"
-        "    with files.replacing(words[0]) as partial:\n"
+        "def write(file: pathlib.Path, /):\n"
+        "    with files.replacing(file) as partial:\n"
         "        partial.write_text('half')\n"
         "        print('begun', flush=True)\n"
         "        time.sleep(60)\n"
@@ -129,7 +129,7 @@ def test_a_process_that_does_not_hear_is_ended(tmp_path: Path, work: str) -> Non
         "    while True:\n"
         "        with contextlib.suppress(BaseException):\n"
         "            time.sleep(60)\n"
-        "def work(words):\n"
+        "def work():\n"
         "    print('begun', flush=True)\n"
         f"    {work}\n"
         "commands.COMMANDS['demo'] = work\n"
@@ -149,7 +149,7 @@ def test_a_signal_that_is_to_be_ignored_is(tmp_path: Path) -> None:
         "import signal, time\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"  # as nohup does
         "from crosstrace import __main__\nfrom crosstrace.cli import commands\n"
-        "commands.COMMANDS['demo'] = lambda words: (print('begun', flush=True), time.sleep(1))\n"
+        "commands.COMMANDS['demo'] = lambda: (print('begun', flush=True), time.sleep(1))\n"
         "__main__.main()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program, "demo"], stdout=subprocess.PIPE, text=True)

@@ -252,7 +252,7 @@ def test_each_figure_stands_alone():
 
     results = sample_results()
     names = [n for n in report.__all__ if n.startswith("figure_")]
-    assert len(names) == 18
+    assert len(names) == 19
     for name in names:
         figure = getattr(report, name)(results, **({"place": "subject"} if name == "figure_depth" else {}))
         assert isinstance(figure, Figure) and figure.axes

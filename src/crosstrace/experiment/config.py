@@ -317,6 +317,8 @@ def override(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
 
     Values are read as YAML, so numbers, lists and `null` are what they look like.
     """
+    if not settings:
+        return experiment
     values = plain(experiment)
     for name, text in settings.items():
         assign(values, name, value_of(name, text))
@@ -357,7 +359,9 @@ def _descend(at: Any, step: str, name: str) -> Any:
     if isinstance(at, list):
         return at[_index(at, step, name)]
     if isinstance(at, dict):
-        return at.setdefault(step, {})
+        if at.get(step) is None:  # a section that is off, such as train.lora
+            at[step] = {}
+        return at[step]
     raise UserError(f"--{name}: there is no setting {step!r} inside a single value")
 
 

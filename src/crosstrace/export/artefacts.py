@@ -212,11 +212,12 @@ def write_from_run(
     check_folder(folder, overwrite)
     with Run.create(run_folder, None, "resume") as run:
         experiment = config.loads(run.config_text, str(run.folder / "config.yaml"))
-        there = [*experiment.strategies, *experiment.given]
-        name = options.strategy or next((name for pair in experiment.pairs for name in pair if name in there), there[0])
-        if name not in there:
-            raise UserError(f"{run_folder} has no strategy {name!r}; name one of {', '.join(there)} with --strategy")
-        options = replace(options, strategy=name)
+        options = _with_strategy(options, experiment)
+        name = str(options.strategy)
+        if name not in experiment.taught:
+            raise UserError(
+                f"{run_folder} has no strategy {name!r}; name one of {', '.join(experiment.taught)} with --strategy"
+            )
         if experiment.trace.view == "adapter":
             raise UserError(
                 f"the sets of {run_folder} are of an adapter's parameters (trace.view: adapter), which no ordinary "
@@ -256,9 +257,9 @@ def write_from_run(
 
 
 def chosen_set(run: Run, experiment: Experiment, options: EditSettings, model: nn.Module) -> ParamSet:
-    """A set of a run at any fraction, drawn as the stage `intervene` draws it; `options` name the strategy."""
-    name, when, fraction = options.strategy, options.when, options.fraction
-    assert name is not None
+    """A set of a run at any fraction, drawn as the stage `intervene` draws it."""
+    options = _with_strategy(options, experiment)
+    name, when, fraction = str(options.strategy), options.when, options.fraction
     salt = f"{name}/{when}/{fraction:g}"
     if trace_files.has(run, name) == "none" and not options.set.endswith("_only"):
         saved = _saved_sets(run, experiment, options)
@@ -276,6 +277,12 @@ def chosen_set(run: Run, experiment: Experiment, options: EditSettings, model: n
     ((_, psets),) = select_tasks(found, [fraction], names, experiment.analysis.how, experiment.roles.shared)
     drawn = controls(found, psets, options.draw + 1, salt)
     return _drawn({task: [psets[task]] for task in found} | drawn, options)
+
+
+def _with_strategy(options: EditSettings, experiment: Experiment) -> EditSettings:
+    """The options, with a strategy's name."""
+    compared = (name for pair in experiment.pairs for name in pair if name in experiment.taught)
+    return options if options.strategy else replace(options, strategy=next(compared, experiment.taught[0]))
 
 
 def _saved_sets(run: Run, experiment: Experiment, options: EditSettings) -> dict[str, ParamSet]:

@@ -1,0 +1,66 @@
+"""The commands that write something for other tools from a run: graft, ablate, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from crosstrace.cli.options import given, takes_settings
+
+_SETTINGS = "crosstrace.export.artefacts:EditSettings"
+
+
+@takes_settings(_SETTINGS)
+def graft(run: Path, folder: Path, /, *, overwrite: bool = False, **settings: Any) -> None:
+    """Write a run's base, with a strategy's values of a set of parameters, as a model folder.
+
+    Args:
+        run: the folder of a run.
+        folder: where the model goes.
+        overwrite: replace a folder that crosstrace wrote.
+    """
+    _edit("graft", run, folder, overwrite, settings)
+
+
+@takes_settings(_SETTINGS)
+def ablate(run: Path, folder: Path, /, *, overwrite: bool = False, **settings: Any) -> None:
+    """Write a strategy's model, with a set of parameters set back to the base, as a model folder.
+
+    Args:
+        run: the folder of a run.
+        folder: where the model goes.
+        overwrite: replace a folder that crosstrace wrote.
+    """
+    _edit("ablate", run, folder, overwrite, settings)
+
+
+def _edit(kind: Literal["graft", "ablate"], run: Path, folder: Path, overwrite: bool, settings: dict[str, Any]) -> None:
+    from pydantic import TypeAdapter
+
+    from crosstrace.experiment.config import value_of
+    from crosstrace.export.artefacts import EditSettings, write_from_run
+
+    values = {name: value_of(name, text) for name, text in given(settings).items() if text is not None}
+    card = write_from_run(run, folder, kind, TypeAdapter(EditSettings).validate_python(values), overwrite)
+    pset, done = card["set"], "grafted" if kind == "graft" else "ablated"
+    print(
+        f"{folder}: {card['architecture']}, {pset['size']:,} of its {card['parameters']:,} parameters {done} "
+        f"(set {pset['name']}, {pset['when']}, top {pset['fraction']:g})"
+    )
+
+
+def export(run: Path, folder: Path, /, *, overwrite: bool = False) -> None:
+    """Write a run's questions as tasks of the lm-evaluation-harness.
+
+    Its `lm_eval` (`pip install lm-eval`) then asks any model the questions about trained and about held-out people.
+    FOLDER/README.md says how, and which of its numbers are crosstrace's own.
+
+    Args:
+        run: the folder of a run.
+        folder: where the tasks go.
+        overwrite: replace a folder that crosstrace wrote.
+    """
+    from crosstrace.export.harness import export_run, summary
+
+    card = export_run(run, folder, overwrite)
+    print(f"{summary(card)}\n\n{card['command']}")
