@@ -23,7 +23,7 @@ from smollm2_shape import model_of  # (prepares the machine as the command line 
 from crosstrace.core.files import write_json
 from crosstrace.core.provenance import metadata
 from crosstrace.models.loading import load_model, trains_in_bf16
-from crosstrace.training.trainer import task_losses
+from crosstrace.training.update_loss import task_losses
 
 LENGTH = 16
 COUNTS = (8, 16, 32, 64, 128)

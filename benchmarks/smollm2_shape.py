@@ -72,7 +72,7 @@ def batch_of(count: int, shortest: int, longest: int, trained: int | None, seed:
 def losses_of(model: torch.nn.Module, batch: Batch, labels: list[Tensor]) -> list[Tensor]:
     """What the imported version's training computes."""
     try:
-        from crosstrace.training.trainer import task_losses
+        from crosstrace.training.update_loss import task_losses
     except ImportError:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = model(**inputs).logits

@@ -43,7 +43,7 @@ from crosstrace.models.loading import load_model
 from crosstrace.trace import OnlineTrace, SummedTrace, TrainingTrace
 from crosstrace.trace.engine import Engine
 from crosstrace.training.losses import example_losses
-from crosstrace.training.trainer import task_losses
+from crosstrace.training.update_loss import task_losses
 
 Sums = dict[str, Tensor]
 PYTHIA = {

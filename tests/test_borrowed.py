@@ -11,7 +11,7 @@ from tiny_models import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
 from crosstrace.trace import OnlineTrace
-from crosstrace.training.trainer import task_losses
+from crosstrace.training.update_loss import task_losses
 
 TASKS = ["bio", "qa"]
 MEASURES = ("abs", "square")

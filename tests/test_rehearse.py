@@ -23,7 +23,7 @@ from crosstrace.trace.engine import Engine
 from crosstrace.trace.rehearse import GATHERED, Rehearsal, Understudy, _others
 from crosstrace.training.evaluation import judged
 from crosstrace.training.recipes import Phase
-from crosstrace.training.trainer import UpdateLoss
+from crosstrace.training.update_loss import UpdateLoss
 
 PHASE = Phase("mixed", {"bio": 4, "qa": 6}, 1)
 ARCHITECTURES = ("llama", "gpt_neox", "gpt2", "qwen3", "qwen3_moe")

@@ -18,9 +18,10 @@ from crosstrace.data.tokens import encode
 from crosstrace.experiment import config
 from crosstrace.trace import OnlineTrace, SummedTrace
 from crosstrace.training.listeners import Listener, TaskPart
+from crosstrace.training.optimisers import learning_rate_factor
 from crosstrace.training.recipes import Optimiser, Phase, mixed, two_stage
 from crosstrace.training.settings import TrainSettings
-from crosstrace.training.trainer import learning_rate_factor, train
+from crosstrace.training.trainer import train
 from crosstrace.training.updates import Updates
 
 WORDS = tokenizer("word")

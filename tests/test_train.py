@@ -27,9 +27,11 @@ from crosstrace.training import optimisers
 from crosstrace.training.evaluation import recall
 from crosstrace.training.listeners import Listener, RecallHistory
 from crosstrace.training.losses import example_losses
+from crosstrace.training.optimisers import learning_rate_factor
 from crosstrace.training.recipes import Optimiser, Phase, mixed, two_stage
 from crosstrace.training.settings import TrainSettings
-from crosstrace.training.trainer import UpdateLoss, learning_rate_factor, train
+from crosstrace.training.trainer import train
+from crosstrace.training.update_loss import UpdateLoss
 from crosstrace.training.updates import Updates, micro_batches
 
 WORDS = tokenizer("word")

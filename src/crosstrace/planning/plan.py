@@ -41,7 +41,7 @@ from crosstrace.planning.remedies import (
     together_text,
 )
 from crosstrace.trace.memory import size_text
-from crosstrace.training.trainer import UpdateLoss
+from crosstrace.training.update_loss import UpdateLoss
 
 Row = dict[str, Any]
 

@@ -42,7 +42,7 @@ from crosstrace.trace.engine import Engine
 from crosstrace.training.evaluation import judged
 from crosstrace.training.losses import example_losses
 from crosstrace.training.recipes import Phase
-from crosstrace.training.trainer import UpdateLoss
+from crosstrace.training.update_loss import UpdateLoss
 
 Parts = dict[str, float]  # what is held -> bytes
 GATHERED = "gathered layers"  # whole weights while they are computed with, and gradients until they are sent

@@ -1,12 +1,14 @@
-"""The optimisers that a training may use, all of them the Trainer's own, and their state on disk.
+"""The optimisers that a training may use, their learning-rate schedule, and their state on disk.
 
-The state is saved by the names of the parameters, as safetensors and JSON, so any number of processes goes on from it.
+All of them are the Trainer's own. The state is saved by the names of the parameters, as safetensors and JSON, so any
+number of processes goes on from it.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,25 @@ def arguments(optimiser: Optimiser) -> dict[str, Any]:
         "max_grad_norm": optimiser.clip,
         **_OF_THE_TRAINER.get(optimiser.name, {}),
     }
+
+
+def learning_rate_factor(optimiser: Optimiser, total: int) -> Callable[[int], float]:
+    """The schedule as a factor of the peak learning rate, for update 0, 1, …, total-1.
+
+    Linear from 1/warmup to 1, then cosine to `floor`, linear to `floor`, or constant.
+    """
+
+    def factor(update: int) -> float:
+        if update < optimiser.warmup:
+            return (update + 1) / optimiser.warmup
+        course = min(1.0, (update - optimiser.warmup) / max(1, total - optimiser.warmup))
+        if optimiser.decay == "constant":
+            return 1.0
+        if optimiser.decay == "linear":
+            return 1 - (1 - optimiser.floor) * course
+        return optimiser.floor + (1 - optimiser.floor) * 0.5 * (1 + math.cos(math.pi * course))
+
+    return factor
 
 
 def check_optimisers(optimisers: Sequence[Optimiser], sharded: bool = False) -> None:
