@@ -1,5 +1,7 @@
-"""Which names and shapes projections have, and which rows and columns of them belong to a head: proposals that
-`perturb` tries."""
+"""The names and shapes of projections, and which of their rows and columns may belong to a head.
+
+These are proposals, which `perturb` tries.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from crosstrace.models.perturb import Map, Rows
+from crosstrace.models.unit_maps import Map, Rows
 
 # The children by which an attention module or an MLP is recognised: role -> the child's name.
 ATTENTION = (
@@ -33,7 +35,7 @@ MLP = (
     {"up": "fc_in", "down": "fc_out"},
 )
 
-# By which names an attention module may tell its number of query heads, if the config's is not its own.
+# Names under which an attention module may have its own number of query heads, other than the config's.
 COUNTS = ("num_heads", "num_attention_heads", "n_heads")
 
 
@@ -43,13 +45,13 @@ class Proposal:
 
     family: str  # "heads" or "neurons"
     layer: int
-    place: str  # the module's path within its layer
+    path: str  # the module's path within its layer
     maps: list[Map]
-    why: str | None = None  # there is none
+    why: str | None = None  # why there is none
 
 
 def base_layer(module: nn.Module) -> nn.Module:
-    """The module that an adapter (PEFT's) is put on, which its wrapper holds; of any other, itself."""
+    """The module inside an adapter's (PEFT's) wrapper; any other module itself."""
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
         module = inner
     return module
@@ -61,6 +63,7 @@ def axis_of(module: nn.Module, side: str) -> int:
 
 
 def width_of(module: nn.Module, side: str) -> int:
+    """The weight's size along the axis of a side, "in" or "out"."""
     weight = base_layer(module).weight
     assert isinstance(weight, Tensor)
     return weight.shape[axis_of(base_layer(module), side)]
@@ -81,7 +84,7 @@ def attention_maps(home: nn.Module, modules: Mapping[str, nn.Module], heads: int
     queries = torch.arange(heads).repeat_interleave(dim)
     keys = queries // (heads // kv)
     maps = []
-    for slices in _fused(heads, kv) if "qkv" in rows else _apart(heads, kv, gated):
+    for slices in _fused_layouts(heads, kv) if "qkv" in rows else _separate_layouts(heads, kv, gated):
         claims = []
         for role, units in slices.items():
             name = f"a {'query' if role == 'q' else 'key/value'} head's rows of {role.upper()}"
@@ -90,8 +93,8 @@ def attention_maps(home: nn.Module, modules: Mapping[str, nn.Module], heads: int
                     name=name,
                     unit="query_head" if role == "q" else "kv_head",
                     projection=modules["qkv" if "qkv" in rows else role],
-                    of_row=units.repeat_interleave(dim),
-                    of_column=queries if role == "q" else keys,
+                    unit_of_row=units.repeat_interleave(dim),
+                    unit_of_column=queries if role == "q" else keys,
                     reaches_later={"q": False, "k": True, "v": None}[role] if "qkv" in rows else None,
                     mixes=role != "v",
                 )
@@ -100,20 +103,21 @@ def attention_maps(home: nn.Module, modules: Mapping[str, nn.Module], heads: int
     return maps
 
 
-def _apart(heads: int, kv: int, gated: bool) -> list[dict[str, Tensor]]:
-    """The unit of each slice of head-width rows, of separate projections Q, K and V: the usual layouts.
+def _separate_layouts(heads: int, kv: int, gated: bool) -> list[dict[str, Tensor]]:
+    """The usual layouts of separate projections Q, K and V: the unit of each slice of head-width rows.
 
-    If Q has a gate beside each query: for each head its query and its gate; and all queries, then all gates.
+    If Q has a gate beside each query, there are two: for each head its query and its gate; and all queries, then all
+    gates.
     """
     query, key = torch.arange(heads), torch.arange(kv)
     queries = [query.repeat_interleave(2), query.repeat(2)] if gated else [query]
     return [{"q": q, "k": key, "v": key} for q in queries]
 
 
-def _fused(heads: int, kv: int) -> list[dict[str, Tensor]]:
-    """The unit of each slice of head-width rows, -1 for none, of Q, K and V in one projection: the usual layouts.
+def _fused_layouts(heads: int, kv: int) -> list[dict[str, Tensor]]:
+    """The usual layouts of Q, K and V in one projection: the unit of each slice of head-width rows, -1 for none.
 
-    First all of Q, then all of K, then all of V; and for each key/value head its queries, its key, its value.
+    There are two: all of Q, then all of K, then all of V; and for each key/value head its queries, its key, its value.
     """
     query, key, none = torch.arange(heads), torch.arange(kv), torch.tensor(-1)
     blocks = {
