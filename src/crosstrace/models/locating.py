@@ -1,4 +1,4 @@
-"""Where a model's name leads: the bundled base, a folder, a GGUF file, an adapter's folder, or a hub name."""
+"""What a model's name stands for: the bundled base, a folder, a GGUF file, an adapter's folder, or a hub name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def locate(name: str) -> str:
     """The folder, GGUF file or hub name that `name` stands for.
 
     Raises:
-        UserError: `name` looks like a folder and is none, or the folder holds other things than a model's files.
+        UserError: `name` looks like a folder but there is none, or it holds other things than a model's files.
     """
     if name == BUNDLED:
         return str(bundled_folder())
@@ -73,10 +73,10 @@ def _gguf_of(folder: Path, name: str) -> Path:
 
 
 def read_config(name: str) -> Any:
-    """The config of a folder, a GGUF file or a hub name, as `locate` gives it; none of its own code is run.
+    """The config of a folder, a GGUF file or a hub name, as `locate` gives it. No code that comes with it is run.
 
     Raises:
-        UserError: there is none, it is damaged, or of an architecture that transformers does not have.
+        UserError: there is no config, it is damaged, or of an architecture that transformers does not have.
     """
     from transformers import AutoConfig
 
@@ -89,54 +89,61 @@ def read_config(name: str) -> Any:
 
 @contextmanager
 def reading(what: str, expected: str):
-    """transformers at work on files that anyone may have made: whatever it stumbles over is told in one sentence."""
+    """While transformers reads files that anyone may have made: whatever it raises becomes a `UserError`.
+
+    Args:
+        what: the beginning of its sentence.
+        expected: the end of it.
+    """
     try:
         with silent():
             yield
     except UserError:
         raise
-    except Exception as error:  # the files may hold anything, and it trusts them
-        told = shorten(" ".join(_lines(error)[:2]), 300, placeholder=" …").rstrip(".:")
+    except Exception as error:  # the files may hold anything, and transformers trusts them
+        reason = shorten(" ".join(_lines(error)[:2]), 300, placeholder=" …").rstrip(".:")
         if "weights_only" in str(error):
-            told = "its pickle holds more than tensors"
+            reason = "its pickle holds more than tensors"
         elif "trust_remote_code" in str(error):
-            told = "it needs Python code of its own (auto_map in its config), which is never run here"
+            reason = "it needs Python code of its own (auto_map in its config), which is never run here"
             expected = "expected an architecture that transformers has"
         elif type(error).__module__ == "builtins" and not isinstance(error, (OSError, ValueError, RuntimeError)):
-            told = f"{type(error).__name__}: {told}"
-        raise UserError(f"{what} ({told}); {expected}") from None
+            reason = f"{type(error).__name__}: {reason}"
+        raise UserError(f"{what} ({reason}); {expected}") from None
 
 
 def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter."""
     return (folder / ADAPTER).is_file()
 
 
-def folder_of(place: str) -> Path:
-    """Where the files of a folder or of a hub name lie, once they were downloaded."""
+def folder_of(source: str) -> Path:
+    """The folder of a folder's or a hub name's files, once they were downloaded."""
     from transformers.utils.hub import cached_file
 
-    return Path(place) if Path(place).is_dir() else Path(str(cached_file(place, "config.json"))).parent
+    return Path(source) if Path(source).is_dir() else Path(str(cached_file(source, "config.json"))).parent
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
+    """The settings of an adapter, as PEFT wrote them."""
     try:
-        given = json.loads((folder / ADAPTER).read_text())
+        values = json.loads((folder / ADAPTER).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / ADAPTER} can't be read: {_lines(error)[0]}") from None
-    if not isinstance(given, dict):
+    if not isinstance(values, dict):
         raise UserError(f"{folder / ADAPTER} holds no settings; expected what PEFT's save_pretrained writes")
-    return given
+    return values
 
 
-def adapted_base(place: str) -> str | None:
+def adapted_base(source: str) -> str | None:
     """The folder or hub name of the base of an adapter's folder; None for any other model."""
-    return locate(base_of(Path(place))) if is_adapter(Path(place)) else None
+    return locate(base_of(Path(source))) if is_adapter(Path(source)) else None
 
 
 def base_of(folder: Path) -> str:
     """The model that an adapter's folder names as its base."""
-    given = adapter_config(folder)
-    base, revision = given.get("base_model_name_or_path"), given.get("revision")
+    config = adapter_config(folder)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     remedy = f"put its absolute path, 'bundled' or a hub name as base_model_name_or_path into {folder / ADAPTER}"
     if not isinstance(base, str) or not base:
         raise UserError(f"the adapter in {folder} does not tell its base; {remedy}")
@@ -144,12 +151,12 @@ def base_of(folder: Path) -> str:
     if base != BUNDLED and not path.is_absolute() and (base.startswith(".") or path.is_dir()):
         raise UserError(f"the adapter in {folder} names its base by the relative path {base}; {remedy}")
     try:
-        place = locate(base)
+        source = locate(base)
     except UserError as error:
         raise UserError(f"the adapter in {folder} has no base to be put on: {error}; {remedy}") from None
-    if is_adapter(Path(place)):
+    if is_adapter(Path(source)):
         raise UserError(f"the adapter in {folder} names as its base {base}, an adapter itself; merge that one first")
-    if revision and not Path(place).is_dir():
+    if revision and not Path(source).is_dir():
         raise UserError(
             f"the adapter in {folder} is of the revision {revision!r} of {base}; download that revision, and {remedy}"
         )
@@ -157,19 +164,19 @@ def base_of(folder: Path) -> str:
 
 
 def revision(name: str) -> str | None:
-    """Which content a model's name stands for: `sha256:` and the hash of a local folder's files or of a GGUF file, or a
-    hub's commit.
+    """Which content a model's name stands for.
 
-    Of a LoRA adapter's folder its own and its base's, with a "+" between them.
+    It is `sha256:` and the hash of a local folder's files or of a GGUF file, or a hub's commit. A LoRA adapter's folder
+    has its own and its base's, with a "+" between them.
     """
-    place = locate(name)
-    if Path(place).exists():
-        below = adapted_base(place)
-        own = f"sha256:{sha256_tree(place)}"
-        return own if below is None else f"{own}+{revision(below)}"
-    return getattr(read_config(place), "_commit_hash", None)
+    source = locate(name)
+    if Path(source).exists():
+        base = adapted_base(source)
+        own_revision = f"sha256:{sha256_tree(source)}"
+        return own_revision if base is None else f"{own_revision}+{revision(base)}"
+    return getattr(read_config(source), "_commit_hash", None)
 
 
 def _lines(error: Exception) -> list[str]:
-    """What an error says, at least its name."""
+    """The lines of an error's message; its class's name if it has none."""
     return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -1,5 +1,7 @@
-"""Modes of a model for a while: evaluation, gradients of what is put into it, checkpointed gradients; each as it was
-afterwards."""
+"""Modes of a model within a context: evaluation, gradients of its inputs, checkpointed gradients.
+
+Afterwards the model is as it was.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from crosstrace.core.pieces import at_rest, is_sharded
 
 @contextmanager
 def silent():
-    """Without transformers' own bars and notices: progress is shown once, by whoever called."""
+    """Without transformers' own bars and notices: the caller shows progress, once."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -31,11 +33,11 @@ def silent():
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """The model in evaluation mode without gradients; its modules' own modes come back afterwards."""
+    """The model in evaluation mode without gradients; afterwards each module has its mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # (FSDP2 would keep weights gathered in inference mode, of which no later backward could make use)
+        # (in inference mode FSDP2 would keep gathered weights that no later backward can use)
         with torch.no_grad() if is_sharded(model) else torch.inference_mode():
             yield model
     finally:
@@ -46,10 +48,10 @@ def evaluating(model: nn.Module):
 
 @contextmanager
 def checkpointing_gradients(model: Any, on: bool = True):
-    """A model that keeps only what enters its layers in training, and computes the rest again in the backward.
+    """The model in training keeping only what enters its layers, and computing the rest again in the backward.
 
     Raises:
-        UserError: its architecture is not made for that.
+        UserError: its architecture does not support that.
     """
     if not on:
         yield
@@ -70,20 +72,21 @@ def checkpointing_gradients(model: Any, on: bool = True):
         yield
     finally:
         disable()
-        for hook in {*embeddings._forward_hooks} - hooks:  # which makes inputs need gradients, and is left there
+        for hook in {
+            *embeddings._forward_hooks
+        } - hooks:  # transformers leaves the one that makes inputs need gradients
             del embeddings._forward_hooks[hook]
 
 
 @contextmanager
 def differentiating(model: nn.Module):
-    """The model in evaluation mode, with gradients of what is put into it but not of its parameters; as it was
-    afterwards."""
-    learned = [p for p in model.parameters() if p.requires_grad]
+    """The model in evaluation mode, with gradients of its inputs but not of its parameters; afterwards as it was."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
     with evaluating(model), torch.inference_mode(False), torch.enable_grad():
         try:
-            for p in learned:  # the graph begins at what is put in
+            for p in trainable:  # the graph begins at the inputs
                 p.requires_grad_(False)
             yield
         finally:
-            for p in learned:
+            for p in trainable:
                 p.requires_grad_(True)

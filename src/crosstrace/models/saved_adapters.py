@@ -15,35 +15,36 @@ from crosstrace.core.errors import UserError
 from crosstrace.models.adapter_files import ADAPTER, ADAPTER_WEIGHTS
 from crosstrace.models.modes import silent
 
-# How an adapter began (PEFT's init_lora_weights): on the base as it is, or on one that PEFT changes the same way again.
+# How an adapter began (PEFT's init_lora_weights): on the base as it is, or on a base that PEFT changes, in the same way
+# each time.
 LEAVE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 CHANGE_BASE = ("pissa", "olora")
 
 
-def check_further_weights(tuned: Any, own: dict[str, nn.Parameter], folder: Path, base: str) -> None:
-    """Raise a `UserError` unless an adapter's file has the biases, tokens and modules that its config names, and no
-    other weights than these, its matrices, and copies of the base's.
+def check_further_weights(tuned: Any, parameters: dict[str, nn.Parameter], folder: Path, base: str) -> None:
+    """Raise a `UserError` unless an adapter's file has the further weights that its config names, and no others.
 
-    PEFT would go on without the former, and put the latter into the base, if need be into both uses of a tied tensor.
+    Further weights are biases, tokens and whole modules. PEFT would go on without those that are missing. Others it
+    would put into the base, if need be into both uses of a tied tensor. Copies of the base's weights are allowed.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
     with fitting(folder, base):
         expected = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
-        found = load_file(folder / ADAPTER_WEIGHTS)
-    missing = sorted(name for name in expected - set(found) if "lora_" not in name)
+        stored = load_file(folder / ADAPTER_WEIGHTS)
+    missing = sorted(name for name in expected - set(stored) if "lora_" not in name)
     if missing:
         raise UserError(
             f"the adapter in {folder} lacks {missing[0]} and {len(missing) - 1} others that its {ADAPTER} names (bias, "
             "modules_to_save, trainable_token_indices); expected what PEFT's save_pretrained writes"
         )
-    for name in sorted(set(found) - expected):
-        place = own.get(name.removeprefix("base_model.model.").replace(".base_layer", ""))
-        if "lora_" in name or place is None or found[name].shape != place.shape:
-            continue  # PEFT tells of those
-        if not torch.equal(found[name].to(place.dtype), place):
+    for name in sorted(set(stored) - expected):
+        parameter = parameters.get(name.removeprefix("base_model.model.").replace(".base_layer", ""))
+        if "lora_" in name or parameter is None or stored[name].shape != parameter.shape:
+            continue  # PEFT reports those
+        if not torch.equal(stored[name].to(parameter.dtype), parameter):
             raise UserError(
                 f"the adapter in {folder} holds {name}, which its {ADAPTER} does not name and which differs from the "
                 f"base {base}; expected it among modules_to_save, so merge the adapter where it was trained and save "
@@ -52,8 +53,10 @@ def check_further_weights(tuned: Any, own: dict[str, nn.Parameter], folder: Path
 
 
 def check_tied_ends(tuned: Any, folder: Path, base: str) -> None:
-    """Raise a `UserError` if merging an adapter changes what its tied embeddings and unembedding give: PEFT may add to
-    the one tensor for each of its uses."""
+    """Raise a `UserError` if merging an adapter changes what its tied embeddings and unembedding give.
+
+    PEFT may add to the one tensor for each of its uses.
+    """
     from crosstrace.models.adapters import merged
 
     with fitting(folder, base):
@@ -72,8 +75,10 @@ def check_tied_ends(tuned: Any, folder: Path, base: str) -> None:
 
 
 def check_shared_layers(tuned: Any, folder: Path, base: str) -> None:
-    """Raise a `UserError` if layers of the base that share a tensor have matrices of their own: PEFT would add all of
-    them to it."""
+    """Raise a `UserError` if layers that share a tensor of the base have matrices of their own.
+
+    PEFT would add all of them to that tensor.
+    """
     owners: dict[int, set[int]] = defaultdict(set)
     for module in tuned.modules():
         for p in module.parameters(recurse=False):
@@ -101,7 +106,7 @@ def _uses(model: Any) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def fitting(folder: Path, base: str):
-    """PEFT at work on an adapter's folder: whatever it stumbles over is told in one sentence."""
+    """While PEFT reads an adapter's folder: whatever it raises becomes a `UserError` of one sentence."""
     try:
         with silent(), warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
@@ -114,13 +119,13 @@ def fitting(folder: Path, base: str):
         ) from None
 
 
-def check_finite(model: nn.Module, place: str, only: str = "") -> None:
-    """Raise a `UserError` if a weight is no number: everything after it would be none either."""
+def check_finite(model: nn.Module, source: str, only: str = "") -> None:
+    """Raise a `UserError` if a weight is NaN or infinite: everything computed with it would be too."""
     for name, p in model.named_parameters():
-        # a sum is finite if all its terms are, but for an overflow, and needs no memory
+        # the sum is tried first since it needs no memory: unless it overflows, it is finite if all its terms are
         if only in name and not p.detach().sum().isfinite() and not p.detach().isfinite().all():
             count = int((~p.detach().isfinite()).sum())
             raise UserError(
-                f"the weights in {place} are no numbers: {name} holds {count:,} NaN or infinite values of "
+                f"the weights in {source} are no numbers: {name} holds {count:,} NaN or infinite values of "
                 f"{p.numel():,}; has its training diverged, or is the file damaged?"
             )

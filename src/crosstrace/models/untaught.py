@@ -1,6 +1,6 @@
 """A model that knows nothing yet: a tokenizer trained on texts, and random weights of an architecture's config.
 
-For facts that the bundled base has no words for where no pretrained model is at hand. It trains no weights.
+It is for facts that the bundled base has no words for, if there is no pretrained model. It trains no weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from crosstrace.models import loading, locating
 END, PAD = "<end>", "<pad>"
 EXPECTED = "expected a causal language model's architecture as transformers names it (llama, gpt_neox, qwen3, ...)"
 OWN_CONFIG = "expected another architecture, such as llama, or its own config.json with all of its sizes, as --config"
-NOT_PARTS = ("dbrx", "mpt")  # whose configs have several parts, of one model for text
+TEXT_ONLY = ("dbrx", "mpt")  # their configs have several parts, but they are models for text alone
 
 
 @settings(frozen=True, config=STRICT)
@@ -62,7 +62,7 @@ def new_model(folder: Path, texts: Iterable[str], options: NewModelSettings) -> 
         the model, as it was written.
 
     Raises:
-        UserError: the folder exists, there is no text, or the architecture or its config is none.
+        UserError: the folder exists, there is no text, or there is no such architecture or config.
     """
     if folder.exists():
         raise UserError(f"{folder} exists; a model is never written over, so choose another folder")
@@ -78,7 +78,7 @@ def new_model(folder: Path, texts: Iterable[str], options: NewModelSettings) -> 
 
 
 def byte_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer, which has a token for any text; it ends texts with END."""
+    """A byte-level BPE tokenizer, which has tokens for any text; it ends texts with END."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
@@ -95,17 +95,17 @@ def byte_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
 
 
 def _model(tokenizer: Any, positions: int, options: NewModelSettings) -> Any:
-    """A model of the architecture with random weights, tried once on a few tokens."""
+    """A model of the architecture with random weights, checked on a few tokens."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if options.config is not None:
         values = {**read_json(options.config)}
-        own = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", *values}
-        values |= {name: value for name, value in _tokens(tokenizer).items() if name in own}
+        taken = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", *values}
+        values |= {name: value for name, value in _token_settings(tokenizer).items() if name in taken}
         kind = values.pop("model_type", None)
     else:
         kind = options.architecture
-        values = _values(kind, tokenizer, positions, options)
+        values = _config_values(kind, tokenizer, positions, options)
     what = f"no model of the architecture {kind!r} can be made"
     with locating.reading(what, OWN_CONFIG), torch.random.fork_rng():
         config = AutoConfig.for_model(kind, **values)
@@ -120,11 +120,11 @@ def _model(tokenizer: Any, positions: int, options: NewModelSettings) -> Any:
     with locating.reading(what, OWN_CONFIG), torch.random.fork_rng():
         torch.manual_seed(options.seed)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=loading.DTYPES[options.dtype])
-        _try(model.eval(), what)
+        _check_reads_left_to_right(model.eval(), what)
     return model
 
 
-def _values(kind: str, tokenizer: Any, positions: int, options: NewModelSettings) -> dict[str, Any]:
+def _config_values(kind: str, tokenizer: Any, positions: int, options: NewModelSettings) -> dict[str, Any]:
     """The settings as an architecture's config takes them.
 
     Raises:
@@ -139,42 +139,43 @@ def _values(kind: str, tokenizer: Any, positions: int, options: NewModelSettings
         )
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"transformers has no causal language model of the architecture {kind!r}; {EXPECTED}")
-    own: Any = CONFIG_MAPPING[kind]
-    text = own.sub_configs.get("text_config")
-    if own.sub_configs and kind not in NOT_PARTS:
+    config_class: Any = CONFIG_MAPPING[kind]
+    text = config_class.sub_configs.get("text_config")
+    if config_class.sub_configs and kind not in TEXT_ONLY:
         part = text.model_type if text in MODEL_FOR_CAUSAL_LM_MAPPING else "llama"
         raise UserError(
             f"{kind!r} is a model of several parts, for more than text; expected one for text alone, such as {part}"
         )
     with locating.reading(f"no model of the architecture {kind!r} can be made", EXPECTED):
-        default = own()
-    known = {*default.to_dict(), *own.attribute_map}
-    given = _tokens(tokenizer) | _sizes(positions, options)
-    if "kv_lora_rank" in known:  # keys and values are made anew for every head
-        given["num_key_value_heads"] = options.heads
+        default = config_class()
+    known = {*default.to_dict(), *config_class.attribute_map}
+    values = _token_settings(tokenizer) | _sizes(positions, options)
+    if "kv_lora_rank" in known:  # every head has its own keys and values
+        values["num_key_value_heads"] = options.heads
     kinds = getattr(default, "layer_types", None)
     if isinstance(kinds, list) and kinds:
-        given["layer_types"] = _kinds_of_layers(kinds, options.layers)
-    given |= _own_sizes(kind, positions, options)
-    names = {name: own.attribute_map.get(name, name) for name in given if name in known}
-    return {name: given[name] for name, target in names.items() if not _is_fixed(own, target)}
+        values["layer_types"] = _kinds_of_layers(kinds, options.layers)
+    values |= _own_sizes(kind, positions, options)
+    names = {name: config_class.attribute_map.get(name, name) for name in values if name in known}
+    return {name: values[name] for name, target in names.items() if not _is_fixed(config_class, target)}
 
 
 def _is_fixed(config: type, name: str) -> bool:
-    """Whether a config computes a setting and does not take it."""
-    found = getattr(config, name, None)
-    return isinstance(found, property) and found.fset is None
+    """Whether a config computes a setting and can't be given it."""
+    attribute = getattr(config, name, None)
+    return isinstance(attribute, property) and attribute.fset is None
 
 
 def _kinds_of_layers(kinds: list[str], layers: int) -> list[str]:
-    """The kinds of layers that an architecture has by itself, in turn; the last attends to all tokens if any does."""
+    """The kinds of layers of an architecture, in turn; the last layer attends to all tokens if any kind does."""
     distinct = list(dict.fromkeys(kinds))
     last = next((kind for kind in distinct if kind in ("full_attention", "attention")), distinct[-1])
     others = [kind for kind in distinct if kind != last] or [last]
-    return [*(others[place % len(others)] for place in range(layers - 1)), last]
+    return [*(others[number % len(others)] for number in range(layers - 1)), last]
 
 
-def _tokens(tokenizer: Any) -> dict[str, Any]:
+def _token_settings(tokenizer: Any) -> dict[str, Any]:
+    """The settings that follow from the tokenizer, under all names that architectures have for them."""
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     return {
         "vocab_size": len(tokenizer), "vocab_size_per_layer_input": len(tokenizer), "pad_token_id": pad,
@@ -226,7 +227,7 @@ def _sizes(positions: int, options: NewModelSettings) -> dict[str, Any]:
 
 
 def _own_sizes(kind: str, positions: int, options: NewModelSettings) -> dict[str, Any]:
-    """What an architecture calls otherwise than the others, or can't have as they do."""
+    """The settings that an architecture calls by other names, or can't have as the others do."""
     width, layers, heads = options.width, options.layers, options.heads
     match kind:
         case "bamba":
@@ -256,15 +257,15 @@ def _own_sizes(kind: str, positions: int, options: NewModelSettings) -> dict[str
     return {}
 
 
-def _try(model: Any, what: str) -> None:
+def _check_reads_left_to_right(model: Any, what: str) -> None:
     """Raise a `UserError` unless the model reads tokens alone, and no token sees a later one."""
     rows = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(rows, (2, 9))
-    other = ids.clone()
-    other[:, -1] = (ids[:, -1] + 1) % rows
+    other_ids = ids.clone()
+    other_ids[:, -1] = (ids[:, -1] + 1) % rows
     with torch.no_grad():
-        one, two = (model(input_ids=x).logits[:, :-1].float() for x in (ids, other))
-    if not bool(one.isfinite().all()):
+        logits, other_logits = (model(input_ids=x).logits[:, :-1].float() for x in (ids, other_ids))
+    if not bool(logits.isfinite().all()):
         raise UserError(f"{what}: its random weights give logits that are no numbers; expected another architecture")
-    if float((one - two).abs().max()) > 1e-5 * (1 + float(one.abs().max())):
+    if float((logits - other_logits).abs().max()) > 1e-5 * (1 + float(logits.abs().max())):
         raise UserError(f"{what}: its tokens see later ones; expected an architecture that reads from left to right")

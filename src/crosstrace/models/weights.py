@@ -1,7 +1,7 @@
 """The weights of a checkpoint: whether its files are one set, and whether the model made of them has a place for each.
 
-transformers goes on where weights are missing, left over or there twice. The model that it then gives is another than
-the one that was saved. This module says so in one sentence. It reads safetensors and their index, and runs nothing.
+transformers goes on if weights are missing, left over or there twice, and gives another model than the one that was
+saved. This module raises an error of one sentence instead. It reads safetensors and their index, and runs nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # as transfo
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 DISTRIBUTED = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")  # transformers would read these first
 
-# What a checkpoint may hold beside its model's weights. docs/guide.md lists the same.
+# Names of what a checkpoint may hold beside its model's weights. docs/guide.md lists the same.
 RECOMPUTED = re.compile(r"(^|\.)((original_)?inv_freq|(cos|sin)_cached|position_ids|num_batches_tracked)$")
 MASK = re.compile(r"(^|\.)(bias|masked_bias|causal_mask)$")  # in old checkpoints; only if the values are a mask's
 DRAFTING = re.compile(r"(^|\.)(mtp\w*|eh_proj|enorm|hnorm|shared_head)\.")  # heads that predict several tokens at once
@@ -75,7 +75,7 @@ def check_loaded(model: Any, report: Mapping[str, Any], folder: Path) -> None:
 
 
 def check_report(model: Any, report: Mapping[str, Any], place: str | Path, unexpected: Sequence[str] = ()) -> str:
-    """Raise a `UserError` unless every weight of the model was read, in its shape; gives the model's kind."""
+    """Raise a `UserError` unless every weight of the model was read, in its shape; returns the name of its class."""
     _check_shapes(sorted(report["mismatched_keys"]), place)
     missing = sorted(report["missing_keys"])
     kind = type(model).__name__.removeprefix("FSDP")  # as transformers calls the class of a model in pieces
@@ -89,33 +89,36 @@ def check_report(model: Any, report: Mapping[str, Any], place: str | Path, unexp
 
 
 def check_shapes(empty: Any, folder: Path) -> None:
-    """Raise a `UserError` if a weight of a folder has another shape than in the model, which needs no numbers.
+    """Raise a `UserError` if a weight of a folder has another shape than in the model, which may be without numbers.
 
-    For a model that is loaded in pieces: one process may find its rows and another not, and they would wait for each
-    other forever.
+    For a model that is loaded in pieces: if one process finds its rows and another does not, they wait for each other
+    forever.
     """
-    own, prefix, wrong = empty.state_dict(), empty.base_model_prefix, []
+    parameters, prefix, wrong = empty.state_dict(), empty.base_model_prefix, []
     for name, file in sorted(_stored(folder).items()):
-        place = next((key for key in (name, f"{prefix}.{name}") if key in own), None)
-        if place is not None:
+        key = next((key for key in (name, f"{prefix}.{name}") if key in parameters), None)
+        if key is not None:
             with safe_open(file, framework="pt") as opened:
-                found = tuple(opened.get_slice(name).get_shape())
-            if found != tuple(own[place].shape):
-                wrong.append((place, found, own[place].shape))
+                shape = tuple(opened.get_slice(name).get_shape())
+            if shape != tuple(parameters[key].shape):
+                wrong.append((key, shape, parameters[key].shape))
     _check_shapes(wrong, folder)
 
 
 def _check_shapes(wrong: Sequence[tuple[str, Sequence[int], Sequence[int]]], folder: str | Path) -> None:
     if wrong:
-        name, found, expected = wrong[0]
+        name, shape, expected = wrong[0]
         raise UserError(
-            f"the weights in {folder} do not fit its config: {name} has shape {tuple(found)}, and the config makes it "
+            f"the weights in {folder} do not fit its config: {name} has shape {tuple(shape)}, and the config makes it "
             f"{tuple(expected)} ({len(wrong)} such); do the two files belong together?"
         )
 
 
 def _check_tied(model: Any, folder: Path) -> None:
-    """transformers leaves weights apart that the config ties if the checkpoint has them both, with other values."""
+    """Raise a `UserError` if weights that the config ties are apart in the model.
+
+    transformers leaves them apart if the checkpoint has both, with different values.
+    """
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         if model.get_parameter_or_buffer(target) is not model.get_parameter_or_buffer(source):
             raise UserError(
@@ -126,40 +129,45 @@ def _check_tied(model: Any, folder: Path) -> None:
 
 
 def _left_over(model: Any, unexpected: set[str], stored: Mapping[str, Path], folder: Path) -> set[str]:
-    """The weights of a checkpoint that are not in the model and may have been part of what was saved.
+    """The weights of a checkpoint that the model lacks and that may have been part of what was saved.
 
-    Those that the model's class declares unused are among `stored` alone: transformers does not report them.
+    Args:
+        unexpected: what transformers reports. It leaves out what the model's class declares unused.
+        stored: all weights of the checkpoint.
     """
-    own, prefix = model.state_dict(), model.base_model_prefix
+    parameters, prefix = model.state_dict(), model.base_model_prefix
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     declared = re.compile("|".join(f"({pattern})" for pattern in patterns) or "(?!)")
 
     def is_loaded(name: str) -> bool:
-        return name in own or f"{prefix}.{name}" in own or name.removeprefix(f"{prefix}.") in own
+        return name in parameters or f"{prefix}.{name}" in parameters or name.removeprefix(f"{prefix}.") in parameters
 
     unused = {name for name in stored if declared.search(name) and not is_loaded(name)}
-    further, drafting = _further_layers(own, prefix, unexpected | unused)
-    # what a class declares unused is believed, unless it is an ordinary layer or may be a bias
+    further, drafting = _further_layers(parameters, prefix, unexpected | unused)
+    # what a class declares unused is taken as unused, unless it is an ordinary layer or may be a bias
     suspects = unexpected | {name for name in unused if name in further or MASK.search(name)}
     if _is_text_part(model, folder):
         suspects = {name for name in suspects if not TOWERS.search(name)}
     return {name for name in suspects - drafting if not _is_harmless(name, model, stored)}
 
 
-def _further_layers(own: Iterable[str], prefix: str, names: Iterable[str]) -> tuple[set[str], set[str]]:
-    """Those of the names that are of layers beyond the model's last: of ordinary layers, and of heads that only draft
-    further tokens."""
+def _further_layers(names_in_model: Iterable[str], prefix: str, names: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Those of the names that are of layers beyond the model's last one.
 
-    def layer(name: str) -> tuple[str, str]:
+    Returns:
+        the names of ordinary layers, and those of heads that only draft further tokens.
+    """
+
+    def layer_of(name: str) -> tuple[str, str]:
         match = LAYER.match(name)
         return (match["stack"].removeprefix(f"{prefix}."), match["number"]) if match else ("", "")
 
-    known = set(map(layer, own))
+    known = set(map(layer_of, names_in_model))
     stacks = {stack for stack, _ in known if stack}
     further: dict[tuple[str, str], set[str]] = defaultdict(set)
     for name in names:
-        if layer(name)[0] in stacks and layer(name) not in known:
-            further[layer(name)].add(name)
+        if layer_of(name)[0] in stacks and layer_of(name) not in known:
+            further[layer_of(name)].add(name)
     ordinary, drafting = set(), set()
     for members in further.values():
         (drafting if any(map(DRAFTING.search, members)) else ordinary).update(members)
@@ -173,22 +181,24 @@ def _is_text_part(model: Any, folder: Path) -> bool:
 
 
 def _is_harmless(name: str, model: Any, stored: Mapping[str, Path]) -> bool:
-    """Whether a weight without a place changes nothing: it is computed anew, or only drafts further tokens, or is a
-    causal mask or a copy of the embeddings."""
+    """Whether a weight that the model lacks changes nothing.
+
+    Such a weight is computed anew, only drafts further tokens, or is a causal mask or a copy of the embeddings.
+    """
     if RECOMPUTED.search(name) or DRAFTING.search(name):
         return True
     if MASK.search(name):
         value = _read(name, stored)
         return value is not None and _is_mask(value)
     embeddings = model.get_input_embeddings().weight
-    places = [place for place, p in model.named_parameters() if p is embeddings]
+    names = [other for other, p in model.named_parameters() if p is embeddings]
     value = _read(name, stored, tuple(embeddings.shape))
-    copied = _read(places[0], stored) if value is not None and places else None
-    return value is not None and copied is not None and torch.equal(value, copied)
+    original = _read(names[0], stored) if value is not None and names else None
+    return value is not None and original is not None and torch.equal(value, original)
 
 
 def _is_mask(value: Tensor) -> bool:
-    """Whether a buffer says what a causal decoder may look at: ones up to the diagonal, or the number for the rest."""
+    """Whether a buffer is a causal mask: ones up to the diagonal, or the number that masks the rest."""
     if value.numel() == 1:
         return float(value) <= -1e4
     rows, columns = value.shape[-2:] if value.dim() >= 2 else (0, 1)
@@ -199,15 +209,15 @@ def _is_mask(value: Tensor) -> bool:
 
 
 def _named_file(folder: Path) -> str | None:
-    """The file of weights that the config names in place of the usual one."""
+    """The file of weights that the config names in place of the usual one; None if it names none."""
     file = folder / "config.json"
     config = read_json(file) if file.is_file() else {}
-    found = config.get("transformers_weights") if isinstance(config, dict) else None
-    return found if isinstance(found, str) else None
+    name = config.get("transformers_weights") if isinstance(config, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _index(folder: Path) -> Path | None:
-    """The index of the weights that transformers reads, if they are in several files."""
+    """The index of the weights that transformers reads; None if they are in one file."""
     named = _named_file(folder)
     if named is not None:
         return folder / named if named.endswith(".index.json") else None
@@ -217,22 +227,22 @@ def _index(folder: Path) -> Path | None:
 def _check_index(index: Path) -> set[str]:
     """The files that an index names. Raises a `UserError` unless they lie beside it and hold what it says."""
     try:
-        places = {str(name): str(file) for name, file in read_json(index)["weight_map"].items()}
+        file_of = {str(name): str(file) for name, file in read_json(index)["weight_map"].items()}
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{index} has no weight_map; expected what save_pretrained writes") from None
-    files = sorted(set(places.values()))
+    files = sorted(set(file_of.values()))
     odd = [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]
     if odd:
         raise UserError(f"{index} names {odd[0]}; expected safetensors files beside it, so it was edited or damaged")
-    found: dict[str, list[str]] = defaultdict(list)
+    files_of: dict[str, list[str]] = defaultdict(list)
     for file in files:
         for name in _names(index.parent / file):
-            found[name].append(file)
-    wrong = sorted(name for name in {*places, *found} if found.get(name) != [places.get(name)])
+            files_of[name].append(file)
+    wrong = sorted(name for name in {*file_of, *files_of} if files_of.get(name) != [file_of.get(name)])
     if wrong:
-        where = " and ".join(found.get(wrong[0], [])) or "none of its files"
+        where = " and ".join(files_of.get(wrong[0], [])) or "none of its files"
         raise UserError(
-            f"{index} puts {wrong[0]} into {places.get(wrong[0], 'no file')}, but it lies in {where} ({len(wrong)} "
+            f"{index} puts {wrong[0]} into {file_of.get(wrong[0], 'no file')}, but it lies in {where} ({len(wrong)} "
             "such); expected the index of these files, so they are of two checkpoints, or a download is not complete"
         )
     return set(files)
@@ -247,17 +257,16 @@ def _names(file: Path) -> list[str]:
 
 
 def _stored(folder: Path) -> dict[str, Path]:
-    """The names of a checkpoint's weights and their files; empty where they are pickled."""
+    """The names of a checkpoint's weights and their files; empty if they are pickled."""
     index = _index(folder)
     files = _check_index(index) if index is not None else {_named_file(folder) or WHOLE}
     return {name: folder / file for file in files if (folder / file).is_file() for name in _names(folder / file)}
 
 
 def _read(name: str, stored: Mapping[str, Path], shape: tuple[int, ...] | None = None) -> Tensor | None:
-    """A weight by its name in the model, which may begin with more or fewer modules than its name in the file.
+    """A weight by its name in the model; None if no file has it, or it has another shape.
 
-    Returns:
-        None if the file has none of this name, or it has another shape.
+    The name in the model may begin with more or fewer modules than the name in the file.
     """
     likely = [key for key in stored if key.endswith(f".{name}") or name.endswith(f".{key}")]
     if name not in stored and len(likely) != 1:
