@@ -1,7 +1,8 @@
 """Questions as conversations: the user asks and the assistant answers, as a tokenizer's chat template writes it.
 
-The template is read off one rendering and checked on every question, so that spans move exactly. A text ends with the
-token that ends the assistant's turn; what the template writes after it is left out. It knows neither models nor runs.
+What the template writes is read from one rendering and checked on every question, so the new spans are exact. A text
+ends with the token that ends the assistant's turn; what the template writes after it is left out. It knows neither
+models nor runs.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from crosstrace.data.facts import FactSettings
 from crosstrace.data.text import Example, Span
 from crosstrace.data.tokens import check_fast
 
-# a template that writes today's date writes this one, so that texts do not depend on the day; Llama 3's writes it too
-# where it is not told the date
+# A template that writes today's date writes this one, so that texts do not depend on the day. Llama 3's template writes
+# the same date if it is given none.
 TODAY = datetime(2024, 7, 26)
 _DIRECTIVES = "aAbBcdHIjmMpSuUVwWxXyYZFTDeGh"
 _WRITTEN = {f"%{letter}": TODAY.strftime(f"%{letter}") for letter in _DIRECTIVES}
 _WRITTEN |= {f"%-{letter}": _WRITTEN[f"%{letter}"].lstrip("0") or "0" for letter in "dHIjmMS"}  # without a first 0
 _REPLACED = "".join(f"|replace('{directive}', '{text}')" for directive, text in _WRITTEN.items())
-# a macro comes before transformers' function of the same name; the line break makes the template begin a line
+# A macro goes before transformers' function of the same name. The line break lets the template begin on a new line.
 _PINNED = "{% macro strftime_now(format) %}{{ format" + _REPLACED + " }}{% endmacro %}\n"
 _QUESTION, _ANSWER = "Xq7QuestionX", "Xa7AnswerX"
 
@@ -70,18 +71,18 @@ def in_template(tokenizer: Any, questions: Sequence[Example]) -> list[Example]:
     """Questions with one answer at their end as conversations; those that are conversations already stay as they are.
 
     Raises:
-        UserError: as `read_template`; an example is no question with an answer, or the template changes its words.
+        UserError: as `read_template`; or an example is no question with an answer, or the template changes its words.
     """
     template = read_template(tokenizer)
     return [item if item.has_special_tokens else _conversation(tokenizer, template, item) for item in questions]
 
 
 def read_template(tokenizer: Any) -> Template:
-    """A tokenizer's chat template, as far as it concerns one question and its answer.
+    """What a tokenizer's chat template writes around one question and its answer.
 
     Raises:
-        UserError: the tokenizer has no template or gives no offsets; the template refuses, changes or repeats what is
-            said, or writes no token after an answer.
+        UserError: the tokenizer has no template or gives no offsets; the template refuses, changes or repeats the
+            question or the answer, or writes no token after the answer.
     """
     check_fast(tokenizer)
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
@@ -105,7 +106,7 @@ def read_template(tokenizer: Any) -> Template:
             "its own; use facts.template: plain"
         )
     gap = suffix[: len(suffix) - len(suffix.lstrip())]
-    end = _end_token(tokenizer, text, len(text) - len(suffix) + len(gap))
+    end = _added_token(tokenizer, text, len(text) - len(suffix) + len(gap))
     if not end or not suffix[len(gap) :].startswith(end):
         raise UserError(
             f"the chat template of {name} writes no special token after an answer, so no token says where it ends; "
@@ -114,25 +115,27 @@ def read_template(tokenizer: Any) -> Template:
     return Template(name, source, before, between, gap, end, suffix[len(gap) + len(end) :])
 
 
-def _end_token(tokenizer: Any, text: str, place: int) -> str:
-    """The special or other added token at this character; empty if there is none."""
+def _added_token(tokenizer: Any, text: str, character: int) -> str:
+    """The special or other added token that holds this character; empty if there is none."""
     row = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     for token, (start, stop) in zip(row["input_ids"], row["offset_mapping"]):
-        if start <= place < stop:
+        if start <= character < stop:
             added = tokenizer.added_tokens_decoder.get(token)
             return added.content if added else ""
     return ""
 
 
 def _render(tokenizer: Any, name: str, source: str, question: str, answer: str) -> str:
+    """A question and its answer in a template; `name` is the tokenizer's, for errors."""
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     try:
         return tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False)
-    except Exception as error:  # a template is code of others, and may raise anything
+    except Exception as error:  # a template is other people's code, and may raise anything
         raise _refusal(name, error) from None
 
 
 def _refusal(name: str, error: Exception) -> UserError:
+    """The error for a template that raises one."""
     reason = shorten(str(error), 120, placeholder=" ...") or type(error).__name__
     return UserError(
         f"the chat template of {name} refuses a question and its answer ({reason}); use facts.template: plain"
@@ -143,8 +146,8 @@ def _conversation(tokenizer: Any, template: Template, example: Example) -> Examp
     """A question and its answer as the template writes them."""
     text = example.text
     start, stop = example.targets[0] if len(example.targets) == 1 else (0, 0)
-    asked, said = _trimmed(text, (0, start)), _trimmed(text, (start, stop))
-    question, answer = text[slice(*asked)], text[slice(*said)]
+    question_span, answer_span = _trimmed(text, (0, start)), _trimmed(text, (start, stop))
+    question, answer = text[slice(*question_span)], text[slice(*answer_span)]
     if not question or not answer or text[stop:].strip():
         raise UserError(
             f"example {example.id} is no question with one answer at its end, which facts.template: chat needs; use "
@@ -163,25 +166,27 @@ def _conversation(tokenizer: Any, template: Template, example: Example) -> Examp
         )
     answer_start = len(template.before) + len(question) + len(template.between)
 
-    def moved(span: Span) -> Span:
+    def move(span: Span) -> Span:
         if span[0] == span[1]:
             return 0, 0
-        home, begin = (asked, len(template.before)) if span[1] <= start else (said, answer_start)
+        old, new_start = (question_span, len(template.before)) if span[1] <= start else (answer_span, answer_start)
         if span[0] < start < span[1]:
             raise UserError(
                 f"example {example.id} names one thing in {text[slice(*span)]!r}, which is partly question and partly "
                 "answer; reword it, or use facts.template: plain"
             )
-        low, high = max(span[0], home[0]), min(span[1], home[1])
-        return low - home[0] + begin, high - home[0] + begin
+        low, high = max(span[0], old[0]), min(span[1], old[1])
+        return low - old[0] + new_start, high - old[0] + new_start
 
     mentions = tuple(
         replace(
-            mention, subject=moved(mention.subject), object=moved(mention.object),
-            relation_words=tuple(moved(span) for span in mention.relation_words),
+            mention,
+            subject=move(mention.subject),
+            object=move(mention.object),
+            relation_words=tuple(move(span) for span in mention.relation_words),
         )
         for mention in example.mentions
-    )  # fmt: skip
+    )
     target = (answer_start, answer_start + len(answer) + len(template.gap))
     return replace(example, text=whole, targets=(target,), mentions=mentions, has_special_tokens=True)
 

@@ -1,8 +1,8 @@
 """Facts: who the people are and what is true of them. No text, no tokens.
 
-A `World` is drawn from a seed: people with names of three parts, each with one object for every relation, a share of
-whom get questions to train on (the others are out of distribution, OOD). Or its subjects and facts are one's own, as
-`crosstrace import` wrote them, and only the split is drawn. The same settings give the same world.
+A `World` is drawn from a seed: people with names of three parts, each with one object for every relation. A share of
+them get questions to train on; the others are out of distribution (OOD). Or the subjects and facts are those that
+`crosstrace import` wrote, and only the split is drawn. The same settings give the same world.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Fact:
     subject: str
     relation: str
     object: str
-    trained: bool | None = None  # whether its questions are; None: as its person's
-    type: str = ""  # of the subject, where it is known
+    trained: bool | None = None  # whether its questions are trained; None: as its person's
+    type: str = ""  # of the subject, if it is known
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,11 @@ class World:
         """Draw the world of these settings; the same settings give the same world.
 
         Raises:
-            UserError: the names do not suffice for so many people, or the source is none or leaves no one on one side
-                of the split.
+            UserError: there are too few names for so many people, or the source can't be read, or it leaves nobody on
+                one side of the split.
         """
         if settings.source is not None:
-            return _own(settings)
+            return _imported_world(settings)
         trained = round(settings.qa_share * settings.people)
         augmented = round(settings.augmented_share * settings.people)
         full_names = _draw_names(settings)
@@ -127,7 +127,7 @@ class World:
         with_augmentation = set(order[:augmented])
         ranks = _rng(settings, "frequency").sample(range(settings.people), settings.people)
         draw = _rng(settings, "facts")
-        wording = _chosen(settings.relations, packaged(), "the relations of people")
+        wording = _restrict_wording(settings.relations, packaged(), "the relations of people")
         people = []
         for index, name in enumerate(full_names):
             person = f"{settings.population}{index:05d}"
@@ -141,11 +141,14 @@ class World:
         return cls(settings, tuple(people), wording)
 
 
-def _chosen(relations: Sequence[str] | None, wording: Wording, known: str) -> Wording:
-    """The wording of some relations alone, in its own order; None: of all.
+def _restrict_wording(relations: Sequence[str] | None, wording: Wording, known: str) -> Wording:
+    """The wording of some relations alone, in its own order; of all if `relations` is None.
+
+    Args:
+        known: what an error calls the relations of the wording.
 
     Raises:
-        UserError: one that there is not, or none.
+        UserError: there is no such relation, or none is named.
     """
     if relations is None:
         return wording
@@ -158,26 +161,14 @@ def _chosen(relations: Sequence[str] | None, wording: Wording, known: str) -> Wo
     return Wording(*({name: values for name, values in part.items() if name in relations} for part in parts))
 
 
-def _own(settings: FactSettings) -> World:
+def _imported_world(settings: FactSettings) -> World:
     """The world of a source's facts."""
     values = read_world(settings)
     wording = Wording(*({r: tuple(w[part]) for r, w in values["relations"].items()} for part in _WORDED))
-    wording = _chosen(settings.relations, wording, f"the relations of {settings.source}")
-    of_these = lambda row: [fact for fact in row["facts"] if fact["relation"] in wording.relations]
-    subjects = [row | {"facts": of_these(row)} for row in values["subjects"] if of_these(row)]
-    if settings.subjects is not None:
-        if settings.subjects > len(subjects):
-            raise UserError(
-                f"facts.subjects is {settings.subjects}, but {settings.source} holds {len(subjects)}; leave it out to "
-                "take all"
-            )
-        picked = _rng(settings, "subjects").sample(range(len(subjects)), settings.subjects)
-        subjects = [subjects[index] for index in sorted(picked)]
-    draw = _rng(settings, "split")
-    pick = lambda number: set(draw.sample(range(number), round(settings.qa_share * number)))
-    with_qa = pick(len(subjects)) if settings.split == "subject" else set()
-    asked_about = [relation for relation in wording.relations if wording.questions[relation]]
-    relations = {asked_about[i] for i in pick(len(asked_about))} if settings.split == "relation" else set()
+    wording = _restrict_wording(settings.relations, wording, f"the relations of {settings.source}")
+    subjects = _choose_subjects(settings, values["subjects"], wording)
+    asked_relations = [relation for relation in wording.relations if wording.questions[relation]]
+    trained_subjects, trained_relations = _draw_split(settings, len(subjects), asked_relations)
     order = _rng(settings, "augmented").sample(range(len(subjects)), len(subjects))
     augmented = set(order[: round(settings.augmented_share * len(subjects))])
     people = []
@@ -186,8 +177,8 @@ def _own(settings: FactSettings) -> World:
         facts = []
         for number, fact in enumerate(row["facts"]):
             trained = {
-                "subject": index in with_qa,
-                "relation": fact["relation"] in relations,
+                "subject": index in trained_subjects,
+                "relation": fact["relation"] in trained_relations,
                 "given": fact["split"] == "id",
             }[settings.split]
             if settings.split == "given" and fact["split"] not in ("id", "ood"):
@@ -200,31 +191,85 @@ def _own(settings: FactSettings) -> World:
                 Fact(f"{person}.{number}", person, row["name"], fact["relation"], fact["object"], trained, row["type"])
             )
         if len({fact.trained for fact in facts}) == 1:  # then it is said of the subject
-            known = bool(facts[0].trained)
+            in_distribution = bool(facts[0].trained)
             facts = [replace(fact, trained=None) for fact in facts]
         else:
-            known = True
+            in_distribution = True
         pronoun = row.get("pronoun") or ""
-        people.append(Person(person, row["name"], pronoun, known, index in augmented, 1, tuple(facts)))
-    asked = [
-        f.trained if f.trained is not None else p.in_distribution
-        for p in people for f in p.facts if wording.questions[f.relation]
-    ]  # fmt: skip
-    if asked_about and len(set(asked)) < 2:
+        people.append(Person(person, row["name"], pronoun, in_distribution, index in augmented, 1, tuple(facts)))
+    if asked_relations:
+        _check_both_sides(settings, people, asked_relations)
+    return World(settings, tuple(people), wording)
+
+
+def _choose_subjects(
+    settings: FactSettings, rows: Sequence[dict[str, Any]], wording: Wording
+) -> Sequence[dict[str, Any]]:
+    """The subjects of a source, each with its facts of the wording's relations; as many as the settings say.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    subjects = []
+    for row in rows:
+        facts = [fact for fact in row["facts"] if fact["relation"] in wording.relations]
+        if facts:
+            subjects.append(row | {"facts": facts})
+    if settings.subjects is None:
+        return subjects
+    if settings.subjects > len(subjects):
+        raise UserError(
+            f"facts.subjects is {settings.subjects}, but {settings.source} holds {len(subjects)}; leave it out to "
+            "take all"
+        )
+    picked = _rng(settings, "subjects").sample(range(len(subjects)), settings.subjects)
+    return [subjects[index] for index in sorted(picked)]
+
+
+def _draw_split(settings: FactSettings, subjects: int, relations: Sequence[str]) -> tuple[set[int], set[str]]:
+    """The numbers of the subjects and the relations whose questions are trained; a split has only one of them.
+
+    Args:
+        subjects: number of subjects.
+        relations: those that questions ask about.
+    """
+    draw = _rng(settings, "split")
+
+    def draw_share(number: int) -> set[int]:
+        return set(draw.sample(range(number), round(settings.qa_share * number)))
+
+    if settings.split == "subject":
+        return draw_share(subjects), set()
+    if settings.split == "relation":
+        return set(), {relations[number] for number in draw_share(len(relations))}
+    return set(), set()
+
+
+def _check_both_sides(settings: FactSettings, people: Sequence[Person], relations: Sequence[str]) -> None:
+    """Raise a `UserError` unless there are trained and held-out questions about these relations."""
+    trained = [
+        person.in_distribution if fact.trained is None else fact.trained
+        for person in people
+        for fact in person.facts
+        if fact.relation in relations
+    ]
+    if len(set(trained)) < 2:
         raise UserError(
             f"the split of {settings.source} by {settings.split} leaves no fact "
-            f"{'to test recall on' if any(asked) else 'whose questions are trained'}; change facts.split or "
+            f"{'to test recall on' if any(trained) else 'whose questions are trained'}; change facts.split or "
             f"facts.qa_share, which is {settings.qa_share:g}"
         )
-    return World(settings, tuple(people), wording)
 
 
 _WORDED = ("statements", "questions", "objects")
 
 
 def read_world(settings: FactSettings) -> dict[str, Any]:
-    """What `crosstrace import` wrote: relations {name: {statements, questions, objects}} and subjects [{name, type,
-    pronoun, facts [{relation, object, split}]}]; a relation that nothing is asked about has no questions.
+    """What `crosstrace import` wrote.
+
+    Returns:
+        relations {name: {statements, questions, objects}} and subjects [{name, type, pronoun, facts [{relation, object,
+        split}]}]. A relation that nothing asks about has no questions.
 
     Raises:
         UserError: the source holds no such file, or settings of drawn people are given with it.
@@ -249,15 +294,17 @@ def read_world(settings: FactSettings) -> dict[str, Any]:
         }
         subjects = [
             {
-                "name": _text(row["name"]), "pronoun": _text(row["pronoun"]) if row.get("pronoun") else None,
+                "name": _text(row["name"]),
+                "pronoun": _text(row["pronoun"]) if row.get("pronoun") else None,
                 "type": _text(row["type"]) if row.get("type") else "",
                 "facts": [
                     {"relation": f["relation"], "object": _text(f["object"]), "split": f.get("split")}
-                    for f in row["facts"] if relations[f["relation"]]
+                    for f in row["facts"]
+                    if relations[f["relation"]]
                 ],
             }
             for row in values["subjects"]
-        ]  # fmt: skip
+        ]
         if not all(row["statements"] for row in relations.values()):
             raise ValueError("a relation without statements")
         if not subjects or not all(row["facts"] for row in subjects):
@@ -271,6 +318,7 @@ def read_world(settings: FactSettings) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
+    """The value, which is a text. Raises a `ValueError` if it is none."""
     if not isinstance(value, str) or not value:
         raise ValueError(f"{value!r} in place of a text")
     value.encode()  # (half a surrogate pair is no text)
@@ -287,14 +335,15 @@ def _pick(draw: random.Random, values: tuple[str, ...]) -> str:
 
 
 def _zipf(rank: int, settings: FactSettings) -> int:
+    """How often the person of a rank occurs in an epoch."""
     return max(1, round(settings.zipf_top / rank**settings.zipf_exponent))
 
 
 def _draw_names(settings: FactSettings) -> list[str]:
     """Distinct full names, none of whose parts belongs to one person alone.
 
-    Populations A and B take the names whose list indices add up to an even or odd number, so no seed makes them
-    meet. Small worlds use the head of each list, or parts would be unique; who has a unique part is drawn anew.
+    Population A takes the names whose list indices add up to an even number, B the others, so no name is in both.
+    Small worlds use the head of each list, else parts would be unique. A person with a unique part is drawn anew.
     """
     lists = [names(part) for part in NAME_PARTS]
     lists = [values[: max(5, min(len(values), settings.people // 4))] for values in lists]
@@ -320,7 +369,7 @@ def _draw_names(settings: FactSettings) -> list[str]:
         if len(kept) == len(drawn):
             break
         if attempt % 50 == 0:
-            kept = []  # in a small world the kept may leave no room for another: they use up what their parts allow
+            kept = []  # in a small world the names that were kept may leave no room for another one
         taken, drawn = set(kept), kept
     return [" ".join(values[i] for values, i in zip(lists, name)) for name in drawn]
 
@@ -329,7 +378,7 @@ def people_on_both_sides(facts: FactSettings, where: str) -> int:
     """How many people have trained questions.
 
     Raises:
-        UserError: all or none of them.
+        UserError: all or none of them have.
     """
     trained = round(facts.qa_share * facts.people)
     if not 0 < trained < facts.people:

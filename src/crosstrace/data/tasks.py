@@ -19,11 +19,33 @@ Role = Literal["store", "recall", "other"]
 Targets = Literal["train", "object", "answer", "all"]
 WORLD = ("biographies", "questions", "cloze")  # texts that are made of the world's facts
 ID, OOD = "id", "ood"  # splits: people whose questions are trained, and people whose questions are held out
-# names of other parts, files, sets and columns
+# no task can have these names: other parts, files, sets and columns have them
 TAKEN = (
-    "a", "a_qa", "base", "known", "known_replayed", "new", "text", "relations", "shared", "random", "random_per_tensor",
-    "none", "rest", "all", "update", "phase", "n", "when", "fraction", "set", "size", "seeds", "arm", "answers",
-)  # fmt: skip
+    "a",
+    "a_qa",
+    "base",
+    "known",
+    "known_replayed",
+    "new",
+    "text",
+    "relations",
+    "shared",
+    "random",
+    "random_per_tensor",
+    "none",
+    "rest",
+    "all",
+    "update",
+    "phase",
+    "n",
+    "when",
+    "fraction",
+    "set",
+    "size",
+    "seeds",
+    "arm",
+    "answers",
+)
 
 
 @settings(frozen=True, config=STRICT)
@@ -81,11 +103,11 @@ class Roles:
 
     @classmethod
     def of(cls, tasks: Mapping[str, TaskSettings], outcome: str | None, shared: tuple[str, ...] | None) -> Roles:
-        """Of an experiment's settings.
+        """The roles in an experiment's settings.
 
         Raises:
-            UserError: a name that can't be one, an outcome that is no held-out part of a recall task, or a shared task
-                that is none.
+            UserError: a task can't have its name, the outcome is no held-out part of a recall task, or a shared task is
+                no task.
         """
         for name in tasks:
             taken = name in TAKEN or name.startswith("new_") or name.endswith(("_id", "_ood", "_only", "_low", "_high"))
@@ -105,28 +127,28 @@ class Roles:
             raise UserError(
                 f"analysis.tasks = {list(shared or ())}; expected two or more of the tasks {', '.join(tasks)}"
             )
-        chosen = shared or tuple(name for name, task in tasks.items() if task.role != "other")
-        return cls({name: task.role for name, task in tasks.items()}, split, outcome or (held_out or [""])[0], chosen)
+        shared_tasks = shared or tuple(name for name, task in tasks.items() if task.role != "other")
+        return cls(
+            {name: task.role for name, task in tasks.items()}, split, outcome or (held_out or [""])[0], shared_tasks
+        )
 
     @classmethod
     def read(cls, results: Mapping[str, Any]) -> Roles:
-        """Those of a run whose results.json this is, or of a study; the default ones of an earlier version."""
-        about = (results.get("run") or results.get("study") or {}).get("tasks")
-        if about is None:
+        """The roles of the run or study with these results; the default ones if an earlier version wrote them."""
+        saved = (results.get("run") or results.get("study") or {}).get("tasks")
+        if saved is None:
             return DEFAULT_ROLES
-        return cls(dict(about["roles"]), tuple(about["split"]), about["outcome"], tuple(about["shared"]))
+        return cls(dict(saved["roles"]), tuple(saved["split"]), saved["outcome"], tuple(saved["shared"]))
 
     def as_values(self) -> dict[str, Any]:
         """What `read` takes."""
-        return {
-            "roles": dict(self.tasks), "split": [*self.split], "outcome": self.outcome, "shared": [*self.shared]
-        }  # fmt: skip
+        return {"roles": dict(self.tasks), "split": [*self.split], "outcome": self.outcome, "shared": [*self.shared]}
 
     def measure(self, name: str) -> str:
-        """A measure that is written for the default tasks, such as recall.qa_ood, as it is called with these."""
+        """The name here of a measure that is named for the default tasks, such as recall.qa_ood."""
         stored = self.trained_part(self.stored) if self.stored else ""
-        own = {"bio": stored, "qa_id": self.trained, "qa_ood": self.outcome}
-        return ".".join(own.get(step, step) for step in name.split("."))
+        names = {"bio": stored, "qa_id": self.trained, "qa_ood": self.outcome}
+        return ".".join(names.get(step, step) for step in name.split("."))
 
     @cached_property
     def parts(self) -> tuple[str, ...]:
@@ -147,7 +169,7 @@ class Roles:
 
     def of_role(self, role: str) -> tuple[str, ...]:
         """The tasks of a role."""
-        return tuple(name for name, own in self.tasks.items() if own == role)
+        return tuple(name for name, task_role in self.tasks.items() if task_role == role)
 
     @cached_property
     def asked(self) -> tuple[str, ...]:
@@ -171,7 +193,7 @@ class Roles:
 
     @property
     def stored(self) -> str:
-        """The task whose texts store what the outcome asks for: the first of role `store`; empty if there is none."""
+        """The task whose texts store what the outcome recalls: the first of role `store`; empty if there is none."""
         return next(iter(self.of_role("store")), "")
 
 

@@ -1,7 +1,7 @@
-"""Facts to examples: the texts of both formats, with character spans of all that matters. No tokens.
+"""Facts to examples: the texts of all formats, with the character spans of subjects, relations and objects. No tokens.
 
-A biography stores facts; a question and its answer, or a statement to complete, recalls one. Spans are [start, end)
-offsets into the example's own text; tokens are found from them later, for any tokenizer.
+A biography stores facts. A question with its answer, or a statement to complete, recalls one. Spans are [start, end)
+offsets into the example's own text, from which `tokens` later finds the tokens of any tokenizer.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import expanded
@@ -19,7 +20,7 @@ from crosstrace.data.facts import Fact, FactSettings, Person, World
 from crosstrace.data.tasks import TaskSettings, default_tasks
 
 Span = tuple[int, int]
-KNOWN = "known"  # the task of facts of the world that the base knows: it may be replayed, and is never traced
+KNOWN = "known"  # the task of real facts that the base knows: it may be replayed, and is never traced
 MOST_REPEATS = 100_000  # of an example in an epoch
 NO_QUESTIONS = (
     "there are no questions, so recall of held-out facts (OOD), sharing between tasks, ablation, grafting, the "
@@ -44,11 +45,14 @@ class Mention:
 class Example:
     """One text of one task.
 
-    `targets` are the spans that training predicts (all of a biography; of a question its answer); an end token
-    follows the last target when the tokenizer has one. `split` is `id` or `ood`: whether the person's questions
-    are trained. `repeats` is how often the example occurs in an epoch. `has_special_tokens` says that the text itself
-    holds all of its special tokens, its end token last, as a chat template writes them. Of an `open_ended` one an
-    answer needs no end token.
+    Attributes:
+        targets: the spans that training predicts: all of a biography, the answer of a question. An end token follows
+            the last target if the tokenizer has one.
+        split: `id` or `ood`: whether the person's questions are trained.
+        repeats: how often the example occurs in an epoch.
+        has_special_tokens: whether the text itself holds all of its special tokens, its end token last, as a chat
+            template writes them.
+        open_ended: whether an answer needs no end token.
     """
 
     id: str
@@ -64,11 +68,13 @@ class Example:
 
 
 def texts(settings: FactSettings, tasks: Mapping[str, TaskSettings] | None = None) -> dict[str, list[Example]]:
-    """The examples of every task that these settings mean: of drawn people, of one's own facts or rows (`crosstrace
-    import`), or of a task's own file.
+    """The examples of every task.
+
+    They are about drawn people, or about the facts or rows of a source that `crosstrace import` wrote, or they come
+    from a task's own file.
 
     Args:
-        tasks: biographies and questions, called bio and qa, if not given.
+        tasks: if not given, biographies and questions, called bio and qa.
 
     Raises:
         UserError: as `World.draw`, or the rows of a source or file cannot be read.
@@ -76,11 +82,11 @@ def texts(settings: FactSettings, tasks: Mapping[str, TaskSettings] | None = Non
     tasks = default_tasks() if tasks is None else tasks
     rows: dict[str, list[Example]] = {}
     if settings.source is not None and not (expanded(settings.source) / "world.json").exists():
-        files = {source: expanded(settings.source) / name for source, name in OWN_ROWS.items()}
+        files = {source: expanded(settings.source) / name for source, name in ROW_FILES.items()}
         if all(path.is_file() for path in files.values()):
             rows = {source: read_jsonl(path) for source, path in files.items()}
     world = World.draw(settings) if not rows and any(task.is_of_world for task in tasks.values()) else None
-    found = {}
+    examples = {}
     for name, task in tasks.items():
         if not task.is_of_world:
             items = _read_file(name, task.source)
@@ -93,8 +99,8 @@ def texts(settings: FactSettings, tasks: Mapping[str, TaskSettings] | None = Non
                 f"tasks.{name}.source is {task.source}, but {settings.source} holds rows of text alone; expected a "
                 f"folder of facts with world.json, or one of {', '.join(rows)}"
             )
-        found[name] = [item if item.task == name else replace(item, task=name) for item in items]
-    return found
+        examples[name] = [item if item.task == name else replace(item, task=name) for item in items]
+    return examples
 
 
 def _read_file(task: str, source: str) -> list[Example]:
@@ -111,20 +117,24 @@ def _read_file(task: str, source: str) -> list[Example]:
 def read_lines(path: Path, task: str, setting: str) -> list[Example]:
     """The lines of a text file, each an example that is about nobody.
 
+    Args:
+        setting: what an error calls the file.
+
     Raises:
-        UserError: it is not text, or holds none; `setting` names it.
+        UserError: it is not text, or has no line of text.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:
         raise UserError(f"{setting} = {path} is not text in UTF-8 ({error})") from None
-    found = [
+    examples = [
         Example(f"{task}.{number}", task, line, f"{task}.{number}", "id", ((0, len(line)),), ())
-        for number, line in enumerate(lines) if line
-    ]  # fmt: skip
-    if not found:
+        for number, line in enumerate(lines)
+        if line
+    ]
+    if not examples:
         raise UserError(f"{setting} = {path} holds no line of text; expected one text a line")
-    return found
+    return examples
 
 
 def biographies(world: World) -> list[Example]:
@@ -138,6 +148,7 @@ def questions(world: World) -> list[Example]:
 
 
 def _biographies(world: World, person: Person) -> list[Example]:
+    """The biographies of one person."""
     settings = world.settings
     draw = random.Random(f"crosstrace/{settings.population}/{settings.seed}/bio/{person.id}")
     number = settings.augmented_biographies if person.augmented else settings.biographies
@@ -158,13 +169,26 @@ def _biographies(world: World, person: Person) -> list[Example]:
         text = text.rstrip()
         split = "id" if person.in_distribution else "ood"
         examples.append(
-            Example(f"{person.id}.bio.{index}", "bio", text, person.id, split, ((0, len(text)),), tuple(mentions),
-                    person.repeats)
-        )  # fmt: skip
+            Example(
+                f"{person.id}.bio.{index}",
+                "bio",
+                text,
+                person.id,
+                split,
+                ((0, len(text)),),
+                tuple(mentions),
+                person.repeats,
+            )
+        )
     return examples
 
 
 def _questions(world: World, person: Person) -> list[Example]:
+    """The questions about one person, with their answers.
+
+    Raises:
+        UserError: a relation has fewer wordings of its question than the settings ask for.
+    """
     settings = world.settings
     draw = random.Random(f"crosstrace/{settings.population}/{settings.seed}/qa/{person.id}")
     examples = []
@@ -182,45 +206,61 @@ def _questions(world: World, person: Person) -> list[Example]:
             text, mention = fill(pattern, fact, f"qa.{fact.relation}.{chosen}", fact.subject, 0)
             split = "id" if (person.in_distribution if fact.trained is None else fact.trained) else "ood"
             examples.append(
-                Example(f"{fact.id}.qa.{index}", "qa", text, person.id, split, (mention.object,), (mention,),
-                        person.repeats)
-            )  # fmt: skip
+                Example(
+                    f"{fact.id}.qa.{index}", "qa", text, person.id, split, (mention.object,), (mention,), person.repeats
+                )
+            )
     return examples
 
 
 def statements_to_complete(world: World) -> list[Example]:
-    """A statement about every fact, up to its object, which is to be completed (task `cloze`).
+    """A statement about every fact, to be completed by its object (task `cloze`).
 
-    The wording is one that none of the person's biographies has, where there is one. A relation whose statements all
-    name the object before the subject has none.
+    Its wording is one that none of the person's biographies has, if there is one. If all statements of a relation name
+    the object before the subject, there is none about it.
     """
-    told = {(mention.fact, mention.wording) for text in biographies(world) for mention in text.mentions}
+    used = {(mention.fact, mention.wording) for text in biographies(world) for mention in text.mentions}
     examples = []
     for person in world.people:
         for fact in person.facts:
-            patterns = [
-                (number, pattern)
-                for number, pattern in enumerate(world.wording.statements[fact.relation])
+            patterns = world.wording.statements[fact.relation]
+            fitting = [
+                number
+                for number, pattern in enumerate(patterns)
                 if pattern.index("{subject}") < pattern.index("{object}")
             ]
-            untold = [own for own in patterns if (fact.id, f"bio.{fact.relation}.{own[0]}") not in told]
-            if not patterns:
+            unused = [number for number in fitting if (fact.id, f"bio.{fact.relation}.{number}") not in used]
+            if not fitting:
                 continue
-            number, pattern = random.Random(f"crosstrace/cloze/{fact.id}").choice(untold or patterns)
-            text, mention = fill(pattern, fact, f"cloze.{fact.relation}.{number}", fact.subject, 0)
+            number = random.Random(f"crosstrace/cloze/{fact.id}").choice(unused or fitting)
+            text, mention = fill(patterns[number], fact, f"cloze.{fact.relation}.{number}", fact.subject, 0)
             end = mention.object[1]
             words = tuple(span for span in mention.relation_words if span[1] <= end)
             split = "id" if (person.in_distribution if fact.trained is None else fact.trained) else "ood"
             examples.append(
-                Example(f"{fact.id}.cloze", "cloze", text[:end], person.id, split, (mention.object,),
-                        (replace(mention, relation_words=words),), person.repeats)
-            )  # fmt: skip
+                Example(
+                    f"{fact.id}.cloze",
+                    "cloze",
+                    text[:end],
+                    person.id,
+                    split,
+                    (mention.object,),
+                    (replace(mention, relation_words=words),),
+                    person.repeats,
+                )
+            )
     return examples
 
 
 def fill(pattern: str, fact: Fact, wording: str, subject: str, start: int) -> tuple[str, Mention]:
-    """Fill a pattern; spans are offset by `start`, where the sentence begins in its text. A pronoun that begins it gets
-    a capital; names and objects stay as they are."""
+    """Fill a pattern.
+
+    A pronoun that begins the sentence gets a capital; names and objects stay as they are.
+
+    Args:
+        subject: the name or pronoun of the subject.
+        start: where the sentence begins in its text; the spans count from the text's beginning.
+    """
     text, spans = "", {"subject": (0, 0), "object": (0, 0)}
     relation_words: list[Span] = []
     opened = 0
@@ -241,7 +281,7 @@ def fill(pattern: str, fact: Fact, wording: str, subject: str, start: int) -> tu
 
 
 def write_jsonl(path: Path, examples: Iterable[Example]) -> None:
-    """One example a line; the same examples give the same bytes. What is false is not written."""
+    """Write one example a line; the same examples give the same bytes. Values that are False are left out."""
     lines = []
     for example in examples:
         row = asdict(example)
@@ -254,27 +294,16 @@ def read_jsonl(path: Path) -> list[Example]:
     """Read what `write_jsonl` wrote.
 
     Raises:
-        UserError: no such file, or a line is not an example, with file, line and what is wrong.
+        UserError: there is no such file, or a line is not an example.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; expected the examples that `crosstrace data` writes")
     examples = []
-    # bytes, so that a line which is no UTF-8 is found like any other broken one
+    # read as bytes, so that a line that is no UTF-8 is reported like any other broken line
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
-                mentions = tuple(
-                    Mention(
-                        m["fact"], m["relation"], m["wording"], _span(m["subject"]),
-                        tuple(_span(s) for s in m["relation_words"]), _span(m["object"]),
-                    )
-                    for m in row["mentions"]
-                )  # fmt: skip
-                targets = tuple(_span(s) for s in row["targets"])
-                example = Example(row["id"], row["task"], row["text"], row["person"], row["split"], targets,
-                                  mentions, row["repeats"], row.get("has_special_tokens", False),
-                                  row.get("open_ended", False))  # fmt: skip
+                example = _example_of(json.loads(line))
                 _check_values(example)
                 examples.append(example)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -285,7 +314,35 @@ def read_jsonl(path: Path) -> list[Example]:
     return examples
 
 
+def _example_of(row: Mapping[str, Any]) -> Example:
+    """The example of a line that was read. Raises a `KeyError`, `TypeError` or `ValueError` if it is none."""
+    mentions = tuple(
+        Mention(
+            mention["fact"],
+            mention["relation"],
+            mention["wording"],
+            _span(mention["subject"]),
+            tuple(_span(span) for span in mention["relation_words"]),
+            _span(mention["object"]),
+        )
+        for mention in row["mentions"]
+    )
+    return Example(
+        row["id"],
+        row["task"],
+        row["text"],
+        row["person"],
+        row["split"],
+        tuple(_span(span) for span in row["targets"]),
+        mentions,
+        row["repeats"],
+        row.get("has_special_tokens", False),
+        row.get("open_ended", False),
+    )
+
+
 def _span(value: list[int]) -> Span:
+    """A span that was read. Raises a `TypeError` or `ValueError` if it is none."""
     start, end = value
     if not isinstance(start, int) or not isinstance(end, int):
         raise TypeError(f"{value} in place of a first and a last character")
@@ -293,7 +350,7 @@ def _span(value: list[int]) -> Span:
 
 
 def _check_values(example: Example) -> None:
-    """Raise a `ValueError` or `TypeError` unless an example that was read is one of whole texts and spans in them."""
+    """Raise a `ValueError` or `TypeError` unless an example's values are valid texts, and its spans inside its text."""
     words = (example.id, example.task, example.text, example.person)
     for value in [*words, *(word for m in example.mentions for word in (m.fact, m.relation))]:
         if not isinstance(value, str):
@@ -319,4 +376,4 @@ MAKERS: Mapping[str, Callable[[World], list[Example]]] = {
     "questions": questions,
     "cloze": statements_to_complete,
 }
-OWN_ROWS = {"biographies": "bio.jsonl", "questions": "qa.jsonl"}  # in a folder of imported rows
+ROW_FILES = {"biographies": "bio.jsonl", "questions": "qa.jsonl"}  # in a folder of imported rows

@@ -1,7 +1,7 @@
 """Examples to tokens: ids, labels and masks. The only module that uses a tokenizer.
 
-Labels come from character offsets: a token belongs to a span when their characters meet, so it does not matter
-whether a space belongs to a token. It knows nothing of models.
+Labels come from character offsets: a token belongs to a span if they share a character. So it does not matter whether a
+space belongs to a token. It knows nothing of models.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from crosstrace.data.text import Example, Span
 
 Batch = dict[str, Tensor]
 IGNORE = -100
-# how configs call the number of tokens that a model can read
+# the names that configs have for the number of tokens that a model can read
 CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions")
 
 
 @dataclass(frozen=True)
 class Places:
-    """Which of a text's tokens word one fact: masks [T] of its subject, the words of its relation, and its object."""
+    """The tokens of one fact in a text: masks [T] of its subject, of the words of its relation, and of its object."""
 
     subject: Tensor
     relation: Tensor
@@ -34,10 +34,14 @@ class Places:
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example's tokens: `ids` [T], which of them are targets [T] of each kind, and where each mention stands.
+    """An example's tokens.
 
-    Examples of one `group` are about one person: whatever needs independent parts of the data keeps them together.
-    `context` is where the mentions stand that a text is no longer about, but still words.
+    Attributes:
+        ids: [T].
+        targets: kind -> which tokens are targets of this kind [T].
+        mentions: the tokens of each mention.
+        group: the number of the person. What needs independent parts of the data keeps a group together.
+        context: the tokens of mentions that stand in the text, though it is no longer about them (see `about`).
     """
 
     example: Example
@@ -48,12 +52,12 @@ class Encoded:
     context: tuple[Places, ...] = ()
 
     def about(self, number: int) -> Encoded:
-        """The example up to the object of one of its mentions, its only target: what states that one fact."""
+        """What states the fact of one mention: the example up to that mention's object, which is its only target."""
         end = int(self.mentions[number].object.nonzero().max()) + 1
         cut = [Places(p.subject[:end], p.relation[:end], p.object[:end]) for p in (*self.mentions, *self.context)]
-        own = cut.pop(number)
+        mention = cut.pop(number)
         example = replace(self.example, mentions=(self.example.mentions[number],))
-        return Encoded(example, self.ids[:end], {"object": own.object}, (own,), self.group, tuple(cut))
+        return Encoded(example, self.ids[:end], {"object": mention.object}, (mention,), self.group, tuple(cut))
 
 
 def check_fast(tokenizer: Any) -> None:
@@ -68,10 +72,17 @@ def check_fast(tokenizer: Any) -> None:
 def encode(tokenizer: Any, examples: Sequence[Example], groups: Mapping[str, int] | None = None) -> list[Encoded]:
     """Tokenize examples and find their targets.
 
-    Kinds of target (docs/method.md): `object`, the object's tokens; `answer`, from the first object's token on with the
-    end token (of a biography, its objects and the end); `all`, every token; `train`, what training predicts: the
-    example's own targets and the end token. `groups` numbers the people; in order of appearance if not given. A text
-    that holds its special tokens gets no others; its last token is its end token.
+    The kinds of target (docs/method.md) are
+
+    - `object`: the tokens of the objects;
+    - `answer`: the tokens of the objects, and the end token;
+    - `all`: every token;
+    - `train`: what training predicts, which is the example's own targets and the end token.
+
+    A text that holds its special tokens gets no others; its last token is its end token.
+
+    Args:
+        groups: the number of each person; in order of appearance if not given.
 
     Raises:
         UserError: the tokenizer gives no offsets, or an object has no token.
@@ -115,27 +126,27 @@ def encode(tokenizer: Any, examples: Sequence[Example], groups: Mapping[str, int
 
 
 def _tokenized(tokenizer: Any, examples: Sequence[Example]) -> list[tuple[list[int], list[Span]]]:
-    """The ids of each text, its special tokens among them, and the characters of each token."""
-    found: list[tuple[list[int], list[Span]]] = [([], [])] * len(examples)
+    """The ids of each text with its special tokens, and the characters of each token."""
+    tokenized: list[tuple[list[int], list[Span]]] = [([], [])] * len(examples)
     for has_special_tokens in (False, True):
-        places = [i for i, example in enumerate(examples) if example.has_special_tokens == has_special_tokens]
-        if not places:
+        numbers = [i for i, example in enumerate(examples) if example.has_special_tokens == has_special_tokens]
+        if not numbers:
             continue
-        how = {"add_special_tokens": False} if has_special_tokens else {}
-        rows = tokenizer([examples[i].text for i in places], return_offsets_mapping=True, **how)
-        for place, ids, offsets in zip(places, rows["input_ids"], rows["offset_mapping"]):
+        options = {"add_special_tokens": False} if has_special_tokens else {}
+        rows = tokenizer([examples[i].text for i in numbers], return_offsets_mapping=True, **options)
+        for number, ids, offsets in zip(numbers, rows["input_ids"], rows["offset_mapping"]):
             end = tokenizer.eos_token_id
             if not has_special_tokens and end is not None and ids[-1] != end:
                 ids, offsets = [*ids, end], [*offsets, (0, 0)]
-            found[place] = ids, offsets
-    return found
+            tokenized[number] = ids, offsets
+    return tokenized
 
 
 def context_length(config: Any) -> int | None:
-    """How many tokens a model can read, by any name that its config has for that; None where there is no limit.
+    """How many tokens a model can read, by any name that its config has for that; None if there is no limit.
 
-    A config of several models (of text and pictures, say) is asked for its text model's. An `attribute_map` of the
-    config, by which e.g. GPT-2's `n_positions` is its `max_position_embeddings` too, is followed by transformers.
+    For a config of several models (of text and pictures, say) it is the text model's. transformers itself follows a
+    config's `attribute_map`, by which e.g. GPT-2's `n_positions` is its `max_position_embeddings` too.
     """
     read_text_config = getattr(config, "get_text_config", None)
     for part in (config, read_text_config(decoder=True) if read_text_config else None):
@@ -147,7 +158,7 @@ def context_length(config: Any) -> int | None:
 
 
 def too_long(encoded: Sequence[Encoded], room: int | None) -> list[Encoded]:
-    """The examples with more tokens than a model has positions; none where it has no such limit."""
+    """The examples with more tokens than a model has positions (`room`); none if it has no limit."""
     return [item for item in encoded if room and len(item.ids) > room]
 
 
@@ -164,16 +175,18 @@ def check_room(encoded: Sequence[Encoded], room: int | None, model: str) -> None
 
 
 def _tokens_of(groups: Sequence[Sequence[Span]], offsets: Sequence[tuple[int, int]]) -> Tensor:
-    """For each group of spans, which tokens share a character with one of them [groups, tokens]; special tokens (empty
-    offsets) never do."""
+    """For each group of spans, which tokens share a character with one of them: bool [groups, tokens].
+
+    Special tokens have empty offsets, so they never do.
+    """
     start, end = np.array(offsets).T
     low, high = np.array([span for spans in groups for span in spans]).reshape(-1, 2).T[..., None]
-    touched = iter((start < high) & (low < end))  # span by span
-    found = np.zeros((len(groups), len(offsets)), dtype=bool)
-    for row, spans in zip(found, groups):
+    masks_of_spans = iter((start < high) & (low < end))  # span by span
+    masks = np.zeros((len(groups), len(offsets)), dtype=bool)
+    for row, spans in zip(masks, groups):
         for _ in spans:
-            row |= next(touched)
-    return torch.from_numpy(found)
+            row |= next(masks_of_spans)
+    return torch.from_numpy(masks)
 
 
 def collate(encoded: Sequence[Encoded], targets: str = "object", *, pad_id: int, side: str = "right") -> Batch:
@@ -187,10 +200,10 @@ def collate(encoded: Sequence[Encoded], targets: str = "object", *, pad_id: int,
     mask = torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, IGNORE)
     for row, item in enumerate(encoded):
-        place = slice(0, len(item.ids)) if side == "right" else slice(length - len(item.ids), length)
-        ids[row, place] = item.ids
-        mask[row, place] = 1
-        labels[row, place] = torch.where(item.targets[targets], item.ids, IGNORE)
+        columns = slice(0, len(item.ids)) if side == "right" else slice(length - len(item.ids), length)
+        ids[row, columns] = item.ids
+        mask[row, columns] = 1
+        labels[row, columns] = torch.where(item.targets[targets], item.ids, IGNORE)
     groups = torch.tensor([item.group for item in encoded])
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "group": groups}
     if side == "left":
@@ -210,18 +223,22 @@ def batches(
 def token_batches(
     encoded: Sequence[Encoded], tokens: int, targets: str = "object", *, pad_id: int, predictions: int | None = None
 ) -> Iterator[Batch]:
-    """Batches in the given order, each of as many texts as have at most `tokens` tokens with their padding and at most
-    `predictions` target tokens, filled up likewise; of one text at least."""
+    """Batches in the given order, each of as many texts as fit, and of at least one.
+
+    Args:
+        tokens: tokens of a batch at most, padding included.
+        predictions: target tokens of a batch at most, as if each text had as many as the text with the most.
+    """
     chosen: list[Encoded] = []
     longest = most = 0
     for item in encoded:
-        wanted = int(item.targets[targets].sum())
-        number = len(chosen) + 1
-        too_many = predictions is not None and number * max(most, wanted) > predictions
-        if chosen and (number * max(longest, len(item.ids)) > tokens or too_many):
+        count = int(item.targets[targets].sum())
+        texts = len(chosen) + 1
+        too_many = predictions is not None and texts * max(most, count) > predictions
+        if chosen and (texts * max(longest, len(item.ids)) > tokens or too_many):
             yield collate(chosen, targets, pad_id=pad_id)
             chosen, longest, most = [], 0, 0
         chosen.append(item)
-        longest, most = max(longest, len(item.ids)), max(most, wanted)
+        longest, most = max(longest, len(item.ids)), max(most, count)
     if chosen:
         yield collate(chosen, targets, pad_id=pad_id)

@@ -49,7 +49,7 @@ def question_patterns(relation: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Wording:
-    """How some relations are worded, and the objects that each may take: of the package's lists, or of one's own."""
+    """How some relations are worded, and the objects that each may take: the package's lists, or a user's own."""
 
     statements: Mapping[str, tuple[str, ...]]
     questions: Mapping[str, tuple[str, ...]]
