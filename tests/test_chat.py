@@ -17,7 +17,7 @@ from tiny_models import tiny_base, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from crosstrace.analyses.transfer import formats
+from crosstrace.analyses.transfer_formats import formats
 from crosstrace.core.errors import UserError
 from crosstrace.data.chat import in_template, put_questions, read_template
 from crosstrace.data.facts import FactSettings

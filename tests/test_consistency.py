@@ -225,7 +225,7 @@ def test_cka_ignores_rotation_and_scale_and_is_low_for_noise():
 
 def test_shuffling_within_the_relation_keeps_what_only_the_relation_tells():
     """States that hold the relation and nothing of the fact: CKA is high, and no higher than shuffled."""
-    from crosstrace.analyses.consistency import _alike, _pairings
+    from crosstrace.analyses.consistency import _compare_states, _pairings
 
     pairs = word_pairs(16)
     generator = torch.Generator().manual_seed(0)
@@ -236,7 +236,7 @@ def test_shuffling_within_the_relation_keeps_what_only_the_relation_tells():
         + torch.randn(len(pairs), 24, generator=generator, dtype=torch.float64)
         for _ in range(2)
     )
-    row = _alike(one, two, pairs, _pairings(pairs))
+    row = _compare_states(one, two, pairs, _pairings(pairs))
     assert row["cka"] > 0.8 and abs(row["cka"] - row["cka_shuffled"]) < 0.02
     assert abs(row["excess"]) < 0.05 and row["chance_relation"] == 6 / 96 and row["chance_person"] == 16 / 96
 

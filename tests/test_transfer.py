@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from crosstrace.analyses.transfer import FORMATS, PARTS, formats, share_right, transfer
+from crosstrace.analyses.transfer import share_right, transfer
+from crosstrace.analyses.transfer_formats import FORMATS, PARTS, formats
 from crosstrace.core.errors import UserError
 from crosstrace.core.statistics import cluster_bootstrap
 from crosstrace.data.facts import Person, World

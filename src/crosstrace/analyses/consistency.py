@@ -1,8 +1,8 @@
 """Consistency: is one fact the same thing to a model in both of its formats? In gradients, and in hidden states.
 
-A cosine between the formats means nothing by itself, so each comes with those of pairs that are no pair: another
-person's fact of the same relation, another fact of the same person, and another fact of another person. Formulas are in
-docs/method.md.
+A cosine between the formats means nothing by itself. So it is reported beside the cosines of texts about different
+facts: another person's fact of the same relation, another fact of the same person, and another fact of another person.
+Formulas are in docs/method.md.
 
 Takes a model, pairs of encoded texts and ParamSets; it knows no strategies, and draws nothing.
 """
@@ -59,31 +59,27 @@ def fact_pairs(stored: Sequence[Encoded], recalled: Sequence[Encoded]) -> list[F
     """
     firsts: list[dict[str, tuple[Encoded, int]]] = []
     for items in (stored, recalled):
-        found: dict[str, tuple[Encoded, int]] = {}
+        first: dict[str, tuple[Encoded, int]] = {}
         for item in items:
             for number, mention in enumerate(item.example.mentions):
-                found.setdefault(mention.fact, (item, number))
-        firsts.append(found)
+                first.setdefault(mention.fact, (item, number))
+        firsts.append(first)
     pairs = []
     for fact, (item, number) in firsts[0].items():
         if fact not in firsts[1]:
             continue
-        other, place = firsts[1][fact]
+        recall_item, recall_number = firsts[1][fact]
         mention = item.example.mentions[number]
         start, stop = mention.object
         answer = (mention.relation, item.example.text[start:stop])
-        pairs.append(
-            FactPair(fact, mention.relation, item.example.person, answer, item.about(number), other.about(place))
-        )
+        texts = item.about(number), recall_item.about(recall_number)
+        pairs.append(FactPair(fact, mention.relation, item.example.person, answer, *texts))
     if not pairs:
         raise UserError(
             f"none of the {len(firsts[0])} facts that are stored is recalled by another text; consistency compares the "
             "two formats of one fact, so the texts must be about the same facts"
         )
     return pairs
-
-
-# ------------------------------------------------------------------------------- gradients
 
 
 def gradient_consistency(
@@ -97,14 +93,15 @@ def gradient_consistency(
     Args:
         sets: by label, e.g. one of all parameters, of a layer, a shared set, its complement.
         pad_id: of the tokenizer.
-        together: facts that are compared with each other, and traced in one batch of twice as many texts; whole
-            people as far as they fit.
+        together: facts that are compared with each other, and traced in one batch of twice as many texts. All facts of
+            a person go together, if they fit.
 
     Returns:
         a row for each set: set, size; same, relation, person, other: mean cosine of each pairing, with
         `<pairing>_low` and `<pairing>_high`; excess: same − relation, with its interval; first: share of the facts
-        whose own cosine is the largest of their group's, chance_first; facts, people; by_person: each fact's excess,
-        a list for each person. Intervals are 95 % cluster bootstraps over people; None where nothing is defined.
+        whose cosine with themselves is the largest among the facts compared with each other, chance_first; facts,
+        people; by_person: each fact's excess, a list for each person. Intervals are 95 % cluster bootstraps over
+        people; None where nothing is defined.
     """
     values: dict[str, dict[str, list[np.ndarray]]] = {label: {} for label in sets}
     people: list[str] = []
@@ -113,22 +110,22 @@ def gradient_consistency(
     batches = [
         collate([pair.stored for pair in group] + [pair.recalled for pair in group], pad_id=pad_id) for group in groups
     ]
-    for group, found in zip(groups, gradient_products(model, batches, sets)):
+    for group, products_of in zip(groups, gradient_products(model, batches, sets)):
         n = len(group)
         pairing = _pairings(group)
-        for label, products in found.items():
+        for label, products in products_of.items():
             norms = products.diagonal().sqrt()
             cosine = (products / (norms.unsqueeze(1) * norms))[:n, n:].cpu().numpy()
             for name in PAIRINGS:
                 values[label].setdefault(name, []).append(_row_means(cosine, pairing == name))
-            own = cosine.diagonal()[:, None]
-            first = np.where(np.isnan(own[:, 0]), np.nan, (cosine <= own + TIE).all(1))
+            same = cosine.diagonal()[:, None]
+            first = np.where(np.isnan(same[:, 0]), np.nan, (cosine <= same + TIE).all(1))
             values[label].setdefault("first", []).append(first)
         people += [pair.person for pair in group]
         chance += [1 / n] * n
     rows = []
-    for label, of in values.items():
-        flat = {name: np.concatenate(parts) for name, parts in of.items()}
+    for label, by_group in values.items():
+        flat = {name: np.concatenate(arrays) for name, arrays in by_group.items()}
         row: Row = {"set": label, "size": sets[label].size}
         for name in PAIRINGS:
             row |= mean_over_people(name, flat[name], people)
@@ -141,18 +138,18 @@ def gradient_consistency(
 
 
 def _groups(pairs: Sequence[FactPair], most: int) -> Iterator[list[FactPair]]:
-    """Cut into groups of at most so many facts, people whole where one fits."""
+    """Groups of at most so many facts; all facts of a person are in one group, if they fit."""
     if most < 2:
         raise UserError(f"together is {most}; expected at least 2 facts to compare with each other")
-    by_person: dict[str, list[FactPair]] = {}
+    pairs_of: dict[str, list[FactPair]] = {}
     for pair in pairs:
-        by_person.setdefault(pair.person, []).append(pair)
+        pairs_of.setdefault(pair.person, []).append(pair)
     group: list[FactPair] = []
-    for own in by_person.values():
-        if group and len(group) + len(own) > most:
+    for person_pairs in pairs_of.values():
+        if group and len(group) + len(person_pairs) > most:
             yield group
             group = []
-        group += own
+        group += person_pairs
         while len(group) > most:
             yield group[:most]
             group = group[most:]
@@ -161,16 +158,13 @@ def _groups(pairs: Sequence[FactPair], most: int) -> Iterator[list[FactPair]]:
 
 
 def _pairings(pairs: Sequence[FactPair]) -> np.ndarray:
-    """Which of PAIRINGS the stored fact i and the recalled fact j are, [n, n]."""
+    """Which of PAIRINGS the stored fact i and the recalled fact j are, [n, n]; "" is none of them."""
     relation = np.array([[a.relation == b.relation for b in pairs] for a in pairs])
     person = np.array([[a.person == b.person for b in pairs] for a in pairs])
     kinds = np.where(relation, "relation", np.where(person, "person", "other")).astype("<U8")
     kinds[relation & person] = ""  # the same fact, or a person's second object of one relation
     np.fill_diagonal(kinds, "same")
     return kinds
-
-
-# ------------------------------------------------------------------------------- hidden states
 
 
 def representation_consistency(
@@ -181,76 +175,66 @@ def representation_consistency(
     other: nn.Module | None = None,
     batch_size: int = 64,
 ) -> list[Row]:
-    """Hidden states of a fact's two formats, layer by layer, where its subject ends, its relation ends, and where its
-    object is predicted (`answer`: the token before the object).
+    """How alike a fact's two formats are in hidden states, layer by layer, at three places of the texts: where the
+    subject ends, where the relation ends, and where the object is predicted (`answer`: the token before the object).
 
     If a model keeps several streams beside each other, a state is all of them, one after the other. The states of each
-    format are centred over the facts; where all are the same, as those of a question mark's embedding, nothing is
-    defined. cosine and the baselines as in `gradient_consistency`; cka is linear CKA, ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖)
-    (Kornblith et al. 2019); in retrieval the state of the text that recalls a fact looks for that fact among all that
-    are stored, by cosine.
+    format are centred over the facts. If all of them are the same, as those of a question mark's embedding, nothing is
+    defined.
+
+    Cosines and baselines are as in `gradient_consistency`. cka is linear CKA, ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖) (Kornblith et
+    al. 2019). In retrieval the state of the text that recalls a fact looks for that fact among all that are stored, by
+    cosine.
 
     Args:
-        other: the model that reads the texts which recall, where it is not the same: of as many layers and as wide.
+        other: the model that reads the texts which recall, if it is another: of as many layers, and as wide.
 
     Returns:
         a row for each place and layer (0: the embeddings; the last is after the final norm): place, layer; same,
         relation, person, other, excess as above, with intervals; cka, cka_low, cka_high (jackknife over groups of
-        people) and cka_shuffled, the mean over facts paired at random within their relation; top1 (with interval), mrr:
-        the own fact is found first, mean reciprocal rank, with ties counted against it; answer_top1: what is found
-        first has the same relation and object; chance_top1, chance_mrr, and the top1 of who knows the relation (the
-        person) alone, chance_relation (chance_person); facts, people; by_person: each fact's top1, a list for each
-        person. A fact without a place in one of its texts is left out there.
+        people) and cka_shuffled, the mean over facts paired at random within their relation; top1 (with interval): how
+        often the fact itself comes first, with ties counted against it; mrr: its mean reciprocal rank; answer_top1: how
+        often what comes first has the same relation and object; chance_top1, chance_mrr; chance_relation
+        (chance_person): the top1 of a model that knows the relation (the person) alone; facts, people; by_person: each
+        fact's top1, a list for each person. A fact without a place in one of its texts is left out there.
     """
     pairing = _pairings(pairs)
     stored = hidden_states(model, [pair.stored for pair in pairs], pad_id, batch_size)
     recalled = hidden_states(other or model, [pair.recalled for pair in pairs], pad_id, batch_size)
     rows = []
     for place in PLACES:
-        there = np.array([place in a and place in b for a, b in zip(stored, recalled)])
-        if there.sum() < 2:
+        has_place = np.array([place in a and place in b for a, b in zip(stored, recalled)])
+        if has_place.sum() < 2:
             continue
-        chosen = [pair for pair, has in zip(pairs, there) if has]
-        kinds = pairing[there][:, there]
-        x, y = ([state[place] for state, has in zip(states, there) if has] for states in (stored, recalled))
+        chosen = [pair for pair, has in zip(pairs, has_place) if has]
+        kinds = pairing[has_place][:, has_place]
+        x, y = ([state[place] for state, has in zip(states, has_place) if has] for states in (stored, recalled))
         for layer in range(len(x[0])):
             a, b = (torch.stack([state[layer].flatten() for state in states]) for states in (x, y))  # [facts, width]
-            rows.append({"place": place, "layer": layer} | _alike(a, b, chosen, kinds))
+            rows.append({"place": place, "layer": layer} | _compare_states(a, b, chosen, kinds))
     return rows
 
 
-def _alike(stored: Tensor, recalled: Tensor, pairs: Sequence[FactPair], kinds: np.ndarray) -> Row:
-    """What `representation_consistency` says of one place and layer; states [facts, width] in float64."""
+def _compare_states(stored: Tensor, recalled: Tensor, pairs: Sequence[FactPair], kinds: np.ndarray) -> Row:
+    """What `representation_consistency` says of one place and layer.
+
+    Args:
+        stored, recalled: states [facts, width] in float64.
+        kinds: [facts, facts], as `_pairings` gives them.
+    """
     people = [pair.person for pair in pairs]
     a, b = _centred(stored), _centred(recalled)
     cosine = ((a @ b.t()) / (a.norm(dim=1).unsqueeze(1) * b.norm(dim=1))).numpy()
     row: Row = {}
-    found = {name: _row_means(cosine, kinds == name) for name in PAIRINGS}
-    for name, values in found.items():
+    means = {name: _row_means(cosine, kinds == name) for name in PAIRINGS}
+    for name, values in means.items():
         row |= mean_over_people(name, values, people)
-    row |= mean_over_people("excess", found["same"] - found["relation"], people)
+    row |= mean_over_people("excess", means["same"] - means["relation"], people)
+    row |= _cka_row(a, b, pairs)
 
-    order = {person: number for number, person in enumerate(dict.fromkeys(people))}
-    parts = min(_PARTS, len(order))
-    part = np.array([order[person] % parts for person in people])
-    split = [np.flatnonzero(part == number) for number in range(parts)]
-    estimate = jackknife(lambda kept: cka(*(z[np.concatenate(kept)] for z in (a, b))), split)
-    row |= {f"cka{end}": finite(value) for end, value in zip(("", "_low", "_high"), estimate)}
-    draw = np.random.default_rng(_SEED)
-    relations = np.array([pair.relation for pair in pairs])
-    mixed = []
-    for _ in range(_SHUFFLES):
-        other = np.arange(len(pairs))
-        for relation in np.unique(relations):
-            own = np.flatnonzero(relations == relation)
-            other[own] = draw.permutation(own)
-        mixed.append(cka(a, b[torch.from_numpy(other)]))
-    row["cka_shuffled"] = finite(float(np.mean(mixed)))
-
-    # of the recalled fact j, the stored fact i: ranks over i, ties counted against the own
-    own = cosine.diagonal()
+    # A column j is a recalled fact: its rows i, the stored facts, are ranked.
     defined = ~np.isnan(cosine).any(0)
-    rank = np.where(defined, (cosine >= own - TIE).sum(0), np.nan)
+    rank = np.where(defined, (cosine >= cosine.diagonal() - TIE).sum(0), np.nan)  # of fact j, ties counted against it
     answers = [pair.answer for pair in pairs]
     nearest = np.where(defined, np.nan_to_num(cosine, nan=-np.inf).argmax(0), 0)
     hit = np.array([answers[i] == answer for i, answer in zip(nearest, answers)], dtype=float)
@@ -260,15 +244,36 @@ def _alike(stored: Tensor, recalled: Tensor, pairs: Sequence[FactPair], kinds: n
     row["mrr"] = finite(float(np.nanmean(1 / rank))) if defined.any() else None
     n = len(pairs)
     row |= {"chance_top1": 1 / n, "chance_mrr": sum(1 / k for k in range(1, n + 1)) / n}
-    for name, of in (("relation", [pair.relation for pair in pairs]), ("person", people)):
-        row[f"chance_{name}"] = len(set(of)) / n  # the mean of 1 / (facts of the own relation, person)
-    return row | {"facts": n, "people": len(order), "by_person": by_person(first, people)}
+    # the mean over facts of 1 / (number of facts with the same relation, with the same person)
+    row |= {"chance_relation": len({pair.relation for pair in pairs}) / n, "chance_person": len(set(people)) / n}
+    return row | {"facts": n, "people": len(set(people)), "by_person": by_person(first, people)}
+
+
+def _cka_row(a: Tensor, b: Tensor, pairs: Sequence[FactPair]) -> Row:
+    """CKA of centred states [facts, width], its jackknife over groups of people, and that of facts paired at random."""
+    people = [pair.person for pair in pairs]
+    order = {person: number for number, person in enumerate(dict.fromkeys(people))}
+    parts = min(_PARTS, len(order))
+    part = np.array([order[person] % parts for person in people])
+    split = [np.flatnonzero(part == number) for number in range(parts)]
+    estimate = jackknife(lambda kept: cka(*(states[np.concatenate(kept)] for states in (a, b))), split)
+    row: Row = {f"cka{end}": finite(value) for end, value in zip(("", "_low", "_high"), estimate)}
+    rng = np.random.default_rng(_SEED)
+    relations = np.array([pair.relation for pair in pairs])
+    shuffled = []
+    for _ in range(_SHUFFLES):
+        partners = np.arange(len(pairs))
+        for relation in np.unique(relations):
+            facts = np.flatnonzero(relations == relation)
+            partners[facts] = rng.permutation(facts)
+        shuffled.append(cka(a, b[torch.from_numpy(partners)]))
+    return row | {"cka_shuffled": finite(float(np.mean(shuffled)))}
 
 
 def _centred(states: Tensor) -> Tensor:
-    """States minus their mean; what differs from it by rounding only (the same token in all texts) is 0."""
-    apart = states - states.mean(0)
-    return apart.masked_fill((apart.norm(dim=1) <= 1e-5 * states.norm(dim=1)).unsqueeze(1), 0)
+    """States minus their mean; a state that differs from it by rounding only (the same token in all texts) is 0."""
+    centred = states - states.mean(0)
+    return centred.masked_fill((centred.norm(dim=1) <= 1e-5 * states.norm(dim=1)).unsqueeze(1), 0)
 
 
 def cka(x: Tensor, y: Tensor) -> float:
@@ -276,13 +281,13 @@ def cka(x: Tensor, y: Tensor) -> float:
 
     ‖XᵀY‖_F² / (‖XᵀX‖_F ‖YᵀY‖_F) of the centred states, in [0, 1] (Kornblith et al. 2019, arXiv 1905.00414).
     """
-    x, y = (_gram(z) for z in (x, y))
+    x, y = (_gram(states) for states in (x, y))
     scale = float(x.norm() * y.norm())
     return float((x * y).sum()) / scale if scale else math.nan
 
 
 def _gram(x: Tensor) -> Tensor:
-    """Inner products of the centred states [n, n]: ‖XᵀY‖² = Σ (XXᵀ ∘ YYᵀ), and things are fewer than they are wide."""
+    """Inner products of the centred states [n, n]: ‖XᵀY‖² = Σ (XXᵀ ∘ YYᵀ), and n is less than the width."""
     x = x - x.mean(0)
     return x @ x.t()
 
@@ -290,7 +295,7 @@ def _gram(x: Tensor) -> Tensor:
 def hidden_states(
     model: nn.Module, items: Sequence[Encoded], pad_id: int, batch_size: int
 ) -> list[dict[str, list[Tensor]]]:
-    """Per text, place -> the hidden state of each layer there, the embeddings' first, float64 on the CPU.
+    """For each text: place -> the hidden state of each layer there, the embeddings' first, float64 on the CPU.
 
     A state is [width]. If a model keeps several streams beside each other (Gemma 3n, hyper-connections), the state of
     a token is all of them, [streams, width].
@@ -298,7 +303,7 @@ def hidden_states(
     Raises:
         UserError: the model gives no hidden states, or it can't be told which part of them belongs to which token.
     """
-    found: dict[int, dict[str, list[Tensor]]] = {}
+    states_of: dict[int, dict[str, list[Tensor]]] = {}  # by the text's number
     order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
     axes: list[tuple[int, int]] | None = None
     with evaluating(model):
@@ -308,13 +313,15 @@ def hidden_states(
             states = _states(model, batch)
             if axes is None:
                 axes = token_axes(model, states, batch["input_ids"].shape)
-            at = [places(items[i]) for i in chosen]
-            tokens = torch.tensor([[own.get(place, 0) for place in PLACES] for own in at], device=states[0].device)
+            token_of = [places(items[i]) for i in chosen]
+            tokens = torch.tensor(
+                [[by_place.get(place, 0) for place in PLACES] for by_place in token_of], device=states[0].device
+            )
             rows = torch.arange(len(chosen), device=tokens.device).unsqueeze(1)
-            picked = [state.movedim(own, (0, 1))[rows, tokens].double().cpu() for state, own in zip(states, axes)]
-            for row, (i, own) in enumerate(zip(chosen, at)):
-                found[i] = {place: [state[row, PLACES.index(place)] for state in picked] for place in own}
-    return [found[i] for i in range(len(items))]
+            picked = [state.movedim(pair, (0, 1))[rows, tokens].double().cpu() for state, pair in zip(states, axes)]
+            for row, (i, by_place) in enumerate(zip(chosen, token_of)):
+                states_of[i] = {place: [state[row, PLACES.index(place)] for state in picked] for place in by_place}
+    return [states_of[i] for i in range(len(items))]
 
 
 def _states(model: nn.Module, batch: Mapping[str, Tensor]) -> Sequence[Tensor]:
@@ -339,15 +346,15 @@ def token_axes(model: nn.Module, states: Sequence[Tensor], shape: Sequence[int])
     """
     if shape[0] != shape[1] and all(state.dim() == 3 and state.shape[:2] == tuple(shape) for state in states):
         return [(0, 1)] * len(states)
-    # which axis is which can't be told from their lengths alone: seen from texts of other numbers and lengths
+    # The axes' lengths alone do not tell them apart, so two batches of other numbers and lengths of texts are compared.
     device = next(model.parameters()).device
-    seen = []
+    shapes = []
     for size in ((2, 5), (3, 7)):
         ids = torch.zeros(size, dtype=torch.long, device=device)
         small = _states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-        seen.append([state.shape for state in small])
+        shapes.append([state.shape for state in small])
     axes = []
-    for few, many in zip(*seen, strict=True):
+    for few, many in zip(*shapes, strict=True):
         changes = list(zip(few, many))
         if [change for change in changes if change[0] != change[1]] != [(2, 3), (5, 7)]:
             raise UserError(
@@ -359,26 +366,26 @@ def token_axes(model: nn.Module, states: Sequence[Tensor], shape: Sequence[int])
 
 
 def places(item: Encoded) -> dict[str, int]:
-    """Where a text about one fact has its last token of the subject, of the relation's words (if the subject comes
-    before), and the token that predicts the object; those that it has."""
+    """The tokens of a text about one fact that PLACES names, without those that it does not have.
+
+    subject: the subject's last token; relation: the last token of the relation's words, if the subject comes before;
+    answer: the token that predicts the object.
+    """
     mention = item.mentions[0]
-    found = {}
+    tokens = {}
     for place, mask in (("subject", mention.subject), ("relation", mention.relation)):
         if mask.any():
-            found[place] = int(mask.nonzero().max())
-    if found.get("relation", 0) < found.get("subject", 0):
-        del found["relation"]  # "What is the birthplace of Ada?": nothing there knows of whom
+            tokens[place] = int(mask.nonzero().max())
+    if tokens.get("relation", 0) < tokens.get("subject", 0):
+        del tokens["relation"]  # in "What is the birthplace of Ada?" nothing there knows of whom
     before = int(mention.object.nonzero().min()) - 1
     if before >= 0:
-        found["answer"] = before
-    return found
-
-
-# ------------------------------------------------------------------------------- numbers
+        tokens["answer"] = before
+    return tokens
 
 
 def _row_means(values: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Mean of each row's chosen values [n]; NaN where there is none, or one of them is."""
+    """Mean of each row's chosen values [n]; NaN if there is none, or if one of them is NaN."""
     count = where.sum(1)
     sums = np.where(where, values, 0).sum(1)
     return np.divide(sums, count, out=np.full(len(values), np.nan), where=count > 0)
@@ -398,9 +405,9 @@ def mean_over_people(name: str, values: np.ndarray, people: Sequence[str]) -> Ro
 def by_person(values: np.ndarray, people: Sequence[str]) -> dict[str, list[float | None]]:
     """Each person's facts in their order, to six digits; None where a fact has no value.
 
-    So that two models can be compared fact by fact: both lists are of the same facts.
+    With these lists two models can be compared fact by fact.
     """
-    found: dict[str, list[float | None]] = {person: [] for person in people}
+    lists: dict[str, list[float | None]] = {person: [] for person in people}
     for person, value in zip(people, values):
-        found[person].append(None if np.isnan(value) else float(f"{value:.6g}"))
-    return found
+        lists[person].append(None if np.isnan(value) else float(f"{value:.6g}"))
+    return lists
