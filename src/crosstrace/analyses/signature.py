@@ -1,19 +1,20 @@
 """The input-level signature: does a model read a fact off its subject and relation, or off the whole context?
 
-How much of the log-probability of an object comes from the tokens of the subject, of the asked relation, of other facts
-and of the rest: by the Shapley values of these groups, which share out all of it, and by erasing one group after the
-other. In both, a token that is not there has the mean embedding, at its own position. What goes on between the
+How much of an object's log-probability comes from the tokens of the subject, of the asked relation, of other facts and
+of the rest? Two measures say so: the Shapley values of these groups, which share out all of it, and the erasure of one
+group after the other. In both, an absent token has the mean embedding at its position. What happens between the
 embeddings and the object is not looked at. Formulas: docs/method.md.
 
-Gradients of the embeddings tell nothing here: on the way from the mean embedding a deep model's log-probability is so
-rough that no sum over points of it comes near its integral. With five groups every choice of them can be tried.
+Gradients of the embeddings are of no use here: on the way from the mean embedding a deep model's log-probability is so
+rough that no sum over points comes near its integral. With five groups every choice of them can be tried.
 
 Takes a model and encoded texts; it knows no strategies, and draws nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from math import factorial
 from typing import Any, Literal
 
@@ -39,8 +40,8 @@ def token_groups(item: Encoded) -> Tensor:
     """The number in GROUPS of each token but the last [T - 1].
 
     subject: all tokens that name the person, in other sentences too; relation: the words of the asked relation; facts:
-    relation words and objects of other facts; object: the earlier tokens of an object of several; rest: all others. A
-    token of two groups is of object, subject, relation or facts, the first in that order.
+    relation words and objects of other facts; object: the object's tokens but the last one; rest: all others. A token
+    of two groups is of object, subject, relation or facts, the first in that order.
 
     Raises:
         UserError: the text is about several facts, does not end with the object, or begins with it.
@@ -50,22 +51,22 @@ def token_groups(item: Encoded) -> Tensor:
             f"example {item.example.id} is about {len(item.mentions)} facts, or does not end with its object after "
             "other words; the input-level signature is of texts about one fact, up to its object (Encoded.about)"
         )
-    own = item.mentions[0]
+    fact = item.mentions[0]
     group = torch.full((len(item.ids),), GROUPS.index("rest"))
     for other in item.context:
         group[other.relation | other.object] = GROUPS.index("facts")
-    group[own.relation] = GROUPS.index("relation")
-    for mention in (own, *item.context):
+    group[fact.relation] = GROUPS.index("relation")
+    for mention in (fact, *item.context):
         group[mention.subject] = GROUPS.index("subject")
-    group[own.object] = GROUPS.index("object")
+    group[fact.object] = GROUPS.index("object")
     return group[:-1]
 
 
 def embedding_baseline(model: nn.Module, items: Sequence[Encoded], kind: Literal["mean", "zeros"] = "mean") -> Tensor:
-    """What takes a token's place [width], float64: the mean embedding of all tokens of the texts, or zeros.
+    """The embedding of an absent token [width], float64: the mean over all tokens of the texts, or zeros.
 
     Raises:
-        UserError: there is no text, the kind is unknown, or the model tells no input embeddings.
+        UserError: there is no text, the kind is unknown, or the model does not give its input embeddings.
     """
     if kind not in ("mean", "zeros"):
         raise UserError(f"unknown baseline {kind!r} of embeddings; expected mean or zeros")
@@ -81,7 +82,7 @@ def embedding_baseline(model: nn.Module, items: Sequence[Encoded], kind: Literal
 def coalitions(
     model: nn.Module, items: Sequence[Encoded], baseline: Tensor, *, pad_id: int, batch_size: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What is left of a text's object with every choice of groups of its tokens, those of the others at the baseline.
+    """Each text's object with every choice of groups of its tokens; the tokens of the other groups are at the baseline.
 
     Args:
         items: texts about one fact each, which end with its object.
@@ -89,9 +90,9 @@ def coalitions(
         batch_size: texts that go through the model at once.
 
     Returns:
-        logprob [N, 32], mean log-probability of the object's tokens in nats, and exact [N, 32], 1 where all of them are
-        argmax and else 0. Column c has the tokens of GROUPS[g] as they are if bit g of c is set, so the last one is the
-        text as it is. Where a text has no token of a group, columns that differ in it alone are the same.
+        logprob [N, 32], the mean log-probability of the object's tokens in nats, and exact [N, 32], 1 if all of them
+        are argmax, else 0. Column c has the tokens of GROUPS[g] as they are if bit g of c is set, so the last column is
+        of the whole text. If a text has no token of a group, columns that differ in that group alone are the same.
 
     Raises:
         UserError: batch_size is not positive, or a text is none of these.
@@ -106,28 +107,32 @@ def coalitions(
             group = torch.full(labels.shape, -1)  # padding, and each text's last token
             for row, i in enumerate(chosen):
                 group[row, : len(groups[i])] = groups[i]
-            absent = sum(1 << g for g in range(len(GROUPS)) if not bool((group == g).any()))
-            group, wanted = group.to(labels.device), next_tokens(labels) != IGNORE
+            without = sum(1 << g for g in range(len(GROUPS)) if not bool((group == g).any()))
+            group, is_target = group.to(labels.device), next_tokens(labels) != IGNORE
             for column in reversed(range(1 << len(GROUPS))):
-                if (same := column | absent) != column:  # no text of the batch has the group
+                if (same := column | without) != column:  # no text of the batch has the group
                     logprob[chosen, column], exact[chosen, column] = logprob[chosen, same], exact[chosen, same]
                     continue
-                gone = torch.zeros_like(group, dtype=torch.bool)
+                absent = torch.zeros_like(group, dtype=torch.bool)
                 for g in range(len(GROUPS)):
-                    gone |= (group == g) & (not column >> g & 1)
-                put: Callable[..., Tensor] = lambda module, args, output, gone=gone: torch.where(
-                    gone.unsqueeze(-1), baseline.to(output), output
-                )
-                with _embedding(model).register_forward_hook(put):
+                    absent |= (group == g) & (not column >> g & 1)
+                hook = functools.partial(_set_to_baseline, absent, baseline)
+                with _embedding(model).register_forward_hook(hook):
                     right, losses, _ = judged(model, batch)
-                logprob[chosen, column] = (-losses.sum(1) / wanted.sum(1)).cpu().numpy()
-                exact[chosen, column] = (right | ~wanted).all(1).cpu().numpy()
+                logprob[chosen, column] = (-losses.sum(1) / is_target.sum(1)).cpu().numpy()
+                exact[chosen, column] = (right | ~is_target).all(1).cpu().numpy()
     return logprob, exact
 
 
+def _set_to_baseline(absent: Tensor, baseline: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """An embedding's output, with absent tokens [B, T] at the baseline."""
+    return torch.where(absent.unsqueeze(-1), baseline.to(output), output)
+
+
 def shapley(values: np.ndarray) -> np.ndarray:
-    """Each player's share of a game's value (Shapley 1953), exactly: over all orders in which n players may come, the
-    mean of what the value rises by when this one comes.
+    """Each player's share of a game's value (Shapley 1953), exactly.
+
+    It is the mean, over all orders in which the n players may come, of how much the value rises when this one comes.
 
     Args:
         values: [N, 2^n], of N games; column c is the value of the players whose bits are set in c.
@@ -153,21 +158,21 @@ def input_signature(
     batch_size: int = 64,
     formats: Sequence[str] = FORMATS,
 ) -> list[Row]:
-    """Off which tokens a model reads the facts, in the text that stores each and in the one that recalls it.
+    """Off which tokens a model reads each fact, in the text that stores it and in the one that recalls it.
 
     Args:
-        baseline: what an absent token's embedding is; the mean is over the texts of both formats.
+        baseline: the embedding of an absent token; the mean is over the texts of both formats.
         batch_size: as of `coalitions`.
         formats: which of FORMATS are measured.
 
     Returns:
         for each format a row of each of GROUPS and of "all" tokens: format, group; tokens: their mean number;
         attribution: their mean Shapley value in nats; share: mean over texts of |the group's value| / Σ |the values of
-        all groups|, over all texts, so that groups add up; erased: mean drop of log-probability in nats with the group
-        at the baseline, and erased_exact: the share of texts whose object is still the argmax, over those texts which
-        have such tokens: facts, people. With `<name>_low` and `<name>_high`, 95 % cluster bootstraps over people; None
-        where nothing is defined. by_person: each text's share, a list for each person. Rows of "all" also have logprob
-        and exact of the texts as they are.
+        all groups|; it is over all texts, so the groups add up; erased: mean drop of log-probability in nats with the
+        group at the baseline; erased_exact: the share of texts whose object is still the argmax then; both are over the
+        texts that have such tokens: facts, people. `<name>_low` and `<name>_high` are 95 % cluster bootstraps over
+        people; None where nothing is defined. by_person: each text's share, a list for each person. Rows of "all" also
+        have logprob and exact of the whole texts.
 
     Raises:
         UserError: see `coalitions`.
@@ -179,7 +184,7 @@ def input_signature(
         items: list[Encoded] = [getattr(pair, name) for pair in pairs]
         numbers = [token_groups(item).numpy() for item in items]
         logprob, exact = coalitions(model, items, start, pad_id=pad_id, batch_size=batch_size)
-        counts = np.array([np.bincount(own, minlength=len(GROUPS)) for own in numbers])
+        counts = np.array([np.bincount(of_text, minlength=len(GROUPS)) for of_text in numbers])
         sums = shapley(logprob)
         size = np.abs(sums).sum(1, keepdims=True)
         share = np.divide(np.abs(sums), size, out=np.full_like(sums, np.nan), where=size > 0)
@@ -192,7 +197,7 @@ def input_signature(
             has = counts[:, column] > 0
             row |= mean_over_people("erased", np.where(has, logprob[:, WHOLE] - logprob[:, erased], np.nan), people)
             row |= mean_over_people("erased_exact", np.where(has, exact[:, erased], np.nan), people)
-            row |= {"facts": int(has.sum()), "people": len({who for who, own in zip(people, has) if own})}
+            row |= {"facts": int(has.sum()), "people": len({person for person, one in zip(people, has) if one})}
             row["by_person"] = by_person(share[:, column], people)
             rows.append(row)
         rows[-1] |= {"logprob": float(logprob[:, WHOLE].mean()), "exact": float(exact[:, WHOLE].mean())}
@@ -200,22 +205,23 @@ def input_signature(
 
 
 def _embedding(model: nn.Module) -> nn.Module:
+    """The model's input embeddings."""
     find: Any = getattr(model, "get_input_embeddings", None)
-    own = find() if find else None
-    if own is None:
+    embedding = find() if find else None
+    if embedding is None:
         raise UserError(
             f"{type(model).__name__} tells no input embeddings, which the input-level signature is about; expected a "
             "transformers model with get_input_embeddings"
         )
-    return own
+    return embedding
 
 
 def _batches(model: nn.Module, items: Sequence[Encoded], size: int, pad_id: int) -> Iterator[tuple[list[int], Batch]]:
     """Batches of the texts, shortest first, with their numbers."""
     order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
     device = _device(model)
-    for at in range(0, len(order), size):
-        numbers = order[at : at + size]
+    for start in range(0, len(order), size):
+        numbers = order[start : start + size]
         batch = collate([items[i] for i in numbers], pad_id=pad_id)
         yield numbers, {name: value.to(device) for name, value in batch.items() if name != "group"}
 
