@@ -1,4 +1,4 @@
-"""Weight drift: which tensors of a model moved on the way from another one, and how far.
+"""Weight drift: which tensors of a model differ from those of an earlier one, and by how much.
 
 Two models of the same parameters in, rows out. It knows nothing of training, tasks or sets.
 """
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 def drift(
     model: nn.Module, before: Mapping[str, Tensor], anatomy: Anatomy, names: Sequence[str] | None = None
 ) -> dict[str, list[Row]]:
-    """How far each tensor went.
+    """How far each tensor moved.
 
     Args:
         before: name -> its earlier value, of the same shape.
@@ -27,23 +27,29 @@ def drift(
         names: of the tensors; all if not given.
 
     Returns:
-        `tensors`: for each tensor {tensor, layer, kind, size; changed: how many of its values are others; norm: ‖W‖ of
-        before; way: ‖Δ‖; relative: ‖Δ‖/‖W‖; largest: max |Δ|; share: ‖Δ‖² of the whole model's}, in canonical order.
-        `modules`: the same but `tensor` and `largest` for each kind of tensors of a layer, and last `layer` None and
-        `kind` "all" for all of them. Norms are in float64; relative is None where W is zero, share where nothing moved.
+        `tensors`: for each tensor {tensor, layer, kind, size; changed: how many of its values differ; norm: ‖W‖ of
+        the earlier value; way: ‖Δ‖; relative: ‖Δ‖/‖W‖; largest: max |Δ|; share: ‖Δ‖² as a share of the whole model's},
+        in canonical order. `modules`: the same without `tensor` and `largest`, for each kind of tensors of a layer; the
+        last row is for all of them, with `layer` None and `kind` "all". Norms are in float64. relative is None if W is
+        zero, share if nothing moved.
     """
     parameters = dict(model.named_parameters())
     tensors = []
     for name in parameters if names is None else names:
         now, was = parameters[name].detach().cpu(), before[name].detach().cpu()
-        way = now.double() - was.double()
+        change = now.double() - was.double()
         tensors.append(
             {
-                "tensor": name, "layer": anatomy.layer[name], "kind": anatomy.kind[name], "size": now.numel(),
-                "changed": int((now != was).sum()), "norm": float(was.double().norm()), "way": float(way.norm()),
-                "largest": float(way.abs().max()) if way.numel() else 0.0,
+                "tensor": name,
+                "layer": anatomy.layer[name],
+                "kind": anatomy.kind[name],
+                "size": now.numel(),
+                "changed": int((now != was).sum()),
+                "norm": float(was.double().norm()),
+                "way": float(change.norm()),
+                "largest": float(change.abs().max()) if change.numel() else 0.0,
             }
-        )  # fmt: skip
+        )
     total = sum(row["way"] ** 2 for row in tensors)
     groups: dict[tuple[int | None, str], list[Row]] = {}
     for row in tensors:

@@ -1,8 +1,8 @@
 """How much do the tasks share, how similar are their traces, and how centralized is the shared set?
 
-Strengths and ParamSets in, rows (plain dicts, ready for JSON) out. Every interval is a delete-one jackknife
-over disjoint parts of the data, so the strengths come as a list of parts for each task. It knows nothing of
-models beyond an `Anatomy`, and draws nothing.
+Strengths and ParamSets in, rows (plain dicts, ready for JSON) out. Every interval is a delete-one jackknife over
+disjoint parts of the data, so the strengths come as a list of parts for each task. It knows nothing of models beyond an
+`Anatomy`, and draws nothing.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def overlap_rows(
     """The shared set against chance, one row a fraction.
 
     Args:
-        strengths: for each task its trace's values on each part; all tasks have the same number of parts.
-            Values of the measure `net` keep their sign: parts are averaged before the absolute value.
-        weights: how many examples each part stands for; default: all the same.
+        strengths: for each task its trace's values on each part; all tasks have the same number of parts. Values of
+            the measure `net` keep their sign: parts are averaged before the absolute value.
+        weights: how many examples each part stands for; all the same if not given.
 
     Returns:
-        rows {fraction, size: |S|, selected: max_t |S_t|, overlap: |S|/selected, chance, lift, jaccard,
-        low, high, parts}. chance is the overlap expected of independent sets, N Π_t(|S_t|/N) / selected (ρ for two);
-        lift = overlap/chance; jaccard = |∩|/|∪|; low and high are the overlap's 95 % interval.
+        rows {fraction, size: |S|, selected: max_t |S_t|, overlap: |S|/selected, chance, lift, jaccard, low, high,
+        parts}. chance is the overlap expected of independent sets, N Π_t(|S_t|/N) / selected (ρ for two); lift =
+        overlap/chance; jaccard = |∩|/|∪|; low and high are the overlap's 95 % interval.
     """
     parts = _parts(strengths)
 
@@ -100,14 +100,14 @@ def centralization_rows(
 ) -> list[Row]:
     """How unevenly the shared set spreads over units, beside random sets of its size in the same scope.
 
-    The measured quantity is the number of S's parameters in each unit that has parameters in scope. Random
-    sets are uniform over the scope; only their counts are drawn, which is the same thing and much faster.
+    What is measured is the number of S's parameters in each unit that has parameters in scope. Random sets are uniform
+    over the scope. Only their counts are drawn, which gives the same distribution and is much faster.
 
     Returns:
-        rows {fraction, unit, units: how many, size: |S|, gini, effective, top10, random_gini (mean of the
-        draws), random_gini_low, random_gini_high (2.5 and 97.5 % of the draws), random_effective,
-        random_top10, excess_gini = gini − random_gini, low, high: its 95 % jackknife interval over the
-        parts, parts}, one for each fraction and each unit that the model has. None where undefined.
+        rows {fraction, unit, units: how many, size: |S|, gini, effective, top10, random_gini (mean of the draws),
+        random_gini_low, random_gini_high (2.5 and 97.5 % of the draws), random_effective, random_top10, excess_gini =
+        gini − random_gini, low, high: its 95 % jackknife interval over the parts, parts}, one for each fraction and
+        each unit that the model has. None where undefined.
     """
     parts = _parts(strengths)
     sizes = {unit: anatomy.sizes(unit, scope) for unit in units}
@@ -119,19 +119,19 @@ def centralization_rows(
     total = sum(anatomy.shapes[name].numel() for name in scope)
 
     def tally(pset: ParamSet) -> tuple[int, dict[str, np.ndarray]]:
-        """Its size and, for each unit, the counts: all that is wanted of a set, and much smaller."""
+        """A set's size and its counts for each unit: all that is needed of the set, and much smaller."""
         return pset.size, {unit: anatomy.count(pset, unit) for unit in sizes}
 
     tallies = [[tally(shared(s)) for s in _select(strengths, weights, k, fractions, scope, how)] for k in kept]
     rng = np.random.default_rng(seed)
     rows = []
     for i, fraction in enumerate(fractions):
-        set_sizes, counted = zip(*(by_fraction[i] for by_fraction in tallies))  # of S, then of S without each part
+        set_sizes, unit_counts = zip(*(by_fraction[i] for by_fraction in tallies))  # of S, then of S without each part
         for unit, available in sizes.items():
-            there = available > 0
-            counts = [of_units[unit][there] for of_units in counted]
+            in_scope = available > 0
+            counts = [by_unit[unit][in_scope] for by_unit in unit_counts]
             rest = total - int(available.sum())
-            random = _random_counts(rng, available[there], rest, set_sizes, draws)
+            random = _random_counts(rng, available[in_scope], rest, set_sizes, draws)
             random_gini = np.array([[gini(x) for x in drawn] for drawn in random])  # [replicates, draws]
             excess = np.array([gini(x) for x in counts]) - random_gini.mean(1)
             _, low, high = jackknife_interval(excess[0], excess[1:].tolist())
@@ -139,7 +139,7 @@ def centralization_rows(
                 _row(
                     fraction=fraction,
                     unit=unit,
-                    units=int(there.sum()),
+                    units=int(in_scope.sum()),
                     size=set_sizes[0],
                     gini=gini(counts[0]),
                     effective=effective_number(counts[0]),
@@ -162,7 +162,7 @@ def density_map(pset: ParamSet, anatomy: Anatomy, unit: str) -> Row:
     """The share of each unit's parameters in scope that the set holds, for a heat map.
 
     Returns:
-        {rows: layer labels, columns: labels, values: [rows][columns]}, None where there is no such unit.
+        {rows: layer labels, columns: labels, values: [rows][columns]}; a value is None if there is no such unit.
     """
     size = anatomy.sizes(unit, list(pset.masks))
     share = np.divide(anatomy.count(pset, unit), size, out=np.full(len(size), np.nan), where=size > 0)
@@ -175,6 +175,7 @@ def density_map(pset: ParamSet, anatomy: Anatomy, unit: str) -> Row:
 
 
 def _parts(strengths: Parts) -> int:
+    """The number of parts of each task's trace."""
     lengths = {task: len(parts) for task, parts in strengths.items()}
     if len(lengths) < 2 or len(set(lengths.values())) != 1 or not min(lengths.values()):
         raise UserError(f"sharing needs two or more tasks, each traced over the same number of parts; found {lengths}")
@@ -212,6 +213,7 @@ def _select(
 
 
 def _overlap(sets: Mapping[str, ParamSet]) -> tuple[float, ...]:
+    """size, selected, overlap, chance, lift and jaccard of `overlap_rows`."""
     both, sizes = shared(sets), [pset.size for pset in sets.values()]
     union, *rest = sets.values()
     for pset in rest:
@@ -234,8 +236,8 @@ def _random_counts(
 ) -> np.ndarray:
     """Counts per unit of uniformly random sets of each size: [sizes, draws, units].
 
-    Within a draw the sets are nested, each a random subset of the next larger one, so that differences
-    between sizes are not drowned in the noise of the draws.
+    Within a draw the sets are nested, each a random subset of the next larger one. So the noise of the draws does not
+    hide the differences between sizes.
     """
     counts = np.empty((len(sizes), draws, len(available)), dtype=np.int64)
     for draw in range(draws):
@@ -243,7 +245,7 @@ def _random_counts(
         for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
             if urn.sum() < 1_000_000_000:
                 urn = rng.multivariate_hypergeometric(urn, sizes[i], method="marginals")
-            else:  # numpy's limit; at this size independent draws differ by parts in ten thousand
+            else:  # beyond numpy's limit, independent draws are off by parts in ten thousand
                 urn = rng.binomial(urn, sizes[i] / urn.sum())
             counts[i, draw] = urn[:-1]
     return counts
