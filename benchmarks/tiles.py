@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from crosstrace.trace import rules
+from crosstrace.trace import blocks, calls, reduction, rules
 
 TILES = [1 << n for n in range(15, 23)]
 
@@ -36,11 +36,11 @@ def main() -> None:
     ]:  # fmt: skip
         module = nn.Linear(inputs, outputs, bias=False)
         a, e = torch.randn(batch, length, inputs), torch.randn(batch, length, outputs)
-        call = rules.Call("layer", module, (a,), {}, a, e, None, e=e)
+        call = calls.Call("layer", module, (a,), {}, a, e, None, e=e)
         use, total = rules.Linear(call, "weight"), torch.zeros_like(module.weight)
         cells = [milliseconds(lambda: e.flatten(0, 1).t() @ a.flatten(0, 1))]  # noqa: B023
-        for rules.TILE in TILES:
-            cells.append(milliseconds(lambda: rules.reduce([use], {"abs": total}, slice(None))))  # noqa: B023
+        for blocks.TILE in TILES:
+            cells.append(milliseconds(lambda: reduction.reduce([use], {"abs": total}, slice(None))))  # noqa: B023
         print(
             f"| {batch} × {length} | {inputs} → {outputs} | " + " | ".join(f"{c:.1f}" for c in cells) + " |", flush=True
         )

@@ -24,7 +24,8 @@ from test_training import calm, taught, with_tasks
 from tiny_models import tiny_model
 from torch import Tensor
 
-from crosstrace.trace import Trace, TrainingTrace, cpu_kernel, kernels, rules, trace
+from crosstrace.trace import Trace, TrainingTrace, blocks, cpu_kernel, kernels, rules, trace
+from crosstrace.trace.calls import Arrangement
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
@@ -67,7 +68,7 @@ def tiling(rows: int, columns: int, positions: int, warps: int, stages: int):
 
 def linear_rule(left: Tensor, right: Tensor) -> rules.Linear:
     linear = rules.Linear.__new__(rules.Linear)
-    linear.left, linear.right, linear.batch, linear.arrangement = left, right, len(left), rules.Arrangement()
+    linear.left, linear.right, linear.batch, linear.arrangement = left, right, len(left), Arrangement()
     linear.on_gpu = False
     return linear
 
@@ -230,7 +231,7 @@ def test_interpreter_agrees_with_the_plain_twin():
     linear = linear_rule(left, right)
     got, want = zeros(left, right), zeros(left, right)
     kernels.per_example_sums(left, right, got, slice(None, None, 2))
-    rules._blocks([linear], want, slice(None, None, 2), len(left))
+    blocks.add_blocks([linear], want, slice(None, None, 2), len(left))
     assert_close(got, {name: x.double() for name, x in want.items()})
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from crosstrace.core.errors import UserError
 from crosstrace.trace import memory, trace
+from crosstrace.trace.blocks import sum_dtype
 from crosstrace.trace.engine import Engine
-from crosstrace.trace.rules import sum_dtype
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "mixtral", "mamba"])
@@ -35,7 +35,7 @@ def test_sums_on_another_device_than_the_model(monkeypatch):
     """The way of a GPU's model with sums on the CPU: nothing is added in place."""
     from crosstrace.trace.means import Mean
 
-    monkeypatch.setattr(Mean, "takes", lambda *_: False)
+    monkeypatch.setattr(Mean, "accepts", lambda *_: False)
     model = tiny_model("llama")
     data = [pad(make_examples(4))]
     got = trace(model, data, task="qa", measures=("abs", "net"))

@@ -59,8 +59,8 @@ class Around(nn.Module):
 @pytest.mark.parametrize("groups", [1, 3, 12])
 @pytest.mark.parametrize(("dilation", "rows"), [(1, 64), (2, 5)])
 def test_convolution(groups, dilation, rows, monkeypatch):
-    monkeypatch.setattr("crosstrace.trace.rules.ROWS", rows)  # 5: blocks that cut groups in two
-    monkeypatch.setattr("crosstrace.trace.rules.TILE", 1)
+    monkeypatch.setattr("crosstrace.trace.blocks.ROWS", rows)  # 5: blocks that cut groups in two
+    monkeypatch.setattr("crosstrace.trace.blocks.TILE", 1)
     torch.manual_seed(0)
     inner = nn.Conv1d(12, 12, 3, padding=2 * dilation, dilation=dilation, groups=groups)
     model = Around(inner, channels_first=True).double()
@@ -81,7 +81,8 @@ def test_convolution(groups, dilation, rows, monkeypatch):
     ],
 )
 def test_convolution_rule_by_itself(settings):
-    from crosstrace.trace.rules import Call, reduce
+    from crosstrace.trace.calls import Call
+    from crosstrace.trace.reduction import reduce
 
     module = nn.Conv1d(6, 4, 3, **settings).double()
     x = torch.randn(5, 6, 11, dtype=torch.float64)

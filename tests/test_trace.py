@@ -19,7 +19,18 @@ from crosstrace.data.facts import FactSettings, World
 from crosstrace.data.text import biographies, questions
 from crosstrace.data.tokens import collate, encode
 from crosstrace.models.loading import load_model, load_tokenizer
-from crosstrace.trace import MEASURES, OnlineTrace, Trace, load_traces, rules, save_traces, trace
+from crosstrace.trace import (
+    MEASURES,
+    OnlineTrace,
+    Trace,
+    blocks,
+    calls,
+    load_traces,
+    reduction,
+    rules,
+    save_traces,
+    trace,
+)
 from crosstrace.trace.engine import Engine
 from crosstrace.trace.packed import unpacked
 
@@ -137,9 +148,9 @@ def test_a_target_behind_left_padding_is_predicted_by_nothing():
 
 
 def test_blocks_smaller_than_a_parameter(monkeypatch):
-    monkeypatch.setattr(rules, "SMALL", 150)
-    monkeypatch.setattr(rules, "TILE", 200)
-    monkeypatch.setattr(rules, "ROWS", 5)
+    monkeypatch.setattr(blocks, "SMALL", 150)
+    monkeypatch.setattr(blocks, "TILE", 200)
+    monkeypatch.setattr(blocks, "ROWS", 5)
     model = tiny_model("llama", tied=True)
     examples = make_examples(7)
     for t in trace(model, [pad(examples)], task="qa", measures=MEASURES):
@@ -292,7 +303,7 @@ def test_gradients_along_a_direction_are_the_gradients_times_it(kind, tied):
             if any(part is None for part in parts):
                 continue
             whole = torch.zeros_like(theta)
-            rules.reduce(of, {"sum": whole}, slice(i, i + 1), totals=False)
+            reduction.reduce(of, {"sum": whole}, slice(i, i + 1), totals=False)
             torch.testing.assert_close(sum(parts), whole @ directions, rtol=1e-9, atol=1e-12)
             seen.update(rule.name for rule in of)
 
@@ -428,15 +439,15 @@ def test_nothing_is_left_behind(where, training, monkeypatch):
         raise Stop
 
     held = weakref.WeakSet()
-    record = rules.Call.__post_init__
-    monkeypatch.setattr(rules.Call, "__post_init__", lambda call: (record(call), held.add(call))[0])
+    record = calls.Call.__post_init__
+    monkeypatch.setattr(calls.Call, "__post_init__", lambda call: (record(call), held.add(call))[0])
     if where == "forward":
         handle = model.get_submodule("transformer.ln_f").register_forward_hook(stop)
         before_stop = fingerprint(model)
     elif where == "backward":
         monkeypatch.setattr(rules.TransposedLinear, "reduce", stop)
     elif where == "general":
-        monkeypatch.setattr("crosstrace.trace.engine.fold", stop)
+        monkeypatch.setattr("crosstrace.trace.passes.fold", stop)
     if where == "nowhere":
         online.step({"qa": pad(examples)})
     else:
@@ -547,7 +558,8 @@ def test_only_step_needs_no_work_per_example(monkeypatch):
     examples = make_examples(5)
     online = OnlineTrace(model, ["qa"], ("abs", "net"), ("step",))
     plan = plan_of(model, examples)
-    monkeypatch.setattr(rules, "_blocks", lambda *_: pytest.fail("worked per example"))
+    for module in (rules, reduction):
+        monkeypatch.setattr(module, "add_blocks", lambda *_: pytest.fail("worked per example"))
     monkeypatch.setattr(Engine, "_probe", lambda engine, *_: setattr(engine, "plan", plan))
     online.step({"qa": pad(examples)})
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -763,4 +775,4 @@ def test_packed_rows_are_told_by_the_engine():
     batch = pack(make_examples(3))
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     with pytest.raises(UserError, match="several examples are packed"):
-        Engine(tiny_model("llama")).checked(batch)
+        Engine(tiny_model("llama")).check_batch(batch)

@@ -455,7 +455,7 @@ def test_whatever_a_rule_stumbles_over_it_does_not_fit(error, monkeypatch):
     torch.manual_seed(0)
     model = Model().double()
     examples = make_examples(5)
-    from crosstrace.trace.rules import Call
+    from crosstrace.trace.calls import Call
 
     def failing(method: str) -> Any:
         inner = getattr(Call, method)

@@ -1,10 +1,11 @@
-"""What every trace during training has: means of all tasks, reductions, measures and parts, and their state on disk."""
+"""What every trace during training has: the means of all tasks, reductions, measures and parts, and their state."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,14 +19,13 @@ from crosstrace.core.errors import UserError
 from crosstrace.core.files import read_json, remove, replacing, write_json
 from crosstrace.core.pieces import Pieces, laid, local, own_rows, piece, write
 from crosstrace.core.processes import by_first
+from crosstrace.trace.blocks import sum_dtype
 from crosstrace.trace.distributed import Scatter, Team
 from crosstrace.trace.engine import Engine
-from crosstrace.trace.means import REDUCTIONS, Mean, check_settings, facts_of, open_sums
+from crosstrace.trace.means import REDUCTIONS, Mean, check_settings, describe_engine, open_sums
 from crosstrace.trace.result import Trace
-from crosstrace.trace.rules import sum_dtype
 
 _STATE = "crosstrace online trace 1"
-
 _SUM = "crosstrace sum of an online trace 1"
 
 
@@ -38,15 +38,17 @@ class Accumulated:
         measures: of MEASURES.
         reductions: "example", the mean over every example of every step; "step", the mean over steps of the
             measure of the step's mean gradient.
-        parts: for "example", examples of group g count for part g % parts (as in `trace`), so that every part sees
-            all of training, whose gradients shrink as it goes; for "step", a task's step number s counts for part
-            s % parts.
+        parts: for "example", examples of group g count for part g % parts (as in `trace`). So every part sees all of
+            training, whose gradients shrink as it goes. For "step", a task's step number s counts for part s % parts.
         lr_weighted: weight each step by its learning rate.
         where: the sums are kept on the "device" of the model or on the "cpu".
         names: the parameters to trace; None: all.
         group: processes of torch.distributed that share out the examples of each step. All of them call everything
-            here, with the same batches; the sums meet in the first one where they are saved or read. Those of a sharded
-            model do so without being asked, and each has the sums of its rows.
+            here, with the same batches. When the sums are saved or read, they meet in the first process. Those of a
+            sharded model do so without this argument, and each keeps the sums of its rows.
+
+    Attributes:
+        borrows: by task, whether the training's own forward is traced.
     """
 
     def __init__(
@@ -75,14 +77,11 @@ class Accumulated:
         self._steps = dict.fromkeys(self._settings["tasks"], 0)
         self._means = {
             f"{task}/{reduction}/{measure}/{part}": Mean(self._engine.parameters, measure, reduction, device)
-            for task in self._steps
-            for reduction in reductions
-            for measure in measures
-            for part in range(parts)
+            for task, reduction, measure, part in product(self._steps, reductions, measures, range(parts))
         }
-        self.borrows: dict[str, bool] = {}  # by task: whether the training's own forward is traced
+        self.borrows: dict[str, bool] = {}
         self._compared: set[str] = set()  # tasks whose forward was compared with one of the trace's own
-        self._whole = True  # no step was interrupted half-way
+        self._whole = True  # whether no step was interrupted half-way
 
     @property
     def _parts(self) -> int:
@@ -94,78 +93,95 @@ class Accumulated:
         return self._team is not None and self._team.sharded
 
     @property
-    def _holds(self) -> bool:
-        """Whether this process has sums when they have met: alone, the first of a team, or of its rows."""
+    def _has_sums(self) -> bool:
+        """Whether this process has sums once they have met: it is alone, the first of a team, or has its rows."""
         return self._team is None or self._sharded or self._team.processes.rank == 0
 
     def _factor(self, lr: float) -> float:
         return float(lr) if self._settings["lr_weighted"] else 1.0
 
-    def _of_part(self, task: str, part: int) -> list[Mean]:
-        wanted = self._settings["measures"] if "example" in self._settings["reductions"] else []
-        return [self._means[f"{task}/example/{measure}/{part}"] for measure in wanted]
+    def _part_means(self, task: str, part: int) -> list[Mean]:
+        """The means that examples of one part are added to."""
+        measures = self._settings["measures"] if "example" in self._settings["reductions"] else []
+        return [self._means[f"{task}/example/{measure}/{part}"] for measure in measures]
 
-    def _of_step(self, task: str) -> list[Mean]:
-        wanted = self._settings["measures"] if "step" in self._settings["reductions"] else []
+    def _step_means(self, task: str) -> list[Mean]:
+        """The means that the task's step now is added to."""
+        measures = self._settings["measures"] if "step" in self._settings["reductions"] else []
         part = self._steps[task] % self._settings["parts"]
-        return [self._means[f"{task}/step/{measure}/{part}"] for measure in wanted]
+        return [self._means[f"{task}/step/{measure}/{part}"] for measure in measures]
 
-    def _open(
-        self, task: str, part: int, name: str, gradients: dict[str, Tensor], factor: float,
+    def _open_task_sums(
+        self,
+        task: str,
+        part: int,
+        name: str,
+        gradients: dict[str, Tensor],
+        factor: float,
         scatter: Scatter | None = None,
-    ) -> AbstractContextManager[dict[str, Tensor]]:  # fmt: skip
-        """Where the engine adds the sums of examples of one task and part; Σg of the step goes to `gradients`."""
+    ) -> AbstractContextManager[dict[str, Tensor]]:
+        """The sums that the engine adds examples of one task and part to; Σg of the step goes to `gradients`."""
         theta = self._engine.parameters[name]
         also = {}
         if "step" in self._settings["reductions"]:
             if name not in gradients:
                 gradients[name] = torch.zeros_like(local(theta), dtype=sum_dtype(theta.dtype))
             also["sum"] = gradients[name]
-        return open_sums(name, theta, self._of_part(task, part), factor, also, scatter)
+        return open_sums(name, theta, self._part_means(task, part), factor, also, scatter)
 
     def _add_step(self, task: str, name: str, total: Tensor, count: int, factor: float) -> None:
         """Add a step's mean gradient of one parameter, given as its sum over `count` examples, which is used up."""
-        means = self._of_step(task)
-        for left, mean in zip(reversed(range(len(means))), means):
-            mean.add_step(
-                name, total if left == 0 else total.clone(), count, local(self._engine.parameters[name]), factor
-            )
+        means = self._step_means(task)
+        theta = local(self._engine.parameters[name])
+        for number, mean in enumerate(means, start=1):  # the last one uses the total itself up
+            mean.add_step(name, total if number == len(means) else total.clone(), count, theta, factor)
 
     def _count(self, task: str, sizes: Iterable[tuple[int, int]], factor: float) -> None:
-        """All of a step's sums of a task are there, of so many examples for each part."""
-        for mean in self._of_step(task) if self._holds else ():
+        """Count a task's step, all of whose sums were added: its weight, and the examples of each part."""
+        for mean in self._step_means(task) if self._has_sums else ():
             mean.weight += factor
         for part, size in sizes:
-            for mean in self._of_part(task, part):
+            for mean in self._part_means(task, part):
                 mean.weight += factor * size
         self._steps[task] += 1
 
     def replan(self) -> None:
-        """Choose each parameter's rule anew at the next step: after the model was changed, such as by another adapter
-        put on it."""
+        """Choose each parameter's rule anew at the next step: for a changed model, as by an adapter put on it."""
         self._engine.probed = 0
 
     def traces(self, *, last: bool = False) -> list[Trace]:
-        """The traces so far, by task, reduction, measure, part; parts without a step yet are left out. A team's first
-        process gets them, the others none; of a sharded model each gets its rows, and the values are sharded.
+        """The traces so far, by task, reduction, measure, part; parts without a step yet are left out.
+
+        A team's first process gets them, the others none. If the model is sharded, each gets its rows, and the values
+        are sharded.
 
         Args:
             last: nothing will be added any more: the sums themselves become the traces, which saves their memory.
         """
         self._bring_together()
-        facts = facts_of(self._engine) | {k: self._settings[k] for k in ("parts", "lr_weighted")}
+        meta = describe_engine(self._engine) | {k: self._settings[k] for k in ("parts", "lr_weighted")}
         if self._team is not None:
-            facts["processes"] = self._team.processes.size
+            meta["processes"] = self._team.processes.size
         self._whole = not last
-        return [
-            Trace(key.rsplit("/", 3)[0], mean.measure.name, mean.reduction, "online", mean.finished(keep=not last),
-                  mean.weight, facts | self._forward_of(key.rsplit("/", 3)[0]) | {"part": int(key.rsplit("/", 1)[1])})
-            for key, mean in self._means.items()
-            if mean.weight > 0
-        ]  # fmt: skip
+        traces = []
+        for key, mean in self._means.items():
+            if mean.weight > 0:
+                task, _, _, part = key.rsplit("/", 3)
+                traces.append(
+                    Trace(
+                        task,
+                        mean.measure.name,
+                        mean.reduction,
+                        "online",
+                        mean.finished(keep=not last),
+                        mean.weight,
+                        meta | self._describe_forward(task) | {"part": int(part)},
+                    )
+                )
+        return traces
 
-    def _forward_of(self, task: str) -> dict[str, str]:
-        """Which forward was traced, where it could have been the training's."""
+    def _describe_forward(self, task: str) -> dict[str, str]:
+        """Which forward was traced, if it could have been the training's."""
         return {"forward": "of the training" if self.borrows[task] else "of its own"} if task in self.borrows else {}
 
     def _header(self) -> dict[str, Any]:
@@ -177,25 +193,27 @@ class Accumulated:
             "plan": dict(self._engine.plan),
             "order": list(self._engine.order),
             "probed": self._engine.probed,
-            "untold": sorted(self._engine.untold),
+            "untold": sorted(self._engine.undecided),
             "seen": self._engine.seen,
             "borrows": dict(self.borrows),
         }
 
     def _sums(self) -> dict[str, Tensor]:
-        """The sums themselves, of a sharded model laid out as its parameters."""
+        """The sums themselves; if the model is sharded, laid out as its parameters."""
         like = self._engine.parameters
         return {f"{key}/{n}": laid(v, like[n]) for key, mean in self._means.items() for n, v in mean.total.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on bit for bit: {"header": JSON-able, "tensors": {…}}. A team's is with
-        its first process; of a sharded model every process has its rows."""
+        """What `load_state_dict` needs to go on bit for bit: {"header": JSON-able, "tensors": {…}}.
+
+        A team's first process has it. If the model is sharded, every process has its rows."""
         self._bring_together()
         return {"header": self._header(), "tensors": {key: v.clone() for key, v in self._sums().items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state: that of one process, or of the first of a team, which any number of processes can go on
-        with; each of them is given it.
+        """Take over the state of one process, or of the first of a team.
+
+        Any number of processes can go on with it; each is given the whole state.
 
         Raises:
             UserError: it is of other settings or of another model.
@@ -207,7 +225,11 @@ class Accumulated:
     def _take(
         self, header: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, Tensor], Tensor]
     ) -> None:
-        """Take over a saved state; `read` gives what this process holds of a sum, as it holds its parameter."""
+        """Take over a saved state.
+
+        Args:
+            read: gives what this process holds of a sum, as it holds the sum's parameter.
+        """
         self._check_settings(header)
         if shapes != {key: tuple(v.shape) for key, v in self._sums().items()}:
             raise UserError("the saved online trace has other parameters than the model; is it of another model?")
@@ -217,15 +239,16 @@ class Accumulated:
             for name, total in mean.total.items():
                 total.copy_(read(f"{key}/{name}", self._engine.parameters[name]))
         self._whole = True
-        if not self._holds:
+        if not self._has_sums:
             self._forget_sums()
 
     def _check_settings(self, header: Mapping[str, Any]) -> None:
         """Raise a `UserError` if a saved state is of other settings."""
-        for what, mine in self._settings.items():
-            if header["settings"].get(what) != mine:
+        for name, value in self._settings.items():
+            saved = header["settings"].get(name)
+            if saved != value:
                 raise UserError(
-                    f"the saved online trace has {what} {header['settings'].get(what)!r}, this one {mine!r}; "
+                    f"the saved online trace has {name} {saved!r}, this one {value!r}; "
                     "resume with the settings it was begun with"
                 )
 
@@ -234,16 +257,18 @@ class Accumulated:
         self._steps, self.borrows = dict(header["steps"]), dict(header.get("borrows", {}))
         self._engine.plan, self._engine.order = dict(header["plan"]), list(header["order"])
         self._engine.probed, self._engine.seen = header["probed"], header["seen"]
-        self._engine.untold = set(header["untold"])
+        self._engine.undecided = set(header["untold"])
 
     def save(self, stem: Path) -> None:
-        """Write the state as <stem>.safetensors and <stem>.json. A team calls it together and its first process
-        writes; the processes of a sharded model write a folder <stem>, each its rows."""
+        """Write the state as <stem>.safetensors and <stem>.json.
+
+        A team calls it together, and its first process writes. The processes of a sharded model write a folder <stem>,
+        each its rows."""
         self._bring_together()
         if self._sharded:
             assert self._team is not None
             write(stem, self._sums(), self._team.processes, _STATE, self._header())
-        elif self._holds:
+        elif self._has_sums:
             save_file({key: v.contiguous() for key, v in self._sums().items()}, stem.with_suffix(".safetensors"))
             write_json(stem.with_suffix(".json"), self._header())
 
@@ -262,12 +287,12 @@ class Accumulated:
             self._take(read_json(stem.with_suffix(".json")), shapes, read)
 
     def save_pieces(self, folder: Path, update: int) -> dict[str, Any]:
-        """Write each sum as <folder>/<sum>-<update>.safetensors, in the place of its file of an earlier update, so that
-        hardly more than one state lies on the disk.
+        """Write each sum as <folder>/<sum>-<update>.safetensors, and remove its file of an earlier update.
 
-        A call that is killed leaves some sums of this update and the others of the earlier one. A training that goes on
-        from the earlier one makes the same steps again and comes to this call again; the sums that are there already
-        are then read, since those in memory began without what came before (`load_pieces`).
+        So hardly more than one state lies on the disk. A call that is killed leaves some sums of this update and the
+        others of the earlier one. A training that goes on from the earlier one makes the same steps again and comes to
+        this call again. The sums that are written already are then read, since those in memory began without what came
+        before (`load_pieces`).
 
         Args:
             update: how many updates the training has made.
@@ -276,11 +301,11 @@ class Accumulated:
             the rest of the state, JSON-able, for `load_pieces`; of a team's first process.
         """
         self._bring_together()
-        paths = {key: self._piece(folder, key, update) for key in self._means}
+        paths = {key: self._piece_path(folder, key, update) for key in self._means}
         processes = None if self._team is None else self._team.processes
-        there = by_first(processes, lambda: [key for key, path in paths.items() if path.exists()])
-        for key, path in paths.items() if self._holds else ():
-            if key in there:
+        written = by_first(processes, lambda: [key for key, path in paths.items() if path.exists()])
+        for key, path in paths.items() if self._has_sums else ():
+            if key in written:
                 self._load_sum(key, path)
             else:
                 self._save_sum(key, path)
@@ -291,8 +316,9 @@ class Accumulated:
         return self._header()
 
     def load_pieces(self, folder: Path, update: int, header: Mapping[str, Any], without: Collection[str] = ()) -> None:
-        """Take over the state of an update, on any number of processes. A sum whose file is of a later update is
-        empty until `save_pieces` is called at that one.
+        """Take over the state of an update, on any number of processes.
+
+        A sum whose file is of a later update is empty until `save_pieces` is called at that update.
 
         Args:
             header: what `save_pieces` gave.
@@ -305,24 +331,24 @@ class Accumulated:
         self._take_header(header)
         self._forget_sums()
         for key in self._means:
-            path = self._piece(folder, key, update)
+            path = self._piece_path(folder, key, update)
             if path.exists():
                 self._load_sum(key, path)
             elif key.rsplit("/", 3)[0] not in without and not _is_later(path, update):
                 raise UserError(f"{path} is missing, so the training cannot go on; begin the run again")
         self._whole = True
-        if not self._holds:
+        if not self._has_sums:
             self._forget_sums()
 
-    def _piece(self, folder: Path, key: str, update: int) -> Path:
+    def _piece_path(self, folder: Path, key: str, update: int) -> Path:
         return folder / f"{key.replace('/', '+')}-{update}.safetensors"
 
     def _save_sum(self, key: str, path: Path) -> None:
         mean, like = self._means[key], self._engine.parameters
         if self._sharded:
             assert self._team is not None
-            held = {name: laid(total, like[name]) for name, total in mean.total.items()}
-            return write(path, held, self._team.processes, _SUM, {"weight": mean.weight})
+            tensors = {name: laid(total, like[name]) for name, total in mean.total.items()}
+            return write(path, tensors, self._team.processes, _SUM, {"weight": mean.weight})
         with replacing(path) as partial:
             tensors = {name: total.contiguous() for name, total in mean.total.items()}
             save_file(tensors, partial, metadata={"weight": json.dumps(mean.weight)})
@@ -343,19 +369,22 @@ class Accumulated:
         with safe_open(path, framework="pt") as file:
             mean.weight = json.loads(file.metadata()["weight"])
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            take(
-                shapes, lambda name, rows: file.get_tensor(name) if rows is None else file.get_slice(name)[slice(*rows)]
-            )
+
+            def read(name: str, rows: tuple[int, int] | None) -> Tensor:
+                return file.get_tensor(name) if rows is None else file.get_slice(name)[slice(*rows)]
+
+            take(shapes, read)
 
     def _bring_together(self) -> None:
-        """Add up a team's sums, in its first process, which goes on with them; the others begin anew. Those of a
-        sharded model's rows are with whom they belong to."""
+        """Add up a team's sums in its first process, which goes on with them; the others begin anew.
+
+        The sums of a sharded model's rows stay with the processes that hold these rows."""
         self._check_whole()
         if self._team is None or self._sharded:
             return
         for mean in self._means.values():
             mean.weight = self._team.add_up(mean.total, mean.weight)
-        if not self._holds:
+        if not self._has_sums:
             self._forget_sums()
 
     def _forget_sums(self) -> None:
@@ -373,6 +402,6 @@ class Accumulated:
 
 
 def _is_later(path: Path, update: int) -> bool:
-    """Whether a sum's file is there, of a later update than the one that `path` names."""
+    """Whether a sum has a file of a later update than the one that `path` names."""
     others = path.parent.glob(path.name.replace(f"-{update}.", "-*."))
     return any(int(other.stem.rpartition("-")[2]) > update for other in others)

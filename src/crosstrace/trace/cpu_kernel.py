@@ -6,7 +6,7 @@ it can take |g|; in `cpu_kernel.cpp` the gradient of an example stays in registe
 The source needs no header but the standard ones, so a C++ compiler turns it into a library in seconds, once per
 machine and version: the library lies in the user's cache. (`torch.utils.cpp_extension.load` would need ninja on the
 path, and waits for ever on the lock of a process that was killed.) Where there is no compiler, or the environment
-variable CROSSTRACE_CPU_KERNEL is "off", `takes` says no, and PyTorch computes the same sums (`rules._blocks`).
+variable CROSSTRACE_CPU_KERNEL is "off", `takes` says no, and PyTorch computes the same sums (`blocks.add_blocks`).
 
 This module knows neither rules, models nor losses.
 

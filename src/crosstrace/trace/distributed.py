@@ -1,9 +1,9 @@
-"""A trace that several processes take together: each its share of the examples, sums added up over all of them.
+"""A trace that several processes take together: each traces its share of the examples, and the sums are added up.
 
-Example n is traced by process n mod size, whatever the batches; sums over examples are all that is exchanged, so the
-trace is that of one process but for the order of additions. Where every process has the whole model (DDP), the sums
-are added once, at the end. Where the model is sharded (FSDP2), a parameter's sums go to the processes that hold its
-rows as soon as its part of the backward is done: no process ever has the sums of the whole model.
+Process n mod size traces example n, whatever the batches. Only sums over examples are exchanged, so the trace is that
+of one process but for the order of additions. If every process has the whole model (DDP), the sums are added once, at
+the end. If the model is sharded (FSDP2), a parameter's sums go to the processes that hold its rows as soon as its part
+of the backward is done: no process ever has the sums of the whole model.
 
 Nothing here computes a gradient, or knows tasks.
 """
@@ -22,9 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from crosstrace.core.errors import UserError
 from crosstrace.core.pieces import at_rest, local, processes_of
 from crosstrace.core.processes import Processes
-from crosstrace.trace.engine import Batch, Engine
+from crosstrace.trace.batches import Batch
+from crosstrace.trace.blocks import sum_dtype
+from crosstrace.trace.engine import Engine
 from crosstrace.trace.memory import Plan
-from crosstrace.trace.rules import sum_dtype
 
 # (its name since torch 2.13)
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -42,7 +43,7 @@ class Team:
 
     @staticmethod
     def of(model: nn.Module, group: dist.ProcessGroup | None) -> Team | None:
-        """Those of `group`, or those that hold the model's pieces; None: this process takes the trace alone.
+        """The processes of `group`, or those that hold the model's pieces; None: this process takes the trace alone.
 
         Raises:
             UserError: the model is wrapped in DDP, is sharded in another way than by rows, or over other processes.
@@ -63,10 +64,10 @@ class Team:
         return Team(holders, sharded=True)
 
     def deal(self, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-        """This process's rows of every batch; some may be left without any.
+        """This process's rows of every batch; a batch may have none for it.
 
-        A row keeps the number that it has among all examples, as its group if it has none of its own, so that parts of
-        the data do not depend on how many processes there are.
+        A row without a group gets one: its number among all examples. So the parts of the data do not depend on how
+        many processes there are.
         """
         dealt, seen = [], 0
         for batch in batches:
@@ -77,16 +78,16 @@ class Team:
         return dealt
 
     def largest_share(self, batches: Sequence[Batch]) -> list[Batch]:
-        """As many rows of every batch as a process may have of it."""
+        """As many rows of every batch as one process may get."""
         return [{k: x[: -(-len(x) // self.processes.size)] for k, x in batch.items()} for batch in batches]
 
     def agreed(self, plan: Plan) -> Plan:
-        """Process 0's plan, with this process's device: others may find other memory free."""
+        """Process 0's plan, with this process's device. (Another process may have other memory free.)"""
         on_cpu, groups = self.processes.from_first((plan.device.type == "cpu", plan.groups))
         return Plan(torch.device("cpu") if on_cpu else plan.device, groups)
 
     def prepare(self, engine: Engine, batches: Sequence[Batch]) -> None:
-        """Choose the rules, on the same examples everywhere: shares may hold too few, and ways must not differ."""
+        """Choose the rules, on the same examples everywhere: a share may hold too few, and the ways must not differ."""
         engine.plan_for(next((batch for batch in batches if len(batch["labels"]) > 1), batches[0]))
         engine.plan = self.processes.from_first(engine.plan)
         general = [name for name, way in engine.plan.items() if way is None]
@@ -97,22 +98,24 @@ class Team:
             )
 
     def add_up(self, totals: Mapping[str, Tensor], weight: float) -> float:
-        """Sums of this process, in place, and their weight over all processes. The only exchange under DDP."""
+        """Add this process's sums up over all processes, in place; gives their weight over all.
+
+        Under DDP it is the only exchange."""
         if not self.sharded:
             for total in totals.values():
-                here = total
+                sent = total
                 if dist.get_backend(self.processes.group) == "nccl" and not total.is_cuda:  # which knows GPUs alone
-                    here = total.to(torch.device("cuda", torch.cuda.current_device()))
-                self.processes.add_up(here)
-                if here is not total:
-                    total.copy_(here)
+                    sent = total.to(torch.device("cuda", torch.cuda.current_device()))
+                self.processes.add_up(sent)
+                if sent is not total:
+                    total.copy_(sent)
         return sum(self.processes.gathered(weight))
 
 
 class Scatter:
     """Takes whole sums of one parameter at a time, and leaves each process with those of its rows.
 
-    While a parameter's sums are on their way the engine makes the next one's: those of two parameters are held at once.
+    While a parameter's sums are sent, the engine makes the next one's. So those of two parameters are held at once.
 
     Args:
         engine: of the sharded model; it knows the order in which the backward delivers parameters.
@@ -126,7 +129,7 @@ class Scatter:
 
     @contextmanager
     def open(self, name: str, kinds: Sequence[str], add: Callable[[str, Tensor], None]) -> Iterator[dict[str, Tensor]]:
-        """The sums of one part of the data to be filled; `add` gets those of the rows that this process holds.
+        """The sums of one part of the data, to be filled; `add` gets those of the rows that this process holds.
 
         Raises:
             UserError: the parameter is another one than all processes expect now.
@@ -134,46 +137,50 @@ class Scatter:
         self._follow(name)
         theta, size = self.parameters[name], self.processes.size
         part = -(-theta.shape[0] // size)
-        rest = theta.shape[1:]
-        make = lambda rows: torch.zeros(rows, *rest, dtype=sum_dtype(theta.dtype), device=theta.device)
-        sums = {kind: make(part * size) for kind in kinds}  # (rows beyond the last are padding)
+
+        def make_zeros(rows: int) -> Tensor:
+            return torch.zeros(rows, *theta.shape[1:], dtype=sum_dtype(theta.dtype), device=theta.device)
+
+        sums = {kind: make_zeros(part * size) for kind in kinds}  # (rows beyond the last are padding)
         yield {kind: total[: theta.shape[0]] for kind, total in sums.items()}
         self.settle()
-        mine = {kind: make(part) for kind in kinds}
-        works = [_reduce_scatter(mine[kind], sums[kind], group=self.processes.group, async_op=True) for kind in kinds]
+        my_sums = {kind: make_zeros(part) for kind in kinds}
+        group = self.processes.group
+        works = [_reduce_scatter(my_sums[kind], sums[kind], group=group, async_op=True) for kind in kinds]
         rows = len(local(theta))
 
-        def arrived(held: dict[str, Tensor] = sums) -> None:
-            for kind, total in mine.items():
+        def add_my_rows(sent: dict[str, Tensor] = sums) -> None:
+            for kind, total in my_sums.items():
                 add(kind, total[:rows])
-            held.clear()
+            sent.clear()
 
-        self._flying = ([work for work in works if work is not None], arrived)
+        self._flying = ([work for work in works if work is not None], add_my_rows)
 
     def settle(self) -> None:
-        """Wait for what is on its way."""
+        """Wait for what is being sent."""
         flying, self._flying = self._flying, None
         if flying is not None:
-            works, arrived = flying
+            works, add_my_rows = flying
             for work in works:
                 work.wait()
-            arrived()
+            add_my_rows()
 
     def finish(self) -> None:
         """The batch is done."""
         self.settle()
         if self._begun < len(self.expected):
-            self._refuse(self.expected[self._begun])
+            self._raise_unexpected(self.expected[self._begun])
         self._begun = 0
 
     def _follow(self, name: str) -> None:
+        """Check that the parameter is the one that all processes expect now."""
         if self.expected[: self._begun][-1:] == [name]:
             return  # another part of the data
         if self.expected[self._begun :][:1] != [name]:
-            self._refuse(name)
+            self._raise_unexpected(name)
         self._begun += 1
 
-    def _refuse(self, name: str) -> None:
+    def _raise_unexpected(self, name: str) -> None:
         raise UserError(
             f"parameter {name!r} is used otherwise in this batch than in the first, which the trace of a sharded model "
             "can't follow, since all processes must do the same; trace the model unsharded"

@@ -1,4 +1,4 @@
-"""How far rounding takes two exact ways apart, and whether two gradients differ by more than that."""
+"""How far rounding alone takes two gradients apart, and whether two gradients differ by more than that."""
 
 from __future__ import annotations
 
@@ -17,41 +17,40 @@ Row = dict[str, Any]
 
 Gradients = dict[str, Tensor]  # a parameter that the loss does not reach is left out
 
-# Two ways through the model may differ by LIMIT times its noise (see `Noise`). An example beside copies of itself may
-# differ by COPIES times what one rounding more does: other shapes are multiplied by other kernels, which were up to 16
-# times as far apart (a model of 30 layers, two threads).
+# Two passes through the model may differ by LIMIT times its noise (see `Noise`).
 LIMIT = 8.0
 
+# An example beside copies of itself may differ by COPIES times what one rounding more does. Other shapes are multiplied
+# by other kernels, which were up to 16 times as far apart (a model of 30 layers, two threads).
 COPIES = 40.0
 
-ROUNDINGS = 8  # nothing is judged more finely than so many roundings of the dtype
+ROUNDINGS = 8  # the smallest tolerance, in roundings of the dtype
 
-# The same again must be the same; more than this is noise that no rounding explains, whatever else the model does.
+# Largest difference between two passes of the same example. More than this is noise that no rounding explains.
 TWICE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.15}
 
-# Where the yardstick tells a parameter's rounding error in the run's dtype, so many times that is explained too.
+# If a parameter's error against float32 is known, it may differ by so many times that error.
 EXPLAINED = 2.0
 
-# Errors are relative to the parameter's largest gradient, or to these shares of the largest one of its module and of
-# the model if that is more: what cancels exactly in theory (a key's bias under softmax) is rounding noise of its
-# neighbours' size, and what is a millionth of the others is noise in float32.
+# A parameter's errors are relative to its largest gradient. If it is more, they are relative to these shares of the
+# largest gradient of its module and of the model. A gradient that cancels exactly in theory (a key's bias under
+# softmax) is rounding noise of its neighbours' size, and a millionth of the largest gradient is noise in float32.
 NEIGHBOURS = 0.1
-
 FAINT = 1e-6
 
-DIRECTION = 0.1  # largest 1 - cosine between a gradient in the run's dtype and in float32 that still is a gradient
+DIRECTION = 0.1  # largest 1 - cosine between the gradients in the run's dtype and in float32 that is tolerated
 
-SHOWN = 10  # disagreeing parameters listed for each check
+SHOWN = 10  # most parameters that are listed for each check
 
 
 class Errors(NamedTuple):
-    """How far a gradient is from the one expected.
+    """How far a gradient is from the expected one.
 
     Attributes:
-        largest: of all its numbers, relative to the largest gradient (see NEIGHBOURS).
-        norm: ‖got − expected‖, relative to ‖expected‖.
-        scale: |⟨got − expected, expected⟩| relative to ‖expected‖²: it is too large or too small as a whole. Rounding
-            errors cancel in it, so it shows a wrong factor long before the others do.
+        largest: the largest difference of one number, relative to the largest gradient (see NEIGHBOURS).
+        norm: ‖actual − expected‖, relative to ‖expected‖.
+        scale: |⟨actual − expected, expected⟩|, relative to ‖expected‖²: by which share the gradient is too large or too
+            small altogether. Rounding errors cancel in it, so it shows a wrong factor long before the others do.
     """
 
     largest: float = 0.0
@@ -76,50 +75,57 @@ class Computed:
 
     @cached_property
     def scales(self) -> dict[str, float]:
-        """What a parameter's largest error is relative to."""
+        """For each parameter, what its largest error is relative to."""
         return _scales(self.gradients)
 
     @cached_property
     def norms(self) -> dict[str, float]:
-        """The gradients' lengths."""
+        """The Frobenius norm of each gradient."""
         return {name: _norm(g) for name, g in self.gradients.items()}
 
 
 class Comparison:
-    """Errors of one comparison, the largest over all examples: numbers alone are kept, never gradients.
+    """The errors of one comparison: the largest over all examples. Gradients are not kept.
 
-    Attributes:
-        noise: by which its errors are judged; None for information only.
+    Args:
+        check: the check that it belongs to, e.g. "padding".
+        label: what is compared, e.g. "on the left".
+        noise: the tolerances; None: the errors are information only.
     """
 
-    def __init__(self, check: str, what: str, noise: _Limits | None = None) -> None:
-        self.check, self.what, self.noise = check, what, noise
+    def __init__(self, check: str, label: str, noise: _Limits | None = None) -> None:
+        self.check, self.label, self.noise = check, label, noise
         self.loss = 0.0
         self.errors: dict[str, Errors] = {}  # parameter -> its largest errors
         self.example = 0  # with the largest error
 
-    def add(self, example: int, got: Computed, expected: Computed) -> None:
-        before = self._most()
-        self.loss = max(self.loss, finite_size(abs(got.loss - expected.loss) / max(abs(expected.loss), 1.0)))
-        for name in expected.gradients | got.gradients:
-            mine, theirs = got.gradients.get(name), expected.gradients.get(name)
-            self.gradient(name, mine, theirs, expected.scales.get(name, 0.0), expected.norms.get(name, 0.0))
-        if self._most() > before:
+    def add(self, example: int, actual: Computed, expected: Computed) -> None:
+        """Compare the loss and the gradients of one example with the expected ones."""
+        before = self._largest_error()
+        self.loss = max(self.loss, finite_size(abs(actual.loss - expected.loss) / max(abs(expected.loss), 1.0)))
+        for name in expected.gradients | actual.gradients:
+            gradients = actual.gradients.get(name), expected.gradients.get(name)
+            self.add_gradient(name, *gradients, expected.scales.get(name, 0.0), expected.norms.get(name, 0.0))
+        if self._largest_error() > before:
             self.example = example
 
-    def gradient(self, name: str, got: Tensor | None, expected: Tensor | None, size: float, norm: float) -> None:
-        """Add one parameter; None is a gradient of zero. `size` is what its largest error is relative to, `norm` the
-        expected one's length."""
+    def add_gradient(self, name: str, actual: Tensor | None, expected: Tensor | None, size: float, norm: float) -> None:
+        """Compare the gradient of one parameter with the expected one; None is a gradient of zero.
+
+        Args:
+            size: what the largest error is relative to.
+            norm: the Frobenius norm of the expected gradient.
+        """
         length = max(norm, size)
-        if got is not None and expected is not None:
-            if math.isfinite(norm) and torch.equal(got, expected):
+        if actual is not None and expected is not None:
+            if math.isfinite(norm) and torch.equal(actual, expected):
                 self.errors.setdefault(name, Errors())
                 return
             wide = _wide(expected)
-            difference = _wide(got) - wide
+            difference = _wide(actual) - wide
             along = abs(_product(difference, wide, norm)) / length if length else 0.0
-        elif got is not None:
-            difference, along = _wide(got), 0.0
+        elif actual is not None:
+            difference, along = _wide(actual), 0.0
         elif expected is not None:
             difference, along = _wide(expected), norm * norm / length if length else 0.0
         else:
@@ -131,11 +137,11 @@ class Comparison:
         )
         self.errors[name] = _largest(self.errors.get(name, Errors()), new)
 
-    def _most(self) -> float:
+    def _largest_error(self) -> float:
         return max([self.loss, *(errors.largest for errors in self.errors.values())])
 
     def limit(self, name: str) -> Errors:
-        """The tolerances for one parameter; all are the same where nothing is judged."""
+        """The tolerances for one parameter; all are 1 if the errors are information only."""
         return Errors(1.0, 1.0, 1.0) if self.noise is None else self.noise.limit(name)
 
     def loss_limit(self) -> float:
@@ -143,7 +149,7 @@ class Comparison:
         return math.inf if self.noise is None else self.noise.loss_limit()
 
     def ranked(self) -> list[tuple[float, str, str]]:
-        """(share of what is tolerated, parameter, "largest" or "scale"), where there is any error, worst first."""
+        """(error / tolerance, parameter, "largest" or "scale") of each parameter with an error, worst first."""
         shares = []
         for name, errors in self.errors.items():
             limit = self.limit(name)
@@ -153,13 +159,13 @@ class Comparison:
         return sorted(shares, key=lambda row: -row[0])
 
     def worst(self, kind: str = "largest") -> tuple[str, float]:
-        """The parameter with the largest share of what is tolerated in one kind of error, and that error."""
+        """The parameter with the largest error / tolerance, for one kind of error, and that error."""
         shares = {n: getattr(e, kind) / getattr(self.limit(n), kind) for n, e in self.errors.items() if e.largest > 0}
         name = max(shares, key=lambda n: shares[n], default="")
         return name, getattr(self.errors.get(name, Errors()), kind)
 
     def disagree(self) -> list[Row]:
-        """The parameters beyond what is tolerated, worst first."""
+        """The parameters beyond their tolerances, worst first."""
         beyond = [name for share, name, _ in self.ranked() if self.noise is not None and share > 1]
         return [
             {
@@ -172,6 +178,7 @@ class Comparison:
         ]
 
     def fails(self) -> bool:
+        """Whether the loss or a parameter is beyond its tolerance."""
         return self.noise is not None and (self.loss > self.loss_limit() or bool(self.disagree()))
 
     def effect(self) -> str:
@@ -189,63 +196,65 @@ class Comparison:
         )
 
     def rows(self) -> list[Row]:
-        judged = self.noise is not None
-        rows = [checked_row(self.check, f"{self.what}: loss", self.loss, self.loss_limit() if judged else None)]
+        """A row each for the loss, the gradients and the gradients' scale (see `checked_row`)."""
+        is_judged = self.noise is not None
+        rows = [checked_row(self.check, f"{self.label}: loss", self.loss, self.loss_limit() if is_judged else None)]
         norm = max((errors.norm for errors in self.errors.values()), default=0.0)
-        for kind, what in (("largest", "gradient"), ("scale", "gradient's scale")):
+        for kind, quantity in (("largest", "gradient"), ("scale", "gradient's scale")):
             name, error = self.worst(kind)
-            limit = getattr(self.limit(name), kind) if judged else None
+            limit = getattr(self.limit(name), kind) if is_judged else None
             disagree = self.disagree() if kind == "largest" or error > (limit or math.inf) else ()
-            rows.append(checked_row(self.check, f"{self.what}: {what}", error, limit, name, norm, disagree))
+            rows.append(checked_row(self.check, f"{self.label}: {quantity}", error, limit, name, norm, disagree))
         return rows
 
 
 class Noise:
     """How far rounding alone takes this model's gradients and losses, on this machine, in this dtype.
 
-    Two things are measured for each parameter p, for its largest error and for the error of its scale:
+    Two errors are measured for each parameter p, each of them as the largest error and as the error of the scale:
 
-        u_p  the largest over all examples if every module's output, and the gradient that arrives at it, is rounded
-             once more: a random number between -1 and 1 times the dtype's epsilon times the root of the tensor's mean
-             square is added;
-        c_p  that of the shortest example beside copies of itself, as many tokens as when it is padded, which kernels
-             may sum in another order.
+        u_p  the error if every module's output, and the gradient that arrives at it, is rounded once more; the largest
+             over all examples. To round a tensor once more, a random number between -1 and 1, times the dtype's
+             epsilon, times the root of the tensor's mean square, is added to each of its numbers.
+        c_p  the error of the shortest example beside copies of itself. There are as many tokens as if it is padded, and
+             kernels may sum them in another order.
 
-    A few examples show u_p too small by chance, so parameters at the same place in different layers share the largest,
-    and none has less than the median of all: n_p = max(u_q over q alike p, median of u). p may differ by
+    A few examples may show too small a u_p by chance. So parameters with the same name in different layers share the
+    largest u, and none has less than the median of all: n_p = max(u_q over q named as p, median of u). The tolerance
+    for p is
 
         max(LIMIT · max(n_p, min(c_p, COPIES · n_p)), ROUNDINGS · epsilon),
 
-    and by EXPLAINED times its error against float32 where that is known. Losses likewise, with their own u and c. The
-    tolerances are made when they are first asked for.
+    or EXPLAINED times its error against float32, if that is known and larger. The tolerance for the loss is made
+    likewise, of its own u and c. Tolerances are computed at their first use.
     """
 
-    def __init__(self, dtype: torch.dtype, what: str = "one rounding more") -> None:
+    def __init__(self, dtype: torch.dtype, label: str = "one rounding more") -> None:
         self.epsilon = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)  # norms and softmax are no finer
-        self.rounded = Comparison("noise", f"{what} in every module")
+        self.rounded = Comparison("noise", f"{label} in every module")
         self.copies = Comparison("batch", "beside copies of itself", _CopiesNoise(self))
         self.against_float32: Comparison | None = None
 
     @cached_property
-    def _alike(self) -> tuple[Errors, dict[str, Errors]]:
-        """The medians, and the largest errors of the parameters at the same place in different layers."""
+    def _median_and_largest(self) -> tuple[Errors, dict[str, Errors]]:
+        """The medians of u, and the largest u by the pattern of the parameters' names."""
         every = list(self.rounded.errors.values())
-        alike: dict[str, Errors] = {}
+        largest: dict[str, Errors] = {}
         for name, errors in self.rounded.errors.items():
-            place = name_pattern(name)
-            alike[place] = _largest(errors, alike.get(place, Errors()))
-        return Errors(*(median(values) for values in zip(*every))) if every else Errors(), alike
+            pattern = name_pattern(name)
+            largest[pattern] = _largest(errors, largest.get(pattern, Errors()))
+        return Errors(*(median(values) for values in zip(*every))) if every else Errors(), largest
 
-    def own(self, name: str) -> Errors:
-        """n_p"""
-        typical, alike = self._alike
-        return _largest(typical, alike.get(name_pattern(name), Errors()))
+    def rounding_errors(self, name: str) -> Errors:
+        """n_p of a parameter."""
+        typical, largest = self._median_and_largest
+        return _largest(typical, largest.get(name_pattern(name), Errors()))
 
     def limit(self, name: str) -> Errors:
         """The tolerances for a parameter's gradient."""
-        own, copies = self.own(name), self.copies.errors.get(name, Errors())
+        rounded, copies = self.rounding_errors(name), self.copies.errors.get(name, Errors())
         known = self.against_float32.errors.get(name, Errors()) if self.against_float32 is not None else Errors()
-        return Errors(*(self._tolerance(n, c, f) for n, c, f in zip(own, copies, known)))
+        return Errors(*(self._tolerance(n, c, f) for n, c, f in zip(rounded, copies, known)))
 
     def loss_limit(self) -> float:
         """The tolerance for the loss."""
@@ -262,14 +271,16 @@ class _CopiesNoise:
         self.noise = noise
 
     def limit(self, name: str) -> Errors:
-        return Errors(*(max(COPIES * n, ROUNDINGS * self.noise.epsilon) for n in self.noise.own(name)))
+        return Errors(*(max(COPIES * n, ROUNDINGS * self.noise.epsilon) for n in self.noise.rounding_errors(name)))
 
     def loss_limit(self) -> float:
         return max(COPIES * self.noise.rounded.loss, ROUNDINGS * self.noise.epsilon)
 
 
 class TwiceNoise:
-    """The tolerances for the same again: what is random in the model is in its noise too, so they have a fixed end."""
+    """The tolerances for a second pass of the same example, at most a fixed number.
+
+    What is random in the model is in its noise too, so that noise alone would tolerate it."""
 
     def __init__(self, noise: Noise, most: float) -> None:
         self.noise, self.most = noise, most
@@ -311,18 +322,18 @@ def _largest(first: Errors, second: Errors) -> Errors:
 
 
 def _scales(expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """What a parameter's errors are relative to."""
-    own = {name: float(g.abs().max()) for name, g in expected.items()}
-    whole = max(own.values(), default=0.0)
+    """For each parameter, what its largest error is relative to (see NEIGHBOURS)."""
+    sizes = {name: float(g.abs().max()) for name, g in expected.items()}
+    largest = max(sizes.values(), default=0.0)
     module: dict[str, float] = {}
-    for name, size in own.items():
+    for name, size in sizes.items():
         path = name.rpartition(".")[0]
         module[path] = max(module.get(path, 0.0), size)
-    return {n: max(size, NEIGHBOURS * module[n.rpartition(".")[0]], FAINT * whole) for n, size in own.items()}
+    return {n: max(size, NEIGHBOURS * module[n.rpartition(".")[0]], FAINT * largest) for n, size in sizes.items()}
 
 
 def cosine(a: Gradients, b: Gradients) -> float:
-    """Between two gradients of the whole model."""
+    """The cosine between two gradients of the model, over all parameters together."""
     product = sum(float((g.double() * b[name].double()).sum()) for name, g in a.items() if name in b)
     first, second = (sum(float(g.double().square().sum()) for g in x.values()) for x in (a, b))
     return product / math.sqrt(first * second) if first * second > 0 else 0.0
@@ -330,23 +341,31 @@ def cosine(a: Gradients, b: Gradients) -> float:
 
 def checked_row(
     check: str,
-    what: str,
+    label: str,
     error: float | None,
     tolerance: float | None,
     worst: str = "",
     frobenius: float | None = None,
     disagree: Sequence[Row] = (),
 ) -> Row:
-    ok = None if tolerance is None or error is None else error <= tolerance
+    """One row of `Diagnosis.checks`."""
     return {
-        "check": check, "what": what, "worst": worst, "error": json_number(error), "frobenius": json_number(frobenius),
-        "tolerance": tolerance, "ok": ok, "disagree": list(disagree[:SHOWN]),
-    }  # fmt: skip
+        "check": check,
+        "what": label,
+        "worst": worst,
+        "error": json_number(error),
+        "frobenius": json_number(frobenius),
+        "tolerance": tolerance,
+        "ok": None if tolerance is None or error is None else error <= tolerance,
+        "disagree": list(disagree[:SHOWN]),
+    }
 
 
 def finite_size(x: float) -> float:
+    """x, or infinity if x is not finite."""
     return x if math.isfinite(x) else math.inf
 
 
 def json_number(x: float | None) -> float | None:
+    """x, or None if x is not finite: JSON has no such number."""
     return x if x is not None and math.isfinite(x) else None

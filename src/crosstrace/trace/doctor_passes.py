@@ -1,4 +1,4 @@
-"""Passes through a model that the doctor compares, and which module makes two of them differ."""
+"""The passes through a model that the doctor compares, and the search for the module that makes two of them differ."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from crosstrace.data.tokens import Encoded, collate
 from crosstrace.models.forward import accepted
+from crosstrace.trace.batches import Batch
 from crosstrace.trace.doctor_noise import COPIES, ROUNDINGS, Computed, finite_size
-from crosstrace.trace.engine import Batch
 from crosstrace.training.losses import example_losses
 
 
 def padded_batch(items: Sequence[Encoded], padding: int, side: str) -> dict[str, Tensor]:
+    """The examples as a batch of what a model reads, padded on one side."""
     batch = collate(items, pad_id=padding, side=side)
-    # a token after padding is its example's first: nothing predicts it
+    # A token after padding is the first of its example: nothing predicts it.
     batch["labels"][:, 1:].masked_fill_(batch["attention_mask"][:, :-1] == 0, -100)
     shape = batch["input_ids"].shape
-    return {key: value for key, value in batch.items() if value.shape == shape}  # all that a model reads
+    return {key: value for key, value in batch.items() if value.shape == shape}
 
 
 def one_of(batch: Batch, row: int) -> Batch:
+    """The batch of one row."""
     return {key: value[row : row + 1] for key, value in batch.items()}
 
 
@@ -38,38 +40,40 @@ def reversed_positions(batch: Batch) -> Batch:
 
 
 def first_position(model: Any, batch: Batch) -> int:
-    """What the model counts its positions from: 0, or what comes after the padding's (RoBERTa)."""
+    """The model's first position: 0, or the number after the padding token's (RoBERTa)."""
     after = (getattr(getattr(model, "config", None), "pad_token_id", None) or 0) + 1
     if not accepted(model, {"position_ids": None}):
         return 0
     inputs = {key: batch[key][:1] for key in ("input_ids", "attention_mask")}
     positions = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device).unsqueeze(0)
     with torch.no_grad():
-        own, from_0, from_after = (
-            model(**inputs, **told).logits
-            for told in ({}, {"position_ids": positions}, {"position_ids": positions + after})
+        default, from_0, from_after = (
+            model(**inputs, **position_ids).logits
+            for position_ids in ({}, {"position_ids": positions}, {"position_ids": positions + after})
         )
-    return after if (from_after - own).norm() < 0.1 * (from_0 - own).norm() else 0
+    return after if (from_after - default).norm() < 0.1 * (from_0 - default).norm() else 0
 
 
 def _logits(model: Any, batch: Batch) -> Tensor:
-    """The model's answer to what it accepts of a batch; not the engine's, which is to be judged."""
+    """The model's logits for a batch, given all inputs that it accepts. (The engine's logits are what is judged.)"""
     inputs = {key: value for key, value in batch.items() if key != "labels"} | {"use_cache": False}
     output = model(**accepted(model, inputs))
     return output if isinstance(output, Tensor) else output.logits
 
 
 def gradients_of(model: Any, batch: Batch, row: int = 0) -> Computed:
-    """ℓ of one example of the batch, and ∂ℓ/∂θ: the reference."""
+    """ℓ of one example of the batch, and ∂ℓ/∂θ, by autograd alone: the reference."""
     loss = example_losses(_logits(model, batch), batch["labels"])[row]
     parameters = dict(model.named_parameters())
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return Computed(float(loss.detach()), {name: g for name, g in zip(parameters, found) if g is not None})
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return Computed(float(loss.detach()), {name: g for name, g in zip(parameters, gradients) if g is not None})
 
 
 @contextmanager
 def one_rounding_more(model: Any) -> Iterator[None]:
-    """Every module's output, and the gradient that arrives at it, is rounded once more: see `Noise`."""
+    """Within the context, every module's output, and the gradient that arrives at it, is rounded once more.
+
+    See `Noise` for how."""
     device = next(model.parameters()).device
     random = torch.Generator(device).manual_seed(0)
 
@@ -96,10 +100,10 @@ def one_rounding_more(model: Any) -> Iterator[None]:
 
 @contextmanager
 def attention_kernel(model: Any, name: str | None) -> Iterator[None]:
-    """The model with another attention kernel (None: as it is), its own afterwards.
+    """Within the context, the model has another attention kernel (None: the one that it has).
 
     Raises:
-        Exception: whatever transformers or the kernel raises where it is not supported.
+        Exception: the kernel is not supported. transformers and the kernels raise errors of any kind.
     """
     if name is None:
         yield
@@ -118,27 +122,32 @@ def attention_kernel(model: Any, name: str | None) -> Iterator[None]:
 
 
 @dataclass
-class _Seen:
-    """What one module got and gave for one example, at its own tokens; or the gradients that arrived at both."""
+class _ModuleCall:
+    """The inputs and outputs of one module for one example, without padding; or the gradients at both.
+
+    Attributes:
+        name: of the module; empty: the model itself.
+        type_name: of the module's class.
+    """
 
     name: str
-    kind: str
-    got: list[Tensor]
-    gave: list[Tensor]
+    type_name: str
+    inputs: list[Tensor]
+    outputs: list[Tensor]
 
     def __str__(self) -> str:
-        return f"module {self.name} ({self.kind})" if self.name else self.kind
+        return f"module {self.name} ({self.type_name})" if self.name else self.type_name
 
 
-def record_calls(model: Any, batch: Batch, row: int, backward: bool = False) -> list[_Seen]:
-    """What every module got and gave for one example, in the order in which they finished.
+def record_calls(model: Any, batch: Batch, row: int, backward: bool = False) -> list[_ModuleCall]:
+    """The inputs and outputs of every module for one example, in the order in which the modules finished.
 
     Args:
-        backward: the gradients of the example's loss instead, at the same tensors.
+        backward: record the gradients of the example's loss at these tensors instead.
     """
-    own = batch["attention_mask"][row].bool()
+    is_token = batch["attention_mask"][row].bool()
     shape = batch["input_ids"].shape
-    if "position_ids" not in batch:  # or padding on the left alone would be fed positions
+    if "position_ids" not in batch:  # else only a batch padded on the left would have positions
         positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
         batch = {**batch, "position_ids": positions + first_position(model, batch)}
 
@@ -146,34 +155,34 @@ def record_calls(model: Any, batch: Batch, row: int, backward: bool = False) -> 
         if not isinstance(x, Tensor):
             return None
         if x.shape[:2] == shape:
-            return x[row, own]
+            return x[row, is_token]
         if x.shape[:1] == (shape.numel(),):  # a router sees [B·T, …]
-            return x.unflatten(0, shape)[row, own]
+            return x.unflatten(0, shape)[row, is_token]
         return None
 
     def keep(value: Any, kept: list[Tensor]) -> None:
         for x in tree_leaves(value):
-            mine = at_tokens(x)
-            if mine is None:
+            of_example = at_tokens(x)
+            if of_example is None:
                 continue
             if not backward:
-                kept.append(mine.detach())
+                kept.append(of_example.detach())
             elif x.requires_grad:
-                kept.append(torch.zeros(()))  # until its gradient comes; none may
+                kept.append(torch.zeros(()))  # replaced by the gradient, if one comes
                 x.register_hook(partial(put, kept, len(kept) - 1))
 
-    def put(kept: list[Tensor], place: int, gradient: Tensor) -> None:
-        mine = at_tokens(gradient)
-        if mine is not None:
-            kept[place] = mine.detach()
+    def put(kept: list[Tensor], index: int, gradient: Tensor) -> None:
+        of_example = at_tokens(gradient)
+        if of_example is not None:
+            kept[index] = of_example.detach()
 
-    record: list[_Seen] = []
+    record: list[_ModuleCall] = []
 
     def note(name: str, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        seen = _Seen(name, type(module).__name__, [], [])
-        keep((args, kwargs), seen.got)
-        keep(output, seen.gave)
-        record.append(seen)
+        call = _ModuleCall(name, type(module).__name__, [], [])
+        keep((args, kwargs), call.inputs)
+        keep(output, call.outputs)
+        record.append(call)
 
     with ExitStack() as hooks, torch.set_grad_enabled(backward):
         for name, module in model.named_modules():
@@ -189,46 +198,60 @@ def record_calls(model: Any, batch: Batch, row: int, backward: bool = False) -> 
     return record
 
 
-Tolerances = Mapping[str, tuple[float, float]]  # module -> largest error of what it got and of what it gave
+Tolerances = Mapping[str, tuple[float, float]]  # module -> largest difference of its inputs and of its outputs
 
 
-def noise_of(first: Sequence[_Seen], second: Sequence[_Seen]) -> Tolerances:
-    """How far two records are apart that only rounding tells apart."""
-    return {a.name: (_apart(a.got, b.got), _apart(a.gave, b.gave)) for a, b in zip(first, second)}
+def noise_of(first: Sequence[_ModuleCall], second: Sequence[_ModuleCall]) -> Tolerances:
+    """The differences between two records that differ by rounding alone."""
+    return {a.name: (_difference(a.inputs, b.inputs), _difference(a.outputs, b.outputs)) for a, b in zip(first, second)}
 
 
-def forward_culprit(first: Sequence[_Seen], second: Sequence[_Seen], noise: Tolerances, epsilon: float) -> str | None:
-    """The first module that gives something else for the same; the smallest, as parts finish before the whole."""
+def forward_culprit(
+    first: Sequence[_ModuleCall], second: Sequence[_ModuleCall], noise: Tolerances, epsilon: float
+) -> str | None:
+    """The first module with the same inputs and different outputs, beyond the noise; None if there is none.
+
+    It is the innermost, as a module finishes after the modules inside it."""
     for a, b in zip(first, second):
         if a.name != b.name:
             return None
-        got, gave = (max(COPIES * x, ROUNDINGS * epsilon) for x in noise.get(a.name, (0.0, 0.0)))
-        if _apart(a.got, b.got) <= got and not _apart(a.gave, b.gave) <= gave:
+        for_inputs, for_outputs = _tolerances(noise, a.name, epsilon)
+        if _difference(a.inputs, b.inputs) <= for_inputs and not _difference(a.outputs, b.outputs) <= for_outputs:
             return str(a)
     return None
 
 
-def backward_culprit(first: Sequence[_Seen], second: Sequence[_Seen], noise: Tolerances, epsilon: float) -> str | None:
-    """The last module that passes another gradient down though the same arrives, and at which output it begins."""
+def backward_culprit(
+    first: Sequence[_ModuleCall], second: Sequence[_ModuleCall], noise: Tolerances, epsilon: float
+) -> str | None:
+    """The last module with the same gradients at its outputs and different ones at its inputs; None if there is none.
+
+    It is described with the last module whose outputs' gradients differ, which is where the difference begins."""
     culprit, begins = None, None
     for a, b in zip(reversed(first), reversed(second)):
         if a.name != b.name:
             return None
-        got, gave = (max(COPIES * x, ROUNDINGS * epsilon) for x in noise.get(a.name, (0.0, 0.0)))
-        same = _apart(a.gave, b.gave) <= gave
-        if begins is None and not same:
+        for_inputs, for_outputs = _tolerances(noise, a.name, epsilon)
+        has_same_outputs = _difference(a.outputs, b.outputs) <= for_outputs
+        if begins is None and not has_same_outputs:
             begins = a
-        inside = culprit is None or a.name.startswith(f"{culprit.name}.") or not culprit.name
-        if inside and same and not _apart(a.got, b.got) <= got:
+        is_inside = culprit is None or a.name.startswith(f"{culprit.name}.") or not culprit.name
+        if is_inside and has_same_outputs and not _difference(a.inputs, b.inputs) <= for_inputs:
             culprit = a
     if culprit is None:
         return None
-    where = f", from the output of {begins.name} on" if begins is not None and begins.name else ""
-    return f"the backward of {culprit}{where}"
+    start = f", from the output of {begins.name} on" if begins is not None and begins.name else ""
+    return f"the backward of {culprit}{start}"
 
 
-def _apart(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """The largest difference of some tensors from others, relative to the largest number of each."""
+def _tolerances(noise: Tolerances, module: str, epsilon: float) -> tuple[float, float]:
+    """The largest difference of a module's inputs, and of its outputs, that rounding explains."""
+    for_inputs, for_outputs = noise.get(module, (0.0, 0.0))
+    return max(COPIES * for_inputs, ROUNDINGS * epsilon), max(COPIES * for_outputs, ROUNDINGS * epsilon)
+
+
+def _difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """The largest difference between two lists of tensors, relative to the largest number of each tensor."""
     if [x.shape for x in first] != [x.shape for x in second]:
         return math.inf
     largest = 0.0

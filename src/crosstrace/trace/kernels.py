@@ -2,7 +2,7 @@
 
 PyTorch must write every block of per-example gradients to memory before it can take |g|; here the gradient of
 an example stays in registers, and only the sums are written. The plain twin that runs anywhere, and that the
-tests compare with, is `rules._blocks`.
+tests compare with, is `blocks.add_blocks`.
 
 This module knows neither rules, models nor losses. Triton is imported at the first call, so the package works
 without it; the kernel below is a plain function until then.

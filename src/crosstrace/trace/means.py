@@ -13,10 +13,11 @@ from torch.distributed.tensor import DTensor
 
 from crosstrace.core.errors import UserError
 from crosstrace.core.pieces import laid, local
+from crosstrace.trace.batches import Batch
+from crosstrace.trace.blocks import sum_dtype
 from crosstrace.trace.distributed import Scatter
-from crosstrace.trace.engine import Batch, Engine
+from crosstrace.trace.engine import Engine
 from crosstrace.trace.measures import MEASURES
-from crosstrace.trace.rules import sum_dtype
 
 REDUCTIONS = ("example", "step")
 
@@ -29,14 +30,16 @@ class Mean:
     ) -> None:
         self.measure, self.reduction = MEASURES[measure], reduction
         self.like = parameters
-        self.total = {n: torch.zeros(local(p).shape, dtype=sum_dtype(p.dtype), device=device or p.device)
-                      for n, p in parameters.items()}  # fmt: skip
+        self.total = {
+            name: torch.zeros(local(p).shape, dtype=sum_dtype(p.dtype), device=device or p.device)
+            for name, p in parameters.items()
+        }
         self.weight = 0.0
 
-    def takes(self, theta: Tensor, factor: float) -> bool:
-        """Whether the engine may add its sum right here: nothing is to be done with it, and it is at hand."""
-        here = next(iter(self.total.values())).device == theta.device
-        return self.measure.at is None and factor == 1.0 and here
+    def accepts(self, theta: Tensor, factor: float) -> bool:
+        """Whether the engine may add its sum right into the total: it needs no change, and is on the same device."""
+        is_on_device = next(iter(self.total.values())).device == theta.device
+        return self.measure.at is None and factor == 1.0 and is_on_device
 
     def add(self, name: str, value: Tensor, theta: Tensor, factor: float) -> None:
         """Add the sum that the measure is made of, taken at the parameter theta."""
@@ -50,14 +53,15 @@ class Mean:
         self.add(name, value, theta, factor / divisor)
 
     def finished(self, keep: bool = False) -> dict[str, Tensor]:
-        """The mean, on the CPU (of sharded parameters sharded likewise). The sums are used up, unless they are to be
-        kept: there may be no room for both."""
-        found = {}
+        """The mean, on the CPU; if the parameters are sharded, sharded as they are.
+
+        The sums are used up, unless `keep`: there may be no room for both."""
+        means = {}
         for name in list(self.total):
             mean = self.total[name] / self.weight if keep else self.total.pop(name).div_(self.weight)
             theta = self.like[name]
-            found[name] = laid(mean, theta) if isinstance(theta, DTensor) else mean.cpu()
-        return found
+            means[name] = laid(mean, theta) if isinstance(theta, DTensor) else mean.cpu()
+        return means
 
 
 @contextmanager
@@ -71,8 +75,8 @@ def open_sums(
 ) -> Iterator[dict[str, Tensor]]:
     """The sums that `means` need of the parameter `name`, and those of `also`, for the engine to add to.
 
-    Where a sum is all that one of them wants, it is the accumulator itself: no copy. With `scatter` the means hold a
-    process's rows of it, and get theirs later.
+    If one mean alone needs a sum, and needs it as it is, the sum is that mean's total itself: no copy. With `scatter`
+    the means hold a process's rows, and get their sums later.
     """
     users: dict[str, list[Mean]] = {key: [] for key in also}
     for mean in means:
@@ -89,34 +93,39 @@ def open_sums(
             yield sums
         return
     sums = {}
-    for key, fed in users.items():
-        if not fed:
+    for key, using in users.items():
+        if not using:
             sums[key] = also[key]
-        elif len(fed) == 1 and key not in also and fed[0].takes(theta, factor):
-            sums[key] = fed[0].total[name]
+        elif len(using) == 1 and key not in also and using[0].accepts(theta, factor):
+            sums[key] = using[0].total[name]
         else:
             sums[key] = torch.zeros_like(theta, dtype=sum_dtype(theta.dtype))
     yield sums
-    for key, fed in users.items():
-        for mean in fed:
+    for key, using in users.items():
+        for mean in using:
             if sums[key] is not mean.total[name]:
                 mean.add(name, sums[key], theta, factor)
-        if fed and key in also:
+        if using and key in also:
             also[key].add_(sums[key])
 
 
-def by_part(batch: Batch, parts: int, seen: int) -> tuple[Batch, list[int], list[slice]]:
-    """The batch sorted by part, which parts it has, and where each lies; `seen` examples came before it."""
+def sort_by_part(batch: Batch, parts: int, seen: int) -> tuple[Batch, list[int], list[slice]]:
+    """The batch sorted by part, the parts that it has, and the slice of each.
+
+    Args:
+        parts: how many there are.
+        seen: how many examples came before this batch.
+    """
     if "labels" not in batch:
         return batch, [0], [slice(0, 0)]  # the engine says what is wrong with it
     part, order = order_by_part(batch, parts, seen)
-    chosen, sizes = part.unique(return_counts=True)
+    present, sizes = part.unique(return_counts=True)
     ends = sizes.cumsum(0).tolist()
     shares = [slice(end - size, end) for end, size in zip(ends, sizes.tolist())]
     rest = {key: value for key, value in batch.items() if key != "group"}
     if len(shares) > 1:
         rest = {key: value[order.to(value.device)] for key, value in rest.items()}
-    return rest, chosen.tolist(), shares
+    return rest, present.tolist(), shares
 
 
 def without_group(batch: Batch) -> Batch:
@@ -124,23 +133,24 @@ def without_group(batch: Batch) -> Batch:
 
 
 def order_by_part(batch: Batch, parts: int, seen: int) -> tuple[Tensor, Tensor]:
-    """Which part each example of a batch belongs to, and the examples' order by part."""
+    """The part that each example of a batch belongs to, and the examples' order by part."""
     group = batch.get("group")
     part = (torch.arange(seen, seen + len(batch["labels"])) if group is None else group.cpu()) % parts
     return part, part.argsort(stable=True)
 
 
 def check_settings(measures: Sequence[str], parts: int, reductions: Sequence[str]) -> None:
-    for what, given, known in (("measure", measures, MEASURES), ("reduction", reductions, REDUCTIONS)):
-        unknown = [name for name in given if name not in known]
-        if unknown or not given:
-            raise UserError(f"unknown {what} {unknown[0] if unknown else '(none)'!r}; expected of {', '.join(known)}")
+    """Raise a `UserError` if a measure or a reduction is unknown, or there is no part."""
+    for kind, names, known in (("measure", measures, MEASURES), ("reduction", reductions, REDUCTIONS)):
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            raise UserError(f"unknown {kind} {unknown[0] if unknown else '(none)'!r}; expected of {', '.join(known)}")
     if parts < 1:
         raise UserError(f"parts is {parts}; expected at least 1")
 
 
-def facts_of(engine: Engine) -> dict[str, Any]:
-    """What a reader of the trace must know of how it was taken."""
+def describe_engine(engine: Engine) -> dict[str, Any]:
+    """How a trace was taken, for its reader: the model, its dtype, its attention kernel and the coverage."""
     config = getattr(engine.model, "config", None)
     dtypes = {str(p.dtype).removeprefix("torch.") for p in engine.parameters.values()}
     return {

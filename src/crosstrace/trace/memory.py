@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from crosstrace.core.errors import UserError
 from crosstrace.core.pieces import at_rest, is_sharded, local
-from crosstrace.trace.rules import sum_dtype
+from crosstrace.trace.blocks import sum_dtype
 
 Where = Literal["auto", "device", "cpu"]
 SPARE = 0.9  # share of the free memory that a trace may plan with

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from crosstrace.core.errors import UserError
 from crosstrace.sets.paramset import ParamSet
-from crosstrace.trace.engine import Batch, Engine
+from crosstrace.trace.batches import Batch
+from crosstrace.trace.engine import Engine
 from crosstrace.trace.rules import Linear, Rule
 
 BLOCK = 1 << 23  # elements of the gradients of all examples on one tile of a parameter

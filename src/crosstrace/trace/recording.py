@@ -1,7 +1,7 @@
 """What one forward of a batch leaves for the rules: every module's calls and, from the backward, their gradients e.
 
-`Engine` records forwards of its own, `TrainingTrace` those of somebody else's training. Nothing here knows rules,
-losses or sums; who records says what is done with a parameter whose calls all have their e.
+`Engine` records forwards of its own, `TrainingTrace` those of somebody else's training. The one who records says what
+is done with a parameter as soon as all of its calls have their e. Nothing here knows rules, losses or sums.
 
 Shapes: B examples, T positions.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from crosstrace.trace.rules import Arrangement, Call, is_lookup, main_output
+from crosstrace.trace.calls import Arrangement, Call, find_output, is_lookup
 
 Uses = Sequence[tuple[Call, str]]  # a parameter's calls in order, each with the module's own name of the parameter
 Replace = Callable[[Call, Tensor], Tensor | None]
@@ -32,14 +32,14 @@ class Recording:
     Args:
         owners: per module, its local name of each parameter to its canonical one.
         shape: (B, T) of the batch.
-        deliver: called as (parameter, its uses) once all of them have their e. A parameter is not delivered if one
-            of its calls can't be told apart by example or does not reach the loss. The calls are cleared afterwards.
+        deliver: called as (parameter, its uses) once all of them have their e. A parameter is not delivered if one of
+            its calls does not keep examples apart, or does not reach the loss. The calls are cleared afterwards.
         reading: the modules whose outputs are kept for the rules.
-        rerun: the modules that a rule may run again: whether their calls are repeatable is found out.
         arrangement: how rows become the rules' examples; None: not known yet, see `arrange`.
-        replace: may give another tensor of the same values for a call's output, whose own backward then calls
-            `arrived`; None leaves the output as it is.
+        replace: may give another tensor of the same values for a call's output. That tensor's own backward then calls
+            `arrived`. None leaves the output as it is.
         keep: hold all calls until `close`.
+        rerun: the modules that a rule may run again. For each of their calls it is noted whether it is repeatable.
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class Recording:
     ) -> None:
         self.owners, self.shape, self.deliver, self.reading = owners, shape, deliver, reading
         self.arrangement, self.replace, self.keep, self.rerun = arrangement, replace, keep, rerun
-        self.before: dict[str, list[list[Any]]] = defaultdict(list)  # what the calls going on have found
-        self.aside: Callable[[Call, Tensor], None] | None = None  # who gets what arrives, in the place of the rules
+        self.states: dict[str, list[list[Any]]] = defaultdict(list)  # per module, those in which its open calls began
+        self.aside: Callable[[Call, Tensor], None] | None = None  # gets what arrives, in place of the rules
         self.early: list[tuple[Call, Tensor]] = []  # what arrived before the arrangement
         self.calls: list[Call] = []
-        # those whose inputs need no gradient, the model's first, with the node whose gradient e is
+        # the calls whose inputs need no gradient, which are the model's first, each with the node whose gradient e is
         self.sources: list[tuple[Call, Any]] = []
-        self.of: dict[str, list[tuple[Call, str]]] = defaultdict(list)
-        self.blind = False  # a call was made without gradients
+        self.uses: dict[str, list[tuple[Call, str]]] = defaultdict(list)
+        self.has_call_without_gradients = False
         self.hidden: set[str] = set()  # parameters of a call whose output does not show the examples
 
     @contextmanager
     def watching(self, model: nn.Module, root: bool = True) -> Iterator[None]:
-        """Record the calls made meanwhile; not those of the whole model unless `root`."""
+        """Record the calls made within the context; not those of the whole model unless `root`."""
         with ExitStack() as hooks:
             for owner in self.owners:
                 if not owner and not root:
@@ -80,46 +80,46 @@ class Recording:
         self.settle()
 
     def begin(self, owner: str, module: nn.Module, args: Any) -> None:
-        """A call begins of a module that may be run again."""
-        self.before[owner].append(_state(module))
+        """A call begins, of a module that may be run again."""
+        self.states[owner].append(_read_state(module))
 
     def record(self, owner: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
-        """Note a call; gives the tensor to put in the place of its output, if any."""
-        own, count = self.owners[owner], self.shape[0]
-        repeatable = bool(self.before[owner]) and _same(self.before[owner].pop(), _state(module))
-        first = not any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves((args, kwargs)))
-        if not own and not first:
+        """Note a call; gives the tensor to put in place of its output, if any."""
+        names, count = self.owners[owner], self.shape[0]
+        repeatable = bool(self.states[owner]) and _are_equal(self.states[owner].pop(), _read_state(module))
+        is_first = not any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves((args, kwargs)))
+        if not names and not is_first:
             return None
         spread = None
         if count > 1 and isinstance(output, Tensor) and output.requires_grad and output.shape[:1] == (1,):
-            # One row for all examples, as positions are looked up: their gradients meet in what broadcasts it.
+            # One row for all examples, as for looked-up positions: their gradients meet in what broadcasts it.
             output = spread = output.expand(count, *output.shape[1:])
-        place = main_output(output, (count, count * self.shape[1]))
-        if place is None:
-            self.blind |= not torch.is_grad_enabled()
-            self.hidden.update(own.values())
+        index = find_output(output, (count, count * self.shape[1]))
+        if index is None:
+            self.has_call_without_gradients |= not torch.is_grad_enabled()
+            self.hidden.update(names.values())
             return None
-        result = tree_leaves(output)[place]
+        result = tree_leaves(output)[index]
         rows = len(result)
         flat = None if rows == count else self.shape
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        only = tensors[0] if len(tensors) == 1 and tensors[0].shape[:1] == (rows,) else None
-        kept = result if owner in self.reading else None
+        only_tensor = tensors[0] if len(tensors) == 1 and tensors[0].shape[:1] == (rows,) else None
+        kept_output = result if owner in self.reading else None
         node = result.grad_fn if spread is None else result.grad_fn.next_functions[0][0]
-        call = Call(owner, module, args, kwargs, only, kept, node, flat, rows=rows, place=place)
-        call.locals, call.repeatable = tuple(own), repeatable
+        call = Call(owner, module, args, kwargs, only_tensor, kept_output, node, flat, rows=rows, output_index=index)
+        call.locals, call.repeatable = tuple(names), repeatable
         device = result.device.type
         call.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         self.calls.append(call)
-        for local, name in own.items():
-            self.of[name].append((call, local))
+        for local, name in names.items():
+            self.uses[name].append((call, local))
             call.waiting.add(name)
-        if first:
-            call.node = _lookup(call.node)
+        if is_first:
+            call.node = _find_lookup(call.node)
             self.sources.append((call, call.node if spread is None else result.grad_fn))
             return spread
         other = self.replace(call, result) if self.replace is not None and result is output and spread is None else None
-        if other is None:  # else its own backward tells what arrives
+        if other is None:  # else that tensor's own backward calls `arrived`
             # A hook set now sees the gradient of this output, whatever is done to it in place later.
             result.register_hook(lambda e: self.arrived(call, e))
         return spread if other is None else other
@@ -127,11 +127,11 @@ class Recording:
     def settle(self) -> None:
         """The forward is over: parameters with a call that hides its examples are not delivered."""
         for name in self.hidden:
-            for call, _ in self.of.pop(name, []):
+            for call, _ in self.uses.pop(name, []):
                 call.waiting.discard(name)
 
     def arrived(self, call: Call, e: Tensor) -> None:
-        """The gradient of a call's output is there."""
+        """The gradient of a call's output has come."""
         if self.aside is not None:
             self.aside(call, e)
             return
@@ -142,10 +142,10 @@ class Recording:
         for name in self.owners[call.name].values():  # (a set's order would differ between processes)
             if name not in call.waiting:
                 continue
-            uses = self.of[name]
+            uses = self.uses[name]
             if all(c.e is not None for c, _ in uses):
                 self.deliver(name, uses)
-                del self.of[name]
+                del self.uses[name]
                 for c, _ in uses:
                     c.waiting.discard(name)
                     if not c.waiting and not self.keep:  # free the activations before the backward goes on
@@ -161,7 +161,7 @@ class Recording:
     def close(self) -> None:
         """Let go of all tensors: an output's hook holds its call, a cycle that no collector sees.
 
-        What arrives later, in another backward of the same forward, counts no more.
+        What arrives later, in another backward of the same forward, is ignored.
         """
         self.aside = ignore
         self.early.clear()
@@ -171,7 +171,7 @@ class Recording:
 
 
 def ignore(call: Call, e: Tensor) -> None:
-    """For `Recording.aside`: nobody gets what arrives."""
+    """For `Recording.aside`: do nothing with what arrives."""
 
 
 def random_states(device: torch.device) -> list[Tensor]:
@@ -180,27 +180,29 @@ def random_states(device: torch.device) -> list[Tensor]:
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def _state(module: nn.Module) -> list[Any]:
-    """What a call would change that draws random numbers or keeps something in its module, itself or how often it was
-    changed; the modules within included."""
+def _read_state(module: nn.Module) -> list[Any]:
+    """What a call changes if it draws random numbers or keeps something in its module.
+
+    Each entry is a value itself or how often it was changed. Modules within are included.
+    """
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    found: list[Any] = [(None, bytes(state.numpy())) for state in random_states(device)]
+    entries: list[Any] = [(None, bytes(state.numpy())) for state in random_states(device)]
     for inner in module.modules():
         for kept in (vars(inner), inner._buffers):
             for name, value in kept.items():
                 if name not in OF_EVERY_MODULE:
                     changes = value._version if isinstance(value, Tensor) and not value.is_inference() else None
                     size = len(value) if isinstance(value, (list, dict, set)) else None
-                    found.append((value, (name, changes, size)))
-    return found
+                    entries.append((value, (name, changes, size)))
+    return entries
 
 
-def _same(before: list[Any], after: list[Any]) -> bool:
+def _are_equal(before: list[Any], after: list[Any]) -> bool:
     return len(before) == len(after) and all(a is c and b == d for (a, b), (c, d) in zip(before, after))
 
 
-def _lookup(node: Any) -> Any:
-    """The embedding lookup behind a module's output (Gemma scales it afterwards), else its own node."""
+def _find_lookup(node: Any) -> Any:
+    """The embedding lookup behind a module's output (Gemma scales it afterwards), else the output's own node."""
     hop = node
     for _ in range(4):
         if hop is None or is_lookup(hop):

@@ -1,13 +1,12 @@
 """Rules: how one use of a parameter turns (input a, output gradient e) into per-example gradients.
 
-A batched backward gives, for every call of a module, its input a and the gradient e = ∂Σℓ/∂output. Example i
-only touches row i of both, so its own weight gradient is a small product of row i of a and e. A rule knows
-that product for one kind of use; `reduce` adds the uses of a parameter per example (tied weights!) and folds
-the result into the sums Σg, Σ|g| and Σg² block by block, while a block is still in the processor's cache. No
-[B, *parameter] tensor exists at any time.
+A batched backward gives, for every call of a module, its input a and the gradient e = ∂Σℓ/∂output. Example i touches
+row i of both alone, so its own weight gradient is a small product of row i of a and row i of e. A rule knows that
+product for one kind of use. `reduction.reduce` adds the uses of a parameter per example (tied weights!) and folds the
+result into the sums.
 
-Rules know neither models, losses nor traces, and they need not be right for every module: the engine tries
-them against `torch.autograd.grad` and uses for a parameter the first that agrees.
+Rules know neither models, losses nor traces. They need not be right for every module: the engine tries them against
+`torch.autograd.grad`, and a parameter gets the first that agrees.
 
 Shapes: B examples, T positions, O and I outputs and inputs, c examples of a block, r rows of a block.
 """
@@ -16,208 +15,39 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from enum import Enum
-from types import FunctionType
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Tensor
 
-from crosstrace.trace import cpu_kernel, kernels
+from crosstrace.trace import blocks, cpu_kernel, kernels
+from crosstrace.trace.blocks import add_blocks, fold, put, sum_dtype
+from crosstrace.trace.calls import Arrangement, Call, Unfit, is_lookup
 
-# Elements of one example's tile, 4 MB in float32: with 64 positions a matmul of fewer rows is slower than what the
-# cache saves (benchmarks/tiles.py). Several examples share a block of that size only where their tiles are small.
-TILE = 1 << 20
-SMALL = 1 << 17
-GPU_TILE = 1 << 24  # of a tile on a GPU, where each operation on a block has a price of its own
-ROWS = 64  # fewest rows of a tile
 COLUMNS = 1024  # of a linear layer's tile, at least: products of few long rows are slow (10240 -> 2560: 260 ms, 197 so)
 REPLAYED = 1 << 16  # largest parameter whose per-example gradients may all be held at once
 
 
-# Arguments of a call that it leaves as they are; any other object may hold a state, as a cache does.
-PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, torch.Size)
-PLAIN += (nn.Module, type, FunctionType)
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
-class Unfit(Exception):
-    """A rule does not know this use of the parameter."""
-
-
-class Arrangement:
-    """How the rows of a training's tensors become the rules' examples.
-
-    Args:
-        order: [B], the row that is the rules' example 0, 1, …; None: as they come.
-        scale: [B], what e is multiplied by for each of these examples; None: nothing.
-    """
-
-    def __init__(self, order: Tensor | None = None, scale: Tensor | None = None) -> None:
-        self.order, self.scale = order, scale
-
-    # (of one example at a time Python's numbers are much faster)
-
-    @functools.cached_property
-    def places(self) -> list[int] | None:
-        """`order`, as Python's numbers."""
-        return None if self.order is None else self.order.tolist()
-
-    @functools.cached_property
-    def factors(self) -> list[float] | None:
-        """`scale`, as Python's numbers."""
-        return None if self.scale is None else self.scale.tolist()
-
-    @property
-    def untouched(self) -> bool:
-        """Whether rows and e are as they come."""
-        return self.order is None and self.scale is None
-
-    def rows(self, x: Tensor) -> Tensor:
-        """x [B, …] in the rules' order."""
-        return x if self.order is None else x[self.order]
-
-    def scaled(self, x: Tensor) -> Tensor:
-        """x [B, …], made of e and in the rules' order, multiplied."""
-        return x if self.scale is None else x * self.scale.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
-
-
-@dataclass(eq=False)
-class Call:
-    """One call of a module that owns parameters: what went in and out and, once the backward is there, e."""
-
-    name: str
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    input: Tensor | None  # the call's only tensor argument; None if it has none or several
-    output: Tensor | None  # of a tuple, the first tensor with a gradient and a row (or T rows) per example
-    node: Any  # autograd's node whose gradient e is
-    flat: tuple[int, int] | None = None  # (B, T) where the module saw [B·T, …], else it saw [B, …]
-    e: Tensor | None = None
-    waiting: set[str] = field(default_factory=set)  # parameters whose gradient still needs this call
-    rows: int = 0  # of the output: B, or B·T
-    place: int = 0  # of `output` among all that the module gave
-    locals: tuple[str, ...] = ()  # the module's names of all parameters this call is recorded for
-    repeatable: bool = False  # it drew no random number and left no state in its module, so it can be made again
-    autocast: torch.dtype | None = None  # that it was made in
-    arrangement: Arrangement = field(default_factory=Arrangement)
-    kept: dict[Any, Any] = field(default_factory=dict)  # what a rule found for several of them at once
-
-    def __post_init__(self) -> None:
-        self._versions = [x._version for x in self._tensors()]
-        self._output_version = None if self.output is None else self.output._version
-
-    def clear(self) -> None:
-        """Let go of all tensors."""
-        self.args, self.kwargs, self.kept = (), {}, {}
-        self.input, self.output, self.node, self.e = None, None, None, None
-
-    def gradient(self) -> Tensor:
-        """e [B, …], in the dtype of the sums."""
-        return self.arrangement.scaled(self.arrangement.rows(self.raw_gradient()))
-
-    def tensor(self) -> Tensor:
-        """The only tensor argument as the module saw it, detached and unchanged since the call."""
-        return self.arranged(self.raw_tensor())
-
-    def raw_gradient(self) -> Tensor:
-        """`gradient` with rows and scale of the training, for a rule that heeds `arrangement` itself: no copy."""
-        assert self.e is not None
-        return self.by_example(self.e.to(sum_dtype(self.e.dtype)))
-
-    def raw_tensor(self) -> Tensor:
-        """`tensor` with the rows of the training."""
-        if self.input is None:
-            raise Unfit
-        self._check_unchanged()
-        return self.input.detach()
-
-    def tensors(self) -> list[Tensor]:
-        """All tensor arguments, detached and unchanged since the call."""
-        self._check_unchanged()
-        return [self.arranged(x) for x in self._tensors()]
-
-    def as_it_was(self) -> AbstractContextManager[Any]:
-        """The autocast that the call was made in."""
-        device = self.e.device.type if self.e is not None else "cpu"
-        return torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None)
-
-    def arguments(self, change: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """args and kwargs with every tensor changed, and None in the place of an object that the call may have changed,
-        such as a cache: it was empty before if the same output comes without it, which the caller has to check."""
-        self._check_unchanged()
-
-        def swap(x: Any) -> Any:
-            if isinstance(x, Tensor):
-                return change(self.arranged(x))
-            return x if isinstance(x, PLAIN) else None
-
-        return tree_map(swap, self.args), tree_map(swap, self.kwargs)
-
-    def arranged(self, x: Tensor) -> Tensor:
-        """A tensor of the call, detached, with the rules' order of examples; one without rows for them as it is."""
-        x, order = x.detach(), self.arrangement.order
-        if order is None or x.dim() == 0:
-            return x
-        if len(x) == len(order):
-            return x[order]
-        whole = self.flat is not None and len(x) == self.rows
-        return x.unflatten(0, (len(order), -1))[order].flatten(0, 1) if whole else x
-
-    def _check_unchanged(self) -> None:
-        if [x._version for x in self._tensors()] != self._versions:
-            raise Unfit
-
-    def _tensors(self) -> list[Tensor]:
-        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
-
-    def result(self) -> Tensor | None:
-        """What the module gave, detached; None if it was changed in place since, or is not kept (`reads_output`)."""
-        y = self.raw_result()
-        return None if y is None else self.arranged(y)
-
-    def raw_result(self) -> Tensor | None:
-        """`result` with the rows of the training."""
-        return None if self.output is None or self.output._version != self._output_version else self.output.detach()
-
-    def by_example(self, x: Tensor) -> Tensor:
-        """What the module saw or gave, as [B, …]."""
-        return x if self.flat is None else x.unflatten(0, self.flat)
-
-    def again(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        """The module's output for another input and other parameters."""
-        if not all(isinstance(value, (Tensor, *PLAIN)) for value in tree_leaves((self.args, self.kwargs))):
-            raise Unfit  # an object that the call may have changed
-
-        def swap(value: Any) -> Any:
-            return x if value is self.input else value
-
-        args, kwargs = tree_map(swap, self.args), tree_map(swap, self.kwargs)
-        with self.as_it_was():
-            return tree_leaves(torch.func.functional_call(self.module, parameters, args, kwargs))[self.place]
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums of half-precision gradients are kept in float32, others in their own dtype."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+_ELEMENTWISE = {"sum": _same, "abs": torch.abs, "square": torch.square}  # f(x yᵀ) = f(x) f(y)ᵀ
 
 
 class Rule:
     """One use of the parameter `local` of the called module.
 
-    A new rule sets `name`, raises `Unfit` from its constructor where it does not apply, and writes `product`;
-    the rest is optional and only makes it faster.
+    A new rule sets `name`, raises `Unfit` from its constructor where it does not apply, and writes `product`. The rest
+    is optional: it only makes the rule faster.
     """
 
     name: str
     batch: int  # B
-    reads_output = True  # whether `call.result()` is asked for: only then is the module's output kept
+    reads_output = True  # whether it calls `call.result()`: only then is the module's output kept
     reruns = False  # whether it runs the module again
-    lazy = False  # whether it does so only when it is asked for products, and may then find that it does not fit
+    lazy = False  # whether it runs the module only in `product`, so that it may turn out to be unfit then
     nested = False  # whether `local` may name a parameter of a module inside, e.g. "conv1d.weight"
 
     def __init__(self, call: Call, local: str) -> None:
@@ -229,15 +59,16 @@ class Rule:
 
     def total(self, out: Tensor, examples: slice) -> None:
         """out (the parameter's shape) += Σ over `examples` of the gradient: no work per example."""
-        _blocks([self], {"sum": out}, examples, self.batch)
+        add_blocks([self], {"sum": out}, examples, self.batch)
 
     def reduce(self, sums: dict[str, Tensor], examples: slice) -> None:
         """Fold the gradients of `examples` into `sums`, where this is the parameter's only use."""
-        _blocks([self], sums, examples, self.batch)
+        add_blocks([self], sums, examples, self.batch)
 
     def along(self, directions: Tensor, i: int) -> Tensor | None:
-        """g_i v for each column v of `directions` [K, D], K the parameter's last size: [..., D]; None where that is not
-        cheaper than the gradient."""
+        """g_i v for each column v of `directions` [K, D], K the parameter's last size: [..., D].
+
+        None where that is not cheaper than the gradient."""
         return None
 
     def magnitude(self) -> Rule:
@@ -267,21 +98,22 @@ class Linear(Rule):
         self.batch = len(e)
         self.arrangement = call.arrangement
         self.on_gpu = a.dtype == e.dtype and kernels.available(e)
-        if self.on_gpu and self.arrangement.order is not None:  # whose kernel takes the rows as they come
+        if self.on_gpu and self.arrangement.order is not None:  # the GPU's kernel takes the rows as they come
             left, right = self.arrangement.rows(left), self.arrangement.rows(right)
             self.arrangement = Arrangement(scale=self.arrangement.scale)
-        # as they are: half precision is not widened before it must be
+        # In their own dtype: half precision is not widened before it must be.
         self.left, self.right = (x.unsqueeze(1).flatten(1, -2) for x in (left, right))
 
     @functools.cached_property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """left [B, T', …] and right [B, T', …], without positions that no example of the batch needs; in the dtype of
-        the sums, but for the GPU's kernel."""
+        """left [B, T', …] and right [B, T', …], without positions that no example of the batch needs.
+
+        They have the dtype of the sums, or their own dtype for the GPU's kernel."""
         e = self.right if self.transposed else self.left
         left, right = self.left, self.right
         if not self.on_gpu:
             left, right = left.to(sum_dtype(e.dtype)), right.to(sum_dtype(e.dtype))
-        return _occupied(left, right, e)
+        return _drop_empty_positions(left, right, e)
 
     @functools.cached_property
     def has_one_position(self) -> bool:
@@ -289,8 +121,8 @@ class Linear(Rule):
         e = self.right if self.transposed else self.left
         if e.shape[1] == 1:
             return True
-        some = e[..., :8]  # few columns tell nearly always
-        return all(int((x != 0).any(-1).sum(1).max()) <= 1 for x in (some, e))
+        few_columns = e[..., :8]  # they settle nearly every case
+        return all(int((x != 0).any(-1).sum(1).max()) <= 1 for x in (few_columns, e))
 
     def magnitude(self) -> Rule:
         twin = super().magnitude()
@@ -299,31 +131,30 @@ class Linear(Rule):
 
     def product(self, out: Tensor, examples: slice, rows: slice, beta: int) -> None:
         if len(out) == 1:  # a large tile: rows and scale cost nothing here
-            places, factors = self.arrangement.places, self.arrangement.factors
-            row = examples.start if places is None else places[examples.start]
-            alpha = 1.0 if factors is None else factors[examples.start]
+            order, scale = self.arrangement.order_numbers, self.arrangement.scale_numbers
+            row = examples.start if order is None else order[examples.start]
+            alpha = 1.0 if scale is None else scale[examples.start]
             left, right = (x[row : row + 1].to(out.dtype) for x in self.factors)
             torch.baddbmm(out, left[..., rows].transpose(1, 2), right, beta=beta, alpha=alpha, out=out)
             return
-        left, right = self._chosen(examples, out.dtype)
+        left, right = self._choose_factors(examples, out.dtype)
         torch.baddbmm(out, left[..., rows].transpose(1, 2), right, beta=beta, out=out)
 
     def total(self, out: Tensor, examples: slice) -> None:
-        left, right = (x.flatten(0, 1) for x in self._chosen(examples, out.dtype))
+        left, right = (x.flatten(0, 1) for x in self._choose_factors(examples, out.dtype))
         out.addmm_(left.t(), right)
 
     def reduce(self, sums: dict[str, Tensor], examples: slice) -> None:
-        """In one kernel, in which a product never leaves the registers, where there is one for these factors.
+        """In one kernel, if there is one for these factors: a product then never leaves the registers.
 
-        Where every example has one position (of a single target, in the layers after the last attention), its gradient
-        is e aᵀ: |e aᵀ| = |e| |a|ᵀ, so that one product over the batch gives Σ|g|, and another Σg².
+        Every example may have one position alone: that of a single target, in the layers after the last attention. Its
+        gradient is then e aᵀ, and |e aᵀ| = |e| |a|ᵀ. So one product over the batch gives Σ|g|, and another Σg².
         """
         if self.has_one_position:
-            left, right = (x.squeeze(1) for x in self._chosen(examples, next(iter(sums.values())).dtype))
+            left, right = (x.squeeze(1) for x in self._choose_factors(examples, next(iter(sums.values())).dtype))
             for name, total in sums.items():
-                change = {"sum": lambda x: x, "abs": torch.abs, "square": torch.square}[name]
-                total.addmm_(change(left).t(), change(right))
-        elif _for_gpu(self, sums):
+                total.addmm_(_ELEMENTWISE[name](left).t(), _ELEMENTWISE[name](right))
+        elif self.fits_gpu_kernel(sums):
             self.reduce_by_gpu_kernel(sums, examples)
         elif cpu_kernel.takes(self.left, self.right, sums):
             self.reduce_by_cpu_kernel(sums, examples)
@@ -334,7 +165,11 @@ class Linear(Rule):
             for piece, totals in zip(right.chunk(parts, -1), columns):
                 part = copy.copy(self)
                 part.factors = (left, piece)
-                _blocks([part], dict(zip(sums, totals)), examples, self.batch)
+                add_blocks([part], dict(zip(sums, totals)), examples, self.batch)
+
+    def fits_gpu_kernel(self, sums: Mapping[str, Tensor]) -> bool:
+        """Whether the GPU's kernel takes this product and these sums."""
+        return self.on_gpu and all(total.dtype == torch.float32 for total in sums.values())
 
     def reduce_by_gpu_kernel(self, sums: Mapping[str, Tensor], examples: slice) -> None:
         """`reduce` of factors that `kernels` takes."""
@@ -358,26 +193,26 @@ class Linear(Rule):
         )
 
     def along(self, directions: Tensor, i: int) -> Tensor:
-        left, right = self._chosen(slice(i, i + 1), directions.dtype)
+        left, right = self._choose_factors(slice(i, i + 1), directions.dtype)
         return left[0].t() @ (right[0] @ directions)
 
     def gram(self) -> Tensor | None:
-        """⟨g_i, g_j⟩ [B, B] in float64, by Σ_{t,s} (e_it · e_js)(a_it · a_js); None where `product` is cheaper."""
+        """⟨g_i, g_j⟩ [B, B] in float64, by Σ_{t,s} (e_it · e_js)(a_it · a_js). None where `product` is cheaper."""
         count, length, width = self.factors[0].shape
         height = self.right.shape[-1]
         if count * length**2 * (width + height) >= (length + count) * width * height:
             return None
-        left, right = self._chosen(slice(None), sum_dtype(self.left.dtype))
-        every = [x.flatten(0, 1).t() for x in (left, right)]
-        step = max(1, TILE // (count * length**2))
+        left, right = self._choose_factors(slice(None), sum_dtype(self.left.dtype))
+        left_columns, right_columns = (x.flatten(0, 1).t() for x in (left, right))
+        step = max(1, blocks.TILE // (count * length**2))
         rows = []
         for top in range(0, count, step):
-            pairs = left[top : top + step].flatten(0, 1) @ every[0]
-            pairs *= right[top : top + step].flatten(0, 1) @ every[1]
+            pairs = left[top : top + step].flatten(0, 1) @ left_columns
+            pairs *= right[top : top + step].flatten(0, 1) @ right_columns
             rows.append(pairs.double().view(-1, length, count, length).sum((1, 3)))
         return torch.cat(rows)
 
-    def _chosen(self, examples: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _choose_factors(self, examples: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         order, scale = self.arrangement.order, self.arrangement.scale
         rows = examples if order is None else order[examples]
         left, right = (x[rows].to(dtype) for x in self.factors)
@@ -392,7 +227,7 @@ class TransposedLinear(Linear):
 
 
 class Embedding(Rule):
-    """g_i has e_it added to row ids_it; the ids are those that autograd saved, whatever the module got."""
+    """g_i has e_it added to row ids_it. The ids are those that autograd saved, whatever the module got."""
 
     name = "embedding"
     reads_output = False
@@ -424,15 +259,15 @@ class Embedding(Rule):
         out.index_add_(0, self.ids[examples].flatten(), self.e[examples].flatten(0, 1))
 
     def along(self, directions: Tensor, i: int) -> Tensor:
-        found = directions.new_zeros(self.rows, directions.shape[1])
-        return found.index_add_(0, self.ids[i], self.e[i].to(directions.dtype) @ directions)
+        products = directions.new_zeros(self.rows, directions.shape[1])
+        return products.index_add_(0, self.ids[i], self.e[i].to(directions.dtype) @ directions)
 
     def reduce(self, sums: dict[str, Tensor], examples: slice) -> None:
         """Only the rows that occur: one per pair (example, id)."""
         ids, e = self.ids[examples], self.e[examples]
         pair = ids + torch.arange(len(ids), device=ids.device).unsqueeze(1) * self.rows
-        pairs, place = torch.unique(pair, return_inverse=True)
-        block = e.new_zeros(len(pairs), e.shape[-1]).index_add_(0, place.flatten(), e.flatten(0, 1))
+        pairs, index = torch.unique(pair, return_inverse=True)
+        block = e.new_zeros(len(pairs), e.shape[-1]).index_add_(0, index.flatten(), e.flatten(0, 1))
         rows = pairs % self.rows
         if "sum" in sums:
             sums["sum"].index_add_(0, rows, block)
@@ -452,7 +287,7 @@ class Shift(Rule):
         self._keep(call, call.raw_gradient(), getattr(call.module, local))
 
     def _keep(self, call: Call, terms: Tensor, parameter: Tensor, divisor: Tensor | None = None) -> None:
-        """The terms of the sums over t, [B, …, O], made of tensors with the rows and scale of the training."""
+        """Keep the terms of the sums over t, [B, …, O], made of tensors with the training's rows and scale."""
         if terms.dim() < 2 or parameter.shape != terms.shape[-1:]:
             raise Unfit
         self.batch = len(terms)
@@ -461,7 +296,7 @@ class Shift(Rule):
         self.arrangement = call.arrangement
 
     def _gradients(self, examples: slice) -> Tensor:
-        if self.arrangement.untouched:
+        if self.arrangement.is_identity:
             sums = self.terms[examples].sum(1)
         else:
             sums = self.arrangement.scaled(self.arrangement.rows(self.terms.sum(1)))[examples].clone()
@@ -478,7 +313,7 @@ class Shift(Rule):
 
 
 class Scale(Shift):
-    """g_i = Σ_t e_it d_it of y = w ⊙ d(x) + c(x), any norm's weight; d is ∂y/∂w in the direction of ones."""
+    """g_i = Σ_t e_it d_it of y = w ⊙ d(x) + c(x), any norm's weight. d is ∂y/∂w in the direction of ones."""
 
     name = "scale"
     reruns = True
@@ -495,7 +330,7 @@ class Scale(Shift):
 
 
 class Gain(Scale):
-    """The same for y = w ⊙ d(x), an RMSNorm's weight: g_i = (Σ_t e_it y_it) / w, since y is there already."""
+    """The same for y = w ⊙ d(x), an RMSNorm's weight: g_i = (Σ_t e_it y_it) / w, as y is computed already."""
 
     name = "gain"
     reads_output = True
@@ -536,14 +371,16 @@ class Replay(Held):
             raise Unfit
 
         def gradient(x: Tensor, e: Tensor) -> Tensor:
-            again = lambda w: call.again(x.unsqueeze(0), {local: w}).to(e.dtype)
-            return torch.func.vjp(again, parameter)[1](e.unsqueeze(0))[0]
+            def run_again(w: Tensor) -> Tensor:
+                return call.again(x.unsqueeze(0), {local: w}).to(e.dtype)
 
-        grads = torch.vmap(gradient)(x, call.gradient())  # (which can't trace everything, e.g. a branch on the data)
+            return torch.func.vjp(run_again, parameter)[1](e.unsqueeze(0))[0]
+
+        grads = torch.vmap(gradient)(x, call.gradient())  # vmap fails on some modules, e.g. on a branch on the data
         super().__init__(grads.to(sum_dtype(grads.dtype)))
 
 
-def made(rule: type[Rule], call: Call, local: str) -> Rule:
+def make_rule(rule: type[Rule], call: Call, local: str) -> Rule:
     """The rule for this use of the parameter.
 
     Raises:
@@ -551,13 +388,13 @@ def made(rule: type[Rule], call: Call, local: str) -> Rule:
     """
     if rule.reruns and not call.repeatable:
         raise Unfit
-    with fitting():
+    with raising_unfit():
         return rule(call, local)
 
 
 @contextmanager
-def fitting() -> Iterator[None]:
-    """A rule at work on a module that may be of any kind: what it stumbles over says that it does not fit."""
+def raising_unfit() -> Iterator[None]:
+    """For a rule at work on a module of any kind: whatever it fails with says that it does not fit."""
     try:
         yield
     except (Unfit, MemoryError, torch.OutOfMemoryError):
@@ -566,168 +403,16 @@ def fitting() -> Iterator[None]:
         raise Unfit from why
 
 
-def main_output(output: Any, rows: Container[int]) -> int | None:
-    """Place, among the leaves of a module's output, of the first tensor with a gradient and so many rows."""
-    for place, x in enumerate(tree_leaves(output)):
-        if isinstance(x, Tensor) and x.requires_grad and x.dim() and len(x) in rows:
-            return place
-    return None
-
-
-def is_lookup(node: Any) -> bool:
-    return node is not None and node.name() == "EmbeddingBackward0"
-
-
-def reduce(
-    uses: Sequence[Rule],
-    sums: dict[str, Tensor],
-    examples: slice,
-    totals: bool = True,
-    weighted: Tensor | None = None,
-    weights: Sequence[float] = (),
-) -> None:
-    """Add the sums over `examples` of the per-example gradients of one parameter.
-
-    Args:
-        uses: all uses of the parameter in the batch, added before the absolute value; none: nothing to add.
-        sums: what is added to: "sum" Σg, "abs" Σ|g| and "square" Σg², those that are wanted, each of the
-            parameter's shape, in `sum_dtype` of the parameter's.
-        examples: which of the batch.
-        totals: where "sum" is all that is wanted, it may be had without work per example.
-        weighted: where given, Σ_i w_i g_i of the same products is added to it.
-        weights: w_i of all examples of the batch.
-
-    Raises:
-        Unfit: a rule found only now that it does not fit; nothing has been added.
-    """
-    if any(use.lazy for use in uses):
-        apart = {name: torch.zeros_like(total) for name, total in sums.items()}
-        with fitting():
-            _blocks(uses, apart, examples, uses[0].batch) if len(uses) > 1 else uses[0].reduce(apart, examples)
-        for name, total in sums.items():
-            total.add_(apart[name])
-    elif totals and weighted is None and list(sums) == ["sum"]:
-        for use in uses:
-            use.total(sums["sum"], examples)
-    elif weighted is None and (linear := _tied(uses, sums, examples)):
-        _reduce_tied(linear, uses, sums, examples)
-    elif weighted is not None:
-        every = sums | {"weighted": weighted}
-        if len(uses) == 1 and isinstance(uses[0], Linear) and cpu_kernel.takes(uses[0].left, uses[0].right, every):
-            uses[0].reduce_by_cpu_kernel(every, examples, weights)
-        else:
-            _blocks(uses, sums, examples, uses[0].batch, weighted, weights)
-    elif len(uses) == 1:
-        uses[0].reduce(sums, examples)
-    elif uses:
-        _blocks(uses, sums, examples, uses[0].batch)
-
-
-def _tied(uses: Sequence[Rule], sums: Mapping[str, Tensor], examples: slice) -> Linear | None:
-    """The product among the uses of a tied embedding, if a kernel takes it and most rows are not looked up."""
-    products = [use for use in uses if type(use) is Linear]
-    lookups = [use for use in uses if isinstance(use, Embedding)]
-    if len(products) != 1 or not lookups or len(products) + len(lookups) != len(uses):
-        return None
-    linear = products[0]
-    few = sum(use.ids[examples].numel() for use in lookups) < linear.left.shape[-1] // 2
-    return linear if few and (_for_gpu(linear, sums) or cpu_kernel.takes(linear.left, linear.right, sums)) else None
-
-
-def _for_gpu(linear: Linear, sums: Mapping[str, Tensor]) -> bool:
-    """Whether the GPU's kernel takes a product and its sums."""
-    return linear.on_gpu and all(total.dtype == torch.float32 for total in sums.values())
-
-
-def _reduce_tied(linear: Linear, uses: Sequence[Rule], sums: Mapping[str, Tensor], examples: slice) -> None:
-    """Add the sums of a tied embedding: rows that no example looks up have the product's gradient alone, which the
-    kernel folds; in the others the uses are added before."""
-    lookups = [use for use in uses if isinstance(use, Embedding)]
-    looked_up = torch.cat([use.ids[examples].flatten() for use in lookups]).unique()
-    apart = {name: total[looked_up] for name, total in sums.items()}
-    if _for_gpu(linear, sums):
-        linear.reduce_by_gpu_kernel(sums, examples)
-    else:
-        linear.reduce_by_cpu_kernel(sums, examples)
-    parts: list[Rule] = []
-    for use in uses:
-        part = copy.copy(use)
-        if isinstance(part, Linear):
-            left, right = linear.factors
-            part.factors = (left[..., looked_up], right)
-        elif isinstance(part, Embedding):
-            part.rows, part.ids = len(looked_up), torch.searchsorted(looked_up, part.ids)
-        parts.append(part)
-    _blocks(parts, apart, examples, linear.batch)
-    for name, total in sums.items():
-        total[looked_up] = apart[name]
-
-
-def fold(block: Tensor, sums: dict[str, Tensor]) -> None:
-    """Add the gradients in block [c, …] to the sums […]. The block is used up."""
-    single = len(block) == 1  # one example's is not copied
-    block = block[0] if single else block
-    if "sum" in sums:
-        sums["sum"].add_(block if single else block.sum(0))
-    if "abs" in sums:
-        block.abs_()
-        sums["abs"].add_(block if single else block.sum(0))
-    if "square" in sums:
-        if single:
-            sums["square"].addcmul_(block, block)
-        else:
-            sums["square"].add_(block.square_().sum(0))
-
-
-def _blocks(
-    uses: Sequence[Rule],
-    sums: dict[str, Tensor],
-    examples: slice,
-    batch: int,
-    weighted: Tensor | None = None,
-    weights: Sequence[float] = (),
-) -> None:
-    """Fold the added uses into the sums, block by block: `c` examples times `r` rows of the parameter."""
-    like = next(iter(sums.values()))
-    row = max(1, like[0].numel())
-    tile_size, small = (GPU_TILE, GPU_TILE) if like.is_cuda else (TILE, SMALL)
-    r = min(len(like), max(ROWS, tile_size // row))
-    start, stop, step = examples.indices(batch)
-    count = len(range(start, stop, step))
-    c = max(1, min(count, tile_size // (r * row))) if r * row <= small else 1
-    scratch = like.new_empty(c * r * row)
-    for top in range(0, len(like), r):
-        rows = slice(top, min(top + r, len(like)))
-        height = rows.stop - rows.start
-        tile = {name: total[rows] for name, total in sums.items()}
-        weighted_tile = None if weighted is None else weighted[rows]
-        blocks = scratch[: c * height * row].view(c, height, *like.shape[1:])
-        for done in range(0, count, c):
-            n = min(c, count - done)
-            chosen = slice(start + done * step, start + (done + n - 1) * step + 1, step)
-            block = blocks[:n]
-            for beta, use in enumerate(uses):
-                use.product(block, chosen, rows, min(beta, 1))
-            if weighted_tile is not None:
-                for k in range(n):
-                    weighted_tile.add_(block[k], alpha=weights[chosen.start + k * step])
-            fold(block, tile)
-
-
-def put(out: Tensor, value: Tensor, beta: int) -> None:
-    out.copy_(value) if beta == 0 else out.add_(value)  # not beta · out: fresh scratch may hold NaN
-
-
-def _occupied(left: Tensor, right: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+def _drop_empty_positions(left: Tensor, right: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
     """left, right [B, T', …] without positions where e is zero: padding, and after the last target.
 
-    T' is the most that any example of the batch has; where that saves little, nothing is moved.
+    T' is the most that any example of the batch has. Where that saves little, nothing is moved.
     """
     left, right, e = (x.unsqueeze(1).flatten(1, -2) for x in (left, right, e))
     if int((e[..., :8] != 0).any(-1).sum(1).max()) > 0.8 * e.shape[1]:
-        return left, right  # few columns tell it: no need to read all of them
+        return left, right  # few columns show it: no need to read all of them
     occupied = (e != 0).any(-1)
-    longest = max(1, int(occupied.sum(1).max()))  # e may be zero all over, as before an adapter that is at its start
+    longest = max(1, int(occupied.sum(1).max()))  # e may be zero all over, as before an adapter at its start
     if longest > 0.8 * occupied.shape[1]:
         return left, right
     kept = occupied.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]

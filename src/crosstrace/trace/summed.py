@@ -99,7 +99,7 @@ class SummedTrace(Accumulated):
             raise UserError(f"task {task!r} is not one of those announced: {', '.join(self._steps)}")
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]} if optimizer else {}
         counts = optimizer is None  # whether anything is added up
-        (mean,) = self._of_part(task, self._steps[task] % self._settings["parts"])
+        (mean,) = self._part_means(task, self._steps[task] % self._settings["parts"])
         share = 1 / self._team.processes.size if self._averaged and self._team is not None else 1.0
         factor = lr * examples / weight * share
         self._whole = False
@@ -116,7 +116,9 @@ class SummedTrace(Accumulated):
                 elif root is not None:
                     total.addcdiv_(gradient.to(total), root.to(total), value=sign)
         self.skip(last=last)
-        if counts and (not self._averaged or self._holds):  # weights are added up too, and this one is of all processes
+        if counts and (
+            not self._averaged or self._has_sums
+        ):  # weights are added up too, and this one is of all processes
             mean.weight += lr * examples
         self._steps[task] += 1
 

@@ -25,10 +25,10 @@ from crosstrace.experiment.needs.material import Material, Work, times, work_of
 from crosstrace.experiment.studied import LEARNING, View
 from crosstrace.models import loading
 from crosstrace.models.anatomy import Anatomy
+from crosstrace.trace.blocks import sum_dtype
 from crosstrace.trace.means import REDUCTIONS
 from crosstrace.trace.memory import MOST_PASSES, SPARE
 from crosstrace.trace.rehearse import Parts
-from crosstrace.trace.rules import sum_dtype
 from crosstrace.training.evaluation import TOKENS, recall_batches
 from crosstrace.training.recipes import Phase
 from crosstrace.training.updates import Updates

@@ -17,9 +17,9 @@ from crosstrace.models import adapters
 from crosstrace.models.forward import TrainingForwards
 from crosstrace.trace import OnlineTrace, SummedTrace, Trace, save_traces
 from crosstrace.trace.accumulated import Accumulated
+from crosstrace.trace.blocks import sum_dtype
 from crosstrace.trace.means import REDUCTIONS
 from crosstrace.trace.memory import free_memory
-from crosstrace.trace.rules import sum_dtype
 from crosstrace.training.listeners import Listener, TaskPart
 from crosstrace.training.updates import MicroBatches
 
