@@ -1,8 +1,8 @@
-"""Chains of work, done by several worker processes so that none waits while another has work to give.
+"""Chains of work for several worker processes, shared out so that no worker waits while there is work to do.
 
-A chain's works come one after the other; those of a group may be done at the same time. Where there is a choice, a
-worker takes the chain that has the longest way to go, and stays with the one whose model it has read. Nothing here
-knows what the works do.
+A chain is groups of works, one group after the other; the works of a group may be done at the same time. If there is a
+choice, a worker takes the chain that has the most groups left, and stays with the chain whose model it has read. This
+module does not know what the works do.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ def done_by(
     initializer: Callable[..., None],
     initargs: tuple[object, ...] = (),
 ) -> Generator[tuple[Any, Any], None, None]:
-    """Do all works, and give each with what it returned as soon as it is done. If one fails, all workers end.
+    """Do all works, and yield each with its result as soon as it is done. If one fails, all workers end.
 
-    A process each: thread pools of one process would share the interpreter, and results must not depend on how many
-    run at once.
+    Each worker is a process: threads would share the interpreter, and results must not depend on how many run at once.
 
     Args:
         workers: processes.
@@ -72,7 +71,10 @@ def done_by(
 
 
 def _next(left: Mapping[str, list[list[Any]]], running: Sequence[str], before: str | None) -> str | None:
-    """The chain that a free worker takes up: of those with work that may be begun, the one with most groups left, then
-    the worker's own, then the one with the fewest workers."""
+    """The chain that a free worker takes, of those with work that may begin now; None if there is none.
+
+    It is the one with the most groups left; if several have as many, the one the worker had before, then the one with
+    the fewest workers.
+    """
     ready = [name for name, groups in left.items() if groups and groups[0]]
     return min(ready, key=lambda name: (-len(left[name]), name != before, running.count(name)), default=None)

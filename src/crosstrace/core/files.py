@@ -16,7 +16,7 @@ import yaml
 
 from crosstrace.core.errors import UserError
 
-# what PyYAML raises: for a date like 2020-99-99, a list as a key and brackets without end, none of its own errors
+# What PyYAML raises. A date like 2020-99-99, a list as a key, or endless brackets raise none of its own errors.
 NO_YAML = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 
 PARTIAL = ".partial-"
@@ -28,7 +28,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Whoever reads `path` sees the old content or the new, never a part of it.
     """
-    path = Path(os.path.normpath(path))  # own/../own would be gone with own
+    path = Path(os.path.normpath(path))  # a/../a could not be found while a is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     remove(partial)
@@ -56,7 +56,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with ~ and ~user resolved; a user whom nobody knows stays as it is written, so it is not found."""
+    """A path with ~ and ~user resolved; the name of an unknown user stays as it is written, so no such path exists."""
     return Path(os.path.expanduser(path))
 
 
@@ -82,8 +82,7 @@ def sha256_tree(path: str | Path) -> str:
 
 
 def linked(source: str, target: str) -> str:
-    """A second name for a file that is never changed in place, so that it takes no room twice; a copy where files can't
-    have two names."""
+    """Give a file that is never changed in place a second name; copy it if files can't have two names here."""
     try:
         os.link(source, target)
     except OSError:
@@ -92,8 +91,8 @@ def linked(source: str, target: str) -> str:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder, if it is there; renamed first, so that a half-deleted one never passes for what it was."""
-    doomed = folder.with_name(f".removed-{folder.name}")  # (a name that nobody gives to what is to stay)
+    """Delete a folder, if it is there. It is renamed first, so a half-deleted one never passes for a whole one."""
+    doomed = folder.with_name(f".removed-{folder.name}")  # a name that nobody gives to a folder that is to stay
     remove(doomed)  # an earlier removal may have been interrupted
     if folder.exists():
         folder.rename(doomed)
@@ -122,6 +121,7 @@ def files_below(path: Path) -> dict[str, Path]:
 
 
 def contents_of(path: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file of a folder, by its relative path."""
     return {name: file_entry(file) for name, file in files_below(path).items()}
 
 
@@ -134,11 +134,12 @@ def tree_hash(contents: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def digest_of(value: Any) -> str:
+    """SHA-256 of a value as JSON, in hexadecimal."""
     return hashlib.sha256(json.dumps(plain_values(value), sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Ask the disk to keep a file, or a folder with all it holds, before a rename makes it count."""
+    """Have a file, or a folder with all that it holds, written to the disk, before a rename makes it count."""
     folders = [Path(base) for base, _, _ in os.walk(path)]
     for item in [*files_below(path).values(), *folders]:
         handle = os.open(item, os.O_RDONLY)

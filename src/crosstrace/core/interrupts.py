@@ -1,10 +1,10 @@
 """Ctrl-C, SIGTERM and a closed terminal: one line and an exit status, at any moment of the command line.
 
-A signal raises `Interrupted` wherever the main thread is, so that every context manager cleans up behind it. If that
-has not ended the process after PATIENCE seconds, a thread does: the main thread may wait inside a library, which runs
-no Python code meanwhile, or the exception may have been lost in a destructor. A run goes on with --resume even then.
+A signal raises `Interrupted` in the main thread, wherever it is, so that every context manager cleans up. If the
+process has not ended after PATIENCE seconds, a thread ends it: the main thread may wait inside a library, which runs no
+Python code meanwhile, or the exception may have been lost in a destructor. A run goes on with --resume even then.
 
-The command line imports this module before any other, so it imports only what is there in no time.
+The command line imports this module before any other, so it imports only modules that load at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 
 PATIENCE = 5.0  # seconds to clean up in
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "its terminal was closed"}
-RESUMED = ("demo", "run", "study", "compare")  # commands that go on with --resume
+RESUMED = ("demo", "run", "study", "compare")  # commands that continue with --resume
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)  # these reach all processes that were started from it
 _received: list[int] = []  # the signals that have come; the first counts
 _holding = False
@@ -41,13 +41,15 @@ def listen() -> None:
 
 
 def received() -> int | None:
-    """The number of the first signal that has come; None without one."""
+    """The number of the first signal that has come; None if there was none."""
     return _received[0] if _received else None
 
 
 def exit_code() -> int:
-    """The exit status after the signal that has come, as shells count it; after a KeyboardInterrupt of another making
-    that of Ctrl-C."""
+    """The exit status after the signal that has come, as shells count it.
+
+    If no signal has come, the KeyboardInterrupt was raised in another way, and the status is that of Ctrl-C.
+    """
     return 128 + (received() or signal.SIGINT)
 
 
@@ -56,7 +58,7 @@ def tell(command: str = "", place: str = "") -> None:
 
     Args:
         command: what is interrupted; by the process's arguments if not given.
-        place: which process this is, where there are several.
+        place: which process this is, if there are several.
     """
     global _is_told
     _is_told = True
@@ -70,9 +72,10 @@ def tell(command: str = "", place: str = "") -> None:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Raise what comes meanwhile afterwards; processes that are started meanwhile don't hear their terminal.
+    """Within the context, no signal raises; one that came is raised at its end.
 
-    A process that still imports its modules would answer Ctrl-C with a traceback.
+    Processes that are started within it ignore the signals of their terminal: a process that still imports its modules
+    would answer Ctrl-C with a traceback.
     """
     global _holding
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _FROM_TERMINAL)
@@ -87,7 +90,7 @@ def held_back() -> Iterator[None]:
 
 
 def leave_to_leader() -> None:
-    """In a worker process: don't hear the terminal, since the process that started this one ends it."""
+    """In a worker process: ignore the terminal's signals, since the process that started this one ends it."""
     for number in _FROM_TERMINAL:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FROM_TERMINAL)

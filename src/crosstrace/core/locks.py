@@ -37,7 +37,7 @@ def lock_folder(folder: Path) -> IO[str]:
 
 
 def lock_workers(folder: Path, kind: int, patience: float) -> IO[str]:
-    """Hold the second lock: shared by workers while they live, taken by a new leader to know them gone."""
+    """Hold the second lock: workers share it while they live, and a new leader takes it to know that they are gone."""
     lock = open(folder / "manifest" / "workers", "a")  # noqa: SIM115
     until = time.monotonic() + patience
     while True:

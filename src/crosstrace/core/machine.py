@@ -1,6 +1,6 @@
-"""How a process of ours uses the machine: settings of the C library and of OpenMP, set before torch is loaded.
+"""How a process of crosstrace uses the machine: settings of the C library and of OpenMP, set before torch is loaded.
 
-The command line and its workers call this; who imports crosstrace as a library sets what they like.
+Only the command line and its workers call this. A program that imports crosstrace as a library sets its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SPINS = 1000  # rounds that a thread waits for the next piece of work before it 
 
 @contextmanager
 def same_threads_after() -> Iterator[None]:
-    """Whatever number of threads torch is given within, it has the one from before afterwards."""
+    """After the context, torch has as many threads as before it."""
     import torch
 
     before = torch.get_num_threads()
@@ -33,10 +33,10 @@ def same_threads_after() -> Iterator[None]:
 def prepare() -> None:
     """Keep freed memory, and let idle threads sleep.
 
-    By default glibc gives a tensor's memory back to the system when it is freed, and gets pages of zeros for the next
-    one: up to a fifth of a training step (benchmarks/smollm2_shape.py). And by default OpenMP's threads wait spinning
-    for milliseconds: where something else needs the core, a step takes several times as long. What the user has set
-    in the environment stays.
+    By default glibc returns a tensor's memory to the system when it is freed, and gets pages of zeros for the next one.
+    That can take a fifth of a training step (benchmarks/smollm2_shape.py). And by default OpenMP's threads wait
+    spinning for milliseconds. If something else needs the core, a step then takes several times as long. What the user
+    has set in the environment stays.
     """
     if not any(name.startswith("OMP_WAIT") or name == "GOMP_SPINCOUNT" for name in os.environ):
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)

@@ -1,11 +1,11 @@
-"""Tensors that lie in pieces on several processes, as FSDP2 leaves a model's parameters: their rows, files and ends.
+"""Tensors that lie in pieces on several processes, as FSDP2 leaves a model's parameters: their rows and their files.
 
-Such a tensor is a `DTensor` of the whole shape; this process holds some of its rows. Traces and sets of a sharded model
-are made of them too, so that no process ever holds a whole one. Only the layout of `fully_shard` is known here: rows in
+Such a tensor is a `DTensor` of the whole shape, and each process holds some of its rows. Traces and sets of a sharded
+model are made of them too, so no process ever holds a whole one. Only the layout of `fully_shard` is supported: rows in
 equal parts (the last ones may be shorter, or empty) over one group of processes. It knows neither traces nor sets.
 
-Files: a folder with one safetensors file for each process and an index.json that says which rows of what lie in which,
-so that any other number of processes can read them, and one alone can write them.
+On disk they are a folder with one safetensors file for each process, and an index.json that says which file has which
+rows. Any other number of processes can read the folder, and one process alone can write it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,11 @@ from crosstrace.core.provenance import versions
 INDEX = "index.json"
 
 
-# -------------------------------------------------------------------------------- models
-
-
 def at_rest(model: nn.Module) -> dict[str, Tensor]:
     """The model's parameters by name, those of a sharded model as DTensors.
 
-    FSDP2 keeps some parameters whole after a forward without a backward. They would hide the pieces, and later changes
-    of these, so their modules are sharded again first.
+    FSDP2 keeps some parameters whole after a forward without a backward. These would hide the pieces and their later
+    changes, so the modules are sharded again first.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -52,31 +49,28 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def processes_of(tensors: Mapping[str, Tensor]) -> Processes | None:
-    """The processes that hold the pieces of these tensors; None if they are ordinary ones.
+    """The processes that hold the pieces of these tensors; None if the tensors are ordinary ones.
 
     Raises:
-        UserError: only some of them are in pieces, or they are laid out in another way than rows over one group.
+        UserError: only some of them are in pieces, or their layout is not one of rows over one group.
     """
-    found = {name: x for name, x in tensors.items() if isinstance(x, DTensor)}
-    if not found:
+    sharded = {name: x for name, x in tensors.items() if isinstance(x, DTensor)}
+    if not sharded:
         return None
-    if len(found) < len(tensors):
-        odd = next(name for name in tensors if name not in found)
+    if len(sharded) < len(tensors):
+        odd = next(name for name in tensors if name not in sharded)
         raise UserError(
             f"'{odd}' is whole while other parameters are sharded; expected all of them, so apply fully_shard to the "
             "model itself too, not to its layers alone"
         )
-    first = next(iter(found.values())).device_mesh
-    for name, x in found.items():
+    first = next(iter(sharded.values())).device_mesh
+    for name, x in sharded.items():
         if x.device_mesh != first or len(x.placements) != 1 or x.placements[0] != Shard(0):
             raise UserError(
                 f"'{name}' is laid out as {x.placements} over {x.device_mesh}; expected rows over one group of "
                 "processes, as fully_shard does by itself (no tensor parallelism, no copies of the shards)"
             )
     return Processes(first.get_group())
-
-
-# -------------------------------------------------------------------------------- one tensor
 
 
 def local(x: Tensor) -> Tensor:
@@ -91,7 +85,7 @@ def rows_of(size: int, rank: int, processes: int) -> tuple[int, int]:
 
 
 def own_rows(like: Tensor) -> tuple[int, int] | None:
-    """The rows of a sharded tensor that this process holds; None: all, of an ordinary one."""
+    """The rows of a sharded tensor that this process holds; None if the tensor is an ordinary one."""
     if not isinstance(like, DTensor):
         return None
     mesh = like.device_mesh
@@ -108,10 +102,10 @@ def laid(piece: Tensor, like: Tensor) -> Tensor:
 
 
 def piece(x: Tensor, like: Tensor) -> Tensor:
-    """What this process holds of x, laid out as `like` is: the rows of a whole x, the pieces of a sharded one.
+    """What this process holds of x in the layout of `like`: the rows of a whole x, the piece of a sharded one.
 
     Raises:
-        UserError: x is in pieces and `like` is not, or in other pieces.
+        UserError: x is in pieces and `like` is not, or it is in other pieces.
     """
     rows = own_rows(like)
     if not isinstance(x, DTensor):
@@ -135,9 +129,6 @@ def _stride(shape: Iterable[int]) -> tuple[int, ...]:
     return torch.empty(tuple(shape), device="meta").stride()
 
 
-# -------------------------------------------------------------------------------- files
-
-
 def write(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
@@ -146,22 +137,22 @@ def write(
     header: Mapping[str, Any],
     pack: Callable[[Tensor], Tensor] = lambda x: x.contiguous(),
 ) -> None:
-    """Every process writes the rows that it holds into a file of its own; the folder appears whole or not at all.
+    """Write tensors to a folder, which appears whole or not at all. Each process writes a file with its rows.
 
-    Called by all processes that hold a piece, which must see one file system.
+    All processes that hold a piece call this, and they must see one file system.
 
     Args:
         path: the folder.
-        processes: those that hold the pieces; None: this one has the whole tensors, and writes them alone.
-        kind: of what it holds; `Pieces` asks for it.
+        processes: those that hold the pieces. If None, this process has the whole tensors and writes them alone.
+        kind: what the folder holds; a reader names it to `Pieces`.
         header: JSON-able; process 0's is written.
-        pack: what is stored of a piece.
+        pack: from a piece to what is stored of it.
 
     Raises:
         UserError: a process could not write; nothing is left then.
     """
     rank, size = (0, 1) if processes is None else (processes.rank, processes.size)
-    file = lambda rank: f"{rank + 1:05d}-of-{size:05d}.safetensors"
+    files = [f"{number:05d}-of-{size:05d}.safetensors" for number in range(1, size + 1)]
     with ExitStack() as stack:
         partial: Path | None = None
         if rank == 0:
@@ -169,41 +160,41 @@ def write(
             partial.mkdir()
         folder = partial if processes is None else processes.from_first(partial)
         assert folder is not None
-        why = None
+        failure = None
         try:
             pieces = {name: pack(local(x).detach().cpu()) for name, x in tensors.items()}
-            save_file(pieces, folder / file(rank))
+            save_file(pieces, folder / files[rank])
         except (OSError, SafetensorError) as error:
-            why = str(error)
-        told = [why] if processes is None else processes.gathered(why)
-        failed = [(rank, found) for rank, found in enumerate(told) if found is not None]
+            failure = str(error)
+        failures = [failure] if processes is None else processes.gathered(failure)
+        failed = [(number, reason) for number, reason in enumerate(failures) if reason is not None]
         if failed:
+            number, reason = failed[0]
             raise UserError(
-                f"{path} could not be written by process {failed[0][0]}: {failed[0][1]}; is the disk full, or not "
+                f"{path} could not be written by process {number}: {reason}; is the disk full, or not "
                 "shared by all processes?"
             )
         if partial is not None:
-            ranks = range(size)
             index = {
                 "kind": kind,
                 "header": header,
                 "versions": versions(),
-                "files": [file(rank) for rank in ranks],
+                "files": files,
                 "tensors": {
                     name: {
                         "shape": list(x.shape),
-                        "rows": [rows_of(x.shape[0], rank, size) for rank in ranks],
+                        "rows": [rows_of(x.shape[0], number, size) for number in range(size)],
                     }
                     for name, x in tensors.items()
                 },
             }
             write_json(partial / INDEX, index)
     if processes is not None:
-        processes.wait()  # no process may look for it before it is there
+        processes.wait()  # no process may read the folder before it is there
 
 
 class Pieces:
-    """What `write` wrote, read by any number of processes.
+    """Reads what `write` wrote, in any number of processes.
 
     Raises:
         UserError: the folder is missing, damaged, or of another kind.
@@ -240,7 +231,7 @@ class Pieces:
         """The tensor, or some of its rows.
 
         Args:
-            unpack: from what is stored of a piece and the piece's shape to the piece; None: it is stored as it is.
+            unpack: from what is stored of a piece, and the piece's shape, to the piece; if None, it is stored as it is.
         """
         shape = self.shapes[name]
         start, stop = (0, shape[0]) if rows is None else rows
@@ -258,10 +249,10 @@ class Pieces:
                         parts.append(unpack(file.get_tensor(name), (last - first, *shape[1:]))[inside])
             except (SafetensorError, OSError, RuntimeError) as error:
                 raise UserError(f"{path} can't be read ({error}); it is missing, truncated or damaged") from None
-        found = torch.cat(parts)
+        tensor = torch.cat(parts)
         expected = (max(0, stop - start), *shape[1:])
-        if found.shape != expected:
+        if tensor.shape != expected:
             raise UserError(
-                f"'{name}' in {self.path} has shape {tuple(found.shape)}, and its index says {expected}; it is damaged"
+                f"'{name}' in {self.path} has shape {tuple(tensor.shape)}, and its index says {expected}; it is damaged"
             )
-        return found
+        return tensor

@@ -24,13 +24,13 @@ from crosstrace.core.errors import UserError
 from crosstrace.core.parents import end_with_parent
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=30)  # others wait while one works alone; one that is gone is noticed without
-AGREEMENT = timedelta(seconds=60)  # for all to say whether they have failed
-FIRST_SPEAKS = 3.0  # seconds that process 0 has to tell a mistake that all have found, before another does
+PATIENCE = timedelta(days=30)  # others wait while one works alone; a process that is gone is noticed without a timeout
+AGREEMENT = timedelta(seconds=60)  # time for all to say whether they have failed
+FIRST_SPEAKS = 3.0  # seconds for process 0 to report a mistake that all processes meet, before another reports it
 
 
 class FailedElsewhere(RuntimeError):
-    """Another process has failed, without which this one can't go on."""
+    """Another process has failed, so this one can't go on."""
 
     def __init__(self, rank: int, error: object):
         super().__init__(f"process {rank}: {error if isinstance(error, str) else f'{type(error).__name__}: {error}'}")
@@ -74,19 +74,19 @@ class Processes:
         return x
 
     def gathered(self, value: T) -> list[T]:
-        """Everyone's value, by rank; small ones."""
+        """The value of each process, by rank; values must be small."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, self.group)
         return values
 
     def from_first(self, value: T) -> T:
-        """The value of process 0; a small one."""
+        """The value of process 0; it must be small."""
         values = [value]
         dist.broadcast_object_list(values, group=self.group, group_src=0)
         return values[0]
 
     def by_first(self, fn: Callable[[], T]) -> T:
-        """fn() of process 0, which alone calls it while the others wait; what it returns must be small.
+        """The result of fn(), which process 0 alone calls while the others wait; it must be small.
 
         Raises:
             UserError: fn raised it; it is raised in all.
@@ -107,7 +107,7 @@ class Processes:
         return result
 
     def gathered_from(self, fn: Callable[[], T]) -> list[T]:
-        """fn() of all, by rank; small ones.
+        """The result of fn() in each process, by rank; results must be small.
 
         Raises:
             Exception: fn raised it here; in the others it is FailedElsewhere.
@@ -118,16 +118,16 @@ class Processes:
             self.gathered(FailedElsewhere(self.rank, error))
             raise
         values = self.gathered(value)
-        for found in values:
-            if isinstance(found, FailedElsewhere):
-                raise found
+        for failure in values:
+            if isinstance(failure, FailedElsewhere):
+                raise failure
         return values
 
     def agreed(self, value: T) -> list[T]:
-        """Everyone's value, by rank, of a moment that some may never come to: they wait for one that has failed.
+        """The value of each process, by rank, although some may never call this, as they wait for one that has failed.
 
         Raises:
-            RuntimeError: not all have come within AGREEMENT.
+            RuntimeError: not all have called it within AGREEMENT.
         """
         if self._aside is None:
             ranks = dist.get_process_group_ranks(self.group)
@@ -137,16 +137,16 @@ class Processes:
         return values
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes have called this."""
         self.gathered(None)
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This one's share: item n is process n mod size's."""
+        """This process's share of the items: item n belongs to process n mod size."""
         return items[self.rank :: self.size]
 
 
 def by_first(processes: Processes | None, fn: Callable[[], T]) -> T:
-    """fn() of process 0 in all `processes`; without them this one is alone and calls it."""
+    """The result of fn() in process 0, in all `processes`; without them this process is alone and calls fn."""
     return fn() if processes is None else processes.by_first(fn)
 
 
@@ -159,12 +159,13 @@ def main(work: Callable[[Processes], None]) -> NoReturn:
     """Run `work` in every process that the launcher started, and end the process.
 
     A program of several processes is `if __name__ == "__main__": main(work)`; nothing after it is run. The group is
-    joined through accelerate (NCCL where there are GPUs, gloo elsewhere) and left at the end.
-    If the work raises SystemExit, in all processes alike, that is its end and its status.
-    Where one process fails, it says why in one line on stderr and ends with code 1 (2 for a mistake of the user's); the
-    others can't go on without it, and the launcher ends them; a mistake that all find is told by process 0. A trace is
-    in memory alone, so nothing half-written stays; a training goes on from its last checkpoint when the program is
-    started again. A process whose launcher is gone ends too.
+    joined through accelerate (NCCL on GPUs, gloo elsewhere) and left at the end. If the work raises SystemExit, in all
+    processes alike, the program ends with its status.
+
+    If one process fails, it says why in one line on stderr and ends with code 1 (2 for a mistake of the user's). The
+    others can't go on without it, and the launcher ends them. A mistake that all processes meet is reported by process
+    0. A trace is only in memory, so nothing half-written stays. Training goes on from its last checkpoint when the
+    program is started again. A process whose launcher is gone ends too.
 
     Raises:
         UserError: the process was not started by a launcher.
@@ -207,7 +208,7 @@ def main(work: Callable[[Processes], None]) -> NoReturn:
 
 
 def _exit_code_of(work: Callable[[Processes], None], processes: Processes) -> int:
-    """Do the work; the status that it wants to end with, 0 if it says nothing."""
+    """Do the work and return the status that it ends with: that of its SystemExit, else 0."""
     try:
         work(processes)
     except SystemExit as end:
@@ -216,12 +217,12 @@ def _exit_code_of(work: Callable[[Processes], None], processes: Processes) -> in
 
 
 def _end(code: int) -> NoReturn:
-    """End the process as multiprocessing ends its own: all that waits for the end is done, then no code runs any more.
+    """End the process as multiprocessing ends its own: run the exit functions, then no more code.
 
-    Tearing the interpreter down is not safe here. Gloo's threads let go of a collective's tensors after whoever waited
-    for it has gone on; if a tensor has a Python object, that takes the interpreter's lock, and an interpreter that is
-    being torn down ends the thread instead, which unwinds through C++ code that forbids it: "terminate called without
-    an active exception". Destroying the group does not end the threads, since DTensor's caches hold the group.
+    Tearing the interpreter down is not safe here. Gloo's threads release a collective's tensors after the code that
+    waited for it has gone on. If a tensor has a Python object, that takes the interpreter's lock. An interpreter that
+    is being torn down ends the thread instead, which unwinds through C++ code that forbids it: "terminate called
+    without an active exception". Destroying the group does not end the threads, since DTensor's caches hold the group.
     """
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:

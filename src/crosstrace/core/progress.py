@@ -1,5 +1,8 @@
-"""What a waiting user sees on stderr: a bar with the time left on a terminal; else a line for each finished stage, and
-one a minute of a stage that takes longer."""
+"""What a waiting user sees on stderr.
+
+On a terminal it is a bar with the time left; elsewhere a line for each finished stage, and one a minute while a stage
+takes longer.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-EVERY = 60  # seconds between the lines of a stage where there is no terminal
+EVERY = 60  # seconds between the lines of a stage if there is no terminal
 
 
 class Progress:
@@ -55,10 +58,10 @@ class Progress:
 
 
 class Bar:
-    """A tqdm bar that is told where the work stands, or how much was done.
+    """A tqdm bar: call it with how much is done in all, or `add` what is newly done.
 
     Args:
-        label: of the lines that are printed in the bar's place, one a minute; None: no lines.
+        label: of the lines that replace the bar, one a minute; if None, there are no lines.
     """
 
     def __init__(self, bar: Any, label: str | None, total: int | None):
@@ -73,13 +76,13 @@ class Bar:
         self.add(done - self._done)
 
     def label(self, text: str) -> None:
-        """Say what is being done, where there is nothing to count."""
+        """Say what is being done, if there is nothing to count."""
         self._doing = text
         self._bar.set_postfix_str(text)
         self._tell()
 
     def add(self, number: int) -> None:
-        """So much more is done."""
+        """Count what is newly done."""
         self._done += number
         self._bar.update(number)
         self._tell()

@@ -1,4 +1,4 @@
-"""With what a result was made: versions of packages, the git revision, the machine."""
+"""What a result was made with: versions of packages, the git revision, the machine."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ PACKAGES = ("crosstrace", "torch", "transformers", "accelerate", "tokenizers", "
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that results may depend on."""
+    """The versions of Python and of the packages that results may depend on."""
     return {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}}
 
 
 def metadata() -> dict[str, Any]:
-    """With what a run was made: versions, the git revision of crosstrace's checkout if any, the machine."""
+    """What a run was made with: versions, the git revision of crosstrace's checkout if there is one, the machine."""
     import torch  # only here: the run folder itself must open at once
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -31,7 +31,7 @@ def extensions() -> tuple[object, ...]:
     Raises:
         UserError: an entry point can't be loaded, or gives no list.
     """
-    found: list[object] = []
+    records: list[object] = []
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         about = f"the extension {point.name} ({point.value})"
         try:
@@ -41,8 +41,8 @@ def extensions() -> tuple[object, ...]:
             raise UserError(f"{about} can't be loaded: {type(error).__name__}: {error}; repair or remove it") from error
         if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
             raise UserError(f"{about} is a {type(given).__name__}; expected a list of records, or a function of one")
-        found += given
-    return tuple(found)
+        records += given
+    return tuple(records)
 
 
 class Registry(Mapping[str, Record], Generic[Record]):
@@ -50,8 +50,9 @@ class Registry(Mapping[str, Record], Generic[Record]):
 
     Args:
         kind: the class of the records, each of which has a `name`.
-        built_in: where the package's own are, as an entry point would name them: "module:attribute". They are imported
-            when a record is first asked for, so settings can be checked against names of what is built on settings.
+        built_in: where the package's own records are, as an entry point would name them: "module:attribute". They are
+            imported when a record is first looked up. So settings can be checked against the names of records whose
+            modules import the settings.
     """
 
     def __init__(self, kind: type[Record], built_in: str) -> None:
@@ -59,15 +60,16 @@ class Registry(Mapping[str, Record], Generic[Record]):
 
     @cached_property
     def _records(self) -> dict[str, Record]:
-        found: dict[str, Record] = {}
+        records: dict[str, Record] = {}
         module, _, attribute = self._built_in.partition(":")
-        own_records: Iterable[Record] = getattr(import_module(module), attribute)
-        for record in [*own_records, *(own for own in extensions() if isinstance(own, self.kind))]:
+        built_in: Iterable[Record] = getattr(import_module(module), attribute)
+        added = [record for record in extensions() if isinstance(record, self.kind)]
+        for record in [*built_in, *added]:
             name = record.name  # pyright: ignore[reportAttributeAccessIssue]
-            if name in found:
+            if name in records:
                 raise UserError(f"two extensions add a {self.kind.__name__} of the name {name!r}; remove one of them")
-            found[name] = record
-        return found
+            records[name] = record
+        return records
 
     def __getitem__(self, name: str) -> Record:
         if name not in self._records:
@@ -84,7 +86,7 @@ class Registry(Mapping[str, Record], Generic[Record]):
         return len(self._records)
 
     def unknown(self, name: str) -> str:
-        """The sentence on a name that no record has."""
+        """The sentence of an error about a name that no record has."""
         close = difflib.get_close_matches(name, self, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"expected of {', '.join(self)}"
         return f"unknown {self.kind.__name__.lower()} {name!r}; {hint}, or is the package that adds it not installed?"

@@ -1,10 +1,10 @@
 """The run folder: finished steps under their names, unfinished ones only under `.partial-` paths.
 
-A run may be killed at any moment (SIGKILL, power loss) and resumed. A step is a name, a key and a function:
-the name is the path of its output inside the folder, the key is everything the output depends on, and the
-function writes the output. A step whose record has the same key and whose files still have their recorded
-bytes is skipped, any other is built again. This module knows nothing of what a step computes, and needs
-`flock` (Linux, macOS; not a network file system without locks).
+A run may be killed at any moment (SIGKILL, power loss) and resumed. A step is a name, a key and a function: the name is
+the path of its output inside the folder, the key is everything the output depends on, and the function writes the
+output. A step is skipped if its record has the same key and its files still have their recorded bytes. Any other is
+built again. This module knows nothing of what a step computes. It needs `flock` (Linux, macOS; not a network file
+system without locks).
 
     <folder>/config.yaml              what the run was started with
     <folder>/manifest/RUN             marks the folder as a crosstrace run
@@ -79,7 +79,7 @@ class Run:
 
     Attributes:
         folder: where it is.
-        processes: those that work on it side by side, this one among them; None: this one works alone.
+        processes: those that work on it side by side, this one among them; None if this one works alone.
     """
 
     def __init__(self, folder: Path, lock: IO[str] | None, processes: Processes | None = None):
@@ -95,12 +95,12 @@ class Run:
         Args:
             folder: the run folder; its parents are made.
             config_text: the resolved configuration as YAML, saved as config.yaml; None takes the saved one.
-            mode: "new": the folder must be missing or empty. "resume": the saved configuration must be equal;
-                a missing or empty folder is begun, since a run may be killed before it has written anything.
-                "overwrite": a crosstrace run is removed first; a folder that is none is never touched.
+            mode: "new": the folder must be missing or empty. "resume": the saved configuration must be equal; a missing
+                or empty folder is begun, since a run may be killed before it has written anything. "overwrite": an
+                earlier run is removed first; a folder that holds no run is never touched.
 
         Raises:
-            UserError: the folder is not fit for it, its configuration differs, or a process works in it.
+            UserError: the folder does not fit the mode, its configuration differs, or another process works in it.
         """
         folder = expanded(folder).resolve()
         state = _state(folder)
@@ -149,11 +149,12 @@ class Run:
     def together(
         cls, folder: str | Path, config_text: str | None, mode: Mode = "new", processes: Processes | None = None
     ) -> Run:
-        """As `create`, in all of some processes, which must see one file system: the first makes, locks and records,
-        and whatever the run does is done by all, in the same order.
+        """As `create`, in several processes at once. They must see one file system.
+
+        The first process makes, locks and records. All processes go through the same steps in the same order.
 
         Raises:
-            UserError: as `create`, in all of them; or one does not see the folder.
+            UserError: as `create`, in all of them; or a process does not see the folder.
         """
         if processes is None:
             return cls.create(folder, config_text, mode)
@@ -177,12 +178,14 @@ class Run:
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that writes: where several work on the run, the first."""
+        """Whether this process is the one that writes; if several work on the run, it is the first."""
         return self.processes is None or self.processes.rank == 0
 
     def alone(self, fn: Callable[[], T]) -> T:
-        """fn() of the leading process, to which the run is its own meanwhile; the others wait and are told what it
-        returned, which must be small, or which `UserError` it raised."""
+        """The result of fn(), which the leading process calls as if it worked alone; the others wait.
+
+        All get its result, which must be small, or the `UserError` that it raised.
+        """
         processes = self.processes
         if processes is None:
             return fn()
@@ -200,8 +203,8 @@ class Run:
     def attach(cls, folder: str | Path) -> Run:
         """Open the run in a worker process that its leading process started.
 
-        A worker dies with its parent (within a second), so that a killed experiment leaves nobody who still
-        writes; until then, `create` in another process waits.
+        A worker ends within a second of its parent, so nobody writes any more after an experiment was killed. Until
+        then, `create` in another process waits.
         """
         folder = expanded(folder).resolve()
         ended = threading.Event()
@@ -215,7 +218,7 @@ class Run:
         return run
 
     def close(self) -> None:
-        """Give the folder free."""
+        """Release the folder."""
         self._ended.set()
         if self._lock is not None:
             self._lock.close()
@@ -239,21 +242,20 @@ class Run:
         return self.folder.joinpath(*parts)
 
     def stage(self, name: str, key: Any, fn: Callable[[Path], object], *, keep_partial: bool = False) -> Path:
-        """The output of step `name`: as it stands if it is complete for `key`, else built by `fn`.
+        """The output of step `name`. If it is not complete for `key`, `fn` builds it.
 
-        `fn(partial)` makes a file or a folder at `partial` (its parent exists, it itself does not). When `fn`
-        returns, the output is synced, renamed to `path(name)`, and only then recorded. Distinct steps may be
-        built by several processes at once. Of processes that work on the run side by side, all call `fn` with the
-        same path, and what they don't write together (`pieces.write`) the one that `leads` writes.
+        `fn(partial)` makes a file or a folder at `partial`, which does not exist; its parent does. When `fn` returns,
+        the output is synced, renamed to `path(name)`, and only then recorded. Several processes may build different
+        steps at once. If processes work on the run side by side, all of them call `fn` with the same path. What they
+        don't write together (`pieces.write`) is written by the one that `leads`.
 
         Args:
-            name: the output's path inside the folder, e.g. "models/mixed" or "results.json"; no step's output
-                may lie inside another's.
+            name: the output's path inside the folder, e.g. "models/mixed" or "results.json"; no step's output may lie
+                inside another's.
             key: JSON-able: the settings that the output depends on, and `inputs(...)` of the steps it reads.
             fn: writes the output.
-            keep_partial: after a kill or an exception, the next attempt *with the same key* finds its partial
-                folder as it was left, and goes on from it (training checkpoints). `fn` removes what must not
-                stay in the output.
+            keep_partial: after a kill or an exception, the next attempt *with the same key* has the partial folder as
+                it was left, and goes on from it (training checkpoints). `fn` removes what must not stay in the output.
         """
         target = self.path(name)
         earlier = self.alone(lambda: self._begin(name, key, keep_partial))
@@ -270,7 +272,7 @@ class Run:
         return target
 
     def _begin(self, name: str, key: Any, keep_partial: bool) -> float | None:
-        """Make ready for the step to be built; the seconds spent on what was kept of it. None: it is complete."""
+        """Prepare for the step to be built; the seconds spent on what was kept of it, or None if it is complete."""
         if self.complete(name, key):
             return None
         for other in self._records():
@@ -290,7 +292,7 @@ class Run:
         return earlier
 
     def _finish(self, name: str, key: Any, seconds: float) -> None:
-        """Put the step's output in its place, and record it."""
+        """Rename the step's output to its final path, and record it."""
         target = self.path(name)
         partial = partial_path(target)
         if not partial.exists():
@@ -342,7 +344,7 @@ class Run:
         return hashes
 
     def drop(self, name: str, folders: Sequence[str], told: str, added: Sequence[str] = ()) -> None:
-        """Remove some folders of a finished step's output, which nothing needs any more.
+        """Remove some folders of a finished step's output, when nothing needs them any more.
 
         The step stays finished, and its hash stays what it was, so no step that reads it is done again. A kill at any
         moment leaves the step finished, and the next call removes the rest.
@@ -354,10 +356,9 @@ class Run:
         """
         record, target = self._read_record(name), self.path(name)
         assert record is not None, f"step {name!r} is not finished"
-        top = lambda path: path.partition("/")[0]
-        files = {path: entry for path, entry in record["files"].items() if top(path) not in folders}
+        files = {path: entry for path, entry in record["files"].items() if _top_folder(path) not in folders}
         for path, file in files_below(target).items():
-            if top(path) in added and path not in files:
+            if _top_folder(path) in added and path not in files:
                 files[path] = file_entry(file)
         if files != record["files"]:
             write_json(self._record(name), record | {"files": files, "dropped": told})
@@ -365,7 +366,7 @@ class Run:
             remove_folder(target / folder)
 
     def forget(self, name: str) -> None:
-        """Make a finished step undone, so that it is made again."""
+        """Forget that a step was finished, so that it is built again."""
         self._record(name).unlink(missing_ok=True)
 
     def dropped(self, name: str) -> str | None:
@@ -378,8 +379,6 @@ class Run:
         records = {name: self._read_record(name) for name in self._records()}
         return {name: record["seconds"] for name, record in records.items() if record}
 
-    # ---- the manifest
-
     def _record(self, name: str) -> Path:
         return self.folder / "manifest" / f"{quote(name, safe='')}.json"
 
@@ -387,10 +386,12 @@ class Run:
         return self.folder / "manifest" / "started" / self._record(name).name
 
     def _records(self) -> list[str]:
-        found = (self.folder / "manifest").glob("[!.]*.json")
-        return sorted(unquote(file.name.removesuffix(".json")) for file in found)
+        """The names of all finished steps."""
+        files = (self.folder / "manifest").glob("[!.]*.json")
+        return sorted(unquote(file.name.removesuffix(".json")) for file in files)
 
     def _read_record(self, name: str) -> dict[str, Any] | None:
+        """The record of a finished step; None if there is none."""
         try:
             record = json.loads(self._record(name).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError, RecursionError):
@@ -432,6 +433,10 @@ class Run:
                 started.unlink()
 
 
+def _top_folder(path: str) -> str:
+    return path.partition("/")[0]
+
+
 def _walk(folder: Path) -> Iterator[str]:
     """The relative POSIX path of every file and folder below `folder`."""
     for base, folders, files in os.walk(folder):
@@ -445,7 +450,7 @@ def _newest(path: Path) -> float:
 
 
 def _state(folder: Path) -> Literal["blank", "run", "foreign"]:
-    """What is at `folder`: nothing (or what a run killed at its very start left), a run, or other things."""
+    """What is at `folder`: nothing (or what a run left that was killed at its very start), a run, or something else."""
     if not folder.exists():
         return "blank"
     if not folder.is_dir():
@@ -458,7 +463,7 @@ def _state(folder: Path) -> Literal["blank", "run", "foreign"]:
 
 
 def _discard(folder: Path) -> None:
-    """Delete a run, its mark last, so that a killed deletion can still be told from anybody else's folder."""
+    """Delete a run. Its mark goes last, so that the rest of a killed deletion is still known as a run."""
     for item in folder.iterdir():
         if item.name != "manifest":
             remove(item)

@@ -1,4 +1,4 @@
-"""Whether a run may go on with a configuration: the same settings, but for those on which no result depends."""
+"""Whether a run may go on with a configuration: its settings must be the same, but for those that change no result."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typing import Any
 import yaml
 
 from crosstrace.core.errors import UserError
-from crosstrace.core.files import (
-    NO_YAML,
-)
+from crosstrace.core.files import NO_YAML
 
-CHANGEABLE = ("trace.keep",)  # settings on which no result depends: a run may go on with others
+CHANGEABLE = ("trace.keep",)  # settings on which no result depends: a run may go on with other values
 
 # Settings that say which analyses are made, each a step of its own: a run may go on with more of them, or fewer.
 EXTENDABLE = ("mechanism.run", "mechanism.parts", "interventions.run")
@@ -44,7 +42,7 @@ def check_config(saved: Path, config_text: str) -> bool:
 
 def _may_change(name: str) -> bool:
     """Whether a run may go on with another value of this setting, or of this item of a list."""
-    return any(name == own or name.startswith(f"{own}.") for own in (*CHANGEABLE, *EXTENDABLE))
+    return any(name == free or name.startswith(f"{free}.") for free in (*CHANGEABLE, *EXTENDABLE))
 
 
 def _settings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

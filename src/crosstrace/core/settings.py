@@ -12,11 +12,11 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def one_of(names: Collection[str]) -> Any:
-    """For `Annotated[str, one_of(names)]`: one of some names, which are asked for when a value is checked."""
+    """For `Annotated[str, one_of(names)]`: one of some names, which are looked up when a value is checked."""
 
     def check(name: str) -> str:
         if name not in names:
-            known = " or ".join(repr(own) for own in names)
+            known = " or ".join(map(repr, names))
             raise PydanticCustomError("unknown_name", "input should be {known}", {"known": known})
         return name
 

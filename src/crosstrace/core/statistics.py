@@ -1,7 +1,7 @@
 """The statistics that the project reports: concentration, similarity, and intervals.
 
-Plain numbers in, plain numbers out; it knows nothing of parameters, traces or tasks. What is undefined
-(the Gini coefficient of nothing, an interval from one part) is NaN, never a guess.
+Plain numbers in, plain numbers out; it knows nothing of parameters, traces or tasks. What is undefined (the Gini
+coefficient of nothing, an interval from one part) is NaN, never a guess.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from crosstrace.core.errors import UserError
 
-_AT_ONCE = 2**18  # numbers whose ranks are held at a time: what is made of them stays in the cache
+_AT_ONCE = 2**18  # numbers whose ranks are computed at a time: they stay in the processor's cache
 _DIGIT = 32  # bits of a rank that are multiplied at a time
 _LOWER = 2**32 - 1  # the lower half of a pair
 
@@ -167,8 +167,8 @@ def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 def spearman(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Spearman's rank correlation of two dicts of tensors, ties at their mean rank; NaN if one is constant or has NaN.
 
-    Takes 8 bytes of memory a number beside the tensors, for the pairs of both, which are sorted in place; where one is
-    float64 no pair fits in 64 bits, and it takes about 66.
+    Beside the tensors it takes 8 bytes of memory a number, for the pairs of both, which are sorted in place. If one is
+    float64, no pair fits in 64 bits, and it takes about 66.
     """
     _same_names(a, b)
     every = [*a.values(), *b.values()]
@@ -208,8 +208,11 @@ def _rank_products(pairs: np.ndarray, shift: int) -> tuple[float, float, float]:
 
 
 def _ranked(pairs: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Of sorted pairs some at a time, and twice the mean rank of each one's upper half, counted from 0: the first and
-    the last place of its ties added up. What was given before may have been written over."""
+    """Sorted pairs some at a time, and twice the mean rank of each one's upper half, counted from 0.
+
+    Twice the mean rank is the first and the last place of its ties added up. The pairs that were given before may have
+    been overwritten.
+    """
     first = end = 0  # of the ties that reach into the next chunk
     for start in range(0, len(pairs), _AT_ONCE):
         chunk = slice(start, start + _AT_ONCE)
@@ -224,7 +227,7 @@ def _ranked(pairs: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
 
 
 def _pairs(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> np.ndarray:
-    """uint64 [n]: what orders as the numbers of `a` in the upper half, what orders as those of `b` in the lower."""
+    """uint64 [n]: ordinals of the numbers of `a` in the upper half, and of those of `b` in the lower half."""
     pairs, start = np.empty(sum(values.numel() for values in a.values()), np.uint64), 0
     for name, values in a.items():
         for x, y in zip(values.flatten().split(_AT_ONCE), b[name].flatten().split(_AT_ONCE), strict=True):
@@ -234,8 +237,10 @@ def _pairs(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> np.ndarray:
 
 
 def _ordinals(x: Tensor) -> np.ndarray:
-    """Whole numbers below 2^32 that order as the numbers of x [n]: the bits of a float, all turned round in negative
-    ones."""
+    """Whole numbers below 2^32 that order as the numbers of x [n].
+
+    They are the bits of a float, with the sign bit set; those of a negative float are all inverted.
+    """
     bits = (_numbers(x) + np.float32(0)).view(np.uint32)  # (-0.0 becomes 0.0)
     return np.where(bits >> 31, ~bits, bits | 2**31).astype(np.uint64)
 
@@ -243,7 +248,7 @@ def _ordinals(x: Tensor) -> np.ndarray:
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
     """Spearman's rank correlation of two lists of numbers, ties at their mean rank; NaN if one is constant."""
     ranks = [rankdata(values) for values in (x, y)]
-    a, b = (own - own.mean() for own in ranks)
+    a, b = (of_list - of_list.mean() for of_list in ranks)
     scale = math.sqrt(float(a @ a) * float(b @ b))
     return float(a @ b) / scale if scale else math.nan
 
@@ -254,6 +259,7 @@ def finite(value: float) -> float | None:
 
 
 def _amounts(x: ArrayLike) -> np.ndarray:
+    """Non-negative numbers as an array. Raises a `UserError` if they are none."""
     x = np.asarray(x, dtype=float)
     if x.ndim != 1 or not len(x) or not np.isfinite(x).all() or (x < 0).any():
         raise UserError(
