@@ -125,7 +125,10 @@ def one(text: str, answer: str, **changes: Any) -> Example:
 
 def said(example: Example) -> list[list[str]]:
     """The words of each mention: subject, relation words, object."""
-    cover = lambda span: example.text[slice(*span)]
+
+    def cover(span):
+        return example.text[slice(*span)]
+
     return [
         [cover(m.subject), *(cover(span) for span in m.relation_words), cover(m.object)] for m in example.mentions
     ]  # fmt: skip

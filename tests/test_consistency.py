@@ -82,8 +82,13 @@ def test_places_are_where_the_words_are(kind):
     for pair in some_pairs(own, 3):
         for item in (pair.stored, pair.recalled):
             at, mention, text = places(item), item.example.mentions[0], item.example.text
-            upto = lambda token, item=item: own.decode(item.ids[: token + 1], skip_special_tokens=True).replace(" ", "")
-            plain = lambda end, text=text: text[:end].replace(" ", "").lower()
+
+            def upto(token, item=item):
+                return own.decode(item.ids[: token + 1], skip_special_tokens=True).replace(" ", "")
+
+            def plain(end, text=text):
+                return text[:end].replace(" ", "").lower()
+
             assert upto(at["subject"]).lower() == plain(mention.subject[1])
             if mention.subject[1] <= mention.relation_words[-1][1]:
                 assert upto(at["relation"]).lower() == plain(mention.relation_words[-1][1])
@@ -209,7 +214,10 @@ def test_representation_consistency_equals_a_loop(kind):
         assert row["top1"] == pytest.approx(np.mean([rank == 1 for rank in ranks]))
         assert row["mrr"] == pytest.approx(np.mean([1 / rank for rank in ranks]))
         h = torch.eye(len(a), dtype=torch.float64) - 1 / len(a)
-        hsic = lambda first, second, h=h: float((h @ first @ h * second).sum())
+
+        def hsic(first, second, h=h):
+            return float((h @ first @ h * second).sum())
+
         one, two = a @ a.t(), b @ b.t()
         assert row["cka"] == pytest.approx(hsic(one, two) / np.sqrt(hsic(one, one) * hsic(two, two)), abs=1e-9)
 
@@ -256,7 +264,10 @@ def test_a_reinitialised_model_is_at_baseline():
 def test_nothing_is_left_behind():
     model = word_model().train()
     try:
-        hooks = lambda: [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+        def hooks():
+            return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
         representation_consistency(model, word_pairs(2), pad_id=0)
         before = hooks()  # transformers leaves hooks of its own for output_hidden_states
         gradient_consistency(model, word_pairs(2), {"all": everything(model)}, pad_id=0)

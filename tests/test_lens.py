@@ -75,7 +75,10 @@ def residuals(model: Any, kind: str, item: Encoded) -> tuple[list[Tensor], Tenso
     """What each layer and the final norm get of a text alone, [T, width], and its logits [T, V]."""
     layers, norm = (model.get_submodule(path) for path in PATHS[kind])
     seen: list[Tensor] = []
-    note = lambda module, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"])[0].detach())
+
+    def note(module, args, kwargs):
+        seen.append((args[0] if args else kwargs["hidden_states"])[0].detach())
+
     handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in [*layers, norm]]
     try:
         with torch.no_grad():
@@ -146,7 +149,10 @@ def test_neither_batches_nor_padding_nor_order_matter():
 
 def test_what_is_read_is_what_was_planted():
     """Layers that add nothing; a subject that holds its object, and a question mark that holds only the relation."""
-    mention = lambda item: item.example.mentions[0]
+
+    def mention(item):
+        return item.example.mentions[0]
+
     chosen: dict[tuple[int, ...], Encoded] = {}  # one question for each last name, object and relation's other
     for item in encode(WORDS, questions(tiny_world(people=60))):
         name, own = int(item.ids[places(item)["subject"]]), int(item.ids[item.mentions[0].object][0])
@@ -251,7 +257,10 @@ def by_hand(kind: str, model: Any, item: Encoded) -> Tensor:
     config: Any = model.config
     heads, seen = config.num_attention_heads, []
     length = len(item.ids)
-    note = lambda module, args, output: seen.append(output[0].detach())
+
+    def note(module, args, output):
+        seen.append(output[0].detach())
+
     normed = kind in ("qwen3", "gemma3")  # queries and keys are, head by head
     names = {"gpt2": ["attn.c_attn"], "phi3": ["self_attn.qkv_proj"], "gpt_neox": ["attention.query_key_value"]}
     pair = ["self_attn.q_norm", "self_attn.k_norm"] if normed else ["self_attn.q_proj", "self_attn.k_proj"]
@@ -365,7 +374,10 @@ def test_a_planted_head_is_seen():
         attention.weight[2, 24 + 12] = 1e3
     rows = attention_patterns(model, items, range(4, 8), pad_id=0)
     found = {(row["head"], row["place"], row["group"]): row for row in rows}
-    answer = lambda head: [found[head, "answer", group]["mass"] for group in GROUPS]
+
+    def answer(head):
+        return [found[head, "answer", group]["mass"] for group in GROUPS]
+
     assert answer("L1.H0") == pytest.approx([0, 1, 0, 0, 0], abs=1e-12)
     assert answer("L1.H2") == pytest.approx([0, 0, 1, 0, 0], abs=1e-12)
     assert found["L1.H0", "answer", "relation"]["mass_low"] == pytest.approx(1, abs=1e-12)

@@ -66,7 +66,10 @@ def score(model: nn.Module, item: Encoded, embeddings: Tensor) -> tuple[Tensor, 
 def biography(kind: str = "word") -> Encoded:
     """A biography of three facts; what is no name, relation or object is a word of the template."""
     text = "Today Ada Mae Brook was born in Lyon. She, then, studied at Ashford College. Her hobby is chess, of all."
-    span = lambda words: (text.index(words), text.index(words) + len(words))
+
+    def span(words):
+        return (text.index(words), text.index(words) + len(words))
+
     mentions = (
         Mention("city", "birth_city", "b", span("Ada Mae Brook"), (span("was born in"),), span("Lyon")),
         Mention("school", "university", "b", span("She"), (span("studied"), span("at")), span("Ashford College")),
@@ -105,7 +108,10 @@ def test_groups_of_a_question():
 @pytest.mark.parametrize("kind", ["word", "space", "spaceless", "bos"])
 def test_each_group_spells_its_own_mentions(kind):
     own, spelled = tokenizer(kind), 0
-    squeeze = lambda words: "".join("".join(words).split()).lower()
+
+    def squeeze(words):
+        return "".join("".join(words).split()).lower()
+
     for whole in encode(own, biographies(tiny_world(people=8)))[:2]:
         text, mentions = whole.example.text, whole.example.mentions
         for number, asked in enumerate(mentions):

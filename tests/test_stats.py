@@ -154,7 +154,10 @@ def test_spearman_is_the_correlation_of_ranks(kind, dtypes, at_once, digit, monk
     monkeypatch.setattr(statistics, "_AT_ONCE", at_once)
     monkeypatch.setattr(statistics, "_DIGIT", digit)
     rng = np.random.default_rng(0)
-    draw = lambda dtype: torch.from_numpy(KINDS_OF_NUMBERS[kind](rng)).to(getattr(torch, dtype))
+
+    def draw(dtype):
+        return torch.from_numpy(KINDS_OF_NUMBERS[kind](rng)).to(getattr(torch, dtype))
+
     a, b = map(draw, dtypes)
     ranks = [rankdata(x.double().numpy()) for x in (a, b)]
     expected = np.corrcoef(*ranks)[0, 1]

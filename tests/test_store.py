@@ -300,7 +300,9 @@ def test_processes_side_by_side(tmp_path: Path) -> None:
         told.append(fn())
         return told[-1]
 
-    gathered = lambda value: [value, sees[1]]
+    def gathered(value):
+        return [value, sees[1]]
+
     leader = SimpleNamespace(rank=0, size=2, by_first=first, gathered=gathered)
     follower = SimpleNamespace(rank=1, size=2, by_first=lambda fn: told.pop(0), gathered=gathered)
     folder = tmp_path / "run"

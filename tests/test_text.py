@@ -57,7 +57,10 @@ def test_every_span_covers_its_words(options: FactSettings):
     people = {person.id: person for person in world.people}
     seen = 0
     for example in biographies(world) + questions(world):
-        cover = lambda span, text=example.text: text[slice(*span)]
+
+        def cover(span, text=example.text):
+            return text[slice(*span)]
+
         person = people[example.person]
         assert example.repeats == person.repeats
         assert example.split == ("id" if person.in_distribution else "ood")

@@ -122,7 +122,10 @@ def test_padding_by_hand(side: str):
     end, pad = words.eos_token_id, words.pad_token_id
     short, long = [where, city, end], [where, where, where, city, end]
     batch = collate(encoded, "object", pad_id=pad, side=side)
-    place = lambda row, fill: [fill] * 2 + row if side == "left" else row + [fill] * 2
+
+    def place(row, fill):
+        return [fill] * 2 + row if side == "left" else row + [fill] * 2
+
     assert batch["input_ids"].tolist() == [place(short, pad), long]
     assert batch["attention_mask"].tolist() == [place([1, 1, 1], 0), [1] * 5]
     assert batch["labels"].tolist() == [place([IGNORE, city, IGNORE], IGNORE), [IGNORE] * 3 + [city, IGNORE]]
@@ -136,9 +139,10 @@ def test_padding_by_hand(side: str):
 
 def test_batches_hold_every_example_once_in_order_or_by_length():
     words, encoded = _encoded(5, 2, 4, 3, 2)
-    lengths = lambda **options: [
-        batch["attention_mask"].sum(1).tolist() for batch in batches(encoded, 2, pad_id=0, **options)
-    ]
+
+    def lengths(**options):
+        return [batch["attention_mask"].sum(1).tolist() for batch in batches(encoded, 2, pad_id=0, **options)]
+
     assert lengths() == [[6, 3], [5, 4], [3]]
     assert lengths(by_length=True) == [[3, 3], [4, 5], [6]]
     assert words.pad_token_id == 0

@@ -271,7 +271,10 @@ def test_what_is_judged_is_what_differs(kind):
     own, world = tokenizer(kind), tiny_world()
     values = {fact.id: fact for person in world.people for fact in person.facts}
     names = {person.id: person.name for person in world.people}
-    plain = lambda ids: own.decode(ids).replace(" ", "")
+
+    def plain(ids):
+        return own.decode(ids).replace(" ", "")
+
     asked, _ = formats(world, own, "qa_ood", number=12)
     for name, items in asked.items():
         for item in items:
