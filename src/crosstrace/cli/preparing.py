@@ -333,7 +333,7 @@ def import_own(
             f"{len(paths)} names were given" + (f": {', '.join(map(str, paths))}" if paths else "")
         )
     *files, folder = paths
-    importing.make(
+    importing.import_to(
         folder, files, rows=texts, split=split or ("given" if texts else "subject"), wording=wording, model=model,
         columns=named, unknown=unknown, overwrite=overwrite, tell=print,
     )  # fmt: skip

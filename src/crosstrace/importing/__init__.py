@@ -1,1 +1,1 @@
-"""Facts and texts of one's own, from tables and JSON, checked row by row, into a folder that a run can be taught."""
+"""Facts and texts of a user, from tables and JSON, checked row by row, to a folder that a run can teach."""

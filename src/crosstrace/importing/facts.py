@@ -12,30 +12,26 @@ from typing import Any
 
 from crosstrace.core.errors import UserError
 from crosstrace.data.text import NO_QUESTIONS
-from crosstrace.importing.kept import (
+from crosstrace.importing.imported import (
     COLUMNS,
     INVISIBLE,
     LONG,
     SPLITS,
     Imported,
-    Said,
+    Patterns,
     Source,
     dropped_text,
-    short,
+    row_text,
     tidy,
 )
 from crosstrace.importing.tables import EXPECTED, data_set_of, read_lines, read_object, read_table
-from crosstrace.importing.wordings import checked_pattern, wordings
+from crosstrace.importing.wordings import checked_pattern, read_wordings
 
 STATEMENT, QUESTION = "[The {relation} of] {subject} [is] {object}.", "[What is the {relation} of] {subject}[?]"
 OFTEN = 3  # facts with one object: fewer say nothing of how well a guess does
-
-OF_RELATION = ("name", "prompt_templates", "prompt_templates_zs", "samples", "properties")  # of the relations format
+OF_RELATION = ("name", "prompt_templates", "prompt_templates_zs", "samples", "properties")  # keys of a relation's file
 
 _WORD = re.compile(r"\w")
-
-
-# ------------------------------------------------------------------------------- facts
 
 
 def import_facts(
@@ -44,42 +40,36 @@ def import_facts(
     """Read facts and check them.
 
     Args:
-        files: CSV, TSV, JSONL or Parquet with columns subject, relation and object (without a relation, the file's name
-            is it), and, if wanted, pronoun, split (id or ood), statement and question (patterns of that relation with
-            {subject} and {object}; [brackets] mark the words of the relation), and type (of the subject, {type} in
-            patterns); or JSON of one relation with its prompt templates: {name, prompt_templates, prompt_templates_zs,
-            samples [{subject, object}]}.
+        files: tables, or JSON of one relation. A table is CSV, TSV, JSONL or Parquet with columns subject, relation and
+            object; without a column relation, the relation is the file's name. Further columns are optional: pronoun;
+            type (of the subject, {type} in patterns); split (id or ood); statement and question, patterns of that
+            relation with {subject} and {object}, where [brackets] mark the words of the relation. JSON has a relation
+            with its prompt templates: {name, prompt_templates, prompt_templates_zs, samples [{subject, object}]}.
         wording: YAML of relation -> {statements: [...], questions: [...]}, which goes before what the files say.
-        columns: names of the files' own columns: {"subject": "person", ...}.
+        columns: the names that the files have for the columns: {"subject": "person", ...}.
 
     Raises:
         UserError: a file cannot be read, is malformed, or nothing of it can be kept.
     """
-    found = Imported()
-    given = wordings(wording) if wording else {}
-    said: Said = {}
+    imported = Imported()
+    given = read_wordings(wording) if wording else {}
+    patterns: Patterns = {}
     people: dict[str, dict[str, Any]] = {}
     objects: dict[tuple[str, str], str] = {}
     unused: dict[str, None] = {}
     retyped: dict[str, None] = {}
     for path in files:
-        found.read.setdefault(str(path), 0)
-        for row in _rows(path, said, columns or {}, unused):
-            found.read[str(path)] += 1
+        imported.read.setdefault(str(path), 0)
+        for row in _rows(path, patterns, columns or {}, unused):
+            imported.read[str(path)] += 1
             fact = {name: row.values.get(name) for name in COLUMNS}
-            reason = _unfit(fact)
-            if reason is None:
-                subject, relation, object = (tidy(fact[name]) for name in COLUMNS[:3])
-                before = objects.get((subject, relation))
-                if before is not None:
-                    reason = "duplicate" if before == object else "contradiction"
-                elif any(within(object.casefold(), tidy(fact[name] or "").casefold()) for name in ("subject", "type")):
-                    reason = "answer in the prompt"
+            reason = _reason_to_drop(fact, objects)
             if reason is not None:
-                found.dropped.append((row.file, row.number, reason, short(row.values)))
+                imported.dropped.append((row.file, row.number, reason, row_text(row.values)))
                 continue
+            subject, relation, object = (tidy(fact[name]) for name in COLUMNS[:3])
             objects[subject, relation] = object
-            found.rows[subject, relation] = (row.file, row.number)
+            imported.rows[subject, relation] = (row.file, row.number)
             person = people.setdefault(subject, {"name": subject, "type": None, "pronoun": None, "facts": []})
             person["pronoun"] = person["pronoun"] or tidy(fact["pronoun"] or "") or None
             kind = tidy(fact["type"] or "") or None
@@ -91,38 +81,58 @@ def import_facts(
             for part, name in (("statements", "statement"), ("questions", "question")):
                 if fact[name]:
                     where = f"{row.file} row {row.number}: {name}"
-                    _known(said, relation)[part][checked_pattern(fact[name], name, where)] = None
-    found.subjects = list(people.values())
-    if not found.kept:
-        total = found.counts()
+                    _patterns_of(patterns, relation)[part][checked_pattern(fact[name], name, where)] = None
+    imported.subjects = list(people.values())
+    if not imported.kept:
+        total = imported.counts()
         raise UserError(
             f"no fact could be kept of {total['read']} rows in {', '.join(map(str, files))}"
             + (f": {dropped_text(total['dropped'])}" if total["dropped"] else "")
         )
-    _word(found, given, said)
+    _word_relations(imported, given, patterns)
     if unused:
-        found.notes.append(told_unused(unused, COLUMNS))
+        imported.notes.append(unused_text(unused, COLUMNS))
     if retyped:
-        found.notes.append(f"{len(retyped)} subjects have several types, e.g. {next(iter(retyped))!r}; the first stays")
-    _note(found)
-    return found
+        imported.notes.append(
+            f"{len(retyped)} subjects have several types, e.g. {next(iter(retyped))!r}; the first stays"
+        )
+    _note_difficulty(imported)
+    return imported
 
 
-def _known(said: Said, relation: str) -> dict[str, dict[str, None]]:
-    """The wordings of a relation that files have brought so far."""
-    return said.setdefault(relation, {"statements": {}, "questions": {}})
+def _patterns_of(patterns: Patterns, relation: str) -> dict[str, dict[str, None]]:
+    """The patterns that the files have for a relation so far, to be added to."""
+    return patterns.setdefault(relation, {"statements": {}, "questions": {}})
 
 
-def told_unused(unused: Iterable[str], known: Sequence[str]) -> str:
-    """The columns that nothing was made of, each with the one that may be meant."""
+def unused_text(unused: Iterable[str], known: Sequence[str]) -> str:
+    """The columns that are not used, each with the known one that may be meant."""
     close = {name: difflib.get_close_matches(name, known, 1, 0.75) for name in unused}
     return "columns that nothing was made of: " + ", ".join(
         (name or "one without a name") + (f" (is {meant[0]} meant?)" if meant else "") for name, meant in close.items()
     )
 
 
+def _reason_to_drop(fact: Mapping[str, Any], objects: Mapping[tuple[str, str], str]) -> str | None:
+    """Why a row can't be kept; None if it can.
+
+    Args:
+        objects: the earlier rows: subject and relation -> object.
+    """
+    reason = _unfit(fact)
+    if reason is not None:
+        return reason
+    subject, relation, object = (tidy(fact[name]) for name in COLUMNS[:3])
+    before = objects.get((subject, relation))
+    if before is not None:
+        return "duplicate" if before == object else "contradiction"
+    if any(is_within(object.casefold(), tidy(fact[name] or "").casefold()) for name in ("subject", "type")):
+        return "answer in the prompt"
+    return None
+
+
 def _unfit(fact: Mapping[str, Any]) -> str | None:
-    """Why a row can't be kept, by itself."""
+    """Why a row can't be kept, whatever the other rows are; None if it can."""
     for name in COLUMNS:
         value = fact[name]
         if value is None and name not in COLUMNS[:3]:
@@ -146,9 +156,12 @@ def _unfit(fact: Mapping[str, Any]) -> str | None:
     return None
 
 
-def within(object: str, text: str) -> bool:
-    """Whether the object stands in a text as words of its own; at an end whose letter belongs to a script that puts no
-    blanks between words, as a part of one."""
+def is_within(object: str, text: str) -> bool:
+    """Whether a text has the object as whole words.
+
+    Some scripts put no blanks between words. If the object's first or last letter is of such a script, it need not be
+    at the border of a word there.
+    """
     start = text.find(object)
     while start >= 0:
         end = start + len(object)
@@ -164,9 +177,9 @@ def is_wide(letter: str) -> bool:
     return unicodedata.east_asian_width(letter) in "WF" and letter.isalpha()
 
 
-def _word(found: Imported, given: Mapping[str, Mapping[str, list[str]]], said: Said) -> None:
-    """Give every relation its wordings: of the wording file, else of the facts' files, else the plain ones."""
-    facts = found.by_relation()
+def _word_relations(imported: Imported, given: Mapping[str, Mapping[str, list[str]]], patterns: Patterns) -> None:
+    """Give every relation its wordings: those of the wording file, else those of the facts' files, else plain ones."""
+    facts = imported.by_relation()
     unknown = [name for name in given if name not in facts]
     if unknown:
         raise UserError(
@@ -174,32 +187,33 @@ def _word(found: Imported, given: Mapping[str, Mapping[str, list[str]]], said: S
         )
     plain = []
     for name, rows in facts.items():
-        words = {"relation": _braces(name.replace("_", " "))}
-        own = {}
+        words = _without_braces(name.replace("_", " "))
+        wordings = {}
         for part, pattern in (("statements", STATEMENT), ("questions", QUESTION)):
-            unasked = given.get(name, {}).get(part) == []
-            own[part] = list(given.get(name, {}).get(part) or (not unasked and said.get(name, {}).get(part)) or ())
-            if not own[part] and not unasked:
-                own[part] = [pattern.replace("{relation}", words["relation"])]
+            by_file = given.get(name, {}).get(part)
+            is_left_out = by_file == []  # the wording file says that nothing is asked
+            wordings[part] = list(by_file or (not is_left_out and patterns.get(name, {}).get(part)) or ())
+            if not wordings[part] and not is_left_out:
+                wordings[part] = [pattern.replace("{relation}", words)]
                 plain.append(f"{name} ({part})")
-        found.relations[name] = own | {"objects": [*dict.fromkeys(object for _, object in rows)]}
+        imported.relations[name] = wordings | {"objects": [*dict.fromkeys(object for _, object in rows)]}
     if plain:
-        found.notes.append(
+        imported.notes.append(
             f"plain wordings were made for {', '.join(plain)}: give better ones with --wording, or in columns "
             "statement and question"
         )
-    unasked = [name for name, row in found.relations.items() if not row["questions"]]
-    if len(unasked) == len(found.relations):
-        found.notes.append(NO_QUESTIONS)
+    unasked = [name for name, row in imported.relations.items() if not row["questions"]]
+    if len(unasked) == len(imported.relations):
+        imported.notes.append(NO_QUESTIONS)
     elif unasked:
-        found.notes.append(f"nothing is asked about {', '.join(unasked)}: these facts are stored only")
-    for name, row in found.relations.items():
+        imported.notes.append(f"nothing is asked about {', '.join(unasked)}: these facts are stored only")
+    for name, row in imported.relations.items():
         _check_types(name, facts[name], [*row["statements"], *row["questions"]])
-        _note_told(found, name, facts[name], row["questions"])
+        _note_given_away(imported, name, facts[name], row["questions"])
 
 
 def _check_types(relation: str, facts: Sequence[tuple[dict[str, Any], str]], patterns: Sequence[str]) -> None:
-    """Raise a `UserError` if a relation's wordings speak of the type of a subject that has none."""
+    """Raise a `UserError` if a relation's wordings name the type of a subject that has none."""
     pattern = next((pattern for pattern in patterns if "{type}" in pattern), None)
     if pattern is None:
         return
@@ -211,87 +225,94 @@ def _check_types(relation: str, facts: Sequence[tuple[dict[str, Any], str]], pat
         )
 
 
-def _note_told(
-    found: Imported, relation: str, facts: Sequence[tuple[dict[str, Any], str]], questions: Sequence[str]
+def _note_given_away(
+    imported: Imported, relation: str, facts: Sequence[tuple[dict[str, Any], str]], questions: Sequence[str]
 ) -> None:
-    """Note how many objects stand in the words that a question has for every subject: these single nobody's answer out,
-    and a short word is soon met by chance, so they are kept."""
+    """Note how many objects are in the fixed words of a question.
+
+    Such facts are kept: the words are the same for every subject, so they single out nobody's answer, and a short word
+    is easily met by chance.
+    """
     fixed = [re.sub(r"[][]", "", re.sub(r"\{\w+\}", "\n", question)) for question in questions]
-    standing = _standing({object for _, object in facts}, fixed)
-    told = [object for _, object in facts if object in standing]
-    if told:
-        found.notes.append(
-            f"the objects of {len(told)} facts of {relation}, e.g. {told[0]!r}, stand in the words of a question, the "
-            "same for every subject; they are kept, so word it without them"
+    contained = _contained({object for _, object in facts}, fixed)
+    given_away = [object for _, object in facts if object in contained]
+    if given_away:
+        imported.notes.append(
+            f"the objects of {len(given_away)} facts of {relation}, e.g. {given_away[0]!r}, stand in the words of a "
+            "question, the same for every subject; they are kept, so word it without them"
         )
 
 
-def _standing(objects: Collection[str], texts: Iterable[str]) -> set[str]:
-    """The objects that stand in one of the texts as `within` sees it. Each text is gone through once, however many
-    objects there are: where a word may begin, every length that an object has is looked up."""
+def _contained(objects: Collection[str], texts: Iterable[str]) -> set[str]:
+    """The objects that are in one of the texts, as `is_within` says.
+
+    Each text is gone through once, however many objects there are: every length that an object has is looked up
+    wherever a word may begin.
+    """
     lengths = sorted({len(object) for object in objects})
-    standing = set()
+    contained = set()
     for text in dict.fromkeys(texts):
-        # a word begins and ends beside what is no letter of a word; one in a script without blanks, anywhere
-        wide = {place for place, letter in enumerate(text) if is_wide(letter)}
-        begins = wide | {place.start() for place in re.finditer(r"(?<!\w)", text)}
-        ends = {place + 1 for place in wide} | {place.start() for place in re.finditer(r"(?!\w)", text)}
+        # A word begins and ends beside a character that is no letter of a word. In a script without blanks it may begin
+        # and end anywhere.
+        wide = {position for position, letter in enumerate(text) if is_wide(letter)}
+        begins = wide | {match.start() for match in re.finditer(r"(?<!\w)", text)}
+        ends = {position + 1 for position in wide} | {match.start() for match in re.finditer(r"(?!\w)", text)}
         for begin in begins:
             for length in lengths:
                 if begin + length > len(text):
                     break
                 if begin + length in ends and text[begin : begin + length] in objects:
-                    standing.add(text[begin : begin + length])
-    return standing
+                    contained.add(text[begin : begin + length])
+    return contained
 
 
-def _braces(text: str) -> str:
+def _without_braces(text: str) -> str:
     return re.sub(r"[][{}]", " ", text)
 
 
-def _note(found: Imported) -> None:
-    """What makes recall easier or harder than it looks."""
-    for name, facts in found.by_relation().items():
+def _note_difficulty(imported: Imported) -> None:
+    """Note what makes recall easier or harder than it looks."""
+    for name, facts in imported.by_relation().items():
         objects = Counter(object for _, object in facts)
         top, count = objects.most_common(1)[0]
         if len(objects) == 1:
-            found.notes.append(f"every object of {name} is {top!r}, so recall of it shows nothing")
+            imported.notes.append(f"every object of {name} is {top!r}, so recall of it shows nothing")
         elif count / len(facts) > 0.2 and count >= OFTEN:
-            found.notes.append(
+            imported.notes.append(
                 f"{top!r} is the object of {count} of {len(facts)} facts of {name}: guessing it is right so often"
             )
-    names = [s["name"] for s in found.subjects]
-    in_another_order = [group for group in _alike(names, _parts) if len({*map(_folded, group)}) > 1]
+    names = [subject["name"] for subject in imported.subjects]
+    reordered = [group for group in _groups_by(_name_parts, names) if len({*map(_fold, group)}) > 1]
     for groups, how in (
-        (_alike(names, _folded), "differ in case or accents only"),
-        (in_another_order, "share all names, in another order"),
+        (_groups_by(_fold, names), "differ in case or accents only"),
+        (reordered, "share all names, in another order"),
     ):
         if groups:
-            told = " and ".join(map(repr, groups[0]))
-            found.notes.append(f"{len(groups)} groups of subjects {how}, e.g. {told}")
+            first_group = " and ".join(map(repr, groups[0]))
+            imported.notes.append(f"{len(groups)} groups of subjects {how}, e.g. {first_group}")
     first = Counter(name.split()[0] for name in names)
     alone = sum(first[name.split()[0]] == 1 for name in names)
     if alone > len(names) / 2:
-        found.notes.append(
+        imported.notes.append(
             f"{alone} of {len(names)} subjects can be told by their first word alone, which makes recall easier"
         )
-    objects = {object for row in found.relations.values() for object in row["objects"]}
-    note_scripts(found, {"subjects": names, "objects": objects, "relations": [*found.relations]})
-    splits = Counter(f["split"] for s in found.subjects for f in s["facts"])
+    objects = {object for row in imported.relations.values() for object in row["objects"]}
+    note_scripts(imported, {"subjects": names, "objects": objects, "relations": [*imported.relations]})
+    splits = Counter(fact["split"] for subject in imported.subjects for fact in subject["facts"])
     if splits[None] and len(splits) > 1:
-        found.notes.append(f"{splits[None]} facts have no split, so facts.split: given can't be used")
+        imported.notes.append(f"{splits[None]} facts have no split, so facts.split: given can't be used")
 
 
-def note_scripts(found: Imported, kinds: Mapping[str, Collection[str]]) -> None:
-    """Count, of each kind of texts, those in which a tokenizer or a terminal may meet what it does not expect."""
+def note_scripts(imported: Imported, kinds: Mapping[str, Collection[str]]) -> None:
+    """Note how many texts of each kind have letters that a tokenizer or a terminal may not expect."""
     for what, is_such in (
         ("letters beyond ASCII", _is_beyond_ascii),
         ("words written from right to left", _is_right_to_left),
     ):
         counts = {kind: sum(map(is_such, each)) for kind, each in kinds.items()}
         if any(counts.values()):
-            told = ", ".join(f"{n} of {len(kinds[kind])} {kind}" for kind, n in counts.items() if n)
-            found.notes.append(f"{what}: {told}")
+            numbers = ", ".join(f"{n} of {len(kinds[kind])} {kind}" for kind, n in counts.items() if n)
+            imported.notes.append(f"{what}: {numbers}")
 
 
 def _is_beyond_ascii(text: str) -> bool:
@@ -302,51 +323,49 @@ def _is_right_to_left(text: str) -> bool:
     return any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in text)
 
 
-def _alike(names: Iterable[str], key: Callable[[str], Any]) -> list[list[str]]:
-    """The groups of names, of two or more, that have the same key."""
+def _groups_by(key: Callable[[str], Any], names: Iterable[str]) -> list[list[str]]:
+    """The groups of two or more names that have the same key."""
     groups: dict[Any, list[str]] = {}
     for name in names:
         groups.setdefault(key(name), []).append(name)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _parts(name: str) -> frozenset[str]:
-    """The parts of a name in no order, as in "Ada Brook" and "Brook, Ada"."""
-    return frozenset(_folded(name).replace(",", " ").split())
+def _name_parts(name: str) -> frozenset[str]:
+    """The parts of a name in any order: the same for "Ada Brook" and "Brook, Ada"."""
+    return frozenset(_fold(name).replace(",", " ").split())
 
 
-def _folded(name: str) -> str:
+def _fold(name: str) -> str:
+    """A name without case and accents."""
     plain = unicodedata.normalize("NFKD", name.casefold())
     return "".join(letter for letter in plain if not unicodedata.combining(letter))
 
 
-# ------------------------------------------------------------------------------- files
-
-
-def _rows(path: Path, said: Said, columns: Mapping[str, str], unused: dict[str, None]) -> Iterator[Source]:
-    """The rows of a file of any kind; wordings that it brings go to `said`, columns of no use to `unused`."""
+def _rows(path: Path, patterns: Patterns, columns: Mapping[str, str], unused: dict[str, None]) -> Iterator[Source]:
+    """The rows of a file of any kind. Its patterns are added to `patterns`, and its unused columns to `unused`."""
     if path.suffix.lower() == ".json":
-        yield from _relation_file(path, said, unused)
+        yield from _relation_file(path, patterns, unused)
         return
-    own = {name: columns.get(name, name) for name in COLUMNS}
-    named = data_set_of(path)
-    fixed = tidy(named[0].name if named else path.stem)
+    names = {name: columns.get(name, name) for name in COLUMNS}
+    data_set = data_set_of(path)
+    relation = tidy(data_set[0].name if data_set else path.stem)
     for number, values in read_table(path):
-        row = {name: values.get(column) for name, column in own.items()}
+        row = {name: values.get(column) for name, column in names.items()}
         for name in ("subject", "object"):
-            if own[name] not in values:
+            if names[name] not in values:
                 raise UserError(
-                    f"{path} row {number} has no {own[name]!r}; it has {', '.join(map(str, values)) or 'nothing'}. "
+                    f"{path} row {number} has no {names[name]!r}; it has {', '.join(map(str, values)) or 'nothing'}. "
                     f"Expected columns subject, relation and object, or name yours, e.g. --subject NAME"
                 )
-        if own["relation"] not in values:
-            row["relation"] = fixed
-        unused |= dict.fromkeys(str(name) for name in values if name not in own.values())
+        if names["relation"] not in values:
+            row["relation"] = relation
+        unused |= dict.fromkeys(str(name) for name in values if name not in names.values())
         yield Source(str(path), number, row)
 
 
-def _relation_file(path: Path, said: Said, unused: dict[str, None]) -> Iterator[Source]:
-    """A relation with its prompt templates, in which {} stands for the subject and the object follows at the end."""
+def _relation_file(path: Path, patterns: Patterns, unused: dict[str, None]) -> Iterator[Source]:
+    """The rows of a relation with prompt templates, where {} is the subject and the object follows the template."""
     if not path.is_file():
         raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; expected {EXPECTED}")
     values = read_object("".join(read_lines(path)), str(path))
@@ -358,7 +377,7 @@ def _relation_file(path: Path, said: Said, unused: dict[str, None]) -> Iterator[
         )
     unused |= dict.fromkeys(key for key in values if key not in OF_RELATION)
     relation = tidy(name)
-    known = _known(said, relation)
+    of_relation = _patterns_of(patterns, relation)
     for key in ("prompt_templates", "prompt_templates_zs"):
         templates = values.get(key) or []
         if not isinstance(templates, list):
@@ -366,10 +385,11 @@ def _relation_file(path: Path, said: Said, unused: dict[str, None]) -> Iterator[
         for template in templates:
             if not isinstance(template, str) or template.count("{}") != 1:
                 raise UserError(f"{path}: {key} holds {template!r}; expected a text with one {{}} for the subject")
-            own = template.replace("{}", "{subject}")
+            pattern = template.replace("{}", "{subject}")
             part = "questions" if "?" in template else "statements"
-            pattern = own if part == "questions" else f"{own} {{object}}."
-            known[part][checked_pattern(pattern, part[:-1], f"{path}: {key}")] = None
+            if part == "statements":
+                pattern += " {object}."
+            of_relation[part][checked_pattern(pattern, part[:-1], f"{path}: {key}")] = None
     for number, sample in enumerate(samples, 1):
         if not isinstance(sample, dict):
             raise UserError(f"{path}: sample {number} is {sample!r}; expected {{subject, object}}")

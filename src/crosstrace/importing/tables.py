@@ -1,9 +1,9 @@
 """Rows of CSV, TSV, JSONL and Parquet files and of Hugging Face data sets, with every value as text.
 
-A value is the text that the file holds, letter by letter, wherever the file is text: 007, 1.10, 1e3, NA and None stay
-as they are written. A typed value of a Parquet file or a saved data set becomes what a person would write: 1998 for
-1998.0, 1.1 for a float32, 1998-01-02 for a date. What is no text (a list, a truth value, bytes that are no UTF-8, an
-infinite number) is passed on as it is, for the reader to refuse, and a missing value is None.
+In a file of text, a value is the text itself, letter by letter: 007, 1.10, 1e3, NA and None stay as they are written. A
+typed value of a Parquet file or a saved data set becomes what a person would write: 1998 for 1998.0, 1.1 for a float32,
+1998-01-02 for a date. A missing value is None. A value that is no text (a list, a truth value, bytes that are no UTF-8,
+an infinite number) is passed on as it is, for the caller to refuse.
 
 It knows nothing of facts, and no value passes through a Python float or a reader that guesses types.
 """
@@ -33,14 +33,16 @@ KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 EXPECTED = f"a file of facts ({', '.join(KINDS)}), or a data set: a folder or OWNER/NAME of the hub"
 LONGEST = 1_000_000  # characters of a field: more is a broken file
 LONGEST_LINE = 4 * LONGEST
-# how a text file begins that is marked as Unicode; the mark of UTF-16 begins one of UTF-32, so it comes last
+# The byte-order marks with which a text file may begin. That of UTF-32 begins with that of UTF-16, so it goes first.
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
-)  # fmt: skip
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars (|)"}
-# settings of a data set's files that change nothing for a reader of text
+# settings of a data set's files that make no difference if the files are read as text
 PLAIN_OPTIONS = {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter"}
 
 
@@ -66,17 +68,14 @@ def read_table(path: Path) -> Iterator[tuple[int, Row]]:
         raise UserError(f"{path} is of no kind that can be read; expected {EXPECTED}")
 
 
-# ------------------------------------------------------------------------------- text
-
-
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file with their ends, none of them endless.
+    """The lines of a text file, with their line ends.
 
-    It is read as UTF-8, or as what its byte-order mark says. A file without any line feed has carriage returns as its
-    line ends, as old spreadsheets write them.
+    It is read as UTF-8, or as its byte-order mark says. In a file without any line feed, carriage returns end the
+    lines, as old spreadsheets write them.
 
     Raises:
-        UserError: it is no such text, or a line never ends.
+        UserError: it is no such text, or a line is too long.
     """
     with path.open("rb") as file:
         start = file.read(LONGEST_LINE)
@@ -85,7 +84,7 @@ def read_lines(path: Path) -> Iterator[str]:
     letters = start.decode(encoding, "replace")
     newline = "\r" if "\r" in letters and "\n" not in letters else "\n"
     number = 0
-    # a byte that is no UTF-8 becomes half a surrogate pair, which tells the line it stands in
+    # A byte that is no UTF-8 becomes half a surrogate pair, so the line that has it is known.
     with path.open(encoding=encoding, errors="surrogateescape" if is_utf8 else "strict", newline=newline) as file:
         try:
             while line := file.readline(LONGEST_LINE + 1):
@@ -95,7 +94,7 @@ def read_lines(path: Path) -> Iterator[str]:
                         f"{path} line {number} has more than {LONGEST} characters; are its line ends missing?"
                     )
                 if "\0" in line:
-                    raise UserError(_told_zero(path, number, start))
+                    raise UserError(_zero_byte_text(path, number, start))
                 if is_utf8:
                     line.encode("utf-8", "surrogateescape").decode("utf-8")
                 yield line
@@ -111,8 +110,8 @@ def read_lines(path: Path) -> Iterator[str]:
             ) from None
 
 
-def _told_zero(path: Path, number: int, start: bytes) -> str:
-    """What a zero byte in a line means: of Latin letters in UTF-16 every second byte is zero."""
+def _zero_byte_text(path: Path, number: int, start: bytes) -> str:
+    """What a zero byte in a line means. In UTF-16 every second byte of Latin letters is zero."""
     if start.count(0) > len(start) / 4:
         encoding = "utf-16be" if start[0] == 0 else "utf-16le"
         return (
@@ -126,15 +125,15 @@ def _csv(path: Path, separator: str) -> Iterator[tuple[int, Row]]:
     limit = csv.field_size_limit(LONGEST)
     try:
         # A blank before an opening quote is skipped. Any other blank at the beginning of a field is part of its text,
-        # so while `csv` looks at it, it is a zero byte, which no line holds.
+        # so it is hidden from `csv` as a zero byte, which no line holds.
         blanks = re.compile(rf'(?:^|(?<={re.escape(separator)})) +(?! *")')
-        lines = (blanks.sub(_hidden, line) for line in read_lines(path))
+        lines = (blanks.sub(_hide, line) for line in read_lines(path))
         reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
         names: list[str] | None = None
-        for hidden in reader:
-            if not hidden:
+        for fields_of_line in reader:
+            if not fields_of_line:
                 continue
-            values = [value.replace("\0", " ") for value in hidden]
+            values = [value.replace("\0", " ") for value in fields_of_line]
             if names is None:
                 names = [value.strip() for value in values]
                 _check_names(path, names, separator)
@@ -157,13 +156,13 @@ def _csv(path: Path, separator: str) -> Iterator[tuple[int, Row]]:
         csv.field_size_limit(limit)
 
 
-def _hidden(blanks: re.Match[str]) -> str:
+def _hide(blanks: re.Match[str]) -> str:
+    """As many zero bytes as there are blanks."""
     return "\0" * len(blanks[0])
 
 
 def _check_names(path: Path, names: Sequence[str], separator: str) -> None:
-    """Raise a `UserError` unless the first line names every column, each differently, and is split at the right
-    separator."""
+    """Raise a `UserError` unless the first line is split at the right separator and names each column differently."""
     others = [other for other in SEPARATORS if other != separator and other in names[0]]
     if len(names) == 1 and others:
         other = max(others, key=names[0].count)
@@ -189,9 +188,6 @@ def _check_once(path: Path, names: Sequence[str], where: str) -> None:
         raise UserError(f"{path} has a column twice {where}: {', '.join(twice)}; expected each name once")
 
 
-# ------------------------------------------------------------------------------- JSON
-
-
 def _jsonl(path: Path) -> Iterator[tuple[int, Row]]:
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
@@ -199,7 +195,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def read_object(text: str, where: str) -> Row:
-    """A JSON object, whose numbers are the texts that stand in it; NaN is None.
+    """A JSON object. Its numbers stay texts, as they are written; NaN is None.
 
     Raises:
         UserError: it is no JSON object, or names something twice.
@@ -211,7 +207,9 @@ def read_object(text: str, where: str) -> Row:
 
 
 def _json(text: str, where: str) -> Any:
-    def named_once(pairs: list[tuple[str, Any]]) -> Row:
+    """Any JSON value, as `read_object`."""
+
+    def object_of(pairs: list[tuple[str, Any]]) -> Row:
         values = dict(pairs)
         if len(values) < len(pairs):
             name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
@@ -219,7 +217,7 @@ def _json(text: str, where: str) -> Any:
         return values
 
     try:
-        return json.loads(text, parse_int=str, parse_float=str, parse_constant=_constant, object_pairs_hook=named_once)
+        return json.loads(text, parse_int=str, parse_float=str, parse_constant=_constant, object_pairs_hook=object_of)
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
@@ -227,7 +225,7 @@ def _json(text: str, where: str) -> Any:
 
 
 def _constant(name: str) -> float | None:
-    """NaN, which tables of numbers have where there is nothing; Infinity is no text."""
+    """The value of NaN, Infinity or -Infinity. NaN is a missing value in tables of numbers; the others are no text."""
     return None if name == "NaN" else float(name)
 
 
@@ -257,9 +255,6 @@ def _is_json(text: str) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------- Arrow
-
-
 def _parquet(path: Path, classes: Mapping[str, Sequence[str]] | None = None) -> Iterator[tuple[int, Row]]:
     import pyarrow
     import pyarrow.parquet
@@ -275,7 +270,11 @@ def _parquet(path: Path, classes: Mapping[str, Sequence[str]] | None = None) -> 
 
 
 def _arrow(table: Any, path: Path, classes: Mapping[str, Sequence[str]] | None = None) -> Iterator[tuple[int, Row]]:
-    """The rows of an Arrow table, column by column as text; `classes` are names that a column's numbers stand for."""
+    """The rows of an Arrow table, their values as text.
+
+    Args:
+        classes: column -> the names that its numbers stand for.
+    """
     import pyarrow
 
     classes = _classes(table.schema) | dict(classes or {})
@@ -288,20 +287,21 @@ def _arrow(table: Any, path: Path, classes: Mapping[str, Sequence[str]] | None =
 
 
 def _classes(schema: Any) -> dict[str, Sequence[str]]:
-    """The names of classes that the library `datasets` stores as numbers, from what it notes in a schema."""
+    """The names of classes that the library `datasets` stores as numbers, from its notes in a schema."""
     try:
         kinds = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         classes = {name: kind["names"] for name, kind in kinds.items() if kind.get("_type") == "ClassLabel"}
-    except (ValueError, AttributeError, KeyError, TypeError):  # none, or such as anyone may write
+    except (ValueError, AttributeError, KeyError, TypeError):  # there are no notes, or anyone's
         return {}
     return {
-        column: names for column, names in classes.items()
+        column: names
+        for column, names in classes.items()
         if isinstance(names, list) and all(isinstance(name, str) for name in names)
-    }  # fmt: skip
+    }
 
 
 def _texts(column: Any, classes: Sequence[str] | None = None) -> list[Any]:
-    """The values of an Arrow column as a person would write them; None where there is none."""
+    """The values of an Arrow column as a person would write them; None for a missing one."""
     import pyarrow
     from pyarrow import types
 
@@ -321,7 +321,7 @@ def _texts(column: Any, classes: Sequence[str] | None = None) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value that is no float or time: whole numbers, decimals, texts, bytes, and what is no text."""
+    """A value that is no float and no time, as text if it can be one."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
@@ -335,8 +335,10 @@ def _plain(value: Any) -> Any:
 
 
 def number_text(value: np.floating) -> str | float | None:
-    """A number of any width as a person would write it: the fewest digits that mean it, no ".0", and no exponent from
-    1e-6 to 1e21 (as ECMAScript writes numbers); None for NaN, and an infinite number as it is."""
+    """A number of any width as a person would write it; None for NaN, and an infinite number as it is.
+
+    It has the fewest digits that mean this number, no ".0", and no exponent from 1e-6 to 1e21, as in ECMAScript.
+    """
     if np.isnan(value):
         return None
     if np.isinf(value):
@@ -349,8 +351,10 @@ def number_text(value: np.floating) -> str | float | None:
 
 
 def _times(column: Any) -> list[str | None]:
-    """Dates, times of day and moments in ISO form. Where all moments of a column are midnights, they are dates, which
-    many programs can't store otherwise."""
+    """Dates, times of day and timestamps in ISO form.
+
+    If all timestamps of a column are at midnight, they are dates: many programs can't store dates otherwise.
+    """
     import pyarrow
     from pyarrow import types
 
@@ -366,18 +370,17 @@ def _times(column: Any) -> list[str | None]:
 
 
 def _iso(text: str) -> str:
-    """Without zeros at the end of a second's fraction, and with a zone as ISO writes it."""
+    """A time without zeros at the end of a second's fraction, and with its zone as ISO writes it."""
     text = re.sub(r"(\.\d*?)0+(?=$|[Z+-])", r"\1", text)
     text = re.sub(r"\.(?=$|[Z+-])", "", text)
     return re.sub(r"([+-]\d\d)(\d\d)$", r"\1:\2", text.replace("Z", "+00:00"))
 
 
-# ------------------------------------------------------------------------------- data sets
-
-
 def data_set_of(path: Path) -> tuple[Path, str] | None:
-    """Of a Hugging Face data set, FOLDER or OWNER/NAME and perhaps :PART, the name and the part ("" if none); None of
-    anything else."""
+    """The name and the part of a Hugging Face data set; None if the path is of something else.
+
+    A data set is FOLDER or OWNER/NAME, perhaps with :PART; without it the part is "".
+    """
     name, _, part = str(path).partition(":")
     if not path.exists() and path.suffix.lower() in (*KINDS, ".txt"):
         return None
@@ -387,8 +390,11 @@ def data_set_of(path: Path) -> tuple[Path, str] | None:
 
 
 def _data_set(path: Path) -> Iterator[tuple[int, Row]]:
-    """The rows of a data set. The library `datasets` finds its files, and runs no code of a data set's own; files that
-    are text or Parquet are read here, since it would guess types."""
+    """The rows of a data set.
+
+    The library `datasets` finds its files, and runs no code of the data set. Files of text or Parquet are read here,
+    since `datasets` would guess types.
+    """
     name, part = data_set_of(path) or (path, "")
     try:
         import datasets
@@ -398,19 +404,19 @@ def _data_set(path: Path) -> Iterator[tuple[int, Row]]:
             "'crosstrace[datasets]'`"
         ) from None
     is_saved = any((name / file).is_file() for file in ("state.json", "dataset_dict.json"))
-    with tempfile.TemporaryDirectory(prefix="crosstrace-") as cache:  # of files in a folder it would keep a copy
+    with tempfile.TemporaryDirectory(prefix="crosstrace-") as cache:  # else it would keep a copy of a folder's files
         bars = datasets.is_progress_bar_enabled()
         datasets.disable_progress_bars()
         try:
             if is_saved:
-                found: Any = datasets.load_from_disk(str(name))
-                parts = dict(found) if isinstance(found, datasets.DatasetDict) else {"": found}
+                loaded: Any = datasets.load_from_disk(str(name))
+                parts = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
                 yield from _arrow(_part(name, parts, part).with_format("arrow")[:], path)
             else:
                 yield from _files_of(path, name, part, cache)
         except UserError:
             raise
-        except Exception as error:  # whatever a loader of many formats stumbles over
+        except Exception as error:  # loaders of many formats raise many kinds
             lines = str(error).strip().splitlines() or [""]
             raise UserError(
                 f"{path} can't be read as a data set: {type(error).__name__}: {lines[0]}; expected {EXPECTED}"
@@ -421,6 +427,7 @@ def _data_set(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _part(name: Path, parts: Mapping[Any, Any], part: str) -> Any:
+    """The part of a data set that was named, or the only one."""
     if part not in parts and (part or len(parts) > 1):
         raise UserError(
             f"{name} has the parts {', '.join(map(str, parts)) or 'none'}; expected one of them, e.g. "
@@ -433,19 +440,20 @@ def _files_of(path: Path, name: Path, part: str, cache: str) -> Iterator[tuple[i
     """The rows of a data set that is a folder of files, here or on the hub."""
     import datasets
 
-    place: Any = {"cache_dir": cache} if name.is_dir() else {}
-    builder = datasets.load_dataset_builder(str(name), **place)
+    cache_options: Any = {"cache_dir": cache} if name.is_dir() else {}
+    builder = datasets.load_dataset_builder(str(name), **cache_options)
     options: Any = builder.config
     kind = builder.name
     if kind not in ("csv", "json", "parquet"):
-        parts: Any = datasets.load_dataset(str(name), **place)
+        parts: Any = datasets.load_dataset(str(name), **cache_options)
         yield from _arrow(_part(name, parts, part).with_format("arrow")[:], path)
         return
     default = type(options)()
     odd = [
-        option.name for option in fields(options)
+        option.name
+        for option in fields(options)
         if option.name not in PLAIN_OPTIONS and getattr(options, option.name) != getattr(default, option.name)
-    ]  # fmt: skip
+    ]
     if odd:
         raise UserError(
             f"{path} says in its README.md that its files are read with {odd[0]}, which an import doesn't know; name "
@@ -454,7 +462,7 @@ def _files_of(path: Path, name: Path, part: str, cache: str) -> Iterator[tuple[i
     loader = datasets.DownloadManager(
         dataset_name=builder.dataset_name,
         data_dir=options.data_dir,
-        download_config=datasets.DownloadConfig(**place),
+        download_config=datasets.DownloadConfig(**cache_options),
         base_path=builder.base_path,
     )
     files: Any = loader.download_and_extract({str(key): [*each] for key, each in options.data_files.items()})

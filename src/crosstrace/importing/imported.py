@@ -1,4 +1,4 @@
-"""What an import keeps, what it drops, and why."""
+"""What an import keeps, what it drops, and why. It reads no files."""
 
 from __future__ import annotations
 
@@ -10,17 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LONG = 200  # characters of a name: more is a text
-
-COLUMNS = ("subject", "relation", "object", "type", "pronoun", "split", "statement", "question")
-
-ROW_COLUMNS = ("text", "prompt", "completion", "subject", "split")
-
-ROWS = ("store", "store-completions", "recall", "recall-completions")  # files of plain rows
-
+COLUMNS = ("subject", "relation", "object", "type", "pronoun", "split", "statement", "question")  # of facts
+ROW_COLUMNS = ("text", "prompt", "completion", "subject", "split")  # of rows of text
+ROWS = ("store", "store-completions", "recall", "recall-completions")  # files of rows of text
 SPLITS = ("id", "ood")
-
-Said = dict[str, dict[str, dict[str, None]]]  # relation -> statements, questions -> its different patterns, in order
-
+# relation -> "statements" or "questions" -> the different patterns that the files have, in order
+Patterns = dict[str, dict[str, dict[str, None]]]
 INVISIBLE = re.compile(
     "[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"
 )
@@ -44,7 +39,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Source:
-    """One row of a file: where it stands and its columns."""
+    """One row of a file: the file, the row's number and its columns."""
 
     file: str
     number: int
@@ -56,11 +51,11 @@ class Imported:
     """What was read, and what became of it.
 
     Attributes:
-        rows: (subject, relation) -> (file, row) of each fact.
         relations: name -> {statements, questions, objects}.
         subjects: {name, type, pronoun, facts [{relation, object, split}]}.
         dropped: (file, row, reason, what) of each row that was not kept.
-        read: rows of each file.
+        read: file -> number of its rows.
+        rows: (subject, relation) -> (file, row) of each fact.
         notes: what a reader of results should know of the data.
     """
 
@@ -96,15 +91,17 @@ class Imported:
 
 
 def tidy(value: Any) -> str:
-    """One line of composed characters, without blanks at its ends."""
+    """A value as one line of composed characters, without blanks at its ends."""
     return " ".join(unicodedata.normalize("NFC", str(value)).split())
 
 
-def short(values: Mapping[str, Any]) -> str:
-    said = (values.get(name) for name in COLUMNS[:3])
-    text = " | ".join("" if value is None else str(value) for value in said)
+def row_text(values: Mapping[str, Any]) -> str:
+    """A row of facts as one short text."""
+    cells = (values.get(name) for name in COLUMNS[:3])
+    text = " | ".join("" if cell is None else str(cell) for cell in cells)
     return text.encode("utf-8", "replace").decode()[:LONG]
 
 
 def dropped_text(dropped: Mapping[str, int]) -> str:
+    """The numbers of dropped rows, each with its reason."""
     return ", ".join(f"{number} × {REASONS[reason]}" for reason, number in dropped.items())
