@@ -303,22 +303,22 @@ def avx2() -> bool:
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
-WAYS = {
-    "native": cpu_kernel.WAYS[0],
-    "one thread": cpu_kernel.WAYS[1],
+FLAGS = {
+    "native": cpu_kernel.OPTIONAL_FLAGS[0],
+    "one thread": cpu_kernel.OPTIONAL_FLAGS[1],
     "avx2": ("-mavx2", "-mfma", "-fopenmp"),
     "any": ("-fopenmp",),
 }
 
 
-@pytest.fixture(params=list(WAYS))
+@pytest.fixture(params=list(FLAGS))
 def compiled(request, monkeypatch) -> ctypes.CDLL:
     """The kernel compiled for this processor and for others that it can play."""
     if INTERPRETED or cpu_kernel._library() is None:
         pytest.skip("needs a C++ compiler")
     if request.param == "avx2" and not avx2():
         pytest.skip("needs AVX2")
-    library = ctypes.CDLL(str(cpu_kernel._built(["c++"], WAYS[request.param])))
+    library = ctypes.CDLL(str(cpu_kernel._build(["c++"], FLAGS[request.param])))
     monkeypatch.setattr(cpu_kernel, "_library", lambda: library)
     return library
 
@@ -459,15 +459,15 @@ def test_a_library_is_compiled_once_and_one_that_fails_is_not_kept(monkeypatch, 
         pytest.skip("needs a C++ compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     way = ()
-    first = cpu_kernel._built(["c++"], way)
+    first = cpu_kernel._build(["c++"], way)
     made = first.stat().st_mtime_ns
-    assert cpu_kernel._built(["c++"], way) == first and first.stat().st_mtime_ns == made
+    assert cpu_kernel._build(["c++"], way) == first and first.stat().st_mtime_ns == made
     assert oct(first.parent.stat().st_mode & 0o777) == "0o700"
     broken = tmp_path / "source.cpp"
     broken.write_text("int main( {")
     monkeypatch.setattr(cpu_kernel, "SOURCE", broken)
     with pytest.raises(subprocess.CalledProcessError):
-        cpu_kernel._built(["c++"], way)
+        cpu_kernel._build(["c++"], way)
     assert sorted(path.suffix for path in first.parent.iterdir()) == [".lock", ".lock", ".so"]
 
 
@@ -481,9 +481,11 @@ def test_available_says_no_to_what_it_cannot_take():
 
 def test_what_is_wrong_is_named():
     left, right = factors(2, 3, 4, 5)
-    call = lambda left=left, right=right, sums=None, lengths=None, **more: kernels.per_example_sums(
-        left, right, zeros(*factors(2, 3, 4, 5)) if sums is None else sums, slice(None), lengths, **more
-    )
+
+    def call(left=left, right=right, sums=None, lengths=None, **more):
+        sums = zeros(*factors(2, 3, 4, 5)) if sums is None else sums
+        kernels.per_example_sums(left, right, sums, slice(None), lengths, **more)
+
     with pytest.raises(ValueError, match=r"\[2, 3, 4\] and \[2, 2, 5\]"):
         call(right=right[:, :2])
     with pytest.raises(ValueError, match="float64"):

@@ -20,7 +20,8 @@ from crosstrace.models.adapters import LoraSettings, adapted
 from crosstrace.models.loading import load_model, save_model
 from crosstrace.models.modes import checkpointing_gradients
 from crosstrace.trace.engine import Engine
-from crosstrace.trace.rehearse import GATHERED, Rehearsal, Understudy, _others
+from crosstrace.trace.rehearsal import Rehearsal
+from crosstrace.trace.rehearse import GATHERED, Understudy, pretended_processes
 from crosstrace.training.evaluation import judged
 from crosstrace.training.recipes import Phase
 from crosstrace.training.update_loss import UpdateLoss
@@ -137,10 +138,10 @@ def test_few_layers_tell_all(kind, bf16, monkeypatch):
     """Carried on from two and three layers, the same as if all are rehearsed; also where gradients outweigh all."""
     for rows in (BATCHES, {"qa": [batch(1, 6)]}):
         few, whole = (understudy(kind, num_hidden_layers=5) for _ in range(2))
-        monkeypatch.setattr(Understudy, "_alike", lambda self, whole=whole: self is not whole)
+        monkeypatch.setattr(Understudy, "_has_equal_layers", lambda self, whole=whole: self is not whole)
         phase = Phase("any", dict.fromkeys(rows, 1), 1)
         same(few.update(phase, rows, bf16), whole.update(phase, rows, bf16))
-        assert len(few._numbers) == 2 and len(whole._numbers) == 1
+        assert len(few._layer_counts) == 2 and len(whole._layer_counts) == 1
         one = next(iter(rows.values()))[0]
         same(few.recall([one]), whole.recall([one]))
         same(few.inward(one), whole.inward(one))
@@ -169,10 +170,13 @@ def test_a_model_in_pieces_holds_what_was_rehearsed(kind, settings, bf16, tmp_pa
     of = understudy(kind, processes=4, **settings)
     update, asked = of.update(PHASE, BATCHES, bf16), of.recall([ROWS["qa"]])
     save_model(real(of), None, tmp_path)
-    with _others(4):
+    with pretended_processes(4):
         model = load_model(str(tmp_path), processes=Processes()).train()
         plain = model.forward
-        step = lambda: UpdateLoss(model, PHASE, BATCHES).finish().backward()
+
+        def step() -> None:
+            UpdateLoss(model, PHASE, BATCHES).finish().backward()
+
         if bf16:
             model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(plain))
         step()
@@ -197,19 +201,19 @@ def test_a_model_in_pieces_holds_what_was_rehearsed(kind, settings, bf16, tmp_pa
 def test_few_layers_tell_all_of_a_model_in_pieces(monkeypatch):
     """Where a layer's weights and gradients outweigh its activations, it holds most while its neighbours are sent."""
     few, whole = (understudy("llama", processes=4, num_hidden_layers=7, **WIDE) for _ in range(2))
-    monkeypatch.setattr(Understudy, "_alike", lambda self: self is few)
+    monkeypatch.setattr(Understudy, "_has_equal_layers", lambda self: self is few)
     row = batch(1, 6)
     same(few.update(PHASE, {"qa": [row]}, False), whole.update(PHASE, {"qa": [row]}, False))
     same(few.recall([row]), whole.recall([row]))
     same(few.traced([row]), whole.traced([row]))
-    assert len(few._numbers) == 2 and len(whole._numbers) == 1
+    assert len(few._layer_counts) == 2 and len(whole._layer_counts) == 1
 
 
 def test_processes_that_do_not_exist_leave_nothing_behind():
     tell, resize = sys.excepthook, torch.UntypedStorage.resize_
     understudy("llama", processes=2).recall([ROWS["qa"]])
     assert not dist.is_initialized() and sys.excepthook is tell and torch.UntypedStorage.resize_ is resize
-    with _others(2), pytest.raises(UserError, match="has joined a process group already"):
+    with pretended_processes(2), pytest.raises(UserError, match="has joined a process group already"):
         understudy("llama", processes=2).recall([ROWS["qa"]])
     assert not dist.is_initialized()
 
@@ -231,7 +235,7 @@ def test_an_adapter_is_rehearsed_on_its_base():
 
 def test_layers_that_differ_are_all_rehearsed():
     of = understudy("gemma3", num_hidden_layers=6, layer_types=["sliding_attention"] * 5 + ["full_attention"])
-    assert of._numbers == [6]
+    assert of._layer_counts == [6]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "qwen3"])

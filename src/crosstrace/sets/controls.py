@@ -16,7 +16,14 @@ from crosstrace.sets.selection import Ranking, values_of
 
 
 def random_set(like: ParamSet, seed: int, *, within: Literal["global", "tensor"] = "global") -> ParamSet:
-    """A uniformly random set of the size of `like`; "tensor": with the same count in each tensor too."""
+    """A uniformly random set of the size of `like`, drawn from its scope.
+
+    Args:
+        within: "tensor": each tensor has as many selected parameters as in `like`; "global": the total alone is kept.
+
+    Raises:
+        UserError: another value of `within`.
+    """
     generator = torch.Generator().manual_seed(seed)
     if within == "tensor":
         counts = like.counts()
@@ -31,9 +38,11 @@ def random_set(like: ParamSet, seed: int, *, within: Literal["global", "tensor"]
 
 
 def random_sets(like: ParamSet, number: int, salt: str) -> dict[str, list[ParamSet]]:
-    """The random controls of a set, all of its size: some uniform ones, and some with the same count in each tensor.
+    """The random controls of a set: `number` uniform ones, and `number` with the same count in each tensor.
 
-    `salt` names the draw: controls of different sets must not be drawn alike, or their chances would not average out.
+    Args:
+        salt: a name of the draw. Controls of different sets need different names: the same random numbers for all would
+            not average out.
     """
     seeds = [zlib.crc32(f"{salt}/{draw}".encode()) for draw in range(number)]
     return {
@@ -47,14 +56,15 @@ def only_set(
 ) -> ParamSet:
     """The single-task control: the task's `size` strongest parameters outside every other task's S_t(ρ).
 
-    It goes down the task's ranking beyond ρ where S_task ∖ S_other is smaller than `size`.
+    If S_task ∖ S_other is smaller than `size`, parameters beyond ρ in the task's ranking are taken too.
 
     Args:
         strengths: task -> its strengths.
-        others: task -> S_t(ρ); an entry for `task` itself is ignored. They give the scope.
+        others: task -> S_t(ρ), whose scope is used; an entry for `task` itself is ignored.
+        size: how many parameters to select.
 
     Raises:
-        UserError: fewer than `size` parameters outside the others have a positive strength.
+        UserError: fewer than `size` parameters outside the other sets have a positive strength.
     """
     rivals = [pset for name, pset in others.items() if name != task]
     if task not in strengths or not rivals:
@@ -68,20 +78,20 @@ def only_set(
     values, processes = values_of(strengths[task], list(taken.masks))
     free = [v.masked_fill(piece(taken.masks[n], strengths[task][n]).to(v.device), 0) for n, v in values.items()]
     masks = zip(values, Ranking(free, processes=processes).top(size))
-    found = ParamSet({n: laid(mask, strengths[task][n]) for n, mask in masks}, f"{task}_only", {"task": task})
-    if found.size != size:
+    control = ParamSet({n: laid(mask, strengths[task][n]) for n, mask in masks}, f"{task}_only", {"task": task})
+    if control.size != size:
         raise UserError(
             f"the control '{task}_only' needs {size} parameters outside the other tasks' sets, but only "
-            f"{found.size} there have a positive strength; choose a smaller fraction"
+            f"{control.size} there have a positive strength; choose a smaller fraction"
         )
-    return found
+    return control
 
 
 def _random_mask(total: int, size: int, generator: torch.Generator) -> Tensor:
-    """A uniformly random subset [total] of exactly `size`, without a permutation of `total` numbers.
+    """The mask [total] of a uniformly random subset of exactly `size`, without a permutation of `total` numbers.
 
-    Positions are drawn with replacement until `size` different ones were seen; never more are drawn than
-    are missing, so no draw is ever dropped and every subset is equally likely.
+    Positions are drawn with replacement until `size` different ones were drawn. No more are drawn at a time than are
+    missing, so no draw is dropped, and every subset is equally likely.
     """
     few = min(size, total - size)
     mask = torch.zeros(total, dtype=torch.bool)

@@ -1,7 +1,7 @@
-"""Ablation and grafting: put other values into the selected parameters for a while, then every bit back.
+"""Ablation and grafting: the selected parameters have other values for a while, and then every bit of the old ones.
 
-Works in place on the parameters' data, so that tied uses, optimisers and hooks see the same tensors. It
-knows nothing of why a set was selected, and measures nothing.
+The parameters' data are changed in place, so that tied uses, optimisers and hooks see the same tensors. Nothing here
+knows why a set was selected, and nothing is measured.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from crosstrace.sets.paramset import ParamSet
 
 @contextmanager
 def replaced(model: nn.Module, pset: ParamSet, source: Mapping[str, Tensor] | None) -> Iterator[nn.Module]:
-    """Within the context, the parameters in `pset` have their values from `source` (None: zero).
+    """Within the context, the parameters in `pset` have the values of `source` (None: zero).
 
-    Names are those of `model.named_parameters()`, where a tied tensor occurs once. Values are cast to the
-    parameter's type and device. On leaving, also by an exception, the selected parameters get their old bits
-    back; changes that the caller makes to others inside the context stay. Of a sharded model every process changes its
-    own rows; the set and the values may be sharded likewise or whole.
+    On leaving, also by an exception, the selected parameters get their old bits back. Changes that the caller makes to
+    other parameters stay. If the model is sharded, every process changes its rows; the set and the values may be
+    sharded likewise or be whole.
+
+    Args:
+        source: values by the names of `model.named_parameters()`, where a tied tensor occurs once. They are cast to the
+            parameter's type and device.
 
     Raises:
-        UserError: a tensor of the set is missing in the model or the source, or has another shape there;
-            nothing has been changed then.
+        UserError: a tensor of the set is missing in the model or the source, or has another shape there. Nothing has
+            been changed then.
     """
     parameters = at_rest(model)
     touched = [name for name, count in pset.counts().items() if count]
@@ -44,7 +47,7 @@ def replaced(model: nn.Module, pset: ParamSet, source: Mapping[str, Tensor] | No
             data[mask] = new
         yield model
     finally:
-        at_rest(model)  # what was gathered of a sharded model has the values put in
+        at_rest(model)  # frees the gathered weights of a sharded model, which have the values of `source`
         for data, mask, bits in saved:
             data[mask] = bits
 
@@ -53,10 +56,14 @@ def replaced(model: nn.Module, pset: ParamSet, source: Mapping[str, Tensor] | No
 def ablated(
     model: nn.Module, pset: ParamSet, to: str = "base", base: Mapping[str, Tensor] | None = None
 ) -> Iterator[nn.Module]:
-    """Ablation: the selected parameters are set back to `base`'s values, or with to="zero" to 0.
+    """Ablation: within the context, the selected parameters have the values of `base`, or 0.
 
     Args:
-        base: name -> the values before fine-tuning; needed for to="base".
+        to: "base" or "zero".
+        base: name -> the values before fine-tuning; needed for "base".
+
+    Raises:
+        UserError: another value of `to`, no `base` where it is needed, or as `replaced`.
     """
     if to not in ("base", "zero"):
         raise UserError(f"ablation is to 'base' or to 'zero', not to '{to}'")
@@ -68,7 +75,14 @@ def ablated(
 
 @contextmanager
 def grafted(model: nn.Module, pset: ParamSet, tuned: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-    """Grafting: the fine-tuned values of the selected parameters are put into the base `model`."""
+    """Grafting: within the context, the selected parameters of the base `model` have their fine-tuned values.
+
+    Args:
+        tuned: name -> the values after fine-tuning.
+
+    Raises:
+        UserError: as `replaced`.
+    """
     with replaced(model, pset, tuned):
         yield model
 
@@ -76,7 +90,7 @@ def grafted(model: nn.Module, pset: ParamSet, tuned: Mapping[str, Tensor]) -> It
 def check_values(
     pset: ParamSet, names: Sequence[str], parameters: Mapping[str, Tensor], source: Mapping[str, Tensor] | None
 ) -> None:
-    """Raise a UserError unless the model and the source have these tensors of the set, in its shapes."""
+    """Raise a `UserError` unless the model and the source have these tensors, in the shapes of the set's masks."""
     for name in names:
         _check(name, pset.masks[name], parameters, "the model")
         if source is not None:
@@ -94,7 +108,8 @@ def _check(name: str, mask: Tensor, tensors: Mapping[str, Tensor], where: str) -
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the model's parameters by canonical name, as `base` or `tuned` for the interventions; a sharded one's
-    pieces."""
+    """A copy of the model's parameters by name, as `base` or `tuned` for the interventions.
+
+    If the model is sharded, each process copies its rows."""
     with torch.no_grad():
         return {name: p.detach().clone() for name, p in at_rest(model).items()}

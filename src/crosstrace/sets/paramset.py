@@ -1,7 +1,8 @@
-"""A set of parameters: a yes or no for every parameter in scope, with the algebra of sets, saving and loading.
+"""`ParamSet`: a set of parameters, with the algebra of sets, saving and loading.
 
-Analyses and interventions take one, and random controls are ParamSets too. It knows nothing of models (beyond names and
-shapes), traces or tasks. A sharded model's sets are sharded likewise: each process holds its rows of the masks.
+Analyses and interventions take a ParamSet, and random controls are ParamSets too. It knows the names and shapes of
+parameters, but neither models, traces nor tasks. A sharded model's sets are sharded likewise: each process holds its
+rows of the masks.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ _FORMAT = "crosstrace.paramset/1"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ParamSet:
-    """A set of parameters, held as one boolean mask for every tensor in scope.
+    """A set of parameters: one boolean mask for every tensor in scope.
 
     Attributes:
-        masks: tensor name -> bool, of the parameter's shape; the order is the scope's.
-        name: what the set is, for people.
-        meta: JSON-able facts about how it was made; no part of its identity.
+        masks: tensor name -> mask of the parameter's shape, in the order of the scope.
+        name: for people.
+        meta: JSON-able: how the set was made. Sets are compared without it.
     """
 
     masks: Mapping[str, Tensor]
@@ -50,12 +51,12 @@ class ParamSet:
 
     @cached_property
     def size(self) -> int:
-        """Parameters in the set."""
+        """How many parameters are in the set."""
         return sum(self.counts().values())
 
     @cached_property
     def total(self) -> int:
-        """Parameters in scope."""
+        """How many parameters are in scope."""
         return sum(mask.numel() for mask in self.masks.values())
 
     @property
@@ -72,7 +73,7 @@ class ParamSet:
         return {name: int(count) for name, count in counts.items()}
 
     def whole(self) -> ParamSet:
-        """The same set with every mask whole, on the CPU of each process; an ordinary set is one already."""
+        """The same set with whole masks, on the CPU of each process; for a sharded set."""
         return ParamSet({name: whole(mask) for name, mask in self.masks.items()}, self.name, self.meta)
 
     def jaccard(self, other: ParamSet) -> float:
@@ -101,7 +102,7 @@ class ParamSet:
         return self._with(other, "^", lambda a, b: a ^ b)
 
     def __eq__(self, other: object) -> bool:
-        """Same scope (names, order, shapes) and same members; name and meta do not matter."""
+        """Whether the scope (names, order, shapes) and the members are the same; `name` and `meta` may differ."""
         if not isinstance(other, ParamSet):
             return NotImplemented
         if {n: m.shape for n, m in self.masks.items()} != {n: m.shape for n, m in other.masks.items()}:
@@ -113,22 +114,26 @@ class ParamSet:
         return list(self.masks) == list(other.masks) and (same if processes is None else all(processes.gathered(same)))
 
     def _with(self, other: ParamSet, sign: str, rule: Callable[[Tensor, Tensor], Tensor]) -> ParamSet:
-        mine, theirs = ({n: m.shape for n, m in s.masks.items()} for s in (self, other))
-        if list(mine.items()) != list(theirs.items()):
-            odd = next((n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)), "the order of tensors")
+        shapes, other_shapes = ({n: m.shape for n, m in s.masks.items()} for s in (self, other))
+        if list(shapes.items()) != list(other_shapes.items()):
+            names = {**shapes, **other_shapes}
+            difference = next((n for n in names if shapes.get(n) != other_shapes.get(n)), "the order of tensors")
             raise UserError(
-                f"cannot combine the sets '{self.name}' and '{other.name}': their scopes differ at '{odd}'; "
+                f"cannot combine the sets '{self.name}' and '{other.name}': their scopes differ at '{difference}'; "
                 "select both with the same scope of the same model"
             )
         name = f"({self.name} {sign} {other.name})" if self.name and other.name else ""
-        mine = {n: laid(rule(local(m), piece(other.masks[n], m)), m) for n, m in self.masks.items()}
-        return ParamSet(mine, name)
+        masks = {n: laid(rule(local(m), piece(other.masks[n], m)), m) for n, m in self.masks.items()}
+        return ParamSet(masks, name)
 
     def save(self, path: str | os.PathLike[str], meta: Mapping[str, Any] | None = None) -> None:
-        """Write the set as one safetensors file, one bit a parameter; `meta` is added to the set's own.
+        """Write the set as one safetensors file, one bit a parameter.
 
-        The file's metadata has, as JSON, a `header` (name, size, shapes, meta) and the `versions` that wrote it.
-        A sharded set is saved by all its processes together, as a folder of files (see `pieces.write`).
+        The file's metadata has, as JSON, a `header` (name, size, shapes, meta) and `versions`, of the packages that
+        wrote it. The processes of a sharded set save it together, as a folder of files (see `pieces.write`).
+
+        Args:
+            meta: is added to the set's `meta`.
         """
         header = {
             "name": self.name,
@@ -142,18 +147,20 @@ class ParamSet:
             return
         bits = {name: _packed(mask) for name, mask in self.masks.items()}
         with replacing(path) as partial:
-            told = {"format": _FORMAT, "header": json.dumps(header), "versions": json.dumps(versions())}
-            save_file(bits, partial, metadata=told)
+            metadata = {"format": _FORMAT, "header": json.dumps(header), "versions": json.dumps(versions())}
+            save_file(bits, partial, metadata=metadata)
 
     @staticmethod
     def load(path: str | os.PathLike[str], like: nn.Module | None = None) -> ParamSet:
         """Read what `save` wrote, on any number of processes.
 
         Args:
-            like: a sharded model: each of its processes keeps the rows that it holds; None: the masks are whole.
+            path: the file, or the folder of a sharded set.
+            like: a sharded model, each of whose processes keeps the rows that it holds; None: the masks are whole.
 
         Raises:
-            UserError: the file is missing, cut short, damaged, not a saved ParamSet, or of another model than `like`.
+            UserError: the file is missing, cut short, damaged or no saved ParamSet, or it is of another model than
+                `like`.
         """
         parameters = {} if like is None else at_rest(like)
         if os.path.isdir(path):
@@ -187,7 +194,11 @@ class ParamSet:
     def _loaded(
         path: str | os.PathLike[str], header: dict[str, Any], masks: dict[str, Tensor], parameters: dict[str, Tensor]
     ) -> ParamSet:
-        """The set, its masks (or this process's rows of them) laid out as the parameters are, if there are any."""
+        """The set of a header and its masks. If there are parameters, the masks are laid out as these are.
+
+        Args:
+            masks: for a sharded model, this process's rows of them.
+        """
         for name in masks if parameters else ():
             if name not in parameters or list(parameters[name].shape) != list(header["shapes"][name]):
                 raise UserError(f"'{path}' has a mask of '{name}' that the model does not fit; is it of another model?")
@@ -230,10 +241,11 @@ def shared(sets: Mapping[str, ParamSet]) -> ParamSet:
 
 
 def _packed(mask: Tensor) -> np.ndarray:
-    """One bit a parameter."""
+    """A mask with one bit a parameter, flat."""
     return np.packbits(mask.cpu().numpy().ravel())
 
 
 def _unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The mask that `_packed` made the bits of."""
     flat = np.unpackbits(bits.numpy(), count=math.prod(shape))
     return torch.from_numpy(flat).view(torch.bool).reshape(tuple(shape))

@@ -1,6 +1,6 @@
-"""Which parameters: the scope, and the exact selection of the strongest.
+"""The scope, and the exact selection of the strongest parameters in it.
 
-Strengths of a sharded model give sets that are sharded likewise: all its processes call the same functions together.
+If the strengths are sharded, so are the sets. All processes call the same functions together then.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _DIGIT = 12  # bits decided by one pass over the strengths: 4096 bins stay in th
 
 
 def scope(model: nn.Module, include_embeddings: bool = False, only: str | None = None) -> list[str]:
-    """Names of the parameters that may be selected, in canonical order (`model.named_parameters()`).
+    """Names of the parameters that may be selected, in canonical order (that of `model.named_parameters()`).
 
     Args:
-        include_embeddings: keep the token embeddings and the unembedding, which are left out by default.
-        only: regular expression; keep the names in which it is found.
+        include_embeddings: include the token embeddings and the unembedding.
+        only: a regular expression; names that it does not match anywhere are left out.
 
     Raises:
-        UserError: the expression is invalid, or nothing is left.
+        UserError: the expression is invalid, or no name is left.
     """
     out: set[int] = set()
     if not include_embeddings:
@@ -60,18 +60,17 @@ def select(
     """S_t(ρ): the strongest parameters in scope.
 
     Args:
-        strength: name -> non-negative tensor, any float type.
+        strength: name -> non-negative tensor, of any float type.
         fraction: ρ in (0, 1].
         scope: names in canonical order, as `scope(model)` gives them.
-        how: "global": the round(ρ·N) largest of all N, at least one; "per_tensor": the same in every tensor
-            by itself; "mass": the smallest set that holds the share ρ of the summed strength.
+        how: "global": the round(ρ·N) largest of all N, at least one; "per_tensor": the same within each tensor; "mass":
+            the smallest set that holds the share ρ of the summed strength.
 
-    The size is exact: among parameters that tie at the threshold, those that come first in canonical order
-    are taken. A strength of zero is never selected, so the set is smaller where fewer are positive.
+    The size is exact: of parameters with equal strengths at the threshold, the first in canonical order are taken. A
+    strength of zero is never selected, so the set is smaller if fewer are positive.
 
     Raises:
-        UserError: a bad fraction, an unknown `how`, a missing tensor, or a strength that is negative or
-            not finite.
+        UserError: the fraction or `how` is invalid, a tensor is missing, or a strength is negative or not finite.
     """
     return next(select_each(strength, [fraction], scope=scope, how=how))
 
@@ -79,8 +78,9 @@ def select(
 def select_each(
     strength: Mapping[str, Tensor], fractions: Sequence[float], *, scope: Sequence[str], how: str = "global"
 ) -> Iterator[ParamSet]:
-    """`select` for each of several fractions, sharing the work that does not depend on the fraction. A set is made when
-    its turn comes: all of them together may be larger than the strengths."""
+    """`select` for each of several fractions. The work that does not depend on the fraction is done once.
+
+    A set is made when it is taken from the iterator: all of them together may be larger than the strengths."""
     for fraction in fractions:
         check_fraction(fraction)
     if how not in HOW:
@@ -93,22 +93,26 @@ def select_each(
 
     def top(fraction: float) -> ParamSet:
         masks = [mask for ranking in rankings for mask in ranking.top_fraction(fraction)]
-        found = {name: laid(mask, strength[name]) for name, mask in zip(values, masks)}
-        return ParamSet(found, meta={"fraction": fraction, "how": how})
+        by_name = {name: laid(mask, strength[name]) for name, mask in zip(values, masks)}
+        return ParamSet(by_name, meta={"fraction": fraction, "how": how})
 
     yield from map(top, fractions)
 
 
 def check_fraction(fraction: float) -> None:
-    """Raise UserError unless 0 < fraction ≤ 1."""
+    """Raise a `UserError` unless 0 < fraction ≤ 1."""
     if not 0 < fraction <= 1:
         raise UserError(f"the fraction is {fraction}, but it must lie in (0, 1]; 0.05 means the top 5 %")
 
 
 def values_of(strength: Mapping[str, Tensor], names: Sequence[str]) -> tuple[dict[str, Tensor], Processes | None]:
-    """The strengths in scope, checked, in one float type whose bit patterns order as the numbers do.
+    """The strengths in scope, checked and in one float type; and the processes that hold them, if they are sharded.
 
-    Of sharded ones this process's rows, and the processes that hold them.
+    Each process gets its rows of sharded strengths. There is no negative zero, so that the bit patterns of the values
+    are in the same order as the values.
+
+    Raises:
+        UserError: no name, a missing tensor, or a strength that is negative or not finite, in any of the processes.
     """
     if not names:
         raise UserError("no tensor is in scope, so nothing can be selected")
@@ -118,32 +122,37 @@ def values_of(strength: Mapping[str, Tensor], names: Sequence[str]) -> tuple[dic
     double = any(strength[name].dtype == torch.float64 for name in names)
     processes = processes_of({name: strength[name] for name in names})
     values: dict[str, Tensor] = {}
-    odd: list[str] = []
+    errors: list[str] = []
     for name in names:
         value = local(strength[name].detach()).to(torch.float64 if double else torch.float32).contiguous()
         if value.numel():
             low, high = (float(x) for x in value.aminmax())
-            if not math.isfinite(low) or not math.isfinite(high):  # aminmax hands NaN on
-                odd.append(f"the strength of '{name}' holds NaN or infinity; did a gradient overflow?")
+            if not math.isfinite(low) or not math.isfinite(high):  # aminmax of NaN is NaN
+                errors.append(f"the strength of '{name}' holds NaN or infinity; did a gradient overflow?")
             elif low < 0:
-                odd.append(f"the strength of '{name}' holds negative values; take the trace's strength()")
+                errors.append(f"the strength of '{name}' holds negative values; take the trace's strength()")
             elif low == 0:
-                value = value.abs()  # -0.0, whose bit pattern is negative
+                value = value.abs()  # the bit pattern of -0.0 is negative
         values[name] = value
-    if processes is not None:  # all of them must stop, wherever it is
-        odd = [why for found in processes.gathered(odd[:1]) for why in found]
-    if odd:
-        raise UserError(odd[0])
+    if processes is not None:  # an error in one process must stop all of them
+        errors = [error for of_process in processes.gathered(errors[:1]) for error in of_process]
+    if errors:
+        raise UserError(errors[0])
     return values, processes
 
 
 class Ranking:
     """Finds the largest of many values by a radix search over their bit patterns.
 
-    For non-negative floats the pattern orders as the number does, so a histogram of the leading digit tells
-    in which bin the threshold lies, and the search goes on in that bin alone. Nothing is sorted or
-    concatenated; the first histogram serves every threshold. Where several processes hold the rows of each tensor,
-    their histograms are added, so that all of them find the threshold that one would.
+    The bit patterns of non-negative floats are in the same order as the numbers. A histogram of the leading digit shows
+    in which bin the threshold is, and the search goes on in that bin alone. Nothing is sorted or concatenated. The
+    first histogram serves every threshold. If several processes hold the rows of each tensor, their histograms are
+    added, so that all of them find the same threshold as one process would.
+
+    Args:
+        values: non-negative and without negative zeros (`values_of`).
+        by_mass: count the sum of the values rather than their number.
+        processes: those that hold the rows of each tensor; None: this one has all of them.
     """
 
     def __init__(self, values: list[Tensor], by_mass: bool = False, processes: Processes | None = None) -> None:
@@ -157,13 +166,15 @@ class Ranking:
         self.root = self._histogram([p.view(-1) for p in self.patterns], self.width)
 
     def top_fraction(self, fraction: float) -> list[Tensor]:
-        """Masks of the largest values: the share `fraction` of the number, or by mass of the sum, of all."""
+        """Masks of the largest values: the share `fraction` of their number, or (by mass) of their sum."""
         if self.by_mass:
             return self.top(fraction * float(self.root.sum()))
         return self.top(max(1, round(fraction * self.total)))
 
     def top(self, amount: float) -> list[Tensor]:
-        """Masks of the `amount` largest, or by mass of the fewest that sum to `amount`; on the CPU, unless sharded."""
+        """Masks of the `amount` largest values, or (by mass) of the fewest that sum to `amount`.
+
+        They are on the CPU, or, if sharded, where the values are."""
         if not self.by_mass:
             amount = min(amount, self.positive)
         kept = self.patterns[0].device if self.processes is not None else torch.device("cpu")
@@ -173,8 +184,8 @@ class Ranking:
         left, top, threshold, histogram = [p.view(-1) for p in self.patterns], self.width, 0, self.root
         while True:
             shift = max(0, top - _DIGIT)
-            above = histogram.flip(0).cumsum(0)  # above[j]: what the j + 1 highest bins hold
-            reach = min(amount, above[-1].item())  # sums of mass may differ in the last bit
+            above = histogram.flip(0).cumsum(0)  # above[j]: the content of the j + 1 highest bins
+            reach = min(amount, above[-1].item())  # sums of values may differ in the last bit
             highest = int((above >= reach).nonzero()[0])
             amount = reach - (above[highest - 1].item() if highest else 0)
             digit = len(histogram) - 1 - highest
@@ -185,17 +196,17 @@ class Ranking:
             top, histogram = shift, self._histogram(left, shift)
 
         counts = torch.tensor([len(p) for p in left])
-        rank, everyones = 0, [counts.tolist()]
+        rank, all_counts = 0, [counts.tolist()]
         if self.processes is not None:
-            rank, everyones = self.processes.rank, self.processes.gathered(counts.tolist())
-        tied = sum(sum(counts) for counts in everyones)
-        if self.by_mass:  # the ties needed to reach the rest of the mass
+            rank, all_counts = self.processes.rank, self.processes.gathered(counts.tolist())
+        tied = sum(sum(counts) for counts in all_counts)
+        if self.by_mass:  # how many values at the threshold are needed for the rest of the mass
             value = torch.tensor(threshold, dtype=self.patterns[0].dtype).view(self.dtype).item()
             amount = max(1, math.ceil(amount / value * (1 - 1e-12)))
         if amount >= tied:
             return [(p >= threshold).to(kept) for p in self.patterns]
         masks, wanted = [], int(amount)
-        for pattern, of_each in zip(self.patterns, zip(*everyones)):  # a tensor's rows are in the order of processes
+        for pattern, of_each in zip(self.patterns, zip(*all_counts)):  # a tensor's rows are in the order of processes
             mask = pattern > threshold
             first = (pattern == threshold).view(-1).nonzero().view(-1)[: max(0, wanted - sum(of_each[:rank]))]
             mask.view(-1)[first] = True
@@ -204,7 +215,7 @@ class Ranking:
         return masks
 
     def _histogram(self, patterns: list[Tensor], top: int) -> Tensor:
-        """How many values (by mass: the sum of the values) have each digit below bit `top`."""
+        """For each value of the digit below bit `top`: how many values have it, or (by mass) their sum."""
         shift = max(0, top - _DIGIT)
         bins = 2 ** (top - shift)
         histogram = torch.zeros(bins, dtype=torch.float64 if self.by_mass else torch.int64)
@@ -214,5 +225,5 @@ class Ranking:
         return self._of_all(histogram, patterns[0].device)
 
     def _of_all(self, counts: Tensor, device: torch.device) -> Tensor:
-        """Counts (on the CPU) of this process, summed over all."""
+        """This process's counts, summed over all processes; on the CPU."""
         return counts if self.processes is None else self.processes.add_up(counts.to(device)).cpu()

@@ -81,7 +81,7 @@ class Accumulated:
         }
         self.borrows: dict[str, bool] = {}
         self._compared: set[str] = set()  # tasks whose forward was compared with one of the trace's own
-        self._whole = True  # whether no step was interrupted half-way
+        self._is_complete = True  # whether no step was interrupted half-way
 
     @property
     def _parts(self) -> int:
@@ -162,7 +162,7 @@ class Accumulated:
         meta = describe_engine(self._engine) | {k: self._settings[k] for k in ("parts", "lr_weighted")}
         if self._team is not None:
             meta["processes"] = self._team.processes.size
-        self._whole = not last
+        self._is_complete = not last
         traces = []
         for key, mean in self._means.items():
             if mean.weight > 0:
@@ -238,7 +238,7 @@ class Accumulated:
             mean.weight = header["weights"][key]
             for name, total in mean.total.items():
                 total.copy_(read(f"{key}/{name}", self._engine.parameters[name]))
-        self._whole = True
+        self._is_complete = True
         if not self._has_sums:
             self._forget_sums()
 
@@ -336,7 +336,7 @@ class Accumulated:
                 self._load_sum(key, path)
             elif key.rsplit("/", 3)[0] not in without and not _is_later(path, update):
                 raise UserError(f"{path} is missing, so the training cannot go on; begin the run again")
-        self._whole = True
+        self._is_complete = True
         if not self._has_sums:
             self._forget_sums()
 
@@ -379,7 +379,7 @@ class Accumulated:
         """Add up a team's sums in its first process, which goes on with them; the others begin anew.
 
         The sums of a sharded model's rows stay with the processes that hold these rows."""
-        self._check_whole()
+        self._check_complete()
         if self._team is None or self._sharded:
             return
         for mean in self._means.values():
@@ -393,8 +393,8 @@ class Accumulated:
             for total in mean.total.values():
                 total.zero_()
 
-    def _check_whole(self) -> None:
-        if not self._whole:
+    def _check_complete(self) -> None:
+        if not self._is_complete:
             raise RuntimeError(
                 "an online trace was interrupted in the middle of a step and holds part of it, or its last traces were "
                 "taken; load the state from before that"
@@ -403,5 +403,5 @@ class Accumulated:
 
 def _is_later(path: Path, update: int) -> bool:
     """Whether a sum has a file of a later update than the one that `path` names."""
-    others = path.parent.glob(path.name.replace(f"-{update}.", "-*."))
-    return any(int(other.stem.rpartition("-")[2]) > update for other in others)
+    paths = path.parent.glob(path.name.replace(f"-{update}.", "-*."))
+    return any(int(piece_path.stem.rpartition("-")[2]) > update for piece_path in paths)

@@ -23,10 +23,10 @@ class TraceCallback(TrainerCallback):
         tracing = TraceCallback(["bio", "qa"])
         trainer.add_callback(tracing)
 
-    The data set has a column `task`, the number of each example's task in that list (and `group` for `parts`);
-    `TrainingArguments` needs remove_unused_columns=False, and a data collator that would leave the column out, as TRL's
-    does, `KeepColumns` around it. Gradient accumulation, clipping and mixed precision are as
-    in any training. Checkpoints of the Trainer carry the trace's state, and a resumed training goes on with it.
+    The data set needs a column `task`, the number of each example's task in that list (and `group` for `parts`).
+    `TrainingArguments` needs remove_unused_columns=False. Many data collators leave the column out, as TRL's do: put
+    `KeepColumns` around them. Gradient accumulation, clipping and mixed precision work as in any training. The
+    Trainer's checkpoints hold the trace's state, and a resumed training goes on with it.
 
     Args:
         tasks, measures, reductions, parts, lr_weighted, where, reuse: as in `TrainingTrace`.
@@ -84,7 +84,7 @@ class TraceCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trace is not None
-        if self.trace.stepping:  # the last accumulation of an epoch was not complete: the Trainer goes on with it
+        if self.trace.is_stepping:  # the last accumulation of an epoch was not complete: the Trainer goes on with it
             return
         self.trace.begin(kwargs["optimizer"].param_groups[0]["lr"])
 
@@ -99,7 +99,7 @@ class TraceCallback(TrainerCallback):
             self.trace.save(folder / _STATE)
 
     def close(self) -> None:
-        """Listen no longer: after a training that was interrupted, before the model is used otherwise."""
+        """Stop listening to the model. Call it after an interrupted training, before the model is used otherwise."""
         if self.trace is not None:
             self.trace.__exit__()
 
@@ -109,13 +109,13 @@ class TraceCallback(TrainerCallback):
 
 
 class KeepColumns:
-    """A data collator that keeps what the trace needs of each example, beside what another collator makes of the rest.
+    """A data collator that keeps the columns that the trace needs. Another collator makes a batch of the rest.
 
         trainer.data_collator = KeepColumns(trainer.data_collator)
 
     Args:
         collator: makes a batch, a mapping, of a list of examples.
-        columns: of numbers, one for each example, those that the examples have.
+        columns: the columns to keep, of one number an example; a column that the examples lack is left out.
     """
 
     def __init__(

@@ -1,11 +1,11 @@
-"""Kernels: the per-example sums of a linear layer in one pass on a GPU (Triton).
+"""The kernel for the GPU (Triton): the per-example sums of a linear layer in one pass.
 
-PyTorch must write every block of per-example gradients to memory before it can take |g|; here the gradient of
-an example stays in registers, and only the sums are written. The plain twin that runs anywhere, and that the
-tests compare with, is `blocks.add_blocks`.
+PyTorch must write every block of per-example gradients to memory before it can take |g|. Here the gradient of an
+example stays in registers, and only the sums are written. The plain twin, which runs anywhere and which the tests
+compare with, is `blocks.add_blocks`.
 
-This module knows neither rules, models nor losses. Triton is imported at the first call, so the package works
-without it; the kernel below is a plain function until then.
+This module knows neither rules, models nor losses. Triton is imported at the first call, so the package works without
+it. Until then the kernel below is a plain function.
 
 Shapes: B examples, T positions, R rows and K columns of the parameter.
 """
@@ -20,6 +20,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -30,8 +31,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MEASURES = ("sum", "abs", "square")
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16x6", "bf16x3")
 
-# (BLOCK_R, BLOCK_K, BLOCK_T, warps, stages). Larger tiles spill registers: sm_90 gives 16 warps 128 a thread, all of
-# which the product and one sum of a 128 x 256 tile take.
+# (BLOCK_R, BLOCK_K, BLOCK_T, warps, stages). Larger tiles spill registers: sm_90 has 128 a thread for 16 warps, and the
+# product and one sum of a 128 x 256 tile take all of them.
 TILINGS = (
     (64, 64, 64, 4, 4),
     (64, 64, 32, 4, 4),
@@ -47,16 +48,18 @@ TILINGS = (
     (64, 256, 64, 8, 3),
     (256, 64, 64, 8, 3),
 )
-INTERPRETED = (16, 32, 16, 4, 1)  # smallest that tl.dot takes: a test's few numbers fill several blocks
-REGISTERS = 168  # per thread, for product and sums: 255 less what addresses and operands need
-SHARED = 220 * 1024  # bytes of shared memory a program may have on H100 and H200, less some for the compiler
-LONGEST = 128  # positions; a longer example needs no tiling of its own
+INTERPRETED = (16, 32, 16, 4, 1)  # the smallest that tl.dot takes, so that a test's few numbers fill several blocks
+REGISTERS = 168  # per thread, for the product and the sums: 255 less those for addresses and operands
+SHARED = 220 * 1024  # bytes of shared memory that a program may have on H100 and H200, less some for the compiler
+LONGEST = 128  # positions; longer examples share one tiling
 
-tl: Any = None  # triton.language, once the kernel is built: a kernel finds names only among its module's globals
+# A kernel finds names only among its module's globals. These two are there once it is built.
+tl: Any = None  # triton.language
+tile_indices: Any = None  # `_tile_indices`, for Triton
 
 
 def available(tensor: Tensor) -> bool:
-    """Whether `per_example_sums` takes factors like this: its dtype, and a GPU with Triton or its interpreter."""
+    """Whether `per_example_sums` takes factors like this one: of its dtype, on a GPU with Triton (or interpreted)."""
     if tensor.dtype not in DTYPES or not (tensor.is_cuda or _interpreting()) or not _installed():
         return False
     if _interpreting():
@@ -76,28 +79,28 @@ def per_example_sums(
 ) -> None:
     """Add Σ_b f(G_b) to `sums`, where G_b = Σ_t left[b, t]ᵀ right[b, t] is example b's gradient of a linear layer.
 
-    With the input a [B, T, I] and the output's gradient e = ∂Σℓ/∂y [B, T, O] of y = a Wᵀ, this is the
-    per-example gradient ∂ℓ_b/∂W = Σ_t e_btᵀ a_bt (Goodfellow, arXiv 1510.01799, equation 3, with positions):
-    left = e and right = a; of y = a W (GPT-2's Conv1D), left = a and right = e. The unit is one example: f is
-    taken of its whole gradient, over all of its positions. |θ·g| needs no own measure: it is |θ|·|g|.
+    The layer y = a Wᵀ has the input a [B, T, I] and the output's gradient e = ∂Σℓ/∂y [B, T, O]. With left = e and
+    right = a, G_b is the per-example gradient ∂ℓ_b/∂W = Σ_t e_btᵀ a_bt (Goodfellow, arXiv 1510.01799, equation 3, with
+    positions). For y = a W (GPT-2's Conv1D), left = a and right = e. The unit is one example: f is taken of its whole
+    gradient, over all of its positions. |θ·g| is no measure here, since it is |θ|·|g|.
 
-    Half-precision factors are multiplied as they are: a product of two bfloat16 (float16) numbers is exact in
-    float32, in which all sums are kept. So pass what the model computed in its own dtype: casting it to float32
-    first gives the same numbers many times slower. Float32 factors are multiplied as `precision` says.
+    Half-precision factors are multiplied as they are. A product of two bfloat16 (float16) numbers is exact in float32,
+    and all sums are kept in float32. So pass what the model computed in its own dtype: casting it to float32 first
+    gives the same numbers many times slower. Float32 factors are multiplied as `precision` says.
 
-    A sum's order is fixed (no atomics): the same call on the same device gives the same bits. Where the tiling
-    is tuned again (another machine or cache), last bits may differ.
+    The order of each sum is fixed (no atomics): the same call on the same device gives the same bits. If the tiling is
+    tuned again, on another machine or with another cache, the last bits may differ.
 
     Args:
         left: [B, T, R], bfloat16, float16 or float32, any strides.
         right: [B, T, K], of the same dtype and device.
-        sums: of "sum" Σ G, "abs" Σ |G| and "square" Σ G², those wanted: float32 [R, K], equal strides. Added to
-            in place.
+        sums: those that are wanted of "sum" Σ G, "abs" Σ |G| and "square" Σ G²: float32 [R, K], of equal strides. They
+            are added to in place.
         examples: which b.
-        lengths: int32 [B]: how many leading positions of each example count; the rest is not read. None: all T.
-        scale: float32 [B]: what G_b is multiplied by before f. None: nothing.
-        precision: how float32 factors are multiplied, as Triton's `input_precision`: "ieee" (exact float32, no
-            tensor cores), "tf32x3" (three tensor core products, nearly float32), or coarser.
+        lengths: int32 [B], how many leading positions of each example count; the rest is not read. None: all T.
+        scale: float32 [B], what G_b is multiplied by before f. None: nothing.
+        precision: how float32 factors are multiplied, as Triton's `input_precision`: "ieee" (exact float32, no tensor
+            cores), "tf32x3" (three tensor core products, nearly float32), or coarser.
 
     Raises:
         ValueError: a shape, dtype, device or name is not as above.
@@ -111,8 +114,11 @@ def per_example_sums(
     left, right = _near(left), _near(right)
     like = next(iter(sums.values()))
     kernel, cdiv = _kernel()
-    grid = lambda meta: (cdiv(rows, meta["BLOCK_R"]) * cdiv(columns, meta["BLOCK_K"]),)
-    # Triton launches on the current device, which need not be the tensors'.
+
+    def grid(meta: Mapping[str, Any]) -> tuple[int]:
+        return (cdiv(rows, meta["BLOCK_R"]) * cdiv(columns, meta["BLOCK_K"]),)
+
+    # Triton launches on the current device, which may be another than the tensors'.
     with torch.cuda.device(left.device) if left.is_cuda else nullcontext():
         kernel[grid](
             left,
@@ -175,26 +181,14 @@ def _tiles(
     BLOCK_T: tl.constexpr,
 ):
     """One program: one tile of the sums, over all examples."""
-    # Programs that run at the same time take GROUP rows of tiles, column by column: both factors stay in L2.
-    tile = tl.program_id(0)
-    high = tl.cdiv(rows, BLOCK_R)
-    wide = tl.cdiv(columns, BLOCK_K)
-    group = tile // (GROUP * wide)
-    height = tl.minimum(high - group * GROUP, GROUP)
-    inside = tile - group * GROUP * wide
-    r = (group * GROUP + inside % height) * BLOCK_R + tl.arange(0, BLOCK_R)
-    k = (inside // height) * BLOCK_K + tl.arange(0, BLOCK_K)
-
-    # Beyond the edge the tile wraps around: loads need no mask there, and only the store must know.
+    r, k = tile_indices(rows, columns, GROUP, BLOCK_R, BLOCK_K)
+    # Beyond the edge the tile wraps around, so that loads need no mask there; the stores have one.
     t = tl.arange(0, BLOCK_T)
-    left_place = (r % rows)[:, None] * left_r + t[None, :] * left_t
-    right_place = t[:, None] * right_t + (k % columns)[None, :] * right_k
-    if SUM:
-        sum_tile = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-    if ABS:
-        abs_tile = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-    if SQUARE:
-        square_tile = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    left_offset = (r % rows)[:, None] * left_r + t[None, :] * left_t
+    right_offset = t[:, None] * right_t + (k % columns)[None, :] * right_k
+    sum_tile = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    abs_tile = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    square_tile = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     for n in range(count):
         b = (first + n * step).to(tl.int64)  # B·T·R may pass 2³¹
         length = positions
@@ -203,13 +197,13 @@ def _tiles(
         left_at = left + b * left_b
         right_at = right + b * right_b
         product = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-        # A loop of one constant step is none: the compiler then overlaps this example with the next one's loads.
+        # With one constant step there is no inner loop: the compiler overlaps this example with the next one's loads.
         end = BLOCK_T if SINGLE else length
         for start in range(0, end, BLOCK_T):
             present = t < length - start
-            x = tl.load(left_at + left_place, mask=present[None, :], other=0.0)
-            y = tl.load(right_at + right_place, mask=present[:, None], other=0.0)
-            if WIDEN:  # the interpreter's dot knows no bfloat16
+            x = tl.load(left_at + left_offset, mask=present[None, :], other=0.0)
+            y = tl.load(right_at + right_offset, mask=present[:, None], other=0.0)
+            if WIDEN:  # the interpreter's dot can't multiply bfloat16
                 x = x.to(tl.float32)
                 y = y.to(tl.float32)
             product = tl.dot(x, y, product, input_precision=PRECISION)
@@ -224,29 +218,44 @@ def _tiles(
         if SQUARE:
             square_tile = tl.fma(product, product, square_tile)
 
-    place = r.to(tl.int64)[:, None] * out_r + k.to(tl.int64)[None, :] * out_k
-    known = (r < rows)[:, None] & (k < columns)[None, :]
+    offset = r.to(tl.int64)[:, None] * out_r + k.to(tl.int64)[None, :] * out_k
+    is_inside = (r < rows)[:, None] & (k < columns)[None, :]
     if SUM:
-        tl.store(summed + place, tl.load(summed + place, mask=known) + sum_tile, mask=known)
+        tl.store(summed + offset, tl.load(summed + offset, mask=is_inside) + sum_tile, mask=is_inside)
     if ABS:
-        tl.store(absolute + place, tl.load(absolute + place, mask=known) + abs_tile, mask=known)
+        tl.store(absolute + offset, tl.load(absolute + offset, mask=is_inside) + abs_tile, mask=is_inside)
     if SQUARE:
-        tl.store(squared + place, tl.load(squared + place, mask=known) + square_tile, mask=known)
+        tl.store(squared + offset, tl.load(squared + offset, mask=is_inside) + square_tile, mask=is_inside)
+
+
+def _tile_indices(rows, columns, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The rows and the columns of this program's tile."""
+    # Programs that run at the same time take GROUP rows of tiles, column by column: both factors stay in L2.
+    tile = tl.program_id(0)
+    high = tl.cdiv(rows, BLOCK_R)
+    wide = tl.cdiv(columns, BLOCK_K)
+    group = tile // (GROUP * wide)
+    height = tl.minimum(high - group * GROUP, GROUP)
+    inside = tile - group * GROUP * wide
+    r = (group * GROUP + inside % height) * BLOCK_R + tl.arange(0, BLOCK_R)
+    k = (inside // height) * BLOCK_K + tl.arange(0, BLOCK_K)
+    return r, k
 
 
 @functools.cache
 def _kernel() -> tuple[Any, Any]:
-    """`_tiles`, compiled when called and tuned per shape, and Triton's cdiv."""
-    global tl
+    """`_tiles`, compiled at its calls and tuned for each shape, and Triton's cdiv."""
+    global tl, tile_indices
     triton = importlib.import_module("triton")
     tl = importlib.import_module("triton.language")
-    # Specialised only on what changes the code (strides, divisibility of R and K), not on each batch's numbers.
+    tile_indices = triton.jit(_tile_indices)
+    # Specialised on what changes the code (strides, divisibility of R and K), not on the numbers of each batch.
     varying = ["first", "step", "count", "positions", "tuned_length"]
     kernel = triton.jit(_tiles, do_not_specialize=varying)
     kernel = triton.heuristics({"SINGLE": lambda args: args["positions"] <= args["BLOCK_T"]})(kernel)
     sums = _Sums()
-    # Kept on disk, where this Triton can: otherwise every process measures every shape again.
-    kept = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
+    # If this Triton can, it keeps the results on disk: else every process measures every shape again.
+    caching = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
     tuned = triton.autotune(
         configs=[
             triton.Config({"BLOCK_R": r, "BLOCK_K": k, "BLOCK_T": t, "GROUP": 8}, num_warps=warps, num_stages=stages)
@@ -256,15 +265,15 @@ def _kernel() -> tuple[Any, Any]:
         pre_hook=sums.keep,
         post_hook=sums.put_back,
         prune_configs_by={"early_config_prune": _promising},
-        **kept,
+        **caching,
     )
     return tuned(kernel), triton.cdiv
 
 
 class _Sums:
-    """Keeps the sums during a trial of a tiling, which adds to them too.
+    """Restores the sums after the trials of tilings, which add to them too.
 
-    Triton's own `restore_value` does this, but it fails on a sum that is not wanted, which is None.
+    Triton's own `restore_value` does this, but it fails on None, a sum that is not wanted.
     """
 
     names = ("summed", "absolute", "squared")  # among the kernel's arguments
@@ -273,11 +282,12 @@ class _Sums:
         self._kept: dict[str, Tensor] = {}
 
     def keep(self, arguments: dict[str, Any], reset_only: bool = False) -> None:
-        """Before a trial, or with `reset_only` after the last."""
+        """Copy the sums. Called before a trial, and with `reset_only` after the last one."""
         if not reset_only:
             self._kept = {name: arguments[name].clone() for name in self.names if arguments[name] is not None}
 
     def put_back(self, arguments: dict[str, Any], exception: Exception | None = None) -> None:
+        """Restore the sums. Called after a trial."""
         for name, before in self._kept.items():
             arguments[name].copy_(before)
         self._kept = {}
@@ -289,7 +299,7 @@ def _installed() -> bool:
 
 
 def _promising(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
-    """The tilings that are worth a trial: whose numbers fit registers and shared memory, and that waste no dots."""
+    """The tilings that are worth a trial: they fit into registers and shared memory, and multiply little padding."""
     outputs = constants["SUM"] + constants["ABS"] + constants["SQUARE"]
     size = arguments["left"].element_size()
     longest = max(16, min(64, arguments["tuned_length"]))
@@ -310,6 +320,7 @@ def _check(
     scale: Tensor | None,
     precision: str,
 ) -> None:
+    """Raise a `ValueError` if an argument of `per_example_sums` is not as it says."""
     if left.dim() != 3 or right.dim() != 3 or left.shape[:2] != right.shape[:2]:
         raise ValueError(f"the factors have shapes {list(left.shape)} and {list(right.shape)}; expected [B, T, R|K]")
     if left.dtype != right.dtype or left.dtype not in DTYPES or left.device != right.device:
@@ -339,16 +350,16 @@ def _check(
 
 
 def _near(factor: Tensor) -> Tensor:
-    """The factor itself where 32-bit offsets reach over one block of it, else a contiguous copy."""
+    """The factor itself, if 32-bit offsets reach over one block of it, else a contiguous copy."""
     reach = (factor.shape[2] - 1) * factor.stride(2) + LONGEST * factor.stride(1)
     return factor if reach < 2**31 else factor.contiguous()
 
 
 def _tuned_length(positions: int) -> int:
-    """T rounded up to a power of two: lengths differ in every batch, and each new one would be tuned for."""
+    """T rounded up to a power of two. Lengths differ in every batch, and each new one would be tuned for."""
     return min(LONGEST, max(16, 1 << (positions - 1).bit_length()))
 
 
 def _interpreting() -> bool:
-    """Whether Triton runs kernels in Python, on any device; it reads this once, when it is imported."""
+    """Whether Triton runs kernels in Python, on any device. Triton reads this variable once, at its import."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")

@@ -1,8 +1,8 @@
-"""Measures: what a trace says of a parameter, given the gradients of a task's examples.
+"""Measures: which number a trace makes of the gradients of a task's examples, for each parameter.
 
-Each is one record. A trace is a weighted mean, so a measure is a sum over examples that the engine can take (|g|, g² or
-g), and perhaps what is made of such a sum at the parameter's value. Another package adds its own by an entry point
-(`core.registry`). Formulas: docs/method.md.
+Each measure is one record. A trace is a weighted mean, so a measure names a sum over examples that the engine can take
+(of |g|, g² or g). It may also change that sum, given the parameter's value. Another package adds measures by an entry
+point (`core.registry`). Formulas: docs/method.md.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Measure:
     """One number for each parameter, from the gradients g_i of a task's examples.
 
     Attributes:
-        name: as `trace.measures` has it.
+        name: in the setting `trace.measures`.
         formula: in words or signs, for help and docs.
         sums: what the engine adds up over the examples: "abs" (|g_i|), "square" (g_i²) or "sum" (g_i).
-        at: makes of such a sum what is added for it, at the parameter's value (`at(sum, theta)`, both [shape of the
-            parameter]); the sum itself if None.
-        is_signed: whether its values have a sign; the strength of a parameter is then their size.
+        at: `at(sum, theta)` gives what is added to the trace, from the sum and the parameter's value, all of the
+            parameter's shape; None: the sum itself is added.
+        is_signed: whether values may be negative. The strength of a parameter is then the absolute value.
     """
 
     name: str
@@ -36,8 +36,12 @@ class Measure:
     is_signed: bool = False
 
     def of_step(self, total: Tensor, count: int) -> tuple[Tensor, int]:
-        """What a step's mean gradient gives, from its sum over `count` examples, which is used up; and what that is to
-        be divided by."""
+        """The measure of a step's mean gradient, as (numerator, divisor).
+
+        Args:
+            total: the sum of the gradients over the step's examples; it is used up.
+            count: how many examples there are.
+        """
         if self.sums == "abs":
             return total.abs_(), count
         if self.sums == "square":

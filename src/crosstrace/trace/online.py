@@ -77,19 +77,19 @@ class OnlineTrace(Accumulated):
         Raises:
             UserError: a task that was not announced, or a batch that can't be traced; nothing is added then.
         """
-        self._check_whole()
+        self._check_complete()
         unknown = [task for task in batches if task not in self._steps]
         if unknown:
             raise UserError(f"task {unknown[0]!r} is not one of those announced: {', '.join(self._steps)}")
         micro_batches = {
-            task: [unpacked(batch)[0] for batch in ([given] if isinstance(given, Mapping) else given)]
-            for task, given in batches.items()
+            task: [unpacked(batch)[0] for batch in ([of_task] if isinstance(of_task, Mapping) else of_task)]
+            for task, of_task in batches.items()
         }
         for of_task in micro_batches.values():
             for batch in of_task:
                 self._engine.check_batch(without_group(batch))
         factor = self._factor(lr)
-        self._whole = False
+        self._is_complete = False
         is_next = True  # whether the training's next forward is that of this task
         for task, of_task in micro_batches.items():
             if self._team is not None and self._team.sharded:
@@ -99,7 +99,7 @@ class OnlineTrace(Accumulated):
                 if forward is not None and not is_next:
                     self.borrows[task], forward = False, None
                 is_next = self._add_task_step(task, of_task, forward, factor)
-        self._whole = True
+        self._is_complete = True
 
     def _add_task_step(
         self, task: str, batches: Sequence[Batch], forward: TrainingForward | None, factor: float

@@ -162,14 +162,14 @@ def _misfit(
     if gradient is not None:
         difference.sub_(gradient)
         size = float(gradient.norm(dtype=difference.dtype))
-    apart = float(difference.norm())
+    distance = float(difference.norm())
     del difference  # as large as the parameter
-    if not math.isfinite(apart):
+    if not math.isfinite(distance):
         return math.inf
     relative, terms = AGREES[dtype]
-    if apart <= WELL * relative * size:
-        return apart / (relative * size) if apart else 0.0
-    return apart / (relative * size + terms * float(compute([rule.magnitude() for rule in rules]).norm()))
+    if distance <= WELL * relative * size:
+        return distance / (relative * size) if distance else 0.0
+    return distance / (relative * size + terms * float(compute([rule.magnitude() for rule in rules]).norm()))
 
 
 def clear_size(
@@ -185,14 +185,14 @@ def clear_size(
     product = rules_along(rules, i, parameter)
     if product is None:
         return None
-    apart, size = product, 0.0
+    difference, size = product, 0.0
     if gradient is not None:
         expected = along(gradient.to(product.dtype))
         size = float(expected.norm()) / DIRECTIONS**0.5
-        apart = product - expected
+        difference = product - expected
     relative, _ = AGREES[dtype or parameter.dtype]
     # (a comparison with NaN is false)
-    return size if float(apart.norm()) / DIRECTIONS**0.5 <= WELL * relative * size else None
+    return size if float(difference.norm()) / DIRECTIONS**0.5 <= WELL * relative * size else None
 
 
 def along(gradient: Tensor) -> Tensor:
@@ -241,13 +241,13 @@ def agree_along(rules: Sequence[Rule], i: int, expected: Tensor | None, paramete
     product = _compute_along(rules, i, parameter)
     if product is None:
         return False
-    apart = product if expected is None else product - expected
+    difference = product if expected is None else product - expected
     relative, terms = AGREES[dtype]
     limit = relative * float(expected.norm()) if expected is not None else 0.0
-    if float(apart.norm()) <= limit:
+    if float(difference.norm()) <= limit:
         return True
     size = _compute_along([rule.magnitude() for rule in rules], i, parameter)
-    return size is not None and float(apart.norm()) <= limit + terms * float(size.norm())
+    return size is not None and float(difference.norm()) <= limit + terms * float(size.norm())
 
 
 def _compute_along(rules: Sequence[Rule], i: int, parameter: Tensor) -> Tensor | None:

@@ -1,11 +1,11 @@
-"""Inner products of per-example gradients: exact, and no gradient of the whole model is ever held.
+"""Inner products of per-example gradients. They are exact, and no gradient of the whole model is ever held.
 
-Restricted to a set of parameters S, ⟨g_i, g_j⟩_S = Σ_{p∈S} g_ip g_jp adds up over the parameters of the model, so each
-contributes as soon as a batched backward has passed it: the gradients of all examples on a tile of it, multiplied with
-one another. For a whole linear layer with few tokens, g_i = Σ_t e_it a_itᵀ is not formed either:
+Restricted to a set of parameters S, ⟨g_i, g_j⟩_S = Σ_{p∈S} g_ip g_jp is a sum over the model's parameters. Each
+parameter adds its share as soon as a batched backward has passed it: the products of all examples' gradients on a tile
+of it. For a whole linear layer with few tokens, g_i = Σ_t e_it a_itᵀ itself is not computed:
 ⟨g_i, g_j⟩ = Σ_{t,s} (e_it · e_js)(a_it · a_js).
 
-Nothing is known here of facts or formats.
+Nothing here knows facts or formats.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def gradient_products(
     """⟨g_i, g_j⟩ of all pairs of examples of each batch, restricted to each set of parameters.
 
     Args:
-        model: left as it was found.
-        batches: as for `trace`; examples are compared within a batch.
-        sets: by label; a set need not have a mask for every parameter, those it lacks are outside.
+        model: left as it was.
+        batches: as for `trace`; the pairs are of examples of the same batch.
+        sets: by label. A parameter without a mask is outside of the set.
 
     Yields:
-        for each batch label -> [B, B] float64, on the model's device. The diagonal holds squared norms.
+        for each batch: label -> products [B, B] in float64, on the model's device. The diagonal has the squared norms.
 
     Raises:
-        UserError: no set, a set of another model, or a batch that can't be traced.
+        UserError: there is no set, all sets are empty, a set is of another model, or a batch can't be traced.
     """
     parameters = dict(model.named_parameters())
     if not sets:
@@ -52,8 +52,7 @@ def gradient_products(
                     "set made for another model?"
                 )
             if bool(mask.any()):
-                whole = bool(mask.all())
-                wanted.setdefault(name, {})[label] = None if whole else mask
+                wanted.setdefault(name, {})[label] = None if bool(mask.all()) else mask
     if not wanted:
         raise UserError("every set of parameters that gradient products were asked over is empty")
     engine = Engine(model, set(wanted))
@@ -61,25 +60,27 @@ def gradient_products(
         rows = {key: value for key, value in batch.items() if key != "group"}
         count = len(rows["labels"]) if "labels" in rows else 0
         device = next(iter(parameters.values())).device
-        found = {label: torch.zeros(count, count, dtype=torch.float64, device=device) for label in sets}
+        products = {label: torch.zeros(count, count, dtype=torch.float64, device=device) for label in sets}
 
-        def add(name: str, rules: list[Rule], found: dict[str, Tensor] = found) -> None:
+        def add(name: str, rules: list[Rule], products: dict[str, Tensor] = products) -> None:
             if rules:
-                _add(rules, parameters[name], wanted[name], found)
+                _add(rules, parameters[name], wanted[name], products)
 
         engine.visit(rows, add)
-        yield found
+        yield products
 
 
-def _add(rules: list[Rule], parameter: Tensor, wanted: Mapping[str, Tensor | None], found: dict[str, Tensor]) -> None:
+def _add(
+    rules: list[Rule], parameter: Tensor, wanted: Mapping[str, Tensor | None], products: dict[str, Tensor]
+) -> None:
     """Add one parameter's share of the products to every set that holds some of it."""
-    whole = [label for label, mask in wanted.items() if mask is None]
-    partly = {label: mask for label, mask in wanted.items() if mask is not None}
-    if not partly and len(rules) == 1 and isinstance(rules[0], Linear):
+    full = [label for label, mask in wanted.items() if mask is None]
+    partial = {label: mask for label, mask in wanted.items() if mask is not None}
+    if not partial and len(rules) == 1 and isinstance(rules[0], Linear):
         gram = rules[0].gram()
         if gram is not None:
-            for label in whole:
-                found[label] += gram
+            for label in full:
+                products[label] += gram
             return
     count = rules[0].batch
     shape = parameter.shape or (1,)
@@ -92,12 +93,12 @@ def _add(rules: list[Rule], parameter: Tensor, wanted: Mapping[str, Tensor | Non
         for number, rule in enumerate(rules):
             rule.product(block, slice(0, count), rows, min(number, 1))
         flat = block.flatten(1)
-        if whole:
+        if full:
             gram = (flat @ flat.t()).double()
-            for label in whole:
-                found[label] += gram
-        for label, mask in partly.items():
+            for label in full:
+                products[label] += gram
+        for label, mask in partial.items():
             chosen = (mask[rows] if parameter.dim() else mask).flatten().to(flat.device)
             if bool(chosen.any()):
-                some = flat[:, chosen]
-                found[label] += (some @ some.t()).double()
+                selected = flat[:, chosen]
+                products[label] += (selected @ selected.t()).double()

@@ -1,4 +1,4 @@
-"""A trace: how strongly the examples of a task push every parameter; saved and read as safetensors."""
+"""A trace: how strongly the examples of a task push every parameter. It is saved and read as safetensors."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Trace:
 
     Attributes:
         task: the task's name.
-        measure: one of MEASURES.
+        measure: a name of MEASURES.
         reduction: "example" (mean over examples) or "step" (mean over steps of the step's mean gradient).
         when: "checkpoint" or "online".
-        values: per parameter, in the order of `named_parameters`, the mean; float32 (float64 for a float64
-            model), on the CPU. Non-negative, except `net`, which is the signed mean gradient.
-        weight: number of examples (or steps) in the mean; each counts as its learning rate if so weighted.
+        values: the mean for each parameter, in the order of `named_parameters`; float32 (float64 for a float64 model),
+            on the CPU. They are not negative, except those of `net`, which is the signed mean gradient.
+        weight: how many examples (or steps) the mean is over; or the sum of their learning rates, if it is so weighted.
         meta: JSON-able: model, dtype, attention kernel, part, coverage, and what the caller adds.
     """
 
@@ -49,36 +49,35 @@ class Trace:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def strength(self) -> dict[str, Tensor]:
-        """Non-negative strength per parameter: |values| of a signed measure, the values themselves otherwise."""
+        """The strength of each parameter: the values; of a signed measure, their absolute values."""
         signed = MEASURES[self.measure].is_signed
         return {name: v.abs() for name, v in self.values.items()} if signed else dict(self.values)
 
     def whole(self) -> Trace:
-        """The same trace with every tensor whole, on the CPU of each process; an ordinary trace is one already."""
+        """The same trace with whole tensors, on the CPU of each process; for a sharded trace."""
         return replace(self, values={name: whole(value) for name, value in self.values.items()})
 
     @staticmethod
     def combine(traces: Iterable[Trace]) -> Trace:
-        """The trace over the union of disjoint data: the weighted mean, exact for every measure.
+        """The trace of several disjoint parts of the data together: their weighted mean, exact for every measure.
 
         Raises:
-            UserError: no trace, or traces that differ in task, measure, reduction, time or parameters.
+            UserError: no trace, or traces that differ in task, measure, reduction, `when` or parameters.
         """
         traces = list(traces)
         if not traces:
             raise UserError("there is no trace to combine; at least one was expected")
         first = traces[0]
         for other in traces[1:]:
-            for what in ("task", "measure", "reduction", "when"):
-                if getattr(other, what) != getattr(first, what):
-                    raise UserError(
-                        f"traces to combine differ in {what}: {getattr(first, what)!r} and {getattr(other, what)!r}"
-                    )
+            for field_name in ("task", "measure", "reduction", "when"):
+                a, b = getattr(first, field_name), getattr(other, field_name)
+                if a != b:
+                    raise UserError(f"traces to combine differ in {field_name}: {a!r} and {b!r}")
             if {n: v.shape for n, v in other.values.items()} != {n: v.shape for n, v in first.values.items()}:
                 raise UserError("traces to combine have different parameters; are they of different models?")
         weights = [t.weight for t in traces]
         values = dict(first.values)
-        if len(traces) > 1:  # (the mean of one is that one, to the last bit)
+        if len(traces) > 1:  # else the mean is the trace itself, to the last bit
             values = {
                 name: weighted_mean([t.values[name] for t in traces], weights).to(value.dtype)
                 for name, value in values.items()
@@ -88,7 +87,7 @@ class Trace:
         return Trace(first.task, first.measure, first.reduction, first.when, values, sum(weights), meta)
 
     def _repr_html_(self) -> str:
-        """Share of the whole strength per kind of tensor and layer, for notebooks."""
+        """For notebooks: the share of all strength by tensor and layer."""
         mass: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         for name, value in self.strength().items():
             number = re.search(r"\.(\d+)\.", name)
@@ -96,9 +95,12 @@ class Trace:
             mass[re.sub(r"\.\d+\.", ".*.", name, count=1)][layer] += float(value.double().sum())
         total = sum(sum(row.values()) for row in mass.values()) or 1.0
         layers = sorted({layer for row in mass.values() for layer in row}, key=lambda x: (x.isdigit(), x.zfill(6)))
-        cells = lambda row: "".join(f"<td>{100 * row[x] / total:.1f}</td>" if x in row else "<td></td>" for x in layers)
+
+        def cells(row: dict[str, float]) -> str:
+            return "".join(f"<td>{100 * row[x] / total:.1f}</td>" if x in row else "<td></td>" for x in layers)
+
         head = "".join(f"<th>{x if x == '–' else 'layer ' + x}</th>" for x in layers)
-        body = "".join(f"<tr><th>{html.escape(kind)}</th>{cells(row)}</tr>" for kind, row in mass.items())
+        body = "".join(f"<tr><th>{html.escape(tensor)}</th>{cells(row)}</tr>" for tensor, row in mass.items())
         unit = f"mean over {self.weight:g} ({self.reduction}, {self.when}), % of all"
         title = f"{self.task}: {self.measure}, {unit}"
         return f"<table><caption>{html.escape(title)}</caption><tr><th></th>{head}</tr>{body}</table>"
@@ -113,22 +115,22 @@ def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def save_traces(path: str | os.PathLike[str], traces: Sequence[Trace]) -> None:
-    """Write traces to one safetensors file: tensors "<number>/<parameter>".
+    """Write traces to one safetensors file, with tensors named "<number of the trace>/<parameter>".
 
-    The file's metadata has, as JSON, `traces`, a list of their other attributes, and the `versions` that wrote it. It
-    appears whole or not at all. Traces of a sharded model are saved by all its processes together, as a folder of files
-    (see `pieces.write`).
+    The file's metadata has, as JSON, `traces`, a list of the traces' other attributes, and `versions`, of the packages
+    that wrote it. A write that fails leaves no file. The processes of a sharded model save its traces together, as a
+    folder of files (see `pieces.write`).
     """
     headers = [{k: v for k, v in vars(t).items() if k != "values"} | {"names": list(t.values)} for t in traces]
-    held = {f"{i}/{n}": v for i, t in enumerate(traces) for n, v in t.values.items()}
-    processes = processes_of(held)
+    values = {f"{i}/{n}": v for i, t in enumerate(traces) for n, v in t.values.items()}
+    processes = processes_of(values)
     if processes is not None:
-        write(path, held, processes, _FORMAT, {"traces": headers})
+        write(path, values, processes, _FORMAT, {"traces": headers})
         return
-    tensors = {key: v.detach().cpu().contiguous() for key, v in held.items()}
+    tensors = {key: v.detach().cpu().contiguous() for key, v in values.items()}
     with replacing(path) as partial:
-        told = {"format": _FORMAT, "traces": json.dumps(headers), "versions": json.dumps(versions())}
-        save_file(tensors, partial, metadata=told)
+        metadata = {"format": _FORMAT, "traces": json.dumps(headers), "versions": json.dumps(versions())}
+        save_file(tensors, partial, metadata=metadata)
 
 
 def load_traces(
@@ -138,18 +140,20 @@ def load_traces(
     measure: str | None = None,
     reduction: str | None = None,
 ) -> list[Trace]:
-    """Read what `save_traces` wrote, exactly, on any number of processes.
+    """Read what `save_traces` wrote, on any number of processes.
 
     Args:
-        like: a sharded model: each of its processes reads the rows that it holds; None: everything is read.
-        measure, reduction: read the traces by these alone; None: by any.
+        path: the file, or the folder of a sharded model's traces.
+        like: a sharded model, each of whose processes reads the rows that it holds; None: everything is read.
+        measure: read the traces of this measure alone; None: of all measures.
+        reduction: read the traces of this reduction alone; None: of all reductions.
 
     Raises:
-        UserError: no such file, a truncated file, or one of something else, or of another model than `like`.
+        UserError: the file is missing, truncated or no file of traces, or it is of another model than `like`.
     """
     parameters = {} if like is None else at_rest(like)
 
-    def taken(headers: list[dict[str, Any]], read: Callable[[str, tuple[int, int] | None], Tensor]) -> list[Trace]:
+    def read_all(headers: list[dict[str, Any]], read: Callable[[str, tuple[int, int] | None], Tensor]) -> list[Trace]:
         traces = []
         for i, header in enumerate(headers):
             if measure not in (None, header["measure"]) or reduction not in (None, header["reduction"]):
@@ -167,12 +171,12 @@ def load_traces(
     try:
         if os.path.isdir(path):
             pieces = Pieces(path, _FORMAT)
-            return taken(pieces.header["traces"], pieces.read)
+            return read_all(pieces.header["traces"], pieces.read)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise UserError(f"{path} is a safetensors file but holds no traces; expected one from save_traces")
-            return taken(
+            return read_all(
                 json.loads(metadata["traces"]),
                 lambda key, rows: file.get_tensor(key) if rows is None else file.get_slice(key)[slice(*rows)],
             )

@@ -75,11 +75,11 @@ class Split:
         Raises:
             UserError: the gradient is not that of Σ_i w_i ℓ_i.
         """
-        got = e[self.compared].to(self.expected.dtype)
-        factor = (got * self.expected).sum() / self.expected.square().sum() if known is None else known
-        apart = (got - factor.to(got.dtype) * self.expected).norm(dim=1)
+        gradient = e[self.compared].to(self.expected.dtype)
+        factor = (gradient * self.expected).sum() / self.expected.square().sum() if known is None else known
+        difference = (gradient - factor.to(gradient.dtype) * self.expected).norm(dim=1)
         noise = 2 * torch.finfo(e.dtype).eps * (self.shares.squeeze(1) * factor).abs()
-        is_right = bool((apart <= AGREES[e.dtype] * got.norm(dim=1) + noise).all())
+        is_right = bool((difference <= AGREES[e.dtype] * gradient.norm(dim=1) + noise).all())
         if not is_right or bool((self._measure_size(e) * self._is_outside(e)).any()):
             raise UserError(
                 "the training's loss is not the weighted mean over examples that the trace takes it for; expected the "

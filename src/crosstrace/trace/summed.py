@@ -1,15 +1,16 @@
-"""The summed trace: what a training's own gradients of each task add up to, Δ_t = Σ_n lr_n ∇ℓ_n.
+"""The summed trace: the sum of a training's own gradients of each task, Δ_t = Σ_n lr_n ∇ℓ_n.
 
-The sum is signed and runs over every example n of task t that the training sees, at the parameters and with the
-learning rate of its update; the strength of a parameter is |Δ_t|. So a summary of arXiv 2505.16178 defines the trace
-(the paper's full text was not at hand). It differs from the default, the mean of |g_i|, in that examples which push a
-parameter both ways cancel, and in that its targets are the training's.
+The sum is signed. It runs over every example n of task t that the training sees, at the parameters and with the
+learning rate of its update. The strength of a parameter is |Δ_t|. A summary of arXiv 2505.16178 defines the trace so
+(the paper's full text was not at hand). It differs from the default, the mean of |g_i|, in two ways: examples that push
+a parameter in opposite directions cancel, and the targets are the training's.
 
 AdamW does not move a parameter by lr · g but by about lr · m / (√v + ε). In the optimiser's metric each gradient is
-divided by √v + ε as well, so that Δ_t is how far the task's gradients alone would have moved a parameter.
+divided by √v + ε too. Then Δ_t is how far the task's gradients alone would have moved a parameter.
 
-No gradient is computed for it: a training that takes one task's backward after the other's has each task's gradient
-in what `.grad` gains. Clipping, which comes later, does not change it, nor does weight decay, which is no gradient.
+No gradient is computed for this trace. A training that makes the tasks' backwards one after the other adds each task's
+gradient to `.grad`, and what it added is read there. Clipping does not change the trace, since it comes later; nor does
+weight decay, which is no gradient.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from crosstrace.trace.accumulated import Accumulated
 class SummedTrace(Accumulated):
     """Δ_t over a training, from the gradients that it computes anyway.
 
-    A loop of one's own is
+    In a training loop of your own:
 
         summed = SummedTrace(model, ["bio", "qa"])
         for batches in loader:
@@ -38,9 +39,8 @@ class SummedTrace(Accumulated):
                 summed.add(task, lr, len(batch), last=task == "qa")
             clip, step, zero_grad
 
-    `traces` gives, for each task, a `Trace` of the measure `net`: its values are Δ_t over the weight, Σ_n lr_n, so that
-    parts of the data can be combined; the strength is their absolute value, and the order of parameters is that of
-    |Δ_t|.
+    `traces` gives a `Trace` of the measure `net` for each task. Its values are Δ_t divided by the weight Σ_n lr_n, so
+    that parts of the data can be combined. Its strengths are their absolute values, in the same order as |Δ_t|.
 
     Args:
         model: the model in training.
@@ -49,7 +49,7 @@ class SummedTrace(Accumulated):
         where: the sums are kept on the "device" of the model or on the "cpu".
         names: the parameters to trace; None: all.
         group: processes of torch.distributed that share out each update's examples, their gradients averaged (DDP).
-            Those of a sharded model (FSDP2) need not be named.
+            Not needed for a sharded model (FSDP2).
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class SummedTrace(Accumulated):
         group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(model, tasks, ("net",), ("example",), parts, True, where, names, group)
-        self._aside: dict[str, Tensor] = {}  # the gradients of the update's tasks so far
-        # DDP averages what it finds in .grad in an update's last backward, so nothing may be taken out before
+        self._earlier: dict[str, Tensor] = {}  # the gradients of the update's tasks so far
+        # In an update's last backward DDP averages what is in .grad, so all gradients must stay there until then.
         self._averaged = self._team is not None and not self._team.sharded
 
     def add(
@@ -76,21 +76,20 @@ class SummedTrace(Accumulated):
         last: bool,
         optimizer: Optimizer | None = None,
     ) -> None:
-        """Take over what the gradients have gained since the last call: a task's part of an update's loss,
-        weight · mean over the examples of ℓ_n.
+        """Add the gradients since the last call: those of weight · (mean of ℓ_n over the examples).
 
-        Between the calls of one update the gradients lie elsewhere, unless DDP is to average them; after the last one
-        they are in `.grad`, all tasks' together.
+        That is one task's part of an update's loss. Between the calls of one update, `.grad` is empty, unless DDP is to
+        average it. After the last call, `.grad` has the sum over all tasks.
 
         Args:
-            task: whose.
+            task: whose gradients they are.
             lr: the update's learning rate.
-            examples: how many, of all processes together.
+            examples: how many examples there are, in all processes together.
             weight: of the task in the loss.
             last: whether the update's gradients are complete.
-            optimizer: AdamW, for the optimiser's metric: gradients are divided by √v̂ + ε, with v̂ the mean of squares
-                as it stood before this update, corrected for its beginning as AdamW does. Before an optimiser's first
-                update there is none, and nothing is added up.
+            optimizer: AdamW, for the optimiser's metric; None: plain gradients are added. The gradients are divided by
+                √v̂ + ε. v̂ is the mean of squares before this update, corrected for its beginning as AdamW does. Before
+                an optimiser's first update there is no v̂, and nothing is added.
 
         Raises:
             UserError: a task that was not announced, or an optimiser that keeps no mean of squares for each number.
@@ -98,56 +97,55 @@ class SummedTrace(Accumulated):
         if task not in self._steps:
             raise UserError(f"task {task!r} is not one of those announced: {', '.join(self._steps)}")
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]} if optimizer else {}
-        counts = optimizer is None  # whether anything is added up
+        counts = optimizer is None  # whether anything is added
         (mean,) = self._part_means(task, self._steps[task] % self._settings["parts"])
         share = 1 / self._team.processes.size if self._averaged and self._team is not None else 1.0
         factor = lr * examples / weight * share
-        self._whole = False
+        self._is_complete = False
         for name, p in self._engine.parameters.items():
-            total, before = mean.total[name], self._aside.get(name)
-            gained = [(factor, local(p.grad))] if p.grad is not None else []
-            if before is not None and self._averaged:  # it is in .grad still
-                gained.append((-factor, before))
-            root = None if optimizer is None or not gained else _root(optimizer, groups[id(p)], name, p)
+            total, earlier = mean.total[name], self._earlier.get(name)
+            terms = [(factor, local(p.grad))] if p.grad is not None else []
+            if earlier is not None and self._averaged:  # it is still in .grad
+                terms.append((-factor, earlier))
+            root = None if optimizer is None or not terms else _root(optimizer, groups[id(p)], name, p)
             counts |= root is not None
-            for sign, gradient in gained:
+            for coefficient, gradient in terms:
                 if optimizer is None:
-                    total.add_(gradient.to(total), alpha=sign)
+                    total.add_(gradient.to(total), alpha=coefficient)
                 elif root is not None:
-                    total.addcdiv_(gradient.to(total), root.to(total), value=sign)
+                    total.addcdiv_(gradient.to(total), root.to(total), value=coefficient)
         self.skip(last=last)
-        if counts and (
-            not self._averaged or self._has_sums
-        ):  # weights are added up too, and this one is of all processes
+        # Under DDP the weights of all processes are added up later, and this weight is that of all of them already.
+        if counts and (not self._averaged or self._has_sums):
             mean.weight += lr * examples
         self._steps[task] += 1
 
     def skip(self, *, last: bool) -> None:
-        """The gradients have gained those of a task that is not traced: as `add`, but nothing is added up."""
-        settle = self._stay if self._averaged else self._set_aside
-        self._whole = last
+        """As `add`, for the gradients of a task that is not traced: nothing is added."""
+        move = self._copy_gradient if self._averaged else self._take_gradient
+        self._is_complete = last
         for name, p in self._engine.parameters.items():
-            settle(name, p, self._aside.get(name), last)
+            move(name, p, self._earlier.get(name), last)
         if last:
-            self._aside.clear()
+            self._earlier.clear()
 
-    def _set_aside(self, name: str, p: Tensor, before: Tensor | None, last: bool) -> None:
-        """Make room in `.grad` for the next task's gradient alone, or put all of them together there."""
-        gradients = [x for x in (p.grad, before) if x is not None]
-        whole = gradients[0].add_(gradients[1]) if len(gradients) == 2 else next(iter(gradients), None)
+    def _take_gradient(self, name: str, p: Tensor, earlier: Tensor | None, last: bool) -> None:
+        """Empty `.grad` for the next task's gradient; after the last task, put the sum over all tasks there."""
+        gradients = [x for x in (p.grad, earlier) if x is not None]
+        total = gradients[0].add_(gradients[1]) if len(gradients) == 2 else next(iter(gradients), None)
         if last:
-            p.grad = whole
-        elif whole is not None:
-            self._aside[name], p.grad = whole, None
+            p.grad = total
+        elif total is not None:
+            self._earlier[name], p.grad = total, None
 
-    def _stay(self, name: str, p: Tensor, before: Tensor | None, last: bool) -> None:
-        """Leave the gradients in `.grad`, and note what is there before the next task."""
+    def _copy_gradient(self, name: str, p: Tensor, earlier: Tensor | None, last: bool) -> None:
+        """Leave the gradients in `.grad`, and keep a copy for the next task to compare with."""
         if p.grad is not None and not last:
-            self._aside[name] = p.grad.clone()
+            self._earlier[name] = p.grad.clone()
 
 
 def _root(optimizer: Optimizer, group: Mapping[str, Any], name: str, p: Tensor) -> Tensor | None:
-    """√v̂ + ε of a parameter, v̂ as AdamW corrects it for its beginning; None before its first update."""
+    """√v̂ + ε of a parameter, with v̂ as AdamW corrects it for its beginning; None before its first update."""
     state = optimizer.state.get(p) or {}
     if not state:
         return None

@@ -36,7 +36,6 @@ from crosstrace.trace.accumulated import Accumulated
 from crosstrace.trace.blocks import sum_dtype
 from crosstrace.trace.calls import Arrangement, Call, Unfit
 from crosstrace.trace.passes import undisturbed
-from crosstrace.trace.probe import AGREES
 from crosstrace.trace.recording import Recording, Uses, ignore, random_states
 from crosstrace.trace.reduction import reduce
 from crosstrace.trace.reused_products import ReusedProduct, is_plain_linear
@@ -135,9 +134,9 @@ class TrainingTrace(Accumulated):
         return self._late_numel / (total * self._passed) if self._passed else 0.0
 
     @property
-    def stepping(self) -> bool:
+    def is_stepping(self) -> bool:
         """Whether a step has begun and not ended."""
-        return not self._whole
+        return not self._is_complete
 
     @contextmanager
     def step(self, lr: float = 1.0) -> Iterator[None]:
@@ -155,8 +154,8 @@ class TrainingTrace(Accumulated):
 
     def begin(self, lr: float = 1.0) -> None:
         """Begin a step, for a caller that can't use the context `step`."""
-        self._check_whole()
-        self._active, self._whole = True, False
+        self._check_complete()
+        self._active, self._is_complete = True, False
         self._step_factor = self._factor(lr)
         self._marks = self._mark_gradients()
 
@@ -196,7 +195,7 @@ class TrainingTrace(Accumulated):
             self._count(task, of_task.items(), self._step_factor)
         self._check_alive(changed)
         self._forget()
-        self._whole = True
+        self._is_complete = True
 
     def _check_alive(self, changed: set[str]) -> None:
         """Raise a `UserError` if a parameter that the training has changed the gradient of has a trace of zero."""
@@ -461,37 +460,21 @@ class TrainingTrace(Accumulated):
         unreached = sorted(forward.unreached.intersection(names))
         if unreached:
             raise self._make_no_example_error(unreached[0])
-        if forward.others:
+        if forward.other_inputs:
             raise UserError(
-                f"parameter {names[0]!r} has no rule, and the model got {forward.others[0]!r}, which it would not get "
-                "where one example at a time is traced; expected input_ids, attention_mask and position_ids only"
+                f"parameter {names[0]!r} has no rule, and the model got {forward.other_inputs[0]!r}, which it would "
+                "not get where one example at a time is traced; expected input_ids, attention_mask and position_ids "
+                "only"
             )
         active, self._active = self._active, False
         with undisturbed(engine.model):
             same_alone = self._trials.same_alone
-            if forward.is_random or not (set(names) <= same_alone or self._has_the_same_loss(forward)):
+            if forward.is_random or not (set(names) <= same_alone or self._trials.have_same_loss(forward)):
                 raise self._make_refusal(next(name for name in names if forward.is_random or name not in same_alone))
             for task, part, share in forward.shares:
                 engine.add_one_by_one(forward.batch, share, names, partial(self._open_sums, task, part))
         self._active = active
         self._late_numel += sum(engine.parameters[name].numel() for name in names)
-
-    def _has_the_same_loss(self, forward: TracedForward) -> bool:
-        """Whether the examples by themselves have the loss that the training's model gave.
-
-        It is all that can be compared if the model gives nothing else."""
-        if forward.loss is None or self._trials.count:
-            return False
-        with torch.no_grad():
-            count = len(forward.batch["labels"])
-            mask = forward.batch["attention_mask"].bool()
-            total, expected = 0.0, float(forward.loss)
-            for i in range(count):
-                example = {key: value[i : i + 1, mask[i]] for key, value in forward.batch.items()}
-                total += float(forward.weights[i]) * float(self._engine.losses(example, only_targets=True))
-        calls = [call for call in forward.recording.calls if call.locals]
-        dtypes = {call.autocast or call.module.get_parameter(call.locals[0]).dtype for call in calls}
-        return abs(total - expected) <= max(AGREES[dtype][0] for dtype in dtypes) / 10 * abs(expected)
 
     def _make_refusal(self, name: str) -> UserError:
         return UserError(

@@ -34,7 +34,7 @@ class TrainingBatch:
     shares: list[tuple[str, int, slice]]  # task, part, its examples
     weights: Tensor  # [rows] w_i up to a factor common to all; 0: no target, in no share
     order: Tensor | None  # [rows] of the training's rows
-    others: list[str]  # tensors that the model got besides the batch
+    other_inputs: list[str]  # tensors that the model got besides the batch
 
 
 @dataclass(eq=False)
@@ -114,8 +114,8 @@ def read_training_batch(
         shares.append((tasks[number // parts], number % parts, slice(start, start + size)))
         start += size
     is_in_order = torch.equal(order, torch.arange(len(order), device=order.device))
-    others = sorted(name for name, x in kwargs.items() if isinstance(x, Tensor) and name not in _MODEL_INPUTS)
-    return TrainingBatch(batch, shares, weights, None if is_in_order else order, others)
+    other_inputs = sorted(name for name, x in kwargs.items() if isinstance(x, Tensor) and name not in _MODEL_INPUTS)
+    return TrainingBatch(batch, shares, weights, None if is_in_order else order, other_inputs)
 
 
 def _check_names(ids: Any, labels: Tensor | None, kwargs: Mapping[str, Any], columns: Mapping[str, Tensor]) -> None:

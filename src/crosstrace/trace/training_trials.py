@@ -138,6 +138,23 @@ class TrainingTrials:
             call.e, call.kept = None, {}
         return nonzero, wrong, differing
 
+    def have_same_loss(self, forward: TracedForward) -> bool:
+        """Whether the examples by themselves have the loss that the training's model gave.
+
+        That is compared if the model gives the loss alone, so that no rule could be tried."""
+        if forward.loss is None or self.count:
+            return False
+        with torch.no_grad():
+            count = len(forward.batch["labels"])
+            mask = forward.batch["attention_mask"].bool()
+            total, expected = 0.0, float(forward.loss)
+            for i in range(count):
+                example = {key: value[i : i + 1, mask[i]] for key, value in forward.batch.items()}
+                total += float(forward.weights[i]) * float(self._engine.losses(example, only_targets=True))
+        calls = [call for call in forward.recording.calls if call.locals]
+        dtypes = {call.autocast or call.module.get_parameter(call.locals[0]).dtype for call in calls}
+        return abs(total - expected) <= max(AGREES[dtype][0] for dtype in dtypes) / 10 * abs(expected)
+
 
 def gradients_through_graph(engine: Engine, split: Split, e: Tensor, names: Sequence[str]) -> tuple[Tensor | None, ...]:
     """The named parameters' gradients by the training's own graph, for a gradient e where the loss falls apart."""
