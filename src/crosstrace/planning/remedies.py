@@ -1,4 +1,4 @@
-"""What does not fit, and settings or processes with which it would."""
+"""Why an experiment does not fit, and the settings or processes with which it would."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from crosstrace.models import loading
 from crosstrace.planning.needs import Needs, Row
 from crosstrace.trace.memory import SPARE, size_text
 
-MOST_PROCESSES = 64  # that are looked for
-
+MOST_PROCESSES = 64  # more processes are not looked for
 IN_WORDS = {"gpu": "memory of the GPU", "ram": "RAM", "disk": "disk"}
 
 
 def check_pieces(experiment: Experiment) -> None:
-    """What several processes would refuse when they load the models."""
+    """Raise a `UserError` if several processes would refuse to load one of the models."""
     for name in (experiment.model.name, *experiment.given.values()):
         loading.check_pieces(name)
 
 
 def problems_of(needs: Needs) -> list[str]:
     """What does not fit, and by how much."""
-    found, totals, words = [], needs.totals(), dict(IN_WORDS)
+    problems, totals, words = [], needs.totals(), dict(IN_WORDS)
     if needs.launch.processes > 1:
         words |= {"gpu": "memory of each GPU", "ram": f"RAM for {together_text(needs.launch)}"}
     for where, free in (("gpu", needs.machine.gpu), ("ram", needs.machine.ram), ("disk", needs.machine.disk)):
@@ -35,14 +34,15 @@ def problems_of(needs: Needs) -> list[str]:
             row = max(needs.disk, key=lambda row: row["bytes"])
             most = f"{size_text(row['bytes'])} of it for {row['what']}"
         else:
-            size, row = max((needs.fullest(process, where) for process in needs.processes()), key=lambda of: of[0])
+            fullest = [needs.fullest(process, where) for process in needs.processes()]
+            size, row = max(fullest, key=lambda size_and_row: size_and_row[0])
             most = f"{size_text(size)} of it by {row['process']}: {row['stage']}, {row['moment']}"
         too_much = size_text(round(totals[where] - SPARE * free))
-        found.append(
+        problems.append(
             f"{words[where]}: {size_text(totals[where])} are needed at once ({most}), but {size_text(free)} are free, "
             f"of which {SPARE:.0%} may be planned with: {too_much} too much"
         )
-    return found
+    return problems
 
 
 def _candidates(needs: Needs) -> Iterator[dict[str, str]]:
@@ -61,7 +61,7 @@ def _candidates(needs: Needs) -> Iterator[dict[str, str]]:
         yield {"trace.keep": "none"}
     longest = max((len(data) for name in e.strategies for _, data in needs.phases(name)), default=0)
     if e.train.checkpoint_every < longest and not e.train.keep_checkpoints:
-        yield {"train.checkpoint_every": str(longest)}  # none before a phase's end
+        yield {"train.checkpoint_every": str(longest)}  # no checkpoint before a phase's end
     if e.interventions.run and e.interventions.seeds > 1:
         yield {"interventions.seeds": "1"}
     if e.interventions.run and len(e.interventions.fractions) > 1:
@@ -70,7 +70,8 @@ def _candidates(needs: Needs) -> Iterator[dict[str, str]]:
         yield {"analysis.central_fractions": "[0.05]"}
     if e.train.keep_checkpoints and not e.trace.checkpoints:
         yield {"train.keep_checkpoints": "false"}
-    largest = max((n for phases in e.strategies.values() for p in phases for n in p.composition().values()), default=1)
+    phases = [phase for of_strategy in e.strategies.values() for phase in of_strategy]
+    largest = max((number for phase in phases for number in phase.composition().values()), default=1)
     for size in (8, 1):
         if min(largest, e.train.micro_batch or largest) > size:
             yield {"train.micro_batch": str(size)}
@@ -88,30 +89,32 @@ def _candidates(needs: Needs) -> Iterator[dict[str, str]]:
         yield {"trace.parts": "2"}
     if e.trace.online:
         yield {"trace.online": "false"}
-    if e.model.dtype != "bfloat16" and (
-        e.train.lora or not e.strategies
-    ):  # (weights that are trained lose small steps)
+    trains_weights = e.strategies and not e.train.lora  # in bfloat16, weights that are trained would lose small steps
+    if e.model.dtype != "bfloat16" and not trains_weights:
         yield {"model.dtype": "bfloat16"}
 
 
 def find_remedies(needs: Needs) -> tuple[list[str], Row]:
-    """Settings that would make the experiment fit, those of a sharded model among them; and where none do, what is
-    needed with the least that they can ask for."""
-    found, least = _settings(needs)
+    """Settings with which the experiment would fit, sharding the model among them.
+
+    Returns:
+        each remedy as on the command line; and if there is none, the totals with the least that settings can ask for.
+    """
+    remedies, least = _settings(needs)
     change = _sharding(needs.experiment) if needs.launch.processes > 1 else {}
     if not change:
-        return found, least
+        return remedies, least
     sharded = _with(needs, change)
     if not problems_of(sharded):
-        return [_as_typed(change), *found], {}
-    if not found:
+        return [_as_typed(change), *remedies], {}
+    if not remedies:
         further, least = _settings(sharded)
-        found = [f"{_as_typed(change)} {remedy}" for remedy in further]
-    return found, least
+        remedies = [f"{_as_typed(change)} {remedy}" for remedy in further]
+    return remedies, least
 
 
 def _sharding(experiment: Experiment) -> dict[str, str]:
-    """What shards the model among several processes; nothing if it is, or if that is refused."""
+    """The setting that shards the model among several processes; none if it is sharded already, or can't be."""
     change = {"model.sharded": "true"}
     if experiment.model.sharded:
         return {}
@@ -123,13 +126,15 @@ def _sharding(experiment: Experiment) -> dict[str, str]:
 
 
 def _with(needs: Needs, changes: Mapping[str, str], launch: Launch | None = None) -> Needs:
-    """The needs of the experiment with other settings, or of other processes."""
+    """The needs of the experiment with other settings, or with other processes."""
     return Needs(config.override(needs.experiment, changes), needs.material, needs.machine, launch or needs.launch)
 
 
 def more_processes(needs: Needs) -> list[str]:
-    """The fewest processes that the experiment would fit on as it is or sharded: twice as many, and so on, on as many
-    machines or on more of them."""
+    """The fewest processes with which the experiment would fit as it is, or sharded.
+
+    Twice as many are tried, then four times, and so on, on as many machines or on more of them.
+    """
     launch, times = needs.launch, 2
     sharding = _sharding(needs.experiment)
     while times * launch.processes <= MOST_PROCESSES:
@@ -144,36 +149,39 @@ def more_processes(needs: Needs) -> list[str]:
 
 
 def _settings(needs: Needs) -> tuple[list[str], Row]:
-    """Settings that would make the experiment fit: each that does alone, and the fewest found of the others that do
-    together; and where none do, what is needed with all of them."""
+    """Settings with which the experiment would fit: each that suffices alone, and a few others that do together.
 
-    def with_(changes: Sequence[Mapping[str, str]]) -> Needs:
+    If none do, also the totals with all of them.
+    """
+
+    def changed(changes: Sequence[Mapping[str, str]]) -> Needs:
         return _with(needs, {name: value for change in changes for name, value in change.items()})
 
     every = list(_candidates(needs))
-    least = with_(every)
+    least = changed(every)
     if problems_of(least):
         return [], least.totals()
-    alone = [change for change in every if not problems_of(with_([change]))]
+    alone = [change for change in every if not problems_of(changed([change]))]
     taken: list[dict[str, str]] = []
-    for change in (other for other in every if other not in alone):  # gentler ones may do together
-        if taken and not problems_of(with_(taken)):
+    for change in (other for other in every if other not in alone):  # less painful ones may suffice together
+        if taken and not problems_of(changed(taken)):
             break
         taken = [other for other in taken if not other.keys() & change.keys()] + [change]
-    if problems_of(with_(taken)):
+    if problems_of(changed(taken)):
         return [_as_typed(change) for change in alone], {}
-    for change in list(taken):  # what the later ones made needless
+    for change in list(taken):  # leave out what later changes made needless
         rest = [other for other in taken if other is not change]
-        if not problems_of(with_(rest)):
+        if not problems_of(changed(rest)):
             taken = rest
     together = " ".join(_as_typed(change) for change in taken)
     return [*(_as_typed(change) for change in alone), together], {}
 
 
 def _as_typed(change: Mapping[str, str]) -> str:
+    """Settings as they are typed on the command line."""
     return " ".join(f"--{name} {value!r}" if " " in value else f"--{name} {value}" for name, value in change.items())
 
 
 def together_text(launch: Launch) -> str:
-    """The processes whose memory adds up."""
+    """In words, the processes whose memory adds up."""
     return f"{launch.beside} processes" + " of a machine" * (launch.nodes > 1)
