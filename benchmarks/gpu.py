@@ -326,7 +326,10 @@ def _factors(count: int, length: int, rows: int, columns: int, dtype: str, devic
     import torch
 
     draw = torch.Generator(device).manual_seed(length)
-    make = lambda width: torch.randn(count, length, width, generator=draw, device=device)
+
+    def make(width: int) -> Any:
+        return torch.randn(count, length, width, generator=draw, device=device)
+
     return make(rows).to(getattr(torch, dtype)), make(columns).to(getattr(torch, dtype))
 
 
@@ -353,10 +356,15 @@ def kernel_speed(names: tuple[str, ...], length: int) -> Row:
     rows, columns = 10240, 2560
     left, right = _factors(TOKENS // length, length, rows, columns, "bfloat16", "cuda")
     sums = {name: torch.zeros(rows, columns, device="cuda") for name in names}
-    work = lambda: kernels.per_example_sums(left, right, sums, slice(None))
+
+    def work() -> None:
+        kernels.per_example_sums(left, right, sums, slice(None))
+
+    def plain() -> Any:
+        return left.flatten(0, 1).t() @ right.flatten(0, 1)
+
     tuning = _seconds("cuda", work)
     seconds = statistics.median(_seconds("cuda", work) for _ in range(10))
-    plain = lambda: left.flatten(0, 1).t() @ right.flatten(0, 1)
     floor = statistics.median([_seconds("cuda", plain) for _ in range(12)][2:])
     rate = 2 * TOKENS * rows * columns / seconds
     return {
@@ -678,8 +686,11 @@ def tests(sheet: Sheet) -> None:
             process.kill()
             cut, (told, _) = True, process.communicate()
         lines = told.splitlines()
-        of = lambda word: sum(line.startswith("tests/") and f" {word}" in line for line in lines)
-        found: Row = {"passed": of("PASSED"), "failed": of("FAILED"), "skipped": of("SKIPPED"), "cut_short": cut}
+        outcomes = {
+            outcome: sum(line.startswith("tests/") and f" {outcome.upper()}" in line for line in lines)
+            for outcome in ("passed", "failed", "skipped")
+        }
+        found: Row = {**outcomes, "cut_short": cut}
         if found["failed"] or (process.returncode not in (0, 5) and not cut):
             found |= {"wrong": f"pytest ended with {process.returncode}", "end": lines[-40:]}
         return found

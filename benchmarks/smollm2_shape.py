@@ -64,7 +64,10 @@ def batch_of(count: int, shortest: int, longest: int, trained: int | None, seed:
     length[0] = longest
     place = torch.arange(longest).expand(count, -1)
     mask = (place < length).long()
-    last = lambda tokens: ids.masked_fill((place >= length) | (place < length - tokens), -100)
+
+    def last(tokens: int) -> Tensor:
+        return ids.masked_fill((place >= length) | (place < length - tokens), -100)
+
     inputs = {"input_ids": ids, "attention_mask": mask}
     return inputs | {"labels": last(trained or longest)}, inputs | {"labels": last(3)}
 
@@ -96,7 +99,7 @@ def measured(work: Callable[[], object], rounds: int) -> list[float]:
 def steps(model: torch.nn.Module, rounds: int, bf16: bool) -> dict[str, list[float]]:
     """A step of mixed training without a trace, and with."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16)
     tasks = ["bio", "qa"]
 
     def finish() -> None:
@@ -166,13 +169,15 @@ def steps(model: torch.nn.Module, rounds: int, bf16: bool) -> dict[str, list[flo
 
 def traces(model: torch.nn.Module, rounds: int) -> dict[str, list[float]]:
     sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    into = lambda name, share: contextlib.nullcontext({"abs": sums[name]})
+
+    def open_sums(name: str, share: int) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
+        return contextlib.nullcontext({"abs": sums[name]})
+
     found = {}
-    engine = Engine(model)
-    run = lambda: engine.run(TRACED_BIO, [slice(None)], into)
+    run = partial(Engine(model).run, TRACED_BIO, [slice(None)], open_sums)
     found["trace, first batch"], found["trace, batch"] = measured(run, 1), measured(run, rounds)
-    engine = Engine(model)
-    found["trace again, first batch"] = measured(lambda: engine.run(TRACED_BIO, [slice(None)], into), 1)
+    run = partial(Engine(model).run, TRACED_BIO, [slice(None)], open_sums)
+    found["trace again, first batch"] = measured(run, 1)
     return found
 
 

@@ -105,8 +105,10 @@ class TwoSums(Ours):
         self.totals = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
 
     def __call__(self, model: nn.Module, batch: Sums, sums: Sums) -> None:
-        into = lambda name, share: contextlib.nullcontext({"abs": sums[name], "sum": self.totals[name]})
-        self.engine.run(batch, [slice(None)], into)
+        def open_sums(name: str, share: int) -> contextlib.AbstractContextManager[Sums]:
+            return contextlib.nullcontext({"abs": sums[name], "sum": self.totals[name]})
+
+        self.engine.run(batch, [slice(None)], open_sums)
 
 
 def loop(model: nn.Module, batch: Sums, sums: Sums) -> None:
@@ -598,14 +600,16 @@ def ratio(found: dict | None, a: str, b: str) -> dict[str, float] | None:
 
 def headline(rows: list[dict], steps: dict, texts: dict, starts: dict) -> dict[str, Any]:
     found = rows[0]
-    of = lambda case: next((r for r in rows if (r["shape"], r["length"], r["examples"]) == case), None)
-    median = lambda spread: None if spread is None else spread["median"]
+
+    def row_of(case: tuple[str, int, int]) -> dict | None:
+        return next((r for r in rows if (r["shape"], r["length"], r["examples"]) == case), None)
+
     spreads = {
         "trace_over_plain": ratio(found, "trace", "plain"),
         "two_sums_over_plain": ratio(found, "trace, two sums", "plain"),
-        "trace_over_plain_16": ratio(of(SHORT), "trace", "plain"),
-        "trace_over_plain_9": ratio(of(SHORTEST), "trace", "plain"),
-        "trace_over_plain_256": ratio(of(LONG), "trace", "plain"),
+        "trace_over_plain_16": ratio(row_of(SHORT), "trace", "plain"),
+        "trace_over_plain_9": ratio(row_of(SHORTEST), "trace", "plain"),
+        "trace_over_plain_256": ratio(row_of(LONG), "trace", "plain"),
         "own_texts_over_plain": ratio(texts, "trace", "plain"),
         "loop_over_trace": ratio(found, "loop", "trace"),
         **{f"{name}_over_trace": ratio(found, name, "trace") for name in LIBRARIES},
@@ -616,7 +620,7 @@ def headline(rows: list[dict], steps: dict, texts: dict, starts: dict) -> dict[s
     memory = [found[name]["memory"] for name in ("trace", "plain")]
     return {
         "shape": f"{found['shape']}, length {found['length']}, {found['examples']} examples",
-        **{name: median(spread) for name, spread in spreads.items()},
+        **{name: None if spread is None else spread["median"] for name, spread in spreads.items()},
         "memory_over_plain": round(memory[0] / memory[1], 3) if all(memory) else None,
         "best_full_peer": best,
         "online_overhead": round(overhead(steps, "online, reuse"), 3),

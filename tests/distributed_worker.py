@@ -104,8 +104,11 @@ def trained(model: nn.Module, data: list[Encoded], processes: int, folder: Path)
         use_cpu=True,
         dataloader_pin_memory=False,
     )
-    fed = lambda items: {k: v for k, v in collate(items, "train", pad_id=0).items() if k != "group"}
-    trainer = Teacher(model=model, args=arguments, train_dataset=data, data_collator=fed)
+
+    def collate_columns(items: Any) -> dict[str, Any]:
+        return {k: v for k, v in collate(items, "train", pad_id=0).items() if k != "group"}
+
+    trainer = Teacher(model=model, args=arguments, train_dataset=data, data_collator=collate_columns)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer.accelerator.unwrap_model(trainer.model).eval()
@@ -285,7 +288,11 @@ def misfits(home: Path, processes: Processes) -> None:
 
 def killed(home: Path, processes: Processes) -> None:
     """A sharded training that others began is gone on with, until process 1 is killed."""
-    stop = lambda: os.kill(os.getpid(), signal.SIGKILL) if processes.rank == 1 else None
+
+    def stop() -> None:
+        if processes.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     with stopped(25, stop):
         run(home, "hands", processes, True, ["llama"], SHARED[:2])
 

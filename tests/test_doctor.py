@@ -81,7 +81,10 @@ def test_noise_in_evaluation_mode() -> None:
 def blind(mask) -> nn.Module:
     model = patient()
     attention = model.get_submodule("model.layers.0.self_attn")
-    swap = lambda module, args, kwargs: (args, kwargs | {"attention_mask": mask(kwargs["attention_mask"])})
+
+    def swap(module, args, kwargs):
+        return args, kwargs | {"attention_mask": mask(kwargs["attention_mask"])}
+
     attention.register_forward_pre_hook(swap, with_kwargs=True)
     return model
 
@@ -107,7 +110,10 @@ def test_attention_that_ignores_padding_but_looks_back_only() -> None:
 
 def test_padding_that_is_no_number() -> None:
     model = patient()
-    spoil = lambda module, args, output: output.masked_fill((args[0] == 0).unsqueeze(-1), float("nan"))
+
+    def spoil(module, args, output):
+        return output.masked_fill((args[0] == 0).unsqueeze(-1), float("nan"))
+
     model.get_submodule("model.embed_tokens").register_forward_hook(spoil)
     found = diagnose(model, WORDS, examples=2, yardstick=False)
     assert found.verdict == "inexact" and failed(found) == {"padding", "batch", "trace"}

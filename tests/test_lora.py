@@ -786,7 +786,10 @@ def test_variants_have_exact_traces_and_known_kinds(case):
 def test_adapters_whose_parts_see_no_tokens_are_not_grafted_at_positions(case):
     model = other_adapter(OTHERS[case][0], **OTHERS[case][1])
     values = {name: p.detach() + 0.5 for name, p in model.named_parameters()}
-    every = lambda ids: torch.ones_like(ids, dtype=torch.bool)
+
+    def every(ids: Tensor) -> Tensor:
+        return torch.ones_like(ids, dtype=torch.bool)
+
     with left_alone(model), pytest.raises(UserError, match=r"graft(ed|ing) at positions"):
         with grafted_at(model, whole(model), values, every):
             pass

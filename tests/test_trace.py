@@ -503,9 +503,11 @@ def training_steps(model, count):
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn_like(p), alpha=0.05)
-    tasks = lambda s: (
-        {"bio": make_examples(3 + s % 2, seed=s)} | ({"qa": make_examples(4, seed=50 + s)} if s % 2 else {})
-    )
+
+    def tasks(s):
+        batches = {"bio": make_examples(3 + s % 2, seed=s)}
+        return batches | {"qa": make_examples(4, seed=50 + s)} if s % 2 else batches
+
     return [(state, tasks(s), 0.1 * (s + 1)) for state, s in steps]
 
 
