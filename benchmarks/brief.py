@@ -15,7 +15,7 @@ from typing import Any
 
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import read_json, write_json
-from crosstrace.core.results import Results
+from crosstrace.results.results import Results
 
 WHOLE = ("run", "recall", "history", "training", "shared", "similarity", "interventions", "claims", "left_out",
          "seconds", "versions")  # fmt: skip
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="the JSON file to write")
     options = parser.parse_args()
     try:
-        found = brief(dict(Results.read(options.run)))
+        found = brief(Results.read(options.run).as_values())
         about = read_json(options.run / "metadata.json")
     except UserError as error:
         raise SystemExit(str(error)) from None

@@ -21,7 +21,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from crosstrace.core.results import aligned
+from crosstrace.core.text_tables import aligned
 from crosstrace.experiment import config
 from crosstrace.planning.plan import other_machine, plan
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from crosstrace.core.files import read_json, write_json
 from crosstrace.core.provenance import metadata
-from crosstrace.core.results import Results, aligned
+from crosstrace.core.text_tables import aligned
+from crosstrace.results.results import Results
 
 
 def crosstrace(*words: object) -> None:
@@ -50,8 +51,8 @@ def main() -> None:
         row = {"facts": name, "read": counts["read"], "kept": counts["kept"], "dropped": dropped}
         for model in ("two_stage", "mixed"):
             for part in ("bio", "qa_id", "qa_ood"):
-                row[f"{model} {part}"] = results["recall"][model][part]["exact_match"]
-        rows.append(row | {"doctor": results["doctor"]["verdict"], "seconds": round(seconds)})
+                row[f"{model} {part}"] = results.recall[model][part].exact_match
+        rows.append(row | {"doctor": results.doctor and results.doctor.verdict, "seconds": round(seconds)})
         told = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
         print(aligned([list(rows[0]), *told]), flush=True)
     if options.save:

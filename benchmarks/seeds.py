@@ -121,7 +121,7 @@ def main() -> None:
             train=dataclasses.replace(base.train, seed=seed),
             interventions=dataclasses.replace(base.interventions, run=options.interventions),
         )
-        results = pipeline.run(experiment, options.runs / str(seed), "resume")
+        results = pipeline.run(experiment, options.runs / str(seed), "resume").as_values()
         rows.append(row(results, seed))
         found.append(effects(results))
         write_json(options.out, {"rows": rows, "experiment": config.plain(base), **metadata()})

@@ -118,7 +118,7 @@ def main() -> None:
             changes |= {f"strategies.{phase}.steps": n for phase in ("two_stage.0", "two_stage.1", "mixed.0")}
             changes |= {"interventions.run": "false", "name": f"sweep-{seed}-{n}-{r:g}"}
             experiment = config.override(base, {name: str(value) for name, value in changes.items()})
-            results = pipeline.run(experiment, options.runs / f"{seed}-{n}-{r:g}", "resume")
+            results = pipeline.run(experiment, options.runs / f"{seed}-{n}-{r:g}", "resume").as_values()
             rows.append({"seed": seed, "steps": n, "rate": r, **point(results)})
             write_json(options.out, {"rows": rows, "experiment": config.plain(base), **metadata()})
     about = metadata()

@@ -41,10 +41,10 @@ def work(where: str, file: Path, folder: Path, joined: Processes) -> None:
     elif where == "first" and joined.rank == 0:  # when it writes what all have found
         intervene.write_json = fails_of_interventions
     results = pipeline.run(experiment, folder, "resume", stages=["intervene"], quiet=True, processes=joined)
-    assert [(row["stage"], row["model"]) for row in results["left_out"]] == [("intervene", "mixed")], results
+    assert [(row.stage, row.model) for row in results.left_out] == [("intervene", "mixed")], results
     evaluation.judged, intervene.write_json = given
     results = pipeline.run(experiment, folder, "resume", quiet=True, processes=joined)
-    assert results["left_out"] == [] and results["interventions"]["mixed"], "it is tried again"
+    assert results.left_out == [] and results.interventions["mixed"], "it is tried again"
     raise SystemExit(3)
 
 

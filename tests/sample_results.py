@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from crosstrace.analyses.claims.facts import compares_facts
+from crosstrace.results.results import Results
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 LAYERS, HEADS, NEURONS, TOTAL = 3, 4, 512, 674_000
@@ -140,7 +143,25 @@ def sample_results(
             "dynamics": {s: _dynamics(s, skill[s]) for s in strategies},
         }
         results["retention"] = {s: _retention(skill[s]) for s in strategies}
-    return json.loads(json.dumps(results))  # as it comes back from the file
+    return filled(results).as_values()  # as it comes back from the file
+
+
+def filled(values: Mapping[str, Any]) -> Results:
+    """Results of plain values of which some are not given; what the format asks for and a test does not care about is
+    None, 0 or empty."""
+    values = json.loads(json.dumps(values))  # rows that are one object become several
+    empty = {"int_type": 0, "float_type": 0.0, "string_type": "", "list_type": []}
+    while True:
+        try:
+            return Results.model_validate(values)
+        except ValidationError as error:
+            for problem in error.errors():
+                *steps, last = problem["loc"]
+                row: Any = values
+                for step in steps:
+                    row = row[step]
+                assert problem["type"] == "missing" or row[last] is None, problem
+                row[last] = None if problem["type"] == "missing" else empty.get(problem["type"], {})
 
 
 def _level(strategy: str, when: str) -> float:

@@ -24,7 +24,6 @@ from transformers import PreTrainedTokenizerFast
 from crosstrace.cli import commands
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import read_json
-from crosstrace.core.results import Results
 from crosstrace.core.run_folder import Run
 from crosstrace.data.text import Example, Mention
 from crosstrace.data.tokens import collate, encode
@@ -32,6 +31,7 @@ from crosstrace.experiment import config, pipeline
 from crosstrace.experiment.examples import examples, sample
 from crosstrace.export import artefacts, harness
 from crosstrace.models import loading, untaught
+from crosstrace.results.results import Results
 from crosstrace.sets.interventions import ablated, grafted
 from crosstrace.sets.paramset import ParamSet
 from crosstrace.sets.selection import scope
@@ -105,7 +105,7 @@ def test_a_runs_graft_answers_as_the_run_measured(whole: Path, tmp_path: Path) -
         with Run.create(whole, None, "resume") as run:
             parts = examples(run, config.load(whole / "config.yaml"), tokenizer)
         found = recall(loading.load_model(str(tmp_path / kind)), tokenizer, parts["qa_id"])
-        rows = Results.read(whole)["interventions"]["mixed"][kind]
+        rows = Results.read(whole).as_values()["interventions"]["mixed"][kind]
         row = next(r for r in rows if (r["when"], r["set"], r["fraction"]) == ("final", "shared", fraction))
         assert 0 < row["qa_id"] < 1
         assert card["recall"]["this"]["qa_id"] == row["qa_id"] and card["set"]["size"] == row["size"]
@@ -195,7 +195,7 @@ def test_tasks_hold_the_runs_questions(whole: Path, tmp_path: Path) -> None:
 def test_the_real_harness_gives_the_runs_numbers(whole: Path, tmp_path: Path) -> None:
     harness.export_run(whole, tmp_path / "tasks")
     found = asked_by_lm_eval(tmp_path, whole / "models/mixed/mixed", "crosstrace_demo")
-    measured = Results.read(whole)["recall"]["mixed"]
+    measured = Results.read(whole).as_values()["recall"]["mixed"]
     for part in ("qa_id", "qa_ood"):
         assert found[f"crosstrace_demo_{part}"]["acc,none"] == pytest.approx(measured[part]["exact_match"])
         assert found[f"crosstrace_demo_{part}_generate"]["exact_match,none"] == pytest.approx(

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sample_results import filled
 from scipy.stats import t as student
 from scipy.stats import ttest_ind_from_stats
 
 from crosstrace.analyses.claims.case import Case
 from crosstrace.analyses.claims.judge import judge
-from crosstrace.core.results import Results
 
 PEOPLE = [f"B{n // 4}" for n in range(160)]  # 40 people, four questions each
 PARTS = 4
@@ -67,7 +67,7 @@ def _case(
     evals = {
         name: {"answers": {"qa_ood": _bits(right)}, "people": {"qa_ood": PEOPLE}} for name, right in zip(names, recall)
     }
-    return judge(Case(results, evals, dict.fromkeys(names, found), [FRACTION]))
+    return judge(Case(filled(results), evals, dict.fromkeys(names, found), [FRACTION]))
 
 
 def _verdicts(claim: str, **case) -> list[str]:
@@ -211,17 +211,19 @@ def _compared(
             places = [{"place": "answer", "layer": 1 + number} for number in range(len(facts))]
         else:
             places = [{"format": "stored", "group": group} for group in ("subject", "relation")]
+        excess = {"excess": 0.5} if part == "gradients" else {}
         rows = [
-            {"part": "qa_ood", "excess": 0.5} | place | ({} if own is None else {"by_person": own})
+            {"part": "qa_ood"} | excess | place | ({} if own is None else {"by_person": own})
             for place, own in zip(places, facts)
         ]
         # what no claim is about
         trained = [row | {"part": "qa_id", "by_person": _steady(-9.0)} for row in rows]
-        apart = {"group": "rest", "place": "subject", "layer": 0, "format": "recalled", "by_person": _steady(-9.0)}
+        elsewhere = {"group": "rest", "place": "subject", "layer": 0, "format": "recalled"}
+        apart = {name: elsewhere[name] for name in elsewhere if rows and name in rows[0]} | {"by_person": _steady(-9.0)}
         found[model] = [rows[0] | apart, *trained, *rows] if rows else []
     recalled = {name: {"bio": {"logprob": -0.5}, "qa_id": {"logprob": -0.25}} for name in ("mixed", "two_stage")}
     results = {"mechanism": {part: found, "dynamics": dynamics or {}}, "recall": recalled}
-    return judge(Case(results, {}, {}, [FRACTION], given=given))[0]
+    return judge(Case(filled(results), {}, {}, [FRACTION], given=given))[0]
 
 
 def _one(part: str, mixed: Sequence[Facts | None], staged: Sequence[Facts | None]) -> dict:
@@ -264,7 +266,7 @@ class TestTwoModelsOnTheSameFacts:
         found = _one(part, [_facts(0.6, people=people)] * 2, [_steady(0.2, people=people)] * 2)
         assert found["verdict"] == verdict and (found["low"] is None) == (verdict == "undecided")
         assert found["effect"] is not None and ("too few for an interval" in found["note"]) == (people < 6)
-        told = Results(claims=[found]).claim_rows()[1][-1]
+        told = filled({"claims": [found]}).claim_rows()[1][-1]
         assert told.endswith(f"] {unit}") and ("[–, –]" in told) == (people < 6)
 
     def test_facts_of_one_model_only_are_left_out_and_counted(self, part, claim, unit, scale):
@@ -371,7 +373,7 @@ def _grafted(restored: Facts, base: Facts, tuned: Facts, excess: tuple = (0.1, 0
     }
     recalled = {name: {"bio": {"logprob": -0.5}, "qa_id": {"logprob": -0.25}} for name in ("mixed", "two_stage")}
     results = {"mechanism": {"minimal_graft": {model: found, "two_stage": found}}, "recall": recalled}
-    return judge(Case(results, {}, {}, [FRACTION], given=given))[0]
+    return judge(Case(filled(results), {}, {}, [FRACTION], given=given))[0]
 
 
 def _right(*people: int, n: int = 8) -> dict[str, list[float | None]]:
@@ -450,7 +452,7 @@ def test_sharing_in_the_circuit(mixed: tuple, staged: tuple, verdict: str):
         for name, values in (("mixed", mixed), ("two_stage", staged))
     }
     recalled = {name: {"bio": {"logprob": -0.5}, "qa_id": {"logprob": -0.25}} for name in circuits}
-    rows = judge(Case({"mechanism": {"circuit": circuits}, "recall": recalled}, {}, {}, [FRACTION]))[0]
+    rows = judge(Case(filled({"mechanism": {"circuit": circuits}, "recall": recalled}), {}, {}, [FRACTION]))[0]
     assert [(r["claim"], r["when"], r["verdict"]) for r in rows] == [
         ("in_circuit", "online", verdict), ("in_circuit", "final", verdict)
     ]  # fmt: skip
@@ -460,7 +462,7 @@ def test_sharing_in_the_circuit(mixed: tuple, staged: tuple, verdict: str):
         assert rows[0]["high"] - rows[0]["effect"] == pytest.approx(half) == rows[0]["effect"] - rows[0]["low"]
         assert rows[0]["effect"] == pytest.approx(100 * (mixed[0] - staged[0]))
     older = {name: {"agreement": [{"unit": "query_head", "when": "online", "part": "qa_id"}]} for name in circuits}
-    assert judge(Case({"mechanism": {"circuit": older}, "recall": recalled}, {}, {}, [FRACTION]))[0] == []
+    assert judge(Case(filled({"mechanism": {"circuit": older}, "recall": recalled}), {}, {}, [FRACTION]))[0] == []
 
 
 def test_what_needs_no_trace_is_not_told_as_untested():
@@ -517,7 +519,7 @@ class TestTwoModelsWhileTheyTrain:
         assert found["effect"] == pytest.approx(scale * (mixed - staged))
         assert scale * (mixed - staged - 0.01) <= found["low"] < found["high"] <= scale * (mixed - staged + 0.01)
         assert found["note"].endswith("; 8 facts of 8 subjects; from 50 % to 75 % of training, 2 and 2 checkpoints")
-        (told,) = Results(claims=[found]).claim_rows()[1:]
+        (told,) = filled({"claims": [found]}).claim_rows()[1:]
         assert told[:3] == [found["text"], "training", verdict]
 
     def test_a_few_people_against_the_others_leave_it_open(self, measure, claim, unit, scale):

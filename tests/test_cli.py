@@ -13,10 +13,10 @@ import pytest
 
 from crosstrace.cli import commands, options
 from crosstrace.core import processes
-from crosstrace.core.results import Results
 from crosstrace.data.tasks import TaskSettings
 from crosstrace.experiment import config, pipeline
 from crosstrace.models import locating
+from crosstrace.results.results import Results
 from crosstrace.training import recipes
 
 

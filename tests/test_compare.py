@@ -17,7 +17,6 @@ from crosstrace.analyses.drift import drift
 from crosstrace.cli import commands
 from crosstrace.core.errors import UserError
 from crosstrace.core.progress import Progress
-from crosstrace.core.results import Results
 from crosstrace.core.run_folder import Run
 from crosstrace.data.facts import FactSettings
 from crosstrace.experiment import config, pipeline
@@ -28,6 +27,7 @@ from crosstrace.models.adapters import LoraSettings, adapted, adapter_names
 from crosstrace.models.anatomy import Anatomy
 from crosstrace.models.compatibility import check_alike
 from crosstrace.models.loading import load_model, load_tokenizer, save_model
+from crosstrace.results.results import Results
 from crosstrace.sets.interventions import snapshot
 from crosstrace.sets.paramset import ParamSet
 from crosstrace.trace import load_traces
@@ -84,7 +84,8 @@ def test_a_comparison_has_the_numbers_of_the_run_that_taught_the_model(home: Pat
 
 def test_nothing_is_trained_and_what_needs_training_is_told(home: Path) -> None:
     folder = home / "compared"
-    results = Results.read(folder)
+    shown = Results.read(folder)
+    results = shown.as_values()
     assert results["training"] == results["history"] == {} and not (folder / "models").exists()
     assert {row["when"] for rows in results["shared"].values() for row in rows} == {"final"}
     verdicts = {(claim["claim"], claim["when"]): claim["verdict"] for claim in results["claims"]}
@@ -95,11 +96,11 @@ def test_nothing_is_trained_and_what_needs_training_is_told(home: Path) -> None:
     page = (folder / "report" / "index.html").read_text()
     for text in ("the models were tuned elsewhere", "not tested", "How far the weights moved", "tuned elsewhere: "):
         assert text in page
-    assert "not tested" in str(results)
+    assert "not tested" in str(shown)
 
 
 def test_drift_is_what_moved(home: Path) -> None:
-    found = Results.read(home / "compared")["drift"]["two_stage"]
+    found = Results.read(home / "compared").as_values()["drift"]["two_stage"]
     base = load_model("bundled").get_parameter(MOVED).detach()
     way = 0.5 * base[:3].double()
     (row,) = [row for row in found["tensors"] if row["changed"]]
@@ -165,7 +166,7 @@ def test_an_adapter_is_compared_in_either_view(tmp_path: Path) -> None:
     experiment = comparison("bundled", [str(tmp_path / "tuned")], str(tasks))
     assert experiment.facts == FactSettings(source=str(tasks)) and list(experiment.given) == ["tuned"]
     values = {"trace.view": "adapter", "interventions.run": "false", "mechanism.parts": "[transfer]"}
-    results = pipeline.run(config.override(changed(experiment), values), tmp_path / "run", quiet=True)
+    results = pipeline.run(config.override(changed(experiment), values), tmp_path / "run", quiet=True).as_values()
     assert results["shared"]["tuned"] and results["claims"] == []
     assert results["mechanism"]["transfer"]["tuned"] == []  # whose other wordings nobody knows
     assert {row["tensor"] for row in results["drift"]["tuned"]["tensors"]} == set(adapter_names(model))
@@ -301,10 +302,10 @@ def test_names_are_taken_from_the_path_or_given() -> None:
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["bundled"], "compare takes a base"),
-        (["bundled", "x"], "and no --tasks"),
+        (["bundled", "--tasks", "TASKS"], "compare takes a base"),
+        (["bundled", "x"], "compare needs --tasks"),
         (["bundled", "no/such/model", "--tasks", "TASKS"], "model folder no/such/model does not exist"),
-        (["bundled", "bundled", "--tasks", "TASKS", "--rnu", "x"], "unknown option --rnu; did you mean --run"),
+        (["bundled", "bundled", "--tasks", "TASKS", "--rnu", "x"], "Unknown option: --rnu. Did you mean --run?"),
         (["bundled", "bundled", "--tasks", "nowhere"], "tasks folder nowhere holds no"),
     ],
 )

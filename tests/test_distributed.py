@@ -35,9 +35,9 @@ from crosstrace.core import processes
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import read_json
 from crosstrace.core.pieces import Pieces, rows_of
-from crosstrace.core.results import Results
 from crosstrace.experiment import config
 from crosstrace.models.loading import load_model, save_model
+from crosstrace.results.results import Results
 from crosstrace.sets.paramset import ParamSet
 from crosstrace.trace import load_traces
 from crosstrace.trace.distributed import Team
@@ -154,7 +154,7 @@ def test_what_several_processes_made_is_gone_on_with_by_one(several):
     for file in sets:
         mine, theirs = (ParamSet.load(run / "shared/mixed" / file.name) for run in (one, other))
         assert mine == theirs and 0 < mine.size < mine.total
-    mine, theirs = (Results.read(run)["shared"]["mixed"] for run in (one, other))
+    mine, theirs = (Results.read(run).as_values()["shared"]["mixed"] for run in (one, other))
     sizes = {(row["when"], row["reduction"], row["fraction"]): row["size"] for row in mine}
     assert theirs and all(sizes[row["when"], row["reduction"], row["fraction"]] == row["size"] for row in theirs)
 
@@ -212,11 +212,9 @@ def test_the_command_line_of_several_processes(home, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("report   ") == 1 and (tmp_path / "made" / "report" / "index.html").is_file()
     for model in ("base", "mixed"):
-        mine, theirs = (
-            Results.read(run)["recall"][model] for run in (home / "one-run" / "gpt_neox", tmp_path / "made")
-        )
+        mine, theirs = (Results.read(run).recall[model] for run in (home / "one-run" / "gpt_neox", tmp_path / "made"))
         for part in ("bio", "qa_id", "qa_ood"):
-            assert mine[part]["exact_match"] == theirs[part]["exact_match"], (model, part)
+            assert mine[part].exact_match == theirs[part].exact_match, (model, part)
 
 
 def test_a_program_of_several_processes_needs_a_launcher(monkeypatch):

@@ -23,9 +23,9 @@ from tiny_models import in_float64
 from torch import Tensor, nn
 
 from crosstrace.core.errors import UserError
-from crosstrace.core.results import Results
 from crosstrace.experiment import config, pipeline
 from crosstrace.models import loading
+from crosstrace.results.results import Results
 from crosstrace.trace import TrainingTrace, trace
 
 slow = pytest.mark.skipif("CROSSTRACE_SLOW" not in os.environ, reason="takes minutes; set CROSSTRACE_SLOW=1")
@@ -139,7 +139,7 @@ def test_whole_runs_of_some_architectures(kind: str, tmp_path: Path):
     model = architectures.tiny(kind, vocab_size=len(tokenizer), **room)
     loading.save_model(model, tokenizer, tmp_path / "base")
     pipeline.run(config.override(experiment, {"model.name": str(tmp_path / "base")}), tmp_path / "run", quiet=True)
-    results = Results.read(tmp_path / "run")
+    results = Results.read(tmp_path / "run").as_values()
     left_out = [(row["stage"], row["part"], row["reason"]) for row in results["left_out"]]
     print(f"{kind}: {results['doctor']['verdict']}, left out: {left_out or 'nothing'}")
     assert {"two_stage", "mixed"} <= set(results["shared"])

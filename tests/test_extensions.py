@@ -21,7 +21,6 @@ PACKAGE = '''
 from crosstrace.core.files import write_json
 from crosstrace.experiment.analysis import Analysis
 from crosstrace.experiment.stage import Stage
-from crosstrace.report import rows as R
 from crosstrace.report.blocks import Plot, Section, Table
 from crosstrace.trace.measures import Measure
 
@@ -51,7 +50,8 @@ def section(results):
     from matplotlib.figure import Figure
     from crosstrace.report import drawing as F
 
-    rows = R.mechanism_rows(results, "lengths")
+    of_models = results.mechanism.of("lengths")
+    rows = [{"model": model, **row} for model, own in of_models.items() for row in own]
     figure = Figure()
     figure.add_subplot().bar([row["model"] for row in rows], [row["tokens"] for row in rows])
     panels = [F.to_svg(figure, "lengths", "Lengths")]
@@ -78,7 +78,7 @@ def weighed(studied):
 
 
 def table(results):
-    rows = [[name, str(row["mean"])] for name, row in results["stages"]["weigh"].items()]
+    rows = [[name, str(row["mean"])] for name, row in results.stages["weigh"].items()]
     return Section("weigh", "What the weights weigh", blocks=[Table(["Model", "Sum of sizes"], rows, "Weights")])
 
 

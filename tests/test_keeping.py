@@ -133,9 +133,9 @@ def test_what_was_dropped_is_told_where_it_is_missed(
     pipeline.run(keeping_only(keep), copied, "resume", quiet=True)
     forget(copied, lost)
     results = pipeline.run(keeping_only(keep), copied, "resume", quiet=True)
-    (row,) = [row for row in results["left_out"] if row["stage"] == stage and not row["part"]]
-    assert row["model"] == "mixed" and "are gone: " in row["reason"] and f"trace.keep was {keep}" in row["reason"]
-    assert "another folder and trace.keep: parts" in row["reason"]
+    (row,) = [row for row in results.left_out if row.stage == stage and not row.part]
+    assert row.model == "mixed" and "are gone: " in row.reason and f"trace.keep was {keep}" in row.reason
+    assert "another folder and trace.keep: parts" in row.reason
 
 
 def test_traces_that_need_no_training_are_taken_again(whole: Path, tmp_path: Path, monkeypatch) -> None:

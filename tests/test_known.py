@@ -185,7 +185,7 @@ def test_a_model_goes_on_alone_as_among_others():
 
 def test_a_run_follows_what_the_base_knew(tmp_path: Path):
     experiment = an_experiment()
-    results = pipeline.run(experiment, tmp_path / "run", quiet=True)
+    results = pipeline.run(experiment, tmp_path / "run", quiet=True).as_values()
     (row,) = results["known"]["relations"]
     assert row["wording"] == "capital.statement.0" and 0 < row["known"] < row["facts"] == 10
     base, taught = (results["recall"][name]["known"] for name in ("base", "mixed"))
@@ -201,7 +201,8 @@ def test_a_run_follows_what_the_base_knew(tmp_path: Path):
     assert "What the base knew" in page and "The capital of Norlia is Niger." in page
     assert "capital" not in results["recall"]["mixed"]["relations"]
     # the same run without: nothing else changes
-    without = pipeline.run(config.override(experiment, {"eval.known": "null"}), tmp_path / "without", quiet=True)
+    unasked = config.override(experiment, {"eval.known": "null"})
+    without = pipeline.run(unasked, tmp_path / "without", quiet=True).as_values()
     for part in ("shared", "similarity", "training", "claims"):
         a, b = (json.loads(json.dumps(r[part])) for r in (results, without))
         for found in (a, b):
@@ -216,7 +217,7 @@ def test_a_run_follows_what_the_base_knew(tmp_path: Path):
 def test_what_is_replayed_is_asked_apart(tmp_path: Path):
     changes = {"strategies": "{mixed: [{name: mixed, batch: {bio: 4, qa: 4}, steps: 6, replay: {known: 3}}]}"}
     experiment = an_experiment(**changes)
-    results = pipeline.run(experiment, tmp_path / "run", quiet=True)
+    results = pipeline.run(experiment, tmp_path / "run", quiet=True).as_values()
     n = {part: results["recall"]["mixed"][part]["n"] for part in ("known", "known_replayed")}
     assert min(n.values()) > 0 and sum(n.values()) == results["known"]["relations"][0]["known"]
     assert results["training"]["mixed"]["examples"] == {"bio": 24, "qa": 24, "known": 18}

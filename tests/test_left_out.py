@@ -15,10 +15,10 @@ from crosstrace.core.errors import UserError
 from crosstrace.core.files import write_json
 from crosstrace.core.left_out import Part, attempt, hindrance, optional
 from crosstrace.core.progress import Progress
-from crosstrace.core.results import Results
 from crosstrace.core.run_folder import MissingStep, Run
 from crosstrace.experiment import config
 from crosstrace.experiment.studied import StudiedModel
+from crosstrace.results.results import Results
 
 LENS = Part("mechanism", "mixed", ("mechanism/mixed/lens.json",), "lens")
 

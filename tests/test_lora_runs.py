@@ -15,7 +15,6 @@ from tiny_models import tiny_model
 
 from crosstrace.core.errors import UserError
 from crosstrace.core.progress import Progress
-from crosstrace.core.results import Results
 from crosstrace.core.run_folder import Run
 from crosstrace.data.tokens import batches
 from crosstrace.experiment import config, pipeline
@@ -23,6 +22,7 @@ from crosstrace.experiment.examples import examples
 from crosstrace.experiment.studied import StudiedModel
 from crosstrace.models.adapters import LoraSettings, adapted, adapter_names
 from crosstrace.models.loading import load_model, load_tokenizer, save_model
+from crosstrace.results.results import Results
 from crosstrace.sets.interventions import ablated, grafted, snapshot
 from crosstrace.sets.paramset import ParamSet
 from crosstrace.trace import load_traces
@@ -53,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_a_whole_run_in_either_view_ends_with_a_report(runs):
-    results = {view: Results.read(folder) for view, folder in runs.items()}
+    results = {view: Results.read(folder).as_values() for view, folder in runs.items()}
     for view, found in results.items():
         assert (runs[view] / "report" / "index.html").stat().st_size > 10_000
         assert found["run"]["view"] == view and found["run"]["lora"]["rank"] == 4
@@ -128,7 +128,8 @@ def test_the_mechanism_kept_checkpoints_and_further_training_take_either_view(vi
         "train.keep_checkpoints": "true", "train.checkpoint_every": "2", "trace.checkpoints": "true",
         "trace.online": "false", "strategies": "{only: [{name: all, batch: {bio: 4, qa: 4}, steps: 4}]}",
     }  # fmt: skip
-    results = pipeline.run(config.override(config.loads(SMALL, "SMALL"), values), tmp_path / "run", quiet=True)
+    changed = config.override(config.loads(SMALL, "SMALL"), values)
+    results = pipeline.run(changed, tmp_path / "run", quiet=True).as_values()
     assert {row["when"] for row in results["shared"]["only"]} == {"final", "checkpoints"}
     for row in results["retention"]["only"]["moved"]:
         assert row["when"] in ("final", "checkpoints") and row["energy"] is not None

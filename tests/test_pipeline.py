@@ -23,7 +23,6 @@ from crosstrace.analyses.claims.facts import compares_facts
 from crosstrace.core import files
 from crosstrace.core.errors import UserError
 from crosstrace.core.progress import Progress
-from crosstrace.core.results import Results
 from crosstrace.core.run_folder import Run
 from crosstrace.experiment import analyses, conclude, config, pipeline, registry, selection, trace_files
 from crosstrace.experiment.analysis import ANALYSES
@@ -34,6 +33,7 @@ from crosstrace.experiment.stages import trace as trace_stage
 from crosstrace.experiment.studied import WHENS, StudiedModel
 from crosstrace.models import loading
 from crosstrace.models.loading import load_tokenizer
+from crosstrace.results.results import Results
 from crosstrace.sets.paramset import ParamSet
 from crosstrace.sets.selection import scope
 from crosstrace.trace import load_traces
@@ -97,7 +97,7 @@ def of_parts(results: dict, parts: set[str]) -> dict:
 
 
 def test_results_hold_what_they_promise(whole: Path) -> None:
-    results = Results.read(whole)
+    results = Results.read(whole).as_values()
     for model in ("base", "two_stage", "mixed"):
         for part in ("bio", "qa_id", "qa_ood"):
             cell = results["recall"][model][part]
@@ -161,7 +161,7 @@ def test_a_run_leaves_the_number_of_threads_as_it_was(tmp_path: Path) -> None:
 
 
 def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
-    found = Results.read(whole)["mechanism"]
+    found = Results.read(whole).as_values()["mechanism"]
     assert set(found) == set(ANALYSES)
     for part, rows in found.items():
         assert set(rows) == {"base", "two_stage", "mixed"} - (set() if ANALYSES[part].of_base else {"base"})
@@ -247,7 +247,7 @@ def test_a_run_may_be_given_further_analyses(whole: Path, tmp_path: Path) -> Non
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     few = config.override(experiment, {"mechanism.parts": "[lens]", "interventions.run": "false"})
-    results = pipeline.run(few, folder, "resume", quiet=True)
+    results = pipeline.run(few, folder, "resume", quiet=True).as_values()
     assert set(results["mechanism"]) == {"lens"} and "mechanism.parts" not in str(results["left_out"])
     assert config.load(folder / "config.yaml").mechanism.parts == ["lens"]
     made = {path: path.stat().st_mtime_ns for path in folder.glob("mechanism/*/*.json")}
@@ -259,7 +259,7 @@ def test_a_run_may_be_given_further_analyses(whole: Path, tmp_path: Path) -> Non
 
 
 def test_saved_parts_agree_with_the_results(whole: Path) -> None:
-    results = Results.read(whole)
+    results = Results.read(whole).as_values()
     for when in ("online", "final"):
         traced = {task: load_traces(whole / f"traces/mixed/{when}/{task}.safetensors") for task in ("bio", "qa")}
         parts = {
@@ -436,7 +436,7 @@ def test_qa_alone_has_no_online_sharing_but_still_ends(tmp_path: Path) -> None:
         "strategies": '{qa_only: [{name: qa, batch: {qa: 8}, steps: 2}]}',
         "interventions.run": "false", "train.recall_every": "0", "mechanism.parts": "[gradients, positions]",
     }  # fmt: skip
-    results = pipeline.run(config.override(experiment, values), tmp_path / "qa", quiet=True)
+    results = pipeline.run(config.override(experiment, values), tmp_path / "qa", quiet=True).as_values()
     assert {row["when"] for row in results["shared"]["qa_only"]} == {"final"}
     assert results["claims"] == [] and results["interventions"] == {}
 
@@ -515,9 +515,9 @@ def test_taught_models_are_trained_further_on_request(whole: Path, tmp_path: Pat
     shutil.copytree(whole, folder)
     pipeline.run(experiment, folder, "resume", stages=["retain"], quiet=True)
     pipeline.run(experiment, folder, "resume", stages=["report"], quiet=True)
-    found = Results.read(folder)["retention"]
-    assert set(found) == {"two_stage", "mixed"} and not Results.read(whole)["retention"]
-    for tables in found.values():
+    found = Results.read(folder).retention
+    assert set(found) == {"two_stage", "mixed"} and not Results.read(whole).retention
+    for tables in Results.read(folder).as_values()["retention"].values():
         assert [(row["arm"], row["update"]) for row in tables["history"]] == [
             (arm, update) for arm in ("alone", "replay") for update in (0, 2, 4)
         ]
@@ -551,7 +551,8 @@ def test_what_fails_after_training_is_left_out_told_and_tried_again(
             patch.setattr(module, name, broken)
         patch.setattr("crosstrace.trace.doctor.diagnose", broken)
         patch.setattr("crosstrace.report.mechanism_figures.figure_transfer", broken)
-        results = pipeline.run(experiment, folder, "resume")
+        shown = pipeline.run(experiment, folder, "resume")
+    results = shown.as_values()
     rows = {(row["stage"], row["part"], row["model"]): row for row in results["left_out"]}
     assert set(rows) == {
         ("trace", "doctor", "base"), ("analyze", "", "mixed"), ("analyze", "drift", "mixed"),
@@ -559,16 +560,16 @@ def test_what_fails_after_training_is_left_out_told_and_tried_again(
         ("mechanism", "lens", "two_stage"), ("mechanism", "gradients", "mixed"), ("mechanism", "circuit", "mixed"),
         ("mechanism", "minimal_graft", "mixed"), ("report", "claims", ""), ("report", "section transfer", ""),
     }  # fmt: skip
-    assert results == Results.read(folder)
+    assert results == Results.read(folder).as_values()
     assert rows["mechanism", "lens", "base"]["error"] == "ZeroDivisionError"
     assert rows["mechanism", "circuit", "mixed"]["reason"] == "it needs shared/mixed, which is left out"
-    whole_results = Results.read(whole)
+    whole_results = Results.read(whole).as_values()
     assert set(results["shared"]) == {"two_stage"} and set(results["mechanism"]["lens"]) == {"mixed"}
     assert results["shared"]["two_stage"] == whole_results["shared"]["two_stage"], "what does not need it goes on"
     assert results["mechanism"]["lens"]["mixed"] == whole_results["mechanism"]["lens"]["mixed"]
     assert results["claims"] == [] and "doctor" not in results and results["recall"] == whole_results["recall"]
     told = [line.strip() for line in capsys.readouterr().err.splitlines() if "is left out: " in line]
-    assert len(told) == len(rows) and all(str(results).count(row["reason"]) for row in rows.values())
+    assert len(told) == len(rows) and all(str(shown).count(row["reason"]) for row in rows.values())
     assert "base: mechanism, lens is left out: ZeroDivisionError: a fault of two lines" in told
     page = (folder / "report" / "index.html").read_text()
     assert "Base is left out: ZeroDivisionError: a fault of two lines" in page
@@ -576,7 +577,7 @@ def test_what_fails_after_training_is_left_out_told_and_tried_again(
 
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
     results = pipeline.run(experiment, folder, "resume", quiet=True)
-    assert results["left_out"] == [] and numbers(folder) == numbers(whole), "tried again, all is there"
+    assert results.left_out == [] and numbers(folder) == numbers(whole), "tried again, all is there"
     after = {path: path.stat().st_mtime_ns for path in (*before, *kept) if path.exists()}
     for path in (folder / "mechanism/mixed/lens.json", folder / "analysis/two_stage.json", *before):
         assert after[path] == (before | kept)[path], "the rest is not done again"
@@ -610,5 +611,5 @@ def test_an_earlier_result_of_a_part_that_is_left_out_is_not_reported(
     record.write_text(record.read_text().replace('"key": "', '"key": "of other inputs '))
     monkeypatch.setitem(ANALYSES._records, "lens", replace(ANALYSES["lens"], measure=broken))
     results = pipeline.run(experiment, folder, "resume", quiet=True)
-    assert set(results["mechanism"]["lens"]) == {"base", "two_stage"}
-    assert [row["model"] for row in results["left_out"]] == ["mixed"]
+    assert set(results.mechanism.lens) == {"base", "two_stage"}
+    assert [row.model for row in results.left_out] == ["mixed"]

@@ -124,7 +124,7 @@ def test_a_foreign_work_folder_is_left_alone(tmp_path: Path) -> None:
         ({"facts": {"people": 12, "qa_share": 0.01}}, "nobody whose questions are trained"),
         ({"facts": {"people": 10**6}}, "facts.people is 1000000"),
         ({"warmup_people": 1, "facts": {"people": 12, "qa_share": 0.1}}, "warmup_people is 1"),
-        ({"bogus": 1}, "unknown option --recipe.bogus"),
+        ({"bogus": 1}, "Unknown option: --recipe.bogus"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_told_before_anything_is_written(capsys, tmp_path: Path, changes, message) -> None:

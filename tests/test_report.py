@@ -19,6 +19,7 @@ from sample_results import sample_results
 from crosstrace import report
 from crosstrace.core.errors import UserError
 from crosstrace.report import words
+from crosstrace.results.results import Results
 
 CSVS = [
     "ablate",
@@ -57,7 +58,7 @@ OPTIONAL = (
 @pytest.fixture(scope="module")
 def timed(tmp_path_factory) -> tuple[Path, float]:
     start = time.process_time()
-    page = report.write_report(sample_results(), tmp_path_factory.mktemp("run") / "report")
+    page = report.write_report(Results.of(sample_results()), tmp_path_factory.mktemp("run") / "report")
     return page, time.process_time() - start
 
 
@@ -129,7 +130,7 @@ def test_csv_holds_the_numbers_of_the_results(page):
 
 
 def test_same_results_same_bytes(tmp_path):
-    first, again = (report.write_report(small(("mixed",)), tmp_path / name) for name in "ab")
+    first, again = (report.write_report(Results.of(small(("mixed",))), tmp_path / name) for name in "ab")
     for path in first.parent.iterdir():
         assert (again.parent / path.name).read_bytes() == path.read_bytes()
 
@@ -157,7 +158,7 @@ def test_figures_follow_the_pages_colours(page):
 def test_a_missing_part_is_left_out(part, tmp_path):
     lesser = {"differences", "coverage", "seconds", "versions"}
     results = {k: v for k, v in small(("mixed",)).items() if k != part and k not in lesser}
-    text = text_of(report.write_report(results, tmp_path))
+    text = text_of(report.write_report(Results.of(results), tmp_path))
     if part == "interventions":
         assert text.count("crosstrace intervene RUN adds this") == 2
         assert not (tmp_path / "ablate.csv").exists()
@@ -172,7 +173,7 @@ def test_a_missing_part_is_left_out(part, tmp_path):
 
 
 def test_empty_results_still_make_a_page(tmp_path):
-    text = text_of(report.write_report({}, tmp_path))
+    text = text_of(report.write_report(Results.of({}), tmp_path))
     for command in ("eval", "train", "analyze", "intervene", "mechanism", "retain"):
         assert f"crosstrace {command} RUN" in text
     assert [p.name for p in tmp_path.iterdir()] == ["index.html"]
@@ -190,7 +191,7 @@ def test_markup_in_any_name_is_text(tmp_path):
         for m in maps:
             m["rows"] = [evil, "L1", "L2"]
             m["columns"] = [evil, *m["columns"][1:]]
-    page = report.write_report(results, tmp_path)
+    page = report.write_report(Results.of(results), tmp_path)
     html = page.read_text(encoding="utf-8")
     assert "<b onclick" not in html
     assert evil in text_of(page)
@@ -215,7 +216,7 @@ def test_none_and_nan_are_an_en_dash(tmp_path):
     for row in results["centralization"]["mixed"]:
         row |= {"gini": None, "random_gini_low": None, "random_gini_high": math.nan, "effective": None}
     results["history"]["mixed"][-1]["qa_ood"] = None
-    page = report.write_report(results, tmp_path)
+    page = report.write_report(Results.of(results), tmp_path)
     text = text_of(page)
     assert "Stage-tuned answers 11 % of the held-out questions." in text
     assert re.search(r"Mix-tuned – ", text)
@@ -229,7 +230,7 @@ def test_any_strategies_and_tasks(tmp_path):
     for old, new in swaps.items():
         raw = raw.replace(f'"{old}', f'"{new}')
     results = json.loads(raw.replace('"bio"', '"wiki"').replace('"qa"', '"quiz"'))
-    text = text_of(report.write_report(results, tmp_path))
+    text = text_of(report.write_report(Results.of(results), tmp_path))
     assert "my recipe" in text and "Quiz, held out (OOD)" in text and "quiz alone" in text
     assert "of the held-out quiz" in text
 
@@ -241,7 +242,7 @@ def test_a_large_model_is_folded(tmp_path):
         columns = 24 if m["unit"] == "query_head" else 8192
         m["rows"] = [f"L{i}" for i in range(28)]
         m["values"] = [[(i * j) % 7 / 700 for j in range(columns)] for i in range(28)]
-    page = report.write_report(results, tmp_path)
+    page = report.write_report(Results.of(results), tmp_path)
     assert page.stat().st_size < 3e6
     table = (tmp_path / "units_neuron.csv").read_text().splitlines()
     assert len(table) == 1 + 2 * 28 and table[0].endswith(",8191")
@@ -250,7 +251,9 @@ def test_a_large_model_is_folded(tmp_path):
 def test_each_figure_stands_alone():
     from matplotlib.figure import Figure
 
-    results = sample_results()
+    rows = sample_results()
+    rows["pairs"] = {"mixed": [row | {"tasks": ["bio", "qa"]} for row in rows["shared"]["mixed"]]}
+    results = Results.of(rows)
     names = [n for n in report.__all__ if n.startswith("figure_")]
     assert len(names) == 19
     for name in names:
@@ -259,7 +262,7 @@ def test_each_figure_stands_alone():
     chosen = report.figure_intervention(results, kind="graft", strategy="two_stage", when="final", test="qa_id")
     assert "Stage-tuned, final checkpoint" in [t.get_text() for t in chosen.texts]
     with pytest.raises(UserError, match="hold no shared parameters"):
-        report.figure_overlap({})
+        report.figure_overlap(Results.of({}))
     with pytest.raises(UserError, match="maps"):
         report.figure_map(results, strategy="nobody")
 
@@ -325,7 +328,7 @@ def test_in_a_browser(width, tmp_path):
     """No overflow, no console message, no request but for the page itself; with everything unfolded, too."""
     results = small(("two_stage", "mixed", "a_recipe_with_a_name_that_is_long_enough_to_run_out_of_the_page"))
     results["run"]["facts"]["path"] = "/a/long/path/without/any/space" * 8
-    page = report.write_report(results, tmp_path / "report")
+    page = report.write_report(Results.of(results), tmp_path / "report")
     driver = browser(tmp_path / "profile")
     try:
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
@@ -387,14 +390,14 @@ def test_maps_of_units_are_of_a_fraction_that_reaches_them(tmp_path):
         for row in neurons:
             if name == "mixed":
                 row["values"] = [[0.0 for _ in line] for line in row["values"]]
-    text = text_of(report.write_report(results, tmp_path / "some")).replace(words.SPACE, " ")
+    text = text_of(report.write_report(Results.of(results), tmp_path / "some")).replace(words.SPACE, " ")
     assert "each MLP neuron that the shared set of ρ = 20 % holds" in text
     assert "At ρ = 5 % some model's holds none of them" in text
     assert "each query head that the shared set of ρ = 5 % holds" in text
     for rows in results["units"].values():
         for row in rows:
             row["values"] = [[0.0 for _ in line] for line in row["values"]]
-    text = text_of(report.write_report(results, tmp_path / "none")).replace(words.SPACE, " ")
+    text = text_of(report.write_report(Results.of(results), tmp_path / "none")).replace(words.SPACE, " ")
     assert "Mix-tuned's shared set holds nothing here" in text and "densest in MLP neuron" not in text
 
 
@@ -407,7 +410,7 @@ def test_the_claims_table_has_a_line_a_claim_and_folds_the_rest(tmp_path):
     others = [at(0.01, "final") | {"verdict": "does not hold"}, at(0.2, "final"), at(0.2, "online")]
     # the trace at the end comes first here, and last in the table
     results["claims"] = [at(0.05, "final"), at(0.05, "online"), *others]
-    html = report.write_report(results, tmp_path).read_text(encoding="utf-8")
+    html = report.write_report(Results.of(results), tmp_path).read_text(encoding="utf-8")
     answer = html[html.index('id="answer"') : html.index('id="recall"')]
     main, rest = answer.split("The same claims at other fractions of the parameters: 1 does not hold, 2 hold")
     assert main.index("Online trace") < main.index("Final checkpoint")

@@ -22,6 +22,7 @@ from crosstrace.core.errors import UserError
 from crosstrace.core.progress import Progress
 from crosstrace.core.run_folder import Run
 from crosstrace.experiment import config, study, study_settings
+from crosstrace.results.study import StudyResults
 
 EXPERIMENT = """
 facts: {people: 16}
@@ -142,7 +143,9 @@ def test_a_study_in_which_nobody_recalls_has_a_report(tmp_path: Path) -> None:
         {"setting": f"s{d}", "seed": 1, "strategy": name, "recall.qa_ood": 0.0, "logprob.bio": -1.0 * d}
         for d in range(5) for name in ("mixed", "two_stage")
     ]  # fmt: skip
-    found = {"prediction": summary.prediction(rows), "study": {"settings": dict.fromkeys(r["setting"] for r in rows)}}
+    about = {"name": "x", "runs": 10, "seeds": [1], "settings": {row["setting"]: {} for row in rows}, "strategies": {},
+             "compare": [], "hours": 0.0, "peak_gib": 0.0}  # fmt: skip
+    found = StudyResults.of({"prediction": summary.prediction(rows), "study": about})
     assert "nothing to predict" in prediction(found, rows).absent
 
 
@@ -236,7 +239,7 @@ def test_a_finished_study_keeps_results_and_reports(whole: Path) -> None:
     assert (whole / "report" / "index.html").stat().st_size > 10_000
     run = whole / "runs" / "short" / "1"
     assert (run / "report" / "index.html").is_file() and not (run / "models").exists()
-    assert "exact match, held out" in study.told(results)
+    assert "exact match, held out" in str(StudyResults.read(whole))
 
 
 def test_a_finished_study_is_not_run_again_and_may_grow(whole: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from sample_results import sample_results
+from sample_results import filled, sample_results
 from scipy.stats import t as student
 
 from crosstrace.experiment import summary
+from crosstrace.results.results import Results
 
 
 def row(setting: str, seed: int, strategy: str, outcome: float | None, value: float | None) -> dict:
@@ -109,22 +110,23 @@ def test_claims_are_counted_over_runs() -> None:
     claim = lambda verdict, effect: {
         "claim": "recall", "text": "It does", "when": "training", "unit": "points", "verdict": verdict, "effect": effect
     }  # fmt: skip
-    runs = [("a", [claim("holds", 2.0)]), ("a", [claim("does not hold", -1.0)]), ("a", [claim("undecided", None)])]
-    (found,) = summary.claims_over_runs(runs)
+    claims = [claim("holds", 2.0), claim("does not hold", -1.0), claim("undecided", None)]
+    (found,) = summary.claims_over_runs([("a", filled({"claims": [one]}).claims) for one in claims])
     assert (found["holds"], found["does_not_hold"], found["undecided"]) == (1, 1, 1)
     assert found["effect"] == pytest.approx(0.5) and found["seeds"] == 2
 
 
 def test_every_measure_of_a_run_is_found_by_name() -> None:
-    results = sample_results()
-    for strategy in results["run"]["strategies"]:
+    results = Results.of(sample_results())
+    assert results.run is not None
+    for strategy in results.run.strategies:
         found = summary.measures(results, strategy)
-        assert found["recall.qa_ood"] == results["recall"][strategy]["qa_ood"]["exact_match"]
+        assert found["recall.qa_ood"] == results.recall[strategy]["qa_ood"].exact_match
         kinds = {name.partition(".")[0] for name in found}
         assert {"recall", "logprob", "updates", "overlap", "spearman", "excess_gini", "ablate", "graft", "gradient",
                 "states"} <= kinds  # fmt: skip
         best = max(
-            r["top1"] for r in results["mechanism"]["representations"][strategy]
-            if (r["part"], r["place"]) == ("qa_ood", "answer") and r["top1"] is not None
+            row.top1 for row in results.mechanism.representations[strategy]
+            if (row.part, row.place) == ("qa_ood", "answer") and row.top1 is not None
         )  # fmt: skip
         assert found["states.qa_ood.answer.top1"] == best

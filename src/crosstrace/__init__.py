@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from crosstrace.core.errors import UserError
-    from crosstrace.core.results import Results
     from crosstrace.data.facts import FactSettings, World
     from crosstrace.data.text import biographies, questions
     from crosstrace.data.tokens import batches, encode
     from crosstrace.experiment.config import Experiment
     from crosstrace.experiment.pipeline import run
     from crosstrace.models.loading import load_model, load_tokenizer
+    from crosstrace.results.results import Results
     from crosstrace.sets.interventions import ablated, grafted
     from crosstrace.sets.paramset import ParamSet
     from crosstrace.sets.selection import scope, select
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "core.errors": ["UserError"],
-    "core.results": ["Results"],
+    "results.results": ["Results"],
     "data.facts": ["FactSettings", "World"],
     "data.text": ["biographies", "questions"],
     "data.tokens": ["batches", "encode"],

@@ -82,7 +82,7 @@ def study(config: Path, folder: Path | None = None, /, *, start: Start = Start()
         options = study_settings.parse(values, "the command line")
     folder = folder or Path("runs") / options.name
     results = studies.run(options, folder, start.mode, quiet=start.quiet)
-    print(studies.told(results))
+    print(results)
     print(f"\nreport   {folder / 'report' / 'index.html'}\ntable    {folder / 'table.csv'}")
     exit_if_left_out(results)
 
@@ -130,5 +130,5 @@ def run_pipeline(*arguments: Any, **options: Any) -> Any:
 
 def exit_if_left_out(results: Any) -> None:
     """Exit with code 3 if parts of the run were left out."""
-    if results and results.get("left_out"):
+    if results.left_out:
         raise SystemExit(3)

@@ -33,8 +33,8 @@ def stage_command(stage: str) -> Callable[..., None]:
                 "all at once with `crosstrace run CONFIG`"
             )
         results = run_pipeline(load(saved), run, "resume", stages=[stage], quiet=quiet)
-        if results:
-            print(results)
+        if shown := str(results):
+            print(shown)
         if stage == "report":
             print(f"\nreport   {run / 'report' / 'index.html'}")
         exit_if_left_out(results)

@@ -1,9 +1,9 @@
-"""What a run can do without: if a part of it fails, that is told and recorded, and all that does not need it goes on.
+"""Parts that a run can do without. If one fails, that is reported and recorded, and all that does not need it goes on.
 
-Training, recall and the trace are no such parts: whatever fails in them stops the run. So does what is no fault of a
-part's: an interruption, no memory, a file that can't be read or written. The records lie in RUN/manifest/left_out, one
-a part, with the traceback; results.json lists them under `left_out`. A part with a record is not done, so the next
-attempt tries it again, and takes the record away when it comes through.
+Training, recall and the trace are no such parts: a failure in them stops the run. So does a failure that is no fault of
+the part: an interruption, no memory, a file that can't be read or written. The records are in RUN/manifest/left_out,
+one for each part, with the traceback; results.json lists them under `left_out`. A part with a record is not done. So
+the next attempt tries it again, and removes the record if the part succeeds.
 
 It knows nothing of what the parts do.
 """
@@ -25,7 +25,6 @@ from safetensors import SafetensorError
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import read_json, write_json
 from crosstrace.core.processes import FailedElsewhere, Processes, is_lost
-from crosstrace.core.results import part_name
 from crosstrace.core.run_folder import MissingStep, Run
 
 Row = dict[str, Any]
@@ -33,13 +32,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """Something that a run can do without.
+    """A part that a run can do without.
 
     Attributes:
-        stage: of the run.
-        model: which it is about; empty for all.
-        makes: the steps that are not there without it.
-        name: of a part of the stage; empty for all of it.
+        stage: the name of its stage.
+        model: the name of its model; empty for all models.
+        makes: the steps that it makes, which are missing without it.
+        name: the name of a part of the stage; empty for all of the stage.
     """
 
     stage: str
@@ -48,7 +47,13 @@ class Part:
     name: str = ""
 
     def __str__(self) -> str:
-        return part_name({"stage": self.stage, "part": self.name, "model": self.model})
+        return part_name(self.stage, self.name, self.model)
+
+
+def part_name(stage: str, part: str, model: str) -> str:
+    """A part in words, e.g. "mixed: mechanism, lens"."""
+    name = f"{stage}, {part}" if part else stage
+    return f"{model}: {name}" if model else name
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Failure:
 
 
 def attempt(run: Run, part: Part, work: Callable[[], object], tell: Callable[[str], object]) -> bool:
-    """Do a part's work, or tell and record why it is left out; whether it is there.
+    """Do a part's work; if it fails, tell and record why the part is left out. Returns whether it succeeded.
 
     Processes that work on the run side by side all call this. If the work fails in all of them, they go on together.
     """
@@ -83,22 +88,25 @@ def attempt(run: Run, part: Part, work: Callable[[], object], tell: Callable[[st
 
 
 def _agreed(processes: Processes, part: Part, failure: Failure | None) -> Failure | None:
-    """Why a part failed, in any process. It may have failed in one while another waits for that one in its midst."""
+    """Why a part failed in any of the processes; None if it failed in none.
+
+    It may have failed in one process while another, amid the part, waits for that one.
+    """
     try:
-        found = [each for each in processes.agreed(failure) if each is not None]
+        failures = [each for each in processes.agreed(failure) if each is not None]
     except RuntimeError:
         if failure is None:
             raise
         raise RuntimeError(f"{part} failed in this process and not in all: {failure.traceback}") from None
-    own = [each for each in found if each.error != FailedElsewhere.__name__]
-    return next(iter(own or found), None)
+    causes = [each for each in failures if each.error != FailedElsewhere.__name__]
+    return next(iter(causes or failures), None)
 
 
 def hindrance(work: Callable[[], object], absent: Callable[[], Sequence[str]] = tuple) -> Failure | None:
-    """Do some work; what hindered it, None if nothing did. What must stop a run is raised.
+    """Do some work and return why it failed, or None. An exception that must stop the run is raised.
 
     Args:
-        absent: the steps that are left out, which the work may need.
+        absent: gives the steps that are left out, which the work may need.
     """
     try:
         work()
@@ -112,18 +120,18 @@ def hindrance(work: Callable[[], object], absent: Callable[[], Sequence[str]] = 
 
 
 def stops_a_run(error: Exception) -> bool:
-    """Whether an exception is no fault of the part that raised it."""
+    """Whether an exception must stop the run, as it is no fault of the part that raised it."""
     if isinstance(error, FailedElsewhere):
         return False
     if isinstance(error, OSError):
-        return error.errno is not None  # (Python's own, as of a source that can't be found, have none)
+        return error.errno is not None  # Python's own errors, e.g. for a source that it can't find, have none
     if isinstance(error, (MissingStep, MemoryError, torch.OutOfMemoryError, SafetensorError)) or is_lost(error):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def failure_of(error: Exception) -> Failure:
-    """An exception as it is recorded."""
+    """The record of an exception."""
     name = type(error).__name__
     message = shorten(" ".join(str(error).split()), 400, placeholder=" …")
     reason = message if isinstance(error, UserError) and message else f"{name}: {message}".rstrip(": ")
@@ -131,7 +139,7 @@ def failure_of(error: Exception) -> Failure:
 
 
 class Studied(Protocol):
-    """One model of a run, as a stage is given it."""
+    """One model of a run, as a stage gets it."""
 
     run: Run
     name: str
@@ -139,7 +147,7 @@ class Studied(Protocol):
 
 
 def optional(stage: str, *makes: str, name: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A stage's function of one model as a part that the run can do without.
+    """Decorate a stage's function of one model: the run can do without what it makes.
 
     Args:
         makes: the steps that it makes, with {} in place of the model's name.
@@ -157,9 +165,6 @@ def optional(stage: str, *makes: str, name: str = "") -> Callable[[Callable[...,
     return decorate
 
 
-# ------------------------------------------------------------------------------- the records
-
-
 def record(run: Run, part: Part, failure: Failure) -> None:
     """Keep why a part is left out."""
     row = {"stage": part.stage, "part": part.name, "model": part.model, "error": failure.error}
@@ -168,7 +173,7 @@ def record(run: Run, part: Part, failure: Failure) -> None:
 
 
 def forget(run: Run, part: Part) -> None:
-    """Take a part's record away: it is there now."""
+    """Remove a part's record, as the part is there now."""
     _file(run, part).unlink(missing_ok=True)
 
 

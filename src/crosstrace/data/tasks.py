@@ -85,7 +85,7 @@ def default_tasks() -> dict[str, TaskSettings]:
 
 @dataclass(frozen=True)
 class Roles:
-    """Which task stores, which recalls, and the parts that their examples fall into.
+    """Which task stores, which recalls, and the parts of their examples.
 
     A task that is split has the parts NAME_id (trained) and NAME_ood (held out); any other one the part NAME.
 
@@ -132,16 +132,8 @@ class Roles:
             {name: task.role for name, task in tasks.items()}, split, outcome or (held_out or [""])[0], shared_tasks
         )
 
-    @classmethod
-    def read(cls, results: Mapping[str, Any]) -> Roles:
-        """The roles of the run or study with these results; the default ones if an earlier version wrote them."""
-        saved = (results.get("run") or results.get("study") or {}).get("tasks")
-        if saved is None:
-            return DEFAULT_ROLES
-        return cls(dict(saved["roles"]), tuple(saved["split"]), saved["outcome"], tuple(saved["shared"]))
-
     def as_values(self) -> dict[str, Any]:
-        """What `read` takes."""
+        """The roles as plain values, for results.json."""
         return {"roles": dict(self.tasks), "split": [*self.split], "outcome": self.outcome, "shared": [*self.shared]}
 
     def measure(self, name: str) -> str:

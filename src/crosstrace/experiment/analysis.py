@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from crosstrace.analyses.claims.case import Case
     from crosstrace.experiment.studied import StudiedModel
     from crosstrace.report.blocks import Section
+    from crosstrace.results.results import Results
 
 Row = dict[str, Any]
 # What happens; what is held on the device, and what on the host, in bytes by what it is.
@@ -38,7 +39,7 @@ class Analysis:
         work: floating-point operations for one model, given the same and how many kinds of questions it is asked.
         pair_claim: its claim on two models, if it makes one: rows as `analyses.claims` gives them.
         model_claim: its claim on one model.
-        section: its section of the report, made of results.json.
+        section: its section of the report, made of the run's `Results`.
         numbers: what of its rows goes into a study's table, by dotted names.
     """
 
@@ -53,7 +54,7 @@ class Analysis:
     work: Callable[[Any, int], float] | None = None
     pair_claim: Callable[[Case], list[Row]] | None = None
     model_claim: Callable[[Case, str], list[Row]] | None = None
-    section: Callable[[Mapping[str, Any]], Section] | None = None
+    section: Callable[[Results], Section] | None = None
     numbers: Callable[[Any], Mapping[str, float | None]] | None = None
 
 

@@ -12,7 +12,6 @@ from crosstrace.core import left_out
 from crosstrace.core.files import read_json, write_json
 from crosstrace.core.left_out import Part, attempt
 from crosstrace.core.progress import Progress
-from crosstrace.core.results import Results
 from crosstrace.core.run_folder import Run
 from crosstrace.data.text import NO_QUESTIONS
 from crosstrace.experiment import config
@@ -22,6 +21,8 @@ from crosstrace.experiment.examples import asks_something, data_steps
 from crosstrace.experiment.registry import stage_names, stage_of, stages
 from crosstrace.experiment.studied import StudiedModel, View
 from crosstrace.models import adapters, loading
+from crosstrace.results.results import SCHEMA, Results
+from crosstrace.results.tables import Claim, Difference
 from crosstrace.training.recipes import Phase
 
 
@@ -58,67 +59,69 @@ def conclude(run: Run, experiment: Experiment, progress: Progress) -> Results:
     if run.complete("results.json", key):
         return Results.read(run.path("results.json"))
 
-    def gather() -> dict[str, Any]:
+    def gather() -> Results:
         evals = {name: read_json(run.path(f"eval/{name}.json")) for name in ("base", *names)}
         analyses = {name: read_json(run.path(f"analysis/{name}.json")) for name in names
                     if f"analysis/{name}.json" not in absent}  # fmt: skip
         interventions = {name: read_json(run.path(f"interventions/{name}.json")) for name in with_interventions}
         about = read_json(run.folder / "metadata.json")
-        results: dict[str, Any] = {"schema": 1, "run": _about(run, experiment, about)}
+        values: dict[str, Any] = {"schema": SCHEMA, "run": _about(run, experiment, about)}
         if not asks_something(run, experiment):
-            results["lacking"] = NO_QUESTIONS
+            values["lacking"] = NO_QUESTIONS
         if run.path("data/import.json").is_file():
-            results["import"] = read_json(run.path("data/import.json"))
-        results["recall"] = {name: found["summary"] for name, found in evals.items()}
+            values["import"] = read_json(run.path("data/import.json"))
+        values["recall"] = {name: found["summary"] for name, found in evals.items()}
         if experiment.eval.known:
             asked = read_json(run.path("known") / "asked.json")
-            results["known"] = {"source": experiment.eval.known, "relations": asked}
-            results["known"]["models"] = {name: found["known"] for name, found in evals.items() if "known" in found}
+            values["known"] = {"source": experiment.eval.known, "relations": asked}
+            values["known"]["models"] = {name: found["known"] for name, found in evals.items() if "known" in found}
         home = {name: run.path(f"models/{name}") for name in trained}
-        results["history"] = {name: read_json(home[name] / "history.json") for name in trained}
-        results["training"] = {name: _training(run, name) for name in trained}
-        results["drift"] = {
+        values["history"] = {name: read_json(home[name] / "history.json") for name in trained}
+        values["training"] = {name: _training(run, name) for name in trained}
+        values["drift"] = {
             name: read_json(run.path(f"drift/{name}.json")) for name in names if f"drift/{name}.json" not in absent
         }
         for part in ("shared", "pairs", "similarity", "centralization", "maps", "units"):
-            results[part] = {name: found.get(part, []) for name, found in analyses.items()}
-        results["interventions"] = {
+            values[part] = {name: found.get(part, []) for name, found in analyses.items()}
+        values["interventions"] = {
             name: {kind: [_without_answers(row) for row in found[kind]] for kind in ("ablate", "graft")}
             | {"untouched": found["untouched"]}
             for name, found in interventions.items()
         }
-        results["mechanism"] = {
+        values["mechanism"] = {
             part: {name: read_json(run.path(f"mechanism/{name}/{part}.json")) for name in found}
             for part, found in mechanism.items()
         }
-        results["retention"] = {name: read_json(run.path(f"retention/{name}") / "retention.json") for name in retained}
-        results["stages"] = {
+        values["retention"] = {name: read_json(run.path(f"retention/{name}") / "retention.json") for name in retained}
+        values["stages"] = {
             stage.name: {name: stage.results(StudiedModel(run, experiment, name, progress)) for name in own}
             for stage, own in told.items() if stage.results is not None
         }  # fmt: skip
-        results["claims"], results["differences"] = [], []
+        if experiment.trace.check and "doctor.json" not in absent:
+            diagnosis = read_json(run.path("doctor.json"))
+            values["doctor"] = {key: diagnosis[key] for key in ("verdict", "problems", "checks")}
+        values["coverage"] = {name: found["coverage"] for name, found in analyses.items()}
+        values |= {"claims": [], "differences": [], "left_out": []}
+        values |= {"seconds": _seconds(run), "versions": about["versions"]}
+        results = Results.of(values)
 
         def judge_claims() -> None:
             case = Case(
                 results, evals, interventions, experiment.analysis.central_fractions, experiment.roles,
                 given=experiment.given, words=experiment.words,
             )  # fmt: skip
-            results["claims"], results["differences"] = judge.judge(case, experiment.pairs, _further_claims(experiment))
+            claims, differences = judge.judge(case, experiment.pairs, _further_claims(experiment))
+            results.claims = [Claim(**claim) for claim in claims]
+            results.differences = [Difference(**difference) for difference in differences]
 
         attempt(run, claimed, judge_claims, progress.note)
-        if experiment.trace.check and "doctor.json" not in absent:
-            diagnosis = read_json(run.path("doctor.json"))
-            results["doctor"] = {key: diagnosis[key] for key in ("verdict", "problems", "checks")}
-        results["coverage"] = {name: found["coverage"] for name, found in analyses.items()}
-        results["left_out"] = left_out.rows(run)
-        results["seconds"] = _seconds(run)
-        results["versions"] = about["versions"]
+        results.left_out = Results.of({"left_out": left_out.rows(run)}).left_out
         return results
 
     results = gather()
-    if not results["claims"] and any(row["part"] == claimed.name for row in results["left_out"]):
+    if not results.claims and any(row.part == claimed.name for row in results.left_out):
         key["without"] = claimed.name  # so it is not done, and is tried again
-    return Results.read(run.stage("results.json", key, lambda path: write_json(path, results)))
+    return Results.read(run.stage("results.json", key, lambda path: write_json(path, results.as_values())))
 
 
 def _further_claims(experiment: Experiment) -> tuple[list[judge.PairClaim], list[judge.ModelClaim]]:

@@ -19,7 +19,6 @@ from crosstrace.core.left_out import Part, attempt
 from crosstrace.core.processes import Processes, by_first
 from crosstrace.core.progress import Progress
 from crosstrace.core.provenance import metadata
-from crosstrace.core.results import Results
 from crosstrace.core.run_folder import Run
 from crosstrace.experiment import config
 from crosstrace.experiment.checks import check, check_outside, check_place
@@ -31,6 +30,8 @@ from crosstrace.experiment.stages.data import make_data
 from crosstrace.experiment.stages.known import find_known
 from crosstrace.experiment.studied import trains_in_bf16
 from crosstrace.experiment.workers import do_stages
+from crosstrace.results.results import Results
+from crosstrace.results.tables import LeftOut
 
 
 def run(
@@ -42,9 +43,9 @@ def run(
     quiet: bool = False,
     processes: Processes | None = None,
 ) -> Results:
-    """Run an experiment in `folder` and return its results, as `results.json` holds them.
+    """Run an experiment in `folder` and return its results; those of single stages only tell what is left out.
 
-    If a part of an analysis fails, it is left out and the rest goes on: `results["left_out"]` tells which and why, and
+    If a part of an analysis fails, it is left out and the rest goes on: `results.left_out` tells which and why, and
     the next attempt tries it again. What fails in training, recall or the trace stops the run.
 
     Args:
@@ -86,7 +87,7 @@ def run(
         do_stages(opened, experiment, stages, progress)
         if "report" not in stages:
             missing = opened.alone(lambda: [row for row in left_out.rows(opened) if row["stage"] in stages])
-            return Results(left_out=missing) if missing else Results()
+            return Results(left_out=[LeftOut(**row) for row in missing])
         results = opened.alone(lambda: _told(opened, experiment, progress))
         progress.done("report", opened.seconds().get("report"))
         return results
@@ -97,6 +98,6 @@ def _told(run: Run, experiment: Experiment, progress: Progress) -> Results:
     results = conclude(run, experiment, progress)
     page = Part("report", makes=("report",))
     attempt(run, page, lambda: make_report(run, results, progress), progress.note)
-    if left_out.rows(run) != results["left_out"]:  # what could not be drawn is told in the results too
+    if [LeftOut(**row) for row in left_out.rows(run)] != results.left_out:  # what could not be drawn is told there too
         results = conclude(run, experiment, Progress(quiet=True))
     return results

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,15 @@ from crosstrace.core.progress import Progress
 from crosstrace.core.run_folder import Run
 from crosstrace.experiment.analysis import ANALYSES
 from crosstrace.experiment.registry import stages
+from crosstrace.results.results import Results
 
 
-def make_report(run: Run, results: Mapping[str, Any], progress: Progress) -> None:
+def make_report(run: Run, results: Results, progress: Progress) -> None:
     """Render report/index.html from the results. A section that can't be drawn says so, and is tried again."""
     from crosstrace.report.page import draw, write_page
 
-    others = [row for row in results["left_out"] if row["stage"] != "report"]
-    key: dict[str, Any] = {"results": dict(results) | {"left_out": others}}
+    others = [row.as_values() for row in results.left_out if row.stage != "report"]
+    key: dict[str, Any] = {"results": results.as_values() | {"left_out": others}}
     if run.complete("report", key):
         return
     sections = draw(results, _further(results))
@@ -40,9 +40,10 @@ def make_report(run: Run, results: Mapping[str, Any], progress: Progress) -> Non
     run.stage("report", key, make)
 
 
-def _further(results: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+def _further(results: Results) -> list[tuple[str, str, Any]]:
     """The sections of analyses and stages that other packages add, where the results hold something of them."""
-    analyses = [ANALYSES[name] for name in results.get("mechanism") or {} if name in ANALYSES]
+    parts = [*type(results.mechanism).model_fields, *results.mechanism.rest]
+    analyses = [ANALYSES[name] for name in parts if name in ANALYSES and results.mechanism.of(name)]
     found = [(own.name, "mechanism", own.section) for own in analyses if own.section is not None]
-    of_stages = results.get("stages") or {}
-    return found + [(name, name, own.section) for name, own in stages().items() if own.section and name in of_stages]
+    named = [(name, stage.section) for name, stage in stages().items() if name in results.stages]
+    return found + [(name, name, section) for name, section in named if section is not None]

@@ -12,6 +12,7 @@ from crosstrace.experiment.studied import BASE, StudiedModel
 if TYPE_CHECKING:
     from crosstrace.experiment.needs.sizes import Need, Operations, Sizes
     from crosstrace.report.blocks import Section
+    from crosstrace.results.results import Results
 
 
 def always(experiment: Experiment) -> bool:
@@ -47,7 +48,7 @@ class Stage:
         after: the stage that it follows, of a stage that another package adds.
         results: what results.json says of it under stages.<name>.<model>, given the model, once it has written
             <first of steps>/<model>.json; nothing if not given.
-        section: its section of the report, made of results.json.
+        section: its section of the report, made of the run's `Results`.
         numbers: what of its results goes into a study's table, by dotted names.
         needs: the moments at which it holds most of a model, as `Sizes.each` and `Sizes.first` make them.
         work: its floating-point operations for a model.
@@ -65,7 +66,7 @@ class Stage:
     parts: Callable[[Experiment, str], Sequence[str]] = whole
     after: str = "mechanism"
     results: Callable[[StudiedModel], Any] | None = None
-    section: Callable[[Mapping[str, Any]], Section] | None = None
+    section: Callable[[Results], Section] | None = None
     numbers: Callable[[Any], Mapping[str, float | None]] | None = None
     needs: Callable[[Sizes, str], Iterable[Need]] | None = None
     work: Callable[[Sizes, str], Iterable[Operations]] | None = None

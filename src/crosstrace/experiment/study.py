@@ -26,12 +26,14 @@ from crosstrace.core.left_out import Part, attempt
 from crosstrace.core.progress import Progress
 from crosstrace.core.provenance import metadata
 from crosstrace.core.run_folder import Run
-from crosstrace.data.tasks import Roles
 from crosstrace.experiment import config
 from crosstrace.experiment.analysis import ANALYSES
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.registry import stages
 from crosstrace.experiment.study_settings import Planned, StudySettings, plain, plan
+from crosstrace.results.results import Results
+from crosstrace.results.study import SCHEMA, StudyResults
+from crosstrace.results.tables import RunInfo
 
 Row = dict[str, Any]
 
@@ -42,7 +44,7 @@ HEAVY = ("models", "traces", "shared", "data")  # what only a run that goes on n
 POLL = 0.2  # seconds between looks at the running processes
 
 
-def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = False) -> dict[str, Any]:
+def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = False) -> StudyResults:
     """Make every run of a study that is not complete, then its table, findings and report.
 
     Args:
@@ -54,7 +56,7 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
         quiet: no progress on stderr.
 
     Returns:
-        the findings, as STUDY/results.json holds them.
+        the findings.
 
     Raises:
         UserError: bad settings, a folder that holds something else, or runs that failed (the others were made).
@@ -84,15 +86,15 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
         done = [run for run in runs if _is_made(opened, run)]
         if not done:
             raise UserError(f"no run of the study was made: {failed[0] if failed else 'there is none'}")
-        reports = [read_json(opened.path(_step(planned))) for planned in done]
-        rows = [row for planned, report in zip(done, reports) for row in _rows(planned, report)]
+        reports = [_Report.read(opened.path(_step(planned))) for planned in done]
+        rows = [row for planned, report in zip(done, reports) for row in _rows(planned, report.results)]
         results = _concluded(opened, study, _compared(study, runs), done, reports, rows, machine, progress)
-        results |= {"failed": failed}
+        results.failed = failed
         # always anew: they cost seconds, and a later version of crosstrace may say more of the same runs
         write_text(opened.folder / "table.csv", to_csv(rows))
         with replacing(opened.folder / "table.parquet") as partial:
             _to_parquet(rows, partial)
-        write_json(opened.folder / "results.json", results)
+        write_json(opened.folder / "results.json", results.as_values())
         write_study(results, rows, opened.folder / "report")
     if failed:
         raise UserError(
@@ -113,27 +115,28 @@ def _concluded(
     study: StudySettings,
     compare: tuple[str, str] | None,
     done: Sequence[Planned],
-    reports: Sequence[Mapping[str, Any]],
+    reports: Sequence[_Report],
     rows: list[Row],
     machine: Mapping[str, Any],
     progress: Progress,
-) -> dict[str, Any]:
-    """What results.json holds."""
+) -> StudyResults:
+    """The findings of all runs."""
     from crosstrace.experiment import summary
 
-    judged = [(planned.setting, report["results"]["claims"]) for planned, report in zip(done, reports)]
-    roles = Roles.read(reports[0]["results"])
+    judged = [(planned.setting, report.results.claims) for planned, report in zip(done, reports)]
+    first, infos = reports[0].results, [info_of(report.results) for report in reports]
+    roles = first.roles
     about = {
         "name": study.name,
         "tasks": roles.as_values(),
-        "words": reports[0]["results"]["run"].get("words", {}),
+        "words": infos[0].words or {},
         "runs": len(done),
         "seeds": study.seeds,
         "settings": {planned.setting: planned.changes for planned in done},
-        "strategies": {k: v for report in reversed(reports) for k, v in report["results"]["run"]["strategies"].items()},
+        "strategies": {name: text for info in reversed(infos) for name, text in info.strategies.items()},
         "compare": list(compare or ()),
-        "hours": sum(report["seconds"] for report in reports) / 3600,
-        "peak_gib": max(report["peak_bytes"] for report in reports) / GIB,
+        "hours": sum(report.seconds for report in reports) / 3600,
+        "peak_gib": max(report.peak_bytes for report in reports) / GIB,
     }
     found: dict[str, list[Row]] = {}
     work = summary.findings(rows, compare, roles) | {"claims": lambda: summary.claims_over_runs(judged)}
@@ -142,21 +145,42 @@ def _concluded(
         attempt(
             opened, Part("study", name=name), lambda name=name, find=find: found[name].extend(find()), progress.note
         )
-    lacking = [{"run": planned.label, **row} for planned, report in zip(done, reports)
-               for row in report["results"].get("left_out") or []]  # fmt: skip
+    lacking = [{**row.as_values(), "run": planned.label} for planned, report in zip(done, reports)
+               for row in report.results.left_out]  # fmt: skip
     kept = {name: machine[name] for name in ("cpu", "cores", "device", "platform")}
     # the runs' own, not those of who adds them up
-    kept["git"] = _alike(report["results"]["run"]["git"] for report in reports)
-    names = dict.fromkeys(name for report in reports for name in report["results"]["versions"])
-    versions = {name: _alike(report["results"]["versions"].get(name) for report in reports) for name in names}
+    kept["git"] = _alike(info.git for info in infos)
+    names = dict.fromkeys(name for report in reports for name in report.results.versions)
+    versions = {name: _alike(report.results.versions.get(name) for report in reports) for name in names}
     lacking += [{"run": "", **row} for row in left_out.rows(opened)]
-    return {"schema": 1, "study": about, **found, "left_out": lacking, "machine": kept, "versions": versions}
+    values = {"schema": SCHEMA, "study": about, **found, "left_out": lacking, "machine": kept, "versions": versions}
+    return StudyResults.of(values)
 
 
 def _alike(values: Iterable[Any]) -> Any:
     """The one value of all runs, or each of them."""
     each = list(dict.fromkeys(map(str, values)))
     return each[0] if len(each) == 1 else ", ".join(each)
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What the study keeps of a run."""
+
+    results: Results
+    seconds: float
+    peak_bytes: int
+
+    @classmethod
+    def read(cls, path: Path) -> _Report:
+        values = read_json(path)
+        return cls(Results.of(values["results"], str(path)), values["seconds"], values["peak_bytes"])
+
+
+def info_of(results: Results) -> RunInfo:
+    """What was run, of the results of a whole run."""
+    assert results.run is not None
+    return results.run
 
 
 def _cores(study: StudySettings) -> int:
@@ -353,28 +377,27 @@ def _memory(pid: int | None) -> int:
     return total
 
 
-def _rows(planned: Planned, report: Mapping[str, Any]) -> list[Row]:
+def _rows(planned: Planned, results: Results) -> list[Row]:
     """One row for each strategy of a run: where it stands in the grid, and everything that was measured."""
     from crosstrace.experiment.summary import measures
 
     place: Row = {"setting": planned.setting}
     place |= {f"vary.{axis}": point for axis, point in planned.points.items()} | {"seed": planned.seed}
-    results = report["results"]
     return [
         place | {"strategy": name} | measures(results, name) | _of_extensions(results, name)
         for name in planned.experiment.taught
     ]
 
 
-def _of_extensions(results: Mapping[str, Any], name: str) -> Row:
+def _of_extensions(results: Results, name: str) -> Row:
     """The numbers of analyses and stages that give some, each under its own name."""
-    found: Row = {}
-    for own, rows in ((ANALYSES, results.get("mechanism") or {}), (stages(), results.get("stages") or {})):
-        for record in (own[part] for part in rows if part in own):
-            if record.numbers is not None and name in rows[record.name]:
-                numbers = record.numbers(rows[record.name][name])
-                found |= {f"{record.name}.{key}": value for key, value in numbers.items()}
-    return found
+    row: Row = {}
+    for records, tables in ((ANALYSES, results.mechanism.rest), (stages(), results.stages)):
+        for record in (records[part] for part in tables if part in records):
+            if record.numbers is not None and name in tables[record.name]:
+                numbers = record.numbers(tables[record.name][name])
+                row |= {f"{record.name}.{key}": value for key, value in numbers.items()}
+    return row
 
 
 def _to_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -383,33 +406,3 @@ def _to_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     names = dict.fromkeys(name for row in rows for name in row)
     pyarrow.parquet.write_table(pyarrow.table({name: [row.get(name) for row in rows] for name in names}), path)
-
-
-def told(results: Mapping[str, Any]) -> str:
-    """The findings as text: recall by setting, and what predicts it."""
-    from crosstrace.core.results import aligned, part_name
-
-    share = lambda row: (
-        f"{row['mean']:.3f}" + (f" [{row['low']:.3f}, {row['high']:.3f}]" if row["low"] is not None else "")
-    )
-    strategies, outcome = list(results["study"]["strategies"]), Roles.read(results).measure("recall.qa_ood")
-    rows = [["exact match, held out", *strategies]]
-    for setting in results["study"]["settings"]:
-        own = {r["strategy"]: r for r in results["levels"] if r["setting"] == setting and r["measure"] == outcome}
-        rows.append([setting, *(share(own[name]) if name in own else "–" for name in strategies)])
-    text = aligned(rows)
-    if len(results["study"]["settings"]) >= 4:
-        number = lambda value, form: "–" if value is None else format(value, form)
-        rows = [["predicts held-out recall", "pairs put right", "rho within settings", "rho over all"]]
-        for row in results["prediction"]:
-            rows.append(
-                [
-                    row["words"],
-                    number(row["right"], ".2f"),
-                    number(row["within"], "+.2f"),
-                    number(row["across"], "+.2f"),
-                ]
-            )
-        text += "\n\n" + aligned(rows)
-    lacking = [f"left out: {row['run'] or 'study'}: {part_name(row)}: {row['reason']}" for row in results["left_out"]]
-    return "\n\n".join([text, *(["\n".join(lacking)] if lacking else [])])

@@ -1,4 +1,4 @@
-"""A study's results.json and table in; one self-contained page and a CSV beside each figure out. No science here."""
+"""A study's findings and table in; one self-contained page and a CSV beside each figure out. No science here."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from crosstrace.core.files import write_text
-from crosstrace.core.results import part_name
-from crosstrace.data.tasks import Roles
 from crosstrace.experiment.summary import HEADLINE, is_share
 from crosstrace.report import drawing
 from crosstrace.report import figures as F
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
 from crosstrace.report.blocks import Cell, Plot, Section, Table, drawn, key, render
-from crosstrace.report.rows import Row
+from crosstrace.results.results import part_name
+from crosstrace.results.study import ClaimOverSeeds, Effect, Level, PairedDifference, Prediction, StudyResults
 
 DRAWN = (  # measure, title of its panel
     ("recall.qa_ood", "Held-out questions"),
@@ -27,54 +26,54 @@ DRAWN = (  # measure, title of its panel
 SCATTERED = ("overlap.online.example.0.05", "gradient.qa_id.excess", "states.qa_id.answer.excess", "logprob.bio")
 
 
-def write_study(results: Mapping[str, Any], rows: Sequence[Row], folder: str | Path) -> Path:
+def write_study(results: StudyResults, rows: Sequence[Mapping[str, Any]], folder: str | Path) -> Path:
     """Write `folder`/index.html and one CSV beside each of its figures; returns the page's path.
 
     Args:
-        results: the study's results.json, as read.
+        results: the study's findings.
         rows: the study's table.
     """
-    with say.own_words(results):
+    with say.own_words(results.study.words):
         return _write(results, rows, Path(folder))
 
 
-def _write(results: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> Path:
+def _write(results: StudyResults, rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     builders = {"recall": recall, "differences": differences, "effects": effects, "claims": claims}
     parts = drawn([*builders.items(), ("prediction", partial(prediction, rows=rows))], results)
     for plot in (block for section in parts for block in section.blocks if isinstance(block, Plot)):
         write_text(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
-    about = results["study"]
-    machine = results["machine"]
-    settings = about["settings"]
-    counts = [f"{about['runs']} runs", f"{len(settings)} setting{'s' if len(settings) > 1 else ''}"]
-    counts += [f"seeds {say.plain(about['seeds'])}", f"{about['hours']:.1f} hours of work"]
+    about = results.study
+    machine = results.machine
+    settings = about.settings
+    counts = [f"{about.runs} runs", f"{len(settings)} setting{'s' if len(settings) > 1 else ''}"]
+    counts += [f"seeds {say.plain(about.seeds)}", f"{about.hours:.1f} hours of work"]
     lists = [
         ("Settings", [(name, _changes(changes)) for name, changes in settings.items()]),
         ("Machine", [(say.spoken(k), say.plain(v)) for k, v in machine.items()]),
-        ("Most memory of a run", [("GiB", say.decimal(about["peak_gib"], 1))]),
-        ("Versions", [(k, say.plain(v)) for k, v in results["versions"].items()]),
-        ("Left out", [(f"{r['run'] or 'study'}: {part_name(r)}", r["reason"]) for r in results.get("left_out") or []]),
+        ("Most memory of a run", [("GiB", say.decimal(about.peak_gib, 1))]),
+        ("Versions", [(k, say.plain(v)) for k, v in results.versions.items()]),
+        ("Left out", [(f"{row.run or 'study'}: {part_name(row)}", row.reason) for row in results.left_out]),
     ]
     page = folder / "index.html"
     text = render(
         "study.html.j2",
-        name=about["name"],
+        name=about.name,
         headline=_headline(results),
         subject=counts,
-        strategies=[(say.model(s), text) for s, text in about["strategies"].items()],
+        strategies=[(say.model(s), text) for s, text in about.strategies.items()],
         sections=parts,
-        failed=results["failed"],
+        failed=results.failed,
         lists=[(title, items) for title, items in lists if items],
     )
     write_text(page, text)
     return page
 
 
-def recall(results: Mapping) -> Section:
+def recall(results: StudyResults) -> Section:
     """The levels of recall and overlap, in every setting."""
     section = Section("recall", "Recall and sharing, setting by setting")
-    rows = [{**r, "group": _label(r["setting"])} for r in results["levels"]]
+    rows = results.levels
     looks, titles = _looks(rows), _named(results, dict(DRAWN))
     names = [m for m in titles if R.where(rows, measure=m)]
     section.blocks.append(
@@ -84,10 +83,10 @@ def recall(results: Mapping) -> Section:
             "A dot is the mean over seeds, its line Student's 95 % interval.",
             key((say.model(s), look) for s, look in looks.items()),
             [
-                drawing.to_svg(F.figure_levels(R.where(rows, measure=m), titles[m], looks), f"levels-{i}", titles[m])
+                drawing.to_svg(_levels(R.where(rows, measure=m), titles[m], looks), f"levels-{i}", titles[m])
                 for i, m in enumerate(names)
             ],
-            [{k: v for k, v in r.items() if k != "group"} for r in rows],
+            rows,
         )
     )
     strategies = R.distinct(rows, "strategy")
@@ -100,38 +99,38 @@ def recall(results: Mapping) -> Section:
     return section
 
 
-def differences(results: Mapping) -> Section:
+def differences(results: StudyResults) -> Section:
     """The first strategy minus the second, paired by seed."""
-    compared = [say.model(name) for name in results["study"]["compare"]]
+    compared = [say.model(name) for name in results.study.compare]
     section = Section("differences", f"{' minus '.join(compared)}, paired by seed")
-    rows = results["differences"]
+    rows = results.differences
     if not rows:
         section.absent = f"No seed has both {' and '.join(compared)}" if compared else "No two strategies are compared"
         return section
     a, b = compared
-    levels = results["levels"]
+    levels = results.levels
     for setting in R.distinct(rows, "setting"):
         body = []
         for name, words in _named(results, HEADLINE).items():
             for r in R.where(rows, setting=setting, measure=name):
-                each = [R.where(levels, setting=setting, measure=name, strategy=s) for s in results["study"]["compare"]]
+                each = [R.where(levels, setting=setting, measure=name, strategy=s) for s in results.study.compare]
                 cells = [_level(found[0]) if found else Cell(say.DASH) for found in each]
-                body.append([words, *cells, _level(r, sign=True), f"{r['above']} of {r['seeds']}"])
+                body.append([words, *cells, _level(r, sign=True), f"{r.above} of {r.seeds}"])
         head = ["Measure", a, b, "Difference", "Seeds above 0"]
         section.blocks.append(Table(head, body, _label(setting), len(R.distinct(rows, "setting")) > 1))
     return section
 
 
-def effects(results: Mapping) -> Section:
+def effects(results: StudyResults) -> Section:
     """What each point of an axis changes against the first, for every strategy, paired by seed."""
     section = Section("effects", "What each setting changes, paired by seed")
-    rows = results["effects"]
+    rows = results.effects
     if not rows:
         section.absent = "Nothing varies but the seed"
         return section
     strategies = R.distinct(rows, "strategy")
     names = [say.model(s) for s in strategies]
-    each = dict.fromkeys((r["axis"], r["point"], r["against"]) for r in rows)
+    each = dict.fromkeys((r.axis, r.point, r.against) for r in rows)
 
     def line(words: str, **which: str) -> list[Cell | str]:
         cells = [R.where(rows, strategy=s, **which) for s in strategies]
@@ -153,10 +152,10 @@ def effects(results: Mapping) -> Section:
     return section
 
 
-def claims(results: Mapping) -> Section:
+def claims(results: StudyResults) -> Section:
     """How often each claim's verdict came out, in each setting."""
     section = Section("claims", "The paper's claims, over runs")
-    rows = results["claims"]
+    rows = results.claims
     if not rows:
         section.absent = (
             "No claims were tested: they compare two strategies, mixed and two_stage if `compare` names no others"
@@ -164,7 +163,7 @@ def claims(results: Mapping) -> Section:
         return section
     settings = R.distinct(rows, "setting")
     body = []
-    for text, when in dict.fromkeys((r["text"], r["when"]) for r in rows):
+    for text, when in dict.fromkeys((r.text, r.when) for r in rows):
         cells = [R.where(rows, text=text, when=when, setting=s) for s in settings]
         body.append(
             [Cell(text, say.when(when)), *(_verdicts(found[0]) if found else Cell(say.DASH) for found in cells)]
@@ -174,51 +173,48 @@ def claims(results: Mapping) -> Section:
     return section
 
 
-def prediction(results: Mapping, rows: Sequence[Row]) -> Section:
+def prediction(results: StudyResults, rows: Sequence[Mapping[str, Any]]) -> Section:
     """Which measures that ask no held-out question tell who answers those."""
     section = Section("prediction", "What predicts held-out recall")
-    found = results["prediction"]
-    if not found or len(results["study"]["settings"]) < 4:
+    found = results.prediction
+    if not found or len(results.study.settings) < 4:
         section.absent = "What predicts held-out recall needs at least four settings"
         return section
-    most = max(r["pairs"] for r in found)
+    most = max(r.pairs for r in found)
     if not most:
         section.absent = "No two recipes of one seed differ in held-out recall, so there is nothing to predict"
         return section
     # only those that say something of all pairs can be compared
-    best = max((r for r in found if r["pairs"] == most), key=lambda r: abs(r["right"] - 0.5))
-    named = {r["measure"]: r["words"] for r in found}
+    best = max((r for r in found if r.pairs == most), key=lambda r: abs(say.number(r.right) - 0.5))
+    named = {r.measure: r.words for r in found}
     looks = _looks(rows)
     section.blocks.append(
         Plot(
             "prediction",
-            f"Of {best['pairs']} pairs of recipes on the same data, {best['words']} puts {say.percent(best['right'])} "
-            f"in the order of their held-out recall ({say.interval(best['right_low'], best['right_high'])}), farthest "
+            f"Of {best.pairs} pairs of recipes on the same data, {best.words} puts {say.percent(best.right)} "
+            f"in the order of their held-out recall ({say.interval(best.right_low, best.right_high)}), farthest "
             "from one half of all measures.",
             "A dot is one model: one strategy, setting and seed. The vertical is its exact match on held-out "
             "questions; no measure asks any of them. The best of many measures looks better than it is.",
             key((say.model(s), look) for s, look in looks.items()),
             [
                 drawing.to_svg(F.figure_scatter(rows, m, _outcome(results), named[m], looks), f"scatter-{i}", named[m])
-                for i, m in enumerate(m for m in map(Roles.read(results).measure, SCATTERED) if m in named)
+                for i, m in enumerate(m for m in map(results.roles.measure, SCATTERED) if m in named)
             ],
-            [{k: v for k, v in r.items() if k != "strategies"} | _by_strategy(r) for r in found],
+            [_flat(row) for row in found],
         )
     )
-    bounds = lambda r, name: say.interval(r[f"{name}_low"], r[f"{name}_high"], say.decimal)
     body = [
         [
-            r["words"],
+            r.words,
+            Cell(f"{say.percent(r.right)} of {say.plain(r.pairs)}", say.interval(r.right_low, r.right_high)),
             Cell(
-                f"{say.percent(r['right'])} of {say.plain(r['pairs'])}", say.interval(r["right_low"], r["right_high"])
+                say.decimal(r.within, sign=True),
+                f"{say.interval(r.within_low, r.within_high, say.decimal)} {r.within_settings} of {r.settings}".strip(),
             ),
-            Cell(
-                say.decimal(r["within"], sign=True),
-                f"{bounds(r, 'within')} {r['within_settings']} of {r['settings']}".strip(),
-            ),
-            Cell(say.decimal(r["across"], sign=True), bounds(r, "across")),
-            say.listing(f"{say.model(s)} {say.decimal(v, sign=True)}" for s, v in r["strategies"].items()),
-            say.plain(r["rows"]),
+            Cell(say.decimal(r.across, sign=True), say.interval(r.across_low, r.across_high, say.decimal)),
+            say.listing(f"{say.model(s)} {say.decimal(v, sign=True)}" for s, v in r.strategies.items()),
+            say.plain(r.rows),
         ]
         for r in found
     ]
@@ -228,70 +224,75 @@ def prediction(results: Mapping, rows: Sequence[Row]) -> Section:
     return section
 
 
-def _headline(results: Mapping) -> str:
+def _levels(rows: Sequence[Level], title: str, looks: Mapping[str, drawing.Look]) -> Any:
+    """The figure of a measure's levels, by setting in words."""
+    return F.figure_levels(rows, title, looks, group=lambda row: _label(row.setting))
+
+
+def _headline(results: StudyResults) -> str:
     """The held-out recall of the strategies that are compared, or of all, over settings."""
-    rows = R.where(results["levels"], measure=_outcome(results))
+    rows = R.where(results.levels, measure=_outcome(results))
     parts = []
-    for name in results["study"]["compare"] or results["study"]["strategies"]:
-        values = [r["mean"] for r in R.where(rows, strategy=name)]
+    for name in results.study.compare or results.study.strategies:
+        values = [r.mean for r in R.where(rows, strategy=name)]
         if values:
             low, high = min(values), max(values)
             told = say.percent(low) if len(values) == 1 else say.interval(low, high)
             parts.append(f"{say.model(name)} answers {told} of the held-out questions")
     if not parts:
         return "What the runs found"
-    settings = len(results["study"]["settings"])
+    settings = len(results.study.settings)
     return "; ".join(parts) + (f", over {settings} settings" if settings > 1 else "")
 
 
-def _named(results: Mapping, measures: Mapping[str, str]) -> dict[str, str]:
+def _named(results: StudyResults, measures: Mapping[str, str]) -> dict[str, str]:
     """Measures and their words, as they are called with the study's tasks."""
-    roles = Roles.read(results)
+    roles = results.roles
     return {roles.measure(name): words for name, words in measures.items()}
 
 
-def _outcome(results: Mapping) -> str:
+def _outcome(results: StudyResults) -> str:
     """The measure of held-out recall."""
-    return Roles.read(results).measure("recall.qa_ood")
+    return results.roles.measure("recall.qa_ood")
 
 
-def _looks(rows: Sequence[Row]) -> dict[str, drawing.Look]:
+def _looks(rows: Sequence[Any]) -> dict[str, drawing.Look]:
     """A look for each strategy, the known ones as in a run's report."""
-    names = R.distinct(rows, "strategy")
-    return {s: look for s, look in drawing.strategy_looks({"recall": dict.fromkeys(names)}).items() if s in names}
+    names = R.in_order(R.distinct(rows, "strategy"))
+    return {name: look for name, look in drawing.looks_of(names).items() if name != "base"}
 
 
 def _label(setting: str) -> str:
     return say.spoken(setting).replace("+", ", ")
 
 
-def _level(row: Row, sign: bool = False) -> Cell:
-    if is_share(row["measure"]) and not sign:
-        return Cell(say.percent(row["mean"]), say.interval(row["low"], row["high"]))
+def _level(row: Level | PairedDifference | Effect, sign: bool = False) -> Cell:
+    if is_share(row.measure) and not sign:
+        return Cell(say.percent(row.mean), say.interval(row.low, row.high))
     form = lambda value: say.decimal(value, 3, sign=sign)
-    return Cell(form(row["mean"]), say.interval(row["low"], row["high"], form))
+    return Cell(form(row.mean), say.interval(row.low, row.high, form))
 
 
-def _effect(row: Row) -> Cell:
+def _effect(row: Effect) -> Cell:
     """A difference, its interval, and in how many seeds it is above 0."""
     level = _level(row, sign=True)
-    return Cell(level.main, f"{level.sub + '; ' if level.sub else ''}{row['above']} of {row['seeds']} seeds above 0")
+    return Cell(level.main, f"{level.sub + '; ' if level.sub else ''}{row.above} of {row.seeds} seeds above 0")
 
 
-def _verdicts(row: Row) -> Cell:
+def _verdicts(row: ClaimOverSeeds) -> Cell:
     """ "holds 4, does not hold 1", and the mean effect below."""
-    names = {"holds": "holds", "does_not_hold": "does not hold", "undecided": "undecided"}
-    told = ", ".join(f"{words} {row[name]}" for name, words in names.items() if row[name])
-    digits = 1 if row["unit"] == "percentage points" else 3
+    counts = {"holds": row.holds, "does not hold": row.does_not_hold, "undecided": row.undecided}
+    told = ", ".join(f"{verdict} {count}" for verdict, count in counts.items() if count)
+    digits = 1 if row.unit == "percentage points" else 3
     form = lambda value: say.decimal(value, digits, sign=True)
-    bounds = say.interval(row["effect_low"], row["effect_high"], form)
-    return Cell(
-        told, f"{form(row['effect'])} ({bounds}) {row['unit']}" if bounds else f"{form(row['effect'])} {row['unit']}"
-    )
+    bounds = say.interval(row.effect_low, row.effect_high, form)
+    return Cell(told, f"{form(row.effect)} ({bounds}) {row.unit}" if bounds else f"{form(row.effect)} {row.unit}")
 
 
-def _by_strategy(row: Row) -> Row:
-    return {f"across.{name}": value for name, value in row["strategies"].items()}
+def _flat(row: Prediction) -> dict[str, Any]:
+    """A row with a column for each strategy."""
+    values = {name: value for name, value in row.as_values().items() if name != "strategies"}
+    return values | {f"across.{name}": value for name, value in row.strategies.items()}
 
 
 def _changes(changes: Mapping[str, Any]) -> str:

@@ -1,12 +1,12 @@
 """What the runs of a study say together: intervals over seeds, paired differences, and what predicts recall.
 
-Plain rows in, plain rows out; it knows results.json and the study's table, and runs nothing. Formulas: docs/method.md.
+It knows the results of runs and the study's table, and runs nothing. Formulas: docs/method.md.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -14,6 +14,8 @@ import numpy as np
 
 from crosstrace.core.statistics import finite, jackknife_interval, mean_interval, rank_correlation
 from crosstrace.data.tasks import DEFAULT_ROLES, Roles
+from crosstrace.results.results import Results
+from crosstrace.results.tables import Claim
 
 Row = dict[str, Any]
 OUTCOME = "recall.qa_ood"  # as all names below, with the default tasks; `Roles.measure` gives those of others
@@ -90,7 +92,7 @@ def is_share(measure: str) -> bool:
     return measure.startswith(SHARES) or (measure.startswith("states.") and measure.endswith(".answer.top1"))
 
 
-def measures(results: Mapping[str, Any], strategy: str) -> Row:
+def measures(results: Results, strategy: str) -> Row:
     """Everything that a run found of one strategy, under dotted names; what was not measured is left out.
 
     recall, logprob .PART; updates; instead.KIND (facts of the world that the base knew, by what is said in their
@@ -107,84 +109,134 @@ def measures(results: Mapping[str, Any], strategy: str) -> Row:
     measure was halfway); retention.ARM.PART (exact match after further training), still.ARM, moved.ARM.WHEN.SET (lift),
     repair.ARM.WHEN.SET.PART (exact match).
     """
-    found: Row = {}
-    roles = Roles.read(results)
-    for part, cell in results["recall"][strategy].items():
-        if part != "relations":
-            found |= {f"recall.{part}": cell["exact_match"], f"logprob.{part}": cell["logprob"]}
-    if strategy in results["training"]:  # not of a model that was tuned elsewhere
-        found["updates"] = results["training"][strategy]["updates"]
-    said = ((results.get("known") or {}).get("models") or {}).get(strategy)
-    if said:
-        kinds = Counter(row["kind"] for row in said["instead"] if row["part"] == "known")
-        found |= {f"instead.{kind}": kinds[kind] for kind in ("taught", "relation", "other", "nothing")}
-    for row in results["shared"].get(strategy) or []:
-        found[f"overlap.{row['when']}.{row['reduction']}.{row['fraction']:g}"] = row["overlap"]
-    for row in (results.get("pairs") or {}).get(strategy) or []:
-        place = f"{'+'.join(row['tasks'])}.{row['when']}.{row['reduction']}.{row['fraction']:g}"
-        found[f"overlap.{place}"] = row["overlap"]
-    for row in results["similarity"].get(strategy) or []:
-        both = row.get("tasks") or []  # of more than one pair those that store and recall have the plain name
-        own = "" if {*both} <= {roles.stored, roles.recalled} else f"{'+'.join(both)}."
-        for name in ("spearman", "cosine"):
-            found[f"{name}.{own}{row['when']}.{row['reduction']}"] = row[name]
-    for row in results["centralization"].get(strategy) or []:
-        found[f"excess_gini.{row['when']}.{row['unit']}.{row['fraction']:g}"] = row["excess_gini"]
-    for kind in ("ablate", "graft"):
-        for row in ((results.get("interventions") or {}).get(strategy) or {}).get(kind) or []:
-            for part in roles.asked:
-                found[f"{kind}.{row['when']}.{row['fraction']:g}.{row['set']}.{part}"] = row[part]
-    of = {part: tables.get(strategy) or {} for part, tables in (results.get("mechanism") or {}).items()}
-    for row in of.get("gradients", ()):
-        if row["group"] == "all":
-            found |= {f"gradient.{row['part']}.{name}": row[name] for name in ("same", "excess", "first")}
-    for row in of.get("representations", ()):
-        for name in ("top1", "excess", "cka"):
-            key = f"states.{row['part']}.{row['place']}.{name}"
-            found[key] = max((v for v in (found.get(key), row[name]) if v is not None), default=None)
-    for row in of["circuit"]["kept"] if of.get("circuit") else ():
-        found[f"circuit.{row['part']}.{row['unit']}.kept"] = row["nodes"] and row["nodes"] / row["of"]
-    for row in of["circuit"]["agreement"] if of.get("circuit") else ():
-        found[f"concentration.{row['part']}.{row['unit']}.{row['when']}"] = row["concentration"]
-    for row in of["minimal_graft"]["grafts"] if of.get("minimal_graft") else ():
-        if row["order"] not in ("base", "tuned"):
-            found[f"minimal_graft.{row['part']}.{row['order']}.{row['fraction']:g}"] = row["exact_match"]
-    for row in of["minimal_graft"]["fewest"] if of.get("minimal_graft") else ():
-        found[f"fewest.{row['part']}.{row['order']}"] = row["fraction"]
-    for row in of["minimal_graft"]["overlap"] if of.get("minimal_graft") else ():
-        found[f"graft_is_shared.{row['when']}"] = row["excess"]
-    for row in of.get("signature", ()):
-        place = f"{row['part']}.{row['format']}"
-        if row["group"] != "all":
-            found[f"signature.{place}.{row['group']}"] = row["share"]
-            found[f"erased.{place}.{row['group']}"] = row["erased"]
-        if row["group"] in ("subject", "relation"):
-            key = f"signature.{place}.asked"
-            found[key] = None if row["share"] is None else (found.get(key) or 0.0) + row["share"]
-    for part, form in dict.fromkeys((row["part"], row["format"]) for row in of.get("lens", ())):
-        tops = [
-            row["top1"] for row in of["lens"] if (row["part"], row["format"], row["place"]) == (part, form, "answer")
-        ]
-        found[f"lens.{part}.{form}"] = next((i for i, top in enumerate(tops) if top >= tops[-1] / 2 > 0), None)
-    for row in of.get("transfer", ()):
-        found[f"transfer.{row['part']}.{row['format']}"] = row["correct"]
-    for row in of["dynamics"]["appearance"] if of.get("dynamics") else ():
-        found[f"half.{row['measure']}"] = row["half"]
-    for row in of.get("positions", ()):
-        if row["component"] == "all":
-            found[f"positions.{row['part']}.{'+'.join(row['places']) or 'none'}"] = row["exact_match"]
-    kept = (results.get("retention") or {}).get(strategy) or {}
-    for row in kept.get("history", ()):  # the last one stays
-        for part in (*roles.asked, *(roles.trained_part(task) for task in roles.of_role("store")), "new", "known"):
-            found[f"retention.{row['arm']}.{part}"] = row.get(part)
-    for row in kept.get("shared", ()):
-        found[f"still.{row['arm']}"] = row["still"]
-    for row in kept.get("moved", ()):
-        found[f"moved.{row['arm']}.{row['when']}.{row['set']}"] = row["lift"]
-    for row in kept.get("repair", ()):
-        for part in roles.asked:
-            found[f"repair.{row['arm']}.{row['when']}.{row['set']}.{part}"] = row[part]
-    return found
+    return (
+        _recall(results, strategy)
+        | _sharing(results, strategy)
+        | _interventions(results, strategy)
+        | _consistency(results, strategy)
+        | _circuit(results, strategy)
+        | _reading(results, strategy)
+        | _retention(results, strategy)
+    )
+
+
+def _recall(results: Results, strategy: str) -> Row:
+    """recall, logprob, updates, instead."""
+    row: Row = {}
+    for part, cell in results.recall[strategy].rest.items():
+        row |= {f"recall.{part}": cell.exact_match, f"logprob.{part}": cell.logprob}
+    if strategy in results.training:  # not of a model that was tuned elsewhere
+        row["updates"] = results.training[strategy].updates
+    if results.known is not None and strategy in results.known.models:
+        kinds = Counter(item.kind for item in results.known.models[strategy].instead if item.part == "known")
+        row |= {f"instead.{kind}": kinds[kind] for kind in ("taught", "relation", "other", "nothing")}
+    return row
+
+
+def _sharing(results: Results, strategy: str) -> Row:
+    """overlap, spearman, cosine, excess_gini."""
+    row: Row = {}
+    roles = results.roles
+    for shared in results.shared.get(strategy, ()):
+        row[f"overlap.{shared.when}.{shared.reduction}.{shared.fraction:g}"] = shared.overlap
+    for pair in results.pairs.get(strategy, ()):
+        name = f"{'+'.join(pair.tasks or ())}.{pair.when}.{pair.reduction}.{pair.fraction:g}"
+        row[f"overlap.{name}"] = pair.overlap
+    for similarity in results.similarity.get(strategy, ()):
+        tasks = similarity.tasks or []  # of more than one pair those that store and recall have the plain name
+        which = "" if {*tasks} <= {roles.stored, roles.recalled} else f"{'+'.join(tasks)}."
+        moment = f"{similarity.when}.{similarity.reduction}"
+        row |= {f"spearman.{which}{moment}": similarity.spearman, f"cosine.{which}{moment}": similarity.cosine}
+    for central in results.centralization.get(strategy, ()):
+        row[f"excess_gini.{central.when}.{central.unit}.{central.fraction:g}"] = central.excess_gini
+    return row
+
+
+def _interventions(results: Results, strategy: str) -> Row:
+    """ablate, graft, positions, minimal_graft, fewest, graft_is_shared."""
+    row: Row = {}
+    interventions, grafts = results.interventions.get(strategy), results.mechanism.minimal_graft.get(strategy)
+    if interventions is not None:
+        for kind, points in (("ablate", interventions.ablate), ("graft", interventions.graft)):
+            for point in points:
+                for part in results.roles.asked:
+                    row[f"{kind}.{point.when}.{point.fraction:g}.{point.set}.{part}"] = point.rest[part]
+    if grafts is not None:
+        for graft in grafts.grafts:
+            if graft.order not in ("base", "tuned"):
+                row[f"minimal_graft.{graft.part}.{graft.order}.{graft.fraction:g}"] = graft.exact_match
+        row |= {f"fewest.{fewest.part}.{fewest.order}": fewest.fraction for fewest in grafts.fewest}
+        row |= {f"graft_is_shared.{overlap.when}": overlap.excess for overlap in grafts.overlap}
+    for position in results.mechanism.positions.get(strategy, ()):
+        if position.component == "all":
+            row[f"positions.{position.part}.{'+'.join(position.places) or 'none'}"] = position.exact_match
+    return row
+
+
+def _consistency(results: Results, strategy: str) -> Row:
+    """gradient, states, half."""
+    row: Row = {}
+    for gradient in results.mechanism.gradients.get(strategy, ()):
+        if gradient.group == "all":
+            values = {"same": gradient.same, "excess": gradient.excess, "first": gradient.first}
+            row |= {f"gradient.{gradient.part}.{name}": value for name, value in values.items()}
+    for state in results.mechanism.representations.get(strategy, ()):
+        for name, value in (("top1", state.top1), ("excess", state.excess), ("cka", state.cka)):
+            key = f"states.{state.part}.{state.place}.{name}"
+            row[key] = max((v for v in (row.get(key), value) if v is not None), default=None)
+    if strategy in results.mechanism.dynamics:
+        appearance = results.mechanism.dynamics[strategy].appearance
+        row |= {f"half.{measure.measure}": measure.half for measure in appearance}
+    return row
+
+
+def _circuit(results: Results, strategy: str) -> Row:
+    """circuit, concentration."""
+    circuit = results.mechanism.circuit.get(strategy)
+    if circuit is None:
+        return {}
+    row: Row = {f"circuit.{kept.part}.{kept.unit}.kept": kept.nodes and kept.nodes / kept.of for kept in circuit.kept}
+    for agreement in circuit.agreement:
+        row[f"concentration.{agreement.part}.{agreement.unit}.{agreement.when}"] = agreement.concentration
+    return row
+
+
+def _reading(results: Results, strategy: str) -> Row:
+    """signature, erased, lens, transfer."""
+    row: Row = {}
+    for group in results.mechanism.signature.get(strategy, ()):
+        text = f"{group.part}.{group.format}"
+        if group.group != "all":
+            row |= {f"signature.{text}.{group.group}": group.share, f"erased.{text}.{group.group}": group.erased}
+        if group.group in ("subject", "relation"):
+            key = f"signature.{text}.asked"
+            row[key] = None if group.share is None else (row.get(key) or 0.0) + group.share
+    layers = results.mechanism.lens.get(strategy, ())
+    for part, form in dict.fromkeys((layer.part, layer.format) for layer in layers):
+        wanted = (part, form, "answer")
+        tops = [layer.top1 or 0.0 for layer in layers if (layer.part, layer.format, layer.place) == wanted]
+        row[f"lens.{part}.{form}"] = next((i for i, top in enumerate(tops) if top >= tops[-1] / 2 > 0), None)
+    row |= {f"transfer.{t.part}.{t.format}": t.correct for t in results.mechanism.transfer.get(strategy, ())}
+    return row
+
+
+def _retention(results: Results, strategy: str) -> Row:
+    """retention, still, moved, repair."""
+    row: Row = {}
+    roles, kept = results.roles, results.retention.get(strategy)
+    if kept is None:
+        return row
+    stored = [roles.trained_part(task) for task in roles.of_role("store")]
+    for point in kept.history:  # the last one stays
+        row |= {
+            f"retention.{point.arm}.{part}": point.rest.get(part) for part in (*roles.asked, *stored, "new", "known")
+        }
+    row |= {f"still.{shared.arm}": shared.still for shared in kept.shared}
+    row |= {f"moved.{moved.arm}.{moved.when}.{moved.set}": moved.lift for moved in kept.moved}
+    for repair in kept.repair:
+        name = f"repair.{repair.arm}.{repair.when}.{repair.set}"
+        row |= {f"{name}.{part}": repair.rest[part] for part in roles.asked}
+    return row
 
 
 def findings(rows: Sequence[Row], compare: tuple[str, str] | None, roles: Roles) -> dict[str, Callable[[], list[Row]]]:
@@ -306,7 +358,7 @@ def prediction(rows: Sequence[Row], roles: Roles = DEFAULT_ROLES) -> list[Row]:
     return found
 
 
-def claims_over_runs(runs: Sequence[tuple[str, Sequence[Row]]]) -> list[Row]:
+def claims_over_runs(runs: Sequence[tuple[str, Sequence[Claim]]]) -> list[Row]:
     """Each claim's verdicts, counted over the runs of a setting, and its effect's mean over them.
 
     Args:
@@ -316,16 +368,16 @@ def claims_over_runs(runs: Sequence[tuple[str, Sequence[Row]]]) -> list[Row]:
         rows {setting, claim, text, when, unit, holds, does_not_hold, undecided, effect, effect_low, effect_high,
         seeds}.
     """
-    found: dict[tuple[str, str, str], list[Row]] = {}
+    by_text: dict[tuple[str, str, str], list[Claim]] = {}
     for setting, claims in runs:
         for claim in claims:
-            found.setdefault((setting, claim["text"], claim["when"]), []).append(claim)
+            by_text.setdefault((setting, claim.text, claim.when), []).append(claim)
     rows = []
-    for (setting, text, when), claims in found.items():
-        verdicts = [claim["verdict"] for claim in claims]
-        row = {"setting": setting, "claim": claims[0]["claim"], "text": text, "when": when, "unit": claims[0]["unit"]}
+    for (setting, text, when), claims in by_text.items():
+        verdicts = [claim.verdict for claim in claims]
+        row = {"setting": setting, "claim": claims[0].claim, "text": text, "when": when, "unit": claims[0].unit}
         row |= {name.replace(" ", "_"): verdicts.count(name) for name in ("holds", "does not hold", "undecided")}
-        effects = [claim["effect"] for claim in claims if claim["effect"] is not None]
+        effects = [claim.effect for claim in claims if claim.effect is not None]
         mean, low, high = _interval(effects)
         rows.append(row | {"effect": mean, "effect_low": low, "effect_high": high, "seeds": len(effects)})
     return rows

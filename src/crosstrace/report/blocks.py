@@ -10,7 +10,6 @@ from typing import Any
 
 from crosstrace.core.left_out import Failure, hindrance
 from crosstrace.report import drawing
-from crosstrace.report.rows import Row
 
 MARKS = {  # the marks of matplotlib as paths around (14, 6), for the keys above the figures
     "o": "M14 2.4a3.6 3.6 0 1 0 .01 0z",
@@ -49,7 +48,7 @@ class Plot:
     details: str
     key: Sequence[Mapping[str, str]]
     panels: Sequence[str]
-    rows: Sequence[Row]
+    rows: Sequence[Any]
     also: str = ""  # findings after the first
     folded: Sequence[str] = ()  # panels shown on request
     folded_title: str = ""
@@ -81,7 +80,7 @@ def key(entries: Iterable[tuple[str, drawing.Look]]) -> list[dict[str, str]]:
     ]
 
 
-def drawn(builders: Iterable[tuple[str, Callable[[Mapping], Section]]], results: Mapping) -> list[Section]:
+def drawn(builders: Iterable[tuple[str, Callable[[Any], Section]]], results: Any) -> list[Section]:
     """The sections of a page, by id and what draws each. One that can't be drawn has nothing but its `failure`."""
     sections = []
     for id, build in builders:

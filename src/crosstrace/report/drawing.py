@@ -9,16 +9,18 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from crosstrace.core.errors import UserError
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
-from crosstrace.report.rows import Row
+from crosstrace.results.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 
 WIDTH, HEIGHT = 400, 270  # user units of the SVG: CSS pixels where the page is wide enough
@@ -76,18 +78,24 @@ CHANCE = Look(GREY, dash=":", width=1.5)
 
 TUNED, UNTUNED = Look(INK, dash=":", width=1.2), Look(INK, dash="--", width=1.0)
 
+Ends = tuple[str, str] | None
+LOW_HIGH = ("low", "high")
 MARKS = ("o", "s", "^", "D", "v", "P")
 
 
-def strategy_looks(results: Mapping) -> dict[str, Look]:
+def strategy_looks(results: Results) -> dict[str, Look]:
     """A look for each strategy and for the base, the same in every figure of a report."""
+    return looks_of(R.strategies(results))
+
+
+def looks_of(names: Sequence[str]) -> dict[str, Look]:
+    """A look for each of some strategies, and for the base."""
     hues = SERIES[:-1]
-    names = R.strategies(results)
     looks = {n: Look(hues[i % len(hues)], MARKS[i % len(MARKS)]) for i, n in enumerate(names)}
     return {"base": Look(GREY, "X"), **looks}
 
 
-def set_looks(rows: Iterable[Row]) -> dict[str, Look]:
+def set_looks(rows: Iterable[Any]) -> dict[str, Look]:
     """A look for each set of an intervention: the shared set in ink, its controls in colour."""
     looks = {
         "shared": Look(INK, "o", width=2.6),
@@ -165,12 +173,21 @@ def finish(fig: Figure, ax: Axes, legend: bool) -> Figure:
     return fig
 
 
-def curve(ax: Axes, rows: Sequence[Row], x: str, y: str, look: Look, label: str, every: int = 1) -> None:
-    """A line with marks and, where the rows have one, its interval as a band."""
+def curve(
+    ax: Axes, rows: Sequence[Any], x: str, y: str, look: Look, label: str, every: int = 1, ends: Ends = LOW_HIGH
+) -> None:
+    """A line with marks and, where the rows have one, its interval as a band.
+
+    Args:
+        x, y: names of the rows' values.
+        every: one mark for so many points.
+        ends: names of the interval's ends; None for lines without one.
+    """
     if not rows:
         return
-    rows = sorted(rows, key=lambda r: r[x])
-    xs, ys, low, high = ([say.number(r.get(k)) for r in rows] for k in (x, y, "low", "high"))
+    rows = sorted(rows, key=lambda row: R.value(row, x))
+    xs, ys = ([say.number(R.value(row, name)) for row in rows] for name in (x, y))
+    low, high = zip(*(_interval(row, ends) for row in rows))
     ax.fill_between(xs, low, high, color=look.color, alpha=0.13, lw=0)
     style = {"marker": look.mark or None, "mec": PAGE, "mew": 0.8, "markevery": every}
     ax.plot(xs, ys, color=look.color, ls=look.dash, lw=look.width, label=label, **style)
@@ -178,26 +195,35 @@ def curve(ax: Axes, rows: Sequence[Row], x: str, y: str, look: Look, label: str,
 
 def dots(
     ax: Axes,
-    rows: Sequence[Row],
+    rows: Sequence[Any],
     groups: Sequence[str],
     labels: Sequence[str],
-    by: str,
+    by: str | Callable[[Any], str],
     looks: Mapping[str, Look],
     x: str,
     pale: str = "",
+    ends: Ends = LOW_HIGH,
 ) -> None:
-    """A dot and its interval for each series in each group, one group a line, the first on top."""
+    """A dot and its interval for each series in each group, one group a line, the first on top.
+
+    Args:
+        by: the name of the row's group, or what gives it.
+        x: the name of the row's value.
+        pale: draw the intervals alone, as pale bars.
+        ends: as of `curve`.
+    """
     for i, (name, look) in enumerate(looks.items()):
-        for r in rows:
-            if name not in (r.get("model"), r.get("strategy")):
+        for row in rows:
+            if name != R.series(row):
                 continue
-            y = groups.index(r[by]) + (i - (len(looks) - 1) / 2) * min(0.24, 0.8 / len(looks))
-            value, low, high = (say.number(r.get(k)) for k in (x, "low", "high"))
+            group = R.value(row, by) if isinstance(by, str) else by(row)
+            y = groups.index(group) + (i - (len(looks) - 1) / 2) * min(0.24, 0.8 / len(looks))
+            value, (low, high) = say.number(R.value(row, x)), _interval(row, ends)
             if pale:
                 ax.plot([low, high], [y, y], color=look.color, alpha=0.5, lw=7, solid_capstyle="butt")
                 continue
             ax.plot([low, high], [y, y], color=look.color, lw=2)
-            first = r[by] == groups[0]
+            first = group == groups[0]
             label = say.model(name) if first else None
             ax.plot(value, y, look.mark, color=look.color, ms=7.5, mec=PAGE, mew=0.8, label=label)
     ax.set_yticks(range(len(groups)), labels)
@@ -210,10 +236,18 @@ def dots(
     ax.grid(axis="x", color=INK, alpha=0.12, lw=1)
 
 
-def from_zero(ax: Axes, rows: Sequence[Row], x: str, digits: int = 2) -> None:
+def _interval(row: Any, ends: Ends) -> tuple[float, float]:
+    """The ends of a row's interval; NaN where it has none."""
+    if ends is None:
+        return math.nan, math.nan
+    low, high = ends
+    return say.number(R.value(row, low)), say.number(R.value(row, high))
+
+
+def from_zero(ax: Axes, rows: Sequence[Any], x: str, digits: int = 2, ends: Ends = LOW_HIGH) -> None:
     """An axis of what is no share: 0 and all values with their intervals are on it."""
-    ends = [say.number(r[k]) for r in rows for k in (x, "low", "high")]
-    known = [v for v in ends if math.isfinite(v)] or [0.0]
+    values = [say.number(R.value(row, x)) for row in rows] + [end for row in rows for end in _interval(row, ends)]
+    known = [value for value in values if math.isfinite(value)] or [0.0]
     span = max(max(known), 0.05) - min(*known, 0.0)
     ax.set_xlim(min(*known, 0.0) - 0.04 * span, max(max(known), 0.05) + 0.04 * span)
     ax.xaxis.set_major_locator(load_ticker().MaxNLocator(5))
@@ -288,7 +322,7 @@ def fold(values: list[list[float]], columns: int, what: str) -> tuple[list[list[
     return means, f"{count:,} {what} a layer, strongest first, {columns} groups"
 
 
-def fraction_axis(ax: Axes, rows: Sequence[Row]) -> None:
+def fraction_axis(ax: Axes, rows: Sequence[Any]) -> None:
     """A log axis with ticks at fractions that were run, as many as there is room for."""
     found = sorted(R.distinct(rows, "fraction"))
     ax.set_xscale("log")
@@ -302,8 +336,8 @@ def fraction_axis(ax: Axes, rows: Sequence[Row]) -> None:
 
 
 def one_view(
-    rows: Sequence[Row], strategy: str | None, when: str | None, fraction: float | None, part: str
-) -> tuple[list[Row], str, str, float | None]:
+    rows: Sequence[T], strategy: str | None, when: str | None, fraction: float | None, part: str
+) -> tuple[list[T], str, str, float | None]:
     """The rows of one strategy, time and fraction; the first, at the headline fraction, if not named."""
     strategy = strategy or next(iter(R.distinct(rows, "strategy")), None)
     rows = R.where(rows, strategy=strategy)
@@ -313,12 +347,12 @@ def one_view(
     return needed(R.where(rows, fraction=fraction), part), strategy or "", when or "", fraction
 
 
-def models_of(rows: Sequence[Row], results: Mapping) -> dict[str, Look]:
+def models_of(rows: Sequence[Any], results: Results) -> dict[str, Look]:
     found = R.distinct(rows, "model")
     return {n: look for n, look in strategy_looks(results).items() if n in found}
 
 
-def needed(rows: list[Row], part: str) -> list[Row]:
+def needed(rows: list[T], part: str) -> list[T]:
     if not rows:
         raise UserError(f"the results hold no {part} that match what this figure was asked for")
     return rows

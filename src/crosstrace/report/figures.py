@@ -8,8 +8,8 @@ drawn and never before. The colours are stand-ins that read well by themselves, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
@@ -36,14 +36,14 @@ from crosstrace.report.drawing import (
     strategy_looks,
     styled,
 )
-from crosstrace.report.rows import Row
+from crosstrace.results.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 @styled
-def figure_recall(results: Mapping, *, legend: bool = True) -> Figure:
+def figure_recall(results: Results, *, legend: bool = True) -> Figure:
     """Exact match of every model on every test, with intervals."""
     rows = needed(R.where(R.recall_rows(results), relation=""), "recall")
     tests = R.held_out_first(R.distinct(rows, "test"), results)
@@ -53,9 +53,9 @@ def figure_recall(results: Mapping, *, legend: bool = True) -> Figure:
 
 
 @styled
-def figure_relations(results: Mapping, *, test: str | None = None, legend: bool = True) -> Figure:
+def figure_relations(results: Results, *, test: str | None = None, legend: bool = True) -> Figure:
     """Exact match of every model on each relation of one test (default: the held-out one)."""
-    rows = [r for r in R.recall_rows(results) if r["relation"]]
+    rows = [r for r in R.recall_rows(results) if r.relation]
     test = test or next(iter(R.held_out_first(R.distinct(rows, "test"), results)), None)
     rows = needed(R.where(rows, test=test), f"recall by relation on {test}")
     relations = R.distinct(rows, "relation")
@@ -72,7 +72,7 @@ def figure_relations(results: Mapping, *, test: str | None = None, legend: bool 
 
 
 @styled
-def figure_history(results: Mapping, *, test: str | None = None, legend: bool = True) -> Figure:
+def figure_history(results: Results, *, test: str | None = None, legend: bool = True) -> Figure:
     """One test's exact match while training, one line a strategy; a dotted vertical is a change of phase."""
     rows = R.history_rows(results)
     test = test or next(iter(R.held_out_first(R.distinct(rows, "test"), results)), None)
@@ -83,11 +83,11 @@ def figure_history(results: Mapping, *, test: str | None = None, legend: bool = 
     for name, look in strategy_looks(results).items():
         own = R.where(rows, strategy=name)
         if own:
-            curve(ax, own, "update", "value", look, say.model(name), every=max(1, len(own) // 8))
-        phases = (((results.get("training") or {}).get(name) or {}).get("phases") or [])[:-1] if own else []
+            curve(ax, own, "update", "value", look, say.model(name), every=max(1, len(own) // 8), ends=None)
+        phases = results.training[name].phases[:-1] if own and name in results.training else []
         update = 0
         for phase in phases:
-            update += phase.get("updates") or 0
+            update += phase.updates
             ax.axvline(update, color=look.color, lw=1.2, ls=":")
     ax.set_ylim(-0.02, 1.04)
     ax.xaxis.set_major_locator(load_ticker().MaxNLocator(5, integer=True))
@@ -97,10 +97,10 @@ def figure_history(results: Mapping, *, test: str | None = None, legend: bool = 
 
 @styled
 def figure_overlap(
-    results: Mapping, *, when: str | None = None, reduction: str | None = None, legend: bool = True
+    results: Results, *, when: str | None = None, reduction: str | None = None, legend: bool = True
 ) -> Figure:
     """Overlap |S|/|S_t| against the selected fraction, one line a strategy, beside chance."""
-    rows = R.overlap_rows(results)
+    rows = R.strategy_rows(results, results.shared)
     when = when or next(iter(R.distinct(rows, "when")), None)
     reduction = reduction or next(iter(R.distinct(R.where(rows, when=when), "reduction")), None)
     rows = needed(R.where(rows, when=when, reduction=reduction), "shared parameters")
@@ -111,7 +111,7 @@ def figure_overlap(
     )
     for name, look in strategy_looks(results).items():
         curve(ax, R.where(rows, strategy=name), "fraction", "overlap", look, say.model(name))
-    chance = sorted({(r["fraction"], say.number(r.get("chance"))) for r in rows})
+    chance = sorted({(r.fraction, say.number(r.chance)) for r in rows})
     ax.plot(*zip(*chance), color=CHANCE.color, ls=CHANCE.dash, lw=CHANCE.width, label="chance")
     fraction_axis(ax, rows)
     ax.set_ylim(-0.02, 1.04)
@@ -120,7 +120,7 @@ def figure_overlap(
 
 @styled
 def figure_map(
-    results: Mapping,
+    results: Results,
     *,
     strategy: str | None = None,
     when: str | None = None,
@@ -135,7 +135,7 @@ def figure_map(
     rows = R.where(R.map_rows(results), task=task)
     rows, strategy, when, _ = one_view(rows, strategy, when, fraction, "maps")
     layers, kinds = R.distinct(rows, "layer"), R.distinct(rows, "kind")
-    share = {(r["layer"], r["kind"]): say.number(r["share"]) for r in rows}
+    share = {(r.layer, r.kind): say.number(r.share) for r in rows}
     values = [[share.get((layer, kind), math.nan) for kind in kinds] for layer in layers]
     title = f"{say.model(strategy)}, {say.when(when).lower()}"
     what = "shared set" if task == "shared" else f"set of the {say.task(task)}"
@@ -144,7 +144,7 @@ def figure_map(
 
 @styled
 def figure_pairs(
-    results: Mapping,
+    results: Results,
     *,
     strategy: str | None = None,
     when: str | None = None,
@@ -152,10 +152,10 @@ def figure_pairs(
     top: float | None = None,
 ) -> Figure:
     """Heat map over tasks and tasks: the overlap of what both select; `top` as in `figure_map`."""
-    rows = R.where(R.pair_rows(results), reduction="example")
+    rows = R.where(R.strategy_rows(results, results.pairs), reduction="example")
     rows, strategy, when, _ = one_view(rows, strategy, when, fraction, "overlap of pairs")
-    tasks = list(dict.fromkeys(task for r in rows for task in r["tasks"]))
-    overlap = {frozenset(r["tasks"]): say.number(r["overlap"]) for r in rows}
+    tasks = list(dict.fromkeys(task for r in rows for task in r.tasks or ()))
+    overlap = {frozenset(r.tasks or ()): say.number(r.overlap) for r in rows}
     values = [[overlap.get(frozenset((a, b)), math.nan) for b in tasks] for a in tasks]
     title = f"{say.model(strategy)}, {say.when(when).lower()}"
     return heat(values, list(map(say.task, tasks)), list(map(say.task, tasks)), title, "other task's set", top)
@@ -163,7 +163,7 @@ def figure_pairs(
 
 @styled
 def figure_units(
-    results: Mapping,
+    results: Results,
     *,
     strategy: str | None = None,
     when: str | None = None,
@@ -181,7 +181,7 @@ def figure_units(
     unit = unit or next(iter(R.distinct(rows, "unit")), None)
     rows, strategy, when, _ = one_view(R.where(rows, unit=unit), strategy, when, fraction, "units")
     layers = R.distinct(rows, "layer")
-    values = [[say.number(v) for v in r["values"]] for r in rows]
+    values = [[say.number(v) for v in r.values] for r in rows]
     values, below = fold(values, columns, say.unit(unit or ""))
     labels = [str(j) for j in range(len(values[0]))] if below == say.unit(unit or "") else []
     title = f"{say.model(strategy)}, {say.when(when).lower()}"
@@ -190,10 +190,10 @@ def figure_units(
 
 @styled
 def figure_centralization(
-    results: Mapping, *, when: str | None = None, fraction: float | None = None, legend: bool = True
+    results: Results, *, when: str | None = None, fraction: float | None = None, legend: bool = True
 ) -> Figure:
     """Gini coefficient of the shared set over each kind of unit, beside random sets of the same size."""
-    rows = R.centralization_rows(results)
+    rows = R.strategy_rows(results, results.centralization)
     when = when or next(iter(R.distinct(rows, "when")), None)
     rows = R.where(rows, when=when)
     rows = needed(R.where(rows, fraction=fraction or R.headline(rows)), "centralization")
@@ -205,25 +205,16 @@ def figure_centralization(
         left=112,
     )
     looks = {n: look for n, look in strategy_looks(results).items() if R.where(rows, strategy=n)}
-    chance = [
-        {
-            **r,
-            "gini": r.get("random_gini"),
-            "low": r.get("random_gini_low"),
-            "high": r.get("random_gini_high"),
-        }
-        for r in rows
-    ]
-    bare = [{**r, "low": None, "high": None} for r in rows]  # low and high of these rows belong to the excess
-    dots(ax, chance, units, [say.unit(u) for u in units], "unit", looks, "gini", pale="random, same size")
-    dots(ax, bare, units, [say.unit(u) for u in units], "unit", looks, "gini")
+    labels, ends = [say.unit(unit) for unit in units], ("random_gini_low", "random_gini_high")
+    dots(ax, rows, units, labels, "unit", looks, "random_gini", pale="random, same size", ends=ends)
+    dots(ax, rows, units, labels, "unit", looks, "gini", ends=None)  # low and high of these rows are the excess's
     ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
     return finish(fig, ax, legend)
 
 
 @styled
 def figure_intervention(
-    results: Mapping,
+    results: Results,
     *,
     kind: str = "ablate",
     strategy: str | None = None,
@@ -254,20 +245,23 @@ def figure_intervention(
 
 
 @styled
-def figure_levels(rows: Sequence[Row], title: str, looks: Mapping[str, Look], *, legend: bool = False) -> Figure:
-    """One measure's mean over seeds with its interval, of every strategy in every setting of a study."""
-    groups = R.distinct(needed(list(rows), title), "group")
+def figure_levels(
+    rows: Sequence[Any], title: str, looks: Mapping[str, Look], *, group: Callable[[Any], str], legend: bool = False
+) -> Figure:
+    """One measure's mean over seeds with its interval, of every strategy in every setting of a study; `group` gives a
+    row's setting in words."""
+    groups = list(dict.fromkeys(map(group, needed(list(rows), title))))
     fig, ax = panel(title, "mean over seeds, 95\u202f% intervals", height=90 + 34 * len(groups), left=168)
-    dots(ax, rows, groups, [shortened(g, 22) for g in groups], "group", looks, "mean")
+    dots(ax, rows, groups, [shortened(g, 22) for g in groups], group, looks, "mean")
     return finish(fig, ax, legend)
 
 
 @styled
 def figure_scatter(
-    rows: Sequence[Row], x: str, y: str, title: str, looks: Mapping[str, Look], *, legend: bool = False
+    rows: Sequence[Any], x: str, y: str, title: str, looks: Mapping[str, Look], *, legend: bool = False
 ) -> Figure:
     """One measure against another, a mark for each row of a study's table."""
-    known = needed([r for r in rows if r.get(x) is not None and r.get(y) is not None], title)
+    known = needed([row for row in rows if row.get(x) is not None and row.get(y) is not None], title)
     fig, ax = panel(shortened(title, 44), "exact match on held-out questions", below=title)
     for name, look in looks.items():
         own = R.where(known, strategy=name)
@@ -280,10 +274,12 @@ def figure_scatter(
     return finish(fig, ax, legend)
 
 
-def untouched(results: Mapping, strategy: str | None, test: str | None) -> tuple[float, float]:
+def untouched(results: Results, strategy: str | None, test: str | None) -> tuple[float, float]:
     """Exact match of the strategy's model and of the base, as they are, on the questions that the interventions were
     asked; NaN where not tested."""
-    whole = ((results.get("interventions") or {}).get(strategy) or {}).get("untouched") or {}
-    cells = (((whole.get(name) or {}).get(test) or {}) for name in ("tuned", "base"))
-    tuned, base = (say.number(cell.get("exact_match")) for cell in cells)
+    interventions = results.interventions.get(strategy or "")
+    if interventions is None or interventions.untouched is None:
+        return math.nan, math.nan
+    cells = [recall.get(test or "") for recall in (interventions.untouched.tuned, interventions.untouched.base)]
+    tuned, base = (math.nan if cell is None else say.number(cell.exact_match) for cell in cells)
     return tuned, base

@@ -3,15 +3,14 @@ further training leaves."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import product
 
-from crosstrace.data.tasks import Roles
 from crosstrace.report import drawing, mechanism_figures
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
 from crosstrace.report.blocks import Cell, Plot, Section, Table, key
 from crosstrace.report.mechanism import Columns, by_part, model_of, models_of, table
+from crosstrace.results.results import Results
 
 FOLLOWED = ("recall.qa_ood", "recall.bio", "overlap", "shared_of_last", "gradient.qa_ood", "states.qa_ood",
             "signature.qa_ood", "heads_as_last.qa_ood", "neurons_as_last.qa_ood")  # fmt: skip
@@ -19,55 +18,53 @@ SAID = 12  # answers of each model that the page tells
 TOLD = ("recall.qa_ood", "overlap", "gradient.qa_ood", "heads_as_last.qa_ood")
 
 
-def known(results: Mapping) -> Section:
+def known(results: Results) -> Section:
     """Facts of the world that the base knew: what is left of them, and what is said instead."""
     section = Section("known", "What the base knew")
-    found = results.get("known")
-    if not found:
+    found = results.known
+    if found is None:
         section.absent = "The base was not asked facts of the world (eval.known)"
         return section
-    recall, models = results["recall"], [m for m in R.strategies(results) if m in found["models"]]
-    parts = [p for p in ("known", "known_replayed") if p in recall["base"]]
+    recall, models = results.recall, [m for m in R.strategies(results) if m in found.models]
+    parts = [p for p in ("known", "known_replayed") if p in recall["base"].rest]
     if not parts:
-        section.absent = f"The base answers no fact of {found['source']}"
+        section.absent = f"The base answers no fact of {found.source}"
         return section
     head = ["Model", "Facts", "n", "Still answered", *(f"Says {what}" for what in say.INSTEAD.values())]
     body = []
     for model, part in product(models, parts):
-        cell, said = recall[model][part], R.where(found["models"][model]["instead"], part=part)
+        cell, said = recall[model][part], R.where(found.models[model].instead, part=part)
         body.append([
-            say.model(model), say.test(part), say.plain(cell["n"]),
-            Cell(say.percent(cell["exact_match"]), say.interval(cell["low"], cell["high"])),
+            say.model(model), say.test(part), say.plain(cell.n),
+            Cell(say.percent(cell.exact_match), say.interval(cell.low, cell.high)),
             *(say.plain(len(R.where(said, kind=kind))) for kind in say.INSTEAD),
         ])  # fmt: skip
     title = "Facts of the world that the base answered: how many are left, and what is said in the place of the others"
     section.blocks.append(Table(head, body, title))
     head = ["Relation", "Asked as", "Facts", "Base", *map(say.model, models)]
     body = []
-    for row in found["relations"]:
-        cells = [found["models"][m]["relations"]["known"].get(row["relation"]) or {} for m in models]
+    for row in found.relations:
+        cells = [found.models[m].relations["known"].get(row.relation) for m in models]
         body.append([
-            say.spoken(row["relation"]), row["example"], say.plain(row["facts"]),
-            Cell(say.plain(row["known"]), say.percent(row["known"] / row["facts"])),
-            *(Cell(say.percent(c.get("exact_match")), say.interval(c.get("low"), c.get("high"))) for c in cells),
+            say.spoken(row.relation), row.example, say.plain(row.facts),
+            Cell(say.plain(row.known), say.percent(row.known / row.facts)),
+            *(say.DASH if c is None else Cell(say.percent(c.exact_match), say.interval(c.low, c.high)) for c in cells),
         ])  # fmt: skip
     title = "By relation: facts that the base answers, in the wording that it answers best, and what is left of them"
     section.blocks.append(Table(head, body, title, folded=True))
     head = ["Model", "Asked", "True", "Said"]
     body = [
-        [say.model(m), r["prompt"], r["object"], r["said"] or say.DASH]
-        for m in models
-        for r in found["models"][m]["instead"][:SAID]
+        [say.model(m), r.prompt, r.object, r.said or say.DASH] for m in models for r in found.models[m].instead[:SAID]
     ]
     if body:
         section.blocks.append(Table(head, body, "Some of what is said instead", folded=True))
     return section
 
 
-def transfer(results: Mapping) -> Section:
+def transfer(results: Results) -> Section:
     """Taught facts in formats that were never trained."""
     section = Section("transfer", "Formats never trained", command="mechanism")
-    rows = [r for r in R.mechanism_rows(results, "transfer") if r["n"]]
+    rows = [r for r in R.model_rows(results, results.mechanism.transfer) if r.n]
     if not rows:
         section.absent = "No other formats were asked"
         return section
@@ -75,12 +72,12 @@ def transfer(results: Mapping) -> Section:
     lead = next(p for p in parts if p != "a_ood" or len(parts) == 1)
     sentences = []
     for name in ("wording", "cloze", "reversed"):
-        found = [(say.model(r["model"]), say.number(r["correct"])) for r in R.where(rows, part=lead, format=name)]
+        found = [(say.model(r.model), say.number(r.correct)) for r in R.where(rows, part=lead, format=name)]
         sentence = say.compare([pair for pair in found if pair[0] != say.model("base")], "is right on", "")
         if sentence:
             sentences.append(f"{say.FORMATS[name].capitalize()}: {sentence}")
     absent = {
-        r["format"]: r["absent"] for r in R.mechanism_rows(results, "transfer") if r["absent"] and r["part"] == lead
+        r.format: r.absent for r in R.model_rows(results, results.mechanism.transfer) if r.absent and r.part == lead
     }
     missing = "".join(f" Not asked: {say.FORMATS[name]} ({why})." for name, why in absent.items())
     section.blocks.append(
@@ -105,35 +102,35 @@ def transfer(results: Mapping) -> Section:
     )
     columns: Columns = {
         "Model": model_of,
-        "Format": lambda r: say.FORMATS.get(r["format"], say.spoken(r["format"])),
-        "Right": lambda r: Cell(say.percent(r["correct"]), say.interval(r["correct_low"], r["correct_high"])),
-        "Chance": lambda r: say.percent(r["chance"]),
-        "Log-probability of the true one, nats": lambda r: say.decimal(r["logprob"]),
-        "n": lambda r: Cell(say.plain(r["n"]), f"{say.plain(r['people'])} subjects"),
+        "Format": lambda r: say.FORMATS.get(r.format, say.spoken(r.format)),
+        "Right": lambda r: Cell(say.percent(r.correct), say.interval(r.correct_low, r.correct_high)),
+        "Chance": lambda r: say.percent(r.chance),
+        "Log-probability of the true one, nats": lambda r: say.decimal(r.logprob),
+        "n": lambda r: Cell(say.plain(r.n), f"{say.plain(r.people)} subjects"),
     }
     section.blocks += by_part(results, "every format in numbers", rows, columns)
     return section
 
 
-def dynamics(results: Mapping) -> Section:
+def dynamics(results: Results) -> Section:
     """In which order recall, sharing, consistency and the circuit came."""
     section = Section("dynamics", "In which order it came")
-    rows = R.mechanism_rows(results, "dynamics", "rows")
-    order = R.mechanism_rows(results, "dynamics", "appearance")
+    rows = R.model_rows(results, R.of_dynamics(results, "rows"))
+    order = R.model_rows(results, R.of_dynamics(results, "appearance"))
     if not rows:
         section.absent = (
             "No checkpoints were looked at: mechanism.parts names no dynamics, which train.keep_checkpoints is for"
         )
         return section
-    names, roles = R.distinct(rows, "model"), Roles.read(results)
+    names, roles = R.distinct(rows, "model"), results.roles
     told_of = {roles.measure(m) for m in TOLD}
     sentences = []
     for name in names:
-        came = [r for r in R.where(order, model=name) if r["half"] is not None and r["measure"] in told_of]
-        told = [f"{say.measured(r['measure'])} at update {round(r['half']):,}" for r in came]
+        came = [r for r in R.where(order, model=name) if r.half is not None and r.measure in told_of]
+        told = [f"{say.measured(r.measure)} at update {round(r.half):,}" for r in came]
         if told:
             sentences.append(f"{say.model(name)} was halfway in {say.listing(told)}.")
-    measures = [m for m in map(roles.measure, FOLLOWED) if any(r.get(m) is not None for r in rows)]
+    measures = [m for m in map(roles.measure, FOLLOWED) if any(r.rest.get(m) is not None for r in rows)]
     section.blocks.append(
         Plot(
             "dynamics",
@@ -157,32 +154,31 @@ def dynamics(results: Mapping) -> Section:
     form = lambda value: say.decimal(value, 3)
     columns: Columns = {
         "Model": model_of,
-        "Measure": lambda r: say.measured(r["measure"]),
-        "Base": lambda r: form(r["first"]),
-        "End of training": lambda r: form(r["last"]),
-        "A tenth of the way": lambda r: say.decimal(r["tenth"], 0),
-        "Half of the way": lambda r: say.decimal(r["half"], 0),
+        "Measure": lambda r: say.measured(r.measure),
+        "Base": lambda r: form(r.first),
+        "End of training": lambda r: form(r.last),
+        "A tenth of the way": lambda r: say.decimal(r.tenth, 0),
+        "Half of the way": lambda r: say.decimal(r.half, 0),
     }
     section.blocks.append(table("Every measure: at which update it had come how far", order, columns))
     return section
 
 
-def retention(results: Mapping) -> Section:
+def retention(results: Results) -> Section:
     """What is left of the taught facts, and of the shared set, after further training."""
     section = Section("retention", "After further training", command="retain")
-    found = results.get("retention") or {}
-    rows = [{"strategy": s, **r} for s in R.strategies(results) for r in (found.get(s) or {}).get("history", ())]
+    kept = results.retention
+    rows = R.strategy_rows(results, {name: tables.history for name, tables in kept.items()})
     if not rows:
         section.absent = "The taught models were not trained further"
         return section
     names, arms = R.distinct(rows, "strategy"), R.distinct(rows, "arm")
-    fixed = ("strategy", "arm", "update", "phase", "when", "set", "size", "draws")
-    parts = R.held_out_first([k for k in dict.fromkeys(k for r in rows for k in r) if k not in fixed], results)
-    end = max(r["update"] for r in rows)
+    parts = R.held_out_first(list(dict.fromkeys(part for row in rows for part in row.rest)), results)
+    end = max(r.update for r in rows)
     sentences = []
     for arm in arms:
-        last = {r["strategy"]: r for r in R.where(rows, arm=arm, update=end)}
-        told = [(say.model(s), say.number(last[s].get(parts[0]))) for s in names if s in last]
+        last = {r.strategy: r for r in R.where(rows, arm=arm, update=end)}
+        told = [(say.model(s), say.number(last[s].rest.get(parts[0]))) for s in names if s in last]
         after = f" of the {say.answered(parts[0])} after {end:,} updates {say.ARMS[arm]}"
         sentences.append(say.compare(told, "still answers", after))
     section.blocks.append(
@@ -206,36 +202,38 @@ def retention(results: Mapping) -> Section:
             also=" ".join(sentences[1:]),
         )
     )
-    own = lambda name: [{"strategy": s, **r} for s in names for r in found[s][name]]
+    repair = R.strategy_rows(results, {name: tables.repair for name, tables in kept.items()})
+    moved = R.strategy_rows(results, {name: tables.moved for name, tables in kept.items()})
+    shared = R.strategy_rows(results, {name: tables.shared for name, tables in kept.items()})
     columns: Columns = {
-        "Model": lambda r: say.model(r["strategy"]),
-        "Training": lambda r: say.ARMS[r["arm"]],
-        "Shared set": lambda r: say.when(r["when"]),
-        "Put back": lambda r: say.PUT_BACK.get(r["set"]) or say.pset(r["set"]),
+        "Model": lambda r: say.model(r.strategy),
+        "Training": lambda r: say.ARMS[r.arm],
+        "Shared set": lambda r: say.when(r.when),
+        "Put back": lambda r: say.PUT_BACK.get(r.set) or say.pset(r.set),
     }
-    for part in R.held_out_first([k for k in own("repair")[0] if k not in fixed] if own("repair") else [], results):
-        columns[say.test(part)] = lambda r, part=part: say.percent(r[part])
+    for part in R.held_out_first(list(repair[0].rest) if repair else [], results):
+        columns[say.test(part)] = lambda r, part=part: say.percent(r.rest[part])
     title = "Recall after further training, with some parameters put back to their taught values"
-    section.blocks.append(table(title, own("repair"), columns, folded=False))
+    section.blocks.append(table(title, repair, columns, folded=False))
     columns = {
-        "Model": lambda r: say.model(r["strategy"]),
-        "Training": lambda r: say.ARMS[r["arm"]],
-        "Shared set": lambda r: say.when(r["when"]),
-        "Set": lambda r: say.pset(r["set"]),
-        "Parameters": lambda r: say.plain(r["size"]),
-        "Share of the squared way": lambda r: say.percent(r["energy"]),
-        "Over its share of the parameters": lambda r: say.decimal(r["lift"]),
+        "Model": lambda r: say.model(r.strategy),
+        "Training": lambda r: say.ARMS[r.arm],
+        "Shared set": lambda r: say.when(r.when),
+        "Set": lambda r: say.pset(r.set),
+        "Parameters": lambda r: say.plain(r.size),
+        "Share of the squared way": lambda r: say.percent(r.energy),
+        "Over its share of the parameters": lambda r: say.decimal(r.lift),
     }
-    section.blocks.append(table("How far the sets' parameters moved", own("moved"), columns))
+    section.blocks.append(table("How far the sets' parameters moved", moved, columns))
     head = ["Model", "Training", "Shared before", "Shared after", "Still shared"]
     body = [
         [
-            say.model(r["strategy"]),
-            say.ARMS[r["arm"]],
-            *map(say.plain, (r["before"], r["after"])),
-            say.percent(r["still"]),
+            say.model(r.strategy),
+            say.ARMS[r.arm],
+            *map(say.plain, (r.before, r.after)),
+            say.percent(r.still),
         ]
-        for r in own("shared")
+        for r in shared
     ]
     section.blocks.append(Table(head, body, "The shared set of a trace of the taught material, before and after"))
     return section

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from crosstrace.report import drawing, mechanism_figures
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
 from crosstrace.report.blocks import Cell, Plot, Section, Table, key
-from crosstrace.report.rows import Row
+from crosstrace.results.results import Results
 
-Columns = dict[str, Callable[[Row], Cell | str]]  # a table's heads, and what they say of a row
+Columns = dict[str, Callable[[Any], Cell | str]]  # a table's heads, and what they say of a row
 WORTH = 0.2  # recall below which nobody asks which nodes keep it
 BOTH = "The text that stores a fact and the one that recalls it, each up to the fact's object"
 
 
-def gradients(results: Mapping) -> Section:
+def gradients(results: Results) -> Section:
     """Do the two formats of a fact push the parameters alike?"""
     section = Section("gradients", "One fact, two formats: gradients", command="mechanism")
-    rows = R.mechanism_rows(results, "gradients")
+    rows = R.model_rows(results, results.mechanism.gradients)
     if not rows:
         section.absent = "The gradients of a fact's two formats were not compared"
         return section
     parts = R.held_out_first(R.distinct(rows, "part"), results)
     whole = R.where(rows, group="all", part=parts[0])
     finding = say.compare(
-        [(say.model(r["model"]), say.number(r["excess"])) for r in whole],
+        [(say.model(r.model), say.number(r.excess)) for r in whole],
         "has a cosine higher by",
         " for one fact in both formats than for two subjects' facts of one relation",
         lambda v: say.decimal(v, sign=True),
@@ -51,21 +52,19 @@ def gradients(results: Mapping) -> Section:
     )
     columns = {
         "Model": model_of,
-        "Parameters": lambda r: (
-            say.explained(r) if r["group"] in say.EXPLAINED else f"{say.spoken(r['group'])} {r['label']}"
-        ),
-        "Size": lambda r: say.plain(r.get("size")),
+        "Parameters": lambda r: say.explained(r) if r.group in say.EXPLAINED else f"{say.spoken(r.group)} {r.label}",
+        "Size": lambda r: say.plain(r.size),
         **COSINES,
-        "Own is highest": lambda r: Cell(say.percent(r.get("first")), f"chance {say.percent(r.get('chance_first'))}"),
+        "Own is highest": lambda r: Cell(say.percent(r.first), f"chance {say.percent(r.chance_first)}"),
     }
     section.blocks += by_part(results, "every set in numbers", rows, columns)
     return section
 
 
-def representations(results: Mapping) -> Section:
+def representations(results: Results) -> Section:
     """Does the model come to the same state by both formats of a fact?"""
     section = Section("representations", "One fact, two formats: hidden states", command="mechanism")
-    rows = R.mechanism_rows(results, "representations")
+    rows = R.model_rows(results, results.mechanism.representations)
     if not rows:
         section.absent = "The hidden states of a fact's two formats were not compared"
         return section
@@ -73,8 +72,8 @@ def representations(results: Mapping) -> Section:
     places = [p for p in ("answer", "subject", "relation") if R.where(rows, place=p)]
     best = []
     for model in R.distinct(rows, "model"):
-        own = [r for r in R.where(rows, model=model, part=parts[0], place=places[0]) if r.get("top1") is not None]
-        best.append((say.model(model), max((say.number(r["top1"]) for r in own), default=float("nan"))))
+        own = [r for r in R.where(rows, model=model, part=parts[0], place=places[0]) if r.top1 is not None]
+        best.append((say.model(model), max((say.number(r.top1) for r in own), default=float("nan"))))
     finding = say.compare(best, "finds", " of the facts by their question at its best layer")
     section.blocks.append(
         Plot(
@@ -93,29 +92,29 @@ def representations(results: Mapping) -> Section:
     )
     columns = {
         "Model": model_of,
-        "Place": lambda r: say.place(r["place"]),
-        "Layer": lambda r: say.plain(r["layer"]),
+        "Place": lambda r: say.place(r.place),
+        "Layer": lambda r: say.plain(r.layer),
         **COSINES,
-        "CKA": lambda r: Cell(say.decimal(r.get("cka")), f"shuffled {say.decimal(r.get('cka_shuffled'))}"),
-        "Found first": lambda r: Cell(say.percent(r.get("top1")), f"right object {say.percent(r.get('answer_top1'))}"),
-        "Reciprocal rank": lambda r: Cell(say.decimal(r.get("mrr")), f"chance {say.decimal(r.get('chance_mrr'))}"),
+        "CKA": lambda r: Cell(say.decimal(r.cka), f"shuffled {say.decimal(r.cka_shuffled)}"),
+        "Found first": lambda r: Cell(say.percent(r.top1), f"right object {say.percent(r.answer_top1)}"),
+        "Reciprocal rank": lambda r: Cell(say.decimal(r.mrr), f"chance {say.decimal(r.chance_mrr)}"),
     }
     section.blocks += by_part(results, "every layer in numbers", rows, columns)
     return section
 
 
-def signature(results: Mapping) -> Section:
+def signature(results: Results) -> Section:
     """Off which tokens of a text is a fact read?"""
     section = Section("signature", "Off which tokens a fact is read", command="mechanism")
-    rows = R.mechanism_rows(results, "signature")
+    rows = R.model_rows(results, results.mechanism.signature)
     if not rows:
         section.absent = "The input-level signature was not measured"
         return section
     parts = R.held_out_first(R.distinct(rows, "part"), results)
     found = []
     for model in R.distinct(rows, "model"):
-        own = {r["group"]: r for r in R.where(rows, model=model, part=parts[0], format="recalled")}
-        found.append((say.model(model), say.number(own["subject"]["share"]) + say.number(own["relation"]["share"])))
+        own = {r.group: r for r in R.where(rows, model=model, part=parts[0], format="recalled")}
+        found.append((say.model(model), say.number(own["subject"].share) + say.number(own["relation"].share)))
     finding = say.compare(found, "takes", " of an answer's attribution from the subject's and the relation's words")
     section.blocks.append(
         Plot(
@@ -147,24 +146,24 @@ def signature(results: Mapping) -> Section:
             folded_title="Drop of the object's log-probability with a group's tokens erased, nats a token",
         )
     )
-    bounds = lambda r, name, form: say.interval(r.get(f"{name}_low"), r.get(f"{name}_high"), form)
+    bounds = lambda r, name, form: say.interval(getattr(r, f"{name}_low"), getattr(r, f"{name}_high"), form)
     columns: Columns = {
         "Model": model_of,
-        "Text": lambda r: say.FORMS[r["format"]],
-        "Tokens": lambda r: Cell(say.TOKEN_GROUPS[r["group"]], f"{say.decimal(r['tokens'], 1)} a text"),
-        "Attribution, nats": lambda r: Cell(say.decimal(r["attribution"]), bounds(r, "attribution", say.decimal)),
-        "Share": lambda r: Cell(say.percent(r["share"]), bounds(r, "share", say.percent)),
-        "Drop when erased, nats": lambda r: Cell(say.decimal(r["erased"]), bounds(r, "erased", say.decimal)),
-        "Object found then": lambda r: say.percent(r["erased_exact"]),
+        "Text": lambda r: say.FORMS[r.format],
+        "Tokens": lambda r: Cell(say.TOKEN_GROUPS[r.group], f"{say.decimal(r.tokens, 1)} a text"),
+        "Attribution, nats": lambda r: Cell(say.decimal(r.attribution), bounds(r, "attribution", say.decimal)),
+        "Share": lambda r: Cell(say.percent(r.share), bounds(r, "share", say.percent)),
+        "Drop when erased, nats": lambda r: Cell(say.decimal(r.erased), bounds(r, "erased", say.decimal)),
+        "Object found then": lambda r: say.percent(r.erased_exact),
     }
     section.blocks += by_part(results, "every group in numbers", rows, columns)
     return section
 
 
-def lens(results: Mapping) -> Section:
+def lens(results: Results) -> Section:
     """At which layer the object can be read off the hidden states."""
     section = Section("lens", "Where along the layers the object appears", command="mechanism")
-    rows = R.mechanism_rows(results, "lens")
+    rows = R.model_rows(results, results.mechanism.lens)
     if not rows:
         section.absent = "The logit lens was not applied"
         return section
@@ -172,11 +171,11 @@ def lens(results: Mapping) -> Section:
     sentences = []
     for model in R.distinct(rows, "model"):
         own = R.where(rows, model=model, part=parts[0], format="recalled", place="answer")
-        if own and say.number(own[-1]["top1"]) >= WORTH:
-            first = next(r["layer"] for r in own if r["top1"] >= own[-1]["top1"] / 2)
+        if own and say.number(own[-1].top1) >= WORTH:
+            first = next(r.layer for r in own if say.number(r.top1) >= say.number(own[-1].top1) / 2)
             sentences.append(
-                f"{say.model(model)}: the object is first for {say.percent(own[-1]['top1'])} of the "
-                f"{say.answered(parts[0])} at the end, for half as many at layer {first} of {own[-1]['layer']}."
+                f"{say.model(model)}: the object is first for {say.percent(own[-1].top1)} of the "
+                f"{say.answered(parts[0])} at the end, for half as many at layer {first} of {own[-1].layer}."
             )
     panels = [(p, place) for p in parts for place in ("answer", "subject") if R.where(rows, part=p, place=place)]
     section.blocks.append(
@@ -199,24 +198,24 @@ def lens(results: Mapping) -> Section:
     )
     columns: Columns = {
         "Model": model_of,
-        "Text": lambda r: say.FORMS[r["format"]],
-        "Place": lambda r: say.place(r["place"]),
-        "Layer": lambda r: say.plain(r["layer"]),
-        "First": lambda r: Cell(say.percent(r["top1"]), say.interval(r["top1_low"], r["top1_high"])),
-        "Median rank": lambda r: say.plain(r["rank"]),
-        "Log-probability, nats": lambda r: say.decimal(r["logprob"]),
+        "Text": lambda r: say.FORMS[r.format],
+        "Place": lambda r: say.place(r.place),
+        "Layer": lambda r: say.plain(r.layer),
+        "First": lambda r: Cell(say.percent(r.top1), say.interval(r.top1_low, r.top1_high)),
+        "Median rank": lambda r: say.plain(r.rank),
+        "Log-probability, nats": lambda r: say.decimal(r.logprob),
         "Beyond the relation's other objects": lambda r: Cell(
-            say.decimal(r["margin"], sign=True), say.interval(r["margin_low"], r["margin_high"], say.decimal)
+            say.decimal(r.margin, sign=True), say.interval(r.margin_low, r.margin_high, say.decimal)
         ),
     }
     section.blocks += by_part(results, "every layer in numbers", rows, columns)
     return section
 
 
-def circuit(results: Mapping) -> Section:
+def circuit(results: Results) -> Section:
     """Which heads and neurons recall goes through, and whether they hold the shared parameters."""
     section = Section("circuit", "The circuit of recall", command="mechanism")
-    rows = R.mechanism_rows(results, "circuit", "curves")
+    rows = R.model_rows(results, R.of_circuit(results, "curves"))
     if not rows:
         section.absent = "No circuit was looked for"
         return section
@@ -227,11 +226,11 @@ def circuit(results: Mapping) -> Section:
         for model in (m for m in models if m != "base"):
             own = R.where(rows, model=model, unit=unit)
             part = R.held_out_first(R.distinct(own, "part"), results)[0]
-            for r in R.where(R.mechanism_rows(results, "circuit", "kept"), model=model, unit=unit, part=part):
-                if r["nodes"] is not None and r["exact_match"] >= WORTH:
+            for r in R.where(R.model_rows(results, R.of_circuit(results, "kept")), model=model, unit=unit, part=part):
+                if r.nodes is not None and r.exact_match >= WORTH:
                     found.append(
                         f"{say.model(model)} keeps nine tenths of its recall of {say.answered(part)} "
-                        f"({say.percent(r['exact_match'])}) with {r['nodes']:,} of {r['of']:,} {say.unit(unit)}"
+                        f"({say.percent(r.exact_match)}) with {r.nodes:,} of {r.of:,} {say.unit(unit)}"
                     )
         if found:
             sentences.append("; ".join(found) + ".")
@@ -260,75 +259,75 @@ def circuit(results: Mapping) -> Section:
             also=" ".join(sentences[1:]),
         )
     )
-    agreement = [r for r in R.mechanism_rows(results, "circuit", "agreement") if r.get("auc") is not None]
-    asked: Columns = {"Model": model_of, "Questions": lambda r: say.test(r["part"])}
-    tested = lambda name, r: Cell(say.decimal(r[name]), f"p = {say.decimal(r[f'{name}_p'], 3)}")
-    nats = lambda name: lambda r: say.decimal(r[name], 3)
+    agreement = [r for r in R.model_rows(results, R.of_circuit(results, "agreement")) if r.auc is not None]
+    asked: Columns = {"Model": model_of, "Questions": lambda r: say.test(r.part)}
+    tested = lambda name, r: Cell(say.decimal(getattr(r, name)), f"p = {say.decimal(getattr(r, f'{name}_p'), 3)}")
+    nats = lambda name: lambda r: say.decimal(getattr(r, name), 3)
     if agreement:
         columns = asked | {
-            "Nodes": lambda r: say.unit(r["unit"]),
-            "Shared set": lambda r: say.when(r["when"]),
+            "Nodes": lambda r: say.unit(r.unit),
+            "Shared set": lambda r: say.when(r.when),
             "Spearman": lambda r: tested("spearman", r),
-            "Within layers": lambda r: tested("within", r) if r.get("within") is not None else say.DASH,
+            "Within layers": lambda r: tested("within", r) if r.within is not None else say.DASH,
             "ROC-AUC": lambda r: tested("auc", r),
             "Held by the top tenth, beyond its size": lambda r: Cell(
-                say.percent(r.get("concentration")),
-                say.interval(r.get("concentration_low"), r.get("concentration_high")),
+                say.percent(r.concentration),
+                say.interval(r.concentration_low, r.concentration_high),
             ),
         }
         title = "Do the nodes that matter hold the shared parameters? Permutation tests"
         section.blocks.append(table(title, agreement, columns, folded=False))
     columns = asked | {
-        "Node": lambda r: r["node"],
+        "Node": lambda r: r.node,
         "Attribution, nats": nats("attribution"),
         "Drop when ablated, nats": nats("drop"),
-        "Exact match then": lambda r: say.percent(r["exact_match"]),
+        "Exact match then": lambda r: say.percent(r.exact_match),
     }
-    alone = R.mechanism_rows(results, "circuit", "alone")
+    alone = R.model_rows(results, R.of_circuit(results, "alone"))
     section.blocks.append(table("The most important nodes, ablated one by one", alone, columns))
-    attention = R.mechanism_rows(results, "circuit", "attention")
+    attention = R.model_rows(results, R.of_circuit(results, "attention"))
     columns = asked | {
-        "Head": lambda r: r["head"],
-        "From": lambda r: say.place(r["place"]),
-        "To": lambda r: say.TOKEN_GROUPS.get(r["group"], r["group"]),
-        "Attention": lambda r: Cell(say.percent(r["mass"]), say.interval(r["mass_low"], r["mass_high"])),
-        "If it were uniform": lambda r: say.percent(r["uniform"]),
+        "Head": lambda r: r.head,
+        "From": lambda r: say.place(r.place),
+        "To": lambda r: say.TOKEN_GROUPS.get(r.group, r.group),
+        "Attention": lambda r: Cell(say.percent(r.mass), say.interval(r.mass_low, r.mass_high)),
+        "If it were uniform": lambda r: say.percent(r.uniform),
     }
     if attention:
         section.blocks.append(table("What the most important heads attend to", attention, columns))
     columns = asked | {
-        "Module": lambda r: r["module"],
+        "Module": lambda r: r.module,
         "Sum of attributions, nats": nats("sum"),
         "Drop with all ablated, nats": nats("drop"),
     }
-    modules = R.mechanism_rows(results, "circuit", "modules")
+    modules = R.model_rows(results, R.of_circuit(results, "modules"))
     section.blocks.append(table("Completeness: what a module's nodes sum to", modules, columns))
     return section
 
 
-def minimal_graft(results: Mapping) -> Section:
+def minimal_graft(results: Results) -> Section:
     """How few parameters restore recall when they are grafted, and how many of them are shared."""
     section = Section("minimal_graft", "The fewest parameters that restore recall", command="mechanism")
-    rows = R.mechanism_rows(results, "minimal_graft", "grafts")
+    rows = R.model_rows(results, R.of_graft(results, "grafts"))
     if not rows:
         section.absent = "The smallest graft that restores recall was not looked for"
         return section
     parts, models = R.held_out_first(R.distinct(rows, "part"), results), R.distinct(rows, "model")
-    smallest = R.mechanism_rows(results, "minimal_graft", "fewest")
+    smallest = R.model_rows(results, R.of_graft(results, "fewest"))
     sentences = []
     for model in models:
         (fewest,) = R.where(smallest, model=model, part=parts[0], order="contribution")
-        whole = R.where(rows, model=model, part=parts[0], order="tuned")[0]["exact_match"]
-        with_all = R.where(rows, model=model, part=parts[0], order="contribution", fraction=1.0)[0]["exact_match"]
+        whole = R.where(rows, model=model, part=parts[0], order="tuned")[0].exact_match
+        with_all = R.where(rows, model=model, part=parts[0], order="contribution", fraction=1.0)[0].exact_match
         if whole is None or whole < WORTH:
             continue
-        if fewest["size"] is None:
+        if fewest.size is None:
             text = (
                 "no graft restores nine tenths of that: with all parameters in scope the base answers "
                 f"{say.percent(with_all)}"
             )
         else:
-            text = f"grafting {say.percent(fewest['fraction'])} of its parameters restores nine tenths of that"
+            text = f"grafting {say.percent(fewest.fraction)} of its parameters restores nine tenths of that"
         sentences.append(f"{say.model(model)} answers {say.percent(whole)} of the {say.answered(parts[0])}; {text}.")
     lines = [("model as trained", drawing.TUNED), ("base", drawing.UNTUNED)]
     section.blocks.append(
@@ -353,42 +352,42 @@ def minimal_graft(results: Mapping) -> Section:
             also=" ".join(sentences[1:]),
         )
     )
-    shared = R.mechanism_rows(results, "minimal_graft", "overlap")
+    shared = R.model_rows(results, R.of_graft(results, "overlap"))
     signed = partial(say.decimal, digits=3, sign=True)
     columns: Columns = {
         "Model": model_of,
-        "Shared set": lambda r: Cell(say.when(r["when"]), f"top {say.percent(r['fraction'])}"),
-        "Its parameters": lambda r: say.plain(r["size"]),
-        "The graft's parameters": lambda r: say.plain(r["graft"]),
-        "Shared ones that the graft holds": lambda r: say.percent(r["overlap"]),
-        "Expected, same counts per tensor": lambda r: say.percent(r["expected"]),
-        "Beyond": lambda r: Cell(signed(r["excess"]), say.interval(r["excess_low"], r["excess_high"], signed)),
+        "Shared set": lambda r: Cell(say.when(r.when), f"top {say.percent(r.fraction)}"),
+        "Its parameters": lambda r: say.plain(r.size),
+        "The graft's parameters": lambda r: say.plain(r.graft),
+        "Shared ones that the graft holds": lambda r: say.percent(r.overlap),
+        "Expected, same counts per tensor": lambda r: say.percent(r.expected),
+        "Beyond": lambda r: Cell(signed(r.excess), say.interval(r.excess_low, r.excess_high, signed)),
     }
     if shared:
         title = "How much of the shared set lies in the smallest graft that restores the trained answers"
         section.blocks.append(table(title, shared, columns, folded=False))
     columns = {
         "Model": model_of,
-        "Questions": lambda r: say.test(r["part"]),
-        "Ranked": lambda r: say.GRAFTED[r["order"]],
-        "Fewest that restore nine tenths": lambda r: say.plain(r["size"]),
-        "Share of those in scope": lambda r: say.percent(r["fraction"]),
+        "Questions": lambda r: say.test(r.part),
+        "Ranked": lambda r: say.GRAFTED[r.order],
+        "Fewest that restore nine tenths": lambda r: say.plain(r.size),
+        "Share of those in scope": lambda r: say.percent(r.fraction),
     }
     section.blocks.append(table("The smallest grafts", smallest, columns))
     return section
 
 
-def positions(results: Mapping) -> Section:
+def positions(results: Results) -> Section:
     """At which tokens of a question are the tuned weights needed, and at which do they suffice?"""
     section = Section("positions", "Tuned weights at some tokens only", command="mechanism")
-    rows = R.mechanism_rows(results, "positions")
+    rows = R.model_rows(results, results.mechanism.positions)
     if not rows:
         section.absent = "Tuned weights were not grafted at positions"
         return section
     parts, components = R.held_out_first(R.distinct(rows, "part"), results), R.distinct(rows, "component")
     sentences = []
     for model in R.distinct(rows, "model"):
-        own = {tuple(r["places"]): r["exact_match"] for r in R.where(rows, model=model, part=parts[0], component="all")}
+        own = {tuple(r.places): r.exact_match for r in R.where(rows, model=model, part=parts[0], component="all")}
         ends = [own.get(("subject",)), own.get(("last",)), own.get(("subject", "relation", "last", "rest"))]
         if None not in ends:
             sentences.append(
@@ -413,14 +412,14 @@ def positions(results: Mapping) -> Section:
                 for i, component in enumerate(components)
                 for j, part in enumerate(parts)
             ],
-            [{**r, "places": "+".join(r["places"])} for r in rows],
+            [{**row.as_row(), "places": "+".join(row.places)} for row in rows],
             also=" ".join(sentences[1:]),
         )
     )
     return section
 
 
-def _panels(results: Mapping, places: list[str], parts: list[str], value: str) -> list[str]:
+def _panels(results: Results, places: list[str], parts: list[str], value: str) -> list[str]:
     return [
         drawing.to_svg(
             mechanism_figures.figure_depth(results, place=place, part=part, value=value, legend=False),
@@ -432,31 +431,31 @@ def _panels(results: Mapping, places: list[str], parts: list[str], value: str) -
     ]
 
 
-def models_of(results: Mapping, rows: list[Row]) -> list[tuple[str, drawing.Look]]:
+def models_of(results: Results, rows: list[Any]) -> list[tuple[str, drawing.Look]]:
     """The models that some rows are of, each with its look: the key of their figure."""
     found = R.distinct(rows, "model")
     return [(say.model(m), look) for m, look in drawing.strategy_looks(results).items() if m in found]
 
 
-def by_part(results: Mapping, title: str, rows: list[Row], columns: Columns) -> list[Table]:
+def by_part(results: Results, title: str, rows: list[Any], columns: Columns) -> list[Table]:
     """A folded table of the rows of each kind of questions, the held-out ones first."""
     parts = R.held_out_first(R.distinct(rows, "part"), results)
     return [table(f"{say.test(p)}: {title}", R.where(rows, part=p), columns) for p in parts]
 
 
-def table(title: str, rows: Sequence[Row], columns: Columns, folded: bool = True) -> Table:
+def table(title: str, rows: Sequence[Any], columns: Columns, folded: bool = True) -> Table:
     """A table of the rows: per column its head and what it says of a row."""
     return Table(list(columns), [[cell(r) for cell in columns.values()] for r in rows], title, folded)
 
 
-def model_of(row: Row) -> str:
-    return say.model(row["model"])
+def model_of(row: Any) -> str:
+    return say.model(row.model)
 
 
-def _cosine(name: str) -> Callable[[Row], Cell]:
+def _cosine(name: str) -> Callable[[Any], Cell]:
     """A pairing's mean cosine with its interval."""
-    bounds = lambda r: say.interval(r.get(f"{name}_low"), r.get(f"{name}_high"), say.decimal)
-    return lambda r: Cell(say.decimal(r.get(name)), bounds(r))
+    bounds = lambda r: say.interval(getattr(r, f"{name}_low"), getattr(r, f"{name}_high"), say.decimal)
+    return lambda r: Cell(say.decimal(getattr(r, name)), bounds(r))
 
 
 COSINES: Columns = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from crosstrace.report import rows as R
@@ -28,6 +27,8 @@ from crosstrace.report.drawing import (
     strategy_looks,
     styled,
 )
+from crosstrace.results.mechanism import Positions
+from crosstrace.results.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,47 +49,45 @@ GRAFTS = {  # how the parameters are ranked that are grafted
 
 
 @styled
-def figure_gradients(results: Mapping, *, part: str | None = None, legend: bool = True) -> Figure:
+def figure_gradients(results: Results, *, part: str | None = None, legend: bool = True) -> Figure:
     """How much closer the gradients of a fact's two formats are than those of two people's: over all parameters in
     scope, the shared set, its complement and random sets, every model's."""
-    rows = R.mechanism_rows(results, "gradients")
+    rows = R.model_rows(results, results.mechanism.gradients)
     part = part or next(iter(R.held_out_first(R.distinct(rows, "part"), results)), None)
-    rows = [
-        {**r, "set": say.explained(r), "value": r["excess"], "low": r["excess_low"], "high": r["excess_high"]}
-        for r in R.where(rows, part=part)
-        if r["group"] in say.EXPLAINED
-    ]
+    rows = [row for row in R.where(rows, part=part) if row.group in say.EXPLAINED]
     rows = needed(rows, f"gradient consistency of {part}")
-    groups = R.distinct(rows, "set")
+    groups = list(dict.fromkeys(say.explained(row) for row in rows))
     fig, ax = panel(
         say.test(part or ""), "cosine, same fact minus same relation", height=90 + 40 * len(groups), left=168
     )
-    dots(ax, rows, groups, groups, "set", models_of(rows, results), "value")
-    from_zero(ax, rows, "value")
+    ends = ("excess_low", "excess_high")
+    dots(ax, rows, groups, groups, say.explained, models_of(rows, results), "excess", ends=ends)
+    from_zero(ax, rows, "excess", ends=ends)
     return finish(fig, ax, legend)
 
 
 @styled
 def figure_depth(
-    results: Mapping, *, place: str, value: str = "top1", part: str | None = None, legend: bool = True
+    results: Results, *, place: str, value: str = "top1", part: str | None = None, legend: bool = True
 ) -> Figure:
     """One number of the hidden states' consistency at one place of the text over the layers, every model's."""
-    rows = R.where(R.mechanism_rows(results, "representations"), place=place)
+    rows = R.where(R.model_rows(results, results.mechanism.representations), place=place)
     part = part or next(iter(R.held_out_first(R.distinct(rows, "part"), results)), None)
     rows = needed(R.where(rows, part=part), f"representation consistency at the {place}")
     fig, ax = panel(say.place(place), f"{say.test(part or '')}: {say.STATES[value]}", below="layer")
     for name, look in models_of(rows, results).items():
-        own = [{**r, "low": r.get(f"{value}_low"), "high": r.get(f"{value}_high")} for r in R.where(rows, model=name)]
-        curve(ax, own, "layer", value, look, say.model(name))
+        own = R.where(rows, model=name)
+        curve(ax, own, "layer", value, look, say.model(name), ends=(f"{value}_low", f"{value}_high"))
     chance = {"top1": ("chance_relation", "chance_person"), "cka": ("cka_shuffled",)}.get(value, ())
     if chance:
         level = sorted(
-            (r["layer"], max(say.number(r.get(name)) for name in chance)) for r in R.where(rows, model=rows[0]["model"])
+            (row.layer, max(say.number(getattr(row, name)) for name in chance))
+            for row in R.where(rows, model=rows[0].model)
         )
         ax.plot(*zip(*level), color=CHANCE.color, ls=CHANCE.dash, lw=CHANCE.width, label="no fact known")
     if value != "top1":
         ax.yaxis.set_major_formatter(lambda v, _: say.decimal(v, 1))
-    lowest = min((say.number(r.get(f"{value}_low")) for r in rows), default=0.0)
+    lowest = min((say.number(getattr(row, f"{value}_low")) for row in rows), default=0.0)
     ax.set_ylim(min(-0.03, 1.1 * lowest if math.isfinite(lowest) else 0.0), 1.04)
     ax.xaxis.set_major_locator(load_ticker().MaxNLocator(6, integer=True))
     return finish(fig, ax, legend)
@@ -96,10 +95,10 @@ def figure_depth(
 
 @styled
 def figure_circuit(
-    results: Mapping, *, model: str | None = None, unit: str | None = None, part: str | None = None, legend: bool = True
+    results: Results, *, model: str | None = None, unit: str | None = None, part: str | None = None, legend: bool = True
 ) -> Figure:
     """Exact match with the top nodes kept and with the top nodes ablated, beside random nodes, as many."""
-    rows = R.mechanism_rows(results, "circuit", "curves")
+    rows = R.model_rows(results, R.of_circuit(results, "curves"))
     model = model or next((m for m in reversed(R.distinct(rows, "model"))), None)
     rows = R.where(rows, model=model)
     unit = unit or next(iter(R.distinct(rows, "unit")), None)
@@ -111,11 +110,8 @@ def figure_circuit(
         below=f"share of the {say.unit(unit or '')} kept or ablated",
     )
     for (kind, order), look in CIRCUIT.items():
-        own = [
-            {**r, "low": r.get("exact_match_low"), "high": r.get("exact_match_high")}
-            for r in R.where(rows, kind=kind, order=order)
-        ]
-        curve(ax, own, "fraction", "exact_match", look, say.curve(kind, order))
+        own, ends = R.where(rows, kind=kind, order=order), ("exact_match_low", "exact_match_high")
+        curve(ax, own, "fraction", "exact_match", look, say.curve(kind, order), ends=ends)
     ax.set_ylim(-0.02, 1.04)
     ax.xaxis.set_major_locator(load_ticker().MultipleLocator(0.25))
     ax.xaxis.set_major_formatter(lambda v, _: say.percent(v))
@@ -124,14 +120,14 @@ def figure_circuit(
 
 @styled
 def figure_minimal_graft(
-    results: Mapping, *, model: str | None = None, part: str | None = None, legend: bool = True
+    results: Results, *, model: str | None = None, part: str | None = None, legend: bool = True
 ) -> Figure:
     """Exact match of the base with the first parameters of each order grafted, against their fraction."""
-    every = R.mechanism_rows(results, "minimal_graft", "grafts")
+    every = R.model_rows(results, R.of_graft(results, "grafts"))
     model = model or next((m for m in reversed(R.distinct(every, "model"))), None)
     part = part or next(iter(R.held_out_first(R.distinct(every, "part"), results)), None)
     every = R.where(every, model=model, part=part)
-    rows = needed([r for r in every if r["order"] in GRAFTS], f"minimal grafts of {model}")
+    rows = needed([r for r in every if r.order in GRAFTS], f"minimal grafts of {model}")
     fig, ax = panel(
         say.model(model or ""),
         f"{say.test(part or '')}: exact match",
@@ -139,7 +135,7 @@ def figure_minimal_graft(
     )
     for name, look in (("tuned", TUNED), ("base", UNTUNED)):
         for row in R.where(every, order=name):
-            ax.axhline(row["exact_match"], color=look.color, ls=look.dash, lw=look.width, alpha=0.8, label=name)
+            ax.axhline(row.exact_match, color=look.color, ls=look.dash, lw=look.width, alpha=0.8, label=name)
     for name, look in reversed(GRAFTS.items()):  # the first order on top
         curve(ax, R.where(rows, order=name), "fraction", "exact_match", look, say.GRAFTED[name])
     fraction_axis(ax, rows)
@@ -149,119 +145,122 @@ def figure_minimal_graft(
 
 @styled
 def figure_positions(
-    results: Mapping, *, part: str | None = None, component: str = "all", legend: bool = True
+    results: Results, *, part: str | None = None, component: str = "all", legend: bool = True
 ) -> Figure:
     """Exact match of the base with tuned weights at some tokens of the question only, every strategy's."""
-    rows = R.where(R.mechanism_rows(results, "positions"), component=component)
+    rows = R.where(R.model_rows(results, results.mechanism.positions), component=component)
     part = part or next(iter(R.held_out_first(R.distinct(rows, "part"), results)), None)
-    rows = [{**r, "where": say.places(r["places"])} for r in R.where(rows, part=part)]
-    rows = needed(rows, f"grafting at positions on {part}")
-    groups = R.distinct(rows, "where")
+    rows = needed(R.where(rows, part=part), f"grafting at positions on {part}")
+    groups = list(dict.fromkeys(map(_places_of, rows)))
     fig, ax = panel(
         say.test(part or ""), f"exact match, tuned: {say.COMPONENTS.get(component, component)}",
         height=90 + 30 * len(groups), left=168,
     )  # fmt: skip
-    dots(ax, rows, groups, groups, "where", models_of(rows, results), "exact_match")
+    dots(ax, rows, groups, groups, _places_of, models_of(rows, results), "exact_match")
     return finish(fig, ax, legend)
+
+
+def _places_of(row: Positions) -> str:
+    """Which tokens have tuned weights, in words."""
+    return say.places(row.places)
 
 
 @styled
 def figure_signature(
-    results: Mapping, *, part: str | None = None, form: str = "recalled", value: str = "share", legend: bool = True
+    results: Results, *, part: str | None = None, form: str = "recalled", value: str = "share", legend: bool = True
 ) -> Figure:
     """What each group of tokens carries of the object (`share` of the attribution, or the drop when `erased`)."""
-    rows = R.mechanism_rows(results, "signature")
+    rows = R.model_rows(results, results.mechanism.signature)
     part = part or next(iter(R.held_out_first(R.distinct(rows, "part"), results)), None)
-    rows = [r for r in R.where(rows, part=part, format=form) if r["group"] != "all" and r.get(value) is not None]
-    rows = needed(rows, f"input-level signature of {part}")
-    rows = [{**r, "low": r[f"{value}_low"], "high": r[f"{value}_high"]} for r in rows if r["tokens"]]
+    rows = R.where(rows, part=part, format=form)
+    rows = [row for row in rows if row.group != "all" and getattr(row, value) is not None]
+    rows = [row for row in needed(rows, f"input-level signature of {part}") if row.tokens]
+    ends = (f"{value}_low", f"{value}_high")
     groups = R.distinct(rows, "group")
     what = "share of the attribution" if value == "share" else "drop when erased, nats a token"
     title = f"{say.FORMS[form].capitalize()}: {what}"
     fig, ax = panel(say.test(part or ""), title, height=90 + 34 * len(groups), left=168)
-    dots(ax, rows, groups, [say.TOKEN_GROUPS[g] for g in groups], "group", models_of(rows, results), value)
+    labels = [say.TOKEN_GROUPS[group] for group in groups]
+    dots(ax, rows, groups, labels, "group", models_of(rows, results), value, ends=ends)
     if value != "share":
-        from_zero(ax, rows, value, digits=0)
+        from_zero(ax, rows, value, digits=0, ends=ends)
     return finish(fig, ax, legend)
 
 
 @styled
 def figure_lens(
-    results: Mapping, *, part: str | None = None, place: str = "answer", form: str = "recalled", legend: bool = True
+    results: Results, *, part: str | None = None, place: str = "answer", form: str = "recalled", legend: bool = True
 ) -> Figure:
     """How often the object's first token is the first by the logit lens, over the layers, every model's."""
-    rows = R.where(R.mechanism_rows(results, "lens"), place=place, format=form)
+    rows = R.where(R.model_rows(results, results.mechanism.lens), place=place, format=form)
     part = part or next(iter(R.held_out_first(R.distinct(rows, "part"), results)), None)
     rows = needed(R.where(rows, part=part), f"logit lens at the {place}")
     fig, ax = panel(say.place(place), f"{say.test(part or '')}: object first", below="layer")
     for name, look in models_of(rows, results).items():
-        own = [{**r, "low": r["top1_low"], "high": r["top1_high"]} for r in R.where(rows, model=name)]
-        curve(ax, own, "layer", "top1", look, say.model(name))
+        own = R.where(rows, model=name)
+        curve(ax, own, "layer", "top1", look, say.model(name), ends=("top1_low", "top1_high"))
     ax.set_ylim(-0.03, 1.04)
     ax.xaxis.set_major_locator(load_ticker().MaxNLocator(6, integer=True))
     return finish(fig, ax, legend)
 
 
 @styled
-def figure_transfer(results: Mapping, *, part: str | None = None, legend: bool = True) -> Figure:
+def figure_transfer(results: Results, *, part: str | None = None, legend: bool = True) -> Figure:
     """Share of the facts that each model gives or recognises in each format, beside chance."""
-    rows = [r for r in R.mechanism_rows(results, "transfer") if r["n"]]
+    rows = [r for r in R.model_rows(results, results.mechanism.transfer) if r.n]
     part = part or next(iter(R.held_out_first(R.distinct(rows, "part"), results)), None)
     rows = needed(R.where(rows, part=part), f"other formats of {part}")
-    rows = [{**r, "low": r["correct_low"], "high": r["correct_high"]} for r in rows]
     formats = R.distinct(rows, "format")
     fig, ax = panel(say.test(part or ""), "share right", height=90 + 34 * len(formats), left=168)
     labels = [say.FORMATS.get(name, say.spoken(name)) for name in formats]
-    dots(ax, rows, formats, labels, "format", models_of(rows, results), "correct")
+    ends = ("correct_low", "correct_high")
+    dots(ax, rows, formats, labels, "format", models_of(rows, results), "correct", ends=ends)
     for number, name in enumerate(formats):
-        level = R.where(rows, format=name)[0]["chance"]
+        level = say.number(R.where(rows, format=name)[0].chance)
         ax.plot([level, level], [number - 0.42, number + 0.42], color=CHANCE.color, ls=CHANCE.dash, lw=CHANCE.width)
     return finish(fig, ax, legend)
 
 
 @styled
-def figure_dynamics(results: Mapping, *, measure: str = "recall.qa_ood", legend: bool = True) -> Figure:
+def figure_dynamics(results: Results, *, measure: str = "recall.qa_ood", legend: bool = True) -> Figure:
     """One measure at every checkpoint, one line a strategy; a dotted vertical is a change of phase."""
-    rows = R.mechanism_rows(results, "dynamics", "rows")
-    rows = needed([r for r in rows if r.get(measure) is not None], f"{measure} over checkpoints")
+    rows = R.model_rows(results, R.of_dynamics(results, "rows"))
+    rows = needed([row for row in rows if row.rest.get(measure) is not None], f"{measure} over checkpoints")
     fig, ax = panel(say.measured(measure).capitalize(), "at each checkpoint", below="updates")
     for name, look in strategy_looks(results).items():
         own = R.where(rows, model=name)
         if own:
-            curve(ax, own, "update", measure, look, say.model(name))
+            curve(ax, own, "update", measure, look, say.model(name), ends=None)
             for before, after in itertools.pairwise(own[1:]):
-                if before["phase"] != after["phase"]:
-                    ax.axvline(before["update"], color=look.color, lw=1.2, ls=":")
-    ends = [say.number(r[measure]) for r in rows]
-    if min(ends) >= 0 and max(ends) <= 1:
+                if before.phase != after.phase:
+                    ax.axvline(before.update, color=look.color, lw=1.2, ls=":")
+    values = [say.number(row.rest[measure]) for row in rows]
+    if min(values) >= 0 and max(values) <= 1:
         ax.set_ylim(-0.02, 1.04)
-    elif max(map(abs, ends)) > 1:
+    elif max(map(abs, values)) > 1:
         ax.yaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
     ax.xaxis.set_major_locator(load_ticker().MaxNLocator(5, integer=True))
     ax.xaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
     return finish(fig, ax, legend)
 
 
-def arm_look(results: Mapping, strategy: str, arm: str) -> Look:
+def arm_look(results: Results, strategy: str, arm: str) -> Look:
     """A strategy's look, dashed where taught examples are replayed."""
     look = strategy_looks(results)[strategy]
     return look if arm == "alone" else Look(look.color, look.mark, "--", look.width)
 
 
 @styled
-def figure_retention(results: Mapping, *, part: str = "qa_ood", legend: bool = True) -> Figure:
+def figure_retention(results: Results, *, part: str = "qa_ood", legend: bool = True) -> Figure:
     """Recall of one kind of questions while a taught model learns other things, a line a strategy and way."""
-    found = results.get("retention") or {}
-    rows = [
-        {"strategy": s, **r} for s, own in found.items() for r in own["history"] if r.get(part) is not None
-    ]  # fmt: skip
-    rows = needed(rows, f"recall of {part} under further training")
+    points = [point for retention in results.retention.values() for point in retention.history]
+    rows = needed([point for point in points if point.rest.get(part) is not None], f"recall of {part} afterwards")
     fig, ax = panel(say.test(part), "exact match", below="updates of further training")
     for strategy in R.strategies(results):
         for arm in R.distinct(rows, "arm"):
             own = R.where(rows, strategy=strategy, arm=arm)
             label = f"{say.model(strategy)}, {say.ARMS[arm]}"
-            curve(ax, own, "update", part, arm_look(results, strategy, arm), label)
+            curve(ax, own, "update", part, arm_look(results, strategy, arm), label, ends=None)
     ax.set_ylim(-0.02, 1.04)
     ax.xaxis.set_major_locator(load_ticker().MaxNLocator(5, integer=True))
     return finish(fig, ax, legend)

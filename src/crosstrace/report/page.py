@@ -14,34 +14,35 @@ from pathlib import Path
 from typing import Any
 
 from crosstrace.core.files import write_text
-from crosstrace.core.results import part_name
 from crosstrace.report import learning, mechanism
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
 from crosstrace.report.blocks import Cell, Plot, Section, Table, drawn, render
 from crosstrace.report.drift import drift
 from crosstrace.report.sections import amount, centralization, intervention, overlap, places, recall, recalled, training
+from crosstrace.results.results import Results, part_name
+from crosstrace.results.tables import Claim, Doctor, Import
 
 REPLAY = "crosstrace run RUN/config.yaml NEWRUN"
 
 
-def write_report(results: Mapping[str, Any], folder: str | Path) -> Path:
+def write_report(results: Results, folder: str | Path) -> Path:
     """Write `folder`/index.html and one CSV beside each of its figures; returns the page's path.
 
-    `results` is a results.json as read. Parts that it lacks are left out of the page, which then names the
+    `results` are those of a run (`Results.read`). Parts that it lacks are left out of the page, which then names the
     command that adds them. An existing page and CSVs of the same names are replaced.
     """
     return write_page(results, draw(results), folder)
 
 
-Builder = tuple[str, str, Callable[[Mapping[str, Any]], Section]]  # a section's id, the stage it is of, its function
+Builder = tuple[str, str, Callable[[Results], Section]]  # a section's id, the stage it is of, its function
 
 
-def draw(results: Mapping[str, Any], further: Sequence[Builder] = ()) -> list[Section]:
+def draw(results: Results, further: Sequence[Builder] = ()) -> list[Section]:
     """All sections of the page, `further` ones of other packages last. One that can't be drawn has nothing but its
     `failure`."""
     builders = [*SECTIONS, *further]
-    with say.own_words(results):
+    with say.own_words(results.run.words if results.run is not None else None):
         sections = drawn([(id, build) for id, _, build in builders], results)
     for section, (id, stage, _) in zip(sections, builders):
         if section.failure is not None:
@@ -49,57 +50,60 @@ def draw(results: Mapping[str, Any], further: Sequence[Builder] = ()) -> list[Se
         section.left_out = _left_out(results, id, stage)
         if section.left_out and section.absent:
             section.command = stage
-        if "lacking" in results:  # no command could add what is absent
+        if results.lacking is not None:  # no command could add what is absent
             section.command = ""
     return sections
 
 
-def _left_out(results: Mapping, section: str, stage: str) -> list[str]:
+def _left_out(results: Results, section: str, stage: str) -> list[str]:
     """Which models a section lacks, and why."""
     part = section if stage == "mechanism" or section == "drift" else ""
-    rows = R.where(results.get("left_out") or [], stage=stage)
-    rows = [r for r in rows if r["part"] == part or (stage == "mechanism" and not r["part"])]
-    return [f"{say.model(r['model'])} is left out: {r['reason']}" for r in rows]
+    rows = R.where(results.left_out, stage=stage)
+    rows = [r for r in rows if r.part == part or (stage == "mechanism" and not r.part)]
+    return [f"{say.model(r.model)} is left out: {r.reason}" for r in rows]
 
 
-def write_page(results: Mapping[str, Any], sections: Sequence[Section], folder: str | Path) -> Path:
+def write_page(results: Results, sections: Sequence[Section], folder: str | Path) -> Path:
     """Write the page of some sections and the CSVs beside it, as `write_report`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for plot in (block for section in sections for block in section.blocks if isinstance(block, Plot)):
         write_text(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
     page = folder / "index.html"
-    with say.own_words(results):
+    with say.own_words(results.run.words if results.run is not None else None):
         text = _render(results, sections)
     write_text(page, text)
     return page
 
 
-def _claims(results: Mapping) -> tuple[list[str], list[dict], list[dict]]:
+def _claims(results: Results) -> tuple[list[str], list[dict], list[dict]]:
     """The columns (online, final, …) and the claims in order, each with its verdict by column; apart from them those
     that are about another fraction than the page's."""
-    found = results.get("claims") or []
-    whens = [w for w in dict.fromkeys(c.get("when") for c in found) if w and w != "training"]
+    whens = [w for w in dict.fromkeys(claim.when for claim in results.claims) if w != "training"]
     order = list(say.WHENS)
     whens.sort(key=lambda w: order.index(w) if w in order else len(order))
-    headline = R.headline(found)
+    headline = R.headline(results.claims)
     grouped: dict[tuple, dict] = {}
-    for c in found:
-        text = c.get("text") or say.spoken(c["claim"])  # one claim may be tested at several fractions, a row each
-        other = c.get("fraction") not in (None, headline)
-        empty = {"text": text, "by": {}, "tests": [], "notes": [], "other": other}
-        claim = grouped.setdefault((c["claim"], text), empty)
-        form = amount(*(c.get(k) for k in ("effect", "low", "high")))
-        claim["by"][c.get("when")] = {
-            "verdict": c.get("verdict") or "undecided",
-            "effect": form(c.get("effect")),
-            "interval": say.interval(c.get("low"), c.get("high"), form),
-            "unit": c.get("unit") or "",
-        }
-        claim["notes"] += [(say.when(c.get("when") or ""), c["note"])] if c.get("note") else []
-        claim["tests"] += [c["test"]] if c.get("test") and c["test"] not in claim["tests"] else []
-    main = [claim for claim in grouped.values() if not claim["other"]]
-    return whens, main, [claim for claim in grouped.values() if claim["other"]]
+    for claim in results.claims:  # one claim may be tested at several fractions, a row each
+        other = claim.fraction not in (None, headline)
+        empty = {"text": claim.text, "by": {}, "tests": [], "notes": [], "other": other}
+        group = grouped.setdefault((claim.claim, claim.text), empty)
+        group["by"][claim.when] = _verdict(claim)
+        group["notes"] += [(say.when(claim.when), claim.note)] if claim.note else []
+        group["tests"] += [claim.test] if claim.test and claim.test not in group["tests"] else []
+    main = [group for group in grouped.values() if not group["other"]]
+    return whens, main, [group for group in grouped.values() if group["other"]]
+
+
+def _verdict(claim: Claim) -> dict[str, str]:
+    """A claim's verdict and effect as a cell of the page shows them."""
+    form = amount(claim.effect, claim.low, claim.high)
+    return {
+        "verdict": claim.verdict,
+        "effect": form(claim.effect),
+        "interval": say.interval(claim.low, claim.high, form),
+        "unit": claim.unit,
+    }
 
 
 def _tally(claims: Sequence[Mapping]) -> str:
@@ -109,20 +113,20 @@ def _tally(claims: Sequence[Mapping]) -> str:
     return ", ".join(f"{n} {v if n == 1 else plural.get(v, v)}" for v, n in counts.items())
 
 
-def _how(results: Mapping) -> tuple[list[Table], list[tuple[str, list[tuple[str, str]]]]]:
+def _how(results: Results) -> tuple[list[Table], list[tuple[str, list[tuple[str, str]]]]]:
     """Tables of training and time, and lists of settings, as (title, [(name, value)])."""
-    run = results.get("run") or {}
+    run = {} if results.run is None else results.run.as_values()
     tables = []
-    trained = results.get("training") or {}
+    trained = results.training
     if trained:
-        tasks = list(dict.fromkeys(t for s in trained.values() for t in s.get("examples") or {}))
+        tasks = list(dict.fromkeys(task for training in trained.values() for task in training.examples))
         body = [
             [
                 say.model(s),
-                Cell("; then ".join(f"{p['name']}, {say.plain(p['updates'])}" for p in t.get("phases") or [])),
-                say.plain(t.get("updates")),
-                *(say.plain((t.get("examples") or {}).get(task)) for task in tasks),
-                say.seconds(t.get("seconds")),
+                Cell("; then ".join(f"{phase.name}, {say.plain(phase.updates)}" for phase in t.phases)),
+                say.plain(t.updates),
+                *(say.plain(t.examples.get(task)) for task in tasks),
+                say.seconds(t.seconds),
             ]
             for s in R.strategies(results)
             if (t := trained.get(s))
@@ -135,8 +139,8 @@ def _how(results: Mapping) -> tuple[list[Table], list[tuple[str, list[tuple[str,
             "Time",
         ]
         tables.append(Table(head, body, "What each strategy was trained on"))
-    if results.get("import"):
-        tables.append(_imported(results["import"]))
+    if results.import_ is not None:
+        tables.append(_imported(results.import_))
     rest = {k: v for k, v in run.items() if k not in ("strategies", "given", "facts", "trace")}
     lists = [
         ("Run", _flat(rest)),
@@ -146,38 +150,38 @@ def _how(results: Mapping) -> tuple[list[Table], list[tuple[str, list[tuple[str,
         ),
         ("Facts", _flat(run.get("facts"))),
         ("Trace", _flat(run.get("trace"))),
-        ("Is this model traced exactly?", _exactness(results.get("doctor"))),
-        ("Coverage: share of the parameters by rule", _flat(results.get("coverage"), say.percent)),
-        ("Time by stage", _flat(results.get("seconds"), say.seconds)),
-        ("Versions", _flat(results.get("versions"))),
-        ("Left out", [(part_name(r), r["reason"]) for r in results.get("left_out") or []]),
+        ("Is this model traced exactly?", _exactness(results.doctor)),
+        ("Coverage: share of the parameters by rule", _flat(results.coverage, say.percent)),
+        ("Time by stage", _flat(results.seconds, say.seconds)),
+        ("Versions", _flat(results.versions)),
+        ("Left out", [(part_name(r), r.reason) for r in results.left_out]),
     ]
     return tables, [(title, items) for title, items in lists if items]
 
 
-def _imported(counts: Mapping) -> Table:
+def _imported(counts: Import) -> Table:
     """What became of the rows that `crosstrace import` read."""
-    body = [["read", say.plain(counts.get("read"))], ["kept", say.plain(counts.get("kept"))]]
-    body += [[f"dropped: {reason}", say.plain(n)] for reason, n in (counts.get("dropped") or {}).items()]
-    body += [[f"kept of {relation}", say.plain(n)] for relation, n in (counts.get("relations") or {}).items()]
+    body = [["read", say.plain(counts.read)], ["kept", say.plain(counts.kept)]]
+    body += [[f"dropped: {reason}", say.plain(n)] for reason, n in counts.dropped.items()]
+    body += [[f"kept of {relation}", say.plain(n)] for relation, n in (counts.relations or {}).items()]
     return Table(["Rows", "Number"], body, "What was imported")
 
 
-def _exactness(doctor: Mapping | None) -> list[tuple[str, str]]:
+def _exactness(doctor: Doctor | None) -> list[tuple[str, str]]:
     """The doctor's verdict, its problems, and the worst error of each kind of comparison."""
-    if not doctor:
+    if doctor is None:
         return []
-    pairs = [("verdict", doctor["verdict"]), *(("problem", text) for text in doctor["problems"])]
-    for check in dict.fromkeys(row["check"] for row in doctor["checks"]):
-        rows = [row for row in doctor["checks"] if row["check"] == check and row["error"] is not None]
-        if rows:
-            worst = max(rows, key=lambda row: row["error"])
-            pairs.append((f"{check}, worst: {worst['what']}", f"{worst['error']:.1e}"))
+    pairs = [("verdict", doctor.verdict), *(("problem", text) for text in doctor.problems)]
+    for check in dict.fromkeys(row.check for row in doctor.checks):
+        errors = [(row.error, row.what) for row in doctor.checks if row.check == check and row.error is not None]
+        if errors:
+            error, what = max(errors, key=lambda item: item[0])
+            pairs.append((f"{check}, worst: {what}", f"{error:.1e}"))
     return pairs
 
 
-def _recipes(results: Mapping) -> list[tuple[str, str]]:
-    texts = (results.get("run") or {}).get("strategies") or {}
+def _recipes(results: Results) -> list[tuple[str, str]]:
+    texts = {} if results.run is None else results.run.strategies
     return [(say.model(s), say.plain(texts[s])) for s in R.strategies(results) if s in texts]
 
 
@@ -191,31 +195,28 @@ def _flat(value: Any, form=say.plain, prefix: str = "") -> list[tuple[str, str]]
     return [(say.spoken(prefix), form(value) if as_number and prefix != "seed" else say.plain(value))]
 
 
-def _render(results: Mapping, sections: Sequence[Section]) -> str:
-    run = results.get("run") or {}
+def _render(results: Results, sections: Sequence[Section]) -> str:
+    run = results.run
     tests = R.held_out_first(R.distinct(R.where(R.recall_rows(results), relation=""), "test"), results)
     headline = say.compare(recalled(results, tests[0]), "answers", f" of the {say.answered(tests[0])}") if tests else ""
-    subject = [run.get("model"), run.get("architecture")]
-    if run.get("parameters"):
-        subject.append(f"{say.plain(run['parameters'])} parameters")
-    if run.get("seed") is not None:
-        subject.append(f"seed {run['seed']}")
-    if run.get("precision") and run.get("strategies"):
-        subject.append(f"trained in {run['precision']}")
+    subject = []
+    if run is not None:
+        subject = [run.model, run.architecture, f"{say.plain(run.parameters)} parameters", f"seed {run.seed}"]
+        subject += [f"trained in {run.precision}"] if run.precision and run.strategies else []
     whens, claims, others = _claims(results)
     tables, lists = _how(results)
     return render(
         "page.html.j2",
-        name=run.get("name") or "report",
+        name="report" if run is None else run.name,
         headline=headline.removesuffix(".") or "What the run found",
-        subject=[str(s) for s in subject if s],
+        subject=subject,
         strategies=_recipes(results),
         whens=[(w, say.when(w)) for w in whens],
         claims=claims,
         others=others,
         tally=_tally(others),
-        lacking=results.get("lacking") or _why_no_claims(results),
-        differ=list(dict.fromkeys(d["text"] for d in results.get("differences") or [])),
+        lacking=results.lacking or _why_no_claims(results),
+        differ=list(dict.fromkeys(difference.text for difference in results.differences)),
         sections=sections,
         tables=tables,
         lists=lists,
@@ -223,13 +224,13 @@ def _render(results: Mapping, sections: Sequence[Section]) -> str:
     )
 
 
-def _why_no_claims(results: Mapping) -> str:
+def _why_no_claims(results: Results) -> str:
     """Why the claims could not be judged; empty if they were."""
-    return next((r["reason"] for r in results.get("left_out") or [] if r["part"] == "claims"), "")
+    return next((row.reason for row in results.left_out if row.part == "claims"), "")
 
 
 # id, the stage whose left-out parts it tells, and what draws it
-SECTIONS: Sequence[tuple[str, str, Callable[[Mapping], Section]]] = (
+SECTIONS: Sequence[tuple[str, str, Callable[[Results], Section]]] = (
     ("recall", "eval", recall),
     ("training", "train", training),
     ("known", "eval", learning.known),

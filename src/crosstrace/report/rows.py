@@ -6,151 +6,224 @@ It reorders and never computes: every number is one of results.json, and None wh
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from crosstrace.data.tasks import Roles
 from crosstrace.report.words import number
+from crosstrace.results import base
+from crosstrace.results.mechanism import Circuit, Dynamics, MinimalGraft
+from crosstrace.results.results import Results
 
-Row = dict[str, Any]
+T = TypeVar("T")
+AnyRow = TypeVar("AnyRow", bound=base.Row)
 HEADLINE = 0.05  # the fraction that captions, maps and tables speak of: the nearest one that was run
-KNOWN_ORDER = (
-    "mixed",
-    "two_stage",
-    "qa_first",
-    "bio_only",
-    "qa_only",
-)  # each keeps its colour in every report
+KNOWN_ORDER = ("mixed", "two_stage", "qa_first", "bio_only", "qa_only")  # each keeps its colour in every report
 
 
-def recall_rows(results: Mapping) -> list[Row]:
-    """{model, test, relation ("" over all), exact_match, low, high, n, first_token, logprob}."""
+@dataclass(frozen=True)
+class RecallRow:
+    """A model's recall on a test; over all relations where `relation` is empty."""
+
+    model: str
+    test: str
+    relation: str
+    exact_match: float | None
+    low: float | None
+    high: float | None
+    n: int
+    first_token: float | None
+    logprob: float | None
+
+
+@dataclass(frozen=True)
+class HistoryRow:
+    """Recall of a test while training; updates are counted over all phases."""
+
+    strategy: str
+    update: int
+    phase: str
+    test: str
+    value: float | None
+    n: int | None
+
+
+@dataclass(frozen=True)
+class MapRow:
+    """The share of a module's parameters that a set holds."""
+
+    strategy: str
+    when: str
+    task: str
+    fraction: float
+    layer: str
+    kind: str
+    share: float | None
+
+
+@dataclass(frozen=True)
+class UnitRow:
+    """The shares of the parameters of a layer's units that the shared set holds."""
+
+    strategy: str
+    when: str
+    fraction: float
+    unit: str
+    layer: str
+    values: list[float | None]
+
+
+@dataclass(frozen=True)
+class InterventionRow:
+    """Exact match on a test with a set ablated or grafted."""
+
+    strategy: str
+    kind: str
+    when: str
+    fraction: float
+    set: str
+    size: int
+    seeds: int
+    test: str
+    n: int | None
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+def recall_rows(results: Results) -> list[RecallRow]:
+    """Every model's recall on every test, over all relations and by relation."""
     rows = []
-    for model, tests in (results.get("recall") or {}).items():
-        cells = [(test, "", cell) for test, cell in tests.items() if test != "relations"]
-        for relation, by_test in (tests.get("relations") or {}).items():
+    for model, recall in results.recall.items():
+        cells = [(test, "", cell) for test, cell in recall.rest.items()]
+        for relation, by_test in recall.relations.items():
             cells += [(test, relation, cell) for test, cell in by_test.items()]
-        rows += [{"model": model, "test": t, "relation": r, **(cell or {})} for t, r, cell in cells]
+        rows += [RecallRow(model, test, relation, **dict(cell)) for test, relation, cell in cells]
     return rows
 
 
-def history_rows(results: Mapping) -> list[Row]:
-    """{strategy, update, phase, test, value, n}: recall of a test while training; updates counted over all phases."""
-    fixed = ("update", "phase", "n")
+def history_rows(results: Results) -> list[HistoryRow]:
+    """Recall while training, a row for each test."""
     return [
-        {
-            "strategy": s,
-            "update": p["update"],
-            "phase": p.get("phase", ""),
-            "test": t,
-            "value": v,
-            "n": (p.get("n") or {}).get(t),
-        }
-        for s, points in (results.get("history") or {}).items()
-        for p in points
-        for t, v in p.items()
-        if t not in fixed
+        HistoryRow(point.strategy, point.update, point.phase, test, value, (point.n or {}).get(test))
+        for points in results.history.values()
+        for point in points
+        for test, value in point.rest.items()
     ]
 
 
-def overlap_rows(results: Mapping) -> list[Row]:
-    """{strategy, when, reduction, fraction, size, selected, overlap, low, high, chance, lift, jaccard}."""
-    return _per_strategy(results, "shared")
+def strategy_rows(results: Results, table: Mapping[str, Sequence[AnyRow]]) -> list[AnyRow]:
+    """The rows of all strategies, in the order of their colours."""
+    return [row for strategy in strategies(results) for row in table.get(strategy) or []]
 
 
-def pair_rows(results: Mapping) -> list[Row]:
-    """{strategy, when, reduction, tasks, fraction, size, selected, overlap, low, high, chance, lift, jaccard}: each two
-    of three or more tasks."""
-    return _per_strategy(results, "pairs")
+def model_rows(results: Results, table: Mapping[str, Sequence[AnyRow]]) -> list[AnyRow]:
+    """The rows of all models, the base's first."""
+    return [row for model in ["base", *strategies(results)] for row in table.get(model) or []]
 
 
-def similarity_rows(results: Mapping) -> list[Row]:
-    """{strategy, when, reduction, spearman, cosine}."""
-    return _per_strategy(results, "similarity")
-
-
-def centralization_rows(results: Mapping) -> list[Row]:
-    """{strategy, when, fraction, unit, units, size, gini, …, random_gini, …, excess_gini, low, high}."""
-    return _per_strategy(results, "centralization")
-
-
-def map_rows(results: Mapping) -> list[Row]:
-    """{strategy, when, task, fraction, layer, kind, share}: one row a module kind of a layer."""
+def map_rows(results: Results) -> list[MapRow]:
+    """A row for each kind of module of a layer."""
     return [
-        {**_only(m, "strategy", "when", "task", "fraction"), "layer": layer, "kind": kind, "share": share}
-        for m in _per_strategy(results, "maps")
-        for layer, values in zip(m["rows"], m["values"])
-        for kind, share in zip(m["columns"], values)
+        MapRow(grid.strategy, grid.when, grid.task, grid.fraction, layer, kind, share)
+        for grid in strategy_rows(results, results.maps)
+        for layer, values in zip(grid.rows, grid.values)
+        for kind, share in zip(grid.columns, values)
     ]
 
 
-def unit_rows(results: Mapping) -> list[Row]:
-    """{strategy, when, fraction, unit, layer, values}: one row a layer, whose units' shares are a list."""
+def unit_rows(results: Results) -> list[UnitRow]:
+    """A row for each layer."""
     return [
-        {**_only(m, "strategy", "when", "fraction", "unit"), "layer": layer, "values": values}
-        for m in _per_strategy(results, "units")
-        for layer, values in zip(m["rows"], m["values"])
+        UnitRow(grid.strategy, grid.when, grid.fraction, grid.unit, layer, values)
+        for grid in strategy_rows(results, results.units)
+        for layer, values in zip(grid.rows, grid.values)
     ]
 
 
-def intervention_rows(results: Mapping, kind: str) -> list[Row]:
-    """{strategy, kind, when, fraction, set, size, seeds, test, n, value, low, high}; kind: ablate or graft."""
+def intervention_rows(results: Results, kind: str) -> list[InterventionRow]:
+    """A row for each test of each set; kind: ablate or graft."""
     rows = []
-    for strategy, kinds in (results.get("interventions") or {}).items():
-        asked = {test: cell.get("n") for test, cell in ((kinds.get("untouched") or {}).get("tuned") or {}).items()}
-        for point in kinds.get(kind) or []:
-            shared = {k: point.get(k) for k in ("when", "fraction", "set", "size", "seeds")}
-            for test in (k.removesuffix("_low") for k in point if k.endswith("_low")):
-                ends = {"low": point.get(f"{test}_low"), "high": point.get(f"{test}_high")}
-                rows.append(
-                    {
-                        "strategy": strategy,
-                        "kind": kind,
-                        **shared,
-                        "test": test,
-                        "n": asked.get(test),
-                        "value": point.get(test),
-                        **ends,
-                    }
-                )
+    for strategy, interventions in results.interventions.items():
+        tuned = interventions.untouched.tuned if interventions.untouched is not None else {}
+        for point in interventions.ablate if kind == "ablate" else interventions.graft:
+            about = (strategy, kind, point.when, point.fraction, point.set, point.size, point.seeds)
+            for test in point.parts:
+                ends = (point.rest[test], point.rest[f"{test}_low"], point.rest.get(f"{test}_high"))
+                rows.append(InterventionRow(*about, test, tuned[test].n if test in tuned else None, *ends))
     return rows
 
 
-def mechanism_rows(results: Mapping, part: str, table: str = "") -> list[Row]:
-    """{model, part (which questions), …} of one analysis of the mechanism, the base's first; of one that has several
-    tables (the circuit's heads, modules, alone, curves, kept and agreement), of the one named. Without the values of
-    single facts."""
-    found = (results.get("mechanism") or {}).get(part) or {}
-    own = {m: (rows or {}).get(table) if table else rows for m, rows in found.items()}
-    rows = [{"model": m, **row} for m in ["base", *strategies(results)] for row in own.get(m) or []]
-    return [{k: v for k, v in row.items() if k != "by_person"} for row in rows]
+def of_circuit(results: Results, table: str) -> dict[str, list[Any]]:
+    """One of the circuit's tables, by model."""
+    return _tables(results.mechanism.circuit, table)
 
 
-def strategies(results: Mapping) -> list[str]:
-    """Every strategy that any part of the results names, the known ones first: also the order of colours."""
-    keys = ("training", "history", "shared", "similarity", "centralization", "maps", "units", "interventions")
-    parts = [(results.get("run") or {}).get("strategies") or {}, *(results.get(k) or {} for k in keys)]
-    names = {n: None for part in parts for n in part}
-    names.update({n: None for n in results.get("recall") or {} if n != "base"})
-    return [n for n in KNOWN_ORDER if n in names] + [n for n in names if n not in KNOWN_ORDER]
+def of_graft(results: Results, table: str) -> dict[str, list[Any]]:
+    """One of the smallest graft's tables, by model."""
+    return _tables(results.mechanism.minimal_graft, table)
 
 
-def distinct(rows: Iterable[Row], key: str) -> list:
-    """The values under a key, each once, in order of appearance."""
-    return list(dict.fromkeys(r[key] for r in rows if r.get(key) is not None))
+def of_dynamics(results: Results, table: str) -> dict[str, list[Any]]:
+    """One of the tables over checkpoints, by model."""
+    return _tables(results.mechanism.dynamics, table)
 
 
-def where(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+def _tables(records: Mapping[str, Circuit | MinimalGraft | Dynamics], table: str) -> dict[str, list[Any]]:
+    return {model: getattr(record, table) for model, record in records.items()}
+
+
+def strategies(results: Results) -> list[str]:
+    """Every strategy that any part of the results names, in the order of `in_order`."""
+    parts: list[Iterable[str]] = [results.run.strategies if results.run is not None else {}]
+    parts += [results.training, results.history, results.shared, results.similarity, results.centralization]
+    parts += [results.maps, results.units, results.interventions, (m for m in results.recall if m != "base")]
+    return in_order(name for part in parts for name in part)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Strategies, each once, the known ones first: also the order of colours."""
+    unique = list(dict.fromkeys(names))
+    return [name for name in KNOWN_ORDER if name in unique] + [name for name in unique if name not in KNOWN_ORDER]
+
+
+def value(row: Any, name: str) -> Any:
+    """The value under a name: an attribute, a key that the run has named, or a column of a study's table.
+
+    Raises:
+        AttributeError: such a row has no such attribute.
+    """
+    if isinstance(row, Mapping):
+        return row.get(name)
+    if isinstance(row, base.Open) and name not in type(row).model_fields and not hasattr(type(row), name):
+        return row.rest.get(name)
+    return getattr(row, name)
+
+
+def series(row: Any) -> str:
+    """Whose row it is: a model's or a strategy's."""
+    return row.model if hasattr(row, "model") else row.strategy
+
+
+def distinct(rows: Iterable[Any], name: str) -> list:
+    """The values under a name, each once, in order of appearance."""
+    values = (value(row, name) for row in rows)
+    return list(dict.fromkeys(item for item in values if item is not None))
+
+
+def where(rows: Iterable[T], **wanted: Any) -> list[T]:
     """The rows that have every wanted value; a wanted None asks for nothing."""
-    return [r for r in rows if all(v is None or r.get(k) == v for k, v in wanted.items())]
+    asked = {name: item for name, item in wanted.items() if item is not None}
+    return [row for row in rows if all(value(row, name) == item for name, item in asked.items())]
 
 
-def held_out_first(tests: Sequence[str], results: Mapping) -> list[str]:
+def held_out_first(tests: Sequence[str], results: Results) -> list[str]:
     """Tests in the order of interest: the outcome, what else is held out, trained, the rest, and last what the base
     knew."""
-    last, outcome = ("a_ood", "known", "known_replayed"), Roles.read(results).outcome
+    last, outcome = ("a_ood", "known", "known_replayed"), results.roles.outcome
 
     def rank(test: str) -> tuple[bool, ...]:
         return test in last, test != outcome, not test.endswith("_ood"), not test.endswith("_id")
@@ -158,31 +231,32 @@ def held_out_first(tests: Sequence[str], results: Mapping) -> list[str]:
     return sorted(tests, key=rank)
 
 
-def headline(rows: Iterable[Row]) -> float | None:
+def headline(rows: Iterable[Any]) -> float | None:
     """The fraction nearest to HEADLINE on a log scale."""
-    found = [f for f in distinct(rows, "fraction") if number(f) > 0]
-    return min(found, key=lambda f: abs(math.log(f / HEADLINE)), default=None)
+    fractions = [fraction for fraction in distinct(rows, "fraction") if number(fraction) > 0]
+    return min(fractions, key=lambda fraction: abs(math.log(fraction / HEADLINE)), default=None)
 
 
-def to_csv(rows: Sequence[Row]) -> str:
+def plain(row: Any) -> dict[str, Any]:
+    """A row's columns."""
+    if isinstance(row, base.Row):
+        return row.as_row()
+    if isinstance(row, base.Record):
+        return row.as_values()
+    return dict(row) if isinstance(row, Mapping) else dataclasses.asdict(row)
+
+
+def to_csv(rows: Sequence[Any]) -> str:
     """CSV with every column that any row has; None and NaN are empty cells, floats keep all their digits.
 
     The list under `values` becomes one column a unit, named by the unit's number.
     """
-    flat = [{**r, **dict(enumerate(r.get("values", ())))} for r in rows]
-    columns = [k for k in dict.fromkeys(k for r in flat for k in r) if k != "values"]
+    columns_of = [plain(row) for row in rows]
+    flat = [{**columns, **dict(enumerate(columns.get("values", ())))} for columns in columns_of]
+    columns = [name for name in dict.fromkeys(name for row in flat for name in row) if name != "values"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
-    cells = ((r.get(k) for k in columns) for r in flat)
-    writer.writerows([None if v != v else v for v in line] for line in cells)  # v != v: NaN
+    cells = ((row.get(name) for name in columns) for row in flat)
+    writer.writerows([None if item != item else item for item in line] for line in cells)  # item != item: NaN
     return out.getvalue()
-
-
-def _per_strategy(results: Mapping, part: str) -> list[Row]:
-    found = results.get(part) or {}
-    return [{"strategy": s, **row} for s in strategies(results) for row in found.get(s) or []]
-
-
-def _only(row: Mapping, *keys: str) -> Row:
-    return {k: row.get(k) for k in keys}

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from crosstrace.report import drawing
 from crosstrace.report import figures as F
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
 from crosstrace.report.blocks import Cell, Plot, Section, Table, key
-from crosstrace.report.rows import Row
+from crosstrace.report.rows import MapRow, RecallRow, UnitRow
+from crosstrace.results.results import Results
+from crosstrace.results.tables import Overlap
 
 LEVEL = f"95{say.SPACE}%"
 
 
-def recall(results: Mapping) -> Section:
+def recall(results: Results) -> Section:
     """What each model answers, over all relations and by relation."""
     section = Section("recall", "Recall", command="eval")
     rows = R.recall_rows(results)
@@ -30,7 +33,7 @@ def recall(results: Mapping) -> Section:
     panels = [
         drawing.to_svg(F.figure_recall(results, legend=False), "recall", "Exact match of every model on every test")
     ]
-    relations = R.distinct([r for r in rows if r["relation"]], "relation")
+    relations = R.distinct([r for r in rows if r.relation], "relation")
     if relations:
         figure = F.figure_relations(results, legend=False)
         panels.append(drawing.to_svg(figure, "relations", "Exact match of every model by relation"))
@@ -51,16 +54,16 @@ def recall(results: Mapping) -> Section:
     head = ["Model", *(Cell(say.test(t), counts[t]) for t in tests)]
     body = []
     for m in models:
-        cells = [_first(R.where(overall, model=m, test=t)) for t in tests]
+        cells = [R.where(overall, model=m, test=t) for t in tests]
         body.append([say.model(m), *(_share(c, "exact_match", n=len(one_n[t]) > 1) for c, t in zip(cells, tests))])
     section.blocks.append(Table(head, body, f"Exact match, with {LEVEL} interval"))
     more = [
         [
-            say.model(r["model"]),
-            say.test(r["test"]),
-            say.percent(r.get("first_token")),
-            say.decimal(r.get("logprob")),
-            say.plain(r.get("n")),
+            say.model(r.model),
+            say.test(r.test),
+            say.percent(r.first_token),
+            say.decimal(r.logprob),
+            say.plain(r.n),
         ]
         for r in overall
     ]
@@ -73,39 +76,38 @@ def recall(results: Mapping) -> Section:
         )
     )
     if relations:
-        found = R.held_out_first(R.distinct([r for r in rows if r["relation"]], "test"), results)
+        found = R.held_out_first(R.distinct([r for r in rows if r.relation], "test"), results)
         pairs = [(m, t) for t in found for m in models]
         head = ["Relation"] + [f"{say.model(m)}: {say.test(t)}" for m, t in pairs]
         body = [
-            [say.spoken(rel)]
-            + [_share(_first(R.where(rows, model=m, test=t, relation=rel)), "exact_match") for m, t in pairs]
+            [say.spoken(rel)] + [_share(R.where(rows, model=m, test=t, relation=rel), "exact_match") for m, t in pairs]
             for rel in relations
         ]
         section.blocks.append(Table(head, body, f"Exact match by relation, with {LEVEL} interval", True))
     return section
 
 
-def training(results: Mapping) -> Section:
+def training(results: Results) -> Section:
     """Recall while it is being taught."""
     section = Section("training", "Recall over training", command="train")
     rows = R.history_rows(results)
     if not rows:
         section.absent = "Recall was not followed over training"
-        if not results.get("training") and (results.get("run") or {}).get("given"):
+        if not results.training and results.run is not None and results.run.given:
             section.absent, section.command = f"{section.absent}: the models were tuned elsewhere", ""
         return section
     tests = R.held_out_first(R.distinct(rows, "test"), results)
     names = [s for s in R.strategies(results) if R.where(rows, strategy=s)]
     ends, peaks = [], []
     for s in names:
-        points = [r for r in R.where(rows, strategy=s, test=tests[0]) if math.isfinite(say.number(r["value"]))]
+        points = [r for r in R.where(rows, strategy=s, test=tests[0]) if math.isfinite(say.number(r.value))]
         if not points:
             continue
-        best, last = max(points, key=lambda r: r["value"]), max(points, key=lambda r: r["update"])
-        ends.append((say.model(s), last["value"]))
-        if best["value"] > last["value"] + 0.1:
-            height = say.percent(best["value"])
-            peaks.append(f"{say.model(s)} had reached {height} at update {best['update']:,}, and lost it.")
+        best, last = max(points, key=lambda r: say.number(r.value)), max(points, key=lambda r: r.update)
+        ends.append((say.model(s), say.number(last.value)))
+        if say.number(best.value) > say.number(last.value) + 0.1:
+            height = say.percent(best.value)
+            peaks.append(f"{say.model(s)} had reached {height} at update {best.update:,}, and lost it.")
     finding = say.compare(ends, "ends at", f" of the {say.answered(tests[0])}")
     section.blocks.append(
         Plot(
@@ -128,19 +130,19 @@ def training(results: Mapping) -> Section:
     return section
 
 
-def overlap(results: Mapping) -> Section:
+def overlap(results: Results) -> Section:
     """How many of the parameters that are strong for one task are strong for every task."""
     section = Section("shared", "Shared parameters", command="analyze")
-    rows = R.overlap_rows(results)
+    rows = R.strategy_rows(results, results.shared)
     if not rows:
         section.absent = "Shared parameters were not computed"
         return section
     names, at = [s for s in R.strategies(results) if R.where(rows, strategy=s)], R.headline(rows)
-    views = list(dict.fromkeys((r["when"], r.get("reduction")) for r in rows))
+    views = list(dict.fromkeys((r.when, r.reduction) for r in rows))
     sentences = []
     for w in R.distinct(rows, "when"):
-        found = [(say.model(s), _first(R.where(rows, strategy=s, when=w, fraction=at))) for s in names]
-        values = [(n, say.number(r.get("overlap"))) for n, r in found]
+        rows_at = {s: R.where(rows, strategy=s, when=w, fraction=at) for s in names}
+        values = [(say.model(s), say.number(own[0].overlap)) for s, own in rows_at.items() if own]
         sentence = say.compare(values, "shares", f" of its selected top {say.percent(at)}")
         sentences.append(f"{say.when(w)}: {sentence}" if sentence else "")
     section.blocks.append(
@@ -165,29 +167,29 @@ def overlap(results: Mapping) -> Section:
     )
     body = [
         [
-            say.when(r["when"], r.get("reduction")),
-            say.percent(r["fraction"]),
-            say.model(r["strategy"]),
-            say.plain(r.get("size")),
-            _share(r, "overlap"),
-            say.percent(r.get("chance")),
-            say.decimal(r.get("lift"), 1),
-            say.decimal(r.get("jaccard")),
+            say.when(r.when, r.reduction),
+            say.percent(r.fraction),
+            say.model(r.strategy),
+            say.plain(r.size),
+            _share([r], "overlap"),
+            say.percent(r.chance),
+            say.decimal(r.lift, 1),
+            say.decimal(r.jaccard),
         ]
-        for r in sorted(rows, key=lambda r: (views.index((r["when"], r.get("reduction"))), r["fraction"]))
+        for r in sorted(rows, key=lambda r: (views.index((r.when, r.reduction)), r.fraction))
     ]
     head = ["Trace", "ρ", "Model", "Shared parameters", "Overlap", "Chance", "Lift", "Jaccard"]
     section.blocks.append(Table(head, body, "Every fraction in numbers", True))
     section.blocks += _pairs(results)
     alike = [
         [
-            say.model(r["strategy"]),
-            say.when(r["when"], r.get("reduction")),
-            " and ".join(map(say.task, r.get("tasks") or ())),
-            say.decimal(r.get("spearman")),
-            say.decimal(r.get("cosine")),
+            say.model(r.strategy),
+            say.when(r.when, r.reduction),
+            " and ".join(map(say.task, r.tasks or ())),
+            say.decimal(r.spearman),
+            say.decimal(r.cosine),
         ]
-        for r in R.similarity_rows(results)
+        for r in R.strategy_rows(results, results.similarity)
     ]
     if alike:
         head = ["Model", "Trace", "Tasks", "Spearman", "Cosine"]
@@ -195,27 +197,27 @@ def overlap(results: Mapping) -> Section:
     return section
 
 
-def _pairs(results: Mapping) -> list[Plot]:
+def _pairs(results: Results) -> list[Plot]:
     """The overlap of each two tasks as a matrix, where there are more than two."""
-    rows = R.pair_rows(results)
+    rows = R.strategy_rows(results, results.pairs)
     if not rows:
         return []
     at, panels = R.headline(rows), []
     own = R.where(rows, fraction=at)
-    top = max((say.number(r["overlap"]) for r in own), default=1.0)
-    views = list(dict.fromkeys((r["strategy"], r["when"]) for r in own if r["reduction"] == "example"))
+    top = max((say.number(r.overlap) for r in own), default=1.0)
+    views = list(dict.fromkeys((r.strategy, r.when) for r in own if r.reduction == "example"))
     for i, (strategy, when) in enumerate(views):
         figure = F.figure_pairs(results, strategy=strategy, when=when, fraction=at, top=top)
         panels.append(drawing.to_svg(figure, f"pairs-{i}", f"Overlap of each two tasks, {say.model(strategy)}"))
-    most = max((r for r in own if r["reduction"] == "example"), key=lambda r: say.number(r["overlap"]))
-    tasks = " and ".join(map(say.task, most["tasks"]))
-    finding = f"{tasks} share most: {say.percent(most['overlap'])} of the top {say.percent(at)} in "
-    finding += f"{say.model(most['strategy'])} ({say.when(most['when']).lower()})."
+    most = max((r for r in own if r.reduction == "example"), key=lambda r: say.number(r.overlap))
+    tasks = " and ".join(map(say.task, most.tasks or ()))
+    finding = f"{tasks} share most: {say.percent(most.overlap)} of the top {say.percent(at)} in "
+    finding += f"{say.model(most.strategy)} ({say.when(most.when).lower()})."
     text = "The share of each task's strongest parameters that another task has among its own."
     return [Plot("pairs", finding[:1].upper() + finding[1:], text, [], panels, rows)]
 
 
-def places(results: Mapping) -> Section:
+def places(results: Results) -> Section:
     """Where the shared parameters sit: modules, heads, neurons."""
     section = Section("where", "Where they sit", command="analyze")
     rows, units = R.map_rows(results), R.unit_rows(results)
@@ -239,8 +241,7 @@ def places(results: Mapping) -> Section:
         section.blocks.append(
             Plot(
                 "map",
-                _densest(results, shared, lambda r: [(f"{r['kind']} of {r['layer']}", r["share"])])
-                or "Layers and modules.",
+                _densest(results, shared, lambda r: [(f"{r.kind} of {r.layer}", r.share)]) or "Layers and modules.",
                 f"Cells show the per cent of a module's parameters that the set of {_rho(at)} holds; all "
                 "panels have one scale.",
                 [],
@@ -264,8 +265,8 @@ def places(results: Mapping) -> Section:
                     drawing.to_svg(figure, f"{slug}-{j}-{k}", f"Share of each of the {say.unit(unit)} in the set")
                 )
         one = say.unit(unit).removesuffix("s")
-        many = any(len(r["values"]) > drawing.COLUMNS for r in own)
-        named = lambda r, one=one: [(f"{one} {j} of {r['layer']}", v) for j, v in enumerate(r["values"])]
+        many = any(len(r.values) > drawing.COLUMNS for r in own)
+        named = lambda r, one=one: [(f"{one} {j} of {r.layer}", v) for j, v in enumerate(r.values)]
         folded = " Each layer's are sorted; a column is the mean of a group of them." if many else ""
         section.blocks.append(
             Plot(
@@ -287,10 +288,10 @@ def places(results: Mapping) -> Section:
     return section
 
 
-def centralization(results: Mapping) -> Section:
+def centralization(results: Results) -> Section:
     """Whether few units hold most of the shared set, against random sets of its size."""
     section = Section("centralization", "Centralization", command="analyze")
-    rows = R.centralization_rows(results)
+    rows = R.strategy_rows(results, results.centralization)
     if not rows:
         section.absent = "Centralization was not computed"
         return section
@@ -299,8 +300,8 @@ def centralization(results: Mapping) -> Section:
     names = [s for s in R.strategies(results) if R.where(here, strategy=s)]
     sentences = []
     for w in whens:
-        found = [(s, _first(R.where(here, strategy=s, when=w, unit=units[0]))) for s in names]
-        values = [(say.model(s), say.number(r.get("gini"))) for s, r in found]
+        rows_at = {s: R.where(here, strategy=s, when=w, unit=units[0]) for s in names}
+        values = [(say.model(s), say.number(own[0].gini)) for s, own in rows_at.items() if own]
         sentence = say.compare(values, "has a Gini of", f" over {say.unit(units[0])}", say.decimal)
         sentences.append(f"{say.when(w)}: {sentence}" if sentence else "")
     section.blocks.append(
@@ -324,18 +325,19 @@ def centralization(results: Mapping) -> Section:
     )
     body, before = [], ""
     for u, w, s in ((u, w, s) for u in units for w in whens for s in names):
-        r = _first(R.where(here, strategy=s, when=w, unit=u))
-        if not r:
+        found = R.where(here, strategy=s, when=w, unit=u)
+        if not found:
             continue
-        chance = say.interval(r.get("random_gini_low"), r.get("random_gini_high"), say.decimal)
+        r = found[0]
+        chance = say.interval(r.random_gini_low, r.random_gini_high, say.decimal)
         body.append(
             [
-                Cell(say.unit(u), f"{say.plain(r.get('units'))} in all") if u != before else "",
+                Cell(say.unit(u), f"{say.plain(r.units)} in all") if u != before else "",
                 Cell(say.model(s), say.when(w).lower()),
-                Cell(say.decimal(r.get("gini")), f"random {chance}"),
-                Cell(_signed(r.get("excess_gini")), say.interval(r.get("low"), r.get("high"), _signed)),
-                Cell(_count(r.get("effective")), f"random {_count(r.get('random_effective'))}"),
-                Cell(say.percent(r.get("top10")), f"random {say.percent(r.get('random_top10'))}"),
+                Cell(say.decimal(r.gini), f"random {chance}"),
+                Cell(_signed(r.excess_gini), say.interval(r.low, r.high, _signed)),
+                Cell(_count(r.effective), f"random {_count(r.random_effective)}"),
+                Cell(say.percent(r.top10), f"random {say.percent(r.random_top10)}"),
             ]
         )
         before = u
@@ -345,7 +347,7 @@ def centralization(results: Mapping) -> Section:
     return section
 
 
-def intervention(results: Mapping, kind: str) -> Section:
+def intervention(results: Results, kind: str) -> Section:
     """Recall with sets of parameters taken away, or given to the base."""
     ablate = kind == "ablate"
     title = "Ablating the shared parameters" if ablate else "Grafting them onto the base"
@@ -386,41 +388,41 @@ def intervention(results: Mapping, kind: str) -> Section:
     return section
 
 
-def _asked(rows: Sequence[Row]) -> str:
+def _asked(rows: Sequence[Any]) -> str:
     """How many questions of each kind were asked under an intervention, e.g. "n = 400 held-out questions"."""
-    asked = {r["test"]: r["n"] for r in rows if r.get("n")}
+    asked = {r.test: r.n for r in rows if r.n}
     return "n = " + ", ".join(f"{say.plain(n)} {say.answered(test)}" for test, n in asked.items())
 
 
-def _effects(results: Mapping, rows: Sequence[Row], kind: str, names: Sequence[str], when: str, test: str) -> list[str]:
+def _effects(results: Results, rows: Sequence[Any], kind: str, names: Sequence[str], when: str, test: str) -> list[str]:
     """One sentence a strategy: the shared set against the control that comes nearest to it, or beats it."""
     sentences = []
     for s in names:
         here = R.where(rows, strategy=s, when=when, test=test)
-        here = [r for r in R.where(here, fraction=R.headline(here)) if math.isfinite(say.number(r["value"]))]
-        shared, controls = R.where(here, set="shared"), [r for r in here if r["set"] != "shared"]
+        here = [r for r in R.where(here, fraction=R.headline(here)) if math.isfinite(say.number(r.value))]
+        shared, controls = R.where(here, set="shared"), [r for r in here if r.set != "shared"]
         if not shared or not controls:
             continue
-        rival = (min if kind == "ablate" else max)(controls, key=lambda r: r["value"])
+        rival = (min if kind == "ablate" else max)(controls, key=lambda r: r.value)
         value, other, at = (
-            say.percent(shared[0]["value"]),
-            say.percent(rival["value"]),
-            _rho(rival["fraction"]),
+            say.percent(shared[0].value),
+            say.percent(rival.value),
+            _rho(rival.fraction),
         )
         whole = say.percent(F.untouched(results, s, test)[0])
         if kind == "ablate":
             text = f"{say.model(s)} answers {value} without its shared set of {at}, {whole} with it"
         else:
             text = f"Given {say.model(s)}'s shared set of {at}, the base answers {value}"
-        sentences.append(f"{text}; the strongest control ({say.pset(rival['set'])}) leaves it at {other}.")
+        sentences.append(f"{text}; the strongest control ({say.pset(rival.set)}) leaves it at {other}.")
     lead = f"{say.when(when)}, {say.answered(test)}: "
     return [lead + sentences[0], *sentences[1:]] if sentences else []
 
 
 def _densest(
-    results: Mapping,
-    rows: Sequence[Row],
-    named: Callable[[Row], list[tuple[str, object]]],
+    results: Results,
+    rows: Sequence[Any],
+    named: Callable[[Any], list[tuple[str, object]]],
     median: str = "",
 ) -> str:
     """Where each shared set is densest, by the first trace; `named` gives the names and shares of a row."""
@@ -439,34 +441,38 @@ def _densest(
     return f"{say.when(first or '')}: {'; '.join(parts)}." if parts else ""
 
 
-def _reached(rows: Sequence[Row]) -> list[Row]:
+def _reached(rows: Sequence[Any]) -> list[Any]:
     """The rows of the fractions at which every model's shared set, at every time, holds some of the units."""
     empty = set()
     for fraction in R.distinct(rows, "fraction"):
         found: dict[tuple, float] = {}
         for r in R.where(rows, fraction=fraction):
-            place = (r["strategy"], r["when"])
-            found[place] = max([found.get(place, 0.0), *(v for v in map(say.number, r["values"]) if v > 0)])
+            place = (r.strategy, r.when)
+            found[place] = max([found.get(place, 0.0), *(v for v in map(say.number, r.values) if v > 0)])
         if not all(found.values()):
             empty.add(fraction)
-    return [r for r in rows if r["fraction"] not in empty]
+    return [r for r in rows if r.fraction not in empty]
 
 
-def _models(results: Mapping) -> list[str]:
-    found = results.get("recall") or {}
-    return [m for m in ["base", *R.strategies(results)] if m in found]
+def _models(results: Results) -> list[str]:
+    return [model for model in ["base", *R.strategies(results)] if model in results.recall]
 
 
-def recalled(results: Mapping, test: str) -> list[tuple[str, float]]:
+def recalled(results: Results, test: str) -> list[tuple[str, float]]:
     """Every taught model's exact match on a test."""
-    found = results.get("recall") or {}
-    level = lambda m: say.number((found[m].get(test) or {}).get("exact_match"))
-    return [(say.model(m), level(m)) for m in _models(results) if m != "base"]
+    cells = {model: results.recall[model].rest.get(test) for model in _models(results) if model != "base"}
+    return [
+        (say.model(model), math.nan if cell is None else say.number(cell.exact_match)) for model, cell in cells.items()
+    ]
 
 
-def _share(row: Row, key: str, n: bool = False) -> Cell:
-    count = f", n = {say.plain(row.get('n'))}" if n else ""
-    return Cell(say.percent(row.get(key)), say.interval(row.get("low"), row.get("high")) + count)
+def _share(rows: Sequence[RecallRow] | Sequence[Overlap], key: str, n: bool = False) -> Cell:
+    """The share of the first row with its interval; a dash if there is no row."""
+    if not rows:
+        return Cell(say.DASH)
+    row = rows[0]
+    count = f", n = {say.plain(row.n)}" if n and isinstance(row, RecallRow) else ""
+    return Cell(say.percent(getattr(row, key)), say.interval(row.low, row.high) + count)
 
 
 def amount(*values: object) -> Callable[[object], str]:
@@ -490,10 +496,7 @@ def _count(value: object) -> str:
     return f"{x:,.0f}" if x >= 100 else say.decimal(x, 1)
 
 
-def _first(rows: Sequence[Row]) -> Row:
-    return rows[0] if rows else {}
-
-
-def _top(rows: Iterable[Row]) -> float:
-    shares = (say.number(v) for r in rows for v in r.get("values", [r.get("share")]))
+def _top(rows: Iterable[MapRow | UnitRow]) -> float:
+    """The largest share of some rows."""
+    shares = (say.number(v) for row in rows for v in (row.values if isinstance(row, UnitRow) else [row.share]))
     return max((v for v in shares if math.isfinite(v)), default=0.0)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from crosstrace.results.mechanism import Gradients
+
 DASH = "–"
 SPACE = "\u202f"  # narrow, non-breaking: between a number and its unit
 
@@ -168,10 +170,9 @@ _OWN_WORDS: ContextVar[Mapping[str, str]] = ContextVar("_OWN_WORDS")
 
 
 @contextmanager
-def own_words(results: Mapping) -> Iterator[None]:
+def own_words(words: Mapping[str, str] | None) -> Iterator[None]:
     """While a page is made, models are called what its experiment calls them (`words`)."""
-    about = results.get("run") or results.get("study") or {}
-    token = _OWN_WORDS.set(about.get("words") or {})
+    token = _OWN_WORDS.set(words or {})
     try:
         yield
     finally:
@@ -230,10 +231,10 @@ def places(names: Sequence[str]) -> str:
     return TOKENS.get(tuple(names), " + ".join(map(spoken, names)))
 
 
-def explained(row: Mapping[str, object]) -> str:
+def explained(row: Gradients) -> str:
     """A set of parameters whose gradients are compared, with the time of the trace that it is of."""
-    name = EXPLAINED.get(str(row["group"]), str(row.get("label")))
-    return f"{name}, {row['when']}" if row.get("when") else name
+    name = EXPLAINED.get(row.group, row.label)
+    return f"{name}, {row.when}" if row.when else name
 
 
 def measured(name: str) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from crosstrace.analyses.claims.effects import Row
 from crosstrace.data.tasks import DEFAULT_ROLES, Roles
+from crosstrace.results.base import Row
+from crosstrace.results.results import Results
 
+AnyRow = TypeVar("AnyRow", bound=Row)
 DEFAULT = ("mixed", "two_stage")
 WORDS = {"mixed": "Mix-tuned", "two_stage": "Stage-tuned"}  # what the paper calls these models
 TIMES = ("online", "summed", "final")
@@ -19,7 +21,7 @@ class Case:
     """One comparison of two models of a run.
 
     Attributes:
-        results: what is known so far, as in results.json.
+        results: what is known so far.
         evals: per model, its answers ("answers": part -> bits) and whom each is about ("people").
         interventions: per model, its rows with answers.
         fractions: at which sharing and centralization are judged.
@@ -29,7 +31,7 @@ class Case:
         words: what models are called.
     """
 
-    results: Mapping[str, Any]
+    results: Results
     evals: Mapping[str, Any]
     interventions: Mapping[str, Any]
     fractions: Sequence[float]
@@ -65,19 +67,15 @@ class Case:
         """At the end of a claim: what is compared with what, if it is not the paper's pair."""
         return "" if self.pair == DEFAULT else f", against {self.training(self.pair[1])}"
 
-    def mechanism(self, part: str) -> Mapping[str, Any]:
-        """The rows of a part of the mechanism, by model."""
-        return (self.results.get("mechanism") or {}).get(part) or {}
-
-    def two(self, table: Mapping[str, Any], **wanted: Any) -> tuple[Row, Row] | None:
+    def two(self, table: Mapping[str, Sequence[AnyRow]], **wanted: Any) -> tuple[AnyRow, AnyRow] | None:
         """The row of each model that has these values; None where one has none."""
-        found = []
+        rows = []
         for name in self.pair:
-            match = [row for row in table.get(name, ()) if all(row[key] == value for key, value in wanted.items())]
+            match = [row for row in table.get(name, ()) if all(getattr(row, key) == wanted[key] for key in wanted)]
             if not match:
                 return None
-            found.append(match[0])
-        return found[0], found[1]
+            rows.append(match[0])
+        return rows[0], rows[1]
 
 
 def capital(text: str) -> str:

@@ -10,12 +10,14 @@ import numpy as np
 from scipy.stats import t as student
 
 from crosstrace.core.statistics import cluster_bootstrap
+from crosstrace.results.mechanism import CircuitAgreement
+from crosstrace.results.tables import Centralization, Overlap
 
 BOOTSTRAP_SEED = 0
 
 FEWEST = 6  # people: of five, all differ in one direction by chance in more than 5 % of the cases
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # of a claim, as `results.tables.Claim` has it
 
 Values = dict[tuple[str, int], float]  # of single facts: the person, and which one of the person's facts
 
@@ -60,28 +62,27 @@ def mean_of(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def difference(a: Row, b: Row, name: str) -> Effect:
+def difference(a: Overlap | Centralization, b: Overlap | Centralization, name: str) -> Effect:
     """a − b of two independent jackknife estimates, Welch's interval."""
-    if any(row[key] is None for row in (a, b) for key in (name, "low", "high")):
+    if any(getattr(row, key) is None for row in (a, b) for key in (name, "low", "high")):
         return None, None, None
-    freedoms = [row["parts"] - 1 for row in (a, b)]
-    errors = [
-        (row["high"] - row["low"]) / 2 / float(student.ppf(0.975, freedom)) for row, freedom in zip((a, b), freedoms)
-    ]
-    effect, variance = a[name] - b[name], errors[0] ** 2 + errors[1] ** 2
+    freedoms = [row.parts - 1 for row in (a, b)]
+    widths = [row.high - row.low for row in (a, b)]
+    errors = [width / 2 / float(student.ppf(0.975, freedom)) for width, freedom in zip(widths, freedoms)]
+    effect, variance = getattr(a, name) - getattr(b, name), errors[0] ** 2 + errors[1] ** 2
     if variance == 0:
         return effect, effect, effect
-    freedom = variance**2 / sum(error**4 / own for error, own in zip(errors, freedoms))
-    half = float(student.ppf(0.975, freedom)) * math.sqrt(variance)
+    welch = variance**2 / sum(error**4 / freedom for error, freedom in zip(errors, freedoms))
+    half = float(student.ppf(0.975, welch)) * math.sqrt(variance)
     return effect, effect - half, effect + half
 
 
-def apart(a: Row, b: Row, name: str) -> Effect:
+def apart(a: CircuitAgreement, b: CircuitAgreement, name: str) -> Effect:
     """a − b of two independent estimates whose 95 % intervals are known: their half-widths add up in quadrature."""
-    if any(row[key] is None for row in (a, b) for key in (name, f"{name}_low", f"{name}_high")):
+    if any(getattr(row, key) is None for row in (a, b) for key in (name, f"{name}_low", f"{name}_high")):
         return None, None, None
-    effect = a[name] - b[name]
-    half = math.hypot(*((row[f"{name}_high"] - row[f"{name}_low"]) / 2 for row in (a, b)))
+    effect = getattr(a, name) - getattr(b, name)
+    half = math.hypot(*((getattr(row, f"{name}_high") - getattr(row, f"{name}_low")) / 2 for row in (a, b)))
     return effect, effect - half, effect + half
 
 

@@ -25,6 +25,7 @@ from crosstrace.analyses.claims.effects import (
 from crosstrace.analyses.signature import ASKED
 from crosstrace.core.statistics import mean_between
 from crosstrace.data.tasks import Roles
+from crosstrace.results.mechanism import DynamicsPoint, Gradients, Representations, Signature
 
 RANDOM = ("random", "random_per_tensor")
 
@@ -99,7 +100,7 @@ def followed(roles: Roles) -> tuple[str, ...]:
     return tuple(f"{what.measure}.{roles.outcome}" for what in COMPARISONS)
 
 
-def compares_facts(part: str, row: Row, outcome: str) -> bool:
+def compares_facts(part: str, row: Mapping[str, Any], outcome: str) -> bool:
     """Whether a claim compares the single facts of this row of a part of the mechanism."""
     if row["part"] != outcome:
         return False
@@ -114,13 +115,13 @@ def compares_facts(part: str, row: Row, outcome: str) -> bool:
 
 def gradient_consistency(case: Case) -> list[Row]:
     """Whether the gradients of a fact's two formats are more alike in the first model."""
-    found = case.mechanism("gradients")
-    tables = [_tables(case, found.get(name, ()), "gradients", group="all") for name in case.pair]
+    rows = case.results.mechanism.gradients
+    tables = [_tables(case, rows.get(name, ()), "gradients", group="all") for name in case.pair]
     if not all(tables):
         return _while_training(case, GRADIENTS)
     trained = [
-        row["excess"] for name in case.pair for row in found[name]
-        if row["part"] == case.roles.trained and row["group"] == "all"
+        row.excess for name in case.pair for row in rows[name]
+        if row.part == case.roles.trained and row.group == "all"
     ]  # fmt: skip
     also = f"; trained facts {_levels(case, trained[0], trained[1])}" if len(trained) == 2 else ""
     return [_compared(case, GRADIENTS, tables[0], tables[1], also=also), *_while_training(case, GRADIENTS)]
@@ -128,18 +129,18 @@ def gradient_consistency(case: Case) -> list[Row]:
 
 def state_consistency(case: Case) -> list[Row]:
     """Whether the hidden states of a fact's two formats are more alike in the first model."""
-    found = case.mechanism("representations")
-    tables = [_tables(case, found.get(name, ()), "representations") for name in case.pair]
+    rows = case.results.mechanism.representations
+    tables = [_tables(case, rows.get(name, ()), "representations") for name in case.pair]
     at_the_end = [_compared(case, STATES, tables[0], tables[1])] if all(tables) else []
     return at_the_end + _while_training(case, STATES)
 
 
 def input_signature(case: Case) -> list[Row]:
     """Whether the first model reads a stored object more off its subject and relation."""
-    found = case.mechanism("signature")
+    rows = case.results.mechanism.signature
     shares: list[list[Values]] = []
     for name in case.pair:
-        groups = [_tables(case, found.get(name, ()), "signature", group=group) for group in ASKED]
+        groups = [_tables(case, rows.get(name, ()), "signature", group=group) for group in ASKED]
         if not all(groups):
             return _while_training(case, INPUTS)
         (subject,), (relation,) = groups
@@ -149,14 +150,14 @@ def input_signature(case: Case) -> list[Row]:
 
 def in_shared_set(case: Case, name: str) -> list[Row]:
     """Whether a model's gradients are more alike inside the shared set of each time."""
-    found = case.mechanism("gradients").get(name, ())
-    return [row for when in TIMES for row in _in_shared_set(case, name, found, when)]
+    rows = case.results.mechanism.gradients.get(name, ())
+    return [claim for when in TIMES for claim in _in_shared_set(case, name, rows, when)]
 
 
 def _while_training(case: Case, what: Comparison) -> list[Row]:
     """A claim on each fact's mean over the share of training that checkpoints of both models span."""
-    rows, measure = case.mechanism("dynamics"), f"{what.measure}.{case.roles.outcome}"
-    models = [_checkpoints((rows.get(name) or {}).get("rows") or (), measure) for name in case.pair]
+    tables, measure = case.results.mechanism.dynamics, f"{what.measure}.{case.roles.outcome}"
+    models = [_checkpoints(tables[name].rows if name in tables else (), measure) for name in case.pair]
     if not all(models):
         return []
     start, stop = max(min(at) for at in models), min(max(at) for at in models)
@@ -168,12 +169,12 @@ def _while_training(case: Case, what: Comparison) -> list[Row]:
     return [_compared(case, what, [one], [two], when="training", also=also)]
 
 
-def _checkpoints(rows: Sequence[Row], measure: str) -> dict[float, Values]:
+def _checkpoints(rows: Sequence[DynamicsPoint], measure: str) -> dict[float, Values]:
     """The values of single facts at each checkpoint between the base and the end, by the share of training."""
-    end = rows[-1]["update"] if rows else 0
+    end = rows[-1].update if rows else 0
     return {
-        row["update"] / end: values_of(row["by_person"][measure]) for row in rows
-        if 0 < row["update"] < end and measure in row.get("by_person", ())
+        row.update / end: values_of(row.by_person[measure]) for row in rows
+        if 0 < row.update < end and row.by_person is not None and measure in row.by_person
     }  # fmt: skip
 
 
@@ -184,9 +185,9 @@ def _over_training(at: Mapping[float, Values], start: float, stop: float) -> Val
     return {fact: mean_between([*at], [values[fact] for values in at.values()], start, stop) for fact in facts}
 
 
-def _in_shared_set(case: Case, name: str, found: Sequence[Row], when: str) -> list[Row]:
+def _in_shared_set(case: Case, name: str, rows: Sequence[Gradients], when: str) -> list[Row]:
     """Consistency of gradients inside the shared set of one time, beyond random sets."""
-    inside, *controls = (_tables(case, found, "gradients", group=group, when=when) for group in ("shared", *RANDOM))
+    inside, *controls = (_tables(case, rows, "gradients", group=group, when=when) for group in ("shared", *RANDOM))
     if not inside or not all(controls):
         return []
     effects: dict[str, Effect] = {}
@@ -220,14 +221,15 @@ def _in_shared_set(case: Case, name: str, found: Sequence[Row], when: str) -> li
     ]
 
 
-def _tables(case: Case, rows: Sequence[Row], part: str, **wanted: Any) -> list[Values]:
+def _tables(
+    case: Case, rows: Sequence[Gradients] | Sequence[Representations] | Sequence[Signature], part: str, **wanted: Any
+) -> list[Values]:
     """The single facts' values of the rows that a claim compares, those that are defined; layers in their order."""
-    chosen = [
-        row for row in rows
-        if "by_person" in row and compares_facts(part, row, case.roles.outcome)
-        and all(row.get(k) == v for k, v in wanted.items())
+    return [
+        values_of(row.by_person) for row in rows
+        if row.by_person is not None and compares_facts(part, row.as_row(), case.roles.outcome)
+        and all(getattr(row, key) == value for key, value in wanted.items())
     ]  # fmt: skip
-    return [values_of(row["by_person"]) for row in chosen]
 
 
 def _compared(

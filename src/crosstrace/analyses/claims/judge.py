@@ -108,18 +108,18 @@ def _why(case: Case, pair: Sequence[str]) -> str:
     """The explanation, with the numbers of this run."""
     stored, asked = case.roles.trained_part(case.roles.stored), case.roles.trained
     what = "biographies" if stored == "bio" else stored
-    found = {name: case.results["recall"].get(name, {}) for name in pair}
+    recall = {name: case.results.recall[name] for name in pair if name in case.results.recall}
     losses = {
-        name: [-parts[part]["logprob"] for part in (stored, asked)]
-        for name, parts in found.items() if {stored, asked} <= {*parts}
+        name: [-(parts[part].logprob or 0.0) for part in (stored, asked)]
+        for name, parts in recall.items() if {stored, asked} <= {*parts.rest}
     }  # fmt: skip
-    told = "; ".join(
+    fits = "; ".join(
         f"{name.replace('_', '-')}: {fit[0]:.2f} nats an object in {what} and {fit[1]:.2f} an answer"
         for name, fit in losses.items()
     )
     return (
         "The online trace adds up what pushed the parameters while they learned; the trace at the final checkpoint "
         "shows only what would push them now, which depends on how well each task is still fitted (negative "
-        f"log-probability after training: {told}). What a fitted task still pushes is small, what a forgotten one "
+        f"log-probability after training: {fits}). What a fitted task still pushes is small, what a forgotten one "
         "pushes is large, so the two times need not rank the same parameters."
     )

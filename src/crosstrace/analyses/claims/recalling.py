@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from crosstrace.analyses.claims.case import TIMES, Case, capital
@@ -23,6 +20,7 @@ from crosstrace.analyses.claims.effects import (
     verdict_of,
 )
 from crosstrace.core.statistics import cluster_bootstrap, nearest
+from crosstrace.results.mechanism import MinimalGraft
 
 FEW = 0.05  # of the parameters, that are grafted to restore recall
 
@@ -66,8 +64,8 @@ def interventions(case: Case, name: str) -> list[Row]:
 
 def minimal_graft(case: Case, name: str) -> list[Row]:
     """Whether few parameters restore the recall of a model, and whether they hold the shared ones."""
-    found = case.mechanism("minimal_graft").get(name)
-    return [] if found is None else [*_few_restore(case, name, found), *_restored_by_shared(case, name, found)]
+    tables = case.results.mechanism.minimal_graft.get(name)
+    return [] if tables is None else [*_few_restore(case, name, tables), *_restored_by_shared(case, name, tables)]
 
 
 def _beats_controls(case: Case, name: str, when: str, kind: str) -> list[Row]:
@@ -111,22 +109,22 @@ def _beats_controls(case: Case, name: str, when: str, kind: str) -> list[Row]:
     ]  # fmt: skip
 
 
-def _few_restore(case: Case, name: str, found: Mapping[str, Any]) -> list[Row]:
+def _few_restore(case: Case, name: str, tables: MinimalGraft) -> list[Row]:
     """Whether a few grafted parameters restore half of the held-out recall that was learned."""
-    grafts = [row for row in found["grafts"] if row["part"] == case.roles.outcome]
-    ranked = [row for row in grafts if row["order"] == "contribution"]
+    grafts = [row for row in tables.grafts if row.part == case.roles.outcome]
+    ranked = [row for row in grafts if row.order == "contribution"]
     if not ranked:
         return []
-    few = nearest([row["fraction"] for row in ranked], FEW)
-    chosen = next(row for row in ranked if row["fraction"] == few)
-    base, tuned = (next(row for row in grafts if row["order"] == order) for order in ("base", "tuned"))
-    values = [values_of(row["by_person"]) for row in (chosen, base, tuned)]
+    few = nearest([row.fraction for row in ranked], FEW)
+    chosen = next(row for row in ranked if row.fraction == few)
+    base, tuned = (next(row for row in grafts if row.order == order) for order in ("base", "tuned"))
+    values = [values_of(row.by_person or {}) for row in (chosen, base, tuned)]
     facts = [*values[0]]
     restored, before, after = ([own[fact] for fact in facts] for own in values)
     effect, low, high = over_people(restored, [(b + a) / 2 for b, a in zip(before, after)], facts)
-    percent, tuned_name = f"{100 * chosen['fraction']:g} %", case.called(name)
-    smallest = next(r for r in found["fewest"] if (r["part"], r["order"]) == (case.roles.outcome, "contribution"))
-    enough = "no graft restores" if smallest["size"] is None else f"{100 * smallest['fraction']:g} % restore"
+    percent, tuned_name = f"{100 * chosen.fraction:g} %", case.called(name)
+    smallest = next(r for r in tables.fewest if (r.part, r.order) == (case.roles.outcome, "contribution"))
+    enough = "no graft restores" if smallest.fraction is None else f"{100 * smallest.fraction:g} % restore"
     levels = ", ".join(
         f"{label} {number(mean_of(own), '.1%').replace('%', ' %')}"
         for label, own in (("base", before), (f"with {percent} grafted", restored), ("tuned", after))
@@ -146,25 +144,25 @@ def _few_restore(case: Case, name: str, found: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def _restored_by_shared(case: Case, name: str, found: Mapping[str, Any]) -> list[Row]:
+def _restored_by_shared(case: Case, name: str, tables: MinimalGraft) -> list[Row]:
     """Whether the parameters that restore recall hold the shared ones."""
     return [
         {
             "claim": "graft_is_shared",
             "text": "The parameters that restore recall when grafted hold the shared ones",
-            "when": row["when"],
-            "verdict": verdict_of(row["excess_low"], row["excess_high"]),
-            **points(row["excess"], row["excess_low"], row["excess_high"]),
+            "when": row.when,
+            "verdict": verdict_of(row.excess_low, row.excess_high),
+            **points(row.excess, row.excess_low, row.excess_high),
             "test": f"the smallest graft that restores nine tenths of the {case.called(name)} model's trained answers: "
             "the share of the shared set that it holds, minus the share expected with the same counts in each tensor: "
             "95 % jackknife interval over parts of the questions above 0",
-            "note": f"the graft has {row['graft']:,} parameters and holds {number(row['overlap'], '.3f')} of the "
-            f"{row['size']:,} shared ones, expected {number(row['expected'], '.3f')}"
-            if row["graft"]
+            "note": f"the graft has {row.graft:,} parameters and holds {number(row.overlap, '.3f')} of the "
+            f"{row.size:,} shared ones, expected {number(row.expected, '.3f')}"
+            if row.graft
             else "no graft of less than all parameters restores nine tenths of the trained answers",
         }
-        for row in found["overlap"]
-        if row["when"] in TIMES
+        for row in tables.overlap
+        if row.when in TIMES
     ]
 
 

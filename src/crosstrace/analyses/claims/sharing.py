@@ -26,7 +26,7 @@ def circuits(case: Case) -> list[Row]:
 
 
 def _more_shared(case: Case, when: str, fraction: float) -> list[Row]:
-    pair = case.two(case.results["shared"], when=when, reduction="example", fraction=fraction)
+    pair = case.two(case.results.shared, when=when, reduction="example", fraction=fraction)
     if pair is None:
         return []
     one, two = pair
@@ -42,14 +42,14 @@ def _more_shared(case: Case, when: str, fraction: float) -> list[Row]:
             "verdict": verdict_of(low, high),
             **points(effect, low, high),
             "test": f"overlap |S|/|S_t|, {case.minus}: 95 % jackknife interval above 0",
-            "note": f"{first} {number(one['overlap'], '.3f')}, {second} {number(two['overlap'], '.3f')}, "
-            f"chance {number(one['chance'], '.3f')}",
+            "note": f"{first} {number(one.overlap, '.3f')}, {second} {number(two.overlap, '.3f')}, "
+            f"chance {number(one.chance, '.3f')}",
         }
     ]
 
 
 def _more_central(case: Case, when: str, fraction: float, unit: str) -> list[Row]:
-    pair = case.two(case.results["centralization"], when=when, fraction=fraction, unit=unit)
+    pair = case.two(case.results.centralization, when=when, fraction=fraction, unit=unit)
     if pair is None:
         return []
     one, two = pair
@@ -70,20 +70,20 @@ def _more_central(case: Case, when: str, fraction: float, unit: str) -> list[Row
             "unit": "Gini over random",
             "test": f"Gini coefficient above that of random sets of the same size, {case.minus}: 95 % jackknife "
             "interval above 0",
-            "note": f"excess {first} {number(one['excess_gini'])}, {second} {number(two['excess_gini'])}",
+            "note": f"excess {first} {number(one.excess_gini)}, {second} {number(two.excess_gini)}",
         }
     ]
 
 
 def _in_circuit(case: Case, when: str, unit: str) -> list[Row]:
     """Whether the first model shares more in the heads or neurons that its recall goes through."""
-    agreements = {name: found["agreement"] for name, found in case.mechanism("circuit").items()}
+    agreements = {name: circuit.agreement for name, circuit in case.results.mechanism.circuit.items()}
     pair = case.two(agreements, when=when, unit=unit, part=case.roles.trained)
-    if pair is None or any("concentration" not in row for row in pair):  # of an earlier version
+    if pair is None or any("concentration" not in row.model_fields_set for row in pair):  # of an earlier version
         return []
     effect, low, high = apart(*pair, name="concentration")
     units = "attention heads" if unit == "query_head" else "MLP neurons"
-    levels = [number(None if row["concentration"] is None else 100 * row["concentration"], "+.1f") for row in pair]
+    levels = [number(None if row.concentration is None else 100 * row.concentration, "+.1f") for row in pair]
     return [
         {
             "claim": "in_circuit",
