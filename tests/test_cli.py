@@ -134,7 +134,12 @@ def test_every_setting_is_an_option_whose_default_is_the_experiments(monkeypatch
     named = {name for name, _ in leaves(config.plain(experiment))}
     assert {name for name in named if not name.startswith(("strategies.", "tasks."))} <= set(shown)
     got: list[config.Experiment] = []
-    monkeypatch.setattr(pipeline, "run", lambda experiment, *args, **kwargs: got.append(experiment))
+
+    def run(experiment: config.Experiment, *_: object, **__: object) -> Results:
+        got.append(experiment)
+        return Results()
+
+    monkeypatch.setattr(pipeline, "run", run)
     commands.main(["demo", *(word for name, value in shown.items() for word in (f"--{name}", value))])
     assert got == [experiment]
     # another value of each kind arrives, in a strategy with '-' in its name and in a section that is off, too

@@ -35,7 +35,7 @@ def lengths(studied):
 
 
 def longer(case):
-    rows = case.mechanism("lengths")
+    rows = case.results.mechanism.of("lengths")
     if not set(case.pair) <= set(rows):
         return []
     first, second = (rows[name][0]["tokens"] for name in case.pair)

@@ -33,7 +33,8 @@ def words(**changes: Any) -> list[str]:
     settings = TINY | changes
     facts = settings.pop("facts")
     settings |= {f"facts.{name}": value for name, value in facts.items()}
-    return ["--threads", "1", *(f"--recipe.{name}={json.dumps(value)}" for name, value in settings.items())]
+    words = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
+    return ["--threads", "1", *(f"--recipe.{name}={word}" for name, word in words.items())]
 
 
 def weights(folder: Path) -> bytes:
@@ -119,7 +120,7 @@ def test_a_foreign_work_folder_is_left_alone(tmp_path: Path) -> None:
         ({"architecture": "gpt_neox", "heads": 4, "kv_heads": 4}, "a width that 32 divides"),
         ({"heads": 0}, "setting recipe.heads is 0, but input should be"),
         ({"qa": 0}, "setting recipe.qa is 0"),
-        ({"architecture": "rnn"}, "setting recipe.architecture is 'rnn'"),
+        ({"architecture": "rnn"}, 'Invalid value "rnn" for --recipe.architecture'),
         ({"facts": {"people": 12, "qa_share": 1.0}}, "nobody to test recall on"),
         ({"facts": {"people": 12, "qa_share": 0.01}}, "nobody whose questions are trained"),
         ({"facts": {"people": 10**6}}, "facts.people is 1000000"),

@@ -64,12 +64,13 @@ def mean_of(values: Sequence[float]) -> float | None:
 
 def difference(a: Overlap | Centralization, b: Overlap | Centralization, name: str) -> Effect:
     """a − b of two independent jackknife estimates, Welch's interval."""
-    if any(getattr(row, key) is None for row in (a, b) for key in (name, "low", "high")):
+    values = [getattr(row, name) for row in (a, b)]
+    widths = [row.high - row.low for row in (a, b) if row.low is not None and row.high is not None]
+    if None in values or len(widths) < 2:
         return None, None, None
     freedoms = [row.parts - 1 for row in (a, b)]
-    widths = [row.high - row.low for row in (a, b)]
     errors = [width / 2 / float(student.ppf(0.975, freedom)) for width, freedom in zip(widths, freedoms)]
-    effect, variance = getattr(a, name) - getattr(b, name), errors[0] ** 2 + errors[1] ** 2
+    effect, variance = values[0] - values[1], errors[0] ** 2 + errors[1] ** 2
     if variance == 0:
         return effect, effect, effect
     welch = variance**2 / sum(error**4 / freedom for error, freedom in zip(errors, freedoms))
