@@ -1,7 +1,7 @@
 """How the models of a run recall: the analyses of the stage `mechanism`.
 
-Each is a function below, which takes one model of the run with what can be asked about it and calls one module of
-`analyses`, and a record at the end. No science here.
+Each analysis is a function and a record at the end of this file. The function takes one model of the run and calls one
+module of `analyses`, which holds the science.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
+
+from torch import Tensor
 
 from crosstrace.analyses import circuit, dynamics, lens, minimal_graft, positions, signature, transfer
 from crosstrace.analyses.claims.facts import compares_facts, followed
@@ -33,7 +35,7 @@ from crosstrace.sets.paramset import ParamSet
 from crosstrace.training.evaluation import recall
 
 Row = dict[str, Any]
-HEADS = 4  # the most important ones, whose attention is told
+HEADS = 4  # the most important heads, whose attention patterns are saved
 
 
 def gradients(studied: StudiedModel) -> list[Row]:
@@ -43,11 +45,11 @@ def gradients(studied: StudiedModel) -> list[Row]:
     rows: list[Row] = []
     with studied.bar("gradients", len(studied.facts)) as update:
         for part, pairs in studied.facts.items():
-            found = gradient_consistency(
+            values = gradient_consistency(
                 studied.model, pairs, psets, pad_id=studied.pad_id, together=studied.experiment.mechanism.together
             )
-            about = [{"part": part, **place} for place, _ in sets]
-            rows += [place | {k: v for k, v in row.items() if k != "set"} for place, row in zip(about, found)]
+            for (labels, _), row in zip(sets, values):
+                rows.append({"part": part, **labels} | {k: v for k, v in row.items() if k != "set"})
             update.add(1)
     return _without_facts(studied, "gradients", rows)
 
@@ -63,18 +65,18 @@ def representations(studied: StudiedModel) -> list[Row]:
 
 
 def input_signatures(studied: StudiedModel) -> list[Row]:
-    """Off which tokens a fact is read, in both of its formats."""
+    """The tokens that a fact is read from, in both of its formats."""
     rows: list[Row] = []
     with studied.bar("signature", len(studied.read)) as update:
         for part, pairs in studied.read.items():
-            found = signature.input_signature(studied.model, pairs, pad_id=studied.pad_id)
-            rows += [{"part": part} | row for row in found]
+            values = signature.input_signature(studied.model, pairs, pad_id=studied.pad_id)
+            rows += [{"part": part} | row for row in values]
             update.add(1)
     return _without_facts(studied, "signature", rows)
 
 
 def _without_facts(studied: StudiedModel, part: str, rows: list[Row]) -> list[Row]:
-    """The rows without the values of single facts, which take room, where no claim compares them."""
+    """The rows; those that no claim compares by fact lose the values of single facts, which take room."""
     for row in rows:
         if studied.name == "base" or not compares_facts(part, row, studied.experiment.roles.outcome):
             del row["by_person"]
@@ -82,22 +84,23 @@ def _without_facts(studied: StudiedModel, part: str, rows: list[Row]) -> list[Ro
 
 
 def along_layers(studied: StudiedModel) -> list[Row]:
-    """What the logit lens reads off the hidden states, in both formats of a fact."""
+    """What the logit lens reads from the hidden states, in both formats of a fact."""
     rows: list[Row] = []
     for part, pairs in studied.facts.items():
         for name in signature.FORMATS:
-            found = lens.logit_lens(studied.model, [getattr(pair, name) for pair in pairs], pad_id=studied.pad_id)
-            rows += [{"part": part, "format": name} | row for row in found]
+            texts = [getattr(pair, name) for pair in pairs]
+            values = lens.logit_lens(studied.model, texts, pad_id=studied.pad_id)
+            rows += [{"part": part, "format": name} | row for row in values]
     return rows
 
 
 def circuits(studied: StudiedModel) -> dict[str, list[Row]]:
-    """Heads and neurons that recall goes through, and whether they hold the shared parameters."""
+    """The heads and neurons that recall goes through, and whether they hold the shared parameters."""
     model, tokenizer, options = studied.model, studied.tokenizer, studied.experiment.mechanism
     anatomy, psets = Anatomy(model), dict(studied.shared)
     units = [unit for unit in circuit.NODES if anatomy.sites(unit)]
-    tables = ("heads", "modules", "alone", "curves", "kept", "agreement", "attention")
-    found: dict[str, list[Any]] = {table: [] for table in tables}
+    names = ("heads", "modules", "alone", "curves", "kept", "agreement", "attention")
+    tables: dict[str, list[Any]] = {name: [] for name in names}
     for unit in circuit.NODES:
         if unit not in units:
             studied.note(f"no {unit} of {type(model).__name__} is in the circuit: {anatomy.why(unit)}")
@@ -106,40 +109,40 @@ def circuits(studied: StudiedModel) -> dict[str, list[Row]]:
         raise UserError(f"the place of the heads and neurons of {type(model).__name__} is not known: {reasons}")
     with studied.bar("circuit", len(studied.questions)) as update:
         for part, items in studied.questions.items():
-            place = {"part": part}
+            labels = {"part": part}
             data = circuit.answer_batches(items, tokenizer)
             means = circuit.node_means(model, data, anatomy, units)
             scores, modules = circuit.attribution(model, data, anatomy, means, units, options.steps)
-            found["modules"] += [place | row for row in modules]
+            tables["modules"] += [labels | row for row in modules]
             for unit in units:
                 values = scores[unit]
                 if unit == "query_head":
                     rows, columns = anatomy.axes(unit)
                     grid = anatomy.grid(values, unit).tolist()
-                    found["heads"].append(place | {"rows": rows, "columns": columns, "values": grid})
+                    tables["heads"].append(labels | {"rows": rows, "columns": columns, "values": grid})
                 top = (-values).argsort(kind="stable")[: options.alone].tolist()
                 if unit == "query_head":
-                    found["attention"] += [place | row for row in _attended(studied, items, top[:HEADS])]
+                    tables["attention"] += [labels | row for row in _attended(studied, items, top[:HEADS])]
                 alone = circuit.single_ablations(model, tokenizer, items, anatomy, means, unit, top)
-                found["alone"] += [place | {"attribution": float(values[i])} | row for i, row in zip(top, alone)]
+                tables["alone"] += [labels | {"attribution": float(values[i])} | row for i, row in zip(top, alone)]
                 curve = circuit.curve(model, tokenizer, items, anatomy, means, values, unit, seeds=options.seeds)
-                found["curves"] += [place | row for row in curve]
+                tables["curves"] += [labels | row for row in curve]
                 recalled = max(curve, key=lambda row: (row["kind"] == "keep", row["nodes"]))["exact_match"]
                 kept = {"nodes": circuit.smallest(curve), "of": len(values), "exact_match": recalled}
-                found["kept"].append(place | {"unit": unit} | kept)
+                tables["kept"].append(labels | {"unit": unit} | kept)
                 for when, pset in psets.items():
                     agrees = circuit.agreement(values, pset, anatomy, unit)
-                    found["agreement"].append(place | {"when": when} | agrees)
+                    tables["agreement"].append(labels | {"when": when} | agrees)
             update.add(1)
-    return found
+    return tables
 
 
 def _attended(studied: StudiedModel, items: list[Encoded], heads: list[int]) -> list[Row]:
-    """What some heads attend to in some questions."""
-    about = [item.about(0) for item in items]
+    """What some heads attend to in some questions; no rows if the model does not say."""
+    texts = [item.about(0) for item in items]
     try:
-        return lens.attention_patterns(studied.model, about, heads, pad_id=studied.pad_id)
-    except UserError as why:  # a model that does not tell its attention
+        return lens.attention_patterns(studied.model, texts, heads, pad_id=studied.pad_id)
+    except UserError as why:  # the model does not return its attention
         studied.note(f"no attention patterns, since {why}")
         return []
 
@@ -154,31 +157,39 @@ def at_positions(studied: StudiedModel) -> list[Row]:
     refused: UserError | None = None
     with studied.bar("positions", 2 * len(psets) * len(positions.CHOICES)) as update:
         for component, pset in psets.items():
-            where: list[positions.Positions] = []  # the choice of tokens that is asked about
+            choices: list[positions.Positions] = []  # the last one says at which tokens the graft is
             with ExitStack() as graft:
                 try:
-                    chosen = lambda ids, where=where: where[-1](ids)
-                    graft.enter_context(positions.grafted_at(base, pset, values, chosen))
-                except UserError as why:  # a model whose weights can't be told apart by token
+                    graft.enter_context(positions.grafted_at(base, pset, values, _last_of(choices)))
+                except UserError as why:  # this model's weights can't differ from token to token
                     studied.note(f"nothing of {component} is grafted at positions, since {why}")
                     refused = why
                     continue
                 for (part, items), places in product(studied.questions.items(), positions.CHOICES):
-                    where.append(positions.at_places(items, places))
-                    found = recall(base, studied.tokenizer, items).summary()
-                    place = {"part": part, "component": component, "places": list(places)}
-                    rows.append(place | {k: found[k] for k in ("exact_match", "low", "high", "n", "logprob")})
+                    choices.append(positions.at_places(items, places))
+                    scores = recall(base, studied.tokenizer, items).summary()
+                    labels = {"part": part, "component": component, "places": list(places)}
+                    rows.append(labels | {k: scores[k] for k in ("exact_match", "low", "high", "n", "logprob")})
                     update.add(1)
     if refused is not None and not rows:
         raise refused
     return rows
 
 
+def _last_of(choices: list[positions.Positions]) -> positions.Positions:
+    """Positions as the last of `choices` has them. The list may grow: each call looks at its end anew."""
+
+    def chosen(ids: Tensor) -> Tensor:
+        return choices[-1](ids)
+
+    return chosen
+
+
 def transferred(studied: StudiedModel) -> list[Row]:
     """The taught facts in formats that were never trained."""
     roles = studied.experiment.roles
     facts, parts = studied.experiment.facts, dict(zip(roles.both, transfer.PARTS))
-    if studied.name == "base":  # it knows nobody of the run's world, but people of its own
+    if studied.name == "base":  # it knows people of its own and nobody of the run's world
         known = known_people(studied.experiment.model)
         if known is None:
             return []
@@ -190,7 +201,7 @@ def transferred(studied: StudiedModel) -> list[Row]:
         if not studied.run.path("data/world.json").is_file():
             studied.note("rows of text have no other wordings, so transfer is not asked")
             return []
-        facts = replace(facts, source=str(studied.run.path("data")))  # as it was when the run began
+        facts = replace(facts, source=str(studied.run.path("data")))  # the copy from the run's beginning
     world = World.draw(facts)
     if any(fact.trained is not None for person in world.people for fact in person.facts):
         studied.note("transfer is asked of people, and here one's questions are partly held out, so it is not asked")
@@ -205,19 +216,19 @@ def transferred(studied: StudiedModel) -> list[Row]:
     rows = transfer.transfer(
         studied.model, studied.tokenizer, world, parts=parts, number=studied.experiment.mechanism.questions, k=k
     )
-    taught = {task.source for task in studied.experiment.tasks.values()}  # a format that is trained is no new one
+    taught = {task.source for task in studied.experiment.tasks.values()}  # these formats are not new
     return [row for row in rows if row["format"] not in taught]
 
 
 def over_training(studied: StudiedModel) -> dict[str, list[Row]]:
-    """Recall, overlap, consistency, signature and circuit at every kept checkpoint, and in which order they came."""
+    """Recall, overlap, consistency, signature and circuit at every kept checkpoint, and the order they appear in."""
     experiment, options = studied.experiment, studied.experiment.mechanism
-    places = studied.checkpoints()
-    moments = [(0, "", None), *places]
+    checkpoints = studied.checkpoints()
+    moments = [(0, "", None), *checkpoints]
     if len(moments) > options.checkpoints:  # spread evenly, both ends among them
         steps = (len(moments) - 1) / (options.checkpoints - 1)
         moments = [moments[round(number * steps)] for number in range(options.checkpoints)]
-    if len(places) == len(experiment.strategies[studied.name]):
+    if len(checkpoints) == len(experiment.strategies[studied.name]):
         studied.note("only the ends of the phases are there to look at; train.keep_checkpoints keeps more")
     roles = experiment.roles
     trained, stored = training_examples(studied.parts, roles), roles.trained_part(roles.stored)
@@ -235,37 +246,40 @@ def over_training(studied: StudiedModel) -> dict[str, list[Row]]:
     rows: list[Row] = []
     last: dynamics.Moment | None = None
     with studied.bar("dynamics", len(moments)) as update:
-        for number, phase, place in reversed(moments):  # the others are compared with the last
-            model = studied.view.load_checkpoint(place) if place else studied.load_start()
-            found = dynamics.measure(model, studied.tokenizer, probe, last)
-            last = last or found
-            single = {measure: found.by_person[measure] for measure in followed(roles)}
-            rows.append({"update": number, "phase": phase, **found.measures, "by_person": single})
+        for number, phase, folder in reversed(moments):  # the others are compared with the last
+            model = studied.view.load_checkpoint(folder) if folder else studied.load_start()
+            moment = dynamics.measure(model, studied.tokenizer, probe, last)
+            last = last or moment
+            single = {measure: moment.by_person[measure] for measure in followed(roles)}
+            rows.append({"update": number, "phase": phase, **moment.measures, "by_person": single})
             update.add(1)
     rows.reverse()
     return {"rows": rows, "appearance": dynamics.appearance(rows)}
 
 
 def _sets(studied: StudiedModel) -> list[tuple[dict[str, Any], ParamSet]]:
-    """What gradients are compared over, and what it is: all in scope, each layer, kind and head, and of a taught model
-    the shared set of each time, its complement, and random sets of its size."""
+    """The sets that gradients are compared over, each with the labels of its rows.
+
+    They are all parameters in scope, each layer, each kind and each head. A taught model adds the shared set of each
+    time, its complement, and random sets of its size.
+    """
     model = studied.model
     names, anatomy = studied.view.scope(model), Anatomy(model)
-    whole = anatomy.whole(names)
-    found: list[tuple[dict[str, Any], ParamSet]] = [({"group": "all", "label": "all"}, whole)]
+    full = anatomy.whole(names)
+    sets: list[tuple[dict[str, Any], ParamSet]] = [({"group": "all", "label": "all"}, full)]
     for unit in ("layer", "kind", "query_head"):
-        found += [({"group": unit, "label": label}, pset) for label, pset in anatomy.parts(unit, names).items()]
-    for when, pset in studied.shared:
-        place = {"when": when, "fraction": pset.meta["fraction"]}
-        sets = {"shared": [pset], "rest": [whole - pset]}
-        sets |= random_sets(pset, studied.experiment.mechanism.draws, f"explain/{studied.name}/{when}")
-        for label, psets in sets.items():
-            found += [({"group": label, "label": label, **place}, own) for own in psets if own.size]
-    return found
+        sets += [({"group": unit, "label": label}, pset) for label, pset in anatomy.parts(unit, names).items()]
+    for when, shared in studied.shared:
+        moment = {"when": when, "fraction": shared.meta["fraction"]}
+        groups = {"shared": [shared], "rest": [full - shared]}
+        groups |= random_sets(shared, studied.experiment.mechanism.draws, f"explain/{studied.name}/{when}")
+        for label, draws in groups.items():
+            sets += [({"group": label, "label": label, **moment}, draw) for draw in draws if draw.size]
+    return sets
 
 
 def smallest_grafts(studied: StudiedModel) -> dict[str, list[Row]]:
-    """The fewest parameters whose tuned values restore recall in the base, and how much of the shared set they hold."""
+    """The fewest parameters whose tuned values restore recall in the base, and their share of the shared set."""
     experiment = studied.experiment
     questions = {part: items for part, items in studied.questions.items() if items}
     base = studied.load_start()
@@ -275,7 +289,7 @@ def smallest_grafts(studied: StudiedModel) -> dict[str, list[Row]]:
     trained = questions[roles.trained]
     parts = experiment.trace.parts
     if len({item.group % parts for item in trained}) < parts:
-        parts = 1  # too few people for all parts, so there is no interval
+        parts = 1  # too few people for all parts, so there are no intervals
     data = circuit.answer_batches(trained, studied.tokenizer)
     with studied.bar("contributions", len(trained) * len(minimal_graft.POINTS)) as update:
         changes = minimal_graft.contributions(base, tuned, data, names, parts=parts, progress=update.add)
@@ -283,19 +297,19 @@ def smallest_grafts(studied: StudiedModel) -> dict[str, list[Row]]:
     fractions = sorted({*experiment.analysis.fractions, central_fraction(experiment), 1.0})
     rows: list[Row] = []
 
-    def ask(model: Any, order: str, fraction: float, size: int) -> None:
+    def add_recall(model: Any, order: str, fraction: float, size: int) -> None:
         for part, items in questions.items():
             result = recall(model, studied.tokenizer, items)
             row = {"part": part, "order": order, "fraction": fraction, "size": size, **result.summary()}
             rows.append(row | {"by_person": by_person(result.exact.astype(float), result.person)})
 
-    ask(base, "base", 0.0, 0)
+    add_recall(base, "base", 0.0, 0)
     with studied.bar("minimal graft", len(fractions) * (len(orders) + 1)) as update:
         for order, fraction, pset in minimal_graft.sets(orders, fractions, names):
             with grafted(base, pset, tuned):
-                ask(base, order, fraction, pset.size)
+                add_recall(base, order, fraction, pset.size)
             update.add(1)
-    ask(studied.model, "tuned", 1.0, sum(value.numel() for value in tuned.values()))
+    add_recall(studied.model, "tuned", 1.0, sum(value.numel() for value in tuned.values()))
     fewest = minimal_graft.fewest(rows)
     (restoring,) = [row for row in fewest if (row["part"], row["order"]) == (roles.trained, "contribution")]
     shares = [
@@ -311,7 +325,7 @@ def smallest_grafts(studied: StudiedModel) -> dict[str, list[Row]]:
 
 
 def _masks(needs: Any, name: str | None) -> dict[str, float]:
-    """The shared sets, which are held throughout."""
+    """The shared sets, which are held throughout; none for the base."""
     return {"masks": 0 if name is None else len(needs.whens) * needs.scope}
 
 
@@ -325,8 +339,8 @@ def _answers(needs: Any) -> Any:
 def _need_of_gradients(needs: Any, name: str | None) -> Iterator[Moment]:
     options = needs.experiment.mechanism
     row = needs.material.once(("formats", options.together), needs.formats)
-    others = 0 if name is None else len(needs.whens) * (1 + 2 * options.draws) * needs.scope
-    masks = {"masks": _masks(needs, name)["masks"] + others}
+    sets = 0 if name is None else len(needs.whens) * (1 + 2 * options.draws) * needs.scope
+    masks = {"masks": _masks(needs, name)["masks"] + sets}
     yield "gradients of both formats", {"weights": needs.weights} | needs.estimate([row]), masks
 
 
@@ -336,7 +350,7 @@ def _need_of_circuit(needs: Any, name: str | None) -> Iterator[Moment]:
 
 
 def _need_of_minimal_graft(needs: Any, name: str | None) -> Iterator[Moment]:
-    # base, tuned, a point between them, what the base had; each part's trace, that of the point before
+    # weights: base, tuned, a point between them, what the base had; traces: each part's, now and at the point before
     weights, traces = {"weights": 4 * needs.weights}, 2 * needs.experiment.trace.parts
     row = {key: value for key, value in _answers(needs).items() if key != "group"}
     host = _masks(needs, name) | {"traces": traces * needs.scope_sums}
@@ -344,9 +358,9 @@ def _need_of_minimal_graft(needs: Any, name: str | None) -> Iterator[Moment]:
 
 
 def _need_of_positions(needs: Any, name: str | None) -> Iterator[Moment]:
-    three = {"weights": 3 * needs.weights}  # base, tuned, and what they make together
-    asked = needs.recall(needs.experiment.roles.outcome, needs.experiment.mechanism.questions)
-    yield "weights at some tokens", three | asked, _masks(needs, name)
+    three = {"weights": 3 * needs.weights}  # base, tuned, and their mixture
+    questions = needs.recall(needs.experiment.roles.outcome, needs.experiment.mechanism.questions)
+    yield "weights at some tokens", three | questions, _masks(needs, name)
 
 
 def _need_of_dynamics(needs: Any, name: str | None) -> Iterator[Moment]:
@@ -357,7 +371,7 @@ def _need_of_dynamics(needs: Any, name: str | None) -> Iterator[Moment]:
 
 
 def _work_of_pairs(passes: int, needs: Any, kinds: int) -> float:
-    """So many forward passes of each fact's two formats; the text that stores it ends with its object."""
+    """`passes` forward passes of each fact's two formats. (The text that stores a fact is cut after its object.)"""
     return passes * 2 * needs.experiment.mechanism.facts * (needs.stored_flops + needs.asked_flops)
 
 
@@ -366,12 +380,12 @@ def _work_of_signature(needs: Any, kinds: int) -> float:
 
 
 def _signature_texts(needs: Any) -> int:
-    """Texts whose input-level signature is measured, times how often each goes through the model."""
+    """How many texts go through the model for the signature: each of its facts several times."""
     return needs.experiment.mechanism.signature * (signature.WHOLE + 1)
 
 
 def _work_of_circuit(needs: Any, kinds: int) -> float:
-    options, fractions = needs.experiment.mechanism, 9  # of `circuit.curve`
+    options, fractions = needs.experiment.mechanism, 9  # as many as `circuit.curve` has
     of_nodes = len(circuit.NODES) * (options.alone + 2 * fractions * (1 + options.seeds))
     return kinds * options.questions * needs.asked_flops * (4 * needs.layers * options.steps + of_nodes)
 

@@ -1,6 +1,6 @@
-"""What an analysis of a model's recall is, to all but its own file: one record, which everything else reads.
+"""The record of an analysis of a model's recall: all that the rest of the program knows of it.
 
-Another package adds its own through an entry point (`core.registry`).
+Another package adds analyses through an entry point (`core.registry`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from crosstrace.results.results import Results
 
 Row = dict[str, Any]
-# What happens; what is held on the device, and what on the host, in bytes by what it is.
+# What happens; what the device holds meanwhile, and what the host does: bytes by what they are for.
 Moment = tuple[str, Mapping[str, float], Mapping[str, float]]
 
 
@@ -27,20 +27,20 @@ class Analysis:
     """An analysis of how a model recalls: a part of the stage `mechanism`.
 
     Attributes:
-        name: as `mechanism.parts` has it; its rows are saved as mechanism/<model>/<name>.json, and stand in
-            results.json under mechanism.<name>.<model>.
+        name: its name in `mechanism.parts`. Its rows are saved as mechanism/<model>/<name>.json, and results.json has
+            them under mechanism.<name>.<model>.
         does: what it finds out, in a line.
-        measure: the rows, or tables of rows by name, of one model of a run.
-        of_base, of_given: whether it is made of the base, and of models that were tuned elsewhere.
-        reads_sets: whether it reads the shared sets, and is made again if they change.
-        version: of the rows: where it is another than that of saved ones, they are made again.
-        needs: the moments at which it holds most, given what a plan counts with (`Needs`) and the model's name, None
-            for the base; nothing beside the model itself if not given.
-        work: floating-point operations for one model, given the same and how many kinds of questions it is asked.
-        pair_claim: its claim on two models, if it makes one: rows as `analyses.claims` gives them.
-        model_claim: its claim on one model.
-        section: its section of the report, made of the run's `Results`.
-        numbers: what of its rows goes into a study's table, by dotted names.
+        measure: returns the rows of one model of a run, or several tables of rows by name.
+        of_base, of_given: whether the base has it, and models that were tuned elsewhere.
+        reads_sets: whether it reads the shared sets. If so, it is made again when they change.
+        version: of the rows. Saved rows of another version are made again.
+        needs: gives the moments at which it holds most. Its arguments are the plan's `Sizes` and the model's name,
+            None for the base. Without it the analysis holds nothing beside the model itself.
+        work: floating-point operations for one model, given the `Sizes` and how many kinds of questions it is asked.
+        pair_claim: its claim on two models, if it makes one: rows as in `analyses.claims`.
+        model_claim: its claim on one model, if it makes one.
+        section: its section of the report, made from the run's `Results`.
+        numbers: the numbers of its rows that go into a study's table, by dotted names.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What would otherwise fail only later, when an earlier run may already be gone or hours have passed."""
+"""Checks before a run: what would otherwise fail after hours, or after an earlier run was removed."""
 
 from __future__ import annotations
 
@@ -30,37 +30,37 @@ from crosstrace.training.trainer import check_trackers
 
 
 def check_place(experiment: Experiment, processes: Processes) -> None:
-    """Raise a `UserError` if the processes were joined through GPUs, but are to compute on the CPU."""
-    through = dist.get_backend(processes.group)
-    if loading.device(experiment.model.device).type == "cpu" and "gloo" not in through:
+    """Raise a `UserError` if the processes are to compute on the CPU but were joined through their GPUs."""
+    backend = dist.get_backend(processes.group)
+    if loading.device(experiment.model.device).type == "cpu" and "gloo" not in backend:
         raise UserError(
-            f"model.device is cpu, but the {processes.size} processes were joined through their GPUs ({through}); "
+            f"model.device is cpu, but the {processes.size} processes were joined through their GPUs ({backend}); "
             "start them with CUDA_VISIBLE_DEVICES= in the environment"
         )
 
 
 def check_outside(experiment: Experiment, folder: Path) -> None:
-    """Raise a `UserError` if the run that is to be overwritten holds what the experiment reads."""
-    read = {"model.name": experiment.model.name, "facts.source": experiment.facts.source,
+    """Raise a `UserError` if the experiment reads something in the run folder that is to be overwritten."""
+    sources = {"model.name": experiment.model.name, "facts.source": experiment.facts.source,
             "retention.text": experiment.retention.text, "eval.known": experiment.eval.known}  # fmt: skip
-    read |= {f"given.{name}": place for name, place in experiment.given.items()}
-    read |= {f"tasks.{name}.source": own.source for name, own in experiment.tasks.items() if not own.is_of_world}
-    for name, place in read.items():
-        if place and expanded(place).resolve().is_relative_to(expanded(folder).resolve()):
+    sources |= {f"given.{name}": model for name, model in experiment.given.items()}
+    sources |= {f"tasks.{name}.source": task.source for name, task in experiment.tasks.items() if not task.is_of_world}
+    for name, source in sources.items():
+        if source and expanded(source).resolve().is_relative_to(expanded(folder).resolve()):
             raise UserError(
-                f"{name} = {place} lies in {folder}, which would be removed first; choose another run folder"
+                f"{name} = {source} lies in {folder}, which would be removed first; choose another run folder"
             )
 
 
-RESERVED = ("checkpoints", *LEARNING.values(), SUMS, START)  # what lies beside the phases in a strategy's folder
+RESERVED = ("checkpoints", *LEARNING.values(), SUMS, START)  # folders beside the phases' in a strategy's folder
 
 
 def check(experiment: Experiment, whole: bool, stages: Sequence[str] = ()) -> None:
-    """What would otherwise fail only later, when an earlier run may already be gone or hours have passed.
+    """Raise a `UserError` for what would otherwise fail after hours, or after an earlier run was removed.
 
     Args:
-        whole: read the model too.
-        stages: those that are asked for; all if empty.
+        whole: whether to read the model too.
+        stages: the stages that will run; all if empty.
     """
     roles, taught = experiment.roles, texts(experiment.facts, experiment.tasks)
     sizes = {
@@ -99,7 +99,9 @@ def check(experiment: Experiment, whole: bool, stages: Sequence[str] = ()) -> No
     taught = taught_texts(experiment, tokenizer)
     known_people(experiment.model)
     of_world = asks(experiment, tokenizer) if experiment.eval.known else []
-    retains = experiment.retention.run or ("retain" in stages and len(stages) == 1)  # named, it runs whatever is set
+    retains = experiment.retention.run or (
+        "retain" in stages and len(stages) == 1
+    )  # named alone, it runs whatever the setting
     if retains and not asks_something:
         raise UserError(f"retain has nothing to ask: {NO_QUESTIONS}")
     further = new_material(experiment, tokenizer) if retains else {}
@@ -126,7 +128,7 @@ def check(experiment: Experiment, whole: bool, stages: Sequence[str] = ()) -> No
 
 
 def _check_targets(parts: Mapping[str, list[Encoded]], experiment: Experiment, asks_something: bool) -> None:
-    """Whether every part that is asked has examples, and every traced example tokens to trace."""
+    """Raise a `UserError` if a part that is asked has no example, or a traced example no token to trace."""
     roles = experiment.roles
     for part in roles.asked if asks_something else ():
         if not parts[part]:
@@ -144,7 +146,7 @@ def _check_targets(parts: Mapping[str, list[Encoded]], experiment: Experiment, a
 
 
 def _check_parts(experiment: Experiment, trained: Mapping[str, Sequence[Encoded]]) -> None:
-    """Whether each part of the trace has examples of every task."""
+    """Raise a `UserError` if a part of the trace has no example of some task."""
     options = experiment.trace
     for task, items in trained.items():
         items = sample(items, options.examples) if options.examples else items
@@ -161,30 +163,32 @@ def _check_parts(experiment: Experiment, trained: Mapping[str, Sequence[Encoded]
 def _check_given(
     experiment: Experiment, base: Any, tokenizer: Any, name: str, given: str, texts: Sequence[str]
 ) -> None:
-    """Whether a model that was tuned elsewhere fits the base, and the view that it is to be seen in."""
-    about = f"given.{name} = {given}"
-    below = locating.adapted_base(locating.locate(given))
+    """Raise a `UserError` if a model that was tuned elsewhere does not fit the base or `trace.view`."""
+    label = f"given.{name} = {given}"
+    adapted_base = locating.adapted_base(locating.locate(given))
     if experiment.trace.view == "adapter":
-        if below is None:
-            raise UserError(f"{about} has no adapter, which trace.view: adapter asks for; take trace.view: merged")
-        own = Path(locating.locate(experiment.model.name))
-        if Path(below) != own and (
-            not own.exists() or not Path(below).exists() or sha256_tree(below) != sha256_tree(own)
+        if adapted_base is None:
+            raise UserError(f"{label} has no adapter, which trace.view: adapter asks for; take trace.view: merged")
+        base_folder = Path(locating.locate(experiment.model.name))
+        if Path(adapted_base) != base_folder and (
+            not base_folder.exists()
+            or not Path(adapted_base).exists()
+            or sha256_tree(adapted_base) != sha256_tree(base_folder)
         ):
             raise UserError(
-                f"{about} is an adapter of {below}, but the base is {experiment.model.name}; expected one of it, "
-                "or take trace.view: merged"
+                f"{label} is an adapter of {adapted_base}, but the base is {experiment.model.name}; expected one of "
+                "it, or take trace.view: merged"
             )
     options = experiment.model
     if experiment.trace.view == "adapter":
-        adapters.check_plain(loading.load_model(given, options.dtype, options.attention, merge=False), about)
+        adapters.check_plain(loading.load_model(given, options.dtype, options.attention, merge=False), label)
     tuned = loading.load_model(given, options.dtype, options.attention, pickled=options.pickled)
-    check_alike(base, tuned, (options.name, about))
+    check_alike(base, tuned, (options.name, label))
     check_same_tokens(tokenizer, given, texts, options.name)
 
 
 def _check_known(tokenizer: Any, encoded: Sequence[Encoded], name: str) -> None:
-    """Whether the tokenizer can tell the objects apart: one that is the token for unknown words can't be recalled."""
+    """Raise a `UserError` if the tokenizer has no token for an object: nobody can recall the unknown word."""
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown == tokenizer.eos_token_id:
         return

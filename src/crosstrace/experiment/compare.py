@@ -1,7 +1,7 @@
 """A comparison: a base and models that were tuned from it elsewhere, analysed without any training.
 
-It only says which experiment that is: `pipeline.run` runs it like any other, and `models.compatibility` tells
-whether the models fit.
+A comparison is an experiment without strategies. This module makes its settings; `pipeline.run` runs it like any
+other, and `models.compatibility` checks that the models fit.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def comparison(base: str, tuned: Sequence[str], tasks: str) -> Experiment:
 
     Args:
         base: `bundled`, a folder or a hub name.
-        tuned: the same, or a folder with an adapter; NAME=MODEL gives one a name of its own.
-        tasks: the folder of a run, whose examples are taken, or one with bio.jsonl and qa.jsonl, as `crosstrace data`
-            and `crosstrace import` write them.
+        tuned: the same, or a folder with an adapter. NAME=MODEL gives the model a name of its own.
+        tasks: the folder of a run, or one with bio.jsonl and qa.jsonl, as `crosstrace data` and `crosstrace import`
+            write them. Its examples are taken.
 
     Raises:
         UserError: two models have one name, or the folder holds no tasks.
@@ -64,7 +64,7 @@ def comparison(base: str, tuned: Sequence[str], tasks: str) -> Experiment:
 
 
 def _run_of_other_tasks(folder: Path) -> Experiment | None:
-    """The settings of a run whose tasks are others than biographies and questions; `None` for any other folder."""
+    """The settings of a run with tasks of its own; `None` for biographies and questions, and for any other folder."""
     saved = folder / "config.yaml"
     if not saved.is_file():
         return None
@@ -73,7 +73,10 @@ def _run_of_other_tasks(folder: Path) -> Experiment | None:
 
 
 def named(text: str) -> tuple[str, str]:
-    """The name and the model of NAME=MODEL; of a model alone the last part of its path, or in a run its strategy."""
+    """The name and the model of NAME=MODEL.
+
+    A model alone gets its name from the last part of its path or, if it lies in a run, from its strategy.
+    """
     name, equals, model = text.partition("=")
     if equals and re.fullmatch(r"[\w-]+", name):
         return name, model
@@ -84,19 +87,19 @@ def named(text: str) -> tuple[str, str]:
 
 
 def tasks_in(folder: Path, base: str = BUNDLED) -> FactSettings:
-    """The facts that a folder's examples are about: those of a run, as it drew them, or the examples themselves.
+    """The facts that a folder's examples are about: as its run drew them, or the examples themselves.
 
     Args:
-        base: the model whose chat template the questions are put in, if the run's are (`facts.template`).
+        base: the model whose chat template the questions get, if the run's questions have one (`facts.template`).
 
     Raises:
-        UserError: it holds no examples, or the base has no chat template.
+        UserError: the folder holds no examples, or the base has no chat template.
     """
     saved = folder / "config.yaml"
     if saved.is_file():
         facts, data = config.load(saved).facts, folder / "data"
         if facts.source is not None:
-            return replace(facts, source=str(data))  # as it was when the run began
+            return replace(facts, source=str(data))  # the copy from the run's beginning
         rows = {Path(file).stem: read_jsonl(data / file) for file in FILES}
         tokenizer = load_tokenizer(base) if facts.template == "chat" else None
         drawn = texts(facts)

@@ -1,9 +1,10 @@
-"""The last stage's results: everything gathered into results.json, and the paper's claims judged on it."""
+"""Gathers what all stages saved into results.json, and judges the paper's claims on it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from crosstrace.analyses.claims import judge
@@ -19,145 +20,208 @@ from crosstrace.experiment.analysis import ANALYSES
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import asks_something, data_steps
 from crosstrace.experiment.registry import stage_names, stage_of, stages
+from crosstrace.experiment.stage import Stage
 from crosstrace.experiment.studied import StudiedModel, View
 from crosstrace.models import adapters, loading
 from crosstrace.results.results import SCHEMA, Results
-from crosstrace.results.tables import Claim, Difference
+from crosstrace.results.sharing import Claim, Difference
 from crosstrace.training.recipes import Phase
+
+CLAIMS = Part("report", name="claims")
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """What the stages of a run have made: for each kind of output, the models that have it.
+
+    Attributes:
+        absent: the steps that are left out.
+        taught: all models beside the base.
+        trained: those that a strategy of the run taught.
+        interventions, retention: those with the output of this stage.
+        mechanism: by analysis, those with its rows.
+        stages: by stage that adds to the results, those with its output.
+    """
+
+    absent: Sequence[str]
+    taught: Sequence[str]
+    trained: Sequence[str]
+    interventions: Sequence[str]
+    mechanism: Mapping[str, Sequence[str]]
+    retention: Sequence[str]
+    stages: Mapping[Stage, Sequence[str]]
+
+    @classmethod
+    def of(cls, run: Run, experiment: Experiment) -> _Outputs:
+        """What is there in the run's folder."""
+        absent, taught = left_out.steps(run), experiment.taught
+
+        def with_step(step: str, models: Sequence[str]) -> list[str]:
+            steps = {name: step.format(name) for name in models}
+            return [name for name in models if steps[name] not in absent and run.path(steps[name]).exists()]
+
+        return cls(
+            absent=absent,
+            taught=taught,
+            trained=[*experiment.strategies],
+            interventions=with_step("interventions/{}.json", taught),
+            mechanism={
+                part: with_step(f"mechanism/{{}}/{part}.json", ("base", *taught)) for part in experiment.mechanism.parts
+            },
+            retention=with_step("retention/{}", taught),
+            stages={
+                stage: with_step(f"{stage.steps[0]}/{{}}.json", ("base", *taught))
+                for stage in stages().values()
+                if stage.results is not None
+            },
+        )
+
+    def steps(self, experiment: Experiment) -> list[str]:
+        """The steps that the results are made of, without those that are left out."""
+        steps = [*data_steps(experiment), "eval/base.json"]
+        for name in self.taught:
+            steps += [f"eval/{name}.json", f"traces/{name}", f"analysis/{name}.json", f"drift/{name}.json"]
+        steps += [f"models/{name}" for name in self.trained]
+        steps += ["doctor.json"] if experiment.trace.check else []
+        steps += [f"interventions/{name}.json" for name in self.interventions]
+        steps += [f"mechanism/{name}/{part}.json" for part, models in self.mechanism.items() for name in models]
+        steps += [f"retention/{name}" for name in self.retention]
+        steps += [f"{stage.steps[0]}/{name}.json" for stage, models in self.stages.items() for name in models]
+        return [step for step in steps if step not in self.absent]
 
 
 def conclude(run: Run, experiment: Experiment, progress: Progress) -> Results:
     """Gather everything into results.json and test the paper's claims on it."""
-    names, trained = experiment.taught, [*experiment.strategies]
-    absent = left_out.steps(run)
-    is_done = lambda step: step not in absent and run.path(step).exists()
-    needed = [*data_steps(experiment), "eval/base.json"]
-    for name in names:
-        needed += [f"eval/{name}.json", f"traces/{name}", f"analysis/{name}.json", f"drift/{name}.json"]
-    needed += [f"models/{name}" for name in trained]
-    needed += ["doctor.json"] if experiment.trace.check else []
-    with_interventions = [name for name in names if is_done(f"interventions/{name}.json")]
-    needed += [f"interventions/{name}.json" for name in with_interventions]
-    mechanism = {
-        part: [name for name in ("base", *names) if is_done(f"mechanism/{name}/{part}.json")]
-        for part in experiment.mechanism.parts
-    }
-    needed += [f"mechanism/{name}/{part}.json" for part, found in mechanism.items() for name in found]
-    retained = [name for name in names if is_done(f"retention/{name}")]
-    needed += [f"retention/{name}" for name in retained]
-    told = {
-        stage: [name for name in ("base", *names) if is_done(f"{stage.steps[0]}/{name}.json")]
-        for stage in stages().values() if stage.results is not None
-    }  # fmt: skip
-    needed += [f"{stage.steps[0]}/{name}.json" for stage, own in told.items() for name in own]
-    claimed = Part("report", name="claims")
+    outputs = _Outputs.of(run, experiment)
     key = {
-        "inputs": run.inputs(*(step for step in needed if step not in absent)),
+        "inputs": run.inputs(*outputs.steps(experiment)),
         "experiment": config.deciding(experiment),
-        "left_out": [row for row in left_out.rows(run) if row["part"] != claimed.name],
+        "left_out": [row for row in left_out.rows(run) if row["part"] != CLAIMS.name],
     }
     if run.complete("results.json", key):
         return Results.read(run.path("results.json"))
-
-    def gather() -> Results:
-        evals = {name: read_json(run.path(f"eval/{name}.json")) for name in ("base", *names)}
-        analyses = {name: read_json(run.path(f"analysis/{name}.json")) for name in names
-                    if f"analysis/{name}.json" not in absent}  # fmt: skip
-        interventions = {name: read_json(run.path(f"interventions/{name}.json")) for name in with_interventions}
-        about = read_json(run.folder / "metadata.json")
-        values: dict[str, Any] = {"schema": SCHEMA, "run": _about(run, experiment, about)}
-        if not asks_something(run, experiment):
-            values["lacking"] = NO_QUESTIONS
-        if run.path("data/import.json").is_file():
-            values["import"] = read_json(run.path("data/import.json"))
-        values["recall"] = {name: found["summary"] for name, found in evals.items()}
-        if experiment.eval.known:
-            asked = read_json(run.path("known") / "asked.json")
-            values["known"] = {"source": experiment.eval.known, "relations": asked}
-            values["known"]["models"] = {name: found["known"] for name, found in evals.items() if "known" in found}
-        home = {name: run.path(f"models/{name}") for name in trained}
-        values["history"] = {name: read_json(home[name] / "history.json") for name in trained}
-        values["training"] = {name: _training(run, name) for name in trained}
-        values["drift"] = {
-            name: read_json(run.path(f"drift/{name}.json")) for name in names if f"drift/{name}.json" not in absent
-        }
-        for part in ("shared", "pairs", "similarity", "centralization", "maps", "units"):
-            values[part] = {name: found.get(part, []) for name, found in analyses.items()}
-        values["interventions"] = {
-            name: {kind: [_without_answers(row) for row in found[kind]] for kind in ("ablate", "graft")}
-            | {"untouched": found["untouched"]}
-            for name, found in interventions.items()
-        }
-        values["mechanism"] = {
-            part: {name: read_json(run.path(f"mechanism/{name}/{part}.json")) for name in found}
-            for part, found in mechanism.items()
-        }
-        values["retention"] = {name: read_json(run.path(f"retention/{name}") / "retention.json") for name in retained}
-        values["stages"] = {
-            stage.name: {name: stage.results(StudiedModel(run, experiment, name, progress)) for name in own}
-            for stage, own in told.items() if stage.results is not None
-        }  # fmt: skip
-        if experiment.trace.check and "doctor.json" not in absent:
-            diagnosis = read_json(run.path("doctor.json"))
-            values["doctor"] = {key: diagnosis[key] for key in ("verdict", "problems", "checks")}
-        values["coverage"] = {name: found["coverage"] for name, found in analyses.items()}
-        values |= {"claims": [], "differences": [], "left_out": []}
-        values |= {"seconds": _seconds(run), "versions": about["versions"]}
-        results = Results.of(values)
-
-        def judge_claims() -> None:
-            case = Case(
-                results, evals, interventions, experiment.analysis.central_fractions, experiment.roles,
-                given=experiment.given, words=experiment.words,
-            )  # fmt: skip
-            claims, differences = judge.judge(case, experiment.pairs, _further_claims(experiment))
-            results.claims = [Claim(**claim) for claim in claims]
-            results.differences = [Difference(**difference) for difference in differences]
-
-        attempt(run, claimed, judge_claims, progress.note)
-        results.left_out = Results.of({"left_out": left_out.rows(run)}).left_out
-        return results
-
-    results = gather()
-    if not results.claims and any(row.part == claimed.name for row in results.left_out):
-        key["without"] = claimed.name  # so it is not done, and is tried again
+    evals = _read_each(run, "eval/{}.json", ("base", *outputs.taught))
+    interventions = _read_each(run, "interventions/{}.json", outputs.interventions)
+    results = _gather(run, experiment, progress, outputs, evals, interventions)
+    attempt(run, CLAIMS, partial(_judge_claims, results, experiment, evals, interventions), progress.note)
+    results.left_out = Results.of({"left_out": left_out.rows(run)}).left_out
+    if not results.claims and any(row.part == CLAIMS.name for row in results.left_out):
+        key["without"] = CLAIMS.name  # so it is not done, and is tried again
     return Results.read(run.stage("results.json", key, lambda path: write_json(path, results.as_values())))
 
 
+def _gather(
+    run: Run,
+    experiment: Experiment,
+    progress: Progress,
+    outputs: _Outputs,
+    evals: Mapping[str, Any],
+    interventions: Mapping[str, Any],
+) -> Results:
+    """The results without the claims."""
+    names, absent = outputs.taught, outputs.absent
+    analyses = _read_each(run, "analysis/{}.json", [n for n in names if f"analysis/{n}.json" not in absent])
+    metadata = read_json(run.folder / "metadata.json")
+    values: dict[str, Any] = {"schema": SCHEMA, "run": _run_info(run, experiment, metadata)}
+    if not asks_something(run, experiment):
+        values["lacking"] = NO_QUESTIONS
+    if run.path("data/import.json").is_file():
+        values["import"] = read_json(run.path("data/import.json"))
+    values["recall"] = {name: scores["summary"] for name, scores in evals.items()}
+    if experiment.eval.known:
+        values["known"] = _known_facts(run, experiment, evals)
+    homes = {name: run.path(f"models/{name}") for name in outputs.trained}
+    values["history"] = {name: read_json(home / "history.json") for name, home in homes.items()}
+    values["training"] = {name: _training(run, name) for name in outputs.trained}
+    values["drift"] = _read_each(run, "drift/{}.json", [n for n in names if f"drift/{n}.json" not in absent])
+    for table in ("shared", "pairs", "similarity", "centralization", "maps", "units"):
+        values[table] = {name: tables.get(table, []) for name, tables in analyses.items()}
+    values["interventions"] = {
+        name: {kind: [_without_answers(row) for row in tables[kind]] for kind in ("ablate", "graft")}
+        | {"untouched": tables["untouched"]}
+        for name, tables in interventions.items()
+    }
+    values["mechanism"] = {
+        part: _read_each(run, f"mechanism/{{}}/{part}.json", models) for part, models in outputs.mechanism.items()
+    }
+    values["retention"] = {n: read_json(run.path(f"retention/{n}") / "retention.json") for n in outputs.retention}
+    values["stages"] = {
+        stage.name: {name: stage.results(StudiedModel(run, experiment, name, progress)) for name in models}
+        for stage, models in outputs.stages.items()
+        if stage.results is not None
+    }
+    if experiment.trace.check and "doctor.json" not in absent:
+        diagnosis = read_json(run.path("doctor.json"))
+        values["doctor"] = {key: diagnosis[key] for key in ("verdict", "problems", "checks")}
+    values["coverage"] = {name: tables["coverage"] for name, tables in analyses.items()}
+    values |= {"claims": [], "differences": [], "left_out": []}
+    values |= {"seconds": _seconds(run), "versions": metadata["versions"]}
+    return Results.of(values)
+
+
+def _judge_claims(
+    results: Results, experiment: Experiment, evals: Mapping[str, Any], interventions: Mapping[str, Any]
+) -> None:
+    """Put the verdicts on the claims into the results."""
+    case = Case(
+        results, evals, interventions, experiment.analysis.central_fractions, experiment.roles,
+        given=experiment.given, words=experiment.words,
+    )  # fmt: skip
+    claims, differences = judge.judge(case, experiment.pairs, _further_claims(experiment))
+    results.claims = [Claim(**claim) for claim in claims]
+    results.differences = [Difference(**difference) for difference in differences]
+
+
+def _read_each(run: Run, step: str, models: Sequence[str]) -> dict[str, Any]:
+    """What a step such as eval/{}.json has saved for each of some models."""
+    return {name: read_json(run.path(step.format(name))) for name in models}
+
+
+def _known_facts(run: Run, experiment: Experiment, evals: Mapping[str, Any]) -> dict[str, Any]:
+    """Which facts of the world the base knew, and what became of them in each model."""
+    return {
+        "source": experiment.eval.known,
+        "relations": read_json(run.path("known") / "asked.json"),
+        "models": {name: scores["known"] for name, scores in evals.items() if "known" in scores},
+    }
+
+
 def _further_claims(experiment: Experiment) -> tuple[list[judge.PairClaim], list[judge.ModelClaim]]:
-    """The claims of the analyses that are asked for and make one."""
-    found = [ANALYSES[part] for part in experiment.mechanism.parts]
+    """The claims that the experiment's analyses make, on two models and on one."""
+    analyses = [ANALYSES[part] for part in experiment.mechanism.parts]
     return (
-        [own.pair_claim for own in found if own.pair_claim is not None],
-        [own.model_claim for own in found if own.model_claim is not None],
+        [analysis.pair_claim for analysis in analyses if analysis.pair_claim is not None],
+        [analysis.model_claim for analysis in analyses if analysis.model_claim is not None],
     )
 
 
 def _seconds(run: Run) -> dict[str, float]:
-    """Seconds of each stage, all strategies together: with several jobs, more than the clock on the wall shows."""
-    found: dict[str, float] = {}
+    """Seconds of each stage, summed over the models. With several jobs the sum may exceed the wall clock."""
+    total: dict[str, float] = {}
     for step, seconds in run.seconds().items():
         stage = stage_of(step)
         if stage is not None:
-            found[stage] = found.get(stage, 0.0) + seconds
-    return {stage: found[stage] for stage in stage_names() if stage in found}
+            total[stage] = total.get(stage, 0.0) + seconds
+    return {stage: total[stage] for stage in stage_names() if stage in total}
 
 
 def _training(run: Run, name: str) -> dict[str, Any]:
+    """How a strategy was trained: updates, examples of each task, seconds, and its phases."""
     phases = read_json(run.path(f"models/{name}") / "training.json")
-    seen: dict[str, int] = {}
+    examples: dict[str, int] = {}
     for phase in phases:
         for task, number in phase["examples"].items():
-            seen[task] = seen.get(task, 0) + number
+            examples[task] = examples.get(task, 0) + number
     return {
         "updates": sum(phase["updates"] for phase in phases),
-        "examples": seen,
+        "examples": examples,
         "seconds": run.seconds()[f"models/{name}"],
         "phases": phases,
     }
 
 
-def _about(run: Run, experiment: Experiment, about: Mapping[str, Any]) -> dict[str, Any]:
+def _run_info(run: Run, experiment: Experiment, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What was run: model, data, strategies, and the machine that the metadata describe."""
     model = View(experiment).load_base()
     strategies = {
         name: "; then ".join(_phase_text(phase) for phase in phases) for name, phases in experiment.strategies.items()
@@ -181,18 +245,18 @@ def _about(run: Run, experiment: Experiment, about: Mapping[str, Any]) -> dict[s
             "every": experiment.trace.every,
             **({"metric": experiment.trace.metric} if "summed" in experiment.trace.definitions else {}),
         },
-        "device": about["device" if loading.device(experiment.model.device).type == "cuda" else "cpu"],
+        "device": metadata["device" if loading.device(experiment.model.device).type == "cuda" else "cpu"],
         "threads": experiment.threads,
         "jobs": experiment.jobs,
-        "precision": about["precision"],
-        **_adapter_told(experiment),
+        "precision": metadata["precision"],
+        **_adapter_info(experiment),
         "kernel": experiment.model.attention,
-        "git": about["git"],
+        "git": metadata["git"],
     }
 
 
-def _adapter_told(experiment: Experiment) -> dict[str, Any]:
-    """Of a run with an adapter: what it is, how much is trained, and as what it is traced."""
+def _adapter_info(experiment: Experiment) -> dict[str, Any]:
+    """The adapter's settings, how many parameters are trained, and the view of the trace; empty without an adapter."""
     options = experiment.train.lora
     if options is None:
         return {}
@@ -202,7 +266,7 @@ def _adapter_told(experiment: Experiment) -> dict[str, Any]:
 
 
 def _phase_text(phase: Phase) -> str:
-    """What a phase trains, in words: its length, the examples of an update, and what does not weigh 1."""
+    """A phase in words: its length, the examples of an update, and the weights that are not 1."""
     weights = {task: f" (weight {weight:g})" for task, weight in phase.weights.items() if weight != 1}
     batch = " and ".join(f"{count} {task}{weights.get(task, '')}" for task, count in phase.composition().items())
     length = f"{phase.steps} updates" if phase.steps else f"{phase.epochs:g} epochs"
@@ -210,4 +274,5 @@ def _phase_text(phase: Phase) -> str:
 
 
 def _without_answers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of interventions without the single answers."""
     return {name: value for name, value in row.items() if name != "answers"}

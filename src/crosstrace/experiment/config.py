@@ -1,7 +1,7 @@
-"""The experiment as one typed value, read from strict YAML and written back resolved. It runs nothing.
+"""The experiment as one typed value, read from strict YAML and written back with all defaults. It runs nothing.
 
-Every stage's settings live at the top of its own module; this composes them. An unknown key is an error, and the
-saved file is the runnable one: `crosstrace run RUN/config.yaml` repeats the run.
+`settings` has the sections; this module composes them. An unknown key is an error. The saved file can be run:
+`crosstrace run RUN/config.yaml` repeats the run.
 """
 
 from __future__ import annotations
@@ -96,15 +96,17 @@ class Experiment:
 
     @property
     def replays_known(self) -> bool:
-        """Whether a phase, or further training, replays facts that the base knows: those of half of their subjects,
-        which are then asked apart from the others."""
+        """Whether a phase, or further training, replays facts that the base knows.
+
+        If so, the facts of half of their subjects are replayed, and asked apart from the others.
+        """
         phases = [phase for phases in self.strategies.values() for phase in phases]
         further = self.retention.run and self.retention.replay_known > 0
         return further or any(KNOWN in phase.composition() for phase in phases)
 
     @property
     def optimisers(self) -> list[Optimiser]:
-        """Those of all phases, and of further training."""
+        """The optimisers of all phases, and of further training."""
         default = self.train.optimiser
         phases = [phase.optimiser or default for phases in self.strategies.values() for phase in phases]
         return [*phases, self.retention.optimiser or default] if self.retention.run else phases
@@ -114,16 +116,16 @@ _ADAPTER = TypeAdapter(Experiment)
 
 
 class _Unique(yaml.SafeLoader):
-    """YAML in which no setting is given twice, as the first would be lost without a word, and all names are text."""
+    """YAML that refuses a setting given twice, since the first would be lost silently. All its names are text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        names = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a name is a list or mapping", key.start_mark)
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+            if key.value in names and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
+            names.add(key.value)
             if key.tag != "tag:yaml.org,2002:merge":
                 key.tag = "tag:yaml.org,2002:str"  # as it is written: a relation may be called 1.10 or no
         return super().construct_mapping(node, deep)
@@ -133,7 +135,7 @@ def parse(values: Mapping[str, Any], where: str) -> Experiment:
     """Build an experiment from plain values.
 
     Raises:
-        UserError: a key is unknown or a value unfit; the sentence names both and `where` they stand.
+        UserError: a key is unknown or a value unfit. The sentence names both, and `where` they are.
     """
     try:
         experiment = _ADAPTER.validate_python(values)
@@ -143,12 +145,16 @@ def parse(values: Mapping[str, Any], where: str) -> Experiment:
 
 
 def check(experiment: Experiment, where: str) -> Experiment:
-    """What no single setting can tell: conditions between settings."""
+    """Check the conditions between settings.
+
+    Raises:
+        UserError: two settings contradict each other; the sentence says which, and `where` they are.
+    """
     try:
         _ = experiment.roles
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    if experiment.facts.source is None:  # of a source it is known once it is read
+    if experiment.facts.source is None:  # (the people of a source are known once it is read)
         check_parts(experiment.trace.parts, people_on_both_sides(experiment.facts, where), where)
     if not experiment.name.strip(". ") or any(letter in experiment.name for letter in "/\\\0"):
         raise UserError(f"{where}: name = {experiment.name!r} cannot name a folder; use letters, digits, '_' and '-'")
@@ -202,10 +208,10 @@ def check(experiment: Experiment, where: str) -> Experiment:
             f"{where}: trace.definitions has summed, but with train.lora the training has no gradient of the base's "
             "weights; take trace.view: adapter, or per_example alone"
         )
-    others = [optimiser.name for optimiser in experiment.optimisers if optimiser.name != "adamw"]
-    if "summed" in experiment.trace.definitions and experiment.trace.metric == "optimiser" and others:
+    refused = [optimiser.name for optimiser in experiment.optimisers if optimiser.name != "adamw"]
+    if "summed" in experiment.trace.definitions and experiment.trace.metric == "optimiser" and refused:
         raise UserError(
-            f"{where}: trace.metric: optimiser divides by AdamW's mean of squares for each number, which {others[0]} "
+            f"{where}: trace.metric: optimiser divides by AdamW's mean of squares for each number, which {refused[0]} "
             "does not keep; take optimiser.name: adamw, or trace.metric: gradient"
         )
     if experiment.trace.view == "adapter" and experiment.strategies and not experiment.train.lora:
@@ -214,7 +220,7 @@ def check(experiment: Experiment, where: str) -> Experiment:
 
 
 def _check_roles(experiment: Experiment, where: str) -> None:
-    """Whether there are tasks for what is to be found out."""
+    """Raise a `UserError` if a stage lacks the tasks that it needs."""
     roles = experiment.roles
     for name in ("interventions", "mechanism", "retention"):
         if getattr(experiment, name).run and not roles.outcome:
@@ -230,13 +236,13 @@ def _check_roles(experiment: Experiment, where: str) -> None:
 
 
 def _check_sharded(experiment: Experiment, where: str) -> None:
-    """What a model in pieces on several processes is not made for."""
+    """Raise a `UserError` for a setting that a sharded model can't have."""
     refused = {
         "train.lora": (experiment.train.lora, "the whole model; leave it out, or train all weights"),
         "model.random_init": (experiment.model.random_init is not None, "a whole model; save one, and give its folder"),
     }
-    for name, (asked, needs) in refused.items():
-        if asked:
+    for name, (is_set, needs) in refused.items():
+        if is_set:
             raise UserError(f"{where}: {name} needs {needs}, or take model.sharded: false")
 
 
@@ -257,7 +263,7 @@ def check_unasked(experiment: Experiment) -> None:
 
 
 def load(path: Path) -> Experiment:
-    """Read an experiment from a YAML file; settings that it leaves out take their defaults."""
+    """Read an experiment from a YAML file. Settings that it leaves out have their defaults."""
     values = read_yaml(path, "examples/tiny.yaml")
     if {"experiment", "vary", "seeds"} & {*values}:
         raise UserError(f"{path} is a study of many runs; give it to `crosstrace study`")
@@ -265,7 +271,7 @@ def load(path: Path) -> Experiment:
 
 
 def read_yaml(path: Path, example: str) -> dict[str, Any]:
-    """Settings from a YAML file; `example` is one that exists."""
+    """Settings from a YAML file. The error for a missing file names `example`, a file that exists."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -299,7 +305,7 @@ def plain(experiment: Experiment) -> dict[str, Any]:
 
 
 def deciding(experiment: Experiment) -> dict[str, Any]:
-    """The plain values without the settings on which no result depends."""
+    """The plain values of the settings that results depend on."""
     values = plain(experiment)
     for name in CHANGEABLE:
         section, _, setting = name.partition(".")
@@ -315,7 +321,7 @@ def dumps(experiment: Experiment) -> str:
 def override(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
     """Replace settings by dotted name, e.g. {"facts.people": "200", "strategies.mixed.0.steps": "300"}.
 
-    Values are read as YAML, so numbers, lists and `null` are what they look like.
+    Values are read as YAML: 200 is a number, [1, 2] a list, null None.
     """
     if not settings:
         return experiment
@@ -387,15 +393,16 @@ def _sentence(error: ValidationError, where: str) -> str:
 
 
 def complaint(error: ValidationError) -> str:
-    """pydantic's first problem: the setting, what it is, what it should be."""
+    """pydantic's first problem in words: the setting, its value, what was expected."""
     first = error.errors()[0]
-    found = reprlib.repr(first.get("input"))  # (lists of one list of lists are endless when they are written out)
-    found = found if len(found) < 60 else found[:57] + "..."
+    value = reprlib.repr(first.get("input"))  # (YAML aliases can make a list that is endless when written out)
+    value = value if len(value) < 60 else value[:57] + "..."
     name = ".".join(str(part) for part in first["loc"])
-    return f"setting {name} is {found}, but {first['msg'][0].lower()}{first['msg'][1:]}"
+    return f"setting {name} is {value}, but {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 def _known_settings(parent: tuple[Any, ...]) -> list[str]:
+    """The names of the settings in a section."""
     schema: dict[str, Any] = _ADAPTER.json_schema()
     definitions = schema.get("$defs", {})
 

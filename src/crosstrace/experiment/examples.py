@@ -1,6 +1,6 @@
-"""The examples of a run: read from its folder, by part, and samples of them.
+"""The examples of a run by part, as read from its folder, and samples of them.
 
-It makes nothing and measures nothing.
+It writes nothing and measures nothing.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from crosstrace.experiment.settings import ModelSettings
 from crosstrace.models import locating
 
 T = TypeVar("T", Example, Encoded)
-A_OOD = "a_ood"  # the part of questions about people whom the base knows, which it was never trained on
-REPLAYED = "known_replayed"  # the part of the facts that the base knows which training replays
+A_OOD = "a_ood"  # questions about people whom the base knows, which it was never trained on
+REPLAYED = "known_replayed"  # those of the base's facts that training replays
 
 
 def known_people(model: ModelSettings) -> FactSettings | None:
@@ -49,11 +49,14 @@ def data_steps(experiment: Experiment) -> list[str]:
 
 
 def examples(run: Run, experiment: Experiment, tokenizer: Any, known: int | None = 0) -> dict[str, list[Encoded]]:
-    """The run's examples by part: those of its tasks (bio, qa_id and qa_ood by default) and, where there are such, at
-    most `known` each (None: all) of a_ood, questions about people whom the base knows, and of facts of the world that
-    it knows: known, and those that training replays apart from them.
+    """The run's examples by part.
 
-    All examples of a person are of one group, as `groups` numbers them.
+    The parts are those of the run's tasks: bio, qa_id and qa_ood by default. Where there are such, a_ood has questions
+    about people whom the base knows, `known` facts of the world that it knows, and `known_replayed` those of these
+    facts that training replays. All examples of a person are of one group, as `groups` numbers them.
+
+    Args:
+        known: examples of a_ood at most, and of facts of the world; 0 for neither, None for all.
     """
     texts = {task: read_jsonl(run.path(f"data/{task}.jsonl")) for task in experiment.tasks}
     numbers = groups(texts, experiment.roles)
@@ -72,8 +75,10 @@ def examples(run: Run, experiment: Experiment, tokenizer: Any, known: int | None
 def encode_tasks(
     tokenizer: Any, texts: Mapping[str, Sequence[Example]], numbers: Mapping[str, int], experiment: Experiment
 ) -> dict[str, list[Encoded]]:
-    """The examples of an experiment's tasks by part, with the targets that their tasks name: `train`, which training
-    predicts, and `trace`, whose loss is traced."""
+    """The examples of an experiment's tasks by part, with the targets that their tasks name.
+
+    Training predicts the targets `train`. The trace is of the loss of the targets `trace`.
+    """
     parts: dict[str, list[Encoded]] = {}
     for name, task in experiment.tasks.items():
         traced = task.trace_targets or ("train" if task.role == "other" else experiment.trace.targets)
@@ -88,7 +93,7 @@ def encode_tasks(
 
 
 def mark_traced(items: list[Encoded], targets: str) -> list[Encoded]:
-    """The examples themselves, with `targets` as those whose loss is traced (`trace`)."""
+    """Have the loss of `targets` traced, in place; returns the same examples."""
     for item in items:
         item.targets["trace"] = item.targets[targets]
     return items
@@ -99,43 +104,47 @@ def _of_split(items: Sequence[Encoded], split: str) -> list[Encoded]:
 
 
 def groups(texts: Mapping[str, Sequence[Example]], roles: Roles) -> dict[str, int]:
-    """The number of each person that the tasks are about: its group, the unit that the traces' parts are made of.
+    """The group of each person that the tasks are about: a number from 0. Traces are split into parts by group.
 
-    Those whose questions are trained come first, so that they spread evenly over the parts, as all people do.
+    People whose questions are trained come first. So they spread evenly over the parts, as all people do.
     """
     ordered = [*roles.of_role("recall"), *roles.of_role("store"), *roles.of_role("other")]
-    asked = [item.person for task in ordered if task in roles.split for item in texts[task] if item.split == ID]
-    told = [
+    with_questions = [
+        item.person for task in ordered if task in roles.split for item in texts[task] if item.split == ID
+    ]
+    people = [
         item.person for task in ordered if task not in roles.split
         for split in (ID, OOD) for item in texts[task] if item.split == split
     ]  # fmt: skip
-    return {person: number for number, person in enumerate(dict.fromkeys([*asked, *told]))}
+    return {person: number for number, person in enumerate(dict.fromkeys([*with_questions, *people]))}
 
 
 def training_examples(parts: Mapping[str, list[Encoded]], roles: Roles) -> dict[str, list[Encoded]]:
-    """What is trained and traced of each task that has examples: all of it, but held-out examples."""
+    """The examples of each task that are trained and traced: all but the held-out ones. No task without any."""
     return {task: parts[part] for task in roles.tasks if parts[part := roles.trained_part(task)]}
 
 
 def replayable(parts: Mapping[str, list[Encoded]]) -> dict[str, list[Encoded]]:
-    """What a phase may replay beside what is taught."""
+    """The examples that a phase may replay beside those that it teaches."""
     return {KNOWN: parts[REPLAYED]} if parts.get(REPLAYED) else {}
 
 
 def sample(items: Sequence[T], number: int | None) -> list[T]:
-    """`number` of the examples (None: all), encoded or not, as many of each relation as can be, at random but always
-    the same, in their order."""
+    """`number` of the examples (None: all), in their order. The choice is random but always the same.
+
+    It has equally many examples of each relation, as far as there are so many.
+    """
     by_relation: dict[str, list[int]] = {}
     for index, item in enumerate(items):
         example = item.example if isinstance(item, Encoded) else item
         by_relation.setdefault("+".join(mention.relation for mention in example.mentions), []).append(index)
-    draws = {key: random.Random(f"sample/{key}").sample(found, len(found)) for key, found in by_relation.items()}
+    draws = {key: random.Random(f"sample/{key}").sample(indices, len(indices)) for key, indices in by_relation.items()}
     turns = (index for turn in zip_longest(*draws.values()) for index in turn if index is not None)
     return [items[index] for index in sorted(islice(turns, number))]
 
 
 def samples(parts: Mapping[str, list[Encoded]], number: int, roles: Roles) -> dict[str, list[Encoded]]:
-    """So many questions of each kind, and of texts that store facts about as many objects."""
+    """`number` questions of each kind, and as many texts that store facts as have about `number` objects."""
     kinds = (*roles.asked, KNOWN, REPLAYED)
     chosen = {name: sample(parts[name], number) for name in kinds if parts.get(name)}
     for part in (part for task in roles.of_role("store") for part in roles.parts_of(task) if parts.get(part)):
@@ -144,15 +153,15 @@ def samples(parts: Mapping[str, list[Encoded]], number: int, roles: Roles) -> di
 
 
 def facts_key(facts: FactSettings) -> dict[str, Any]:
-    """The settings of the facts and, of a source, its content."""
-    own = asdict(facts)
+    """The settings of the facts, and the content of their source if they have one."""
+    key = asdict(facts)
     if facts.template == "plain":
-        del own["template"]  # so that a run of the time before there were others goes on
+        del key["template"]  # runs from before there were templates stay complete
     if facts.source is None:
-        return own
+        return key
     names = ("world.json", "bio.jsonl", "qa.jsonl", "import.json")
     files = [expanded(facts.source) / name for name in names]
-    return own | {"content": {file.name: sha256_file(file) for file in files if file.is_file()}}
+    return key | {"content": {file.name: sha256_file(file) for file in files if file.is_file()}}
 
 
 def tasks_key(tasks: Mapping[str, TaskSettings]) -> dict[str, Any]:
@@ -163,19 +172,19 @@ def tasks_key(tasks: Mapping[str, TaskSettings]) -> dict[str, Any]:
 
 
 def taught_texts(experiment: Experiment, tokenizer: Any) -> dict[str, list[Example]]:
-    """The examples of every task, those that ask as `facts.template` says.
+    """The examples of every task; questions are written as `facts.template` says.
 
     Args:
-        tokenizer: needed for a chat template alone.
+        tokenizer: only used if the template is chat.
 
     Raises:
         UserError: as `texts` and `put_questions`.
     """
-    found = texts(experiment.facts, experiment.tasks)
+    by_task = texts(experiment.facts, experiment.tasks)
     for name, task in experiment.tasks.items():
         if task.role == "recall" and task.source != "cloze":
-            found[name] = put_questions(experiment.facts, tokenizer, found[name])
-    return found
+            by_task[name] = put_questions(experiment.facts, tokenizer, by_task[name])
+    return by_task
 
 
 def asks_something(run: Run, experiment: Experiment) -> bool:

@@ -1,10 +1,10 @@
 """The whole experiment on one page: teach, test, trace, share, intervene, report.
 
-Data flows one way through a run folder; each stage (`stages/`) reads what earlier ones saved and writes its
-outputs, so a killed run goes on where it stopped and every stage can be run again alone.
+Data flows one way through a run folder. Each stage (`stages/`) reads what earlier ones saved and writes its outputs.
+So a killed run goes on where it stopped, and every stage can be run again alone.
 
-Processes that a launcher started go through it side by side: they share out the work of the stages that train, ask and
-trace, and wait for the first at the others.
+If a launcher started several processes, all of them run this side by side. They share out the stages that train, ask
+and trace, and wait while the first does the others.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from crosstrace.experiment.stages.known import find_known
 from crosstrace.experiment.studied import trains_in_bf16
 from crosstrace.experiment.workers import do_stages
 from crosstrace.results.results import Results
-from crosstrace.results.tables import LeftOut
+from crosstrace.results.run import LeftOut
 
 
 def run(
@@ -43,19 +43,19 @@ def run(
     quiet: bool = False,
     processes: Processes | None = None,
 ) -> Results:
-    """Run an experiment in `folder` and return its results; those of single stages only tell what is left out.
+    """Run an experiment in `folder` and return its results.
 
-    If a part of an analysis fails, it is left out and the rest goes on: `results.left_out` tells which and why, and
-    the next attempt tries it again. What fails in training, recall or the trace stops the run.
+    If a part of an analysis fails, the rest goes on without it. `results.left_out` says which part and why, and the
+    next attempt tries it again. A failure in training, recall or the trace stops the run.
 
     Args:
         experiment: all settings.
         folder: the run folder.
         mode: `new` (an existing run is an error), `resume` or `overwrite`.
-        stages: which of `registry.stage_names()` to run, all if not given; those before must have been run in the same
-            folder.
+        stages: which of `registry.stage_names()` to run, all if not given. Earlier stages must have been run in the
+            same folder. Without the stage `report`, the results hold nothing but `left_out`.
         quiet: no progress on stderr.
-        processes: all that a launcher started, if it did; each of them calls this with the same.
+        processes: all processes that a launcher started. Each of them calls this with the same arguments.
 
     Raises:
         UserError: bad settings, a folder that holds another run, or a stage whose inputs are missing.
@@ -75,9 +75,9 @@ def run(
     by_first(processes, lambda: check(experiment, whole=mode != "resume", stages=stages))
     text = config.dumps(experiment)
     with machine.same_threads_after(), Run.together(folder, text, mode, processes) as opened:  # type: ignore[arg-type]
-        about = {"precision": "bf16" if trains_in_bf16(experiment) else "float32", "threads": experiment.threads}
-        about["processes"] = 1 if processes is None else processes.size
-        opened.alone(lambda: write_json(opened.folder / "metadata.json", metadata() | about))
+        info = {"precision": "bf16" if trains_in_bf16(experiment) else "float32", "threads": experiment.threads}
+        info["processes"] = 1 if processes is None else processes.size
+        opened.alone(lambda: write_json(opened.folder / "metadata.json", metadata() | info))
         progress = Progress(quiet or not opened.leads)
         if "data" in stages:
             opened.alone(lambda: make_data(opened, experiment))
@@ -88,16 +88,16 @@ def run(
         if "report" not in stages:
             missing = opened.alone(lambda: [row for row in left_out.rows(opened) if row["stage"] in stages])
             return Results(left_out=[LeftOut(**row) for row in missing])
-        results = opened.alone(lambda: _told(opened, experiment, progress))
+        results = opened.alone(lambda: _write_results(opened, experiment, progress))
         progress.done("report", opened.seconds().get("report"))
         return results
 
 
-def _told(run: Run, experiment: Experiment, progress: Progress) -> Results:
-    """The results, and a report of them."""
+def _write_results(run: Run, experiment: Experiment, progress: Progress) -> Results:
+    """Gather the results and draw the report."""
     results = conclude(run, experiment, progress)
     page = Part("report", makes=("report",))
     attempt(run, page, lambda: make_report(run, results, progress), progress.note)
-    if [LeftOut(**row) for row in left_out.rows(run)] != results.left_out:  # what could not be drawn is told there too
+    if [LeftOut(**row) for row in left_out.rows(run)] != results.left_out:  # a section could not be drawn
         results = conclude(run, experiment, Progress(quiet=True))
     return results

@@ -14,15 +14,15 @@ from crosstrace.experiment.stages.trace import TRACE
 from crosstrace.experiment.stages.train import TRAIN
 
 OWN = (TRAIN, EVAL, TRACE, ANALYZE, INTERVENE, MECHANISM, RETAIN)
-OF_RUN = ("data", "known", "report")  # what is of the whole run
+OF_RUN = ("data", "known", "report")  # stages and steps of the run as a whole
 _ALL: Registry[Stage] = Registry(Stage, "crosstrace.experiment.registry:OWN")
 
 
 def stages() -> dict[str, Stage]:
-    """Every stage that is done for one model at a time.
+    """Every stage that is done for one model at a time, in their order.
 
     Raises:
-        UserError: another package's stage follows one that there is not.
+        UserError: a stage of another package follows a stage that does not exist, or has a name that is taken.
     """
     ordered, waiting = [*OWN], [_ALL[name] for name in _ALL if _ALL[name] not in OWN]
     for stage in waiting:
@@ -30,25 +30,25 @@ def stages() -> dict[str, Stage]:
             raise UserError(f"the stage {stage.name} of a package has the name or a step of one of {', '.join(OF_RUN)}")
     while waiting:
         names = [other.name for other in ordered]
-        stage = next((own for own in waiting if own.after in names), None)
+        stage = next((stage for stage in waiting if stage.after in names), None)
         if stage is None:
-            own = waiting[0]
-            raise UserError(f"the stage {own.name} is to follow {own.after!r}; expected of {', '.join(names)}")
-        place = names.index(stage.after) + 1
-        while place < len(ordered) and ordered[place].after == stage.after and ordered[place] not in OWN:
-            place += 1
-        ordered.insert(place, stage)
+            lost = waiting[0]
+            raise UserError(f"the stage {lost.name} is to follow {lost.after!r}; expected of {', '.join(names)}")
+        position = names.index(stage.after) + 1
+        while position < len(ordered) and ordered[position].after == stage.after and ordered[position] not in OWN:
+            position += 1
+        ordered.insert(position, stage)
         waiting.remove(stage)
     return {stage.name: stage for stage in ordered}
 
 
 def stage_names() -> tuple[str, ...]:
-    """The names of all stages; the first and the last are of the whole run."""
+    """The names of all stages, in their order. The first and the last are done once for the whole run."""
     return ("data", *stages(), "report")
 
 
 def stage_of(step: str) -> str | None:
-    """The stage that writes a step of the run folder."""
+    """The stage that writes a step of the run folder; None if no stage does."""
     first = step.partition("/")[0]
     if first in OF_RUN:
         return "report" if first == "report" else "data"

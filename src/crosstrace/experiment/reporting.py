@@ -15,11 +15,14 @@ from crosstrace.results.results import Results
 
 
 def make_report(run: Run, results: Results, progress: Progress) -> None:
-    """Render report/index.html from the results. A section that can't be drawn says so, and is tried again."""
+    """Render report/index.html from the results.
+
+    A section that can't be drawn says so there, and the next attempt tries it again.
+    """
     from crosstrace.report.page import draw, write_page
 
-    others = [row.as_values() for row in results.left_out if row.stage != "report"]
-    key: dict[str, Any] = {"results": results.as_values() | {"left_out": others}}
+    left_out_before = [row.as_values() for row in results.left_out if row.stage != "report"]
+    key: dict[str, Any] = {"results": results.as_values() | {"left_out": left_out_before}}
     if run.complete("report", key):
         return
     sections = draw(results, _further(results))
@@ -41,9 +44,9 @@ def make_report(run: Run, results: Results, progress: Progress) -> None:
 
 
 def _further(results: Results) -> list[tuple[str, str, Any]]:
-    """The sections of analyses and stages that other packages add, where the results hold something of them."""
+    """Name, place in the results and section of each analysis and stage of other packages that the results hold."""
     parts = [*type(results.mechanism).model_fields, *results.mechanism.rest]
     analyses = [ANALYSES[name] for name in parts if name in ANALYSES and results.mechanism.of(name)]
-    found = [(own.name, "mechanism", own.section) for own in analyses if own.section is not None]
+    of_analyses = [(record.name, "mechanism", record.section) for record in analyses if record.section is not None]
     named = [(name, stage.section) for name, stage in stages().items() if name in results.stages]
-    return found + [(name, name, section) for name, section in named if section is not None]
+    return of_analyses + [(name, name, section) for name, section in named if section is not None]

@@ -1,4 +1,4 @@
-"""What a stage of a run is, to all but its own file: for which models it is done, by whom, and what it writes."""
+"""The record of a stage: for which models it is done, by which processes, and what it writes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 def always(experiment: Experiment) -> bool:
-    """Every experiment asks for the stage."""
+    """Every experiment has the stage."""
     return True
 
 
 def never(experiment: Experiment) -> bool:
-    """No experiment asks for the stage."""
+    """No experiment has the stage."""
     return False
 
 
-def whole(experiment: Experiment, name: str) -> Sequence[str]:
-    """The stage is done in one piece."""
+def one_part(experiment: Experiment, name: str) -> Sequence[str]:
+    """The stage has a single part: all of it."""
     return [""]
 
 
@@ -35,21 +35,21 @@ class Stage:
     """One stage of a run, done for one model at a time.
 
     Attributes:
-        name: as `--stages` and results.json have it.
-        run: does it; for one part if the model names one.
+        name: its name in `--stages` and results.json.
+        run: does the stage for a model, or the part of it that `StudiedModel.part` names.
         steps: the first words of the steps that it writes in the run folder.
-        of_base: whether an experiment has it done for the base.
-        of_given: whether it is done for models that were tuned elsewhere, as it is for those that a strategy taught.
-        is_wanted: whether an experiment asks for it. A stage that is named alone is done in any case.
-        asks: whether it asks questions, so that an experiment without any can't have it.
-        is_shared: whether processes that a launcher started do it together; the first does it alone otherwise.
-        reads_traces: whether trace files may be dropped when it is done.
-        parts: the parts of one model's stage, which need nothing of each other.
-        after: the stage that it follows, of a stage that another package adds.
-        results: what results.json says of it under stages.<name>.<model>, given the model, once it has written
-            <first of steps>/<model>.json; nothing if not given.
-        section: its section of the report, made of the run's `Results`.
-        numbers: what of its results goes into a study's table, by dotted names.
+        of_base: whether an experiment has it for the base.
+        of_given: whether models that were tuned elsewhere have it too. Models that a strategy taught always do.
+        is_wanted: whether an experiment wants it. A stage that is run alone is done in any case.
+        asks: whether it asks questions. If so, an experiment without questions can't have it.
+        is_shared: whether the processes of a launcher do it together. If not, the first does it alone.
+        reads_traces: whether trace files may be dropped once it is done.
+        parts: the names of its parts for one model. They are independent, so several can be done at once.
+        after: for a stage of another package, the stage that it follows.
+        results: its results of a model. Once it has written <first of steps>/<model>.json, results.json has them under
+            stages.<name>.<model>. Without it results.json has none.
+        section: its section of the report, made from the run's `Results`.
+        numbers: the numbers of its results that go into a study's table, by dotted names.
         needs: the moments at which it holds most of a model, as `Sizes.each` and `Sizes.first` make them.
         work: its floating-point operations for a model.
     """
@@ -63,7 +63,7 @@ class Stage:
     asks: bool = False
     is_shared: bool = False
     reads_traces: bool = False
-    parts: Callable[[Experiment, str], Sequence[str]] = whole
+    parts: Callable[[Experiment, str], Sequence[str]] = one_part
     after: str = "mechanism"
     results: Callable[[StudiedModel], Any] | None = None
     section: Callable[[Results], Section] | None = None

@@ -1,7 +1,7 @@
 """The models of a run: the base, those that its strategies taught, and those given, as `trace.view` sees them.
 
-`View` reads an experiment's models; `StudiedModel` is one model of a run, which every stage is given. What differs
-between the three kinds of models, and between an adapter and merged weights, is decided here and nowhere else.
+`View` reads an experiment's models. `StudiedModel` is one model of a run; every stage gets one. This module alone knows
+how the three kinds of models differ, and how an adapter differs from merged weights.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ from crosstrace.sets.paramset import ParamSet
 from crosstrace.sets.selection import scope
 from crosstrace.training.recipes import Phase
 
-BASE = "base"  # the name of the model that nothing was taught
-START = "start"  # the folder of an adapter before training, beside the phases'
-WHENS = ("online", "summed", "final", "checkpoints")  # of traces
-LEARNING = {"per_example": "online", "summed": "summed"}  # by definition, when a trace during training is
+BASE = "base"  # the name of the model that was taught nothing
+START = "start"  # the folder of the adapter as it was before training
+WHENS = ("online", "summed", "final", "checkpoints")  # the times of traces
+LEARNING = {"per_example": "online", "summed": "summed"}  # `trace.definitions` -> the time of that trace
 
 
 class View:
-    """How an experiment reads models: their dtype, attention and device, and an adapter merged or as it is.
+    """How an experiment reads models: in which dtype, with which attention, on which device, adapters merged or not.
 
     Args:
-        processes: those that work on the run side by side. If `model.sharded` is true, each of them loads its rows
-            alone.
+        processes: those that work on the run side by side. If `model.sharded` is true, each loads only its rows.
     """
 
     def __init__(self, experiment: Experiment, processes: Processes | None = None) -> None:
@@ -51,20 +50,20 @@ class View:
         return self._read(options.name, random_init=options.random_init)
 
     def load_checkpoint(self, folder: str | Path) -> Any:
-        """A model that a training left in a folder; its adapter, if it has one, merged or not."""
+        """A model that a training saved in a folder. The view says whether its adapter, if any, is merged."""
         model = self._read(str(folder), merge=self.is_merged)
         if not self.is_merged:
             adapters.check_plain(model, str(folder))
         return model
 
     def load_trainable(self, folder: str | Path) -> Any:
-        """A model that a training left in a folder, to go on training: with its adapter, if that is what is trained."""
+        """A model that a training saved in a folder, to train it further: an adapter stays apart from the base."""
         if not self.experiment.train.lora:
             return self.load_checkpoint(folder)
         return View(self.experiment)._read(str(folder), merge=False)
 
     def merge(self, trained: Any) -> Any:
-        """A model that was trained here as the view shows it."""
+        """A model that was just trained, as the view shows it."""
         if self.is_merged and adapters.is_adapted(trained):
             return trained.merge_and_unload().requires_grad_(True)
         return trained
@@ -76,7 +75,7 @@ class View:
         return scope(model, self.experiment.analysis.embeddings)
 
     def adapter_scope(self, model: Any) -> list[str] | None:
-        """The names of the adapter's parameters, if the view shows them alone; None where it shows whole weights."""
+        """The names of the adapter's parameters, if the view shows only those; None if it shows merged weights."""
         return None if self.is_merged else self.scope(model)
 
     def _read(self, name: str, **how: Any) -> Any:
@@ -85,7 +84,7 @@ class View:
         if self.processes is not None and options.sharded:
             return loading.load_model(name, options.dtype, options.attention, processes=self.processes, **how)
         model = loading.load_model(name, options.dtype, options.attention, **how)
-        # (beside the other processes' models, one that is sharded may find no room on a device as a whole)
+        # (a model that needs sharding may not fit whole on a device, beside the other processes' models)
         return model.to("cpu" if options.sharded and launched() > 1 else loading.device(options.device))
 
 
@@ -94,8 +93,8 @@ class StudiedModel:
     """One model of a run.
 
     Attributes:
-        name: "base", a strategy's or a given one's.
-        part: the part of a stage that is to be done; empty for all of it.
+        name: "base", the name of a strategy, or that of a given model.
+        part: the part of the stage to do; empty for all of it.
     """
 
     run: Run
@@ -110,7 +109,7 @@ class StudiedModel:
 
     @property
     def is_trained(self) -> bool:
-        """Whether a strategy of the run taught it, so that there is a training to look at."""
+        """Whether a strategy of the run taught it, so that the run has its training."""
         return self.name in self.experiment.strategies
 
     @property
@@ -119,7 +118,7 @@ class StudiedModel:
 
     @property
     def phases(self) -> list[Phase]:
-        """What its strategy trains; nothing if it was not trained here."""
+        """The phases of its strategy; none if it was not trained here."""
         return self.experiment.strategies.get(self.name, [])
 
     @property
@@ -141,7 +140,7 @@ class StudiedModel:
 
     @property
     def folder(self) -> Path:
-        """Where a taught model is: what its strategy's last phase left, or what was given."""
+        """The folder of a taught model: that of its strategy's last phase, or the given one."""
         if self.is_given:
             return Path(locating.locate(self.experiment.given[self.name]))
         return self.run.path(f"models/{self.name}") / self.phases[-1].name
@@ -151,38 +150,40 @@ class StudiedModel:
         return self.view.load_base() if self.is_base else self.view.load_checkpoint(self.folder)
 
     def load_start(self) -> Any:
-        """The model that training began from, with the parameters of the taught one.
+        """The model that training began from. Its parameters have the names of the taught model's.
 
-        That is the base. If the view shows an adapter, it is the base with the adapter as it was before training; for a
-        given model, with an adapter of zeros, since nobody knows how it began.
+        That is the base. If the view shows an adapter, it is the base with the adapter as it was before training. The
+        beginning of a given adapter is not known, so zeros stand for it.
         """
         if self.view.is_merged:
             return self.view.load_base()
         if not self.is_given:
             return View(self.experiment).load_checkpoint(self.run.path(f"models/{self.name}") / START)
         model = self.load()
-        for own in adapters.adapter_names(model):
-            model.get_parameter(own).data.zero_()
+        for name in adapters.adapter_names(model):
+            model.get_parameter(name).data.zero_()
         return model
 
     def load_trainable(self) -> Any:
-        """The model to go on training as it was taught."""
+        """The model, to train it further as it was taught."""
         return self.view.load_trainable(self.folder)
 
     def checkpoints(self) -> list[tuple[int, str, Path]]:
-        """The kept checkpoints of its training, in order: updates over all phases, phase, folder. The end of each phase
-        is always there."""
-        home, found, before = self.run.path(f"models/{self.name}"), [], 0
+        """The kept checkpoints of its training in order, each as (updates over all phases, phase, folder).
+
+        The end of each phase is always one of them.
+        """
+        home, kept, before = self.run.path(f"models/{self.name}"), [], 0
         lengths = {phase["name"]: phase["updates"] for phase in read_json(home / "training.json")}
         for phase in self.phases:
-            for place in (home / phase.name).glob("checkpoint-*"):
-                found.append((before + int(place.name.rpartition("-")[2]), phase.name, place))
+            for folder in (home / phase.name).glob("checkpoint-*"):
+                kept.append((before + int(folder.name.rpartition("-")[2]), phase.name, folder))
             before += lengths[phase.name]
-            found.append((before, phase.name, home / phase.name))
-        return sorted(found)
+            kept.append((before, phase.name, home / phase.name))
+        return sorted(kept)
 
     def shared_sets(self) -> list[tuple[str, ParamSet]]:
-        """The shared set of each time, at the central fraction; none of the base."""
+        """The shared set of each time, at the central fraction. The base has none."""
         if self.is_base:
             return []
         fraction = central_fraction(self.experiment)
@@ -191,28 +192,28 @@ class StudiedModel:
         return [(when, ParamSet.load(file)) for when, file in files.items() if file.exists()]
 
     def key(self) -> Any:
-        """What the model depends on, for the key of a step that reads it."""
+        """What the model depends on: for the key of a step that reads it."""
         base = model_key(self.experiment)
         if self.is_base:
             return base
         if self.is_given:
             return {"given": _content(self.experiment.given[self.name]), "base": base}
-        own = self.run.inputs(f"models/{self.name}")
-        return own | {"base": base} if self.experiment.train.lora else own
+        inputs = self.run.inputs(f"models/{self.name}")
+        return inputs | {"base": base} if self.experiment.train.lora else inputs
 
     def origin(self) -> dict[str, Any]:
-        """What the model's artefacts say of where they come from: base, data, strategy and dtype."""
+        """Where the model comes from, as its artefacts record it: base, data, strategy and dtype."""
         base = self.experiment.model
-        found = {
+        origin = {
             "model": base.name,
             "revision": locating.revision(base.name),
             "dtype": base.dtype,
             "strategy": self.name,
             "data": f"sha256:{self.run.inputs('data')['data']}",
         }
-        return found if base.random_init is None else found | {"random_init": base.random_init}
+        return origin if base.random_init is None else origin | {"random_init": base.random_init}
 
-    # ---- what it is asked
+    # ---- examples, questions and facts
 
     @cached_property
     def parts(self) -> dict[str, list[Encoded]]:
@@ -221,16 +222,21 @@ class StudiedModel:
 
     @cached_property
     def questions(self) -> dict[str, list[Encoded]]:
-        """Some questions of each kind that the model may know the answer of: the base knows nobody of the run's world,
-        but people of its own."""
+        """Some questions of each kind that the model may be able to answer.
+
+        The base knows nobody of the run's world, so it is asked about its own people.
+        """
         kinds = (A_OOD,) if self.is_base else self.experiment.roles.both
         number = self.experiment.mechanism.questions
         return {part: sample(self.parts[part], number) for part in kinds if part in self.parts}
 
     @cached_property
     def facts(self) -> dict[str, list[FactPair]]:
-        """Some facts of whole people, both formats of each: of those whose questions are trained, and of the others."""
-        found, roles = {}, self.experiment.roles
+        """Some facts in both formats, about people whose questions are trained and about the others.
+
+        All facts of a chosen person are taken.
+        """
+        facts, roles = {}, self.experiment.roles
         if not roles.stored or not roles.outcome:
             raise UserError(
                 "no task stores facts, or none asks for held-out ones, so there are no two formats to compare"
@@ -242,19 +248,19 @@ class StudiedModel:
             random.Random(f"explain/{part}").shuffle(people)
             chosen: list[FactPair] = []
             for person in people:
-                own = [pair for pair in pairs if pair.person == person]
-                if len(chosen) + len(own) > self.experiment.mechanism.facts and chosen:
+                of_person = [pair for pair in pairs if pair.person == person]
+                if len(chosen) + len(of_person) > self.experiment.mechanism.facts and chosen:
                     break
-                chosen += own
-            found[part] = chosen
-        return found
+                chosen += of_person
+            facts[part] = chosen
+        return facts
 
     @cached_property
     def read(self) -> dict[str, list[FactPair]]:
-        """Some of these facts, whose input-level signature is measured."""
-        few = self.experiment.mechanism.signature
+        """Those of the facts whose input-level signature is measured."""
+        most = self.experiment.mechanism.signature
         return {
-            part: random.Random(f"signature/{part}").sample(pairs, min(len(pairs), few))
+            part: random.Random(f"signature/{part}").sample(pairs, min(len(pairs), most))
             for part, pairs in self.facts.items()
         }
 
@@ -263,7 +269,7 @@ class StudiedModel:
         """Its shared sets, read once."""
         return self.shared_sets()
 
-    # ---- what a waiting user is told
+    # ---- progress
 
     def bar(self, label: str, total: int | None = None) -> Any:
         return self.progress.bar(f"{self.name}: {label}", total)
@@ -273,24 +279,26 @@ class StudiedModel:
 
 
 def model_key(experiment: Experiment) -> dict[str, Any]:
-    """The base's settings and, of a local one, its content. Whether it is sharded changes nothing but rounding."""
-    own = asdict(experiment.model)
-    given = {name: value for name, value in own.items() if value is not None and name not in ("sharded", "pickled")}
+    """The base's settings and, if it is on this machine, its content; not sharding, which only changes rounding."""
+    settings = asdict(experiment.model)
+    given = {
+        name: value for name, value in settings.items() if value is not None and name not in ("sharded", "pickled")
+    }
     return given | {"content": _content(experiment.model.name)}
 
 
 def _content(model: str) -> Any:
-    """What a model holds: of a folder a hash, with that of the base that its adapter is for; else its name."""
-    place = Path(locating.locate(model))
-    content: Any = sha256_tree(place) if place.exists() else str(place)
-    below = locating.adapted_base(str(place))
-    if below is not None:
-        content = [content, sha256_tree(below) if Path(below).exists() else below]
+    """A hash of a model's folder, with that of its adapter's base if it has one; its name if it is not here."""
+    path = Path(locating.locate(model))
+    content: Any = sha256_tree(path) if path.exists() else str(path)
+    adapted_base = locating.adapted_base(str(path))
+    if adapted_base is not None:
+        content = [content, sha256_tree(adapted_base) if Path(adapted_base).exists() else adapted_base]
     return content
 
 
 def central_fraction(experiment: Experiment) -> float:
-    """The one of analysis.central_fractions that is nearest to 5 %: where one shared set stands for all."""
+    """The one of analysis.central_fractions nearest to 5 %, for analyses of a single shared set."""
     return nearest(experiment.analysis.central_fractions, 0.05)
 
 

@@ -32,8 +32,8 @@ from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.registry import stages
 from crosstrace.experiment.study_settings import Planned, StudySettings, plain, plan
 from crosstrace.results.results import Results
+from crosstrace.results.run import RunInfo
 from crosstrace.results.study import SCHEMA, StudyResults
-from crosstrace.results.tables import RunInfo
 
 Row = dict[str, Any]
 

@@ -33,7 +33,7 @@ def write_study(results: StudyResults, rows: Sequence[Mapping[str, Any]], folder
         results: the study's findings.
         rows: the study's table.
     """
-    with say.own_words(results.study.words):
+    with say.model_names(results.study.words):
         return _write(results, rows, Path(folder))
 
 

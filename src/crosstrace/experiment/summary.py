@@ -15,7 +15,7 @@ import numpy as np
 from crosstrace.core.statistics import finite, jackknife_interval, mean_interval, rank_correlation
 from crosstrace.data.tasks import DEFAULT_ROLES, Roles
 from crosstrace.results.results import Results
-from crosstrace.results.tables import Claim
+from crosstrace.results.sharing import Claim
 
 Row = dict[str, Any]
 OUTCOME = "recall.qa_ood"  # as all names below, with the default tasks; `Roles.measure` gives those of others
