@@ -19,6 +19,7 @@ from crosstrace.data.tokens import encode
 from crosstrace.experiment import config, pipeline
 from crosstrace.models import untaught
 from crosstrace.planning import plan
+from crosstrace.results.results import Results
 from crosstrace.training.pretraining import word_tokenizer
 
 
@@ -223,9 +224,10 @@ def test_texts_without_questions_are_taught_and_reported(
     assert NO_QUESTIONS in capsys.readouterr().out
     assert NO_QUESTIONS in read_json(tmp_path / "own" / "import.json")["notes"]
     found = taught(tmp_path, strategies="{store: [{name: store, batch: {bio: 4}, steps: 2}]}", **CHECKED)
+    shown = Results.read(tmp_path / "run")
     assert found["lacking"] == NO_QUESTIONS and found["claims"] == [] and found["shared"] == {"store": []}
     assert found["recall"]["store"]["bio"]["n"] == found["import"]["kept"] and "qa_ood" not in found["recall"]["store"]
-    assert NO_QUESTIONS in str(found) and NO_QUESTIONS in found._repr_html_()
+    assert NO_QUESTIONS in str(shown) and NO_QUESTIONS in shown._repr_html_()
     page = (tmp_path / "run" / "report" / "index.html").read_text()
     assert "No claims were tested: there are no questions" in page and "What was imported" in page
     assert "adds this" not in page, "no command could"

@@ -1,5 +1,7 @@
-"""What a section of a page is made of, and how a page is put together; the templates say how it looks. No text, no
-numbers."""
+"""What a page is made of (sections, figures, tables), and how it is put together.
+
+It holds no text and no numbers; the templates say how a page looks.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +34,8 @@ class Cell:
 
 @dataclass
 class Table:
+    """A table of the page."""
+
     head: Sequence[Cell | str]
     rows: Sequence[Sequence[Cell | str]]
     title: str
@@ -57,16 +61,19 @@ class Plot:
 
 @dataclass
 class Section:
+    """A part of the page: its figures and tables, or why it has none."""
+
     id: str
     title: str
     blocks: list[Table | Plot] = field(default_factory=list)
-    absent: str = ""  # what was not run; replaces everything else
-    command: str = ""
+    absent: str = ""  # what was not run; the page shows this in place of the blocks
+    command: str = ""  # the stage that adds what is absent
     left_out: Sequence[str] = ()  # models that it lacks, with the reason
     failure: Failure | None = None  # why it could not be drawn
 
 
 def key(entries: Iterable[tuple[str, drawing.Look]]) -> list[dict[str, str]]:
+    """The key above a figure: each series' name and look, as the template takes them."""
     dashes = {"-": "", "--": "6 4", ":": "2 3"}
     return [
         {
@@ -81,7 +88,10 @@ def key(entries: Iterable[tuple[str, drawing.Look]]) -> list[dict[str, str]]:
 
 
 def drawn(builders: Iterable[tuple[str, Callable[[Any], Section]]], results: Any) -> list[Section]:
-    """The sections of a page, by id and what draws each. One that can't be drawn has nothing but its `failure`."""
+    """The sections of a page, drawn by `builders`: their ids and functions.
+
+    A section that can't be drawn has only its `failure`.
+    """
     sections = []
     for id, build in builders:
         failure = hindrance(lambda build=build: sections.append(build(results)))
@@ -97,7 +107,10 @@ def render(template: str, **values: Any) -> str:
     from markupsafe import Markup
 
     files = resources.files("crosstrace.report")
-    load = lambda name: (files / name).read_text(encoding="utf-8")
+
+    def load(name: str) -> str:
+        return (files / name).read_text(encoding="utf-8")
+
     env = Environment(
         loader=FunctionLoader(load),
         autoescape=True,
@@ -106,6 +119,11 @@ def render(template: str, **values: Any) -> str:
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
-    env.filters["firm"] = lambda text: text.replace("-", "\u2011")  # no line ends inside "Mix-tuned"
+    env.filters["firm"] = _unbroken
     env.filters["drawn"] = Markup  # the figures' SVG, whose text to_svg has escaped
     return env.get_template(template).render(css=Markup(load("page.css")), **values)
+
+
+def _unbroken(text: str) -> str:
+    """A text with hyphens at which no line ends, e.g. in "Mix-tuned"."""
+    return text.replace("-", "\u2011")

@@ -102,14 +102,14 @@ def set_looks(rows: Iterable[Any]) -> dict[str, Look]:
         "random": Look(GREY, "X", "--"),
         "random_per_tensor": Look(SERIES[4], "v", "--"),
     }
-    others = [n for n in R.distinct(rows, "set") if n not in looks]
+    names = R.distinct(rows, "set")
+    others = [n for n in names if n not in looks]
     looks |= {n: Look(SERIES[2 + i % 2], ("s", "D", "^", "P")[i % 4]) for i, n in enumerate(others)}
-    found = R.distinct(rows, "set")
-    return {n: look for n, look in looks.items() if n in found}
+    return {n: look for n, look in looks.items() if n in names}
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw in the report's style, whatever the caller's own settings of matplotlib are."""
+    """Draw in the report's style, whatever the caller's settings of matplotlib are."""
 
     @functools.wraps(draw)
     def styled(*args: Any, **kwargs: Any) -> Figure:
@@ -245,7 +245,7 @@ def _interval(row: Any, ends: Ends) -> tuple[float, float]:
 
 
 def from_zero(ax: Axes, rows: Sequence[Any], x: str, digits: int = 2, ends: Ends = LOW_HIGH) -> None:
-    """An axis of what is no share: 0 and all values with their intervals are on it."""
+    """An x axis for values that are not shares: it spans 0 and all values with their intervals."""
     values = [say.number(R.value(row, x)) for row in rows] + [end for row in rows for end in _interval(row, ends)]
     known = [value for value in values if math.isfinite(value)] or [0.0]
     span = max(max(known), 0.05) - min(*known, 0.0)
@@ -324,11 +324,11 @@ def fold(values: list[list[float]], columns: int, what: str) -> tuple[list[list[
 
 def fraction_axis(ax: Axes, rows: Sequence[Any]) -> None:
     """A log axis with ticks at fractions that were run, as many as there is room for."""
-    found = sorted(R.distinct(rows, "fraction"))
+    fractions = sorted(R.distinct(rows, "fraction"))
     ax.set_xscale("log")
-    gap = math.log(found[-1] / found[0]) / 7
-    ticks = found[:1]
-    for f in found[1:]:
+    gap = math.log(fractions[-1] / fractions[0]) / 7
+    ticks = fractions[:1]
+    for f in fractions[1:]:
         if math.log(f / ticks[-1]) >= gap:
             ticks.append(f)
     ax.set_xticks(ticks, [say.percent(f) for f in ticks])
@@ -338,7 +338,10 @@ def fraction_axis(ax: Axes, rows: Sequence[Any]) -> None:
 def one_view(
     rows: Sequence[T], strategy: str | None, when: str | None, fraction: float | None, part: str
 ) -> tuple[list[T], str, str, float | None]:
-    """The rows of one strategy, time and fraction; the first, at the headline fraction, if not named."""
+    """The rows of one strategy, time and fraction.
+
+    What is not named is the first strategy, its first time, and the headline fraction.
+    """
     strategy = strategy or next(iter(R.distinct(rows, "strategy")), None)
     rows = R.where(rows, strategy=strategy)
     when = when or next(iter(R.distinct(rows, "when")), None)
@@ -348,21 +351,25 @@ def one_view(
 
 
 def models_of(rows: Sequence[Any], results: Results) -> dict[str, Look]:
-    found = R.distinct(rows, "model")
-    return {n: look for n, look in strategy_looks(results).items() if n in found}
+    """The looks of the models that some rows are of."""
+    names = R.distinct(rows, "model")
+    return {n: look for n, look in strategy_looks(results).items() if n in names}
 
 
 def needed(rows: list[T], part: str) -> list[T]:
+    """The rows; an error if there are none."""
     if not rows:
         raise UserError(f"the results hold no {part} that match what this figure was asked for")
     return rows
 
 
 def shortened(text: str, most: int) -> str:
+    """A text of at most `most` characters, with an ellipsis where it was cut."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def load_ticker() -> Any:
+    """matplotlib's ticker, imported when a figure is drawn."""
     from matplotlib import ticker
 
     return ticker

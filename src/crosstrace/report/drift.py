@@ -5,13 +5,13 @@ from __future__ import annotations
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
 from crosstrace.report.blocks import Cell, Section
-from crosstrace.report.mechanism import Columns, table
+from crosstrace.report.model_tables import Columns, table
 from crosstrace.results.results import Results
-from crosstrace.results.tables import Drift
+from crosstrace.results.sharing import Drift
 
 
 def drift(results: Results) -> Section:
-    """Which tensors moved, how far, and how much of the way lies in the shared set."""
+    """Which tensors moved, how far, and how much of the movement lies in the shared set."""
     section = Section("drift", "How far the weights moved", command="analyze")
     modules = R.strategy_rows(results, {name: tables.modules for name, tables in results.drift.items()})
     sets = R.strategy_rows(results, {name: tables.sets for name, tables in results.drift.items()})
@@ -20,7 +20,7 @@ def drift(results: Results) -> Section:
         return section
     columns: Columns = {
         "Model": lambda r: say.model(r.strategy),
-        "Where": lambda r: "all" if r.layer is None and r.kind == "all" else _place(r),
+        "Where": lambda r: "all" if r.layer is None and r.kind == "all" else _tensor_kind(r),
         "Parameters changed": lambda r: Cell(say.plain(r.changed), f"of {say.plain(r.size)}"),
         "Way, of the base's norm": lambda r: say.percent(r.relative),
         "Share of the squared way": lambda r: say.percent(r.share),
@@ -47,5 +47,6 @@ def drift(results: Results) -> Section:
     return section
 
 
-def _place(row: Drift) -> str:
+def _tensor_kind(row: Drift) -> str:
+    """A layer's kind of tensor, e.g. layers.2.attention.q."""
     return row.kind if row.layer is None else f"layers.{row.layer}.{row.kind}"

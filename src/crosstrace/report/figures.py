@@ -1,8 +1,8 @@
 """The report's figures: results in, one single-panel matplotlib Figure out.
 
-A figure draws what results.json holds; it computes no statistic. matplotlib is imported when a figure is
-drawn and never before. The colours are stand-ins that read well by themselves, in a notebook say, and that
-`to_svg` replaces by the page's own, so that an inline figure follows light and dark.
+A figure draws what results.json holds; it computes no statistic. matplotlib is imported when a figure is drawn, not
+before. The colours read well by themselves, in a notebook for example. In the page, `to_svg` replaces them by the
+page's colours, so that a figure follows light and dark.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ def figure_history(results: Results, *, test: str | None = None, legend: bool = 
     n = f", n = {counts[0]:,}" if len(counts) == 1 else ""
     fig, ax = panel(say.test(test or ""), f"exact match{n}", below="updates")
     for name, look in strategy_looks(results).items():
-        own = R.where(rows, strategy=name)
-        if own:
-            curve(ax, own, "update", "value", look, say.model(name), every=max(1, len(own) // 8), ends=None)
-        phases = results.training[name].phases[:-1] if own and name in results.training else []
+        points = R.where(rows, strategy=name)
+        if points:
+            curve(ax, points, "update", "value", look, say.model(name), every=max(1, len(points) // 8), ends=None)
+        phases = results.training[name].phases[:-1] if points and name in results.training else []
         update = 0
         for phase in phases:
             update += phase.updates
@@ -174,8 +174,8 @@ def figure_units(
 ) -> Figure:
     """Heat map over attention heads or MLP neurons: the share of each unit's parameters in the shared set.
 
-    More than `columns` units a layer are drawn strongest first, each column the mean of neighbours in that
-    order; the report's CSV keeps every unit under its own number.
+    If a layer has more than `columns` units, they are sorted, strongest first, and each column is the mean of
+    neighbours. The report's CSV keeps every unit under its number.
     """
     rows = R.unit_rows(results)
     unit = unit or next(iter(R.distinct(rows, "unit")), None)
@@ -248,8 +248,10 @@ def figure_intervention(
 def figure_levels(
     rows: Sequence[Any], title: str, looks: Mapping[str, Look], *, group: Callable[[Any], str], legend: bool = False
 ) -> Figure:
-    """One measure's mean over seeds with its interval, of every strategy in every setting of a study; `group` gives a
-    row's setting in words."""
+    """One measure of every strategy in every setting of a study: its mean over seeds, with its interval.
+
+    `group` gives a row's setting in words.
+    """
     groups = list(dict.fromkeys(map(group, needed(list(rows), title))))
     fig, ax = panel(title, "mean over seeds, 95\u202f% intervals", height=90 + 34 * len(groups), left=168)
     dots(ax, rows, groups, [shortened(g, 22) for g in groups], group, looks, "mean")
@@ -264,10 +266,10 @@ def figure_scatter(
     known = needed([row for row in rows if row.get(x) is not None and row.get(y) is not None], title)
     fig, ax = panel(shortened(title, 44), "exact match on held-out questions", below=title)
     for name, look in looks.items():
-        own = R.where(known, strategy=name)
-        if own:
+        points = R.where(known, strategy=name)
+        if points:
             ax.plot(
-                [r[x] for r in own], [r[y] for r in own], look.mark, color=look.color, ms=6, mec=PAGE, mew=0.6,
+                [r[x] for r in points], [r[y] for r in points], look.mark, color=look.color, ms=6, mec=PAGE, mew=0.6,
                 label=say.model(name),
             )  # fmt: skip
     ax.set_ylim(-0.03, 1.04)
@@ -275,8 +277,10 @@ def figure_scatter(
 
 
 def untouched(results: Results, strategy: str | None, test: str | None) -> tuple[float, float]:
-    """Exact match of the strategy's model and of the base, as they are, on the questions that the interventions were
-    asked; NaN where not tested."""
+    """Exact match of the strategy's model and of the base without intervention; NaN where not tested.
+
+    It is measured on the same questions as the interventions.
+    """
     interventions = results.interventions.get(strategy or "")
     if interventions is None or interventions.untouched is None:
         return math.nan, math.nan

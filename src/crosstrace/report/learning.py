@@ -1,39 +1,41 @@
-"""The page's sections on what the base knew, on formats never trained, on the order in which things came, and on what
-further training leaves."""
+"""The page's sections on what is learned and lost: what the base knew, formats never trained, the order in which
+measures rise, and further training."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
 from crosstrace.report import drawing, mechanism_figures
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
 from crosstrace.report.blocks import Cell, Plot, Section, Table, key
-from crosstrace.report.mechanism import Columns, by_part, model_of, models_of, table
+from crosstrace.report.model_tables import Columns, by_part, model_of, models_of, table
+from crosstrace.results.recall import Repair
 from crosstrace.results.results import Results
 
 FOLLOWED = ("recall.qa_ood", "recall.bio", "overlap", "shared_of_last", "gradient.qa_ood", "states.qa_ood",
             "signature.qa_ood", "heads_as_last.qa_ood", "neurons_as_last.qa_ood")  # fmt: skip
-SAID = 12  # answers of each model that the page tells
-TOLD = ("recall.qa_ood", "overlap", "gradient.qa_ood", "heads_as_last.qa_ood")
+EXAMPLES = 12  # answers of each model that the page shows
+NARRATED = ("recall.qa_ood", "overlap", "gradient.qa_ood", "heads_as_last.qa_ood")
 
 
 def known(results: Results) -> Section:
     """Facts of the world that the base knew: what is left of them, and what is said instead."""
     section = Section("known", "What the base knew")
-    found = results.known
-    if found is None:
+    facts = results.known
+    if facts is None:
         section.absent = "The base was not asked facts of the world (eval.known)"
         return section
-    recall, models = results.recall, [m for m in R.strategies(results) if m in found.models]
+    recall, models = results.recall, [m for m in R.strategies(results) if m in facts.models]
     parts = [p for p in ("known", "known_replayed") if p in recall["base"].rest]
     if not parts:
-        section.absent = f"The base answers no fact of {found.source}"
+        section.absent = f"The base answers no fact of {facts.source}"
         return section
     head = ["Model", "Facts", "n", "Still answered", *(f"Says {what}" for what in say.INSTEAD.values())]
     body = []
     for model, part in product(models, parts):
-        cell, said = recall[model][part], R.where(found.models[model].instead, part=part)
+        cell, said = recall[model][part], R.where(facts.models[model].instead, part=part)
         body.append([
             say.model(model), say.test(part), say.plain(cell.n),
             Cell(say.percent(cell.exact_match), say.interval(cell.low, cell.high)),
@@ -43,8 +45,8 @@ def known(results: Results) -> Section:
     section.blocks.append(Table(head, body, title))
     head = ["Relation", "Asked as", "Facts", "Base", *map(say.model, models)]
     body = []
-    for row in found.relations:
-        cells = [found.models[m].relations["known"].get(row.relation) for m in models]
+    for row in facts.relations:
+        cells = [facts.models[m].relations["known"].get(row.relation) for m in models]
         body.append([
             say.spoken(row.relation), row.example, say.plain(row.facts),
             Cell(say.plain(row.known), say.percent(row.known / row.facts)),
@@ -54,7 +56,9 @@ def known(results: Results) -> Section:
     section.blocks.append(Table(head, body, title, folded=True))
     head = ["Model", "Asked", "True", "Said"]
     body = [
-        [say.model(m), r.prompt, r.object, r.said or say.DASH] for m in models for r in found.models[m].instead[:SAID]
+        [say.model(m), r.prompt, r.object, r.said or say.DASH]
+        for m in models
+        for r in facts.models[m].instead[:EXAMPLES]
     ]
     if body:
         section.blocks.append(Table(head, body, "Some of what is said instead", folded=True))
@@ -72,8 +76,8 @@ def transfer(results: Results) -> Section:
     lead = next(p for p in parts if p != "a_ood" or len(parts) == 1)
     sentences = []
     for name in ("wording", "cloze", "reversed"):
-        found = [(say.model(r.model), say.number(r.correct)) for r in R.where(rows, part=lead, format=name)]
-        sentence = say.compare([pair for pair in found if pair[0] != say.model("base")], "is right on", "")
+        shares = [(say.model(r.model), say.number(r.correct)) for r in R.where(rows, part=lead, format=name)]
+        sentence = say.compare([pair for pair in shares if pair[0] != say.model("base")], "is right on", "")
         if sentence:
             sentences.append(f"{say.FORMATS[name].capitalize()}: {sentence}")
     absent = {
@@ -123,13 +127,13 @@ def dynamics(results: Results) -> Section:
         )
         return section
     names, roles = R.distinct(rows, "model"), results.roles
-    told_of = {roles.measure(m) for m in TOLD}
+    narrated = {roles.measure(m) for m in NARRATED}
     sentences = []
     for name in names:
-        came = [r for r in R.where(order, model=name) if r.half is not None and r.measure in told_of]
-        told = [f"{say.measured(r.measure)} at update {round(r.half):,}" for r in came]
-        if told:
-            sentences.append(f"{say.model(name)} was halfway in {say.listing(told)}.")
+        halfway = [r for r in R.where(order, model=name) if r.half is not None and r.measure in narrated]
+        clauses = [f"{say.measured(r.measure)} at update {round(r.half):,}" for r in halfway]
+        if clauses:
+            sentences.append(f"{say.model(name)} was halfway in {say.listing(clauses)}.")
     measures = [m for m in map(roles.measure, FOLLOWED) if any(r.rest.get(m) is not None for r in rows)]
     section.blocks.append(
         Plot(
@@ -151,12 +155,11 @@ def dynamics(results: Results) -> Section:
             also=" ".join(sentences[1:]),
         )
     )
-    form = lambda value: say.decimal(value, 3)
     columns: Columns = {
         "Model": model_of,
         "Measure": lambda r: say.measured(r.measure),
-        "Base": lambda r: form(r.first),
-        "End of training": lambda r: form(r.last),
+        "Base": lambda r: say.decimal(r.first, 3),
+        "End of training": lambda r: say.decimal(r.last, 3),
         "A tenth of the way": lambda r: say.decimal(r.tenth, 0),
         "Half of the way": lambda r: say.decimal(r.half, 0),
     }
@@ -167,8 +170,7 @@ def dynamics(results: Results) -> Section:
 def retention(results: Results) -> Section:
     """What is left of the taught facts, and of the shared set, after further training."""
     section = Section("retention", "After further training", command="retain")
-    kept = results.retention
-    rows = R.strategy_rows(results, {name: tables.history for name, tables in kept.items()})
+    rows = R.strategy_rows(results, {name: tables.history for name, tables in results.retention.items()})
     if not rows:
         section.absent = "The taught models were not trained further"
         return section
@@ -178,9 +180,9 @@ def retention(results: Results) -> Section:
     sentences = []
     for arm in arms:
         last = {r.strategy: r for r in R.where(rows, arm=arm, update=end)}
-        told = [(say.model(s), say.number(last[s].rest.get(parts[0]))) for s in names if s in last]
+        shares = [(say.model(s), say.number(last[s].rest.get(parts[0]))) for s in names if s in last]
         after = f" of the {say.answered(parts[0])} after {end:,} updates {say.ARMS[arm]}"
-        sentences.append(say.compare(told, "still answers", after))
+        sentences.append(say.compare(shares, "still answers", after))
     section.blocks.append(
         Plot(
             "retention",
@@ -202,38 +204,47 @@ def retention(results: Results) -> Section:
             also=" ".join(sentences[1:]),
         )
     )
-    repair = R.strategy_rows(results, {name: tables.repair for name, tables in kept.items()})
-    moved = R.strategy_rows(results, {name: tables.moved for name, tables in kept.items()})
-    shared = R.strategy_rows(results, {name: tables.shared for name, tables in kept.items()})
-    columns: Columns = {
+    section.blocks += _retention_tables(results)
+    return section
+
+
+def _retention_tables(results: Results) -> list[Table]:
+    """Recall with parameters put back, how far the sets moved, and what is still shared."""
+    retained = results.retention.items()
+    repair = R.strategy_rows(results, {name: tables.repair for name, tables in retained})
+    moved = R.strategy_rows(results, {name: tables.moved for name, tables in retained})
+    shared = R.strategy_rows(results, {name: tables.shared for name, tables in retained})
+    of_set: Columns = {
         "Model": lambda r: say.model(r.strategy),
         "Training": lambda r: say.ARMS[r.arm],
         "Shared set": lambda r: say.when(r.when),
-        "Put back": lambda r: say.PUT_BACK.get(r.set) or say.pset(r.set),
     }
+    repair_columns = of_set | {"Put back": lambda r: say.PUT_BACK.get(r.set) or say.pset(r.set)}
     for part in R.held_out_first(list(repair[0].rest) if repair else [], results):
-        columns[say.test(part)] = lambda r, part=part: say.percent(r.rest[part])
-    title = "Recall after further training, with some parameters put back to their taught values"
-    section.blocks.append(table(title, repair, columns, folded=False))
-    columns = {
-        "Model": lambda r: say.model(r.strategy),
-        "Training": lambda r: say.ARMS[r.arm],
-        "Shared set": lambda r: say.when(r.when),
+        repair_columns[say.test(part)] = _recall_of(part)
+    moved_columns = of_set | {
         "Set": lambda r: say.pset(r.set),
         "Parameters": lambda r: say.plain(r.size),
         "Share of the squared way": lambda r: say.percent(r.energy),
         "Over its share of the parameters": lambda r: say.decimal(r.lift),
     }
-    section.blocks.append(table("How far the sets' parameters moved", moved, columns))
     head = ["Model", "Training", "Shared before", "Shared after", "Still shared"]
     body = [
-        [
-            say.model(r.strategy),
-            say.ARMS[r.arm],
-            *map(say.plain, (r.before, r.after)),
-            say.percent(r.still),
-        ]
+        [say.model(r.strategy), say.ARMS[r.arm], say.plain(r.before), say.plain(r.after), say.percent(r.still)]
         for r in shared
     ]
-    section.blocks.append(Table(head, body, "The shared set of a trace of the taught material, before and after"))
-    return section
+    repair_title = "Recall after further training, with some parameters put back to their taught values"
+    return [
+        table(repair_title, repair, repair_columns, folded=False),
+        table("How far the sets' parameters moved", moved, moved_columns),
+        Table(head, body, "The shared set of a trace of the taught material, before and after"),
+    ]
+
+
+def _recall_of(part: str) -> Callable[[Repair], str]:
+    """What a table's column says of recall on one kind of questions."""
+
+    def cell(row: Repair) -> str:
+        return say.percent(row.rest[part])
+
+    return cell

@@ -50,8 +50,10 @@ GRAFTS = {  # how the parameters are ranked that are grafted
 
 @styled
 def figure_gradients(results: Results, *, part: str | None = None, legend: bool = True) -> Figure:
-    """How much closer the gradients of a fact's two formats are than those of two people's: over all parameters in
-    scope, the shared set, its complement and random sets, every model's."""
+    """How much more alike the gradients are for one fact in both formats than for two people's facts.
+
+    A line for each set of parameters: all in scope, the shared set, its complement and random sets.
+    """
     rows = R.model_rows(results, results.mechanism.gradients)
     part = part or next(iter(R.held_out_first(R.distinct(rows, "part"), results)), None)
     rows = [row for row in R.where(rows, part=part) if row.group in say.EXPLAINED]
@@ -76,8 +78,8 @@ def figure_depth(
     rows = needed(R.where(rows, part=part), f"representation consistency at the {place}")
     fig, ax = panel(say.place(place), f"{say.test(part or '')}: {say.STATES[value]}", below="layer")
     for name, look in models_of(rows, results).items():
-        own = R.where(rows, model=name)
-        curve(ax, own, "layer", value, look, say.model(name), ends=(f"{value}_low", f"{value}_high"))
+        points = R.where(rows, model=name)
+        curve(ax, points, "layer", value, look, say.model(name), ends=(f"{value}_low", f"{value}_high"))
     chance = {"top1": ("chance_relation", "chance_person"), "cka": ("cka_shuffled",)}.get(value, ())
     if chance:
         level = sorted(
@@ -110,8 +112,8 @@ def figure_circuit(
         below=f"share of the {say.unit(unit or '')} kept or ablated",
     )
     for (kind, order), look in CIRCUIT.items():
-        own, ends = R.where(rows, kind=kind, order=order), ("exact_match_low", "exact_match_high")
-        curve(ax, own, "fraction", "exact_match", look, say.curve(kind, order), ends=ends)
+        points, ends = R.where(rows, kind=kind, order=order), ("exact_match_low", "exact_match_high")
+        curve(ax, points, "fraction", "exact_match", look, say.curve(kind, order), ends=ends)
     ax.set_ylim(-0.02, 1.04)
     ax.xaxis.set_major_locator(load_ticker().MultipleLocator(0.25))
     ax.xaxis.set_major_formatter(lambda v, _: say.percent(v))
@@ -151,18 +153,18 @@ def figure_positions(
     rows = R.where(R.model_rows(results, results.mechanism.positions), component=component)
     part = part or next(iter(R.held_out_first(R.distinct(rows, "part"), results)), None)
     rows = needed(R.where(rows, part=part), f"grafting at positions on {part}")
-    groups = list(dict.fromkeys(map(_places_of, rows)))
+    groups = list(dict.fromkeys(map(_tokens_of, rows)))
     fig, ax = panel(
         say.test(part or ""), f"exact match, tuned: {say.COMPONENTS.get(component, component)}",
         height=90 + 30 * len(groups), left=168,
     )  # fmt: skip
-    dots(ax, rows, groups, groups, _places_of, models_of(rows, results), "exact_match")
+    dots(ax, rows, groups, groups, _tokens_of, models_of(rows, results), "exact_match")
     return finish(fig, ax, legend)
 
 
-def _places_of(row: Positions) -> str:
+def _tokens_of(row: Positions) -> str:
     """Which tokens have tuned weights, in words."""
-    return say.places(row.places)
+    return say.tokens(row.places)
 
 
 @styled
@@ -197,8 +199,8 @@ def figure_lens(
     rows = needed(R.where(rows, part=part), f"logit lens at the {place}")
     fig, ax = panel(say.place(place), f"{say.test(part or '')}: object first", below="layer")
     for name, look in models_of(rows, results).items():
-        own = R.where(rows, model=name)
-        curve(ax, own, "layer", "top1", look, say.model(name), ends=("top1_low", "top1_high"))
+        points = R.where(rows, model=name)
+        curve(ax, points, "layer", "top1", look, say.model(name), ends=("top1_low", "top1_high"))
     ax.set_ylim(-0.03, 1.04)
     ax.xaxis.set_major_locator(load_ticker().MaxNLocator(6, integer=True))
     return finish(fig, ax, legend)
@@ -228,10 +230,10 @@ def figure_dynamics(results: Results, *, measure: str = "recall.qa_ood", legend:
     rows = needed([row for row in rows if row.rest.get(measure) is not None], f"{measure} over checkpoints")
     fig, ax = panel(say.measured(measure).capitalize(), "at each checkpoint", below="updates")
     for name, look in strategy_looks(results).items():
-        own = R.where(rows, model=name)
-        if own:
-            curve(ax, own, "update", measure, look, say.model(name), ends=None)
-            for before, after in itertools.pairwise(own[1:]):
+        points = R.where(rows, model=name)
+        if points:
+            curve(ax, points, "update", measure, look, say.model(name), ends=None)
+            for before, after in itertools.pairwise(points[1:]):
                 if before.phase != after.phase:
                     ax.axvline(before.update, color=look.color, lw=1.2, ls=":")
     values = [say.number(row.rest[measure]) for row in rows]
@@ -252,15 +254,15 @@ def arm_look(results: Results, strategy: str, arm: str) -> Look:
 
 @styled
 def figure_retention(results: Results, *, part: str = "qa_ood", legend: bool = True) -> Figure:
-    """Recall of one kind of questions while a taught model learns other things, a line a strategy and way."""
+    """Recall of one kind of questions during further training, a line for each strategy with and without replay."""
     points = [point for retention in results.retention.values() for point in retention.history]
     rows = needed([point for point in points if point.rest.get(part) is not None], f"recall of {part} afterwards")
     fig, ax = panel(say.test(part), "exact match", below="updates of further training")
     for strategy in R.strategies(results):
         for arm in R.distinct(rows, "arm"):
-            own = R.where(rows, strategy=strategy, arm=arm)
+            points = R.where(rows, strategy=strategy, arm=arm)
             label = f"{say.model(strategy)}, {say.ARMS[arm]}"
-            curve(ax, own, "update", part, arm_look(results, strategy, arm), label, ends=None)
+            curve(ax, points, "update", part, arm_look(results, strategy, arm), label, ends=None)
     ax.set_ylim(-0.02, 1.04)
     ax.xaxis.set_major_locator(load_ticker().MaxNLocator(5, integer=True))
     return finish(fig, ax, legend)

@@ -11,17 +11,22 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from crosstrace.core.files import write_text
 from crosstrace.report import learning, mechanism
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
-from crosstrace.report.blocks import Cell, Plot, Section, Table, drawn, render
+from crosstrace.report.blocks import Plot, Section, drawn, render
+from crosstrace.report.circuit import circuit
 from crosstrace.report.drift import drift
-from crosstrace.report.sections import amount, centralization, intervention, overlap, places, recall, recalled, training
-from crosstrace.results.results import Results, part_name
-from crosstrace.results.tables import Claim, Doctor, Import
+from crosstrace.report.grafting import minimal_graft, positions
+from crosstrace.report.interventions import intervention
+from crosstrace.report.location import centralization, location
+from crosstrace.report.recall import exact_matches, recall, training
+from crosstrace.report.run_details import run_lists, run_tables, strategy_texts
+from crosstrace.report.sharing import overlap
+from crosstrace.results.results import Results
+from crosstrace.results.sharing import Claim
 
 REPLAY = "crosstrace run RUN/config.yaml NEWRUN"
 
@@ -42,7 +47,7 @@ def draw(results: Results, further: Sequence[Builder] = ()) -> list[Section]:
     """All sections of the page, `further` ones of other packages last. One that can't be drawn has nothing but its
     `failure`."""
     builders = [*SECTIONS, *further]
-    with say.own_words(results.run.words if results.run is not None else None):
+    with say.model_names(results.run.words if results.run is not None else None):
         sections = drawn([(id, build) for id, _, build in builders], results)
     for section, (id, stage, _) in zip(sections, builders):
         if section.failure is not None:
@@ -70,7 +75,7 @@ def write_page(results: Results, sections: Sequence[Section], folder: str | Path
     for plot in (block for section in sections for block in section.blocks if isinstance(block, Plot)):
         write_text(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
     page = folder / "index.html"
-    with say.own_words(results.run.words if results.run is not None else None):
+    with say.model_names(results.run.words if results.run is not None else None):
         text = _render(results, sections)
     write_text(page, text)
     return page
@@ -97,7 +102,7 @@ def _claims(results: Results) -> tuple[list[str], list[dict], list[dict]]:
 
 def _verdict(claim: Claim) -> dict[str, str]:
     """A claim's verdict and effect as a cell of the page shows them."""
-    form = amount(claim.effect, claim.low, claim.high)
+    form = say.effect_form(claim.effect, claim.low, claim.high)
     return {
         "verdict": claim.verdict,
         "effect": form(claim.effect),
@@ -113,104 +118,23 @@ def _tally(claims: Sequence[Mapping]) -> str:
     return ", ".join(f"{n} {v if n == 1 else plural.get(v, v)}" for v, n in counts.items())
 
 
-def _how(results: Results) -> tuple[list[Table], list[tuple[str, list[tuple[str, str]]]]]:
-    """Tables of training and time, and lists of settings, as (title, [(name, value)])."""
-    run = {} if results.run is None else results.run.as_values()
-    tables = []
-    trained = results.training
-    if trained:
-        tasks = list(dict.fromkeys(task for training in trained.values() for task in training.examples))
-        body = [
-            [
-                say.model(s),
-                Cell("; then ".join(f"{phase.name}, {say.plain(phase.updates)}" for phase in t.phases)),
-                say.plain(t.updates),
-                *(say.plain(t.examples.get(task)) for task in tasks),
-                say.seconds(t.seconds),
-            ]
-            for s in R.strategies(results)
-            if (t := trained.get(s))
-        ]
-        head = [
-            "Model",
-            "Phases and their updates",
-            "Updates",
-            *(f"Examples: {say.task(t)}" for t in tasks),
-            "Time",
-        ]
-        tables.append(Table(head, body, "What each strategy was trained on"))
-    if results.import_ is not None:
-        tables.append(_imported(results.import_))
-    rest = {k: v for k, v in run.items() if k not in ("strategies", "given", "facts", "trace")}
-    lists = [
-        ("Run", _flat(rest)),
-        (
-            "Strategies",
-            _recipes(results),
-        ),
-        ("Facts", _flat(run.get("facts"))),
-        ("Trace", _flat(run.get("trace"))),
-        ("Is this model traced exactly?", _exactness(results.doctor)),
-        ("Coverage: share of the parameters by rule", _flat(results.coverage, say.percent)),
-        ("Time by stage", _flat(results.seconds, say.seconds)),
-        ("Versions", _flat(results.versions)),
-        ("Left out", [(part_name(r), r.reason) for r in results.left_out]),
-    ]
-    return tables, [(title, items) for title, items in lists if items]
-
-
-def _imported(counts: Import) -> Table:
-    """What became of the rows that `crosstrace import` read."""
-    body = [["read", say.plain(counts.read)], ["kept", say.plain(counts.kept)]]
-    body += [[f"dropped: {reason}", say.plain(n)] for reason, n in counts.dropped.items()]
-    body += [[f"kept of {relation}", say.plain(n)] for relation, n in (counts.relations or {}).items()]
-    return Table(["Rows", "Number"], body, "What was imported")
-
-
-def _exactness(doctor: Doctor | None) -> list[tuple[str, str]]:
-    """The doctor's verdict, its problems, and the worst error of each kind of comparison."""
-    if doctor is None:
-        return []
-    pairs = [("verdict", doctor.verdict), *(("problem", text) for text in doctor.problems)]
-    for check in dict.fromkeys(row.check for row in doctor.checks):
-        errors = [(row.error, row.what) for row in doctor.checks if row.check == check and row.error is not None]
-        if errors:
-            error, what = max(errors, key=lambda item: item[0])
-            pairs.append((f"{check}, worst: {what}", f"{error:.1e}"))
-    return pairs
-
-
-def _recipes(results: Results) -> list[tuple[str, str]]:
-    texts = {} if results.run is None else results.run.strategies
-    return [(say.model(s), say.plain(texts[s])) for s in R.strategies(results) if s in texts]
-
-
-def _flat(value: Any, form=say.plain, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as (dotted name, text)."""
-    if isinstance(value, Mapping):
-        return [pair for k, v in value.items() for pair in _flat(v, form, f"{prefix}.{k}".lstrip("."))]
-    if value is None and not prefix:
-        return []
-    as_number = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-    return [(say.spoken(prefix), form(value) if as_number and prefix != "seed" else say.plain(value))]
-
-
 def _render(results: Results, sections: Sequence[Section]) -> str:
     run = results.run
     tests = R.held_out_first(R.distinct(R.where(R.recall_rows(results), relation=""), "test"), results)
-    headline = say.compare(recalled(results, tests[0]), "answers", f" of the {say.answered(tests[0])}") if tests else ""
+    headline = (
+        say.compare(exact_matches(results, tests[0]), "answers", f" of the {say.answered(tests[0])}") if tests else ""
+    )
     subject = []
     if run is not None:
         subject = [run.model, run.architecture, f"{say.plain(run.parameters)} parameters", f"seed {run.seed}"]
         subject += [f"trained in {run.precision}"] if run.precision and run.strategies else []
     whens, claims, others = _claims(results)
-    tables, lists = _how(results)
     return render(
         "page.html.j2",
         name="report" if run is None else run.name,
         headline=headline.removesuffix(".") or "What the run found",
         subject=subject,
-        strategies=_recipes(results),
+        strategies=strategy_texts(results),
         whens=[(w, say.when(w)) for w in whens],
         claims=claims,
         others=others,
@@ -218,8 +142,8 @@ def _render(results: Results, sections: Sequence[Section]) -> str:
         lacking=results.lacking or _why_no_claims(results),
         differ=list(dict.fromkeys(difference.text for difference in results.differences)),
         sections=sections,
-        tables=tables,
-        lists=lists,
+        tables=run_tables(results),
+        lists=run_lists(results),
         replay=REPLAY,
     )
 
@@ -235,7 +159,7 @@ SECTIONS: Sequence[tuple[str, str, Callable[[Results], Section]]] = (
     ("training", "train", training),
     ("known", "eval", learning.known),
     ("shared", "analyze", overlap),
-    ("where", "analyze", places),
+    ("where", "analyze", location),
     ("centralization", "analyze", centralization),
     ("ablate", "intervene", partial(intervention, kind="ablate")),
     ("graft", "intervene", partial(intervention, kind="graft")),
@@ -243,9 +167,9 @@ SECTIONS: Sequence[tuple[str, str, Callable[[Results], Section]]] = (
     ("representations", "mechanism", mechanism.representations),
     ("signature", "mechanism", mechanism.signature),
     ("lens", "mechanism", mechanism.lens),
-    ("circuit", "mechanism", mechanism.circuit),
-    ("minimal_graft", "mechanism", mechanism.minimal_graft),
-    ("positions", "mechanism", mechanism.positions),
+    ("circuit", "mechanism", circuit),
+    ("minimal_graft", "mechanism", minimal_graft),
+    ("positions", "mechanism", positions),
     ("transfer", "mechanism", learning.transfer),
     ("dynamics", "mechanism", learning.dynamics),
     ("retention", "retain", learning.retention),

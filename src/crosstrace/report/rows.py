@@ -1,6 +1,6 @@
 """A run's results as flat rows, one list a figure: what a figure draws and what its CSV holds.
 
-It reorders and never computes: every number is one of results.json, and None where that has none.
+It only reorders: every number stands in results.json, and is None where it is missing there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from crosstrace.results.results import Results
 
 T = TypeVar("T")
 AnyRow = TypeVar("AnyRow", bound=base.Row)
-HEADLINE = 0.05  # the fraction that captions, maps and tables speak of: the nearest one that was run
+HEADLINE = 0.05  # captions, maps and tables are about the fraction nearest to this one
 KNOWN_ORDER = ("mixed", "two_stage", "qa_first", "bio_only", "qa_only")  # each keeps its colour in every report
 
 
@@ -191,7 +191,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def value(row: Any, name: str) -> Any:
-    """The value under a name: an attribute, a key that the run has named, or a column of a study's table.
+    """The value under a name: an attribute, a key that the run named, or a column of a study's table.
 
     Raises:
         AttributeError: such a row has no such attribute.
@@ -204,7 +204,7 @@ def value(row: Any, name: str) -> Any:
 
 
 def series(row: Any) -> str:
-    """Whose row it is: a model's or a strategy's."""
+    """The model or strategy that a row is of."""
     return row.model if hasattr(row, "model") else row.strategy
 
 
@@ -215,14 +215,13 @@ def distinct(rows: Iterable[Any], name: str) -> list:
 
 
 def where(rows: Iterable[T], **wanted: Any) -> list[T]:
-    """The rows that have every wanted value; a wanted None asks for nothing."""
-    asked = {name: item for name, item in wanted.items() if item is not None}
-    return [row for row in rows if all(value(row, name) == item for name, item in asked.items())]
+    """The rows that have every wanted value; a wanted None is ignored."""
+    values = {name: item for name, item in wanted.items() if item is not None}
+    return [row for row in rows if all(value(row, name) == item for name, item in values.items())]
 
 
 def held_out_first(tests: Sequence[str], results: Results) -> list[str]:
-    """Tests in the order of interest: the outcome, what else is held out, trained, the rest, and last what the base
-    knew."""
+    """Tests in the order of interest: the outcome, other held-out ones, trained ones, others, what the base knew."""
     last, outcome = ("a_ood", "known", "known_replayed"), results.roles.outcome
 
     def rank(test: str) -> tuple[bool, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -11,6 +11,7 @@ from crosstrace.results.mechanism import Gradients
 
 DASH = "–"
 SPACE = "\u202f"  # narrow, non-breaking: between a number and its unit
+LEVEL = f"95{SPACE}%"  # of intervals
 
 MODELS = {
     "base": "Base",
@@ -110,12 +111,12 @@ UNITS = {
 
 
 def number(value: object) -> float:
-    """The value as a float; NaN for None, for text and for whatever else is no number."""
+    """The value as a float; NaN if it is no number."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 
 def percent(share: object) -> str:
-    """A share as per cent with two significant digits or none to spare; an en dash for None and NaN."""
+    """A share as per cent with two significant digits, trailing zeros dropped; an en dash for None and NaN."""
     p = 100 * number(share)
     if not math.isfinite(p):
         return DASH
@@ -130,6 +131,27 @@ def decimal(value: object, digits: int = 2, sign: bool = False) -> str:
     """A number with fixed decimals and a true minus; an en dash for None and NaN."""
     x = number(value)
     return f"{x:{'+' if sign else ''}.{digits}f}".replace("-", "−") if math.isfinite(x) else DASH
+
+
+def signed(value: object) -> str:
+    """A number with two decimals and its sign."""
+    return decimal(value, sign=True)
+
+
+def effect_form(*values: object) -> Callable[[object], str]:
+    """How to write an effect and its interval: signed, with as many decimals as the largest value needs."""
+    size = max((abs(x) for v in values if math.isfinite(x := number(v))), default=0.0)
+    digits = 0 if size >= 10 else 1 if size >= 2 else 2 if size >= 0.5 else 3
+
+    def form(value: object) -> str:
+        return decimal(value, digits, sign=True)
+
+    return form
+
+
+def rho(fraction: object) -> str:
+    """A selected fraction, e.g. "ρ = 5 %"."""
+    return f"ρ\u00a0=\u00a0{percent(fraction)}"
 
 
 def plain(value: object) -> str:
@@ -166,21 +188,22 @@ def spoken(name: str) -> str:
     return name.replace("_", " ")
 
 
-_OWN_WORDS: ContextVar[Mapping[str, str]] = ContextVar("_OWN_WORDS")
+_MODEL_NAMES: ContextVar[Mapping[str, str]] = ContextVar("_MODEL_NAMES")
 
 
 @contextmanager
-def own_words(words: Mapping[str, str] | None) -> Iterator[None]:
-    """While a page is made, models are called what its experiment calls them (`words`)."""
-    token = _OWN_WORDS.set(words or {})
+def model_names(names: Mapping[str, str] | None) -> Iterator[None]:
+    """While a page is made, `model` writes the names that the experiment gives its models (`names`)."""
+    token = _MODEL_NAMES.set(names or {})
     try:
         yield
     finally:
-        _OWN_WORDS.reset(token)
+        _MODEL_NAMES.reset(token)
 
 
 def model(name: str) -> str:
-    return {**MODELS, **_OWN_WORDS.get({})}.get(name, spoken(name))
+    """A model's name as the page writes it, e.g. Mix-tuned for `mixed`."""
+    return {**MODELS, **_MODEL_NAMES.get({})}.get(name, spoken(name))
 
 
 def task(name: str) -> str:
@@ -223,16 +246,17 @@ def when(name: str, reduction: str | None = None) -> str:
 
 
 def place(name: str) -> str:
+    """A position in a text, e.g. "End of the subject"."""
     return PLACES.get(name, spoken(name))
 
 
-def places(names: Sequence[str]) -> str:
-    """The tokens that have tuned weights."""
+def tokens(names: Sequence[str]) -> str:
+    """The tokens that have tuned weights, e.g. "all but the last"."""
     return TOKENS.get(tuple(names), " + ".join(map(spoken, names)))
 
 
 def explained(row: Gradients) -> str:
-    """A set of parameters whose gradients are compared, with the time of the trace that it is of."""
+    """A set of parameters whose gradients are compared, and when its trace was taken."""
     name = EXPLAINED.get(row.group, row.label)
     return f"{name}, {row.when}" if row.when else name
 
@@ -243,8 +267,8 @@ def measured(name: str) -> str:
     name = MEASURED.get(kind, spoken(kind))
     for ending, which in (("_id", "trained"), ("_ood", "held out")):
         if part.endswith(ending):
-            own = part.removesuffix(ending)
-            return f"{name}, {which}" if own == "qa" else f"{name}, {task(own)}, {which}"
+            stem = part.removesuffix(ending)
+            return f"{name}, {which}" if stem == "qa" else f"{name}, {task(stem)}, {which}"
     return f"{name}, {task(part)}" if part else name
 
 

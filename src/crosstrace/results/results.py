@@ -19,26 +19,17 @@ from crosstrace.core.text_tables import aligned
 from crosstrace.data.tasks import DEFAULT_ROLES, Roles
 from crosstrace.results.base import Record, Row
 from crosstrace.results.mechanism import Mechanism
-from crosstrace.results.tables import (
+from crosstrace.results.recall import HistoryPoint, Known, ModelRecall, Recall, Retention, Training
+from crosstrace.results.run import Doctor, Import, LeftOut, RunInfo, RunTasks
+from crosstrace.results.sharing import (
     Centralization,
     Claim,
     Difference,
-    Doctor,
     DriftTables,
-    HistoryPoint,
-    Import,
     Interventions,
-    Known,
-    LeftOut,
-    ModelRecall,
     ModuleMap,
     Overlap,
-    Recall,
-    Retention,
-    RunInfo,
-    RunTasks,
     Similarity,
-    Training,
     UnitMap,
 )
 

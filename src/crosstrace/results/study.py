@@ -14,7 +14,7 @@ from crosstrace.core.text_tables import aligned
 from crosstrace.data.tasks import Roles
 from crosstrace.results.base import Number, Record
 from crosstrace.results.results import part_name, roles_of
-from crosstrace.results.tables import LeftOut, RunTasks
+from crosstrace.results.run import LeftOut, RunTasks
 
 SCHEMA = 2  # 1 had no tasks, and is read as well
 

@@ -11,13 +11,13 @@ from scipy.stats import t as student
 
 from crosstrace.core.statistics import cluster_bootstrap
 from crosstrace.results.mechanism import CircuitAgreement
-from crosstrace.results.tables import Centralization, Overlap
+from crosstrace.results.sharing import Centralization, Overlap
 
 BOOTSTRAP_SEED = 0
 
 FEWEST = 6  # people: of five, all differ in one direction by chance in more than 5 % of the cases
 
-Row = dict[str, Any]  # of a claim, as `results.tables.Claim` has it
+Row = dict[str, Any]  # of a claim, as `results.sharing.Claim` has it
 
 Values = dict[tuple[str, int], float]  # of single facts: the person, and which one of the person's facts
 
