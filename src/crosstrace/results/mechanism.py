@@ -50,6 +50,7 @@ class Gradients(ModelRow):
     first_low: Number = None
     first_high: Number = None
     chance_first: Number
+    """What guessing gives."""
     facts: int
     people: int
     by_person: ByPerson | None = None
@@ -64,18 +65,22 @@ class Representations(ModelRow):
     """subject, relation or answer."""
     layer: int
     same: Number
+    """Mean cosine of the two formats of the same fact."""
     same_low: Number = None
     same_high: Number = None
     relation: Number
     relation_low: Number = None
     relation_high: Number = None
     person: Number
+    """Of two facts of the same person."""
     person_low: Number = None
     person_high: Number = None
     other: Number
+    """Of two facts that have neither in common."""
     other_low: Number = None
     other_high: Number = None
     excess: Number
+    """same - relation."""
     excess_low: Number = None
     excess_high: Number = None
     cka: Number
@@ -95,7 +100,9 @@ class Representations(ModelRow):
     mrr: Number
     """Mean reciprocal rank of the other format."""
     chance_top1: Number
+    """The top1 of guessing."""
     chance_mrr: Number
+    """The mrr of guessing."""
     chance_relation: Number
     """The top1 of who knows the relation alone."""
     chance_person: Number
@@ -135,7 +142,9 @@ class CircuitNode(ModelRow):
     unit: str
     node: str
     attribution: Number
+    """Its attribution, in nats."""
     drop: Number
+    """Drop of the answer's log-probability with it ablated, in nats."""
     exact_match: Number
 
 
@@ -183,12 +192,15 @@ class CircuitAgreement(ModelRow):
     spearman: Number
     """Rank correlation of a node's attribution and its share in the shared set."""
     spearman_p: Number
+    """p value, two-sided, of a permutation test."""
     within: Number
     """The same within layers."""
     within_p: Number
+    """p value, two-sided, of a permutation test."""
     auc: Number
     """Probability that a critical node holds more of the shared set than another."""
     auc_p: Number
+    """p value, two-sided, of a permutation test."""
 
 
 class CircuitAttention(ModelRow):
@@ -370,6 +382,7 @@ class Transfer(ModelRow):
     correct_low: Number = None
     correct_high: Number = None
     chance: Number
+    """What guessing gives."""
     logprob: Number
     n: int
     people: int
@@ -394,10 +407,13 @@ class Appearance(ModelRow):
 
     measure: str
     first: Number
+    """Its value at the first checkpoint."""
     last: Number
+    """Its value at the last one."""
     tenth: Number
     """Update at which it had gone a tenth of the way."""
     half: Number
+    """Update at which it had gone half of the way."""
     after: Number = None
     """The checkpoint after `half`."""
 

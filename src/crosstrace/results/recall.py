@@ -59,7 +59,9 @@ class Phase(Record):
     """What a phase trained."""
 
     name: str
+    """Its name in the experiment."""
     updates: int
+    """Its updates."""
     examples: dict[str, int]
     """Task -> examples seen."""
 
@@ -68,6 +70,7 @@ class Training(Record):
     """What a strategy trained."""
 
     updates: int
+    """Updates of all phases."""
     examples: dict[str, int]
     """Task -> examples seen."""
     seconds: float
@@ -97,8 +100,10 @@ class Instead(Record):
     part: str
     """known or known_replayed."""
     fact: str
+    """The fact, by its name in the file of facts."""
     relation: str
     prompt: str
+    """The question as it was asked."""
     object: str
     """The right answer."""
     said: str
@@ -147,7 +152,9 @@ class Moved(Row):
     set: str
     size: int
     energy: Number
+    """The set's share of the squared distance that all parameters moved."""
     lift: Number
+    """energy over the set's share of the parameters."""
 
 
 class StillShared(Row):

@@ -121,12 +121,17 @@ class Check(Record):
     """One comparison of the doctor."""
 
     check: str
+    """Kind of comparison."""
     what: str
+    """What was compared."""
     worst: str
     """The parameter that disagrees most."""
     error: Number
+    """Its largest difference, relative to what the doctor says of the check; null if not a finite number."""
     frobenius: Number
+    """Largest difference of a parameter in the Frobenius norm, relative to the gradient's."""
     tolerance: Number
+    """Error that is accepted for that parameter."""
     ok: bool | None
     """None: for information only."""
     disagree: list[Disagreement]
@@ -136,7 +141,9 @@ class Doctor(Record):
     """Whether the base is traced exactly on this machine."""
 
     verdict: str
+    """exact, or what is not."""
     problems: list[str]
+    """What is wrong, a sentence each."""
     checks: list[Check]
 
 
@@ -146,9 +153,11 @@ class LeftOut(Record):
     run: str | None = None
     """In a study: which run; empty for the study's own findings."""
     stage: str
+    """Stage to which it belongs."""
     part: str
     """Empty: all of the stage."""
     model: str
     error: str
     """The exception's type."""
     reason: str
+    """Why, in a sentence."""

@@ -44,11 +44,13 @@ class Similarity(Row):
 
     when: str
     reduction: str = "example"
+    """example: mean over examples; step: mean over updates."""
     tasks: list[str] | None = None
     """The two tasks."""
     spearman: Number
     """Rank correlation."""
     cosine: Number
+    """Cosine of the two traces."""
 
 
 class Centralization(Row):
@@ -73,7 +75,9 @@ class Centralization(Row):
     random_gini_low: Number = None
     random_gini_high: Number = None
     random_effective: Number = None
+    """The same of random sets."""
     random_top10: Number = None
+    """The same of random sets."""
     excess_gini: Number = None
     """gini - random_gini."""
     low: Number = None
@@ -152,6 +156,7 @@ class Drift(Row):
     """How far the weights moved from the base: of a tensor, or of all tensors of a kind in a layer."""
 
     tensor: str | None = None
+    """Name of the parameter; absent in rows of modules."""
     layer: int | None
     kind: str
     """Kind of module; all: the whole model."""
@@ -227,6 +232,8 @@ class Difference(Record):
     """Why a claim comes out differently online and at the final checkpoint."""
 
     claim: str
+    """The claim's name."""
     about: str
     """The claim's text."""
     text: str
+    """Why, in words."""

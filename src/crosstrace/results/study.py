@@ -23,6 +23,7 @@ class About(Record):
     """The study."""
 
     name: str
+    """The study's name."""
     runs: int
     """Number of runs."""
     seeds: list[int]
@@ -74,7 +75,9 @@ class Effect(Record):
     """What a point of an axis changes, paired by seed and by the points of the other axes."""
 
     axis: str
+    """Which axis."""
     point: str
+    """Which point of it."""
     against: str
     """The axis's first point."""
     strategy: str
@@ -84,6 +87,7 @@ class Effect(Record):
     high: Number
     seeds: int
     above: int
+    """Seeds in which it is above 0."""
 
 
 class Prediction(Record):
@@ -94,6 +98,7 @@ class Prediction(Record):
     """The measure in words."""
     rows: int
     settings: int
+    """Settings in which it was measured."""
     across: Number
     """Rank correlation over all rows."""
     across_low: Number
@@ -103,11 +108,13 @@ class Prediction(Record):
     within_low: Number
     within_high: Number
     within_settings: int
+    """Settings that enter `within`."""
     strategies: dict[str, Number]
     """Strategy -> rank correlation over its rows."""
     right: Number
     """Share of pairs that the measure puts in the right order."""
     pairs: int
+    """Number of pairs."""
     right_low: Number
     right_high: Number
 
@@ -117,14 +124,20 @@ class ClaimOverSeeds(Record):
 
     setting: str
     claim: str
+    """The claim's name."""
     text: str
+    """The claim."""
     when: str
     fraction: float | None = None
     unit: str
     holds: int
+    """Seeds in which it holds."""
     does_not_hold: int
+    """Seeds in which it does not."""
     undecided: int
+    """Seeds in which nothing can be told."""
     effect: Number
+    """Mean effect over seeds."""
     effect_low: Number
     effect_high: Number
     seeds: int
@@ -145,7 +158,9 @@ class StudyResults(Record):
     failed: list[str] = []
     """Runs that failed, and why."""
     machine: dict[str, Any] = {}
+    """Processor, cores, threads, versions."""
     versions: dict[str, str] = {}
+    """Package -> version."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str = "results") -> StudyResults:
