@@ -179,6 +179,13 @@ def test_empty_results_still_make_a_page(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["index.html"]
 
 
+def test_compared_models_stand_in_one_line(tmp_path):
+    results = small(("mixed",))
+    results["run"]["compare"] = [["mixed", "two_stage"], ["mixed", "bio_only"]]
+    text = text_of(report.write_report(Results.of(results), tmp_path))
+    assert "mixed against two_stage; mixed against bio_only" in text
+
+
 def test_markup_in_any_name_is_text(tmp_path):
     evil = '<b onclick="x">&$x_1$</b>'
     results = small(("mixed", evil))
