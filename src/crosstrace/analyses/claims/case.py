@@ -1,4 +1,4 @@
-"""What claims are judged on: a run's numbers, which task stores and which recalls, and which models are compared."""
+"""What the claims are judged on: a run's results, the roles of its tasks, and the two models that are compared."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Case:
 
     Attributes:
         results: what is known so far.
-        evals: per model, its answers ("answers": part -> bits) and whom each is about ("people").
+        evals: per model, its answers ("answers": part -> bits) and the person that each is about ("people").
         interventions: per model, its rows with answers.
-        fractions: at which sharing and centralization are judged.
+        fractions: the selected fractions at which sharing and centralization are judged.
         roles: which task stores, which recalls, and the outcome.
-        pair: the two models, the one first that the claims expect to know more.
+        pair: the two models; the claims expect the first to know more.
         given: models that were taught elsewhere.
         words: what models are called.
     """
@@ -45,7 +45,7 @@ class Case:
         return {**WORDS, **self.words}.get(name, name.replace("_", "-"))
 
     def training(self, name: str) -> str:
-        """What its training is called, e.g. "two-stage training"; of a given model, the model."""
+        """What a model's training is called, e.g. "two-stage training"; a given model is called by its name."""
         return self.called(name) if name in self.given else f"{name.replace('_', '-')} training"
 
     @property
@@ -55,20 +55,21 @@ class Case:
 
     @property
     def minus(self) -> str:
-        """Which difference an effect is, e.g. "Mix-tuned minus Stage-tuned"."""
+        """The difference that an effect is, e.g. "Mix-tuned minus Stage-tuned"."""
         return " minus ".join(self.names)
 
     @property
     def first_training(self) -> str:
+        """What the first model's training is called."""
         return self.training(self.pair[0])
 
     @property
     def against(self) -> str:
-        """At the end of a claim: what is compared with what, if it is not the paper's pair."""
+        """The end of a claim, which names the second model's training; empty for the paper's pair."""
         return "" if self.pair == DEFAULT else f", against {self.training(self.pair[1])}"
 
     def two(self, table: Mapping[str, Sequence[AnyRow]], **wanted: Any) -> tuple[AnyRow, AnyRow] | None:
-        """The row of each model that has these values; None where one has none."""
+        """The row of each model that has the wanted values; None if a model has no such row."""
         rows = []
         for name in self.pair:
             match = [row for row in table.get(name, ()) if all(getattr(row, key) == wanted[key] for key in wanted)]
@@ -79,5 +80,5 @@ class Case:
 
 
 def capital(text: str) -> str:
-    """A text with a capital at its beginning."""
+    """A text whose first letter is a capital."""
     return text[:1].upper() + text[1:]

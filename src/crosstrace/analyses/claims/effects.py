@@ -15,7 +15,7 @@ from crosstrace.results.sharing import Centralization, Overlap
 
 BOOTSTRAP_SEED = 0
 
-FEWEST = 6  # people: of five, all differ in one direction by chance in more than 5 % of the cases
+FEWEST = 6  # people; five differ all in one direction by chance in more than 5 % of the cases
 
 Row = dict[str, Any]  # of a claim, as `results.sharing.Claim` has it
 
@@ -25,7 +25,7 @@ Effect = tuple[float | None, float | None, float | None]
 
 
 def against_controls(effects: Mapping[str, Effect]) -> tuple[str, str]:
-    """The strongest control, and the verdict on a claim that must hold against every one."""
+    """The strongest control, and the verdict. The claim must hold against every control."""
     verdicts = [verdict_of(low, high) for _, low, high in effects.values()]
     strongest = min(effects, key=lambda control: math.inf if (e := effects[control][0]) is None else e)
     if "does not hold" in verdicts:
@@ -34,7 +34,7 @@ def against_controls(effects: Mapping[str, Effect]) -> tuple[str, str]:
 
 
 def values_of(by_person: Mapping[str, Sequence[float | None]]) -> Values:
-    """The values that are defined."""
+    """The defined values of single facts."""
     return {
         (person, number): value
         for person, values in by_person.items()
@@ -53,12 +53,14 @@ def over_people(a: Sequence[float], b: Sequence[float], facts: Sequence[tuple[st
 
 
 def counted(facts: Collection[tuple[str, int]]) -> str:
+    """How many facts and subjects a claim rests on, for the end of its note."""
     people = len({person for person, _ in facts})
     few = f", too few for an interval (at least {FEWEST})" if people < FEWEST else ""
     return f"; {len(facts)} facts of {people} subjects{few}"
 
 
 def mean_of(values: Sequence[float]) -> float | None:
+    """The mean; None of no values."""
     return float(np.mean(values)) if values else None
 
 
@@ -79,7 +81,7 @@ def difference(a: Overlap | Centralization, b: Overlap | Centralization, name: s
 
 
 def apart(a: CircuitAgreement, b: CircuitAgreement, name: str) -> Effect:
-    """a − b of two independent estimates whose 95 % intervals are known: their half-widths add up in quadrature."""
+    """a − b of two independent estimates with 95 % intervals, whose half-widths add up in quadrature."""
     if any(getattr(row, key) is None for row in (a, b) for key in (name, f"{name}_low", f"{name}_high")):
         return None, None, None
     effect = getattr(a, name) - getattr(b, name)
@@ -88,19 +90,23 @@ def apart(a: CircuitAgreement, b: CircuitAgreement, name: str) -> Effect:
 
 
 def verdict_of(low: float | None, high: float | None) -> str:
+    """The verdict of an effect's interval: above 0, below 0, or undecided."""
     if low is None or high is None:
         return "undecided"
     return "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
 
 
 def points(effect: float | None, low: float | None, high: float | None) -> Row:
+    """An effect that is a difference of shares, in percentage points."""
     named = {"effect": effect, "low": low, "high": high}
     return {k: None if v is None else 100 * v for k, v in named.items()} | {"unit": "percentage points"}
 
 
 def answers_of(bits: str) -> np.ndarray:
+    """Answers as numbers: 1 for right, 0 for wrong."""
     return np.array([bit == "1" for bit in bits], dtype=float)
 
 
 def number(value: float | None, form: str = "+.3f") -> str:
+    """A number as a claim's note writes it."""
     return "undefined" if value is None else format(value, form)

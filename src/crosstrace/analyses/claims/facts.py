@@ -1,4 +1,4 @@
-"""Claims on single facts in both of their formats: in gradients, in hidden states, and in what is read."""
+"""Claims on single facts in both of their formats: on gradients, hidden states, and the tokens that are read."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Comparison:
 
     Attributes:
         claim: its name.
-        makes: what the first model's training is said to do.
+        makes: what the claim says that the first model's training does.
         quantity: what is compared.
         unit: of the effect.
-        measure: its name at each checkpoint of training, in the rows of `dynamics`, before the part.
+        measure: the quantity's name in the rows of `dynamics`, without the part.
     """
 
     claim: str
@@ -96,7 +96,7 @@ COMPARISONS = (GRADIENTS, STATES, INPUTS)
 
 
 def followed(roles: Roles) -> tuple[str, ...]:
-    """What is followed fact by fact at every checkpoint."""
+    """The measures of single facts that the claims need at every checkpoint."""
     return tuple(f"{what.measure}.{roles.outcome}" for what in COMPARISONS)
 
 
@@ -155,22 +155,22 @@ def in_shared_set(case: Case, name: str) -> list[Row]:
 
 
 def _while_training(case: Case, what: Comparison) -> list[Row]:
-    """A claim on each fact's mean over the share of training that checkpoints of both models span."""
+    """A claim on each fact's mean during training, over the part of it that checkpoints of both models span."""
     tables, measure = case.results.mechanism.dynamics, f"{what.measure}.{case.roles.outcome}"
     models = [_checkpoints(tables[name].rows if name in tables else (), measure) for name in case.pair]
     if not all(models):
         return []
-    start, stop = max(min(at) for at in models), min(max(at) for at in models)
-    if start > stop:  # no share of training at which both were looked at
+    start, stop = max(map(min, models)), min(map(max, models))
+    if start > stop:  # the models' checkpoints span no common share of training
         return []
-    one, two = (_over_training(at, start, stop) for at in models)
+    one, two = (_over_training(checkpoints, start, stop) for checkpoints in models)
     span = f"from {100 * start:.0f} % to {100 * stop:.0f} % of training"
     also = f"; {span}, {len(models[0])} and {len(models[1])} checkpoints"
     return [_compared(case, what, [one], [two], when="training", also=also)]
 
 
 def _checkpoints(rows: Sequence[DynamicsPoint], measure: str) -> dict[float, Values]:
-    """The values of single facts at each checkpoint between the base and the end, by the share of training."""
+    """The values of single facts by the share of training, at each checkpoint between the base and the end."""
     end = rows[-1].update if rows else 0
     return {
         row.update / end: values_of(row.by_person[measure]) for row in rows
@@ -178,11 +178,14 @@ def _checkpoints(rows: Sequence[DynamicsPoint], measure: str) -> dict[float, Val
     }  # fmt: skip
 
 
-def _over_training(at: Mapping[float, Values], start: float, stop: float) -> Values:
-    """Each fact's mean from one share of training to another, of those facts that every checkpoint defines."""
-    first, *others = at.values()
+def _over_training(checkpoints: Mapping[float, Values], start: float, stop: float) -> Values:
+    """Each fact's mean from one share of training to another; only facts that every checkpoint defines."""
+    first, *others = checkpoints.values()
     facts = [fact for fact in first if all(fact in values for values in others)]
-    return {fact: mean_between([*at], [values[fact] for values in at.values()], start, stop) for fact in facts}
+    shares = [*checkpoints]
+    return {
+        fact: mean_between(shares, [values[fact] for values in checkpoints.values()], start, stop) for fact in facts
+    }
 
 
 def _in_shared_set(case: Case, name: str, rows: Sequence[Gradients], when: str) -> list[Row]:
@@ -224,7 +227,7 @@ def _in_shared_set(case: Case, name: str, rows: Sequence[Gradients], when: str) 
 def _tables(
     case: Case, rows: Sequence[Gradients] | Sequence[Representations] | Sequence[Signature], part: str, **wanted: Any
 ) -> list[Values]:
-    """The single facts' values of the rows that a claim compares, those that are defined; layers in their order."""
+    """The defined values of single facts, a table for each row that a claim compares; layers are in their order."""
     return [
         values_of(row.by_person) for row in rows
         if row.by_person is not None and compares_facts(part, row.as_row(), case.roles.outcome)
@@ -236,19 +239,25 @@ def _compared(
     case: Case, what: Comparison, first: Sequence[Values], second: Sequence[Values], *, when: str = "final",
     also: str = "",
 ) -> Row:  # fmt: skip
-    """A claim on the same facts in both models; of several tables (layers) the mean over those that define a fact."""
-    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    """A claim on the same facts in both models.
+
+    Args:
+        first, second: tables of single facts, one a layer if there are several. A fact's value is its mean over the
+            tables that define it.
+        also: the end of the claim's note.
+    """
+    pairs_of: dict[tuple[str, int], list[tuple[float, float]]] = {}  # a fact's values in both models, by table
     seen: set[tuple[str, int]] = set()
     for one, two in zip(first, second):
         seen |= one.keys() | two.keys()
         for fact, value in one.items():
             if fact in two:
-                found.setdefault(fact, []).append((value, two[fact]))
-    a, b = ([float(np.mean([pair[i] for pair in pairs])) for pairs in found.values()] for i in (0, 1))
-    effect, low, high = over_people(a, b, list(found))
+                pairs_of.setdefault(fact, []).append((value, two[fact]))
+    a, b = ([float(np.mean([pair[i] for pair in pairs])) for pairs in pairs_of.values()] for i in (0, 1))
+    effect, low, high = over_people(a, b, list(pairs_of))
     percent = what.unit == "percentage points"
     amounts = points(effect, low, high) if percent else {"effect": effect, "low": low, "high": high, "unit": what.unit}
-    alone = len(seen) - len(found)
+    alone = len(seen) - len(pairs_of)
     left_out = f"; {alone} more defined in one model only" if alone else ""
     levels = _levels(case, mean_of(a), mean_of(b), percent)
     return {
@@ -258,10 +267,11 @@ def _compared(
         "verdict": verdict_of(low, high),
         **amounts,
         "test": what.test(case, when),
-        "note": f"{levels}{counted(found)}{left_out}{also}",
+        "note": f"{levels}{counted(pairs_of)}{left_out}{also}",
     }
 
 
 def _levels(case: Case, first: float | None, second: float | None, percent: bool = False) -> str:
-    told = [number(value, ".1%" if percent else "+.3f").replace("%", " %") for value in (first, second)]
-    return f"{case.names[0]} {told[0]}, {case.names[1]} {told[1]}"
+    """The mean of each model, e.g. "Mix-tuned +0.310, Stage-tuned +0.052"."""
+    levels = [number(value, ".1%" if percent else "+.3f").replace("%", " %") for value in (first, second)]
+    return f"{case.names[0]} {levels[0]}, {case.names[1]} {levels[1]}"

@@ -1,7 +1,7 @@
 """The paper's claims, each judged on a run by a stated test: holds, does not hold, or undecided.
 
-Numbers come in, verdicts go out. A verdict is about one run: its intervals cover which questions were asked and which
-examples were traced, not which seed the world or the training had.
+A verdict is about one run. Its intervals cover the choice of questions and of traced examples; they do not cover the
+seeds of the facts or of training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from crosstrace.analyses.claims.facts import (
 from crosstrace.analyses.claims.recalling import interventions, minimal_graft, recall
 from crosstrace.analyses.claims.sharing import circuits, sharing
 
-# no trace has a part in these
+# claims that use no trace
 OF_CHECKPOINTS = (*(what.claim for what in COMPARISONS), "minimal_graft")
 
 
@@ -37,14 +37,14 @@ def judge(
     """Judge every claim that the run's models allow.
 
     Args:
-        case: the run; its pair is not looked at.
+        case: the run; its pair is ignored.
         pairs: models that are compared, the one first that is expected to know more. Claims on a single model are
             judged for the first of each pair, and for given models.
         further: claims of other packages, on pairs and on single models.
 
     Returns:
-        the claims, each with its `pair` or `model`, and a sentence on each one that comes out differently online and at
-        the final checkpoint.
+        The claims, each with its `pair` or `model`; and a sentence on each claim whose verdict differs between the
+        online trace and the final checkpoint.
     """
     cases = [replace(case, pair=pair) for pair in pairs]
     models = [*dict.fromkeys([*(first for first, _ in pairs), *case.given])]
@@ -63,11 +63,12 @@ def judge(
 
 
 def _of_pairs(claim: PairClaim, cases: Sequence[Case]) -> list[Row]:
+    """The claim on each pair of models."""
     return [row | {"pair": [*case.pair]} for case in cases for row in claim(case)]
 
 
 def _of_models(claim: ModelClaim, case: Case, models: Sequence[str]) -> list[Row]:
-    """The claim on each model; which one it is about is said in its text, but for the paper's Mix-tuned model."""
+    """The claim on each model. Its text names the model, unless that is the paper's Mix-tuned one."""
     return [
         row | {"model": name, "text": row["text"] if name == DEFAULT[0] else f"{name}: {row['text']}"}
         for name in models for row in claim(case, name)
@@ -75,7 +76,7 @@ def _of_models(claim: ModelClaim, case: Case, models: Sequence[str]) -> list[Row
 
 
 def _not_tested(rows: Sequence[Row]) -> list[Row]:
-    """What was judged at the final checkpoint and has no online trace, since training was not seen."""
+    """Claims that need an online trace but have none, since the models were trained elsewhere."""
     online = {(row["claim"], row["text"]) for row in rows if row["when"] == "online"}
     lacking = [
         row for row in rows
@@ -86,8 +87,8 @@ def _not_tested(rows: Sequence[Row]) -> list[Row]:
 
 
 def _differences(rows: Sequence[Row], case: Case) -> list[Row]:
-    """Why the trace's time matters, for each claim whose verdicts differ between the two times."""
-    found = []
+    """For each claim whose verdicts differ online and at the final checkpoint: a sentence that explains why."""
+    explained = []
     for claim in dict.fromkeys(row["claim"] for row in rows):
         by_text: dict[str, dict[str, Row]] = {}
         for row in rows:
@@ -100,18 +101,18 @@ def _differences(rows: Sequence[Row], case: Case) -> list[Row]:
         for text in differing[:1]:
             row = by_text[text]["online"]
             pair = row.get("pair") or [row["model"]]
-            found.append({"claim": claim, "about": text, "text": _why(case, pair)})
-    return found
+            explained.append({"claim": claim, "about": text, "text": _why(case, pair)})
+    return explained
 
 
 def _why(case: Case, pair: Sequence[str]) -> str:
     """The explanation, with the numbers of this run."""
-    stored, asked = case.roles.trained_part(case.roles.stored), case.roles.trained
+    stored, recalled = case.roles.trained_part(case.roles.stored), case.roles.trained
     what = "biographies" if stored == "bio" else stored
     recall = {name: case.results.recall[name] for name in pair if name in case.results.recall}
     losses = {
-        name: [-(parts[part].logprob or 0.0) for part in (stored, asked)]
-        for name, parts in recall.items() if {stored, asked} <= {*parts.rest}
+        name: [-(parts[part].logprob or 0.0) for part in (stored, recalled)]
+        for name, parts in recall.items() if {stored, recalled} <= {*parts.rest}
     }  # fmt: skip
     fits = "; ".join(
         f"{name.replace('_', '-')}: {fit[0]:.2f} nats an object in {what} and {fit[1]:.2f} an answer"

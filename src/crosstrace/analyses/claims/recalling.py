@@ -22,7 +22,7 @@ from crosstrace.analyses.claims.effects import (
 from crosstrace.core.statistics import cluster_bootstrap, nearest
 from crosstrace.results.mechanism import MinimalGraft
 
-FEW = 0.05  # of the parameters, that are grafted to restore recall
+FEW = 0.05  # the fraction of the parameters whose graft must restore half of the recall
 
 
 def recall(case: Case) -> list[Row]:
@@ -53,7 +53,7 @@ def recall(case: Case) -> list[Row]:
 
 
 def interventions(case: Case, name: str) -> list[Row]:
-    """Whether recall hangs on the shared set of a model."""
+    """Whether a model's recall depends on its shared set."""
     if name not in case.interventions or not case.roles.outcome:
         return []
     return [
@@ -63,19 +63,19 @@ def interventions(case: Case, name: str) -> list[Row]:
 
 
 def minimal_graft(case: Case, name: str) -> list[Row]:
-    """Whether few parameters restore the recall of a model, and whether they hold the shared ones."""
+    """Whether a few grafted parameters restore a model's recall, and whether the shared ones are among them."""
     tables = case.results.mechanism.minimal_graft.get(name)
     return [] if tables is None else [*_few_restore(case, name, tables), *_restored_by_shared(case, name, tables)]
 
 
 def _beats_controls(case: Case, name: str, when: str, kind: str) -> list[Row]:
-    """Ablation: recall lost with the shared set beyond each control; grafting: recall gained beyond each control."""
-    found, part = case.interventions[name], case.roles.outcome
-    rows = [row for row in found[kind] if row["when"] == when]
+    """How much more recall the shared set takes away (ablation) or gives (grafting) than each control."""
+    tables, part = case.interventions[name], case.roles.outcome
+    rows = [row for row in tables[kind] if row["when"] == when]
     shared = {row["fraction"]: row for row in rows if row["set"] == "shared"}
     if not shared:
         return []
-    people = found["people"][part]
+    people = tables["people"][part]
     effects: dict[str, Effect] = {}
     partly: dict[str, str] = {}
     for control in dict.fromkeys(row["set"] for row in rows if row["set"] != "shared"):
@@ -83,9 +83,9 @@ def _beats_controls(case: Case, name: str, when: str, kind: str) -> list[Row]:
         common = [fraction for fraction in shared if fraction in by_fraction]
         if len(common) < len(shared):
             partly[control] = f" (only at {', '.join(f'{100 * f:g}' for f in common)} %: too few parameters are left)"
-        ours = np.mean([_mean_answers(shared[f], part) for f in common], axis=0)
-        theirs = np.mean([_mean_answers(by_fraction[f], part) for f in common], axis=0)
-        more, less = (theirs, ours) if kind == "ablate" else (ours, theirs)
+        with_shared = np.mean([_mean_answers(shared[f], part) for f in common], axis=0)
+        with_control = np.mean([_mean_answers(by_fraction[f], part) for f in common], axis=0)
+        more, less = (with_control, with_shared) if kind == "ablate" else (with_shared, with_control)
         effects[control] = tuple(cluster_bootstrap(more, less, people, seed=BOOTSTRAP_SEED))  # type: ignore[assignment]
     if not effects:
         return []
@@ -120,14 +120,14 @@ def _few_restore(case: Case, name: str, tables: MinimalGraft) -> list[Row]:
     base, tuned = (next(row for row in grafts if row.order == order) for order in ("base", "tuned"))
     values = [values_of(row.by_person or {}) for row in (chosen, base, tuned)]
     facts = [*values[0]]
-    restored, before, after = ([own[fact] for fact in facts] for own in values)
+    restored, before, after = ([by_fact[fact] for fact in facts] for by_fact in values)
     effect, low, high = over_people(restored, [(b + a) / 2 for b, a in zip(before, after)], facts)
     percent, tuned_name = f"{100 * chosen.fraction:g} %", case.called(name)
     smallest = next(r for r in tables.fewest if (r.part, r.order) == (case.roles.outcome, "contribution"))
     enough = "no graft restores" if smallest.fraction is None else f"{100 * smallest.fraction:g} % restore"
     levels = ", ".join(
-        f"{label} {number(mean_of(own), '.1%').replace('%', ' %')}"
-        for label, own in (("base", before), (f"with {percent} grafted", restored), ("tuned", after))
+        f"{label} {number(mean_of(answers), '.1%').replace('%', ' %')}"
+        for label, answers in (("base", before), (f"with {percent} grafted", restored), ("tuned", after))
     )
     return [
         {
@@ -145,7 +145,7 @@ def _few_restore(case: Case, name: str, tables: MinimalGraft) -> list[Row]:
 
 
 def _restored_by_shared(case: Case, name: str, tables: MinimalGraft) -> list[Row]:
-    """Whether the parameters that restore recall hold the shared ones."""
+    """Whether the shared parameters are among those that restore recall."""
     return [
         {
             "claim": "graft_is_shared",
@@ -167,4 +167,5 @@ def _restored_by_shared(case: Case, name: str, tables: MinimalGraft) -> list[Row
 
 
 def _mean_answers(row: Row, part: str) -> np.ndarray:
+    """Each question's share of right answers over the draws of a set."""
     return np.mean([answers_of(bits) for bits in row["answers"][part]], axis=0)

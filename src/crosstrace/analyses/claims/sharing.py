@@ -26,6 +26,7 @@ def circuits(case: Case) -> list[Row]:
 
 
 def _more_shared(case: Case, when: str, fraction: float) -> list[Row]:
+    """Whether the first model's tasks share more of what they select."""
     pair = case.two(case.results.shared, when=when, reduction="example", fraction=fraction)
     if pair is None:
         return []
@@ -49,6 +50,7 @@ def _more_shared(case: Case, when: str, fraction: float) -> list[Row]:
 
 
 def _more_central(case: Case, when: str, fraction: float, unit: str) -> list[Row]:
+    """Whether the first model's shared set is more concentrated in few heads or neurons."""
     pair = case.two(case.results.centralization, when=when, fraction=fraction, unit=unit)
     if pair is None:
         return []
@@ -79,7 +81,9 @@ def _in_circuit(case: Case, when: str, unit: str) -> list[Row]:
     """Whether the first model shares more in the heads or neurons that its recall goes through."""
     agreements = {name: circuit.agreement for name, circuit in case.results.mechanism.circuit.items()}
     pair = case.two(agreements, when=when, unit=unit, part=case.roles.trained)
-    if pair is None or any("concentration" not in row.model_fields_set for row in pair):  # of an earlier version
+    if pair is None or any(
+        "concentration" not in row.model_fields_set for row in pair
+    ):  # results of an earlier version
         return []
     effect, low, high = apart(*pair, name="concentration")
     units = "attention heads" if unit == "query_head" else "MLP neurons"
