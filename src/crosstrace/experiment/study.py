@@ -1,9 +1,9 @@
 """A study: one experiment over a grid of settings and seeds, every run resumable, and one table of them all.
 
-A study's file names what all runs have in common, what varies, and the seeds. Each combination is a run of its own in
-STUDY/runs/<setting>/<seed>, several at once within a budget of cores and memory; a run that is complete is never made
-again. What the runs found becomes one row for each run and strategy (table.parquet, table.csv), from which
-`summary.py` takes intervals over seeds and asks which measures predict recall. Nothing is measured here.
+A study's file has what all runs have in common, what varies, and the seeds. Each combination is a run of its own in
+STUDY/runs/<setting>/<seed>. Several are made at once within a budget of cores and memory. A complete run is never made
+again. The table (table.parquet, table.csv) has a row for each run and strategy. From it `summary.py` computes intervals
+over seeds, and which measures predict recall. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -39,43 +40,43 @@ Row = dict[str, Any]
 
 GIB = 2**30
 
-HEAVY = ("models", "traces", "shared", "data")  # what only a run that goes on needs
+HEAVY = ("models", "traces", "shared", "data")  # folders that a complete run no longer needs
 
 POLL = 0.2  # seconds between looks at the running processes
 
 
 def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = False) -> StudyResults:
-    """Make every run of a study that is not complete, then its table, findings and report.
+    """Make every run of a study that is not complete, then the table, the findings and the report.
 
     Args:
         study: the grid and its budget.
         folder: the study's folder.
         mode: `new` (an existing study is an error), `resume` or `overwrite`. A resumed study may have more or fewer
-            seeds and points than before: what is complete and still asked for stays. A point or common setting that
-            means something else under its old name is refused run by run, since that would replace results.
+            seeds and points than before: complete runs stay. A point or common setting whose meaning has changed under
+            its old name is refused run by run, since it would replace results.
         quiet: no progress on stderr.
 
     Returns:
         the findings.
 
     Raises:
-        UserError: bad settings, a folder that holds something else, or runs that failed (the others were made).
+        UserError: bad settings, a folder that holds something else, or runs that failed. All others are made first.
     """
     from crosstrace.experiment import checks
     from crosstrace.experiment.study_page import write_study
     from crosstrace.report.rows import to_csv
 
     runs = plan(study)
-    seen = set()
+    checked = set()
     for planned in runs:
         if _width(planned) > _cores(study):
             raise UserError(
                 f"run {planned.label} uses {_width(planned)} cores (jobs × threads), but the budget is "
                 f"{_cores(study)}; set experiment.jobs: 1 and experiment.threads: 1, or give the study more cores"
             )
-        if planned.setting not in seen:  # what would otherwise fail after hours
+        if planned.setting not in checked:  # now, rather than after hours
             checks.check(planned.experiment, whole=mode != "resume")
-            seen.add(planned.setting)
+            checked.add(planned.setting)
     with Run.create(folder, yaml.safe_dump({"study": study.name}), mode) as opened:  # type: ignore[arg-type]
         text = yaml.safe_dump(plain(study), sort_keys=False, allow_unicode=True)
         write_text(opened.folder / "study.yaml", text)
@@ -88,9 +89,9 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
             raise UserError(f"no run of the study was made: {failed[0] if failed else 'there is none'}")
         reports = [_Report.read(opened.path(_step(planned))) for planned in done]
         rows = [row for planned, report in zip(done, reports) for row in _rows(planned, report.results)]
-        results = _concluded(opened, study, _compared(study, runs), done, reports, rows, machine, progress)
+        results = _findings(opened, study, _compared(study, runs), done, reports, rows, machine, progress)
         results.failed = failed
-        # always anew: they cost seconds, and a later version of crosstrace may say more of the same runs
+        # always written anew: that takes seconds, and a later version of crosstrace may say more about the same runs
         write_text(opened.folder / "table.csv", to_csv(rows))
         with replacing(opened.folder / "table.parquet") as partial:
             _to_parquet(rows, partial)
@@ -105,12 +106,15 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
 
 
 def _compared(study: StudySettings, runs: Sequence[Planned]) -> tuple[str, str] | None:
-    """The two strategies whose difference is told: as the study says, or the first that the claims compare."""
+    """The two strategies to compare: those of the study's settings, or the claims' first pair.
+
+    It is None if a run lacks one of the claims' pair.
+    """
     usual = runs[0].experiment.pairs[0]
     return study.compare or (usual if all({*usual} <= {*run.experiment.taught} for run in runs) else None)
 
 
-def _concluded(
+def _findings(
     opened: Run,
     study: StudySettings,
     compare: tuple[str, str] | None,
@@ -120,13 +124,13 @@ def _concluded(
     machine: Mapping[str, Any],
     progress: Progress,
 ) -> StudyResults:
-    """The findings of all runs."""
+    """The findings over all runs. A finding that fails is left out."""
     from crosstrace.experiment import summary
 
     judged = [(planned.setting, report.results.claims) for planned, report in zip(done, reports)]
     first, infos = reports[0].results, [info_of(report.results) for report in reports]
     roles = first.roles
-    about = {
+    info = {
         "name": study.name,
         "tasks": roles.as_values(),
         "words": infos[0].words or {},
@@ -138,34 +142,43 @@ def _concluded(
         "hours": sum(report.seconds for report in reports) / 3600,
         "peak_gib": max(report.peak_bytes for report in reports) / GIB,
     }
-    found: dict[str, list[Row]] = {}
+    tables: dict[str, list[Row]] = {}
     work = summary.findings(rows, compare, roles) | {"claims": lambda: summary.claims_over_runs(judged)}
-    for name, find in work.items():
-        found[name] = []
-        attempt(
-            opened, Part("study", name=name), lambda name=name, find=find: found[name].extend(find()), progress.note
-        )
+
+    def add(name: str) -> None:
+        tables[name] += work[name]()
+
+    for name in work:
+        tables[name] = []
+        attempt(opened, Part("study", name=name), partial(add, name), progress.note)
     lacking = [{**row.as_values(), "run": planned.label} for planned, report in zip(done, reports)
                for row in report.results.left_out]  # fmt: skip
-    kept = {name: machine[name] for name in ("cpu", "cores", "device", "platform")}
-    # the runs' own, not those of who adds them up
-    kept["git"] = _alike(info.git for info in infos)
+    machine_info = {name: machine[name] for name in ("cpu", "cores", "device", "platform")}
+    # of the runs, not of this process
+    machine_info["git"] = _alike(info.git for info in infos)
     names = dict.fromkeys(name for report in reports for name in report.results.versions)
     versions = {name: _alike(report.results.versions.get(name) for report in reports) for name in names}
     lacking += [{"run": "", **row} for row in left_out.rows(opened)]
-    values = {"schema": SCHEMA, "study": about, **found, "left_out": lacking, "machine": kept, "versions": versions}
+    values = {
+        "schema": SCHEMA,
+        "study": info,
+        **tables,
+        "left_out": lacking,
+        "machine": machine_info,
+        "versions": versions,
+    }
     return StudyResults.of(values)
 
 
 def _alike(values: Iterable[Any]) -> Any:
-    """The one value of all runs, or each of them."""
-    each = list(dict.fromkeys(map(str, values)))
-    return each[0] if len(each) == 1 else ", ".join(each)
+    """The value that all runs have, or all different values, as text."""
+    distinct = list(dict.fromkeys(map(str, values)))
+    return distinct[0] if len(distinct) == 1 else ", ".join(distinct)
 
 
 @dataclass(frozen=True)
 class _Report:
-    """What the study keeps of a run."""
+    """What the study keeps of a run: its results, the seconds that it took, and its peak memory in bytes."""
 
     results: Results
     seconds: float
@@ -178,14 +191,15 @@ class _Report:
 
 
 def info_of(results: Results) -> RunInfo:
-    """What was run, of the results of a whole run."""
+    """What was run. The results must be those of a complete run."""
     assert results.run is not None
     return results.run
 
 
 def _cores(study: StudySettings) -> int:
-    here = getattr(os, "sched_getaffinity", None)  # not everywhere
-    return study.cores or (len(here(0)) if here else os.cpu_count() or 1)
+    """Cores that all runs may use together."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    return study.cores or (len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
 def _width(planned: Planned) -> int:
@@ -194,42 +208,46 @@ def _width(planned: Planned) -> int:
 
 
 def _step(planned: Planned) -> str:
+    """The step of the study's folder that holds a run's results."""
     return f"results/{planned.label}.json"
 
 
 def _key(planned: Planned) -> dict[str, Any]:
-    """What a run's results depend on: its settings that are not the defaults, so that a later version's new settings
-    make nothing anew. Its name, and how many of its strategies are worked on at once, are no part of it."""
+    """What a run's results depend on.
+
+    Settings at their defaults are not part of it, so new settings of a later version make no run again. The
+    run's name and its number of jobs are no part of it either.
+    """
     from crosstrace.experiment.examples import tasks_key
     from crosstrace.experiment.studied import model_key
 
-    own = _changed(config.deciding(planned.experiment), config.deciding(Experiment()))
-    own = {name: value for name, value in own.items() if name not in ("jobs", "name")}
+    changed = _changed(config.deciding(planned.experiment), config.deciding(Experiment()))
+    changed = {name: value for name, value in changed.items() if name not in ("jobs", "name")}
     text = planned.experiment.retention.text
     content = {"text": sha256_file(text)} if text and Path(text).is_file() else {}
     files = tasks_key(planned.experiment.tasks)["content"]
     content |= {"tasks": files} if files else {}
-    return {"experiment": own, "model": model_key(planned.experiment), **content}
+    return {"experiment": changed, "model": model_key(planned.experiment), **content}
 
 
 def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are not as by default."""
-    found = {}
+    """The settings that differ from their defaults."""
+    changed = {}
     for name, value in values.items():
         default = defaults.get(name)
         if value != default:
             nested = isinstance(value, dict) and isinstance(default, dict) and name not in ("strategies", "tasks")
-            found[name] = _changed(value, default or {}) if nested else value
-    return found
+            changed[name] = _changed(value, default or {}) if nested else value
+    return changed
 
 
 def _is_made(opened: Run, planned: Planned) -> bool:
-    """Whether there are results of a run, be it with parts left out."""
+    """Whether there are results of a run, with or without parts left out."""
     return any(opened.complete(_step(planned), key) for key in (_key(planned), _key_without(planned)))
 
 
 def _key_without(planned: Planned) -> dict[str, Any]:
-    """The key of the results of a run with parts left out, which is tried again."""
+    """The key of results with parts left out. Such a run is tried again."""
     return _key(planned) | {"left_out": True}
 
 
@@ -240,11 +258,11 @@ class _Running:
     planned: Planned
     process: Any
     began: float
-    peak: int = 0  # bytes of memory, its own and its workers'
+    peak: int = 0  # bytes of memory, with its workers'
 
 
 def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: Progress) -> list[str]:
-    """Make what is not complete, as many at once as the budget allows; returns what failed and why."""
+    """Make the runs that are not complete, as many at once as the budget allows; returns what failed and why."""
     waiting = [planned for planned in runs if not opened.complete(_step(planned), _key(planned))]
     cores = _cores(study)
     expected = max((read_json(opened.path(_step(p)))["peak_bytes"] for p in runs if _is_made(opened, p)), default=0)
@@ -254,7 +272,7 @@ def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: 
         )
     running: list[_Running] = []
     failed: list[str] = []
-    peaks: dict[str, int] = {}  # bytes, of runs that were stopped and go on
+    peaks: dict[str, int] = {}  # bytes of memory of runs that were stopped and go on later
     done = len(runs) - len(waiting)
     if done:
         progress.done(f"{done} of {len(runs)} runs are complete", 0.0)
@@ -285,7 +303,7 @@ def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: 
                 last.process.join()
                 expected = max([expected, *(item.peak for item in (*running, last))])
                 peaks[last.planned.label] = last.peak
-                if running:  # what it has finished stays, and it goes on when there is room
+                if running:  # its finished steps stay, and it goes on when there is room
                     waiting.insert(0, last.planned)
                 else:
                     failed.append(
@@ -317,7 +335,7 @@ def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: 
 
 
 def _work(home: Path, experiment: Experiment, leader: int) -> None:
-    """Make one run, in a process of its own that ends with the study's."""
+    """Make one run in this process, which ends with the process `leader`."""
     from crosstrace.experiment import pipeline, workers
 
     workers.start_worker(leader)
@@ -335,6 +353,7 @@ def _work(home: Path, experiment: Experiment, leader: int) -> None:
 
 
 def _why(home: Path, code: int) -> str:
+    """Why a run failed: the sentence that it left, or what its exit code says."""
     problem = home.with_name(f"{home.name}.failed")
     if problem.is_file():
         return problem.read_text(encoding="utf-8").strip()
@@ -344,14 +363,15 @@ def _why(home: Path, code: int) -> str:
 
 
 def _keep(opened: Run, planned: Planned, home: Path, peak: int, keep: str) -> None:
-    """Take a finished run's results into the study, and drop what nobody reads any more: what is left out is tried
-    again, so such a run keeps all."""
+    """Save a finished run's results in the study, and remove its folders that are no longer needed.
 
+    A run with parts left out is tried again, so it keeps all folders.
+    """
     results = read_json(home / "results.json")
 
     def make(path: Path) -> None:
-        about = {"points": planned.points, "seed": planned.seed, "peak_bytes": peak}
-        write_json(path, about | {"seconds": sum(results["seconds"].values()), "results": results})
+        info = {"points": planned.points, "seed": planned.seed, "peak_bytes": peak}
+        write_json(path, info | {"seconds": sum(results["seconds"].values()), "results": results})
 
     lacking = bool(results["left_out"])
     opened.stage(_step(planned), _key_without(planned) if lacking else _key(planned), make)
@@ -361,7 +381,7 @@ def _keep(opened: Run, planned: Planned, home: Path, peak: int, keep: str) -> No
 
 
 def _memory(pid: int | None) -> int:
-    """Resident bytes of a process and all below it."""
+    """Resident bytes of a process and all its descendants."""
     import psutil
 
     total = 0
@@ -378,19 +398,19 @@ def _memory(pid: int | None) -> int:
 
 
 def _rows(planned: Planned, results: Results) -> list[Row]:
-    """One row for each strategy of a run: where it stands in the grid, and everything that was measured."""
+    """One row for each strategy of a run: its place in the grid, and everything that was measured."""
     from crosstrace.experiment.summary import measures
 
-    place: Row = {"setting": planned.setting}
-    place |= {f"vary.{axis}": point for axis, point in planned.points.items()} | {"seed": planned.seed}
+    labels: Row = {"setting": planned.setting}
+    labels |= {f"vary.{axis}": point for axis, point in planned.points.items()} | {"seed": planned.seed}
     return [
-        place | {"strategy": name} | measures(results, name) | _of_extensions(results, name)
+        labels | {"strategy": name} | measures(results, name) | _of_extensions(results, name)
         for name in planned.experiment.taught
     ]
 
 
 def _of_extensions(results: Results, name: str) -> Row:
-    """The numbers of analyses and stages that give some, each under its own name."""
+    """The numbers of other packages' analyses and stages, each under the name of its record."""
     row: Row = {}
     for records, tables in ((ANALYSES, results.mechanism.rest), (stages(), results.stages)):
         for record in (records[part] for part in tables if part in records):

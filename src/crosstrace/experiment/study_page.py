@@ -1,4 +1,4 @@
-"""A study's findings and table in; one self-contained page and a CSV beside each figure out. No science here."""
+"""From a study's findings and table to one self-contained page, with a CSV for each figure. No science here."""
 
 from __future__ import annotations
 
@@ -43,25 +43,25 @@ def _write(results: StudyResults, rows: Sequence[Mapping[str, Any]], folder: Pat
     parts = drawn([*builders.items(), ("prediction", partial(prediction, rows=rows))], results)
     for plot in (block for section in parts for block in section.blocks if isinstance(block, Plot)):
         write_text(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
-    about = results.study
+    info = results.study
     machine = results.machine
-    settings = about.settings
-    counts = [f"{about.runs} runs", f"{len(settings)} setting{'s' if len(settings) > 1 else ''}"]
-    counts += [f"seeds {say.plain(about.seeds)}", f"{about.hours:.1f} hours of work"]
+    settings = info.settings
+    counts = [f"{info.runs} runs", f"{len(settings)} setting{'s' if len(settings) > 1 else ''}"]
+    counts += [f"seeds {say.plain(info.seeds)}", f"{info.hours:.1f} hours of work"]
     lists = [
         ("Settings", [(name, _changes(changes)) for name, changes in settings.items()]),
         ("Machine", [(say.spoken(k), say.plain(v)) for k, v in machine.items()]),
-        ("Most memory of a run", [("GiB", say.decimal(about.peak_gib, 1))]),
+        ("Most memory of a run", [("GiB", say.decimal(info.peak_gib, 1))]),
         ("Versions", [(k, say.plain(v)) for k, v in results.versions.items()]),
         ("Left out", [(f"{row.run or 'study'}: {part_name(row)}", row.reason) for row in results.left_out]),
     ]
     page = folder / "index.html"
     text = render(
         "study.html.j2",
-        name=about.name,
+        name=info.name,
         headline=_headline(results),
         subject=counts,
-        strategies=[(say.model(s), text) for s, text in about.strategies.items()],
+        strategies=[(say.model(s), text) for s, text in info.strategies.items()],
         sections=parts,
         failed=results.failed,
         lists=[(title, items) for title, items in lists if items],
@@ -94,7 +94,7 @@ def recall(results: StudyResults) -> Section:
         body = []
         for setting in R.distinct(rows, "setting"):
             cells = [R.where(rows, measure=m, setting=setting, strategy=s) for s in strategies]
-            body.append([_label(setting), *(_level(found[0]) if found else Cell(say.DASH) for found in cells)])
+            body.append([_label(setting), *(_level(matches[0]) if matches else Cell(say.DASH) for matches in cells)])
         section.blocks.append(Table(["Setting", *map(say.model, strategies)], body, titles[m], m != names[0]))
     return section
 
@@ -113,8 +113,10 @@ def differences(results: StudyResults) -> Section:
         body = []
         for name, words in _named(results, HEADLINE).items():
             for r in R.where(rows, setting=setting, measure=name):
-                each = [R.where(levels, setting=setting, measure=name, strategy=s) for s in results.study.compare]
-                cells = [_level(found[0]) if found else Cell(say.DASH) for found in each]
+                of_strategies = [
+                    R.where(levels, setting=setting, measure=name, strategy=s) for s in results.study.compare
+                ]
+                cells = [_level(matches[0]) if matches else Cell(say.DASH) for matches in of_strategies]
                 body.append([words, *cells, _level(r, sign=True), f"{r.above} of {r.seeds}"])
         head = ["Measure", a, b, "Difference", "Seeds above 0"]
         section.blocks.append(Table(head, body, _label(setting), len(R.distinct(rows, "setting")) > 1))
@@ -130,23 +132,23 @@ def effects(results: StudyResults) -> Section:
         return section
     strategies = R.distinct(rows, "strategy")
     names = [say.model(s) for s in strategies]
-    each = dict.fromkeys((r.axis, r.point, r.against) for r in rows)
+    contrasts = dict.fromkeys((r.axis, r.point, r.against) for r in rows)
 
     def line(words: str, **which: str) -> list[Cell | str]:
         cells = [R.where(rows, strategy=s, **which) for s in strategies]
-        return [words, *(_effect(found[0]) if found else Cell(say.DASH) for found in cells)]
+        return [words, *(_effect(matches[0]) if matches else Cell(say.DASH) for matches in cells)]
 
     body = []
-    for axis, point, against in each:
+    for axis, point, against in contrasts:
         words = f"{say.spoken(axis)}: {_label(point)} minus {_label(against)}"
         body.append(line(words, axis=axis, point=point, measure=_outcome(results)))
     section.blocks.append(Table(["Held-out questions", *names], body, "Change in recall of held-out questions"))
-    for (axis, point, _), (words, *_) in zip(each, body):
-        own = R.where(rows, axis=axis, point=point)
+    for (axis, point, _), (words, *_) in zip(contrasts, body):
+        of_point = R.where(rows, axis=axis, point=point)
         body = [
             line(w, axis=axis, point=point, measure=m)
             for m, w in _named(results, HEADLINE).items()
-            if R.where(own, measure=m)
+            if R.where(of_point, measure=m)
         ]
         section.blocks.append(Table(["Measure", *names], body, words, True))
     return section
@@ -166,7 +168,7 @@ def claims(results: StudyResults) -> Section:
     for text, when in dict.fromkeys((r.text, r.when) for r in rows):
         cells = [R.where(rows, text=text, when=when, setting=s) for s in settings]
         body.append(
-            [Cell(text, say.when(when)), *(_verdicts(found[0]) if found else Cell(say.DASH) for found in cells)]
+            [Cell(text, say.when(when)), *(_verdicts(matches[0]) if matches else Cell(say.DASH) for matches in cells)]
         )
     title = "Runs in which each claim holds, does not hold, or is undecided; mean effect with its interval over seeds"
     section.blocks.append(Table(["Claim", *map(_label, settings)], body, title))
@@ -176,17 +178,17 @@ def claims(results: StudyResults) -> Section:
 def prediction(results: StudyResults, rows: Sequence[Mapping[str, Any]]) -> Section:
     """Which measures that ask no held-out question tell who answers those."""
     section = Section("prediction", "What predicts held-out recall")
-    found = results.prediction
-    if not found or len(results.study.settings) < 4:
+    predictions = results.prediction
+    if not predictions or len(results.study.settings) < 4:
         section.absent = "What predicts held-out recall needs at least four settings"
         return section
-    most = max(r.pairs for r in found)
+    most = max(r.pairs for r in predictions)
     if not most:
         section.absent = "No two recipes of one seed differ in held-out recall, so there is nothing to predict"
         return section
-    # only those that say something of all pairs can be compared
-    best = max((r for r in found if r.pairs == most), key=lambda r: abs(say.number(r.right) - 0.5))
-    named = {r.measure: r.words for r in found}
+    # (measures of different pairs can't be compared)
+    best = max((r for r in predictions if r.pairs == most), key=lambda r: abs(say.number(r.right) - 0.5))
+    named = {r.measure: r.words for r in predictions}
     looks = _looks(rows)
     section.blocks.append(
         Plot(
@@ -201,7 +203,7 @@ def prediction(results: StudyResults, rows: Sequence[Mapping[str, Any]]) -> Sect
                 drawing.to_svg(F.figure_scatter(rows, m, _outcome(results), named[m], looks), f"scatter-{i}", named[m])
                 for i, m in enumerate(m for m in map(results.roles.measure, SCATTERED) if m in named)
             ],
-            [_flat(row) for row in found],
+            [_flat(row) for row in predictions],
         )
     )
     body = [
@@ -216,7 +218,7 @@ def prediction(results: StudyResults, rows: Sequence[Mapping[str, Any]]) -> Sect
             say.listing(f"{say.model(s)} {say.decimal(v, sign=True)}" for s, v in r.strategies.items()),
             say.plain(r.rows),
         ]
-        for r in found
+        for r in predictions
     ]
     head = ["Measure", "Pairs of recipes put right", "ρ within settings", "ρ over all", "ρ over one alone", "Models"]
     title = "Rank correlation ρ of each measure with held-out recall, with intervals over settings"
@@ -237,8 +239,8 @@ def _headline(results: StudyResults) -> str:
         values = [r.mean for r in R.where(rows, strategy=name)]
         if values:
             low, high = min(values), max(values)
-            told = say.percent(low) if len(values) == 1 else say.interval(low, high)
-            parts.append(f"{say.model(name)} answers {told} of the held-out questions")
+            share = say.percent(low) if len(values) == 1 else say.interval(low, high)
+            parts.append(f"{say.model(name)} answers {share} of the held-out questions")
     if not parts:
         return "What the runs found"
     settings = len(results.study.settings)
@@ -246,7 +248,7 @@ def _headline(results: StudyResults) -> str:
 
 
 def _named(results: StudyResults, measures: Mapping[str, str]) -> dict[str, str]:
-    """Measures and their words, as they are called with the study's tasks."""
+    """Measures and their words; the names of the measures are those of the study's tasks."""
     roles = results.roles
     return {roles.measure(name): words for name, words in measures.items()}
 
@@ -263,13 +265,15 @@ def _looks(rows: Sequence[Any]) -> dict[str, drawing.Look]:
 
 
 def _label(setting: str) -> str:
+    """A setting or a point in words."""
     return say.spoken(setting).replace("+", ", ")
 
 
 def _level(row: Level | PairedDifference | Effect, sign: bool = False) -> Cell:
+    """A mean with its interval below; with its sign for differences."""
     if is_share(row.measure) and not sign:
         return Cell(say.percent(row.mean), say.interval(row.low, row.high))
-    form = lambda value: say.decimal(value, 3, sign=sign)
+    form = partial(say.decimal, digits=3, sign=sign)
     return Cell(form(row.mean), say.interval(row.low, row.high, form))
 
 
@@ -282,11 +286,11 @@ def _effect(row: Effect) -> Cell:
 def _verdicts(row: ClaimOverSeeds) -> Cell:
     """ "holds 4, does not hold 1", and the mean effect below."""
     counts = {"holds": row.holds, "does not hold": row.does_not_hold, "undecided": row.undecided}
-    told = ", ".join(f"{verdict} {count}" for verdict, count in counts.items() if count)
+    verdicts = ", ".join(f"{verdict} {count}" for verdict, count in counts.items() if count)
     digits = 1 if row.unit == "percentage points" else 3
-    form = lambda value: say.decimal(value, digits, sign=True)
+    form = partial(say.decimal, digits=digits, sign=True)
     bounds = say.interval(row.effect_low, row.effect_high, form)
-    return Cell(told, f"{form(row.effect)} ({bounds}) {row.unit}" if bounds else f"{form(row.effect)} {row.unit}")
+    return Cell(verdicts, f"{form(row.effect)} ({bounds}) {row.unit}" if bounds else f"{form(row.effect)} {row.unit}")
 
 
 def _flat(row: Prediction) -> dict[str, Any]:
@@ -296,4 +300,5 @@ def _flat(row: Prediction) -> dict[str, Any]:
 
 
 def _changes(changes: Mapping[str, Any]) -> str:
+    """What a setting changes, in words."""
     return "; ".join(f"{name} = {say.plain(value)}" for name, value in changes.items()) or "the common settings"

@@ -59,7 +59,7 @@ _ADAPTER = TypeAdapter(StudySettings)
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a study: where it stands in the grid, what its points change by dotted name, and its experiment."""
+    """One run of a study: its place in the grid, the settings that its points change, and its experiment."""
 
     label: str
     points: dict[str, str]
@@ -69,7 +69,7 @@ class Planned:
 
     @property
     def setting(self) -> str:
-        """The points that it shares with the same setting's other seeds."""
+        """Its points in the grid. Runs of other seeds have the same."""
         return self.label.rpartition("/")[0]
 
 
@@ -104,7 +104,7 @@ def plain(study: StudySettings) -> dict[str, Any]:
 
 
 def plan(study: StudySettings, where: str = "the study") -> list[Planned]:
-    """Every run of a study, all settings of one seed before those of the next.
+    """Every run of a study: all settings with the first seed, then all with the next.
 
     Raises:
         UserError: an experiment of the grid is unfit, or two points cannot be told apart by their folders.
@@ -115,7 +115,7 @@ def plan(study: StudySettings, where: str = "the study") -> list[Planned]:
     for seed, point in product(study.seeds, product(*axes)):
         values = json.loads(json.dumps(common))
         changes = [(name, value) for _, changes in point for name, value in changes.items()]
-        own = dict(changes)
+        by_setting = dict(changes)
         for name, value in changes:
             if isinstance(value, dict):
                 raise UserError(
@@ -124,7 +124,7 @@ def plan(study: StudySettings, where: str = "the study") -> list[Planned]:
                 )
         _set_once([*(name for name, _ in changes), *study.seeded], where)
         label = "+".join(name for name, _ in point) or "default"
-        for name, value in (own | dict.fromkeys(study.seeded, seed)).items():
+        for name, value in (by_setting | dict.fromkeys(study.seeded, seed)).items():
             try:
                 config.assign(values, name, value)
             except UserError as error:
@@ -138,14 +138,14 @@ def plan(study: StudySettings, where: str = "the study") -> list[Planned]:
                 f"{', '.join(experiment.taught)}, so change `compare`"
             )
         points = dict(zip(study.vary, (name for name, _ in point)))
-        runs.append(Planned(f"{label}/{seed}", points, own, seed, experiment))
+        runs.append(Planned(f"{label}/{seed}", points, by_setting, seed, experiment))
     if len({run.label for run in runs}) < len(runs):
         raise UserError(f"{where}: two points of the grid have one name; give each its own")
     return runs
 
 
 def _set_once(names: Sequence[str], where: str) -> None:
-    """Raise a `UserError` if two of a run's changes are of one setting: one of them would be lost without a word."""
+    """Raise a `UserError` if two of a run's changes are of one setting, since one would be lost silently."""
     for number, name in enumerate(names):
         for other in names[:number]:
             if name == other or name.startswith(f"{other}.") or other.startswith(f"{name}."):
@@ -156,7 +156,7 @@ def _set_once(names: Sequence[str], where: str) -> None:
 
 
 def _points(axis: str, points: Points, where: str) -> list[tuple[str, dict[str, Any]]]:
-    """The named points of an axis."""
+    """The points of an axis: each one's name and the settings that it changes."""
     if isinstance(points, dict):
         named = list(points.items())
     else:

@@ -1,6 +1,6 @@
 """What the runs of a study say together: intervals over seeds, paired differences, and what predicts recall.
 
-It knows the results of runs and the study's table, and runs nothing. Formulas: docs/method.md.
+It reads the results of runs and the study's table, and runs nothing. Formulas: docs/method.md.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from crosstrace.results.results import Results
 from crosstrace.results.sharing import Claim
 
 Row = dict[str, Any]
-OUTCOME = "recall.qa_ood"  # as all names below, with the default tasks; `Roles.measure` gives those of others
-MARGIN = 0.05  # outcomes that differ by less are no order that a measure could tell
+OUTCOME = "recall.qa_ood"  # like all names below, for the default tasks; `Roles.measure` gives the names for others
+MARGIN = 0.05  # pairs whose outcomes differ by less have no order to predict
 
 # Measures that need no held-out question: the name of the column -> in words.
 PREDICTORS = {
@@ -41,7 +41,7 @@ PREDICTORS = {
     "recall.a_ood": "recall about the base's own people",
     "recall.known": "recall of facts of the world that the base knew",
 }
-# What the differences between two strategies are told of first: the name of the column -> in words.
+# Measures whose differences between two strategies come first: the name of the column -> in words.
 HEADLINE = {
     "recall.qa_ood": "recall, held-out questions",
     "recall.qa_id": "recall, trained questions",
@@ -81,7 +81,7 @@ HEADLINE = {
 }
 
 
-SHARES = (  # measures between 0 and 1, which no interval leaves
+SHARES = (  # measures between 0 and 1; their intervals stay in that range
     "recall.", "overlap.", "signature.", "circuit.", "minimal_graft.", "fewest.", "positions.", "transfer.",
     "retention.", "repair.", "still.", "ablate.", "graft.",
 )  # fmt: skip
@@ -93,7 +93,7 @@ def is_share(measure: str) -> bool:
 
 
 def measures(results: Results, strategy: str) -> Row:
-    """Everything that a run found of one strategy, under dotted names; what was not measured is left out.
+    """Everything that a run measured of one strategy, under dotted names.
 
     recall, logprob .PART; updates; instead.KIND (facts of the world that the base knew, by what is said in their
     place); overlap.WHEN.REDUCTION.FRACTION, of three or more
@@ -125,7 +125,7 @@ def _recall(results: Results, strategy: str) -> Row:
     row: Row = {}
     for part, cell in results.recall[strategy].rest.items():
         row |= {f"recall.{part}": cell.exact_match, f"logprob.{part}": cell.logprob}
-    if strategy in results.training:  # not of a model that was tuned elsewhere
+    if strategy in results.training:  # (a model that was tuned elsewhere has no training)
         row["updates"] = results.training[strategy].updates
     if results.known is not None and strategy in results.known.models:
         kinds = Counter(item.kind for item in results.known.models[strategy].instead if item.part == "known")
@@ -143,7 +143,7 @@ def _sharing(results: Results, strategy: str) -> Row:
         name = f"{'+'.join(pair.tasks or ())}.{pair.when}.{pair.reduction}.{pair.fraction:g}"
         row[f"overlap.{name}"] = pair.overlap
     for similarity in results.similarity.get(strategy, ()):
-        tasks = similarity.tasks or []  # of more than one pair those that store and recall have the plain name
+        tasks = similarity.tasks or []  # the plain name is for the tasks that store and recall
         which = "" if {*tasks} <= {roles.stored, roles.recalled} else f"{'+'.join(tasks)}."
         moment = f"{similarity.when}.{similarity.reduction}"
         row |= {f"spearman.{which}{moment}": similarity.spearman, f"cosine.{which}{moment}": similarity.cosine}
@@ -227,7 +227,7 @@ def _retention(results: Results, strategy: str) -> Row:
     if kept is None:
         return row
     stored = [roles.trained_part(task) for task in roles.of_role("store")]
-    for point in kept.history:  # the last one stays
+    for point in kept.history:  # the last point stays
         row |= {
             f"retention.{point.arm}.{part}": point.rest.get(part) for part in (*roles.asked, *stored, "new", "known")
         }
@@ -240,7 +240,7 @@ def _retention(results: Results, strategy: str) -> Row:
 
 
 def findings(rows: Sequence[Row], compare: tuple[str, str] | None, roles: Roles) -> dict[str, Callable[[], list[Row]]]:
-    """What the table says: the name of each finding -> what gives its rows, one of the functions below."""
+    """The findings of the table: name -> a function that computes its rows."""
     return {
         "levels": lambda: levels(rows),
         "differences": lambda: differences(rows, compare) if compare else [],
@@ -250,72 +250,79 @@ def findings(rows: Sequence[Row], compare: tuple[str, str] | None, roles: Roles)
 
 
 def levels(rows: Sequence[Row]) -> list[Row]:
-    """For each setting, strategy and measure its mean over seeds with Student's t interval; shares stay in [0, 1]."""
-    found = []
+    """The mean over seeds of each setting, strategy and measure, with Student's t interval; shares stay in [0, 1]."""
+    table = []
     for setting, strategy in dict.fromkeys((row["setting"], row["strategy"]) for row in rows):
-        own = [row for row in rows if (row["setting"], row["strategy"]) == (setting, strategy)]
-        for name in _measured(own):
-            values = _known(own, name)
+        group = [row for row in rows if (row["setting"], row["strategy"]) == (setting, strategy)]
+        for name in _measured(group):
+            values = _known(group, name)
             if values:
                 row = {"setting": setting, "strategy": strategy, "measure": name} | _over_seeds(values)
                 if is_share(name) and row["low"] is not None:
                     row |= {"low": max(0.0, row["low"]), "high": min(1.0, row["high"])}
-                found.append(row)
-    return found
+                table.append(row)
+    return table
 
 
 def differences(rows: Sequence[Row], compare: tuple[str, str]) -> list[Row]:
-    """For each setting and measure the first strategy minus the second, paired by seed: mean with Student's t interval,
-    and in how many seeds it is above 0."""
-    found = []
+    """The first strategy minus the second for each setting and measure, paired by seed.
+
+    Returns:
+        rows {setting, measure, mean, low, high, seeds, above}: the mean with Student's t interval, and in how many
+        seeds the difference is above 0.
+    """
+    table = []
     for setting in dict.fromkeys(row["setting"] for row in rows):
-        by = {(row["strategy"], row["seed"]): row for row in rows if row["setting"] == setting}
-        for name in _measured(by.values()):
+        by_run = {(row["strategy"], row["seed"]): row for row in rows if row["setting"] == setting}
+        for name in _measured(by_run.values()):
             pairs = [
-                (own.get(name), by.get((compare[1], seed), {}).get(name))
-                for (strategy, seed), own in by.items() if strategy == compare[0]
+                (row.get(name), by_run.get((compare[1], seed), {}).get(name))
+                for (strategy, seed), row in by_run.items() if strategy == compare[0]
             ]  # fmt: skip
             values = [a - b for a, b in pairs if a is not None and b is not None]
             if values:
                 above = sum(value > 0 for value in values)
-                found.append({"setting": setting, "measure": name} | _over_seeds(values) | {"above": above})
-    return found
+                table.append({"setting": setting, "measure": name} | _over_seeds(values) | {"above": above})
+    return table
 
 
 def effects(rows: Sequence[Row]) -> list[Row]:
-    """What each setting changes: on each axis of the grid, a point minus the first one, paired by seed and by the
-    points of the other axes.
+    """What each setting changes: on each axis of the grid, a point minus the first one.
+
+    Runs are paired by seed and by the points of the other axes.
 
     Returns:
         rows {axis, point, against, strategy, measure, mean, low, high, seeds, above}: a seed's value is its mean over
-        the other axes' points; the mean over seeds has Student's t interval, and `above` counts the seeds above 0.
+        the other axes' points. The mean over seeds has Student's t interval. `above` counts the seeds above 0.
     """
-    found = []
+    table = []
     axes = [name for name in dict.fromkeys(name for row in rows for name in row) if name.startswith("vary.")]
     for axis in axes:
-        first, *others = dict.fromkeys(row[axis] for row in rows)
+        first, *points = dict.fromkeys(row[axis] for row in rows)
         alike = [name for name in (*axes, "seed", "strategy") if name != axis]
         reference = {tuple(row[name] for name in alike): row for row in rows if row[axis] == first}
-        for point in others:
-            own = [row for row in rows if row[axis] == point]
-            pairs = [(row, reference[at]) for row in own if (at := tuple(row[name] for name in alike)) in reference]
+        for point in points:
+            of_point = [row for row in rows if row[axis] == point]
+            pairs = [
+                (row, reference[at]) for row in of_point if (at := tuple(row[name] for name in alike)) in reference
+            ]
             for strategy in dict.fromkeys(row["strategy"] for row, _ in pairs):
-                for name in _measured(own):
+                for name in _measured(of_point):
                     by_seed: dict[int, list[float]] = {}
                     for row, against in pairs:
                         a, b = row.get(name), against.get(name)
                         if row["strategy"] == strategy and a is not None and b is not None:
                             by_seed.setdefault(row["seed"], []).append(a - b)
-                    values = [float(np.mean(each)) for each in by_seed.values()]
+                    values = [float(np.mean(differences)) for differences in by_seed.values()]
                     if values:
-                        place = {"axis": axis.removeprefix("vary."), "point": point, "against": first}
-                        place |= {"strategy": strategy, "measure": name}
-                        found.append(place | _over_seeds(values) | {"above": sum(value > 0 for value in values)})
-    return found
+                        labels = {"axis": axis.removeprefix("vary."), "point": point, "against": first}
+                        labels |= {"strategy": strategy, "measure": name}
+                        table.append(labels | _over_seeds(values) | {"above": sum(value > 0 for value in values)})
+    return table
 
 
 def prediction(rows: Sequence[Row], roles: Roles = DEFAULT_ROLES) -> list[Row]:
-    """How well each measure that asks no held-out question tells which models answer those.
+    """How well each measure that asks no held-out question predicts which models answer those.
 
     Returns:
         a row for each of PREDICTORS that was measured:
@@ -329,7 +336,7 @@ def prediction(rows: Sequence[Row], roles: Roles = DEFAULT_ROLES) -> list[Row]:
             how many there are.
     """
     settings = list(dict.fromkeys(row["setting"] for row in rows))
-    found = []
+    table = []
     outcome = roles.measure(OUTCOME)
     for default, words in PREDICTORS.items():
         name = roles.measure(default)
@@ -337,25 +344,24 @@ def prediction(rows: Sequence[Row], roles: Roles = DEFAULT_ROLES) -> list[Row]:
         if len(kept) < 3:
             continue
         by_setting = [[row for row in kept if row["setting"] == setting] for setting in settings]
-        by_setting = [own for own in by_setting if own]
+        by_setting = [group for group in by_setting if group]
         row: Row = {"measure": name, "words": words, "rows": len(kept), "settings": len(by_setting)}
         row["across"] = _spearman(kept, name, outcome)
         row |= _left_out(
-            "across", by_setting, lambda own, name=name: _spearman([r for part in own for r in part], name, outcome)
+            "across", by_setting, lambda group, name=name: _spearman([r for part in group for r in part], name, outcome)
         )
-        each = [value for own in by_setting if (value := _spearman(own, name, outcome)) is not None]
-        row |= {f"within{end}": value for end, value in zip(("", "_low", "_high"), _interval(each))}
-        row["within_settings"] = len(each)
+        within = [value for group in by_setting if (value := _spearman(group, name, outcome)) is not None]
+        row |= {f"within{end}": value for end, value in zip(("", "_low", "_high"), _interval(within))}
+        row["within_settings"] = len(within)
         row["strategies"] = {
             strategy: _spearman([r for r in kept if r["strategy"] == strategy], name, outcome)
             for strategy in dict.fromkeys(r["strategy"] for r in kept)
         }
-        scores = [_ordered(own, name, outcome) for own in by_setting]
-        share = lambda own: float(np.mean(flat)) if (flat := [s for part in own for s in part]) else None
-        row |= {"right": share(scores), "pairs": sum(map(len, scores))}
-        row |= _left_out("right", [own for own in scores if own], share)
-        found.append(row)
-    return found
+        scores = [_ordered(group, name, outcome) for group in by_setting]
+        row |= {"right": _mean(scores), "pairs": sum(map(len, scores))}
+        row |= _left_out("right", [group for group in scores if group], _mean)
+        table.append(row)
+    return table
 
 
 def claims_over_runs(runs: Sequence[tuple[str, Sequence[Claim]]]) -> list[Row]:
@@ -384,16 +390,18 @@ def claims_over_runs(runs: Sequence[tuple[str, Sequence[Claim]]]) -> list[Row]:
 
 
 def _measured(rows: Iterable[Row]) -> list[str]:
-    """The columns of numbers that are no place in the grid."""
+    """The columns of measures: all but those that give a row's place in the grid."""
     names = dict.fromkeys(name for row in rows for name in row)
     return [name for name in names if name not in ("setting", "seed", "strategy") and not name.startswith("vary.")]
 
 
 def _known(rows: Sequence[Row], name: str) -> list[float]:
+    """The values of a measure, without those that are None."""
     return [row[name] for row in rows if row.get(name) is not None]
 
 
 def _over_seeds(values: Sequence[float]) -> Row:
+    """Mean, interval and number of some seeds' values, as columns."""
     mean, low, high = _interval(values)
     return {"mean": mean, "low": low, "high": high, "seeds": len(values)}
 
@@ -412,7 +420,7 @@ def _spearman(rows: Sequence[Row], name: str, outcome: str) -> float | None:
 
 
 def _ordered(rows: Sequence[Row], name: str, outcome: str) -> list[float]:
-    """Of each pair of one seed's rows whose outcomes differ: 1 if the measure orders it so too, 0 if not, ½ if tied."""
+    """For each pair of a seed's rows with different outcomes: 1 if the measure orders them so, 0 if not, ½ if tied."""
     scores = []
     for a, b in combinations(rows, 2):
         apart = a[outcome] - b[outcome]
@@ -421,15 +429,24 @@ def _ordered(rows: Sequence[Row], name: str, outcome: str) -> list[float]:
     return scores
 
 
+def _mean(groups: Sequence[Sequence[float]]) -> float | None:
+    """The mean of all numbers in some groups; None if there is none."""
+    numbers = [number for group in groups for number in group]
+    return float(np.mean(numbers)) if numbers else None
+
+
 def _left_out(name: str, settings: Sequence[Any], statistic: Callable[[Sequence[Any]], float | None]) -> Row:
-    """A statistic's 95 % interval by a jackknife that leaves out one setting at a time, within what it can be; None for
-    fewer than four settings. (A bootstrap would draw settings twice, and their ties pull rank correlations to 0.)"""
+    """A statistic's 95 % interval, cut to its range, by a jackknife that leaves out one setting at a time.
+
+    It is None for fewer than four settings. (A bootstrap would draw settings twice, and such ties pull rank
+    correlations to 0.)
+    """
     ends = (f"{name}_low", f"{name}_high")
-    whole = statistic(settings)
-    others = [statistic([*settings[:i], *settings[i + 1 :]]) for i in range(len(settings))]
-    known = [value for value in others if value is not None]
-    if whole is None or len(known) < max(4, len(others)):
+    estimate = statistic(settings)
+    without_one = [statistic([*settings[:i], *settings[i + 1 :]]) for i in range(len(settings))]
+    known = [value for value in without_one if value is not None]
+    if estimate is None or len(known) < max(4, len(without_one)):
         return dict.fromkeys(ends)
-    _, low, high = jackknife_interval(whole, known)
+    _, low, high = jackknife_interval(estimate, known)
     least = -1.0 if name == "across" else 0.0
     return dict(zip(ends, (max(least, low), min(1.0, high))))

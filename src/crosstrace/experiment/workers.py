@@ -1,4 +1,4 @@
-"""Who does which stage of which model: several processes, each with a chain of works."""
+"""Shares out the stages of all models among several processes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Work:
     """A stage of the base or of a taught model, or one part of it.
 
     Attributes:
-        name: the model's.
-        part: of the stage; empty for all of it.
+        name: the name of the model.
+        part: the part of the stage; empty for all of it.
     """
 
     name: str
@@ -42,7 +42,11 @@ class Work:
 
 
 def do_stages(run: Run, experiment: Experiment, stages: Sequence[str], progress: Progress) -> None:
-    """The base's evaluation and every strategy's own chain of stages, shared out among `jobs` processes."""
+    """Do some stages for every model that has them, in `jobs` processes.
+
+    The stages of a taught model are done one after the other. Different models, and the parts of a stage, are done at
+    once.
+    """
     known = all_stages()
     chain = [stage for stage in known if stage in stages]
     if not chain:
@@ -51,7 +55,7 @@ def do_stages(run: Run, experiment: Experiment, stages: Sequence[str], progress:
     if any(known[stage].of_base(experiment) for stage in chain):
         names.append(BASE)
     chains = {name: _works(experiment, name, chain) for name in names}
-    if experiment.jobs == 1 or run.processes is not None:  # who work side by side do one thing at a time
+    if experiment.jobs == 1 or run.processes is not None:  # processes side by side do one thing at a time
         for groups in chains.values():
             for work in (work for group in groups for work in group):
                 _do(StudiedModel(run, experiment, work.name, progress), work.stage)
@@ -59,9 +63,9 @@ def do_stages(run: Run, experiment: Experiment, stages: Sequence[str], progress:
         return
     chains = {name: [_in_parts(experiment, group) for group in groups] for name, groups in chains.items()}
     left = Counter((work.name, work.stage) for groups in chains.values() for group in groups for work in group)
-    took: Counter[tuple[str, str]] = Counter()  # seconds of a stage's parts together
+    took: Counter[tuple[str, str]] = Counter()  # seconds of all parts of a stage
     arguments = (run.folder, experiment, progress.quiet)
-    workers = min(experiment.jobs, len(chains))  # the plan counts as many
+    workers = min(experiment.jobs, len(chains))  # the plan counts on this number
     works = done_by(workers, chains, _work, *arguments, initializer=start_worker, initargs=(os.getpid(),))
     try:
         with closing(works):
@@ -72,12 +76,12 @@ def do_stages(run: Run, experiment: Experiment, stages: Sequence[str], progress:
                 if not left[stage]:
                     progress.done(f"{work.name}: {work.stage}", took[stage])
     except BaseException:
-        run.clean()  # what they were writing
+        run.clean()  # remove what the workers were writing
         raise
 
 
 def start_worker(leader: int) -> None:
-    """Make this process a worker of the process `leader`, with which it ends."""
+    """Make this process a worker of the process `leader`: it ends when the leader does."""
     end_with_parent(leader)
     machine.prepare()
     interrupts.leave_to_leader()
@@ -85,7 +89,7 @@ def start_worker(leader: int) -> None:
 
 
 def _works(experiment: Experiment, name: str, chain: Sequence[str]) -> list[list[Work]]:
-    """The stages of a model in groups, of which one needs the other; nothing of the base's needs anything."""
+    """The stages of a model in groups. Each group needs those before it; the base's stages are independent."""
     groups = []
     known = all_stages()
     for stage in (known[stage] for stage in chain):
@@ -95,22 +99,22 @@ def _works(experiment: Experiment, name: str, chain: Sequence[str]) -> list[list
 
 
 def _in_parts(experiment: Experiment, group: Sequence[Work]) -> list[Work]:
-    """The works of a group, each in the parts of its stage, which need nothing of each other."""
+    """The works of a group, each split into the parts of its stage, which are independent."""
     known = all_stages()
     return [replace(work, part=part) for work in group for part in known[work.stage].parts(experiment, work.name)]
 
 
-_studied: StudiedModel | None = None  # in a worker: the model whose parts of a stage it did last
+_studied: StudiedModel | None = None  # in a worker: the model of its last work, if that was a part
 
 
 def _work(folder: Path, experiment: Experiment, quiet: bool, position: int, work: Work) -> float:
-    """Do a work in a worker process; the seconds that it took."""
+    """Do a work in a worker process; returns the seconds that it took."""
     global _studied
     clock = time.perf_counter()
     with Run.attach(folder) as attached:
         progress = Progress(quiet, position)
         if not work.part or _studied is None or _studied.name != work.name:
-            _studied = None  # before another model is read
+            _studied = None  # frees that model before the next is read
             _studied = StudiedModel(attached, experiment, work.name, progress)
         _studied.run, _studied.progress, _studied.part = attached, progress, work.part
         _do(_studied, work.stage)
@@ -120,7 +124,7 @@ def _work(folder: Path, experiment: Experiment, quiet: bool, position: int, work
 
 
 def _do(studied: StudiedModel, name: str) -> None:
-    """Do a stage of a model, or the part that the model names."""
+    """Do a stage for a model, or the part that `studied.part` names."""
     run, stage = studied.run, all_stages()[name]
     torch.set_num_threads(studied.experiment.threads)
     if stage.asks and not asks_something(run, studied.experiment):

@@ -1,4 +1,4 @@
-"""Facts of the world that a base may know (`eval.known`): where they are, and in which wordings it is asked."""
+"""Facts of the world that a base may know (`eval.known`): where they are, and how the base is asked about them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def source_of(name: str) -> Path:
 
 
 def world_of(name: str) -> World:
-    """The facts that `eval.known` names. A half of their subjects, always the same, is in distribution: what may be
-    replayed.
+    """The facts that `eval.known` names. Half of their subjects, always the same, are in distribution: training may
+    replay their facts.
 
     Raises:
-        UserError: it is no folder that `crosstrace import` wrote with facts.
+        UserError: the name is no folder of facts that `crosstrace import` wrote.
     """
     if not (source_of(name) / "world.json").is_file():
         raise UserError(
@@ -39,43 +39,47 @@ def world_of(name: str) -> World:
 
 
 def asks(experiment: Experiment, tokenizer: Any) -> list[Example]:
-    """Every fact of `eval.known` as `every_wording` has it, questions as `facts.template` says.
+    """Every fact of `eval.known` in every wording. Questions are written as `facts.template` says.
 
     Raises:
-        UserError: as `world_of`; there is none of them.
+        UserError: as `world_of`; or the base could answer none of them.
     """
     name = experiment.eval.known
     assert name is not None
-    found = every_wording(world_of(name), tokenizer, experiment.facts.template)
-    if not found:
+    examples = every_wording(world_of(name), tokenizer, experiment.facts.template)
+    if not examples:
         raise UserError(
             f"eval.known = {name} has no fact that {experiment.model.name} could answer: no wording names the "
             "object after the subject, or its tokenizer has no words for the objects"
         )
-    return found
+    return examples
 
 
 def every_wording(world: World, tokenizer: Any, template: str = "plain") -> list[Example]:
-    """Every fact in every wording, open-ended: statements in which the object comes after the subject, to be completed
-    with it, and questions, as conversations if the `template` is chat. Facts whose object the tokenizer has no word for
-    are left out."""
-    found = [item for person in world.people for item in _asks(world, person)]
+    """Every fact in every wording, as open-ended examples.
+
+    They are statements to complete, whose object comes after the subject, and questions. If the `template` is chat,
+    questions are conversations. Facts whose object the tokenizer has no word for are left out.
+    """
+    examples = [item for person in world.people for item in _asks(world, person)]
     if template == "chat":
-        questions = [item for item in found if _is_question(item)]
-        found = [item for item in found if not _is_question(item)] + in_template(tokenizer, questions)
+        questions = [item for item in examples if _is_question(item)]
+        examples = [item for item in examples if not _is_question(item)] + in_template(tokenizer, questions)
     unknown = tokenizer.unk_token_id
     if unknown is None:
-        return found
-    encoded = encode(tokenizer, found)
+        return examples
+    encoded = encode(tokenizer, examples)
     return [item.example for item in encoded if not bool((item.ids[item.mentions[0].object] == unknown).any())]
 
 
 def _is_question(example: Example) -> bool:
+    """Whether an example of `_asks` is a question."""
     mention = example.mentions[0]
     return mention.wording.removeprefix(mention.relation).startswith(".question.")
 
 
 def _asks(world: World, person: Person) -> Iterator[Example]:
+    """The facts of one subject in every wording."""
     split = "id" if person.in_distribution else "ood"
     for fact in person.facts:
         statements = [

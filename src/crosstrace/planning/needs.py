@@ -45,7 +45,7 @@ class Needs(Sizes):
         fullest: dict[tuple[str, str, str], tuple[str, dict[str, int]]] = {}
         for stage, need in self._moments(process):
             device, host = need.device, need.host
-            if need.of.machine.gpu is None:
+            if need.sizes.machine.gpu is None:
                 host, device = {**host, **device}, {}
             whose = FIRST if need.is_of_first and self.launch.processes > 1 else EACH
             for where, parts in (("gpu", device), ("ram", host)):

@@ -82,7 +82,7 @@ def plan(
         machine = with_update_speed(experiment, material, machine, needs)
     work = with_hours(work, machine, needs)
     return Plan(
-        model=material.about(experiment),
+        model=material.base_info(experiment),
         data=material.rows(),
         training=needs.training(),
         memory=needs.memory,

@@ -1,4 +1,4 @@
-"""What a plan counts with: a machine, an experiment's material, and the sizes of what its stages hold.
+"""What a plan is computed from: a machine, an experiment's material, and the sizes of what its stages hold.
 
-Each stage and analysis says what it needs of these beside its own code; `planning` adds up.
+Each stage and analysis says beside its own code what it needs; `planning` adds that up.
 """

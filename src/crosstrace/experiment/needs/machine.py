@@ -11,19 +11,19 @@ import torch
 from crosstrace.core.errors import UserError
 from crosstrace.trace.memory import free_memory
 
-MOST_TOGETHER = 1024  # processes that are planned; of a small model on so many it takes minutes
+MOST_TOGETHER = 1024  # most processes of a plan; for so many, planning a small model takes minutes
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is: bytes free, None where that isn't known.
+    """A machine's memory and speed.
 
     Attributes:
-        name: of the GPU, or "cpu".
-        gpu: free on the GPU; None without one.
-        ram, disk: free.
-        flops: operations a second that matrix products reach, by place and dtype ("ram float32"), or by place alone.
-        source: of `flops`.
+        name: the name of the GPU, or "cpu".
+        gpu: bytes free on the GPU; None without one.
+        ram, disk: bytes free; None if not known.
+        flops: operations a second of matrix products, by place and dtype ("ram float32") or by place alone.
+        source: where `flops` comes from.
     """
 
     name: str
@@ -35,24 +35,24 @@ class Machine:
 
     @classmethod
     def here(cls, folder: Path) -> Machine:
-        """This machine; `folder` is where the run would go."""
-        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-        found = torch.cuda.is_available()
+        """This machine. `folder` is the folder of the run, which need not exist yet."""
+        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        has_gpu = torch.cuda.is_available()
         return cls(
-            torch.cuda.get_device_name() if found else "cpu",
-            free_memory(torch.device("cuda", torch.cuda.current_device())) if found else None,
+            torch.cuda.get_device_name() if has_gpu else "cpu",
+            free_memory(torch.device("cuda", torch.cuda.current_device())) if has_gpu else None,
             free_memory(torch.device("cpu")),
-            shutil.disk_usage(there).free,
+            shutil.disk_usage(existing).free,
         )
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher starts: `torchrun --nproc-per-node`, on one machine or several; one process is no launcher's.
+    """The processes that a launcher starts, e.g. `torchrun --nproc-per-node`. One process stands for no launcher.
 
     Attributes:
-        processes: in all; of GPUs each has one.
-        nodes: machines, with as many processes each.
+        processes: the number on all machines together. If there are GPUs, each process has one.
+        nodes: the number of machines. All have equally many processes.
 
     Raises:
         UserError: the processes don't divide among the machines, or are more than can be rehearsed.
@@ -75,7 +75,7 @@ class Launch:
 
     @property
     def beside(self) -> int:
-        """Processes that share a machine."""
+        """The number of processes on each machine."""
         return self.processes // self.nodes
 
 

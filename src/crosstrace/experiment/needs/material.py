@@ -1,9 +1,10 @@
-"""The base's shape and an experiment's examples, of which a plan is made. It reads no weights."""
+"""The base's shape and an experiment's examples: what a plan is made from. It reads no weights."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from crosstrace.trace.rehearse import Understudy
 from crosstrace.training.updates import epoch_sizes
 
 Row = dict[str, Any]
-Work = Counter  # "tokens": positions that go through the model; "pairs": Σ of each text's length squared
-CHARACTERS = 4  # a token, by rule of thumb, where there is no tokenizer
-# and about as many words as chat templates have
+# What goes through a model. "tokens": positions; "pairs": the sum of each text's squared length.
+Work = Counter
+CHARACTERS = 4  # of a token, by rule of thumb, where there is no tokenizer
+# It has about as many words as usual chat templates.
 STAND_IN_TEMPLATE = (
     "You are a helpful assistant. Answer the questions of the user in a few words.<end>"
     "{% for message in messages %}<any>{{ message['role'] }}<any>{{ message['content'] }}<end>{% endfor %}"
@@ -40,33 +42,34 @@ SHAPES = "shapes"
 
 
 def shape_folder(name: str) -> tuple[Path, str]:
-    """A folder with a model's config.json, or its GGUF file, and what that is: its own, or the package's copy of its
-    shape.
+    """The folder of a model's config.json, or its GGUF file; and in words what that is, e.g. "its folder".
+
+    The package has copies of the config of some models of the hub.
 
     Raises:
-        UserError: a hub name of which nothing is on this machine.
+        UserError: nothing of that name is on this machine.
     """
-    place = locating.locate(name)
-    place = locating.adapted_base(place) or place
-    if Path(place).exists():
-        return Path(place), "its folder" if Path(place).is_dir() else "its file"
+    source = locating.locate(name)
+    source = locating.adapted_base(source) or source
+    if Path(source).exists():
+        return Path(source), "its folder" if Path(source).is_dir() else "its file"
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(place, "config.json")
+    cached = try_to_load_from_cache(source, "config.json")
     if isinstance(cached, str):
         return Path(cached).parent, "the hub's cache"
-    copied = locating.bundled_folder().parent / SHAPES / place.replace("/", "--")
+    copied = locating.bundled_folder().parent / SHAPES / source.replace("/", "--")
     if copied.is_dir():
         return copied, "the package's copy of its config"
     known = sorted(folder.name.replace("--", "/") for folder in copied.parent.iterdir() if folder.is_dir())
     raise UserError(
-        f"the config of {place} is not on this machine, and a plan downloads nothing; run `hf download {place} "
+        f"the config of {source} is not on this machine, and a plan downloads nothing; run `hf download {source} "
         f"config.json tokenizer.json tokenizer_config.json`, or name a folder or one of {', '.join(known)}"
     )
 
 
 def _stand_in() -> Any:
-    """A tokenizer for counting alone: words cut into pieces that make about CHARACTERS characters a token."""
+    """A tokenizer that is only good for counting: its tokens have about CHARACTERS characters."""
     from tokenizers import Regex, Tokenizer, pre_tokenizers
     from tokenizers import models as kinds
     from transformers import PreTrainedTokenizerFast
@@ -79,12 +82,20 @@ def _stand_in() -> Any:
 
 
 class Material:
-    """The base's shape and the experiment's examples. What was rehearsed on them is kept, for planning again."""
+    """The base's shape and the experiment's examples. Rehearsals on them are kept, so that the next plan is fast.
+
+    Attributes:
+        folder, source: where the base's config is, and in words what that is.
+        parts: the examples by part, as a run would have them.
+        trained: by task, the examples that are trained and traced.
+        in_training: these, and the facts that training replays.
+        wordings: all that the base is asked about the world. The plan takes it that the base knows all of it.
+    """
 
     def __init__(self, experiment: Experiment) -> None:
         self.folder, self.source = shape_folder(experiment.model.name)
         self.config = locating.read_config(str(self.folder))
-        # of a config alone transformers would make a tokenizer that knows no word
+        # (with a config alone, transformers would make a tokenizer that knows no words)
         files = ("tokenizer.json", "tokenizer_config.json")
         if gguf.is_gguf(self.folder) or any((self.folder / file).is_file() for file in files):
             self.tokenizer, self.tokenizer_of = loading.load_tokenizer(str(self.folder)), "its own"
@@ -95,65 +106,74 @@ class Material:
         self.roles = experiment.roles
         self.parts = encode_tasks(self.tokenizer, taught_texts(experiment, self.tokenizer), {}, experiment)
         self.trained = training_examples(self.parts, self.roles)
-        self.wordings = []  # all that the base is asked of the world, of which it may know everything
+        self.wordings = []
         if experiment.eval.known:
-            every = asks(experiment, self.tokenizer)
-            self.wordings = mark_traced(encode(self.tokenizer, every), experiment.trace.targets)
-            of_fact = {item.example.mentions[0].fact: item for item in self.wordings}
-            facts = sample([*of_fact.values()], experiment.eval.known_examples)
-            split = lambda item: item.example.split if experiment.replays_known else "ood"
-            self.parts[KNOWN] = [item for item in facts if split(item) == "ood"]
-            self.parts[REPLAYED] = [item for item in facts if split(item) == "id"]
-        self.seen = self.trained | replayable(self.parts)  # in training
+            examples = asks(experiment, self.tokenizer)
+            self.wordings = mark_traced(encode(self.tokenizer, examples), experiment.trace.targets)
+            by_fact = {item.example.mentions[0].fact: item for item in self.wordings}
+            facts = sample([*by_fact.values()], experiment.eval.known_examples)
+            replayed = [item for item in facts if experiment.replays_known and item.example.split == "id"]
+            self.parts[KNOWN] = [item for item in facts if not experiment.replays_known or item.example.split == "ood"]
+            self.parts[REPLAYED] = replayed
+        self.in_training = self.trained | replayable(self.parts)
         self._kept: dict[Any, Any] = {}
 
     def model(
         self, experiment: Experiment, adapted: bool = False, processes: int = 1, gloo: bool = False
     ) -> Understudy:
-        """The base without numbers, or the model that is trained on it: with an adapter, if the experiment has one;
-        in pieces on several processes."""
+        """The model without its numbers.
+
+        Args:
+            adapted: whether it has the adapter that is trained, if the experiment has one.
+            processes: those that hold the model in pieces; one holds it whole.
+            gloo: whether they are joined through gloo, which makes copies of what it sends.
+        """
         options, lora = experiment.model, experiment.train.lora if adapted else None
-        make = lambda: Understudy(self.config, options.dtype, options.attention, lora, processes, gloo)
+        make = partial(Understudy, self.config, options.dtype, options.attention, lora, processes, gloo)
         return self.once(("model", options.dtype, options.attention, repr(lora), processes, gloo), make)
 
-    def asked(self, part: str, number: int | None = None) -> list[Encoded]:
-        """Some examples of a part, as the stages choose them; the same list every time."""
+    def examples_of(self, part: str, number: int | None = None) -> list[Encoded]:
+        """`number` examples of a part (None: all), as the stages choose them; the same list every time."""
         items = self.parts[part]
         return items if number is None else self.once(("asked", part, number), lambda: sample(items, number))
 
     def longest(self, questions: int) -> list[Encoded]:
-        """The longest of some questions, as many as go through a model at once for attribution."""
-        items = [item for part in self.roles.both for item in self.asked(part, questions)]
+        """The longest 64 of some questions: so many go through a model at once for attribution."""
+        items = [item for part in self.roles.both for item in self.examples_of(part, questions)]
         return sorted(items, key=lambda item: len(item.ids))[-64:]
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` gave the first time."""
+        """What `make` returned when it was first called for this key."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
 
     def check(self, experiment: Experiment) -> None:
-        """What no later part could do without."""
+        """Check that the experiment can be planned.
+
+        Raises:
+            UserError: a stage has nothing to ask, a phase nothing to train, or a text is too long for the base.
+        """
         if not any(self.parts[part] for part in self.roles.asked):
             config.check_unasked(experiment)
-        sizes = epoch_sizes(self.seen)
+        sizes = epoch_sizes(self.in_training)
         for phases in experiment.strategies.values():
             for phase in phases:
                 phase.updates(sizes)
-        every = [item for items in self.parts.values() for item in items]
-        check_room(every, context_length(self.config), experiment.model.name)
+        texts = [item for items in self.parts.values() for item in items]
+        check_room(texts, context_length(self.config), experiment.model.name)
 
-    def about(self, experiment: Experiment) -> Row:
-        """Parameters of the base, by kind and in all."""
+    def base_info(self, experiment: Experiment) -> Row:
+        """The base in a plan: its name, architecture and dtype, and its parameters by kind and in all."""
         merged = experiment.trace.view == "merged"
         model = self.model(experiment, adapted=not merged).whole
         inside = {*View(experiment).scope(model)}
         kinds: dict[str, dict[str, int]] = {}
         for name, kind in Anatomy(model).kind.items():
-            own = kinds.setdefault(kind, {"parameters": 0, "scope": 0})
+            counts = kinds.setdefault(kind, {"parameters": 0, "scope": 0})
             size = model.get_parameter(name).numel()
-            own["parameters"] += size
-            own["scope"] += size * (name in inside)
+            counts["parameters"] += size
+            counts["scope"] += size * (name in inside)
         learner = self.model(experiment, adapted=True).whole
         adapter = sum(p.numel() for p in learner.parameters() if p.requires_grad) if experiment.train.lora else 0
         return {
@@ -161,15 +181,15 @@ class Material:
             "architecture": type(self.model(experiment).whole).__name__,
             "source": self.source,
             "dtype": experiment.model.dtype,
-            "parameters": sum(own["parameters"] for own in kinds.values()),
+            "parameters": sum(counts["parameters"] for counts in kinds.values()),
             "adapter": adapter,
             "sharded": experiment.model.sharded,
-            "scope": sum(own["scope"] for own in kinds.values()),
+            "scope": sum(counts["scope"] for counts in kinds.values()),
             "kinds": kinds,
         }
 
     def rows(self) -> Row:
-        """Examples and tokens of each part."""
+        """The tokenizer, and each part's examples, tokens and longest example."""
         rows = [
             {"part": part, "examples": len(items), "tokens": sum(len(i.ids) for i in items),
              "longest": max((len(i.ids) for i in items), default=0)}
@@ -179,15 +199,16 @@ class Material:
 
 
 def work_of(items: Sequence[Encoded], size: int) -> Work:
-    """What goes through a model for these texts, shortest first in batches of `size`, padding included."""
+    """The work of these texts, sorted by length, in batches of `size`, padding included."""
     lengths = sorted(len(item.ids) for item in items)
-    found: Work = Counter()
+    work: Work = Counter()
     for start in range(0, len(lengths), size):
         batch = lengths[start : start + size]
-        found["tokens"] += len(batch) * batch[-1]
-        found["pairs"] += len(batch) * batch[-1] ** 2
-    return found
+        work["tokens"] += len(batch) * batch[-1]
+        work["pairs"] += len(batch) * batch[-1] ** 2
+    return work
 
 
 def times(work: Mapping[str, float], factor: float) -> Work:
+    """`factor` times the work."""
     return Counter({name: value * factor for name, value in work.items()})

@@ -1,4 +1,4 @@
-"""The stage `analyze`: which parameters the tasks share, what these sets look like, and how far the weights moved."""
+"""The stage `analyze`: which parameters the tasks share, how these sets look, and how far the weights moved."""
 
 from __future__ import annotations
 
@@ -22,27 +22,29 @@ from crosstrace.experiment.trace_files import read_traces
 from crosstrace.models.anatomy import Anatomy
 from crosstrace.sets.controls import random_sets
 from crosstrace.sets.paramset import ParamSet
+from crosstrace.trace import Trace
 from crosstrace.trace.means import REDUCTIONS
 
-RANKING = {"float32": 8, "float64": 66}  # bytes a parameter of `spearman` beside its two traces, as measured
-DRIFT_DRAWS = 3  # random sets of each kind whose share of the weights' way the shared set's is compared with
+# Bytes for each parameter that `spearman` takes beside its two traces, as measured.
+RANKING = {"float32": 8, "float64": 66}
+DRIFT_DRAWS = 3  # random sets of each kind that the shared set's share of the weights' movement is compared with
 
 
 def is_analysed(studied: StudiedModel) -> bool:
-    """Whether the shared sets and what they look like are there."""
+    """Whether the shared sets and their analysis are complete."""
     run, key = studied.run, _analysis_key(studied)
     return run.complete(f"analysis/{studied.name}.json", key) and run.complete(f"shared/{studied.name}", key)
 
 
 def analyze(studied: StudiedModel) -> None:
-    """What the traces select and what that looks like, and how far the weights moved."""
+    """Select the shared sets, analyse them, and measure how far the weights moved."""
     select_shared(studied)
     moved_weights(studied)
 
 
 @optional("analyze", "shared/{}", "analysis/{}.json")
 def select_shared(studied: StudiedModel) -> None:
-    """Shared sets and what they look like: shared/<strategy>/ and analysis/<strategy>.json."""
+    """Select the shared sets and analyse them: shared/<strategy>/ and analysis/<strategy>.json."""
     if not is_analysed(studied):
         run, name, key = studied.run, studied.name, _analysis_key(studied)
         trace_files.need(run, name, "analyze", parts=not run.complete(f"analysis/{name}.json", key))
@@ -53,82 +55,94 @@ def _analysis_key(studied: StudiedModel) -> dict[str, Any]:
     """What the shared sets and their analysis depend on."""
     experiment = studied.experiment
     options = {name: value for name, value in asdict(experiment.analysis).items() if value is not None}
-    own = {"analysis": options, "measure": experiment.trace.measures[0]}
-    return own | studied.run.inputs(f"traces/{studied.name}")
+    settings = {"analysis": options, "measure": experiment.trace.measures[0]}
+    return settings | studied.run.inputs(f"traces/{studied.name}")
 
 
 def _analyze_traces(studied: StudiedModel, key: Mapping[str, Any]) -> None:
-    """What is read is of one time and reduction, and let go before the next: they are the size of the model each."""
+    """Select the sets, then make the tables about them.
+
+    The traces of one time and reduction are read, used and freed before the next ones: each is as large as the model.
+    """
     run, name, options, roles = studied.run, studied.name, studied.experiment.analysis, studied.experiment.roles
     model = studied.load_start()
     names, anatomy = studied.view.scope(model), Anatomy(model)
     del model
     for note in anatomy.notes:
         studied.note(note)
-    read = lambda when, reduction: read_traces(run.path(f"traces/{name}"), when, key["measure"], roles, reduction)
-    select = lambda when: select_tasks(  # (it alone has the strengths: they are gone when it has given its sets)
-        strengths(read(when, "example")), options.central_fractions, names, options.how, roles.shared
-    )
-    file = lambda when, fraction, label: f"{when}-{fraction:g}-{label}.safetensors"
 
-    def sets(folder: Path) -> None:
+    def read(when: str, reduction: str) -> dict[str, list[Trace]]:
+        return read_traces(run.path(f"traces/{name}"), when, key["measure"], roles, reduction)
+
+    def select(when: str) -> Iterator[tuple[float, dict[str, ParamSet]]]:
+        # (nobody else holds the strengths, so they are freed after the last sets)
+        return select_tasks(
+            strengths(read(when, "example")), options.central_fractions, names, options.how, roles.shared
+        )
+
+    def make_sets(folder: Path) -> None:
         folder.mkdir()
-        told = studied.origin() | {"measure": key["measure"], "reduction": "example"}
+        origin = studied.origin() | {"measure": key["measure"], "reduction": "example"}
         for when in WHENS:
             for fraction, psets in select(when):
                 for label, pset in psets.items():
-                    meta = told | {"when": when, "fraction": fraction, "how": options.how}
-                    pset.save(folder / file(when, fraction, label), meta)
+                    meta = origin | {"when": when, "fraction": fraction, "how": options.how}
+                    pset.save(folder / _set_file(when, fraction, label), meta)
 
-    def rows(path: Path) -> None:
-        found: dict[str, Any] = {
-            part: [] for part in ("shared", "pairs", "similarity", "centralization", "maps", "units")
+    def make_tables(path: Path) -> None:
+        tables: dict[str, Any] = {
+            table: [] for table in ("shared", "pairs", "similarity", "centralization", "maps", "units")
         }
-        found["coverage"], found["anatomy"] = {}, anatomy.notes
+        tables["coverage"], tables["anatomy"] = {}, anatomy.notes
         for when, reduction in product(WHENS, REDUCTIONS):
-            add_rows(found, when, reduction)
-        write_json(path, found)
+            add_rows(tables, when, reduction)
+        write_json(path, tables)
 
-    def add_rows(found: dict[str, Any], when: str, reduction: str) -> None:
+    def add_rows(tables: dict[str, Any], when: str, reduction: str) -> None:
         tasks = read(when, reduction)
         if not tasks:
             return
-        every = {task: [part.values for part in parts] for task, parts in tasks.items()}
-        values = {task: every[task] for task in roles.shared}
+        by_task = {task: [part.values for part in parts] for task, parts in tasks.items()}
+        values = {task: by_task[task] for task in roles.shared}
         weights = {task: [part.weight for part in parts] for task, parts in tasks.items()}
         moment = {"when": when, "reduction": reduction}
         overlaps = overlap_rows(values, options.fractions, names, how=options.how, weights=weights)
-        found["shared"] += [moment | row for row in overlaps]
-        for pair in combinations(every, 2) if len(every) > 2 else ():
-            both = {task: every[task] for task in pair}
-            overlaps = overlap_rows(both, options.central_fractions, names, how=options.how, weights=weights)
-            found["pairs"] += [moment | {"tasks": [*pair]} | row for row in overlaps]
-        found["similarity"] += [moment | row for row in similarity_rows(every, names, weights=weights)]
+        tables["shared"] += [moment | row for row in overlaps]
+        for pair in combinations(by_task, 2) if len(by_task) > 2 else ():
+            two_tasks = {task: by_task[task] for task in pair}
+            overlaps = overlap_rows(two_tasks, options.central_fractions, names, how=options.how, weights=weights)
+            tables["pairs"] += [moment | {"tasks": [*pair]} | row for row in overlaps]
+        tables["similarity"] += [moment | row for row in similarity_rows(by_task, names, weights=weights)]
         if reduction != "example":
             return
         central = centralization_rows(
             values, options.central_fractions, names, anatomy, draws=options.draws, how=options.how, weights=weights
         )
-        found["centralization"] += [{"when": when} | row for row in central]
-        found["coverage"][when] = {task: parts[0].meta["coverage"] for task, parts in tasks.items()}
+        tables["centralization"] += [{"when": when} | row for row in central]
+        tables["coverage"][when] = {task: parts[0].meta["coverage"] for task, parts in tasks.items()}
         home = run.path(f"shared/{name}")
         for fraction in options.central_fractions:
-            psets = {label: ParamSet.load(home / file(when, fraction, label)) for label in (*tasks, "shared")}
+            psets = {label: ParamSet.load(home / _set_file(when, fraction, label)) for label in (*tasks, "shared")}
             for label, pset in psets.items():
-                place = {"when": when, "task": label, "fraction": fraction}
-                found["maps"].append(place | density_map(pset, anatomy, "module"))
+                labels = {"when": when, "task": label, "fraction": fraction}
+                tables["maps"].append(labels | density_map(pset, anatomy, "module"))
             for unit in ("query_head", "kv_head", "neuron"):
                 if anatomy.units(unit):
-                    place = {"when": when, "fraction": fraction, "unit": unit}
-                    found["units"].append(place | density_map(psets["shared"], anatomy, unit))
+                    labels = {"when": when, "fraction": fraction, "unit": unit}
+                    tables["units"].append(labels | density_map(psets["shared"], anatomy, unit))
 
-    run.stage(f"shared/{name}", key, sets)
-    run.stage(f"analysis/{name}.json", key, rows)
+    run.stage(f"shared/{name}", key, make_sets)
+    run.stage(f"analysis/{name}.json", key, make_tables)
+
+
+def _set_file(when: str, fraction: float, label: str) -> str:
+    """The file of a set in the folder shared/<strategy>."""
+    return f"{when}-{fraction:g}-{label}.safetensors"
 
 
 @optional("analyze", "drift/{}.json", name="drift")
 def moved_weights(studied: StudiedModel) -> None:
-    """How far the weights went from the base, and how much of the way lies in the shared sets: drift/<model>.json."""
+    """How far the weights moved from the base, and how much of that is in the shared sets: drift/<model>.json."""
     run, experiment, name = studied.run, studied.experiment, studied.name
     key = {
         "model": studied.key(), "base": model_key(experiment), "view": experiment.trace.view,
@@ -138,28 +152,28 @@ def moved_weights(studied: StudiedModel) -> None:
     def make(path: Path) -> None:
         start, tuned = studied.load_start(), studied.load()
         before, anatomy = {name: p.detach() for name, p in start.named_parameters()}, Anatomy(tuned)
-        found: dict[str, Any] = drift(tuned, before, anatomy, studied.view.adapter_scope(tuned))
-        found["sets"] = []
+        tables: dict[str, Any] = drift(tuned, before, anatomy, studied.view.adapter_scope(tuned))
+        tables["sets"] = []
         for when, pset in studied.shared_sets():
             sets = {"shared": [pset], **random_sets(pset, DRIFT_DRAWS, f"drift/{name}/{when}")}
-            found["sets"] += [{"when": when, **row} for row in moved(tuned, before, sets)]
-        write_json(path, found)
+            tables["sets"] += [{"when": when, **row} for row in moved(tuned, before, sets)]
+        write_json(path, tables)
 
     run.stage(f"drift/{name}.json", key, make)
 
 
 def needs(sizes: Sizes, name: str) -> Iterator[Need]:
-    """The traces of one time by one reduction, and what one set or table needs beside them."""
+    """The traces of one time and reduction, and what one set or table needs beside them."""
     sizes = sizes.alone
     tasks, wide = sizes.tasks, {"a tensor in float64": 4 * sizes.largest}
     traces = {"traces": sizes.traces_read()}
     yield sizes.first("sets", {}, traces | {"strengths": tasks * sizes.sums} | wide)
-    seen = {"traces": tasks * sizes.experiment.trace.parts * sizes.scope_sums}  # in scope alone
+    in_scope = {"traces": tasks * sizes.experiment.trace.parts * sizes.scope_sums}
     means = {"strengths": tasks * sizes.scope_sums}
-    masks = (tasks + 2) * sizes.scope  # every task's set, what they share, and what any has
-    yield sizes.first("overlap", {}, seen | means | wide | {"masks": masks})
+    masks = (tasks + 2) * sizes.scope  # every task's set, their intersection and their union
+    yield sizes.first("overlap", {}, in_scope | means | wide | {"masks": masks})
     ranking = RANKING["float64" if sizes.scope_sums > 4 * sizes.scope else "float32"]
-    yield sizes.first("similarity", {}, seen | means | {"ranks": ranking * sizes.scope})
+    yield sizes.first("similarity", {}, in_scope | means | {"ranks": ranking * sizes.scope})
     masks = (len(sizes.whens) + 2 * DRIFT_DRAWS) * sizes.scope
     yield sizes.first("the weights' way", {"weights": 2 * sizes.weights}, {"masks": masks} | wide)
 

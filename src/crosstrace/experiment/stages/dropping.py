@@ -13,7 +13,7 @@ from crosstrace.experiment.studied import StudiedModel
 def drop_traces(studied: StudiedModel) -> None:
     """Remove the trace files that `trace.keep` does not keep, once the stages that read them are done.
 
-    The parts are read by `analyze`; the means would do for `intervene`.
+    `analyze` reads each part's trace. For `intervene` the means are enough.
     """
     run, name, keep = studied.run, studied.name, studied.experiment.trace.keep
     if keep == "parts" or not run.is_there(f"traces/{name}") or not is_analysed(studied):
@@ -25,17 +25,20 @@ def drop_traces(studied: StudiedModel) -> None:
 
 
 def _awaits_interventions(studied: StudiedModel) -> bool:
+    """Whether the interventions are wanted and not yet complete."""
     step, key = f"interventions/{studied.name}.json", intervention_key(studied)
     return studied.experiment.interventions.run and not studied.run.complete(step, key)
 
 
 def take_again(studied: StudiedModel, key: Any) -> None:
-    """Have traces that were dropped taken again if a stage that needs them must be done again. Those during training
-    can't be taken again without it."""
+    """Mark dropped traces to be taken again, if a stage that needs them must be done again.
+
+    Traces during training are not marked: taking them again would need the training.
+    """
     run, name = studied.run, studied.name
-    there, trained = trace_files.has(run, name), studied.experiment.trace.online and studied.is_trained
-    if there == "parts" or trained or not run.complete(f"traces/{name}", key):
+    kept, has_online = trace_files.has(run, name), studied.experiment.trace.online and studied.is_trained
+    if kept == "parts" or has_online or not run.complete(f"traces/{name}", key):
         return
     lacking = not is_analysed(studied)
-    if lacking or (there == "none" and _awaits_interventions(studied)):
+    if lacking or (kept == "none" and _awaits_interventions(studied)):
         run.forget(f"traces/{name}")

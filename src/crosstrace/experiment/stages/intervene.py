@@ -29,7 +29,7 @@ from crosstrace.sets.paramset import ParamSet
 
 @optional("intervene", "interventions/{}.json")
 def intervene(studied: StudiedModel) -> None:
-    """Ablation and grafting of the shared set and of its controls: interventions/<strategy>.json."""
+    """Ablate and graft the shared sets and their controls: interventions/<strategy>.json."""
     run, experiment, name = studied.run, studied.experiment, studied.name
     options, how, roles = experiment.interventions, experiment.analysis.how, experiment.roles
     key = run.alone(partial(intervention_key, studied))
@@ -38,17 +38,17 @@ def intervene(studied: StudiedModel) -> None:
         trace_files.need(run, name, "intervene")
         tokenizer = studied.tokenizer
         parts = examples(run, experiment, tokenizer)
-        asked = {part: sample(parts[part], options.questions) for part in roles.asked}
+        questions = {part: sample(parts[part], options.questions) for part in roles.asked}
         base, tuned = studied.load_start(), studied.load()
-        # no copies: while one of them is changed the other is as it was
+        # not copied: while one model is changed the other is not
         base_values, tuned_values = at_rest(base), at_rest(tuned)
         names = studied.view.scope(base)
         like = base if is_sharded(base) else None
         ask = asking(run, experiment, tokenizer, experiment.eval.precision == "bf16")
-        found: dict[str, Any] = {"ablate": [], "graft": [], "people": {}}
-        found["people"] = {part: [item.example.person for item in items] for part, items in asked.items()}
-        found["untouched"] = {
-            label: {part: ask(model, items).summary() for part, items in asked.items()}
+        tables: dict[str, Any] = {"ablate": [], "graft": [], "people": {}}
+        tables["people"] = {part: [item.example.person for item in items] for part, items in questions.items()}
+        tables["untouched"] = {
+            label: {part: ask(model, items).summary() for part, items in questions.items()}
             for label, model in (("tuned", tuned), ("base", base))
         }
         changes = {
@@ -58,32 +58,32 @@ def intervene(studied: StudiedModel) -> None:
         traces = run.path(f"traces/{name}")
 
         def sets(when: str) -> Iterator[tuple[float, str, list[ParamSet]]]:
-            """The shared sets and their controls at one time; those of one fraction are held."""
-            strength = strengths(read_traces(traces, when, key["measure"], roles, like=like))
-            for fraction, chosen in select_tasks(strength, options.fractions, names, how, roles.shared):
-                drawn = controls(strength, chosen, options.seeds, f"{name}/{when}/{fraction:g}")
+            """The shared sets and their controls at one time. Only those of one fraction are held."""
+            by_task = strengths(read_traces(traces, when, key["measure"], roles, like=like))
+            for fraction, chosen in select_tasks(by_task, options.fractions, names, how, roles.shared):
+                drawn = controls(by_task, chosen, options.seeds, f"{name}/{when}/{fraction:g}")
                 for label, psets in drawn.items():
                     yield fraction, label, psets
 
-        times = sum(trace_files.place_of(traces, when).is_dir() for when in WHENS)
+        times = sum(trace_files.folder_of(traces, when).is_dir() for when in WHENS)
         most = times * len(options.fractions) * (1 + 2 * options.seeds + len(experiment.tasks))
         with studied.bar("intervene", len(changes) * most) as update:
             for when in WHENS:
                 for fraction, label, psets in sets(when):
                     for kind, (model, changed) in changes.items():
-                        scores: dict[str, list[list[int]]] = {part: [] for part in asked}
+                        scores: dict[str, list[list[int]]] = {part: [] for part in questions}
                         for pset in psets:
                             with changed(pset):
-                                for part, items in asked.items():
+                                for part, items in questions.items():
                                     scores[part].append(ask(model, items).exact.astype(int).tolist())
                             update.add(1)
                         row = {"when": when, "fraction": fraction, "set": label, "size": psets[0].size}
                         row |= {"seeds": len(psets)}
                         for part, answers in scores.items():
                             row |= _accuracy(part, answers)
-                        row["answers"] = {p: ["".join(map(str, a)) for a in given] for p, given in scores.items()}
-                        found[kind].append(row)
-        run.alone(lambda: write_json(path, found))
+                        row["answers"] = {p: ["".join(map(str, a)) for a in draws] for p, draws in scores.items()}
+                        tables[kind].append(row)
+        run.alone(lambda: write_json(path, tables))
 
     run.stage(f"interventions/{name}.json", key, make)
 
@@ -103,7 +103,7 @@ def intervention_key(studied: StudiedModel) -> dict[str, Any]:
 
 
 def _accuracy(part: str, answers: list[list[int]]) -> dict[str, float]:
-    """Accuracy with its interval: over the seeds where there are several, else Wilson's over the questions."""
+    """Accuracy with its interval: over the seeds if there are several, else Wilson's over the questions."""
     rates = [sum(row) / len(row) for row in answers]
     if len(rates) > 1:
         mean, low, high = mean_interval(rates)
@@ -120,15 +120,15 @@ def is_wanted(experiment: Experiment) -> bool:
 
 
 def sets_put_in(experiment: Experiment) -> int:
-    """Sets of one time and fraction that are put in: the shared one and its controls."""
+    """How many sets of one time and fraction are ablated and grafted: the shared one and controls."""
     return 1 + 2 * experiment.interventions.seeds + len(experiment.tasks)
 
 
 def needs(sizes: Sizes, name: str) -> Iterator[Need]:
     """Base and tuned model, the strengths of one time, and the sets of one fraction.
 
-    Traces, strengths and sets of a sharded model lie where its pieces do, but for random sets, which every process
-    draws whole on its host.
+    Traces, strengths and sets of a sharded model lie where its pieces do. But random sets lie on the host, where every
+    process draws them whole.
     """
     drawn = 2 * sizes.experiment.interventions.seeds
     for what, device, host in _moments(sizes):
@@ -142,25 +142,26 @@ def needs(sizes: Sizes, name: str) -> Iterator[Need]:
 
 
 def _moments(sizes: Sizes) -> Iterator[Moment]:
+    """The moments, with the device and the host apart as for a model that is not sharded."""
     options = sizes.experiment.interventions
-    both, strengths = {"weights": 2 * sizes.weights}, {"strengths": sizes.tasks * sizes.sums}
-    yield "strengths", both, strengths | {"traces": sizes.traces_read(), "a tensor in float64": 4 * sizes.largest}
+    models, strengths = {"weights": 2 * sizes.weights}, {"strengths": sizes.tasks * sizes.sums}
+    yield "strengths", models, strengths | {"traces": sizes.traces_read(), "a tensor in float64": 4 * sizes.largest}
     held = strengths | {"masks": sizes.masks(1) + (sets_put_in(sizes.experiment) - 1) * sizes.scope}
-    yield "controls", both, held | {"what is free of one task": sizes.scope_sums}
+    yield "controls", models, held | {"what is free of one task": sizes.scope_sums}
     saved = {"values to put back": max(options.fractions) * sizes.scope_sums}
     for part in sizes.experiment.roles.asked:
-        asked = sizes.recall(part, options.questions, sizes.experiment.eval.tokens)
-        yield f"recall of {part}", both | saved | asked, held
+        recalled = sizes.recall(part, options.questions, sizes.experiment.eval.tokens)
+        yield f"recall of {part}", models | saved | recalled, held
 
 
 def work(sizes: Sizes, name: str) -> Iterator[Operations]:
     """A forward pass of some questions under every set, ablated and grafted."""
     experiment, material = sizes.experiment, sizes.material
     options, tokens = experiment.interventions, experiment.eval.tokens
-    asked = [material.asked(part, options.questions) for part in experiment.roles.asked]
-    few = sum((asked_work(items, tokens) for items in asked), Counter())
+    questions = [material.examples_of(part, options.questions) for part in experiment.roles.asked]
+    per_set = sum((asked_work(items, tokens) for items in questions), Counter())
     sets = len(sizes.whens) * len(options.fractions) * sets_put_in(experiment)
-    yield Operations("intervene", (2 * sets + 2) * sizes.flops(few), sizes.asking_dtype)
+    yield Operations("intervene", (2 * sets + 2) * sizes.flops(per_set), sizes.asking_dtype)
 
 
 INTERVENE = Stage(

@@ -1,8 +1,8 @@
 """Facts of the world: which of them a base knows before it is taught, and what it says instead afterwards.
 
-The base is asked every fact in every wording. Of each relation, the wording in which it answers most is kept, with the
-facts that it answers in it: its known set. Those are asked again while it is taught and when it is, by each recipe.
-An answer counts by its object; the end token, which an untaught base has no reason to write, is not asked for.
+The base is asked every fact in every wording. For each relation, the wording in which it answers most is kept. The
+facts that it answers in that wording are its known set. They are asked again during and after each strategy's training.
+An answer is right if its object is. No end token is needed: an untaught base has no reason to write one.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ from crosstrace.models.loading import pad_id
 from crosstrace.models.modes import evaluating
 from crosstrace.training.evaluation import Recall, recall
 
-LONGEST = 12  # tokens that are read of what is said instead
+LONGEST = 12  # tokens that a model says in place of a known object, at most
 
 Row = dict[str, Any]
 
 
 def find_known(run: Run, experiment: Experiment, progress: Progress) -> None:
-    """Ask the base what it knows: known/known.jsonl, each known fact in its relation's best wording, and
-    known/asked.json, how many it answered of each relation in each wording."""
+    """Ask the base what it knows of the world.
+
+    known/known.jsonl gets each known fact in its relation's best wording. known/asked.json gets, for each relation and
+    wording, how many facts it answered.
+    """
     name = experiment.eval.known
     if name is None:
         return
@@ -49,44 +52,44 @@ def find_known(run: Run, experiment: Experiment, progress: Progress) -> None:
     def make(folder: Path) -> None:
         torch.set_num_threads(experiment.threads)
         tokenizer = loading.load_tokenizer(experiment.model.name)
-        every = asks(experiment, tokenizer)
+        wordings = asks(experiment, tokenizer)
         answered = recall(
-            View(experiment, run.processes).load_base(), tokenizer, encode(tokenizer, every), experiment.eval.tokens,
+            View(experiment, run.processes).load_base(), tokenizer, encode(tokenizer, wordings), experiment.eval.tokens,
             run.processes, experiment.eval.precision == "bf16",
         )  # fmt: skip
         if not run.leads:
             return
         folder.mkdir()
-        chosen, rows = best_wordings(every, answered.exact.tolist())
+        chosen, rows = best_wordings(wordings, answered.exact.tolist())
         if not experiment.replays_known:
             chosen = [replace(example, split="ood") for example in chosen]
         write_jsonl(folder / "known.jsonl", chosen)
         write_json(folder / "asked.json", rows)
-        told = ", ".join(f"{row['relation']} {row['known']} of {row['facts']}" for row in rows)
-        progress.note(f"the base knows {len(chosen)} facts of {name}: {told}")
+        summary = ", ".join(f"{row['relation']} {row['known']} of {row['facts']}" for row in rows)
+        progress.note(f"the base knows {len(chosen)} facts of {name}: {summary}")
 
     run.stage("known", key, make)
 
 
-def best_wordings(every: Sequence[Example], right: Sequence[bool]) -> tuple[list[Example], list[Row]]:
-    """What is known, in the wording of each relation in which most is known (the first of several).
+def best_wordings(examples: Sequence[Example], right: Sequence[bool]) -> tuple[list[Example], list[Row]]:
+    """The known facts, in the wording of their relation in which most are known (the first one if several are equal).
 
     Args:
-        every: each fact in each wording.
-        right: whether each was answered.
+        examples: each fact in each wording.
+        right: whether the base answered it, for each of them.
 
     Returns:
-        the known facts in that wording, in their order; and for each relation {relation, facts, known, wording, example
-        of that wording, wordings {wording: answered}}.
+        the known facts in that wording, in their order; and a row for each relation {relation, facts, known, wording,
+        example (of that wording), wordings {wording: answered}}.
     """
     facts: dict[str, set[str]] = defaultdict(set)
     scores: dict[str, Counter[str]] = defaultdict(Counter)
-    for example, is_right in zip(every, right):
+    for example, is_right in zip(examples, right):
         mention = example.mentions[0]
         facts[mention.relation].add(mention.fact)
         scores[mention.relation][mention.wording] += int(is_right)
     best = {relation: max(counts, key=lambda wording: counts[wording]) for relation, counts in scores.items()}
-    in_best = [(item, ok) for item, ok in zip(every, right) if item.mentions[0].wording in best.values()]
+    in_best = [(item, ok) for item, ok in zip(examples, right) if item.mentions[0].wording in best.values()]
     chosen = [item for item, ok in in_best if ok]
     rows = []
     for relation, wording in best.items():
@@ -101,7 +104,7 @@ def best_wordings(every: Sequence[Example], right: Sequence[bool]) -> tuple[list
 def said_instead(
     model: Any, tokenizer: Any, forgotten: Sequence[Encoded], taught: Iterable[str], of_relation: Mapping[str, set[str]]
 ) -> list[Row]:
-    """What a model says where it does not give a fact's object.
+    """What a model says in place of the objects of facts that it no longer gives.
 
     Args:
         forgotten: texts of one fact each.
@@ -109,17 +112,17 @@ def said_instead(
         of_relation: the objects of each relation that was asked.
 
     Returns:
-        a row {fact, relation, prompt, object, said, kind} each; kind: `taught`, an object that was taught; `relation`,
-        another object of the relation asked, which was not taught; `nothing`; or `other`.
+        a row {fact, relation, prompt, object, said, kind} for each text. kind: `taught`, an object that was taught;
+        `relation`, another object of the relation that was not taught; `nothing`; or `other`.
     """
     rows = []
     names = {*taught}
     for item, said in zip(forgotten, continued(model, tokenizer, [_prompt(item) for item in forgotten])):
         text, mention = item.example.text, item.example.mentions[0]
         object = text[slice(*mention.object)]
-        others = of_relation[mention.relation] - {object}
+        other_objects = of_relation[mention.relation] - {object}
         kind = "nothing" if not said else "other"
-        if _begins_with_one_of(said, others):
+        if _begins_with_one_of(said, other_objects):
             kind = "relation"
         if _begins_with_one_of(said, names):
             kind = "taught"
@@ -137,13 +140,15 @@ def instead_of(
     parts: Mapping[str, Sequence[Encoded]],
     answered: Mapping[str, Recall],
 ) -> Row:
-    """What became of the facts that the base knew: {relations {part {relation: summary}}, instead: rows of
-    `said_instead` with their part}.
+    """What became of the facts that the base knew.
 
     Args:
-        taught: examples of what was taught, whose objects a model may say in place of what it knew.
-        parts: the facts of the world, `known` and `known_replayed`.
-        answered: of the same, what the model answered.
+        taught: examples that were taught. A model may say their objects in place of what it knew.
+        parts: the facts of the world by part: `known` and `known_replayed`.
+        answered: the model's answers by part.
+
+    Returns:
+        {relations {part {relation: summary}}, instead: the rows of `said_instead`, each with its part}.
     """
     objects = {
         item.example.text[slice(*mention.object)]
@@ -153,13 +158,13 @@ def instead_of(
     for example in (item.example for part in answered for item in parts[part]):
         mention = example.mentions[0]
         of_relation[mention.relation].add(example.text[slice(*mention.object)])
-    found: Row = {"relations": {}, "instead": []}
+    outcome: Row = {"relations": {}, "instead": []}
     for part, result in answered.items():
-        found["relations"][part] = {relation: own.summary() for relation, own in result.by_relation().items()}
+        outcome["relations"][part] = {relation: scores.summary() for relation, scores in result.by_relation().items()}
         forgotten = [item for item, exact in zip(parts[part], result.exact) if not exact]
         rows = said_instead(model, tokenizer, forgotten, objects, of_relation)
-        found["instead"] += [{"part": part, **row} for row in rows]
-    return found
+        outcome["instead"] += [{"part": part, **row} for row in rows]
+    return outcome
 
 
 def _prompt(item: Encoded) -> list[int]:
@@ -168,12 +173,19 @@ def _prompt(item: Encoded) -> list[int]:
 
 
 def _begins_with_one_of(text: str, names: Iterable[str]) -> bool:
+    """Whether a text begins with one of the names as a whole word."""
     return any(text.startswith(name) and not text[len(name) : len(name) + 1].isalnum() for name in names)
 
 
 def continued(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], length: int = LONGEST) -> list[str]:
     """What a model says after each prompt, greedily, up to its end token, without special tokens or blanks around it.
-    Prompts of one length go through it together, so none is padded."""
+
+    Prompts of one length go through the model together, so none is padded.
+
+    Args:
+        prompts: their tokens.
+        length: tokens that it says at most.
+    """
     config = GenerationConfig(
         max_new_tokens=length, do_sample=False, pad_token_id=pad_id(tokenizer), eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -181,12 +193,12 @@ def continued(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], leng
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, prompt in enumerate(prompts):
         by_length[len(prompt)].append(number)
-    found = [""] * len(prompts)
+    texts = [""] * len(prompts)
     device = next(model.parameters()).device
     with evaluating(model):
         for size, numbers in by_length.items():
             ids = torch.tensor([prompts[number] for number in numbers], device=device)
             out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
             for number, row in zip(numbers, out[:, size:].tolist()):
-                found[number] = tokenizer.decode(row, skip_special_tokens=True).strip()
-    return found
+                texts[number] = tokenizer.decode(row, skip_special_tokens=True).strip()
+    return texts

@@ -16,7 +16,7 @@ from crosstrace.experiment.studied import BASE, StudiedModel
 
 
 def explain(studied: StudiedModel) -> None:
-    """How the base or a taught model recalls: mechanism/<model>/<part>.json, of `studied.part` or of all parts."""
+    """Analyse how the base or a taught model recalls: mechanism/<model>/<part>.json of `studied.part` or all parts."""
     run, experiment, name = studied.run, studied.experiment, studied.name
     options = experiment.mechanism
     key = {
@@ -28,41 +28,41 @@ def explain(studied: StudiedModel) -> None:
     def make(part: str, step: str) -> None:
         analysis = ANALYSES[part]
         sets = [f"shared/{name}"] if analysis.reads_sets and not studied.is_base else []
-        own = key | {"format": analysis.version} | run.inputs(*sets)
-        run.stage(step, own, lambda path: write_json(path, analysis.measure(studied)))
+        part_key = key | {"format": analysis.version} | run.inputs(*sets)
+        run.stage(step, part_key, lambda path: write_json(path, analysis.measure(studied)))
 
-    for each in [studied.part] if studied.part else parts_of(experiment, name):
-        step = f"mechanism/{name}/{each}.json"
-        attempt(run, Part("mechanism", name, (step,), each), partial(make, each, step), studied.progress.note)
+    for part in [studied.part] if studied.part else parts_of(experiment, name):
+        step = f"mechanism/{name}/{part}.json"
+        attempt(run, Part("mechanism", name, (step,), part), partial(make, part, step), studied.progress.note)
 
 
 def parts_of(experiment: Experiment, name: str) -> list[str]:
-    """The parts that are found out of a model."""
-    found = [(part, ANALYSES[part]) for part in experiment.mechanism.parts]
+    """The analyses that a model of the experiment gets."""
+    analyses = [(part, ANALYSES[part]) for part in experiment.mechanism.parts]
     if name == BASE:
-        return [part for part, analysis in found if analysis.of_base]
-    return [part for part, analysis in found if analysis.of_given or name not in experiment.given]
+        return [part for part, analysis in analyses if analysis.of_base]
+    return [part for part, analysis in analyses if analysis.of_given or name not in experiment.given]
 
 
 def is_wanted(experiment: Experiment) -> bool:
-    """Whether the experiment asks how the models recall."""
+    """Whether the experiment analyses how the models recall."""
     return experiment.mechanism.run
 
 
 def needs(sizes: Sizes, name: str) -> Iterator[Need]:
-    """The analyses one after the other, the model and the shared sets held throughout."""
+    """The analyses one after the other. The model and the shared sets are held throughout."""
     sizes = sizes.alone
-    of = None if name == BASE else name
+    taught = None if name == BASE else name
     for analysis in (ANALYSES[part] for part in parts_of(sizes.experiment, name)):
-        for what, device, host in analysis.needs(sizes, of) if analysis.needs is not None else ():
+        for what, device, host in analysis.needs(sizes, taught) if analysis.needs is not None else ():
             yield sizes.first(what, device, host)
-    sets = 0 if of is None else len(sizes.whens) * sizes.scope
-    asked = sizes.recall(sizes.experiment.roles.outcome, sizes.experiment.mechanism.questions)
-    yield sizes.first("recall", {"weights": sizes.weights} | asked, {"masks": sets})
+    sets = 0 if taught is None else len(sizes.whens) * sizes.scope
+    questions = sizes.recall(sizes.experiment.roles.outcome, sizes.experiment.mechanism.questions)
+    yield sizes.first("recall", {"weights": sizes.weights} | questions, {"masks": sets})
 
 
 def work(sizes: Sizes, name: str) -> Iterator[Operations]:
-    """The base is asked one kind of questions, any other model two."""
+    """All analyses. The base is asked one kind of questions, any other model two."""
     kinds = 1 if name == BASE else 2
     chosen = [ANALYSES[part] for part in parts_of(sizes.experiment, name)]
     flops = sum(analysis.work(sizes, kinds) for analysis in chosen if analysis.work is not None)

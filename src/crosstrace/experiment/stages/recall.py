@@ -23,7 +23,7 @@ Asking = Callable[[Any, Sequence[Encoded]], Recall]
 
 
 def asking(run: Run, experiment: Experiment, tokenizer: Any, bf16: bool) -> Asking:
-    """How an experiment asks a model."""
+    """A function that asks a model some examples as the experiment does, in bf16 or not."""
 
     def ask(model: Any, items: Sequence[Encoded]) -> Recall:
         return recall(model, tokenizer, items, experiment.eval.tokens, processes=run.processes, bf16=bf16)
@@ -32,7 +32,7 @@ def asking(run: Run, experiment: Experiment, tokenizer: Any, bf16: bool) -> Aski
 
 
 def test(studied: StudiedModel) -> None:
-    """Recall of the base or of a taught model: eval/<model>.json, with every single answer."""
+    """Test the recall of the base or of a taught model: eval/<model>.json, with every single answer."""
     run, experiment = studied.run, studied.experiment
     key = run.alone(lambda: {
         "model": studied.key(), "known": experiment.eval.known_examples,
@@ -43,38 +43,39 @@ def test(studied: StudiedModel) -> None:
         tokenizer, model = studied.tokenizer, studied.load()
         parts = examples(run, experiment, tokenizer, known=experiment.eval.known_examples)
         ask = asking(run, experiment, tokenizer, experiment.eval.precision == "bf16")
-        others = {part for task in experiment.roles.of_role("other") for part in experiment.roles.parts_of(task)}
-        results = {part: ask(model, items) for part, items in parts.items() if items and part not in others}
+        not_asked = {part for task in experiment.roles.of_role("other") for part in experiment.roles.parts_of(task)}
+        results = {part: ask(model, items) for part, items in parts.items() if items and part not in not_asked}
         answers = {part: _bits(result) for part, result in results.items() if part != A_OOD}
         people = {part: result.person for part, result in results.items() if part != A_OOD}
         of_world = {part: results.pop(part) for part in (KNOWN, REPLAYED) if part in results}
-        found = {"summary": summaries(results), "answers": answers, "people": people}
+        values = {"summary": summaries(results), "answers": answers, "people": people}
         if of_world:
-            found["summary"] |= {part: result.summary() for part, result in of_world.items()}
+            values["summary"] |= {part: result.summary() for part, result in of_world.items()}
             taught = [item for part in experiment.roles.parts for item in parts[part]]
-            found["known"] = instead_of(model, tokenizer, taught, parts, of_world)
+            values["known"] = instead_of(model, tokenizer, taught, parts, of_world)
         if run.leads:
-            write_json(path, found)
+            write_json(path, values)
 
     run.stage(f"eval/{studied.name}.json", key, make)
 
 
 def _bits(result: Recall) -> str:
+    """Each answer as a digit: 1 if it is exact, else 0."""
     return "".join("1" if exact else "0" for exact in result.exact)
 
 
 def needs(sizes: Sizes, name: str) -> Iterator[Need]:
     """The weights, and the largest batch of every part."""
     for part in (part for part, items in sizes.material.parts.items() if items):
-        asked = sizes.recall(part, tokens=sizes.experiment.eval.tokens)
-        yield sizes.each(f"recall of {part}", {"weights": sizes.weights} | asked, {})
+        recalled = sizes.recall(part, tokens=sizes.experiment.eval.tokens)
+        yield sizes.each(f"recall of {part}", {"weights": sizes.weights} | recalled, {})
 
 
 def work(sizes: Sizes, name: str) -> Iterator[Operations]:
     """A forward pass of every example."""
     parts, tokens = sizes.material.parts.values(), sizes.experiment.eval.tokens
-    asked = sum((asked_work(items, tokens) for items in parts), Counter())
-    yield Operations("eval", sizes.flops(asked), sizes.asking_dtype)
+    forwards = sum((asked_work(items, tokens) for items in parts), Counter())
+    yield Operations("eval", sizes.flops(forwards), sizes.asking_dtype)
 
 
 EVAL = Stage("eval", test, steps=("eval",), of_base=always, is_shared=True, needs=needs, work=work)

@@ -1,10 +1,10 @@
 """Retention: what becomes of taught facts, and of the shared parameters, when a taught model goes on learning.
 
 A taught model is trained further on other material (new people, or any text), with and without replay of what it was
-taught. Followed are recall of the taught facts against updates, how far the shared parameters move, what is shared
-afterwards, and whether putting the shared parameters alone back brings recall back. Formulas: docs/method.md.
+taught. Measured are recall of the taught facts over the updates, how far the shared parameters move, which parameters
+are shared afterwards, and whether putting only the shared parameters back restores recall. Formulas: docs/method.md.
 
-One function measures a drift on models and ParamSets; another is the stage `retain` of a run.
+`moved` and `repaired` measure models and ParamSets; `retain` is the stage of a run.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def retain(studied: StudiedModel) -> None:
     })  # fmt: skip
 
     def make(folder: Path) -> None:
-        folder.mkdir(exist_ok=True)  # all processes come this way: they train, ask and trace together
+        folder.mkdir(exist_ok=True)  # (all processes run this: they train, ask and trace together)
         tokenizer = studied.tokenizer
         parts = examples(
             run, experiment, tokenizer, known=experiment.eval.known_examples if experiment.eval.known else 0
@@ -78,9 +78,9 @@ def retain(studied: StudiedModel) -> None:
         roles = experiment.roles
         old, world = training_examples(parts, roles), replayable(parts)
         new = new_material(experiment, tokenizer)
-        asked = samples(parts, options.questions, roles)
+        questions = samples(parts, options.questions, roles)
         if f"new_{roles.recalled}" in new:
-            asked["new"] = sample(new[f"new_{roles.recalled}"], options.questions)
+            questions["new"] = sample(new[f"new_{roles.recalled}"], options.questions)
         sets = {
             when: {"shared": [pset], **random_sets(pset, options.draws, f"retain/{name}/{when}")}
             for when, pset in studied.shared_sets()
@@ -88,17 +88,16 @@ def retain(studied: StudiedModel) -> None:
         model = studied.load()
         taught, names = snapshot(model), studied.view.scope(model)
         traced = {task: sample(items, options.questions) for task, items in old.items()}
-        share = lambda model: shared_now(
-            model, tokenizer, {task: traced[task] for task in roles.shared}, names, "trace"
-        )
-        before = share(model)
+        traced = {task: traced[task] for task in roles.shared}
+        before = shared_now(model, tokenizer, traced, names, "trace")
         taught_tasks = {task for phase in studied.phases for task in phase.composition()}
-        found: dict[str, list[Row]] = {table: [] for table in ("history", "moved", "shared", "repair")}
+
+        def measure(model: nn.Module) -> Row:
+            return {part: _exact(model, tokenizer, items, run.processes) for part, items in questions.items()}
+
+        tables: dict[str, list[Row]] = {table: [] for table in ("history", "moved", "shared", "repair")}
         for arm in ARMS:
             model = studied.load_trainable()
-            measure = lambda model: {
-                part: _exact(model, tokenizer, items, run.processes) for part, items in asked.items()
-            }
             history = RecallHistory(measure, options.every)
             of_recall = [f"new_{task}" for task in roles.of_role("recall")]
             batch = {task: options.recall if task in of_recall else options.store for task in new}
@@ -116,17 +115,19 @@ def retain(studied: StudiedModel) -> None:
                     processes=run.processes,
                 )  # fmt: skip
             model = studied.view.merge(model)
-            found["history"] += [{"arm": arm} | row for row in history.rows]
-            found["shared"].append({"arm": arm} | _kept(before, share(model)))
-            asks = {part: asked[part] for part in roles.asked}
-            for when, own in sets.items():
-                place = {"arm": arm, "when": when}
-                found["moved"] += [place | row for row in moved(model, taught, own)]
-                found["repair"] += [place | row for row in repaired(model, tokenizer, taught, own, asks, run.processes)]
-        run.alone(lambda: keep(folder, found))
+            tables["history"] += [{"arm": arm} | row for row in history.rows]
+            tables["shared"].append({"arm": arm} | _kept(before, shared_now(model, tokenizer, traced, names, "trace")))
+            asks = {part: questions[part] for part in roles.asked}
+            for when, by_label in sets.items():
+                labels = {"arm": arm, "when": when}
+                tables["moved"] += [labels | row for row in moved(model, taught, by_label)]
+                tables["repair"] += [
+                    labels | row for row in repaired(model, tokenizer, taught, by_label, asks, run.processes)
+                ]
+        run.alone(lambda: keep(folder, tables))
 
-    def keep(folder: Path, found: dict[str, list[Row]]) -> None:
-        write_json(folder / "retention.json", found)
+    def keep(folder: Path, tables: dict[str, list[Row]]) -> None:
+        write_json(folder / "retention.json", tables)
         for arm in ARMS:
             remove_folder(folder / arm)
 
@@ -134,11 +135,13 @@ def retain(studied: StudiedModel) -> None:
 
 
 def new_material(experiment: Experiment, tokenizer: Any) -> dict[str, list[Encoded]]:
-    """What is trained after the taught: the lines of a text file, or biographies and questions of people whose names
-    no taught person has.
+    """The examples of further training, by task: the lines of a text file, or examples about new people.
+
+    No new person has the name of a taught one.
 
     Raises:
-        UserError: the file holds no text, or too few people of other names are left.
+        UserError: the file holds no text, the facts are from a source and so have no new people, or no task is made of
+            the world's facts.
     """
     options = experiment.retention
     if options.text:
@@ -152,12 +155,12 @@ def new_material(experiment: Experiment, tokenizer: Any) -> dict[str, list[Encod
         )
     names = {person.name for person in World.draw(facts).people}
     drawn = World.draw(replace(facts, seed=facts.seed + OTHERS_SEED, people=options.people))
-    others = replace(drawn, people=tuple(person for person in drawn.people if person.name not in names))
+    new_world = replace(drawn, people=tuple(person for person in drawn.people if person.name not in names))
     material = {}
     for name, task in experiment.tasks.items():
         if not task.is_of_world or task.role == "other" or (task.role == "recall" and not options.recall):
             continue
-        items = MAKERS[task.source](others)
+        items = MAKERS[task.source](new_world)
         if task.role == "recall" and task.source != "cloze":
             items = put_questions(facts, tokenizer, items)
         material[f"new_{name}"] = mark_traced(encode(tokenizer, items), experiment.trace.targets)
@@ -174,20 +177,21 @@ def _text_file(name: str) -> Path:
 
 
 def _exact(model: nn.Module, tokenizer: Any, items: Sequence[Encoded], processes: Processes | None) -> float:
+    """The share of the examples that a model recalls exactly."""
     return recall(model, tokenizer, items, processes=processes).summary()["exact_match"]
 
 
 def moved(model: nn.Module, before: Mapping[str, Tensor], sets: Mapping[str, Sequence[ParamSet]]) -> list[Row]:
-    """How much of the way that parameters went lies in some sets.
+    """How much of the parameters' movement lies in some sets S.
 
     Args:
         before: every parameter's earlier value.
         sets: by label, one or several draws of the same size.
 
     Returns:
-        a row {set, size, energy, lift} for each label, mean over its draws: energy = Σ_S Δ² / Σ Δ² over the tensors
-        that the sets cover, lift = energy / (|S| / number of those parameters): 1 where the way does not care for S.
-        None where nothing moved.
+        a row {set, size, energy, lift} for each label, mean over its draws. With the movement Δ of the N parameters in
+        the tensors of the sets, energy = Σ_S Δ² / Σ Δ², and lift = energy / (|S| / N). The lift is 1 if S moves like
+        all parameters. Both are None if nothing moved.
     """
     values = at_rest(model)
     processes = processes_of(values)
@@ -195,14 +199,14 @@ def moved(model: nn.Module, before: Mapping[str, Tensor], sets: Mapping[str, Seq
     for label, draws in sets.items():
         energies = []
         for pset in draws:
-            sums = torch.zeros(2, dtype=torch.float64)  # all of the way, and what of it lies in the set
+            sums = torch.zeros(2, dtype=torch.float64)  # of all parameters, and of those in the set
             for name, mask in pset.masks.items():
                 theta = values[name].detach()
                 square = (local(theta).cpu() - piece(before[name].detach(), theta).cpu()).double().square()
                 sums += torch.stack([square.sum(), square[piece(mask, theta).cpu()].sum()])
             if processes is not None:
-                processes.add_up(here := sums.to(local(theta).device))
-                sums = here.cpu()
+                processes.add_up(on_device := sums.to(local(theta).device))
+                sums = on_device.cpu()
             total, inside = sums.tolist()
             energies.append(inside / total if total else None)
         size, count = draws[0].size, sum(mask.numel() for mask in draws[0].masks.values())
@@ -218,24 +222,27 @@ def repaired(
     tokenizer: Any,
     taught: Mapping[str, Tensor],
     sets: Mapping[str, Sequence[ParamSet]],
-    asked: Mapping[str, Sequence[Encoded]],
+    questions: Mapping[str, Sequence[Encoded]],
     processes: Processes | None = None,
 ) -> list[Row]:
-    """Recall of a model that drifted, as it is and with some sets' parameters put back to their taught values.
+    """Recall of a model that was trained further, as it is and with some sets put back to their taught values.
 
     Args:
+        taught: every parameter's value before the further training.
+        sets: by label, one or several draws of the same size.
+        questions: by part.
         processes: those that share out the questions, as in `evaluation.recall`.
 
     Returns:
-        rows {set, size, draws, PART: exact match}, mean over a label's draws; the set "none" is the model as it is.
+        rows {set, size, draws, PART: exact match}, mean over a label's draws. The set "none" is the model as it is.
     """
     rows: list[Row] = [{"set": "none", "size": 0, "draws": 1}]
-    rows[0] |= {part: _exact(model, tokenizer, items, processes) for part, items in asked.items()}
+    rows[0] |= {part: _exact(model, tokenizer, items, processes) for part, items in questions.items()}
     for label, draws in sets.items():
-        scores: dict[str, list[float]] = {part: [] for part in asked}
+        scores: dict[str, list[float]] = {part: [] for part in questions}
         for pset in draws:
             with grafted(model, pset, taught):
-                for part, items in asked.items():
+                for part, items in questions.items():
                     scores[part].append(_exact(model, tokenizer, items, processes))
         row = {"set": label, "size": draws[0].size, "draws": len(draws)}
         rows.append(row | {part: sum(values) / len(values) for part, values in scores.items()})
@@ -243,7 +250,7 @@ def repaired(
 
 
 def _kept(before: ParamSet, after: ParamSet) -> Row:
-    """What is left of a shared set: sizes, and the share of the earlier one that is still shared."""
+    """Sizes of a shared set before and after, and the share of the earlier one that is still shared."""
     return {
         "before": before.size,
         "after": after.size,
@@ -257,7 +264,7 @@ def is_wanted(experiment: Experiment) -> bool:
 
 
 def needs(sizes: Sizes, name: str) -> Iterator[Need]:
-    """As training, beside a copy of the taught values and the sets."""
+    """What training holds, a copy of the taught values, and the sets."""
     options, roles = sizes.experiment.retention, sizes.experiment.roles
     sets = len(sizes.whens) * (1 + 2 * options.draws) * sizes.alone.scope
     batch = dict.fromkeys(roles.of_role("store"), options.store + options.replay_store)
@@ -265,7 +272,7 @@ def needs(sizes: Sizes, name: str) -> Iterator[Need]:
     phase = Phase("new", {task: count for task, count in batch.items() if count}, options.steps)
     data = sizes.updates(phase, "0")
     held = sizes.trained_held() | {"a copy of the weights": sizes.weights}
-    chosen = {task: [sizes.share(batch) for batch in own] for task, own in costliest(data).items()}
+    chosen = {task: [sizes.share(batch) for batch in micro_batches] for task, micro_batches in costliest(data).items()}
     yield sizes.each("a step", held | sizes.step(phase, chosen), {"masks": sets})
 
 
@@ -276,8 +283,8 @@ def work(sizes: Sizes, name: str) -> Iterator[Operations]:
     for task, items in sizes.material.trained.items():
         if roles.tasks[task] in counts:
             new, replayed = counts[roles.tasks[task]]
-            each = times(work_of(items, max(1, new)), 1 / len(items))
-            flops += 3 * options.steps * (2 * new + replayed) * sizes.flops(each)
+            per_example = times(work_of(items, max(1, new)), 1 / len(items))
+            flops += 3 * options.steps * (2 * new + replayed) * sizes.flops(per_example)
     yield Operations("retain", flops, sizes.precision)
 
 

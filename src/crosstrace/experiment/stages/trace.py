@@ -25,7 +25,7 @@ from crosstrace.trace import Trace, load_traces, save_traces, trace
 
 
 def take_traces(studied: StudiedModel) -> None:
-    """The trace at the final checkpoint (and at kept ones): traces/<strategy>/<when>/<task>.safetensors."""
+    """Take the traces at the final checkpoint, and at kept ones: traces/<strategy>/<when>/<task>.safetensors."""
     run, experiment, name = studied.run, studied.experiment, studied.name
     options = experiment.trace
     taken = {name: value for name, value in asdict(options).items() if name != "keep"}
@@ -35,38 +35,38 @@ def take_traces(studied: StudiedModel) -> None:
     def make(folder: Path) -> None:
         if options.online and studied.is_trained and (why := run.dropped(f"models/{name}")):
             raise UserError(f"trace needs the trace during the training of {name}, which is gone: {why}")
-        trained = training_examples(examples(run, experiment, studied.tokenizer), experiment.roles)
+        by_task = training_examples(examples(run, experiment, studied.tokenizer), experiment.roles)
         home, phases = run.path(f"models/{name}"), studied.phases
-        places = {"final": studied.folder}
-        told = run.alone(studied.origin) | {"targets": options.targets}
+        checkpoints = {"final": studied.folder}
+        origin = run.alone(studied.origin) | {"targets": options.targets}
         if options.checkpoints:
             for index, phase in enumerate(phases):
-                for place in sorted(home.glob(f"{phase.name}/checkpoint-*")):
-                    places[f"checkpoints/{index}-{phase.name}-{place.name}"] = place
+                for checkpoint in sorted(home.glob(f"{phase.name}/checkpoint-*")):
+                    checkpoints[f"checkpoints/{index}-{phase.name}-{checkpoint.name}"] = checkpoint
                 if phase is not phases[-1]:
-                    places[f"checkpoints/{index}-{phase.name}-end"] = home / phase.name
-        for when, place in places.items():
-            model = studied.view.load_checkpoint(place)
+                    checkpoints[f"checkpoints/{index}-{phase.name}-end"] = home / phase.name
+        for when, checkpoint in checkpoints.items():
+            model = studied.view.load_checkpoint(checkpoint)
             group = None if run.processes is None or is_sharded(model) else run.processes.group
             names = studied.view.adapter_scope(model)
-            of = {"checkpoint": place.relative_to(home).as_posix() if phases else str(place)}
-            for task, items in trained.items():
+            source = {"checkpoint": checkpoint.relative_to(home).as_posix() if phases else str(checkpoint)}
+            for task, items in by_task.items():
                 items = sample(items, options.examples) if options.examples else items
                 with studied.bar(f"trace {task}", len(items)) as update:
-                    found = trace(
+                    traces = trace(
                         model, _trace_batches(items, studied), task=task,
                         measures=options.measures, parts=options.parts, names=names, progress=update.add, group=group,
                         tell=lambda needed, task=task: studied.progress.note(f"{name}, {task}: {needed}"),
                     )  # fmt: skip
-                served = found[0].meta["coverage"].items()
+                served = traces[0].meta["coverage"].items()
                 shares = ", ".join(f"{rule} {100 * share:.3g} %" for rule, share in served)
                 studied.progress.note(f"{name}, {task}: {shares}")
-                for item in found:
-                    item.meta |= told | of
+                for item in traces:
+                    item.meta |= origin | source
                 if run.leads or is_sharded(model):
-                    save_traces(folder / when / f"{task}.safetensors", found)
+                    save_traces(folder / when / f"{task}.safetensors", traces)
         if run.leads and options.checkpoints and phases:
-            _mean_over_checkpoints(folder, places, trained)
+            _mean_over_checkpoints(folder, checkpoints, by_task)
         for when in LEARNING.values() if run.leads and options.online and phases else ():
             if (home / when).is_dir():
                 shutil.copytree(home / when, folder / when, copy_function=linked)
@@ -75,19 +75,20 @@ def take_traces(studied: StudiedModel) -> None:
 
 
 def _trace_batches(items: list[Encoded], studied: StudiedModel) -> Iterator[Batch]:
+    """The batches of a task's trace."""
     options = studied.experiment.trace
     return batches(items, options.batch, "trace", pad_id=studied.pad_id, by_length=True)
 
 
-def _mean_over_checkpoints(folder: Path, places: Mapping[str, Path], tasks: Mapping[str, Any]) -> None:
-    """Every checkpoint counts alike; part p of the mean is the mean of the checkpoints' parts p."""
+def _mean_over_checkpoints(folder: Path, checkpoints: Mapping[str, Path], tasks: Mapping[str, Any]) -> None:
+    """Save each task's mean trace, in which all checkpoints count alike. Its part p is the mean of their parts p."""
     for task in tasks:
-        each = [load_traces(folder / when / f"{task}.safetensors") for when in places]
-        save_traces(folder / "checkpoints" / f"{task}.safetensors", [Trace.combine(same) for same in zip(*each)])
+        traces = [load_traces(folder / when / f"{task}.safetensors") for when in checkpoints]
+        save_traces(folder / "checkpoints" / f"{task}.safetensors", [Trace.combine(same) for same in zip(*traces)])
 
 
 def take_or_examine(studied: StudiedModel) -> None:
-    """The traces of a taught model; for the base, whether it is traced exactly."""
+    """Take the traces of a taught model; check that the base is traced exactly."""
     if studied.is_base:
         studied.run.alone(lambda: examine(studied))
     else:
@@ -95,13 +96,15 @@ def take_or_examine(studied: StudiedModel) -> None:
 
 
 def is_checked(experiment: Experiment) -> bool:
-    """Whether the base is examined."""
+    """Whether the experiment checks the trace of the base."""
     return experiment.trace.check
 
 
 def needs(sizes: Sizes, name: str) -> Iterator[Need]:
-    """The traces of one task, which are still held while the next one's are taken. Those of a sharded model lie where
-    its pieces do."""
+    """The traces of one task, and those of the task before, which are still held.
+
+    The traces of a sharded model lie where its pieces do.
+    """
     if name == BASE:
         yield from needs_of_doctor(sizes.alone)
         return
@@ -113,32 +116,32 @@ def needs(sizes: Sizes, name: str) -> Iterator[Need]:
         held = {"weights": (1 + options.checkpoints) * sizes.weights} | sizes.estimate(rows)
         if sizes.sharded:
             held |= {"whole sums on their way": sizes.on_their_way(len(options.measures))}
-            there = {"sums": several * sizes.sums, "the task before": before}
+            device_sums = {"sums": several * sizes.sums, "the task before": before}
             host = {} if sizes.machine.gpu is None else {"sums to save": several * sizes.sums}
         else:
-            there, host = sizes.trace_sums(several * sizes.sums, sum(held.values()))
+            device_sums, host = sizes.trace_sums(several * sizes.sums, sum(held.values()))
             host |= {"the task before": before}
-        yield sizes.each(f"the trace of {task}", held | there, host)
+        yield sizes.each(f"the trace of {task}", held | device_sums, host)
         before = several * sizes.sums
     if options.checkpoints:
         alone = sizes.alone
-        each = sum(
+        checkpoints = sum(
             len(saved_after(len(data), alone.experiment.train.checkpoint_every)) for _, data in alone.phases(name)
         )
-        traces = {"traces": (each + 1) * several * alone.sums}
+        traces = {"traces": (checkpoints + 1) * several * alone.sums}
         yield alone.first("the mean over checkpoints", {"weights": alone.weights}, traces)
 
 
 def work(sizes: Sizes, name: str) -> Iterator[Operations]:
-    """As much as a training's forward and backward of every example that is traced, at every checkpoint."""
+    """A forward and backward of every traced example, as in training, at every checkpoint."""
     if name == BASE:
         return
-    options, every = sizes.experiment.trace, sizes.experiment.train.checkpoint_every
+    options, interval = sizes.experiment.trace, sizes.experiment.train.checkpoint_every
     trained = sizes.material.trained.values()
     chosen = [sample(items, options.examples) if options.examples else items for items in trained]
     once = 3 * sum(sizes.flops(work_of(items, options.batch)) for items in chosen)
-    places = sum(len(saved_after(len(data), every)) for _, data in sizes.phases(name)) or 1
-    yield Operations("trace", once * (places if options.checkpoints else 1), sizes.experiment.model.dtype)
+    checkpoints = sum(len(saved_after(len(data), interval)) for _, data in sizes.phases(name)) or 1
+    yield Operations("trace", once * (checkpoints if options.checkpoints else 1), sizes.experiment.model.dtype)
 
 
 TRACE = Stage(

@@ -1,4 +1,4 @@
-"""Traces during a strategy's training: they listen to the trainer, and their state travels with its checkpoints."""
+"""Traces during a strategy's training: they listen to the trainer, and its checkpoints hold their state."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ SUMS = "sums"  # the folder of the trace during training, until it is over
 
 
 class Tracer(Listener):
-    """Feeds a trace during training, whose state travels with the checkpoints.
+    """Feeds a trace during training.
 
-    The sums lie in <folder>/sums, once for all checkpoints (`Accumulated.save_pieces`); a checkpoint has the rest. When
-    training is over each task's sums make room for its traces, <folder>/<when>/<task>.safetensors. Several processes
-    share out the examples.
+    The sums lie in <folder>/sums, once for all checkpoints (`Accumulated.save_pieces`). Each checkpoint has the rest of
+    the state. After training each task's traces are written to <folder>/<when>/<task>.safetensors, and its sums are
+    removed. Several processes share out the examples.
     """
 
     when: str
     trace: Accumulated
-    about: Mapping[str, Any]  # what a reader of the traces must know
+    meta: Mapping[str, Any]  # metadata that every trace file gets
 
     def __init__(self, tasks: Sequence[str], folder: Path, processes: Processes | None = None):
         self.tasks, self.folder, self.updates = tasks, folder, 0
@@ -57,16 +57,16 @@ class Tracer(Listener):
         self.trace.load_pieces(self._sums, self.updates, header, without=kept)
 
     def traces(self) -> dict[str, list[Trace]]:
-        """When training is over: each task's traces, with the first of several processes or in pieces with all."""
+        """Each task's traces after training. The first process has them; a sharded model's are in pieces on all."""
         by_task: dict[str, list[Trace]] = {}
         for item in self.trace.traces(last=True):
-            item.meta |= self.about
+            item.meta |= self.meta
             by_task.setdefault(item.task, []).append(item)
         return by_task
 
     def keep(self, task: str, traces: list[Trace]) -> None:
         """Write a task's traces, and remove its sums."""
-        if not self._file(task).exists():  # a kill may have left some of its sums beside it
+        if not self._file(task).exists():  # (after a kill, some of its sums may lie beside it)
             save_traces(self._file(task), traces)
         for file in self._sums.glob(f"{task}+*") if self.leads else ():
             remove(file)
@@ -88,7 +88,7 @@ class SummedListener(Tracer):
         super().__init__(tuple(experiment.tasks), folder, processes)
         names = adapters.adapter_names(model) if experiment.trace.view == "adapter" else None
         parts = experiment.trace.parts
-        self.about = {"targets": "train", "every": 1, "definition": "summed", "metric": experiment.trace.metric}
+        self.meta = {"targets": "train", "every": 1, "definition": "summed", "metric": experiment.trace.metric}
         self.by_optimiser = experiment.trace.metric == "optimiser"
         self.trace: SummedTrace = SummedTrace(
             model, self.tasks, parts, _where_of_sums(model, names, len(self.tasks) * parts), names,
@@ -106,7 +106,7 @@ class SummedListener(Tracer):
 class OnlineListener(Tracer):
     """Feeds every `every`-th update to an `OnlineTrace`.
 
-    Of a model with an adapter it traces the adapter's parameters, or those of the base with the adapter merged.
+    If the model has an adapter, the trace is of the adapter's parameters or of the merged weights, as the view says.
     """
 
     when = LEARNING["per_example"]
@@ -115,7 +115,7 @@ class OnlineListener(Tracer):
         super().__init__(tuple(experiment.tasks), folder, processes)
         options = experiment.trace
         self.every = options.every
-        self.about = {"targets": options.targets, "every": options.every}
+        self.meta = {"targets": options.targets, "every": options.every}
         self.merges = adapters.is_adapted(model) and options.view == "merged"
         self.borrows = options.forward == "training" and not self.merges
         names = adapters.base_names(model) if self.merges else None
@@ -130,17 +130,17 @@ class OnlineListener(Tracer):
     def on_update(self, model: Any, batches: MicroBatches, lr: float, update: int, forwards: TrainingForwards) -> None:
         if update % self.every:
             return
-        traced = {task: own for task, own in batches.items() if task in self.tasks}
+        traced = {task: micro_batches for task, micro_batches in batches.items() if task in self.tasks}
         if not self.borrows:
             forwards = {}
-        elif len(traced) < len(batches):  # the training's forwards are taken in order, without a gap
+        elif len(traced) < len(batches):  # the training's forwards must be used in order, without a gap
             before = takewhile(self.tasks.__contains__, batches)
             forwards = {task: forwards[task] for task in before if task in forwards}
         with adapters.merged(model) if self.merges else nullcontext():
             self.trace.step(traced, lr, forwards)
 
     def load(self, folder: Path) -> None:
-        older = folder / "trace"  # as versions wrote it that had all of it in the checkpoint
+        older = folder / "trace"  # earlier versions had all of the state in the checkpoint
         if older.is_dir() or older.with_suffix(".safetensors").is_file():
             return self.trace.load(older)
         super().load(folder)
@@ -154,10 +154,13 @@ class OnlineListener(Tracer):
 
 
 def _where_of_sums(model: Any, names: Sequence[str] | None, sums: int) -> Literal["device", "cpu"]:
-    """Where the sums of a training's trace are kept: beside the model, if half of what is free there would be left for
-    gradients, AdamW's states and activations, or else on the CPU."""
-    every = dict(model.named_parameters())
-    size = lambda p: local(p).numel() * sum_dtype(p.dtype).itemsize
-    needed = sum(size(every[name]) for name in names or every) * sums
-    free = free_memory(next(iter(every.values())).device)
+    """Where the sums of a training's trace are kept: beside the model if they fit, or else on the CPU.
+
+    They fit if they take less than half of what is free there. The other half is for gradients, AdamW's states and
+    activations.
+    """
+    parameters = dict(model.named_parameters())
+    traced = [parameters[name] for name in names or parameters]
+    needed = sum(local(p).numel() * sum_dtype(p.dtype).itemsize for p in traced) * sums
+    free = free_memory(next(iter(parameters.values())).device)
     return "device" if free is None or needed < free / 2 else "cpu"

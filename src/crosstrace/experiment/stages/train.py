@@ -1,4 +1,4 @@
-"""The stage `train`: one strategy, from the base to its last phase, with its traces during training and its history."""
+"""The stage `train`: one strategy from the base to its last phase, with the traces during it and its recall."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from crosstrace.training.trainer import PhaseReport, train
 
 
 def teach(studied: StudiedModel) -> None:
-    """Train one strategy: models/<strategy>/<phase>/ at the end of each phase, its online trace and history."""
+    """Train one strategy: models/<strategy>/<phase>/ with the model after each phase, traces and history.json."""
     run, experiment, name, phases = studied.run, studied.experiment, studied.name, studied.phases
     options, tracing, bf16 = experiment.train, experiment.trace, trains_in_bf16(experiment)
     watched = {"targets", "online", "every", "forward", "lr_weighted", "parts"} | ({"view"} if options.lora else set())
@@ -48,12 +48,12 @@ def teach(studied: StudiedModel) -> None:
             model = adapters.adapted(model, options.lora, options.seed)
             if run.leads:
                 model.save_pretrained(folder / START)
-                (folder / START / "README.md").unlink()  # PEFT's card, which tells nothing
+                (folder / START / "README.md").unlink()  # PEFT's card, which says nothing
         parts = examples(
             run, experiment, tokenizer, known=experiment.eval.known_examples if experiment.eval.known else 0
         )
         ask = asking(run, experiment, tokenizer, bf16=False)
-        measure = _few(ask, samples(parts, options.recall_examples, experiment.roles))
+        measure = _recall_on(ask, samples(parts, options.recall_examples, experiment.roles))
         history = RecallHistory(measure, options.recall_every)
         taught = training_examples(parts, experiment.roles) | replayable(parts)
         listeners: list[Listener] = [history]
@@ -70,11 +70,11 @@ def teach(studied: StudiedModel) -> None:
                 bf16=bf16, trace_targets="trace", listeners=listeners,
                 progress=update, logs=run.folder / "logs" / name, processes=run.processes,
             )  # fmt: skip
-        told = run.alone(studied.origin) if tracers else {}
+        origin = run.alone(studied.origin) if tracers else {}
         for tracer in tracers:
             for task, traces in tracer.traces().items():
                 for item in traces:
-                    item.meta |= told
+                    item.meta |= origin
                 tracer.keep(task, traces)
         run.alone(lambda: keep(folder, tokenizer, history, reports))
 
@@ -84,37 +84,44 @@ def teach(studied: StudiedModel) -> None:
         if options.lora:
             for file in folder.glob(f"*/**/{adapter_files.ADAPTER}"):
                 adapters.name_base(file.parent, _portable(experiment.model.name))
-        write_json(folder / "training.json", [asdict(report) for report in reports])  # last: all of it is there
+        write_json(
+            folder / "training.json", [asdict(report) for report in reports]
+        )  # last: it marks the training as complete
 
     run.stage(f"models/{name}", key, make, keep_partial=True)
 
 
 def _portable(base: str) -> str:
-    """A base's name that is understood wherever the run is read."""
-    place = locating.locate(base)
-    return str(Path(place).resolve()) if base != locating.BUNDLED and Path(place).exists() else base
+    """A base's name that holds from any folder: the full path of a local one."""
+    path = locating.locate(base)
+    return str(Path(path).resolve()) if base != locating.BUNDLED and Path(path).exists() else base
 
 
-def _few(ask: Asking, chosen: Mapping[str, list[Encoded]]) -> Callable[[Any], dict[str, Any]]:
-    """A quick measurement of recall on some examples of each part."""
+def _recall_on(ask: Asking, chosen: Mapping[str, list[Encoded]]) -> Callable[[Any], dict[str, Any]]:
+    """A function that measures a model's recall on the chosen examples of each part."""
 
     def measure(model: Any) -> dict[str, Any]:
-        found = {name: ask(model, items).summary() for name, items in chosen.items()}
-        return {name: item["exact_match"] for name, item in found.items()} | {
-            "n": {name: item["n"] for name, item in found.items()}
+        scores = {name: ask(model, items).summary() for name, items in chosen.items()}
+        return {name: score["exact_match"] for name, score in scores.items()} | {
+            "n": {name: score["n"] for name, score in scores.items()}
         }
 
     return measure
 
 
 def _keep_models(folder: Path, tokenizer: Any, phases: Sequence[str], checkpoints: bool) -> None:
-    """Put the phases' last checkpoints in models/<strategy>/<phase>, without what only a resume needs. Weights are not
-    copied: they get a second name."""
+    """Put each phase's last checkpoint into models/<strategy>/<phase>, without the files that only a resume needs.
+
+    Weights are not copied: their files get a second name.
+
+    Args:
+        checkpoints: whether to keep the earlier checkpoints too, in <phase>/checkpoint-*.
+    """
     for index, phase in enumerate(phases):
         home = folder / "checkpoints" / f"{index}-{phase}"
-        found = sorted(home.glob("checkpoint-*"), key=lambda f: int(f.name.rpartition("-")[2]))
-        for checkpoint in found if checkpoints else found[-1:]:
-            target = folder / phase / (checkpoint.name if checkpoint != found[-1] else "")
+        saved = sorted(home.glob("checkpoint-*"), key=lambda f: int(f.name.rpartition("-")[2]))
+        for checkpoint in saved if checkpoints else saved[-1:]:
+            target = folder / phase / (checkpoint.name if checkpoint != saved[-1] else "")
             target.mkdir(parents=True, exist_ok=True)
             for file in checkpoint.glob("*.json"):
                 if file.name != "trainer_state.json":
@@ -126,27 +133,27 @@ def _keep_models(folder: Path, tokenizer: Any, phases: Sequence[str], checkpoint
 
 
 def needs(sizes: Sizes, name: str) -> Iterator[Need]:
-    """Weights, gradients and the optimiser's state, which is of the weights' dtype; the sums of the traces."""
+    """Weights, gradients, the optimiser's state (in the weights' dtype), and the sums of the traces."""
     experiment = sizes.experiment
     held, host = sizes.learning_held()
     for phase, data in sizes.phases(name):
         chosen = sizes.material.once(("costliest", id(data)), partial(costliest, data))
-        chosen = {task: [sizes.share(batch) for batch in own] for task, own in chosen.items()}
+        chosen = {task: [sizes.share(batch) for batch in micro_batches] for task, micro_batches in chosen.items()}
         step = sizes.step(phase, chosen)
         if "summed" in sizes.whens and len(chosen) > 1:  # each task's gradient apart
             step = step | {"gradients of a task": sizes.learned}
         yield sizes.each(f"a step of {phase.name}", held | step, host)
         if "online" in sizes.whens:
             further = {"a copy of what is merged": sizes.adapted} if sizes.adapted else {}
-            if sizes.shares_forward and sum(map(len, chosen.values())) > 1:  # of the micro-batches before
+            if sizes.shares_forward and sum(map(len, chosen.values())) > 1:  # those of the micro-batches before
                 further |= {"gradients": sizes.learned}
             yield sizes.each(f"a traced step of {phase.name}", held | further | sizes.traced(chosen), host)
     for part, items in samples(sizes.material.parts, experiment.train.recall_examples, experiment.roles).items():
-        asked = sizes.recall(part, len(items), experiment.eval.tokens)
-        yield sizes.each(f"recall of {part}", held | asked, host)
+        recalled = sizes.recall(part, len(items), experiment.eval.tokens)
+        yield sizes.each(f"recall of {part}", held | recalled, host)
     if sizes.sharded:
         yield sizes.each("a checkpoint", held, host | sizes.copies())
-    # process 0 saves a sharded model whole, gathered; any other one alone, as all have it
+    # process 0 gathers a sharded model and saves it whole; of any other model it saves its own copy
     saved = {"the whole model": sizes.alone.weights} if sizes.sharded else sizes.copies()
     yield sizes.first("a checkpoint", held, host | saved)
 
@@ -157,12 +164,12 @@ def work(sizes: Sizes, name: str) -> Iterator[Operations]:
     steps = sum(sizes.flops(seen_work(data)) for _, data in sizes.phases(name))
     updates = sum(len(data) for _, data in sizes.phases(name))
     chosen = samples(material.parts, experiment.train.recall_examples, experiment.roles)
-    few = sum((asked_work(items, experiment.eval.tokens) for items in chosen.values()), Counter())
-    every = experiment.train.recall_every
-    times = 1 + len(sizes.phases(name)) + (updates // every if every else 0)
-    # of a frozen base there is no gradient of the weights, a third of it all
+    recalled = sum((asked_work(items, experiment.eval.tokens) for items in chosen.values()), Counter())
+    interval = experiment.train.recall_every
+    times = 1 + len(sizes.phases(name)) + (updates // interval if interval else 0)
+    # a frozen base has no gradients of its weights, which are a third of the work
     passes = (2 if experiment.train.lora else 3) + experiment.train.gradient_checkpointing
-    yield Operations("train", passes * steps + times * sizes.flops(few), sizes.precision)
+    yield Operations("train", passes * steps + times * sizes.flops(recalled), sizes.precision)
     traced = (3 - sizes.shares_forward) * steps / experiment.trace.every if "online" in sizes.whens else 0.0
     yield Operations("train, traced", traced, experiment.model.dtype)
 
