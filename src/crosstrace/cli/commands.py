@@ -1,7 +1,7 @@
-"""The command line: the table of its commands, and what becomes of their errors. No science here.
+"""The command line: the table of its commands, and how errors are reported. No science here.
 
-A command checks its words, then calls one function of the library. cyclopts makes options and help from the function's
-signature and docstring. A mistake of the user's is one sentence on stderr and exit code 2.
+A command checks its arguments, then calls one function of the library. cyclopts makes options and help from the
+command's signature and docstring. A user's mistake is one sentence on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
         "settings": preparing.settings,
         "plan": preparing.plan,
         "doctor": preparing.doctor,
-        "import": preparing.import_own,
+        "import": preparing.import_facts,
         "fetch": preparing.fetch,
         "new-model": preparing.new_model,
         "pretrain-base": preparing.pretrain_base,
@@ -64,7 +64,7 @@ GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
     },
 }
 COMMANDS = {name: command for commands in GROUPS.values() for name, command in commands.items()}
-# what the processes that a launcher started do side by side
+# commands whose work the processes of a launcher share
 TOGETHER = ("demo", "run", "compare", "data", *stages.ABOUT)
 
 _ABOUT = """crosstrace: does a fine-tuning recipe teach knowledge or rote memory, and in which parameters does it live?
@@ -114,21 +114,21 @@ def _app() -> App:
     )
     for number, (title, commands) in enumerate(GROUPS.items()):
         group = Group(title, sort_key=number)
-        for place, name in enumerate(commands):
-            app.command(COMMANDS[name], name=name, group=group, sort_key=place)
+        for position, name in enumerate(commands):
+            app.command(COMMANDS[name], name=name, group=group, sort_key=position)
     return app
 
 
 def _shown(default: Any) -> str | None:
-    """A default as the help shows it; a flag that is off and an option that is not given have none."""
+    """A default as the help shows it; None for a flag that is off and for an option without a default."""
     return None if default is False or default is None else str(default)
 
 
 def _call(arguments: list[str]) -> None:
-    """Do what the words say.
+    """Run the command that the arguments name.
 
     Raises:
-        UserError: the words are not those of a command.
+        UserError: they name no command, or its options are wrong.
     """
     command = COMMANDS.get(arguments[0]) if arguments else None
     if command is not None:
@@ -144,7 +144,7 @@ def _call(arguments: list[str]) -> None:
 
 
 def _side_by_side(command: str, arguments: list[str]) -> None:
-    """Run a command in all processes that a launcher started, if it did, and end. The first of them alone prints."""
+    """If a launcher started several processes, run the command in all of them and exit. Only the first prints."""
     from crosstrace.core import processes
 
     def work(joined: processes.Processes) -> None:
@@ -165,7 +165,7 @@ def _side_by_side(command: str, arguments: list[str]) -> None:
 
 
 def _sentence(error: wrong.CycloptsError, arguments: list[str]) -> str:
-    """What is wrong with the words, and where to read what is right."""
+    """What is wrong with the arguments, and where the right ones are listed."""
     error.verbose = False
     command = arguments[0]
     more = f"`crosstrace {command} --help` lists what there is"
@@ -188,14 +188,14 @@ def _sentence(error: wrong.CycloptsError, arguments: list[str]) -> str:
 
 
 def _last_option(arguments: list[str], name: str) -> str:
-    """The option whose value is missing, as it was written."""
+    """The option whose value is missing, as the user wrote it."""
     return next((word for word in reversed(arguments) if word.startswith(name)), name)
 
 
 def _settings_stay(command: str, arguments: list[str]) -> str:
-    """That a stage takes the settings of its run, and how to run it with others."""
+    """The error for settings given to a stage: it uses those of its run. It says how to run with others."""
     words = arguments[1:]
-    first = next(place for place, word in enumerate(words) if word.startswith("--") and "." in word)
+    first = next(i for i, word in enumerate(words) if word.startswith("--") and "." in word)
     run = next((word for word in words[:first] if not word.startswith("-")), "RUN")
     changed = " ".join(words[first:])
     if command == "data" and not os.path.isfile(os.path.join(run, "config.yaml")):

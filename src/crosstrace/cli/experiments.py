@@ -8,7 +8,7 @@ from typing import Any
 
 from cyclopts import Parameter
 
-from crosstrace.cli.options import given, takes_settings
+from crosstrace.cli.options import given_settings, takes_settings
 from crosstrace.core.errors import UserError
 
 DEMO, COMPARED = Path("runs/demo"), Path("runs/compare")
@@ -43,7 +43,7 @@ def demo(run: Path = DEMO, /, *, start: Start = Start(), **settings: Any) -> Non
     """
     from crosstrace.experiment.config import Experiment, override
 
-    _run(override(Experiment(), given(settings)), run, start)
+    _run(override(Experiment(), given_settings(settings)), run, start)
 
 
 @takes_settings("crosstrace.experiment.config:Experiment")
@@ -56,7 +56,7 @@ def run(config: Path, run: Path | None = None, /, *, start: Start = Start(), **s
     """
     from crosstrace.experiment.config import load, override
 
-    experiment = override(load(config), given(settings))
+    experiment = override(load(config), given_settings(settings))
     _run(experiment, run or Path("runs") / experiment.name, start)
 
 
@@ -74,7 +74,7 @@ def study(config: Path, folder: Path | None = None, /, *, start: Start = Start()
     from crosstrace.experiment import study as studies
     from crosstrace.experiment import study_settings
 
-    options, changes = study_settings.load(config), given(settings)
+    options, changes = study_settings.load(config), given_settings(settings)
     if changes:
         values = study_settings.plain(options)
         for name, text in changes.items():
@@ -109,10 +109,11 @@ def compare(
             "compare takes a base and one or more models tuned from it, e.g. crosstrace compare bundled my/model "
             f"--tasks {DEMO}; no tuned model was given"
         )
-    _run(override(comparison(base, tuned, tasks), given(settings)), run, start)
+    _run(override(comparison(base, tuned, tasks), given_settings(settings)), run, start)
 
 
 def _run(experiment: Any, folder: Path, start: Start) -> None:
+    """Run an experiment and print its results and where they are."""
     results = run_pipeline(experiment, folder, start.mode, quiet=start.quiet)
     print(results)
     print(f"\nreport   {folder / 'report' / 'index.html'}\nresults  {folder / 'results.json'}")
@@ -120,7 +121,7 @@ def _run(experiment: Any, folder: Path, start: Start) -> None:
 
 
 def run_pipeline(*arguments: Any, **options: Any) -> Any:
-    """`pipeline.run`, by the processes that were started together if there are others."""
+    """`pipeline.run`; if a launcher started several processes, they share the work."""
     from crosstrace.core import processes
     from crosstrace.experiment import pipeline
 

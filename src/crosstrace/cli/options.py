@@ -1,8 +1,8 @@
 """Settings as options of the command line: one option for each setting of a dataclass, explained by its docstring.
 
-cyclopts reads the words, completes them and prints the help. What a value must be is decided where the settings are
-defined (pydantic), so an option's value is one word of YAML: a number, true or false, null, a list such as
-'[0.01, 0.05]'. Settings that live under names of the user's own take those names: --strategies.mixed.0.steps 300.
+An option's value is one word of YAML: a number, true or false, null, a list such as '[0.01, 0.05]'. Settings below a
+name that the user chose take that name: --strategies.mixed.0.steps 300. cyclopts parses and completes options and
+prints the help; pydantic checks values, where the settings are defined.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def takes_settings(path: str) -> Callable[[Callable[..., Any]], Callable[..., An
     """Mark a command that takes settings as its `**settings`.
 
     Args:
-        path: where their dataclass is, as module:Name. It is imported once the command is asked for, since that may
-            import torch.
+        path: the settings' dataclass, as module:Name. It is imported when the command is called, since it may import
+            torch.
     """
 
     def mark(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,27 +43,31 @@ def takes_settings(path: str) -> Callable[[Callable[..., Any]], Callable[..., An
 
 
 def add_settings(command: Callable[..., Any]) -> None:
-    """Give a marked command its options, in place of `**settings`; others, and those that have them, are left alone."""
+    """Replace a marked command's `**settings` by its options.
+
+    A command without the mark, or with its options already, is left as it is.
+    """
     path = command.__dict__.get("settings")
     if path is None or "__signature__" in command.__dict__:
         return
     module, _, name = path.partition(":")
     kind = getattr(importlib.import_module(module), name)
     signature = inspect.signature(command, eval_str=True)
-    own = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
-    signature = signature.replace(parameters=[*own, *_options(kind(), "", {item.name for item in own})])
+    parameters = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = _options(kind(), "", taken={item.name for item in parameters})
+    signature = signature.replace(parameters=[*parameters, *options])
     command.__signature__ = signature  # type: ignore[attr-defined]
     command.__annotations__ = {item.name: item.annotation for item in signature.parameters.values()}
 
 
-def given(settings: Mapping[str, Any]) -> dict[str, str]:
-    """What a command got as `**settings`, by dotted names, e.g. {"facts.people": "200"}."""
-    found: dict[str, str] = {}
+def given_settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that a command got as `**settings`, by dotted names, e.g. {"facts.people": "200"}."""
+    texts: dict[str, str] = {}
     for option, words in settings.items():
         name = option.replace("__", ".")
-        for rest, word in ({"": words} if isinstance(words, str) else words or {}).items():
-            found[f"{name}.{rest}" if rest else name] = word
-    return found
+        for rest, text in ({"": words} if isinstance(words, str) else words or {}).items():
+            texts[f"{name}.{rest}" if rest else name] = text
+    return texts
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
@@ -111,19 +115,19 @@ def word(value: Any) -> str:
 
 
 def field_notes(section: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, which only its source holds."""
+    """The docstring under each field of a dataclass, read from its source."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
     assert isinstance(definition, ast.ClassDef)
-    found = {}
+    notes = {}
     for setting, note in pairwise(definition.body):
         is_field = isinstance(setting, ast.AnnAssign) and isinstance(setting.target, ast.Name)
         if is_field and isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant):
-            found[setting.target.id] = inspect.cleandoc(str(note.value.value)).replace("\n", " ")  # type: ignore
-    return found
+            notes[setting.target.id] = inspect.cleandoc(str(note.value.value)).replace("\n", " ")  # type: ignore
+    return notes
 
 
 def choices_note(hint: Any) -> str:
-    """The words that a list's items may be, if only certain ones."""
+    """The allowed words of a setting, or of a list's items, as a sentence; empty if any are allowed."""
     if get_origin(hint) is Literal:
         return f" One of {', '.join(map(str, get_args(hint)))}."
     return next(filter(None, map(choices_note, get_args(hint))), "")
@@ -133,7 +137,7 @@ def choices_note(hint: Any) -> str:
 
 
 def _options(value: Any, prefix: str, taken: set[str], group: Group | None = None) -> Iterator[inspect.Parameter]:
-    """A keyword parameter for each setting; those of a section stand together in the help."""
+    """A keyword parameter for each setting; the help groups them by section."""
     notes, hints = field_notes(type(value)), get_type_hints(type(value), include_extras=True)
     group = group or Group("Settings", help=_ABOUT, sort_key=_AFTER)
     sections = []
@@ -156,18 +160,19 @@ _ABOUT = (
 
 
 def _option(name: str, value: Any, hint: Any, note: str, group: Group) -> inspect.Parameter:
+    """The keyword parameter of one setting."""
     plain = _without_extras(hint)
     inner, kind = _inner(hint)
     default = word(value)
     shared: dict[str, Any] = {
-        "name": f"--{name}", "group": group, "negative": (), "show_default": lambda _: default,
+        "name": f"--{name}", "group": group, "negative": (), "show_default": _shows(default),
     }  # fmt: skip
     if get_origin(plain) is Literal:
         annotation: Any = Annotated[plain | None, Parameter(help=note, **shared)]
     elif inner or kind is not None:
         also = f" `crosstrace settings {name}` explains what lies in it." if kind is not None else ""
         short = default if len(default) < 60 else f"`crosstrace settings {name}` prints it"
-        shared["show_default"] = lambda _: short
+        shared["show_default"] = _shows(short)
         annotation = Annotated[dict[str, str] | None, Parameter(help=note + also, converter=_words, **shared)]
     else:
         metavar = _METAVARS.get(get_origin(plain) or plain, "TEXT")
@@ -179,8 +184,17 @@ def _option(name: str, value: Any, hint: Any, note: str, group: Group) -> inspec
     )
 
 
+def _shows(text: str) -> Callable[[Any], str]:
+    """What cyclopts calls to show a default: it gives `text`, whatever the default is."""
+
+    def show(_: Any) -> str:
+        return text
+
+    return show
+
+
 def _words(_: Any, tokens: Any) -> dict[str, str]:
-    """The words of an option that has names inside, by what follows its own name: {"mixed.0.steps": "300"}."""
+    """The values of an option with names inside, by the rest of their names: {"mixed.0.steps": "300"}."""
     if isinstance(tokens, dict):
         inner = {name: _words(None, tokens[name]) for name in tokens}
         return {
@@ -200,7 +214,7 @@ def _without_extras(hint: Any) -> Any:
 
 
 def _inner(hint: Any) -> tuple[str, type | None]:
-    """How names go on inside a setting (.NAME, .NUMBER), and the dataclass whose fields come after them, if any."""
+    """The names inside a setting (.NAME, .NUMBER), and the dataclass whose fields follow them, if there is one."""
     plain = _without_extras(hint)
     if is_dataclass(plain):
         return "", plain if isinstance(plain, type) else None

