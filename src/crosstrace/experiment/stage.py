@@ -10,6 +10,7 @@ from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.studied import BASE, StudiedModel
 
 if TYPE_CHECKING:
+    from crosstrace.experiment.needs.files import Files
     from crosstrace.experiment.needs.sizes import Need, Operations, Sizes
     from crosstrace.report.blocks import Section
     from crosstrace.results.results import Results
@@ -52,6 +53,7 @@ class Stage:
         numbers: the numbers of its results that go into a study's table, by dotted names.
         needs: the moments at which it holds most of a model, as `Sizes.each` and `Sizes.first` make them.
         work: its floating-point operations for a model.
+        disk: notes the files that are there while it works and changes what is kept, as `Files` says.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Stage:
     numbers: Callable[[Any], Mapping[str, float | None]] | None = None
     needs: Callable[[Sizes, str], Iterable[Need]] | None = None
     work: Callable[[Sizes, str], Iterable[Operations]] | None = None
+    disk: Callable[[Files], None] | None = None
 
     def is_done_for(self, experiment: Experiment, name: str) -> bool:
         """Whether a model of the run has the stage."""

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
 from typing import Any
 
-from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.needs.sizes import Need, Operations, Sizes, asked_work, saved_after, seen_work
+from crosstrace.experiment.needs.files import Files
+from crosstrace.experiment.needs.sizes import Need, Operations, Sizes, asked_work, seen_work
 from crosstrace.experiment.registry import stages
 from crosstrace.experiment.stage import Stage
+from crosstrace.experiment.stages import dropping
 from crosstrace.planning import disk
 
 Row = dict[str, Any]
@@ -30,8 +31,20 @@ class Needs(Sizes):
 
     @cached_property
     def disk(self) -> list[Row]:
-        """What the run folder holds, however many processes write it."""
-        return _disk(self.alone)
+        """What the run folder holds at its fullest moment and at the end, however many processes write it."""
+        return disk.rows(self.experiment, [self._files_of(name) for name in self.experiment.taught])
+
+    def _files_of(self, name: str) -> Files:
+        """The files of a model after all of its stages."""
+        files, going_on = Files(self.alone, name), self._stages_of(name)
+        readers = [stage for stage in going_on if stage.reads_traces]
+        for stage in going_on:
+            if stage.disk is not None:
+                stage.disk(files)
+            if stage in readers[-1:]:
+                dropping.disk(files)
+        files.moment("the end")
+        return files
 
     def processes(self) -> list[str]:
         """The names of the models, each of which a process works on."""
@@ -142,31 +155,3 @@ def _interpreter() -> int:
     import psutil
 
     return psutil.Process().memory_info().rss
-
-
-def _disk(sizes: Sizes) -> list[Row]:
-    """The run folder at its fullest moment and at the end."""
-    e = sizes.experiment
-    strategies = {}
-    for name in e.taught:
-        phases = [(phase.name, _saves(e, len(data))) for phase, data in sizes.phases(name)]
-        # each checkpoint, the last one as the final model, and the mean over all
-        times = 1 + sum(number for _, number in phases) if e.trace.checkpoints and phases else 1
-        strategies[name] = disk.Strategy(
-            phases=phases,
-            further=_saves(e, e.retention.steps),
-            model=sizes.saved,
-            optimiser=sizes.optimised,
-            trace=sizes.sums,
-            tasks=sizes.tasks,
-            online=sizes.learning_sums,
-            times=times * len(e.trace.measures) * e.trace.parts,
-            parts=e.trace.parts,
-            sets=(len(sizes.whens) if phases else 1) * sizes.masks(len(e.analysis.central_fractions)) / 8,
-        )
-    return disk.rows(e, strategies)
-
-
-def _saves(experiment: Experiment, steps: int) -> int:
-    """How many checkpoints so many steps of training save."""
-    return len(saved_after(steps, experiment.train.checkpoint_every))

@@ -13,6 +13,7 @@ from crosstrace.analyses.sharing import centralization_rows, density_map, overla
 from crosstrace.core.files import write_json
 from crosstrace.core.left_out import optional
 from crosstrace.experiment import trace_files
+from crosstrace.experiment.needs.files import SETS, Files
 from crosstrace.experiment.needs.sizes import Need, Sizes
 from crosstrace.experiment.selection import select_tasks, strengths
 from crosstrace.experiment.stage import Stage
@@ -178,4 +179,12 @@ def needs(sizes: Sizes, name: str) -> Iterator[Need]:
     yield sizes.first("the weights' way", {"weights": 2 * sizes.weights}, {"masks": masks} | wide)
 
 
-ANALYZE = Stage("analyze", analyze, steps=("shared", "analysis", "drift"), reads_traces=True, needs=needs)
+def disk(files: Files) -> None:
+    """The saved sets of each time, a bit for each parameter."""
+    sizes = files.sizes
+    times = len(sizes.whens) if sizes.phases(files.name) else 1
+    files.kept[SETS] = times * sizes.masks(len(sizes.experiment.analysis.central_fractions)) / 8
+    files.moment("analyze")
+
+
+ANALYZE = Stage("analyze", analyze, steps=("shared", "analysis", "drift"), reads_traces=True, needs=needs, disk=disk)

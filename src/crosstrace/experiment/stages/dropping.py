@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from crosstrace.experiment import trace_files
+from crosstrace.experiment.needs.files import TRACES, Files
 from crosstrace.experiment.stages.analyze import is_analysed
 from crosstrace.experiment.stages.intervene import intervention_key
 from crosstrace.experiment.studied import StudiedModel
@@ -22,6 +23,19 @@ def drop_traces(studied: StudiedModel) -> None:
         trace_files.keep_means(run, name)
     elif keep == "none" and not _awaits_interventions(studied):
         trace_files.keep_none(run, name)
+
+
+def disk(files: Files) -> None:
+    """What `trace.keep` leaves of the traces. The means of each time are written before its parts are removed."""
+    sizes, options = files.sizes, files.sizes.experiment.trace
+    if options.keep == "means":
+        online = sizes.online if sizes.phases(files.name) else 0.0
+        for parts in (online, files.kept[TRACES] - online):
+            means = parts / options.parts
+            files.moment("the means of the traces", {TRACES: means})
+            files.kept[TRACES] += means - parts
+    elif options.keep == "none":
+        files.kept[TRACES] = 0.0
 
 
 def _awaits_interventions(studied: StudiedModel) -> bool:

@@ -38,6 +38,7 @@ from crosstrace.experiment.examples import (
     samples,
     training_examples,
 )
+from crosstrace.experiment.needs.files import Files
 from crosstrace.experiment.needs.material import times, work_of
 from crosstrace.experiment.needs.sizes import Need, Operations, Sizes, costliest
 from crosstrace.experiment.stage import Stage
@@ -288,7 +289,14 @@ def work(sizes: Sizes, name: str) -> Iterator[Operations]:
     yield Operations("retain", flops, sizes.precision)
 
 
+def disk(files: Files) -> None:
+    """The checkpoints of each further training beside those before; nothing of them is kept."""
+    saves, weights = files.saves(files.sizes.experiment.retention.steps), 0.0
+    for arm in ARMS:
+        weights += files.train([(arm, saves)], earlier=weights, what=f"retain, {arm}")
+
+
 RETAIN = Stage(
     "retain", retain, steps=("retention",), of_given=False, is_wanted=is_wanted, asks=True, is_shared=True,
-    needs=needs, work=work,
+    needs=needs, work=work, disk=disk,
 )  # fmt: skip

@@ -15,6 +15,7 @@ from crosstrace.core.pieces import is_sharded
 from crosstrace.data.tokens import Batch, Encoded, batches
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import examples, sample, training_examples
+from crosstrace.experiment.needs.files import TRACES, Files
 from crosstrace.experiment.needs.material import work_of
 from crosstrace.experiment.needs.sizes import Need, Operations, Sizes, saved_after
 from crosstrace.experiment.stage import Stage
@@ -144,7 +145,22 @@ def work(sizes: Sizes, name: str) -> Iterator[Operations]:
     yield Operations("trace", once * (checkpoints if options.checkpoints else 1), sizes.experiment.model.dtype)
 
 
+def disk(files: Files) -> None:
+    """The traces of each checkpoint that is traced, and of their mean."""
+    sizes, options = files.sizes, files.sizes.experiment.trace
+    files.kept[TRACES] += sizes.tasks * traced_after(files) * len(options.measures) * options.parts * sizes.sums
+    files.moment("trace")
+
+
+def traced_after(files: Files) -> int:
+    """How often a model is traced after its training: at its end or, at each checkpoint, and the mean over them."""
+    phases = files.sizes.phases(files.name)
+    if not files.sizes.experiment.trace.checkpoints or not phases:
+        return 1
+    return 1 + sum(files.saves(len(data)) for _, data in phases)
+
+
 TRACE = Stage(
     "trace", take_or_examine, steps=("traces", "doctor.json"), of_base=is_checked, is_shared=True, needs=needs,
-    work=work,
+    work=work, disk=disk,
 )  # fmt: skip

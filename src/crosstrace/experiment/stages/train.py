@@ -13,6 +13,7 @@ from typing import Any
 from crosstrace.core.files import linked, remove_folder, write_json
 from crosstrace.data.tokens import Encoded
 from crosstrace.experiment.examples import data_steps, examples, replayable, samples, training_examples
+from crosstrace.experiment.needs.files import CHECKPOINTS, MODELS, TRACES, Files
 from crosstrace.experiment.needs.sizes import Need, Operations, Sizes, asked_work, costliest, seen_work
 from crosstrace.experiment.stage import Stage
 from crosstrace.experiment.stages.recall import Asking, asking
@@ -174,4 +175,19 @@ def work(sizes: Sizes, name: str) -> Iterator[Operations]:
     yield Operations("train, traced", traced, experiment.model.dtype)
 
 
-TRAIN = Stage("train", teach, steps=("models",), of_given=False, is_shared=True, needs=needs, work=work)
+def disk(files: Files) -> None:
+    """The checkpoints of its phases, then the traces of training, written one task after the other."""
+    sizes = files.sizes
+    phases = [(phase.name, files.saves(len(data))) for phase, data in sizes.phases(files.name)]
+    if sizes.experiment.train.lora is not None:
+        files.kept[MODELS] = sizes.saved  # the untrained adapter
+    weights = files.train(phases, sums=sizes.tasks * sizes.learning_sums)
+    for task in range(sizes.tasks if sizes.online else 0):
+        sums, written = sizes.tasks - task, task + 1
+        trace = sizes.learning_sums * sizes.sums
+        files.moment("the traces of training", {CHECKPOINTS: weights + sums * trace, TRACES: written * trace})
+    files.kept[MODELS] += weights
+    files.kept[TRACES] = sizes.online
+
+
+TRAIN = Stage("train", teach, steps=("models",), of_given=False, is_shared=True, needs=needs, work=work, disk=disk)
