@@ -314,7 +314,7 @@ def import_facts(
             (relation), or as the column split says (given).
         model: the model that FOLDER/experiment.yaml names: a folder or hub name. If it is on this machine, texts that
             are too long for it are dropped.
-        unknown: drop the facts that this model already answers; they need no teaching.
+        unknown: drop the facts that this model already answers; recall of these would not show what was taught.
         overwrite: replace the folder if an import made it.
     """
     from crosstrace.importing import importing

@@ -13,7 +13,7 @@ from crosstrace.report import drawing
 from crosstrace.report import figures as F
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
-from crosstrace.report.blocks import Cell, Plot, Section, Table, drawn, key, render
+from crosstrace.report.blocks import Cell, Plot, Section, Table, draw_sections, key, render
 from crosstrace.results.results import part_name
 from crosstrace.results.study import ClaimOverSeeds, Effect, Level, PairedDifference, Prediction, StudyResults
 
@@ -40,7 +40,7 @@ def write_study(results: StudyResults, rows: Sequence[Mapping[str, Any]], folder
 def _write(results: StudyResults, rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     builders = {"recall": recall, "differences": differences, "effects": effects, "claims": claims}
-    parts = drawn([*builders.items(), ("prediction", partial(prediction, rows=rows))], results)
+    parts = draw_sections([*builders.items(), ("prediction", partial(prediction, rows=rows))], results)
     for plot in (block for section in parts for block in section.blocks if isinstance(block, Plot)):
         write_text(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
     info = results.study

@@ -1,7 +1,7 @@
-"""Grafted and ablated models as ordinary Hugging Face folders, each with a card that says what it was made of.
+"""Grafted and ablated models as ordinary Hugging Face folders, each with a card that says how it was made.
 
-The weights are the very bits that `interventions.grafted` and `interventions.ablated` give. It measures nothing: the
-sets of a run are those that the stage `intervene` measured, and a card gives the recall that this stage measured.
+The weights are bit for bit those of `interventions.grafted` and `interventions.ablated`. Nothing is measured here: a
+run's sets, and the recall on the card, are those of the stage `intervene`.
 
     <folder>/config.json, *.safetensors, tokenizer*   what `AutoModelForCausalLM` and `AutoTokenizer` read
     <folder>/README.md                                the model card
@@ -84,10 +84,10 @@ def write_grafted(
     Args:
         base, tuned: a model in memory, which is left as it was, or what `load_model` takes: `bundled`, a folder, a hub
             name.
-        folder: where the model goes; it appears whole or not at all.
+        folder: where the model goes. It appears only when it is complete.
         tokenizer: None: the base's, if the base is given by its name; else none is written.
         dtype: of models given by their names.
-        card: more for the card, e.g. {"data": hash}; it goes before what is known here.
+        card: more for the card, e.g. {"data": hash}. Its `base` and `tuned` replace those that are found here.
         overwrite: replace a folder that has been written like this.
 
     Returns:
@@ -138,7 +138,7 @@ def _load_tokenizer(model: Any) -> Any:
 
 
 def _name_models(base: Any, tuned: Any, card: Mapping[str, Any] | None) -> Card:
-    """The card, with what identifies both models: name and revision, or the hash of the weights."""
+    """The card with both models' names, and their revisions or the hashes of their weights."""
     named = dict(card or {})
     for key, model in (("base", base), ("tuned", tuned)):
         if key in named:
@@ -207,7 +207,7 @@ def write_from_run(
     """Write a grafted or ablated model of a run.
 
     A graft is the run's base with a strategy's values of a set. An ablation is the strategy's model with these values
-    set back, to what the run's `interventions.to` says.
+    set back to the base's or to 0, as the run's `interventions.to` says.
 
     Raises:
         UserError: `folder` exists, or the run lacks the strategy, its trace or the set.
@@ -226,7 +226,7 @@ def write_from_run(
                 f"the sets of {run_folder} are of an adapter's parameters (trace.view: adapter), which no ordinary "
                 "model has; run it with trace.view: merged"
             )
-        made = run.inputs("data", *([f"models/{name}"] if name in experiment.strategies else []), f"traces/{name}")
+        hashes = run.inputs("data", *([f"models/{name}"] if name in experiment.strategies else []), f"traces/{name}")
         studied = StudiedModel(run, experiment, name, Progress(quiet=True))
         base, tuned = studied.view.load_base(), studied.load()
         pset = chosen_set(run, experiment, options, base)
@@ -237,7 +237,7 @@ def write_from_run(
             | {key: origin[key] for key in ("random_init",) if key in origin},
             "tuned": {"name": experiment.given[name], "revision": locating.revision(experiment.given[name])}
             if name in experiment.given
-            else {"name": name, "revision": f"sha256:{made[f'models/{name}']}"},
+            else {"name": name, "revision": f"sha256:{hashes[f'models/{name}']}"},
             "strategy": name,
             "data": origin["data"],
             "set": {"when": options.when, "fraction": options.fraction} | selection
@@ -276,8 +276,10 @@ def chosen_set(run: Run, experiment: Experiment, options: EditSettings, model: n
 
     traces = read_when(when)
     if not traces:
-        there = ", ".join(other for other in WHENS if read_when(other)) or "none of both tasks"
-        raise UserError(f"{run.folder} has no {when} trace of strategy {name}; there is {there}: name one with --when")
+        available = ", ".join(other for other in WHENS if read_when(other)) or "none of both tasks"
+        raise UserError(
+            f"{run.folder} has no {when} trace of strategy {name}; there is {available}: name one with --when"
+        )
     values = strengths(traces)
     names = scope(model, experiment.analysis.embeddings)
     ((_, psets),) = select_tasks(values, [fraction], names, experiment.analysis.how, experiment.roles.shared)
@@ -286,13 +288,13 @@ def chosen_set(run: Run, experiment: Experiment, options: EditSettings, model: n
 
 
 def _with_strategy(options: EditSettings, experiment: Experiment) -> EditSettings:
-    """The options, with the name of a strategy: the first compared one, if they name none."""
+    """The options with a strategy's name; if they have none, that of the first compared strategy."""
     compared = (name for pair in experiment.pairs for name in pair if name in experiment.taught)
     return options if options.strategy else replace(options, strategy=next(compared, experiment.taught[0]))
 
 
 def _saved_sets(run: Run, experiment: Experiment, options: EditSettings) -> dict[str, ParamSet]:
-    """The tasks' sets and the shared one as `analyze` saved them; empty at a fraction that it does not save."""
+    """The tasks' sets and the shared one as the stage `analyze` saved them; empty if it saves none at the fraction."""
     roles = experiment.roles
     saved_folder, start = run.path(f"shared/{options.strategy}"), f"{options.when}-{options.fraction:g}-"
     files = {task: saved_folder / f"{start}{task}.safetensors" for task in experiment.tasks}
@@ -320,7 +322,7 @@ def _pick_set(drawn: Mapping[str, Sequence[ParamSet]], options: EditSettings) ->
 
 
 def _read_recall(run: Run, kind: str, options: EditSettings) -> dict[str, Any] | None:
-    """Exact match of the untouched models and under this very intervention; None if the run did not measure it."""
+    """Exact match of base and tuned model, and under this intervention; None if the run did not measure it."""
     path = run.path(f"interventions/{options.strategy}.json")
     if not path.exists():
         return None
@@ -340,7 +342,7 @@ def _read_recall(run: Run, kind: str, options: EditSettings) -> dict[str, Any] |
 
 
 def check_folder(folder: str | Path, overwrite: bool) -> None:
-    """Raise a `UserError` if something is at `folder`, unless it is one of crosstrace's and may be replaced."""
+    """Raise a `UserError` if `folder` exists, unless crosstrace wrote it and it may be replaced."""
     folder = expanded(folder)
     if not folder.exists() and not folder.is_symlink():
         return
@@ -357,9 +359,10 @@ def check_folder(folder: str | Path, overwrite: bool) -> None:
 
 @contextmanager
 def new_folder(folder: str | Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write to. It appears at `folder` once it is complete; after an exception it is gone.
+    """A folder to write to. It appears at `folder` once it is complete; after an exception it is removed.
 
-    The card, which the caller writes, then lists the files in it: only a folder of these alone may be replaced later.
+    The caller writes the card, to which the list of files is added. Only a folder that holds nothing else may be
+    replaced later.
     """
     check_folder(folder, overwrite)
     with replacing(expanded(folder)) as partial:

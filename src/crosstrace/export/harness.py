@@ -1,8 +1,8 @@
-"""A run's questions as tasks of the lm-evaluation-harness, whose `lm_eval` puts them to any model.
+"""A run's questions as tasks of the lm-evaluation-harness, whose `lm_eval` asks any model.
 
-Each part of the questions becomes two tasks: by log-likelihood, whose `acc` is crosstrace's exact match, token by
-token; and by generation, whose `exact_match` compares the greedy answer as text. Only questions that the harness
-tokenizes as crosstrace does are written. It needs no lm_eval and runs no model.
+Each part of the questions becomes two tasks. The one by log-likelihood has `acc`, crosstrace's exact match, token by
+token. The one by generation has `exact_match`, which compares the greedy answer as text. A question is left out if the
+harness does not tokenize it as crosstrace does. This module needs no lm_eval and runs no model.
 
     <folder>/<part>.parquet, <part>_generate.parquet    the questions of each task, every value as a string (in JSON the
                                                         harness would turn some strings into dates and times)
@@ -46,9 +46,9 @@ class Question:
             judges; and what a right model generates.
         tokens: number of the answer's tokens, its end token among them.
         end: the end token as text.
-        is_scored: whether the harness, by log-likelihood, judges the very tokens that crosstrace does. It does not if
-            the prompt ends with a blank that is a token by itself: it moves that blank to the continuation, and would
-            judge it too.
+        is_scored: whether the harness, by log-likelihood, judges the same tokens as crosstrace. It does not if the
+            prompt ends with a blank that is a token by itself: it moves that blank to the continuation and judges it
+            too.
     """
 
     row: dict[str, str]
@@ -87,10 +87,10 @@ def write_tasks(
     """Write questions as tasks of the lm-evaluation-harness: YAML, JSONL, README.md and crosstrace.json.
 
     Args:
-        parts: questions by what their task's name shall end in, e.g. {"qa_ood": [...]}.
+        parts: questions by the end of their task's name, e.g. {"qa_ood": [...]}.
         tokenizer: the one that the questions were encoded with.
         name: of the group of all tasks, after "crosstrace_".
-        folder: where they go; it appears whole or not at all.
+        folder: where they go. It appears only when it is complete.
         card: more for crosstrace.json.
         overwrite: replace a folder that has been written like this.
 
@@ -155,7 +155,7 @@ def _read_questions(parts: Mapping[str, Sequence[Encoded]], tokenizer: Any) -> d
 
 
 def _task_kinds(questions: Mapping[str, Sequence[Question]]) -> dict[str, dict[str, Any]]:
-    """The harness settings of tasks by log-likelihood and by generation, by what the names of these tasks end in."""
+    """The harness settings of both kinds of tasks (by log-likelihood, by generation), by the end of the task's name."""
     every = [item for items in questions.values() for item in items]
     ends = sorted({item.end for item in every})
     longest = max(item.tokens for item in every)
@@ -175,7 +175,7 @@ def _task_kinds(questions: Mapping[str, Sequence[Question]]) -> dict[str, dict[s
 def _describe_task(
     part: str, metric: str, items: Sequence[Encoded], rows: Sequence[Mapping[str, str]]
 ) -> dict[str, Any]:
-    """What crosstrace.json says of one task: how many questions it has, and how many were left out.
+    """One task's entry in crosstrace.json: how many questions it has, and how many were left out.
 
     Args:
         items: all questions of the part.
@@ -222,20 +222,20 @@ def _write_harness_files(
 
 
 def question(item: Encoded, tokenizer: Any) -> Question | None:
-    """A question as the harness takes it; None if the harness would not see the very tokens that `recall` judges."""
+    """A question as the harness takes it; None if the harness would see other tokens than `recall` judges."""
     example, ids, judged = item.example, item.ids.tolist(), item.targets["answer"].tolist()
     if len(example.mentions) != 1:
         return None
     mention, first = example.mentions[0], judged.index(True)
     if not all(judged[first:]):
         return None
-    # many tokenizers have a token for the blank alone before a number; it then belongs to the prompt
+    # many tokenizers give the blank before a number a token of its own; it then belongs to the prompt
     until_object, rest = example.text[: mention.object[0]], example.text[mention.object[0] :]
     prompts = [until_object.rstrip(), until_object]
     end = tokenizer.eos_token
     if example.has_special_tokens:
         end = example.text[example.targets[0][1] :]
-        if tokenizer.bos_token:  # which the harness puts there, if the tokenizer does
+        if tokenizer.bos_token:  # the harness adds it if the tokenizer does
             prompts += [text.removeprefix(tokenizer.bos_token) for text in prompts]
     prompt = next((text for text in prompts if text and tokenizer(text)["input_ids"] == ids[:first]), None)
     if prompt is None:
@@ -253,12 +253,12 @@ def question(item: Encoded, tokenizer: Any) -> Question | None:
 
 
 def relation(item: Encoded) -> str:
-    """What a question asks about."""
+    """The relation that a question asks about, or several."""
     return ", ".join(dict.fromkeys(mention.relation for mention in item.example.mentions))
 
 
 def _write_strings(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Write rows as Parquet whose columns are strings, whatever they look like."""
+    """Write rows as Parquet with every column as strings, also numbers and dates."""
     import pyarrow
     import pyarrow.parquet
 
@@ -267,7 +267,7 @@ def _write_strings(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def summary(card: Mapping[str, Any]) -> str:
-    """What was written and what was left out, a task a line."""
+    """The questions written and left out, a line for each task."""
     lines = []
     for name, task in card["tasks"].items():
         left_out = ", ".join(f"{count} of {relation}" for relation, count in task["left_out_by_relation"].items())
@@ -282,6 +282,7 @@ def _yaml(values: Mapping[str, Any]) -> str:
 
 
 def _readme(card: Mapping[str, Any]) -> str:
+    """The README of the tasks' folder."""
     rows = ""
     for name, task in card["tasks"].items():
         left_out = ", ".join(f"{count} of {relation}" for relation, count in task["left_out_by_relation"].items())

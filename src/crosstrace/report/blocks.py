@@ -87,7 +87,7 @@ def key(entries: Iterable[tuple[str, drawing.Look]]) -> list[dict[str, str]]:
     ]
 
 
-def drawn(builders: Iterable[tuple[str, Callable[[Any], Section]]], results: Any) -> list[Section]:
+def draw_sections(builders: Iterable[tuple[str, Callable[[Any], Section]]], results: Any) -> list[Section]:
     """The sections of a page, drawn by `builders`: their ids and functions.
 
     A section that can't be drawn has only its `failure`.

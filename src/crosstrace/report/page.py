@@ -1,8 +1,8 @@
 """results.json in, one self-contained page and a CSV beside each figure out.
 
-Each section below says what it shows and writes its captions from the data; page.html.j2 and page.css say
-how it looks. Nothing here is measured or tested again, and a part that the results lack becomes one line
-naming the command that adds it.
+Each section is a function that makes its figures and tables and writes their captions from the data; page.html.j2 and
+page.css say how they look. Nothing is measured or tested here. If the results lack a part, its section is one line that
+names the command which adds it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from crosstrace.core.files import write_text
 from crosstrace.report import learning, mechanism
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
-from crosstrace.report.blocks import Plot, Section, drawn, render
+from crosstrace.report.blocks import Plot, Section, draw_sections, render
 from crosstrace.report.circuit import circuit
 from crosstrace.report.drift import drift
 from crosstrace.report.grafting import minimal_graft, positions
@@ -34,21 +34,23 @@ REPLAY = "crosstrace run RUN/config.yaml NEWRUN"
 def write_report(results: Results, folder: str | Path) -> Path:
     """Write `folder`/index.html and one CSV beside each of its figures; returns the page's path.
 
-    `results` are those of a run (`Results.read`). Parts that it lacks are left out of the page, which then names the
-    command that adds them. An existing page and CSVs of the same names are replaced.
+    `results` are those of a run (`Results.read`). For a part that they lack, the page names the command that adds it.
+    An existing page and CSVs of the same names are replaced.
     """
     return write_page(results, draw(results), folder)
 
 
-Builder = tuple[str, str, Callable[[Results], Section]]  # a section's id, the stage it is of, its function
+Builder = tuple[str, str, Callable[[Results], Section]]  # a section's id, its stage, and the function that draws it
 
 
 def draw(results: Results, further: Sequence[Builder] = ()) -> list[Section]:
-    """All sections of the page, `further` ones of other packages last. One that can't be drawn has nothing but its
-    `failure`."""
+    """All sections of the page, those of other packages (`further`) last.
+
+    A section that can't be drawn has only its `failure`.
+    """
     builders = [*SECTIONS, *further]
     with say.model_names(results.run.words if results.run is not None else None):
-        sections = drawn([(id, build) for id, _, build in builders], results)
+        sections = draw_sections([(id, build) for id, _, build in builders], results)
     for section, (id, stage, _) in zip(sections, builders):
         if section.failure is not None:
             continue
@@ -61,7 +63,7 @@ def draw(results: Results, further: Sequence[Builder] = ()) -> list[Section]:
 
 
 def _left_out(results: Results, section: str, stage: str) -> list[str]:
-    """Which models a section lacks, and why."""
+    """A sentence on each model that a section lacks, with the reason."""
     part = section if stage == "mechanism" or section == "drift" else ""
     rows = R.where(results.left_out, stage=stage)
     rows = [r for r in rows if r.part == part or (stage == "mechanism" and not r.part)]
@@ -69,7 +71,7 @@ def _left_out(results: Results, section: str, stage: str) -> list[str]:
 
 
 def write_page(results: Results, sections: Sequence[Section], folder: str | Path) -> Path:
-    """Write the page of some sections and the CSVs beside it, as `write_report`."""
+    """As `write_report`, with sections that are drawn already."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for plot in (block for section in sections for block in section.blocks if isinstance(block, Plot)):
@@ -82,8 +84,11 @@ def write_page(results: Results, sections: Sequence[Section], folder: str | Path
 
 
 def _claims(results: Results) -> tuple[list[str], list[dict], list[dict]]:
-    """The columns (online, final, …) and the claims in order, each with its verdict by column; apart from them those
-    that are about another fraction than the page's."""
+    """The claims, each with its verdict by time (online, final, …).
+
+    Returns:
+        The times in the order of the page's columns, the claims about the page's fraction, and those about others.
+    """
     whens = [w for w in dict.fromkeys(claim.when for claim in results.claims) if w != "training"]
     order = list(say.WHENS)
     whens.sort(key=lambda w: order.index(w) if w in order else len(order))
@@ -153,8 +158,8 @@ def _why_no_claims(results: Results) -> str:
     return next((row.reason for row in results.left_out if row.part == "claims"), "")
 
 
-# id, the stage whose left-out parts it tells, and what draws it
-SECTIONS: Sequence[tuple[str, str, Callable[[Results], Section]]] = (
+# each section's id, its stage, and the function that draws it
+SECTIONS: Sequence[Builder] = (
     ("recall", "eval", recall),
     ("training", "train", training),
     ("known", "eval", learning.known),
