@@ -22,15 +22,15 @@ class ModelSettings:
     name: str = "bundled"
     """`bundled`, a folder written by save_pretrained, a GGUF file, or a hub name."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Of the weights in memory, whatever the checkpoint holds."""
+    """Dtype of the weights in memory, whatever the checkpoint has."""
     attention: str = "eager"
     """The attention kernel, as transformers names it."""
     device: Literal["cpu", "cuda"] | None = None
-    """What every stage computes on; the GPU where there is one, if not given."""
+    """The device that every stage computes on. If not given, it is the GPU if there is one."""
     random_init: Annotated[int, Field(ge=0, lt=2**32)] | None = None
-    """Seed of random weights in place of the checkpoint's, which are taken if it is not given."""
+    """Seed of random weights. If not given, the checkpoint's weights are taken."""
     pickled: bool = False
-    """Read weights from a pickle too where a folder has no safetensors; such a file comes from people you trust."""
+    """Read weights from a pickle if a folder has no safetensors. Only do so with files from people you trust."""
     sharded: bool = False
     """Where a launcher has started several processes (docs/distributed.md): whether each holds some rows of every
     parameter (FSDP2), rather than the whole model (DDP)."""
@@ -47,10 +47,10 @@ class EvalSettings:
     known_examples: Annotated[int, Field(ge=1)] = 1800
     """Facts that the base knows which are asked, at most; of the bundled base, questions about its own people."""
     tokens: Annotated[int, Field(ge=1)] = 8192
-    """Tokens that go through the model at once, padding included; fewer take less memory."""
+    """Tokens that go through the model at once, padding included. Fewer take less memory."""
     precision: Literal["float32", "bf16"] = "float32"
-    """Of the multiplications, but for the curves of recall during training, which are in float32 always; `bf16` is
-    faster where the processor has it, and may turn an answer whose two likeliest tokens are nearly as likely."""
+    """Precision of the multiplications. (Curves of recall during training are always in float32.) `bf16` is faster if
+    the processor has it. It may change an answer whose two likeliest tokens are about equally likely."""
 
 
 @settings(frozen=True, config=STRICT)
@@ -67,7 +67,7 @@ class TraceSettings:
     examples: Annotated[int, Field(ge=2)] | None = None
     """Examples of each task that a checkpoint's trace is taken on; all of them if not given."""
     batch: Annotated[int, Field(ge=1)] = 64
-    """Examples in one backward pass; the trace does not depend on it."""
+    """Examples in one backward pass. The trace does not depend on it."""
     online: bool = True
     """Trace during training too."""
     definitions: list[Literal["per_example", "summed"]] = Field(default_factory=lambda: ["per_example"], min_length=1)
