@@ -139,7 +139,7 @@ def test_results_hold_what_they_promise(whole: Path) -> None:
         == {"bio": 48, "qa": 48}
     )
     assert results["training"]["two_stage"]["updates"] == 12
-    assert "mixed" in str(results) and "<table>" in results._repr_html_()
+    assert "mixed" in str(shown) and "<table>" in shown._repr_html_()
     assert (whole / "report" / "index.html").stat().st_size > 10_000
 
 
