@@ -101,6 +101,7 @@ def test_what_does_not_go_together_is_told():
 # ---- two views of one adapter
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_views_agree_by_the_chain_rule_for_every_example(kind):
     """W + s·B·A: ∂ℓ/∂B = s·G·Aᵀ and ∂ℓ/∂A = s·Bᵀ·G with G = ∂ℓ/∂W of the merged weights."""
@@ -190,6 +191,7 @@ def _trained(folder: Path, listeners: list[Any], dropout: float) -> Any:
     return model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("stop", [4, 8])
 def test_interrupted_and_resumed_training_gives_the_same_bits(stop, dropout, tmp_path):

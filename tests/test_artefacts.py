@@ -97,6 +97,7 @@ def test_the_bits_are_those_of_the_intervention(tmp_path: Path, kind: str, tied:
     assert ParamSet.load(tmp_path / "graft/crosstrace/set.safetensors") == pset
 
 
+@pytest.mark.long
 def test_a_runs_graft_answers_as_the_run_measured(whole: Path, tmp_path: Path) -> None:
     tokenizer = loading.load_tokenizer("bundled")
     for kind, fraction in (("graft", 0.9), ("ablate", 0.05)):  # enough for some right answers, and some wrong ones
@@ -119,6 +120,7 @@ def test_a_runs_graft_answers_as_the_run_measured(whole: Path, tmp_path: Path) -
         assert own(**batch).logits.equal(loading.load_model(str(tmp_path / kind), attention="sdpa")(**batch).logits)
 
 
+@pytest.mark.long
 def test_controls_are_those_of_the_run(whole: Path, tmp_path: Path) -> None:
     sizes = {}
     for name in ("shared", "bio", "qa", "bio_only", "random", "random_per_tensor"):
@@ -132,6 +134,7 @@ def test_controls_are_those_of_the_run(whole: Path, tmp_path: Path) -> None:
     assert first.size == second.size and first != second
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -165,6 +168,7 @@ def test_folders_are_not_written_over_and_appear_whole(tmp_path: Path, monkeypat
         artefacts.write_grafted(tiny_model("gpt2"), base, pset, tmp_path / "other")
 
 
+@pytest.mark.long
 def test_sets_and_traces_tell_their_origin(whole: Path) -> None:
     for path in (whole / "shared/mixed/final-0.05-shared.safetensors", whole / "traces/mixed/final/qa.safetensors",
                  whole / "traces/mixed/online/qa.safetensors"):  # fmt: skip
@@ -178,6 +182,7 @@ def test_sets_and_traces_tell_their_origin(whole: Path) -> None:
 # ------------------------------------------------------------------------------- the harness
 
 
+@pytest.mark.long
 def test_tasks_hold_the_runs_questions(whole: Path, tmp_path: Path) -> None:
     card = harness.export_run(whole, tmp_path / "tasks")
     assert set(card["tasks"]) == {
@@ -191,6 +196,7 @@ def test_tasks_hold_the_runs_questions(whole: Path, tmp_path: Path) -> None:
         harness.export_run(whole, tmp_path / "tasks")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed (pip install 'crosstrace[lm-eval]')")
 def test_the_real_harness_gives_the_runs_numbers(whole: Path, tmp_path: Path) -> None:
     harness.export_run(whole, tmp_path / "tasks")
@@ -306,6 +312,7 @@ def test_what_is_left_out_is_counted_by_relation(tmp_path: Path) -> None:
     assert "left out 3 of born" in harness.summary(card)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed (pip install 'crosstrace[lm-eval]')")
 def test_the_real_harness_finds_what_recall_finds_of_answers_that_look_like_dates(tmp_path: Path) -> None:
     tokenizer = look_tokenizer("llama3")

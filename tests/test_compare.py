@@ -64,6 +64,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_comparison_has_the_numbers_of_the_run_that_taught_the_model(home: Path) -> None:
     one, other = numbers(home / "run"), numbers(home / "compared")
     for part in ("recall", "shared", "similarity", "centralization", "maps", "interventions", "drift"):
@@ -82,6 +83,7 @@ def test_a_comparison_has_the_numbers_of_the_run_that_taught_the_model(home: Pat
     assert sets[0] == sets[1] and sets[0].size
 
 
+@pytest.mark.long
 def test_nothing_is_trained_and_what_needs_training_is_told(home: Path) -> None:
     folder = home / "compared"
     shown = Results.read(folder)
@@ -99,6 +101,7 @@ def test_nothing_is_trained_and_what_needs_training_is_told(home: Path) -> None:
     assert "not tested" in str(shown)
 
 
+@pytest.mark.long
 def test_drift_is_what_moved(home: Path) -> None:
     found = Results.read(home / "compared").as_values()["drift"]["two_stage"]
     base = load_model("bundled").get_parameter(MOVED).detach()
@@ -134,6 +137,7 @@ def test_drift_by_hand() -> None:
     assert [(row["share"], row["relative"]) for row in still["tensors"]] == [(None, 0.0)]
 
 
+@pytest.mark.long
 def test_a_finished_comparison_is_not_done_again_and_another_model_is(home: Path, tmp_path: Path) -> None:
     folder = home / "compared"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
@@ -151,6 +155,7 @@ def test_a_finished_comparison_is_not_done_again_and_another_model_is(home: Path
         assert StudiedModel(run, moved, "two_stage", Progress(quiet=True)).key() != key
 
 
+@pytest.mark.long
 def test_an_adapter_is_compared_in_either_view(tmp_path: Path) -> None:
     model = adapted(load_model("bundled"), LoraSettings(rank=2), 1)
     with torch.no_grad():
@@ -258,6 +263,7 @@ def test_settings_that_change_no_logits_may_differ(kind, of_base, of_tuned, dtyp
     assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, of_base, of_tuned, message", CHANGE)
 def test_settings_that_change_logits_are_told_by_name(kind, of_base, of_tuned, message) -> None:
     base, tuned = two_models(

@@ -185,6 +185,7 @@ def test_a_set_without_gradient_is_undefined():
 # ---- hidden states
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [*KINDS, "mamba"])
 def test_representation_consistency_equals_a_loop(kind):
     model, pairs = word_model(kind), word_pairs(4)

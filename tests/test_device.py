@@ -41,6 +41,7 @@ def test_what_is_far_does_not_mix() -> None:
         assert next(model.parameters()).device == FAR
 
 
+@pytest.mark.long
 def test_all_stages_compute_where_they_are_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but training: where that happens is the Trainer's business."""
     base = tiny_base(layers=1)  # on a device that is only played each operation takes a millisecond

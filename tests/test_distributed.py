@@ -108,6 +108,7 @@ def same_run(one: Path, other: Path) -> None:
     assert not [path for path in other.rglob("*") if ".partial-" in path.name]
 
 
+@pytest.mark.long
 def test_several_processes_give_what_one_gives(several):
     home, how, number = several
     for kind in KINDS:
@@ -133,6 +134,7 @@ def test_several_processes_give_what_one_gives(several):
     assert not [path for path in (home / f"{how}{number}").rglob("*") if ".partial-" in path.name]
 
 
+@pytest.mark.long
 def test_a_run_of_several_processes_is_that_of_one(several):
     home, how, number = several
     for kind in ran(number):
@@ -140,6 +142,7 @@ def test_a_run_of_several_processes_is_that_of_one(several):
     assert read_json(home / f"{how}{number}-run" / "llama" / "metadata.json")["processes"] == number
 
 
+@pytest.mark.long
 def test_what_several_processes_made_is_gone_on_with_by_one(several):
     home, how, number = several
     name = f"{how}{number}-run"
@@ -159,6 +162,7 @@ def test_what_several_processes_made_is_gone_on_with_by_one(several):
     assert theirs and all(sizes[row["when"], row["reduction"], row["fraction"]] == row["size"] for row in theirs)
 
 
+@pytest.mark.long
 def test_an_interrupted_training_ends_in_the_same_bits(several):
     home, how, _ = several
     if how == "ddp":
@@ -168,6 +172,7 @@ def test_an_interrupted_training_ends_in_the_same_bits(several):
             assert list(mine) == list(theirs) and all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
+@pytest.mark.long
 def test_an_adapter_and_further_training(several):
     home, how, number = several
     name, changes = {("ddp", 2): ("lora", LORA), ("fsdp", 2): ("further", RETAINED)}.get((how, number), ("", {}))
@@ -186,6 +191,7 @@ def test_an_adapter_and_further_training(several):
             assert a.pop("lift") == pytest.approx(b.pop("lift"), rel=1e-6) and a == b
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_ends_a_training_that_any_number_goes_on_with(home):
     with stopped(15, interrupted), pytest.raises(KeyboardInterrupt):
         run(home, "hands", None, True, ["llama"], SHARED[:2])

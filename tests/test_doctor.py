@@ -401,6 +401,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layers", [2, 30])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_a_thousandth_is_found_and_its_place_named(fault, layers: int) -> None:
@@ -437,6 +438,7 @@ def test_a_kernel_off_by_a_thousandth(monkeypatch: pytest.MonkeyPatch, layers: i
     assert "first in module model.layers.0.self_attn (" in problem and failed(found) == {"kernel"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "opt", "bloom", "falcon", "qwen3", "gemma3", "phi3"])
 @pytest.mark.parametrize("layers", [2, 30])
 def test_no_rounding_is_called_a_fault(kind: str, layers: int) -> None:

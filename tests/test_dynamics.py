@@ -58,6 +58,7 @@ def facts_of(by_person: dict) -> list:
     return [value for values in by_person.values() for value in values]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "qwen3", "qwen3_moe"])
 def test_measures_are_the_librarys_own(kind: str) -> None:
     words = tokenizer("word")

@@ -96,6 +96,7 @@ def check(kind: str, model: nn.Module) -> str:
     return f"{told}, training {error:.0e}, late {tracing.late:.2f}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", SOME)
 def test_some_architectures_are_traced_exactly(kind):
     check(kind, double(kind))

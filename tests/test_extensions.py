@@ -16,6 +16,8 @@ from crosstrace.core.errors import UserError
 from crosstrace.core.registry import Registry
 from crosstrace.trace.measures import MEASURES, Measure
 
+pytestmark = pytest.mark.long
+
 PACKAGE = '''
 """Sensitivity in place of gradients, how long answers are, and how large a model's weights are."""
 from crosstrace.core.files import write_json

@@ -200,6 +200,7 @@ def test_random_weights_of_its_shape(file: Path):
     assert not torch.allclose(_logits(one), _logits(loading.load_model(str(file))))
 
 
+@pytest.mark.long
 def test_it_is_traced_exactly_and_planned(file: Path):
     model = loading.load_model(str(file))
     ids = torch.arange(3, 27).view(4, 6)

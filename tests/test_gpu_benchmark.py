@@ -26,6 +26,7 @@ def read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["machine", "cost", "training", "memory"])
 def test_a_part_runs_with_tiny_shapes_on_the_cpu(part: str, sheet: gpu.Sheet) -> None:
     gpu.PARTS[part].work(sheet)

@@ -70,6 +70,7 @@ def end(arguments: list[str], number: signal.Signals, delay: float, whole_group:
     return process
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("delay", [0.0, 0.03, 0.1, 0.4])
 def test_a_signal_while_the_command_line_is_imported(tmp_path: Path, number: signal.Signals, delay: float) -> None:

@@ -26,6 +26,8 @@ from crosstrace.export import artefacts
 from crosstrace.sets.paramset import ParamSet
 from crosstrace.trace import Trace, load_traces, trace
 
+pytestmark = pytest.mark.long
+
 SMALL = """
 name: small
 facts: {people: 24}

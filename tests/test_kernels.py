@@ -435,6 +435,7 @@ def test_cpu_serves_the_engine(compiled, dtype, tied, monkeypatch):
     assert_same_traces(with_kernel, without)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reason", ["switched off", "no compiler", "compiler fails", "no cache"])
 def test_cpu_without_a_library_pytorch_computes(reason, monkeypatch, tmp_path):
     cpu_kernel._compiled.cache_clear()

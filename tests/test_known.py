@@ -183,6 +183,7 @@ def test_a_model_goes_on_alone_as_among_others():
     assert together[0].startswith("Tarn")
 
 
+@pytest.mark.long
 def test_a_run_follows_what_the_base_knew(tmp_path: Path):
     experiment = an_experiment()
     results = pipeline.run(experiment, tmp_path / "run", quiet=True).as_values()

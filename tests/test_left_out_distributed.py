@@ -16,6 +16,8 @@ from test_pipeline import experiment
 from crosstrace.core.files import read_json
 from crosstrace.experiment import config
 
+pytestmark = pytest.mark.long
+
 WORKER = Path(__file__).with_name("left_out_worker.py")
 SMALLER = config.override(
     experiment,

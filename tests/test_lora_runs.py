@@ -115,6 +115,7 @@ def test_the_whole_adapter_taken_away_is_the_base_and_given_to_it_the_taught_mod
     assert (before.logprob != wanted.logprob).any()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "view, parts", [("merged", "[positions]"), ("adapter", "[dynamics, circuit, gradients, positions]")]
 )

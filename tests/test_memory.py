@@ -14,6 +14,7 @@ from crosstrace.trace.blocks import sum_dtype
 from crosstrace.trace.engine import Engine
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "mixtral", "mamba"])
 @pytest.mark.parametrize(("where", "passes"), [("cpu", None), ("device", 3), ("cpu", 2), ("auto", 7)])
 def test_every_way_gives_the_same_trace(kind, where, passes):

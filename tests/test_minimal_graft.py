@@ -66,6 +66,7 @@ def slow_contributions(base: nn.Module, tuned: dict, items: list[Encoded], names
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "qwen3_moe"])
 def test_contributions_equal_a_plain_loop_in_any_parts(kind):
     base, items = word_model(kind), asked()

@@ -150,6 +150,7 @@ def test_a_strategy_in_words_has_what_decides() -> None:
     assert text == "2.5 epochs of 16 qa and 4 bio examples"
 
 
+@pytest.mark.long
 def test_a_run_leaves_the_number_of_threads_as_it_was(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -226,6 +227,7 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
             assert ends[count] == recall(model, words, items).summary()["exact_match"]
 
 
+@pytest.mark.long
 def test_what_the_bundled_base_knows_is_asked_and_explained(tmp_path: Path) -> None:
     values = {
         "model.name": "bundled", "facts.people": "16", "train.recall_every": "0", "trace.online": "false",
@@ -244,6 +246,7 @@ def test_what_the_bundled_base_knows_is_asked_and_explained(tmp_path: Path) -> N
         assert len(circuit["heads"]) == len(parts) and len(circuit["modules"]) == 6 * len(parts)
 
 
+@pytest.mark.long
 def test_a_run_may_be_given_further_analyses(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
@@ -314,6 +317,7 @@ def test_a_second_run_is_refused_resumed_or_told_what_differs(whole: Path) -> No
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")} == before
 
 
+@pytest.mark.long
 def test_stages_by_themselves_give_the_same(whole: Path, tmp_path: Path) -> None:
     folder, parts = tmp_path / "staged", {"gradients", "representations", "transfer"}
     less = config.override(experiment, {"mechanism.parts": str([*sorted(parts)])})
@@ -327,6 +331,7 @@ def test_stages_by_themselves_give_the_same(whole: Path, tmp_path: Path) -> None
     assert len(found["mechanism"]) == 3 and found == expected
 
 
+@pytest.mark.long
 def test_a_part_whose_rows_have_changed_since_is_made_again(whole: Path, tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "older"
     shutil.copytree(whole, folder)
@@ -349,6 +354,7 @@ def test_a_part_whose_rows_have_changed_since_is_made_again(whole: Path, tmp_pat
     assert numbers(folder) == numbers(whole)
 
 
+@pytest.mark.long
 def test_killed_and_resumed_ends_with_the_same_numbers(whole: Path, tmp_path: Path) -> None:
     parts = {"gradients", "lens", "dynamics"}
     less = config.override(experiment, {"jobs": "2", "mechanism.parts": str([*sorted(parts)])})
@@ -432,6 +438,7 @@ def test_traces_of_one_time_and_reduction_are_held_at_a_time(whole: Path, tmp_pa
         assert (folder / file).read_bytes() == (whole / file).read_bytes()
 
 
+@pytest.mark.long
 def test_qa_alone_has_no_online_sharing_but_still_ends(tmp_path: Path) -> None:
     values = {
         "strategies": '{qa_only: [{name: qa, batch: {qa: 8}, steps: 2}]}',
@@ -442,6 +449,7 @@ def test_qa_alone_has_no_online_sharing_but_still_ends(tmp_path: Path) -> None:
     assert results["claims"] == [] and results["interventions"] == {}
 
 
+@pytest.mark.long
 def test_checkpoints_are_traced_each_and_in_the_mean(tmp_path: Path) -> None:
     values = {
         "interventions.run": "false", "mechanism.run": "false",
@@ -489,6 +497,7 @@ def test_bad_input_leaves_an_earlier_run_alone(whole: Path) -> None:
     assert sorted(whole.rglob("*")) == before
 
 
+@pytest.mark.long
 def test_a_kill_while_checkpoints_are_removed_loses_nothing(tmp_path: Path, monkeypatch) -> None:
     values = {
         "strategies": "{mixed: [{name: mixed, batch: {bio: 8, qa: 8}, steps: 3}]}",
@@ -511,6 +520,7 @@ def test_a_kill_while_checkpoints_are_removed_loses_nothing(tmp_path: Path, monk
     assert {item.name for item in home.iterdir()} == {"history.json", "mixed", "online", "summed", "training.json"}
 
 
+@pytest.mark.long
 def test_taught_models_are_trained_further_on_request(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "further"
     shutil.copytree(whole, folder)
@@ -534,6 +544,7 @@ def broken(*_: object, **__: object) -> None:
     raise ZeroDivisionError("a fault\nof two lines")
 
 
+@pytest.mark.long
 def test_what_fails_after_training_is_left_out_told_and_tried_again(
     whole: Path, tmp_path: Path, monkeypatch, parts_may_fail, capsys
 ) -> None:
@@ -603,6 +614,7 @@ def test_what_fails_in_training_stops_the_run(whole: Path, tmp_path: Path, monke
             shutil.copytree(whole, folder, dirs_exist_ok=True)
 
 
+@pytest.mark.long
 def test_an_earlier_result_of_a_part_that_is_left_out_is_not_reported(
     whole: Path, tmp_path: Path, monkeypatch, parts_may_fail
 ) -> None:

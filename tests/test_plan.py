@@ -46,6 +46,7 @@ def test_ready_experiments_have_the_published_shapes(name):
     assert {p.device.type for p in model.whole.parameters()} == {"meta"}
 
 
+@pytest.mark.long
 def test_a_ready_experiment_is_planned_offline(capsys):
     told = ["--gpu", "80", "--ram", "600", "--disk", "3000", "--tflops", "300", "--cpu-tflops", "2"]
     commands.main(["plan", str(ROOT / "examples" / "pythia-2.8b.yaml"), "--quiet", *told])
@@ -68,6 +69,7 @@ def test_the_plan_tells_all_stages_and_is_json():
         assert text in str(found)
 
 
+@pytest.mark.long
 def test_the_plan_knows_how_many_tokens_are_asked_at_once():
     def held(tokens, stage):
         return max(
@@ -114,6 +116,7 @@ def test_of_experts_those_that_are_chosen_count():
     assert needs._multiplied == rest + experts / 2  # two of four
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("keep", ["parts", "means", "none"])
 def test_disk_is_what_a_run_leaves(tmp_path, keep):
     experiment = replace(SMALL, strategies={"mixed": SMALL.strategies["mixed"]}, jobs=1)
@@ -142,6 +145,7 @@ def disk_of(**changes: str) -> dict[str, tuple[int, int]]:
     return {row["what"]: (row["bytes"] / size, row["left"] / size) for row in found.disk}
 
 
+@pytest.mark.long
 def test_the_fullest_moment_of_the_disk_by_hand():
     """Two strategies, the second of one phase; two tasks, two parts; sums of two reductions during training."""
     parts, left = 8 + 4, 2  # during training and at its end; of one strategy
@@ -164,6 +168,7 @@ def test_the_fullest_moment_of_the_disk_by_hand():
     assert further["checkpoints while training"] == (1 + 3 + 1, 0)  # what the first one left
 
 
+@pytest.mark.long
 def test_recall_that_is_too_large_is_asked_in_smaller_batches():
     experiment = config.override(SMALL, {"jobs": "1", "trace.online": "false", "trace.check": "false",
                                          "mechanism.run": "false", "interventions.run": "false",
@@ -177,6 +182,7 @@ def test_recall_that_is_too_large_is_asked_in_smaller_batches():
     assert _fits(experiment, {"eval.tokens": "2048"}, short)
 
 
+@pytest.mark.long
 def test_a_disk_that_is_too_small_is_helped_by_keeping_fewer_traces():
     fewer = {"jobs": "1", "interventions.run": "false", "mechanism.run": "false"}
     experiment = config.override(SMALL, fewer)
@@ -187,6 +193,7 @@ def test_a_disk_that_is_too_small_is_helped_by_keeping_fewer_traces():
     assert "--trace.keep none" in found.remedies and found.problems[0].startswith("disk: ")
 
 
+@pytest.mark.long
 def test_what_does_not_fit_is_refused_with_settings_that_do():
     machine = other_machine(ram=1.35, disk=100)
     base = plan(SMALL, machine=replace(machine, ram=None))
@@ -212,12 +219,14 @@ def _fits(experiment, changes, machine) -> bool:
     return plan(config.override(experiment, changes), machine=machine).fits
 
 
+@pytest.mark.long
 def test_where_nothing_helps_the_least_is_told():
     found = plan(SMALL, machine=other_machine(ram=0.01, disk=100))
     assert not found.fits and not found.remedies and found.least["ram"] > 1e7
     assert "No settings would make it fit" in str(found)
 
 
+@pytest.mark.long
 def test_a_full_disk_and_a_small_gpu_are_told(capsys, tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(config.dumps(SMALL))
@@ -229,6 +238,7 @@ def test_a_full_disk_and_a_small_gpu_are_told(capsys, tmp_path):
     assert "With --processes 2 it is looked for" in printed
 
 
+@pytest.mark.long
 def test_models_are_on_the_gpu_and_traces_in_ram():
     found = plan(SMALL, machine=replace(PLENTY, gpu=10**12))
     assert {row["where"] for row in found.work} == {"gpu"}
@@ -245,6 +255,7 @@ def test_models_are_on_the_gpu_and_traces_in_ram():
     assert {*parts["ram"]} == {"trace's sums", "a copy of the optimiser"}
 
 
+@pytest.mark.long
 def test_an_adapter_is_all_that_is_trained_and_kept():
     lora = {"train.lora": "{rank: 4, alpha: 8}"}
     whole, merged, own = (
@@ -289,6 +300,7 @@ def test_own_facts_are_counted(tmp_path):
     assert rows["bio"] == 40 and rows["qa_id"] + rows["qa_ood"] == 40
 
 
+@pytest.mark.long
 def test_facts_of_the_world_are_counted(tmp_path):
     own = ["subject,relation,object", *(f"Person {i},lives in,Town {i % 7}" for i in range(40))]
     (tmp_path / "facts.csv").write_text("\n".join(own))
@@ -308,6 +320,7 @@ def test_facts_of_the_world_are_counted(tmp_path):
     assert next(r for r in found.training if r["strategy"] == "mixed")["examples"]["known"] == 6
 
 
+@pytest.mark.long
 def test_memory_of_sums_and_sets_by_hand():
     """One strategy, two parts, two times: 8 sums online; 90 bytes of masks and the like by the sizes of the shape."""
     found = plan(SMALL, machine=PLENTY)
@@ -332,6 +345,7 @@ def test_the_stand_in_makes_tokens_of_about_four_characters():
     assert sum(len(item.text) for item in texts) / tokens == pytest.approx(CHARACTERS, rel=0.2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe"])
 def test_a_folder_with_a_config_alone_is_planned(kind, tmp_path):
     name, settings = KINDS[kind]

@@ -47,6 +47,7 @@ def rows_of_stage(of: Needs, stage: str, process: str = "mixed") -> dict[tuple[s
     return {(row["whose"], row["where"]): row["parts"] for row in rows}
 
 
+@pytest.mark.long
 def test_one_process_is_nothing_that_a_launcher_starts():
     one = needs(1, sharded=True)
     assert one.memory == Needs(SMALL, material(), PLENTY).memory and {row["whose"] for row in one.memory} == {EACH}
@@ -88,6 +89,7 @@ def test_autocast_keeps_the_weights_that_it_has_cast_whatever_the_batch():
     assert mine["activations"] < whole["activations"] < single["activations"]
 
 
+@pytest.mark.long
 def test_a_sharded_model_is_held_in_rows_by_hand():
     of, gpu = needs(4, sharded=True), needs(4, sharded=True, gpu=10**12)
     parameters = list(of.plain.parameters())

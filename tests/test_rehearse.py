@@ -83,6 +83,7 @@ def test_an_update_holds_what_was_rehearsed(kind):
     assert expected["logits"] >= 4 * 211 * 24 * 6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "qwen3_moe"])
 def test_an_update_with_checkpointed_gradients_holds_what_was_rehearsed(kind):
     of = understudy(kind, num_hidden_layers=6, **WIDE)
@@ -133,6 +134,7 @@ def test_recall_and_attribution_hold_what_was_rehearsed(kind):
     assert 0 < inward < sum(of.update(PHASE, {"bio": [rows[1]]}, False).values())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "bf16"), [("llama", False), ("gpt_neox", True), ("gpt2", False)])
 def test_few_layers_tell_all(kind, bf16, monkeypatch):
     """Carried on from two and three layers, the same as if all are rehearsed; also where gradients outweigh all."""
@@ -153,6 +155,7 @@ def same(a: dict[str, float], b: dict[str, float]) -> None:
     assert sum(a.values()) == pytest.approx(sum(b.values()), rel=0.01)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "settings", "bf16"),
     [

@@ -129,6 +129,7 @@ def test_csv_holds_the_numbers_of_the_results(page):
     assert {r["relation"] for r in recalled} >= {"", "birth date"}
 
 
+@pytest.mark.long
 def test_same_results_same_bytes(tmp_path):
     first, again = (report.write_report(Results.of(small(("mixed",))), tmp_path / name) for name in "ab")
     for path in first.parent.iterdir():
@@ -154,6 +155,7 @@ def test_figures_follow_the_pages_colours(page):
     assert not re.search(r"#[0-9a-f]{6}\b", drawn)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", [*OPTIONAL, "interventions", "mechanism", "retention", "run"])
 def test_a_missing_part_is_left_out(part, tmp_path):
     lesser = {"differences", "coverage", "seconds", "versions"}
@@ -329,6 +331,7 @@ def small(strategies=("two_stage", "mixed")) -> dict:
     return results
 
 
+@pytest.mark.long
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 390])
 def test_in_a_browser(width, tmp_path):
@@ -389,6 +392,7 @@ def browser(profile: Path):
     return webdriver.Chrome(options=options, service=webdriver.chrome.service.Service(server))
 
 
+@pytest.mark.long
 def test_maps_of_units_are_of_a_fraction_that_reaches_them(tmp_path):
     results = small()
     for name, rows in results["units"].items():

@@ -131,6 +131,7 @@ def test_each_group_spells_its_own_mentions(kind):
 # ---- coalitions and their shares
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_coalitions_equal_embeddings_put_in_by_hand(kind):
     model, items = word_model(kind), some_texts()

@@ -118,6 +118,7 @@ def kills(work_of: Callable[[int], Callable[[], None]], step: int = 1, last: int
     assert last < 1000
 
 
+@pytest.mark.long
 def test_killed_anywhere_then_resumed(tmp_path: Path, clean: dict[str, bytes]) -> None:
     for n in kills(lambda n: create_and_work(tmp_path / f"{n}" / "run", "new")):
         folder = tmp_path / f"{n}" / "run"

@@ -253,6 +253,7 @@ def test_a_finished_study_is_not_run_again_and_may_grow(whole: Path) -> None:
         study.run(parsed(), whole, quiet=True)
 
 
+@pytest.mark.long
 def test_a_failed_run_does_not_stop_the_others(tmp_path: Path, whole: Path) -> None:
     folder = tmp_path / "failing"
     short = parsed(vary={}, seeds=[1, 2])
@@ -271,6 +272,7 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path: Path, whole: Path) -> N
     assert {row["seed"] for row in table(folder)} == {"1", "2"}
 
 
+@pytest.mark.long
 def test_a_killed_study_goes_on_and_comes_to_the_same(tmp_path: Path, whole: Path) -> None:
     folder = tmp_path / "killed"
     file = file_of(tmp_path, GRID | {"seeds": [1]})

@@ -112,6 +112,7 @@ STRATEGIES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("metric", ["gradient", "optimiser"])
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 2}, {"gradient_checkpointing": True}], ids=str)
 @pytest.mark.parametrize("kind", STRATEGIES)

@@ -117,6 +117,7 @@ def test_rules_serve_all_but_the_known_exceptions(kind, tied):
     assert sum(json.loads(coverage).values()) == pytest.approx(1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "attention"),
     [(kind, "eager") for kind in ("llama", "gpt_neox", "gpt2", "qwen3", "gemma3", "opt", "qwen3_moe", "bloom")]
@@ -417,6 +418,7 @@ class Stop(BaseException):
     """Like KeyboardInterrupt, which pytest takes for the user's own."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where", ["nowhere", "forward", "backward", "general"])
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_is_left_behind(where, training, monkeypatch):

@@ -29,6 +29,7 @@ def measured_case(kind: str, tied: bool) -> dict:
         return trace_cost.case(kind, 7, 3, trace_cost.LIBRARIES, rounds=1, warm=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", trace_cost.LIBRARIES)
 @pytest.mark.parametrize("kind, tied", MODELS)
 def test_a_library_gives_the_sums_of_the_loop(kind: str, tied: bool, name: str) -> None:

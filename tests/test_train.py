@@ -226,6 +226,7 @@ def test_same_seed_same_weights_and_other_seed_other_weights(tmp_path: Path):
     assert not models[0].training
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kind, options",
     [
@@ -297,6 +298,7 @@ def test_several_lengths_are_trained_in_several_forwards(tmp_path: Path, monkeyp
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9, msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shared", [True, False], ids=["of the training", "of its own"])
 @pytest.mark.parametrize("options", [{"micro_batch": 2}, {"micro_batch": 1}, {"gradient_checkpointing": True}])
 def test_the_online_trace_does_not_depend_on_how_an_update_is_computed(tmp_path: Path, options: dict, shared: bool):
@@ -322,6 +324,7 @@ def test_the_online_trace_does_not_depend_on_how_an_update_is_computed(tmp_path:
                 torch.testing.assert_close(theirs.values[name], value, rtol=1e-6, atol=1e-10, msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rejected", [None, "qa"])
 @pytest.mark.parametrize("micro_batch", [None, 1, 2])
 @pytest.mark.parametrize("sizes", [(2, 2), (3, 2)], ids=["as many", "fewer"])
@@ -374,6 +377,7 @@ def test_one_micro_batch_is_held_at_a_time():
     assert given.item() == pytest.approx(sum(log[1::2]) + losses.last.item(), rel=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["adafactor", "adamw_8bit"])
 def test_other_optimisers_resume(tmp_path: Path, name: str):
     if name == "adamw_8bit":
@@ -424,6 +428,7 @@ def _interrupt(folder: Path, stopper: Told, kind: str, strategy, **options) -> N
         _train(model, strategy, folder, listeners, **options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kind, stops",
     [
@@ -464,6 +469,7 @@ def test_an_interrupted_training_ends_in_the_same_weights(tmp_path: Path, kind: 
         assert len(resumed[4]) < len(expected[4])  # it did resume, and not begin anew
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_killed_while_the_sums_of_a_trace_are_replaced(tmp_path: Path, monkeypatch, kind: str):
     """At any sum, of any checkpoint, and again at the next one when it goes on; no sum is there twice but one."""
@@ -644,6 +650,7 @@ def _points(folder: Path) -> dict[str, list[int]]:
     return {tag: [point.step for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+@pytest.mark.long
 def test_tensorboard_gets_the_loss_and_changes_nothing(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed; `pip install tensorboard`")
     strategy = [Phase("one", {"bio": 2, "qa": 2}, 12), Phase("two", {"qa": 3}, 2)]

@@ -77,6 +77,7 @@ def by_hand(model: nn.Module, steps: list[list[dict[str, Tensor]]], measure: str
     return {task: {name: value / counts[task] for name, value in found.items()} for task, found in sums.items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_backward_gives_both_tasks_traces(kind, reuse):

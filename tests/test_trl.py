@@ -108,6 +108,7 @@ TRACED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", TRACED)
 def test_the_loss_of_trl_is_traced_exactly(case, trainer_of):
     options, of_model = TRACED[case]
