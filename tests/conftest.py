@@ -41,7 +41,10 @@ def _seeds() -> None:
 
 # Files that take minutes, longest first: each goes to one process as a whole (--dist loadfile), short ones to whichever
 # is free then.
-LONG = ("distributed", "pipeline", "compare", "lora_runs", "device", "artefacts", "study")
+LONG = (
+    "distributed", "pipeline", "plan", "train", "study", "report", "left_out_distributed", "extensions", "doctor",
+    "artefacts", "rehearse", "compare", "interrupts", "keeping", "summed", "lora", "trace", "lora_runs",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
