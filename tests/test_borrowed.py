@@ -70,6 +70,7 @@ def both(make, bf16: bool = False, **settings) -> tuple[OnlineTrace, OnlineTrace
     return own, borrowed, plain, seen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "qwen3_moe"])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_it_is_the_trace_of_a_forward_of_its_own(kind, parts):

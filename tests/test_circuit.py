@@ -89,6 +89,7 @@ def test_ablation_to_zero_equals_a_model_with_those_weights_at_zero(kind, unit):
     torch.testing.assert_close(logits_of(model, item), before, rtol=0, atol=0)  # nothing stays
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [*KINDS, "opt", "qwen3_moe"])
 def test_attributions_are_complete(kind):
     """A module's nodes sum to what ablating all of them takes away."""

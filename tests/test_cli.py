@@ -80,6 +80,7 @@ def test_a_tokenizer_without_offsets(capsys, tmp_path: Path) -> None:
     assert "tokenizer" in message
 
 
+@pytest.mark.long
 def test_existing_folders_are_left_alone(capsys, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()

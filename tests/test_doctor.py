@@ -417,6 +417,7 @@ def test_a_fault_of_a_thousandth_is_found_and_its_place_named(fault, layers: int
         assert "attention_mask" not in str(found)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layers", [2, 30])
 @pytest.mark.parametrize("rule", [rules.Linear, rules.Gain])
 def test_a_rule_off_by_a_thousandth(monkeypatch: pytest.MonkeyPatch, rule: type, layers: int) -> None:

@@ -312,6 +312,7 @@ def test_texts_too_long_for_the_model_are_dropped_at_import_and_named_by_a_run(t
         imported(tmp_path, rows=store, overwrite=True, model=str(tmp_path / "model"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
 def test_a_model_that_calls_its_context_otherwise_drops_what_its_run_would_refuse(tmp_path: Path, kind: str) -> None:
     rows = [*CITIES, ("Ed Fox", "city", " ".join(["Rome"] * 40))]

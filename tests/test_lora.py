@@ -361,6 +361,7 @@ EXACT: dict[str, tuple[str, dict]] = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", EXACT)
 def test_an_adapter_of_any_settings_is_the_model_that_was_saved(case, tmp_path):
     kind, settings = EXACT[case]
@@ -672,6 +673,7 @@ def test_traces_are_exact_for_the_adapter_and_its_frozen_base(tuned):
     assert len(base) == len(plain.values)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reuse", [False, True])
 def test_traces_of_a_training_are_of_the_adapter_alone(tuned, reuse):
     model = copy.deepcopy(tuned)  # it is trained

@@ -55,6 +55,7 @@ def test_a_ready_experiment_is_planned_offline(capsys):
     assert "tokens are estimated" in printed and printed.rstrip().endswith("It fits.")
 
 
+@pytest.mark.long
 def test_the_plan_tells_all_stages_and_is_json():
     found = plan(SMALL, machine=PLENTY)
     assert found.fits and not found.remedies
@@ -390,6 +391,7 @@ def test_a_broken_config_is_told(tmp_path):
         plan(replace(SMALL, model=replace(SMALL.model, name=str(tmp_path))), machine=PLENTY)
 
 
+@pytest.mark.long
 def test_this_machine_is_looked_at(tmp_path):
     machine = Machine.here(tmp_path / "runs" / "any")
     assert machine.disk and (machine.ram is None or machine.ram > 0)

@@ -118,6 +118,7 @@ def test_a_sharded_model_is_held_in_rows_by_hand():
     assert intervened["random masks"] == 2 * 3 * of.alone.scope  # two kinds of three seeds
 
 
+@pytest.mark.long
 def test_processes_of_a_machine_share_its_ram_and_their_work():
     one, four, two = needs(1), needs(4), needs(4, nodes=2)
 
@@ -144,6 +145,7 @@ def test_processes_of_a_machine_share_its_ram_and_their_work():
     assert "4 processes on 2 machines by DDP" in str(told) and "RAM, 2 processes of a machine" in str(told)
 
 
+@pytest.mark.long
 def test_what_does_not_fit_is_sharded_or_given_more_processes(monkeypatch):
     monkeypatch.setattr("crosstrace.planning.remedies._candidates", lambda experiment: iter([{"trace.batch": "4"}]))
     less = {"interventions.run": "false", "mechanism.run": "false", "trace.check": "false", "trace.online": "false"}

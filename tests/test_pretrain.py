@@ -50,6 +50,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
 def test_a_base_loads_and_its_recipe_replays(capsys, tmp_path: Path, architecture: str) -> None:
     base, again = tmp_path / "base", tmp_path / "again"

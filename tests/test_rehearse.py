@@ -201,6 +201,7 @@ def test_a_model_in_pieces_holds_what_was_rehearsed(kind, settings, bf16, tmp_pa
     assert by_gloo > gathered > max(4 * p.numel() for p in of.whole.parameters())
 
 
+@pytest.mark.long
 def test_few_layers_tell_all_of_a_model_in_pieces(monkeypatch):
     """Where a layer's weights and gradients outweigh its activations, it holds most while its neighbours are sent."""
     few, whole = (understudy("llama", processes=4, num_hidden_layers=7, **WIDE) for _ in range(2))

@@ -190,6 +190,7 @@ def test_compared_models_stand_in_one_line(tmp_path):
     assert "mixed against two_stage; mixed against bio_only" in text
 
 
+@pytest.mark.long
 def test_markup_in_any_name_is_text(tmp_path):
     evil = '<b onclick="x">&$x_1$</b>'
     results = small(("mixed", evil))
@@ -209,6 +210,7 @@ def test_markup_in_any_name_is_text(tmp_path):
     assert "$x_1$" in html  # and no mathematics
 
 
+@pytest.mark.long
 def test_none_and_nan_are_an_en_dash(tmp_path):
     results = small()
     results["recall"]["mixed"]["qa_ood"] |= {
@@ -234,6 +236,7 @@ def test_none_and_nan_are_an_en_dash(tmp_path):
     assert not re.search(r"\b(nan|None|NaN)\b", page.read_text(encoding="utf-8"))
 
 
+@pytest.mark.long
 def test_any_strategies_and_tasks(tmp_path):
     """Strategies of any name and number, tasks other than bio and qa: nothing but names changes."""
     swaps = {"qa_ood": "quiz_ood", "qa_id": "quiz_id", "qa_only": "quiz_only", "bio_only": "wiki_only"}
@@ -246,6 +249,7 @@ def test_any_strategies_and_tasks(tmp_path):
     assert "of the held-out quiz" in text
 
 
+@pytest.mark.long
 def test_a_large_model_is_folded(tmp_path):
     """28 layers of 24 heads and 8,192 neurons: the page stays small, the CSV keeps each unit."""
     results = sample_results(("mixed",), interventions=False)
@@ -414,6 +418,7 @@ def test_maps_of_units_are_of_a_fraction_that_reaches_them(tmp_path):
     assert "Mix-tuned's shared set holds nothing here" in text and "densest in MLP neuron" not in text
 
 
+@pytest.mark.long
 def test_the_claims_table_has_a_line_a_claim_and_folds_the_rest(tmp_path):
     results = small()
     shared = {"claim": "more_shared", "verdict": "holds", "effect": 21.0, "low": 17.0, "high": 25.0, "unit": "points"}

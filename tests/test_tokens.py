@@ -88,6 +88,7 @@ def test_an_object_without_a_token_is_refused():
         encode(tokenizer("word"), [lost])
 
 
+@pytest.mark.long
 def test_the_word_tokenizer_knows_every_word():
     words = tokenizer("word")
     texts = []

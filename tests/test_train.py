@@ -508,6 +508,7 @@ def test_killed_while_the_sums_of_a_trace_are_replaced(tmp_path: Path, monkeypat
             assert all(torch.equal(mine.values[name], theirs.values[name]) for name in mine.values)
 
 
+@pytest.mark.long
 def test_a_training_that_an_earlier_version_began_goes_on(tmp_path: Path, monkeypatch):
     """It had the sums in the checkpoint."""
 
@@ -538,6 +539,7 @@ def test_what_no_resume_needs_is_not_kept(tmp_path: Path):
     assert names("kept") == weights | {"1-qa/checkpoint-6/optimiser"}
 
 
+@pytest.mark.long
 def test_a_mixture_of_experts_resumes(tmp_path: Path):
     """transformers writes experts otherwise than it holds them, so that reading tensors by name would miss them."""
     whole, resumed = _model("qwen3_moe"), _model("qwen3_moe")

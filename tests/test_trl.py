@@ -153,6 +153,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_traced_is_told_at_the_first_step(case, trainer_of):
