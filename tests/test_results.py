@@ -70,6 +70,9 @@ def test_what_is_no_results_at_all_is_told(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"levels": []}')
     with pytest.raises(UserError, match="no study's results of this format: at study, field required"):
         StudyResults.read(tmp_path)
+    (tmp_path / "results.json").write_text('{"schema": 3}')
+    with pytest.raises(UserError, match="has schema 3; this version of crosstrace reads 1 to 2"):
+        StudyResults.read(tmp_path)
 
 
 def test_the_docs_describe_the_records() -> None:

@@ -175,7 +175,7 @@ def _sentence(error: wrong.CycloptsError, arguments: list[str]) -> str:
         option = error.token.keyword or error.token.value
         if command in ("data", *stages.ABOUT) and "." in option:
             return _settings_stay(command, arguments)
-        return f"{str(error).rstrip('.')}{'' if str(error).endswith('?') else '.'} {more[0]}{more[1:]}"
+        return f"{str(error).rstrip('.')}{'' if str(error).endswith('?') else '.'} {more}"
     if isinstance(error, wrong.MissingArgumentError) and error.argument is not None:
         name = error.argument.name
         if name.startswith("--") and name in " ".join(arguments):
@@ -184,7 +184,7 @@ def _sentence(error: wrong.CycloptsError, arguments: list[str]) -> str:
     if isinstance(error, wrong.UnusedCliTokensError):
         unused = ", ".join(error.unused_tokens or [])
         return f"{command} takes fewer names: {unused} is left over; {more}"
-    return f"{' '.join(str(error).split())} {more[0].upper() if more[0].isalpha() else more[0]}{more[1:]}"
+    return f"{' '.join(str(error).split())} {more}"
 
 
 def _last_option(arguments: list[str], name: str) -> str:

@@ -6,9 +6,14 @@ there is not is an error where it is read. It knows no single table.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+
+from crosstrace.core.errors import UserError
+from crosstrace.core.files import read_json
 
 Number = float | None  # None: undefined, e.g. a mean over nothing
 
@@ -23,6 +28,56 @@ class Record(BaseModel):
     def as_values(self) -> dict[str, Any]:
         """Plain values, as results.json holds them: what was never given is left out."""
         return self.model_dump(exclude_unset=True)
+
+
+class ResultsFile(Record):
+    """A record that is a file of its own, with the version of its format."""
+
+    what: ClassVar[str]
+    """What such a file is called in an error."""
+    newest: ClassVar[int]
+    """The version that this one of crosstrace writes; it reads all from 1."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str = "results") -> Self:
+        """Results of plain values, as the file holds them.
+
+        Raises:
+            UserError: they are not of this format; the sentence says what is wrong and `where`.
+        """
+        version = values.get("schema", cls.newest)
+        if not isinstance(version, int) or not 1 <= version <= cls.newest:
+            raise UserError(
+                f"{where} has schema {version!r}; this version of crosstrace reads 1 to {cls.newest}. A newer version "
+                "wrote it? Read it with that one"
+            )
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(step) for step in first["loc"])
+            raise UserError(
+                f"{where} holds no {cls.what} of this format: at {name}, {first['msg'][0].lower()}{first['msg'][1:]}; "
+                "expected what docs/results-format.md describes. Was it edited, or written by an early version?"
+            ) from None
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read `results.json`, or the one in a folder.
+
+        Raises:
+            UserError: there is none, or it is damaged or of another format.
+        """
+        path = Path(path)
+        path = path / "results.json" if path.is_dir() else path
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise UserError(f"{path} holds a {type(values).__name__}; expected the {cls.what}")
+        return cls.of(values, str(path))
+
+    def as_values(self) -> dict[str, Any]:
+        """Plain values, as the file holds them."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
 
 
 class Row(Record):

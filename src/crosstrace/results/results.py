@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from crosstrace.core import left_out
-from crosstrace.core.errors import UserError
-from crosstrace.core.files import read_json
 from crosstrace.core.text_tables import aligned
 from crosstrace.data.tasks import DEFAULT_ROLES, Roles
-from crosstrace.results.base import Record, Row
+from crosstrace.results.base import ResultsFile, Row
 from crosstrace.results.mechanism import Mechanism
 from crosstrace.results.recall import HistoryPoint, Known, ModelRecall, Recall, Retention, Training
 from crosstrace.results.run import Doctor, Import, LeftOut, RunInfo, RunTasks
@@ -44,12 +41,15 @@ PARTS = {
 }
 
 
-class Results(Record):
+class Results(ResultsFile):
     """A run's results: everything that the report shows. Print it, or let a notebook show it as a table.
 
     Accuracies are shares (0 to 1); `low` and `high` bound a 95 % interval; a value that is undefined is null. A model
     is `base`, a strategy, or a given model. Given models have neither history nor training.
     """
+
+    what = "results of a run"
+    newest = SCHEMA
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     """Version of this format."""
@@ -117,47 +117,6 @@ class Results(Record):
                 for row in _rows(rows):
                     row.set_owner(model)
         return self
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any], where: str = "results") -> Results:
-        """Results of plain values, as results.json holds them.
-
-        Raises:
-            UserError: they are not of this format; the sentence says what is wrong and `where`.
-        """
-        version = values.get("schema", SCHEMA)
-        if not isinstance(version, int) or not 1 <= version <= SCHEMA:
-            raise UserError(
-                f"{where} has schema {version!r}; this version of crosstrace reads 1 to {SCHEMA}. A newer version "
-                "wrote it? Read it with that one"
-            )
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(step) for step in first["loc"])
-            raise UserError(
-                f"{where} is no results.json of this format: at {name}, {first['msg'][0].lower()}{first['msg'][1:]}; "
-                "expected what docs/results-format.md describes. Was it edited, or written by an early version?"
-            ) from None
-
-    @classmethod
-    def read(cls, path: str | Path) -> Results:
-        """Read `results.json`, or the one in a run folder.
-
-        Raises:
-            UserError: there is none, or it is damaged or of another format.
-        """
-        path = Path(path)
-        path = path / "results.json" if path.is_dir() else path
-        values = read_json(path)
-        if not isinstance(values, dict):
-            raise UserError(f"{path} holds a {type(values).__name__}; expected the results of a run")
-        return cls.of(values, str(path))
-
-    def as_values(self) -> dict[str, Any]:
-        """Plain values, as results.json holds them."""
-        return self.model_dump(by_alias=True, exclude_unset=True)
 
     @property
     def roles(self) -> Roles:

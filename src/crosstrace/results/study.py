@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from crosstrace.core.errors import UserError
-from crosstrace.core.files import read_json
 from crosstrace.core.text_tables import aligned
 from crosstrace.data.tasks import Roles
-from crosstrace.results.base import Number, Record
+from crosstrace.results.base import Number, Record, ResultsFile
 from crosstrace.results.results import part_name, roles_of
 from crosstrace.results.run import LeftOut, RunTasks
 
@@ -143,8 +139,11 @@ class ClaimOverSeeds(Record):
     seeds: int
 
 
-class StudyResults(Record):
+class StudyResults(ResultsFile):
     """The findings of a study."""
+
+    what = "study's results"
+    newest = SCHEMA
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     """Version of this format."""
@@ -161,38 +160,6 @@ class StudyResults(Record):
     """Processor, cores, threads, versions."""
     versions: dict[str, str] = {}
     """Package -> version."""
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any], where: str = "results") -> StudyResults:
-        """Results of plain values.
-
-        Raises:
-            UserError: they are not of this format.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(step) for step in first["loc"])
-            raise UserError(
-                f"{where} holds no study's results of this format: at {name}, {first['msg'][0].lower()}"
-                f"{first['msg'][1:]}; expected what docs/results-format.md describes"
-            ) from None
-
-    @classmethod
-    def read(cls, path: str | Path) -> StudyResults:
-        """Read a study's `results.json`, or the one in its folder.
-
-        Raises:
-            UserError: there is none, or it is damaged or of another format.
-        """
-        path = Path(path)
-        path = path / "results.json" if path.is_dir() else path
-        return cls.of(read_json(path), str(path))
-
-    def as_values(self) -> dict[str, Any]:
-        """Plain values, as results.json holds them."""
-        return self.model_dump(by_alias=True, exclude_unset=True)
 
     @property
     def roles(self) -> Roles:
