@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from crosstrace.experiment.needs.sizes import Sizes, saved_after
+from crosstrace.experiment.needs.sizes import Sizes
 
 CHECKPOINTS, MODELS, TRACES, SETS = "checkpoints while training", "the taught models", "traces", "shared sets"
 KINDS = (CHECKPOINTS, MODELS, TRACES, SETS)
@@ -35,10 +35,6 @@ class Files:
         """Note what happens, with the files that are there `beside` the kept ones: kind -> bytes."""
         more = beside or {}
         self.moments.append((what, Counter({kind: round(self.kept[kind] + more.get(kind, 0.0)) for kind in KINDS})))
-
-    def saves(self, updates: int) -> int:
-        """How many checkpoints so many updates save."""
-        return len(saved_after(updates, self.sizes.experiment.train.checkpoint_every))
 
     def train(self, phases: Sequence[tuple[str, int]], sums: int = 0, earlier: float = 0.0, what: str = "") -> float:
         """Note the moment of each checkpoint of a training.

@@ -191,6 +191,15 @@ class Sizes:
             for index, phase in enumerate(self.experiment.strategies.get(name, []))
         ]
 
+    def saves(self, updates: int) -> int:
+        """How many checkpoints so many updates of a phase save: at every interval and at the end."""
+        interval = self.experiment.train.checkpoint_every
+        return len({*range(interval, updates + 1, interval), updates})
+
+    def checkpoints(self, name: str) -> int:
+        """How many checkpoints a model's training saves; none of a model that was given."""
+        return sum(self.saves(len(data)) for _, data in self.phases(name))
+
     def updates(self, phase: Phase, seed: str) -> Updates:
         """The micro-batches of a phase's updates, as `train` makes them."""
         material, targets, most = self.material, "trace", self.experiment.train.micro_batch
@@ -390,11 +399,6 @@ def adapted_bytes(model: Any) -> int:
     """Bytes of the base's weights that have an adapter."""
     layers = [module.get_base_layer() for module in model.modules() if hasattr(module, "get_base_layer")]
     return sum(bytes_of(p) for layer in layers for p in layer.parameters(recurse=False))
-
-
-def saved_after(updates: int, interval: int) -> list[int]:
-    """The updates of a phase after which a checkpoint is saved, from 1."""
-    return sorted({*range(interval, updates + 1, interval), updates})
 
 
 def _counted_updates(data: Updates) -> list[int]:

@@ -291,7 +291,7 @@ def work(sizes: Sizes, name: str) -> Iterator[Operations]:
 
 def disk(files: Files) -> None:
     """The checkpoints of each further training beside those before; nothing of them is kept."""
-    saves, weights = files.saves(files.sizes.experiment.retention.steps), 0.0
+    saves, weights = files.sizes.saves(files.sizes.experiment.retention.steps), 0.0
     for arm in ARMS:
         weights += files.train([(arm, saves)], earlier=weights, what=f"retain, {arm}")
 

@@ -17,7 +17,7 @@ from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import examples, sample, training_examples
 from crosstrace.experiment.needs.files import TRACES, Files
 from crosstrace.experiment.needs.material import work_of
-from crosstrace.experiment.needs.sizes import Need, Operations, Sizes, saved_after
+from crosstrace.experiment.needs.sizes import Need, Operations, Sizes
 from crosstrace.experiment.stage import Stage
 from crosstrace.experiment.stages.doctor import examine, needs_of_doctor
 from crosstrace.experiment.stages.dropping import take_again
@@ -126,10 +126,7 @@ def needs(sizes: Sizes, name: str) -> Iterator[Need]:
         before = several * sizes.sums
     if options.checkpoints:
         alone = sizes.alone
-        checkpoints = sum(
-            len(saved_after(len(data), alone.experiment.train.checkpoint_every)) for _, data in alone.phases(name)
-        )
-        traces = {"traces": (checkpoints + 1) * several * alone.sums}
+        traces = {"traces": (alone.checkpoints(name) + 1) * several * alone.sums}
         yield alone.first("the mean over checkpoints", {"weights": alone.weights}, traces)
 
 
@@ -137,27 +134,20 @@ def work(sizes: Sizes, name: str) -> Iterator[Operations]:
     """A forward and backward of every traced example, as in training, at every checkpoint."""
     if name == BASE:
         return
-    options, interval = sizes.experiment.trace, sizes.experiment.train.checkpoint_every
+    options = sizes.experiment.trace
     trained = sizes.material.trained.values()
     chosen = [sample(items, options.examples) if options.examples else items for items in trained]
     once = 3 * sum(sizes.flops(work_of(items, options.batch)) for items in chosen)
-    checkpoints = sum(len(saved_after(len(data), interval)) for _, data in sizes.phases(name)) or 1
-    yield Operations("trace", once * (checkpoints if options.checkpoints else 1), sizes.experiment.model.dtype)
+    times = (sizes.checkpoints(name) or 1) if options.checkpoints else 1
+    yield Operations("trace", once * times, sizes.experiment.model.dtype)
 
 
 def disk(files: Files) -> None:
     """The traces of each checkpoint that is traced, and of their mean."""
     sizes, options = files.sizes, files.sizes.experiment.trace
-    files.kept[TRACES] += sizes.tasks * traced_after(files) * len(options.measures) * options.parts * sizes.sums
+    times = 1 + options.checkpoints * sizes.checkpoints(files.name)  # the last: the end, or the mean over all
+    files.kept[TRACES] += sizes.tasks * times * len(options.measures) * options.parts * sizes.sums
     files.moment("trace")
-
-
-def traced_after(files: Files) -> int:
-    """How often a model is traced after its training: at its end or, at each checkpoint, and the mean over them."""
-    phases = files.sizes.phases(files.name)
-    if not files.sizes.experiment.trace.checkpoints or not phases:
-        return 1
-    return 1 + sum(files.saves(len(data)) for _, data in phases)
 
 
 TRACE = Stage(

@@ -178,7 +178,7 @@ def work(sizes: Sizes, name: str) -> Iterator[Operations]:
 def disk(files: Files) -> None:
     """The checkpoints of its phases, then the traces of training, written one task after the other."""
     sizes = files.sizes
-    phases = [(phase.name, files.saves(len(data))) for phase, data in sizes.phases(files.name)]
+    phases = [(phase.name, sizes.saves(len(data))) for phase, data in sizes.phases(files.name)]
     if sizes.experiment.train.lora is not None:
         files.kept[MODELS] = sizes.saved  # the untrained adapter
     weights = files.train(phases, sums=sizes.tasks * sizes.learning_sums)
