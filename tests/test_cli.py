@@ -179,7 +179,7 @@ def test_a_setting_is_explained_by_itself(capsys, tmp_path: Path) -> None:
     commands.main(["settings", "tasks"])
     printed = capsys.readouterr().out
     assert all(f"--tasks.NAME.{item.name}" in printed for item in fields(TaskSettings))
-    assert "there is no setting 'facts.peple'" in fails(capsys, "settings", "facts.peple")
+    assert "there is no setting 'facts.peple'; did you mean 'facts.people'?" in fails(capsys, "settings", "facts.peple")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -19,7 +19,11 @@ DAMAGED: dict[str, tuple[str, bytes, str]] = {
     "no file": ("facts.xlsx", b"PK", "of no kind"),
     "empty": ("facts.csv", b"", "is empty"),
     "no subject": ("facts.csv", b"person,relation,object\na,b,c\n", "has no 'subject'"),
-    "no rows": ("facts.csv", b"subject,relation,object\n", "no fact could be kept"),
+    "no rows": (
+        "facts.csv",
+        b"subject,relation,object\n",
+        "no fact could be kept of 0 rows in {path}; expected facts below the columns' names",
+    ),
     "columns twice": ("facts.csv", b"subject,subject,object\na,b,c\n", "column twice"),
     "ragged": ("facts.csv", b"subject,relation,object\na,b,c,d\n", "has 4 fields"),
     "short": ("facts.csv", b"subject,relation,object\na,b\n", "has 2 fields"),
@@ -58,7 +62,7 @@ DAMAGED: dict[str, tuple[str, bytes, str]] = {
 def test_damaged_files_are_told_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
     name, content, told = DAMAGED[case]
     (tmp_path / name).write_bytes(content)
-    assert told in refused(capsys, tmp_path, tmp_path / name, tmp_path / "own")
+    assert told.replace("{path}", str(tmp_path / name)) in refused(capsys, tmp_path, tmp_path / name, tmp_path / "own")
 
 
 WORDINGS = {

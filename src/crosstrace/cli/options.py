@@ -22,7 +22,7 @@ import yaml
 from cyclopts import Group, Parameter
 from pydantic import TypeAdapter
 
-from crosstrace.core.errors import UserError
+from crosstrace.core.errors import UserError, nearest
 
 _METAVARS = {int: "INT", float: "NUMBER", bool: "true|false", list: "LIST", tuple: "LIST"}
 
@@ -103,7 +103,8 @@ def described(value: Any, name: str) -> list[tuple[str, str, str]]:
                     for item in fields(kind)
                 ]
     if not rows:
-        raise UserError(f"there is no setting {name!r}; `crosstrace settings` prints all of them")
+        hint = nearest(name, (setting for setting, *_ in leaves(value)), "`crosstrace settings` prints all of them")
+        raise UserError(f"there is no setting {name!r}; {hint}")
     return rows
 
 

@@ -1,6 +1,8 @@
-"""The one exception a user may cause. It knows nothing of the rest of the package."""
+"""The one exception a user may cause, and what a sentence says of a misspelt name. No other module is imported."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -8,3 +10,11 @@ class UserError(ValueError):
 
     The command line prints the sentence and exits with code 2; a library user catches a `ValueError`.
     """
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The known name that is most like a misspelt one, as a question; `otherwise` if none is like it."""
+    import difflib
+
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {close[0]!r}?" if close else otherwise

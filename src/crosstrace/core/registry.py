@@ -11,14 +11,13 @@ It knows nothing of what the records are for.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from crosstrace.core.errors import UserError
+from crosstrace.core.errors import UserError, nearest
 
 GROUP = "crosstrace.extensions"
 Record = TypeVar("Record")
@@ -87,6 +86,5 @@ class Registry(Mapping[str, Record], Generic[Record]):
 
     def unknown(self, name: str) -> str:
         """The sentence of an error about a name that no record has."""
-        close = difflib.get_close_matches(name, self, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"expected of {', '.join(self)}"
+        hint = nearest(name, self, f"expected of {', '.join(self)}")
         return f"unknown {self.kind.__name__.lower()} {name!r}; {hint}, or is the package that adds it not installed?"

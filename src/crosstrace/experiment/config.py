@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as settings
 
 from crosstrace.analyses.claims.case import DEFAULT
-from crosstrace.core.errors import UserError
+from crosstrace.core.errors import UserError, nearest
 from crosstrace.core.files import NO_YAML
 from crosstrace.core.same_settings import CHANGEABLE
 from crosstrace.core.settings import STRICT
@@ -384,10 +384,7 @@ def _sentence(error: ValidationError, where: str) -> str:
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         parent, key = first["loc"][:-1], str(first["loc"][-1])
         known = _known_settings(parent)
-        import difflib
-
-        close = difflib.get_close_matches(key, known, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"settings there are {', '.join(known)}"
+        hint = nearest(key, known, f"settings there are {', '.join(known)}")
         return f"{where}: unknown setting {name!r}; {hint}"
     return f"{where}: {complaint(error)}"
 

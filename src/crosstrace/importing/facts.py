@@ -87,7 +87,11 @@ def import_facts(
         total = imported.counts()
         raise UserError(
             f"no fact could be kept of {total['read']} rows in {', '.join(map(str, files))}"
-            + (f": {dropped_text(total['dropped'])}" if total["dropped"] else "")
+            + (
+                f": {dropped_text(total['dropped'])}"
+                if total["dropped"]
+                else "; expected facts below the columns' names"
+            )
         )
     _word_relations(imported, given, patterns)
     if unused:
