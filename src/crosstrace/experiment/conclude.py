@@ -24,6 +24,7 @@ from crosstrace.experiment.stage import Stage
 from crosstrace.experiment.studied import StudiedModel, View
 from crosstrace.models import adapters, loading
 from crosstrace.results.results import SCHEMA, Results
+from crosstrace.results.run import LeftOut
 from crosstrace.results.sharing import Claim, Difference
 from crosstrace.training.recipes import Phase
 
@@ -104,10 +105,15 @@ def conclude(run: Run, experiment: Experiment, progress: Progress) -> Results:
     interventions = _read_each(run, "interventions/{}.json", outputs.interventions)
     results = _gather(run, experiment, progress, outputs, evals, interventions)
     attempt(run, CLAIMS, partial(_judge_claims, results, experiment, evals, interventions), progress.note)
-    results.left_out = Results.of({"left_out": left_out.rows(run)}).left_out
+    results.left_out = parts_left_out(run)
     if not results.claims and any(row.part == CLAIMS.name for row in results.left_out):
         key["without"] = CLAIMS.name  # so it is not done, and is tried again
     return Results.read(run.stage("results.json", key, lambda path: write_json(path, results.as_values())))
+
+
+def parts_left_out(run: Run) -> list[LeftOut]:
+    """The parts that the run does without so far, as results.json has them."""
+    return [LeftOut(**row) for row in left_out.rows(run)]
 
 
 def _gather(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from crosstrace.core import left_out, machine
+from crosstrace.core import machine
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import write_json
 from crosstrace.core.left_out import Part, attempt
@@ -22,7 +22,7 @@ from crosstrace.core.provenance import metadata
 from crosstrace.core.run_folder import Run
 from crosstrace.experiment import config
 from crosstrace.experiment.checks import check, check_outside, check_place
-from crosstrace.experiment.conclude import conclude
+from crosstrace.experiment.conclude import conclude, parts_left_out
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.registry import stage_names
 from crosstrace.experiment.reporting import make_report
@@ -31,7 +31,6 @@ from crosstrace.experiment.stages.known import find_known
 from crosstrace.experiment.studied import trains_in_bf16
 from crosstrace.experiment.workers import do_stages
 from crosstrace.results.results import Results
-from crosstrace.results.run import LeftOut
 
 
 def run(
@@ -86,8 +85,9 @@ def run(
             progress.done("data", sum(seconds[step] for step in ("data", "known") if step in seconds))
         do_stages(opened, experiment, stages, progress)
         if "report" not in stages:
-            missing = opened.alone(lambda: [row for row in left_out.rows(opened) if row["stage"] in stages])
-            return Results(left_out=[LeftOut(**row) for row in missing])
+            return Results(
+                left_out=[part for part in opened.alone(lambda: parts_left_out(opened)) if part.stage in stages]
+            )
         results = opened.alone(lambda: _write_results(opened, experiment, progress))
         progress.done("report", opened.seconds().get("report"))
         return results
@@ -98,6 +98,6 @@ def _write_results(run: Run, experiment: Experiment, progress: Progress) -> Resu
     results = conclude(run, experiment, progress)
     page = Part("report", makes=("report",))
     attempt(run, page, lambda: make_report(run, results, progress), progress.note)
-    if [LeftOut(**row) for row in left_out.rows(run)] != results.left_out:  # a section could not be drawn
+    if parts_left_out(run) != results.left_out:  # a section could not be drawn
         results = conclude(run, experiment, Progress(quiet=True))
     return results

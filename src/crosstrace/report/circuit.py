@@ -17,7 +17,7 @@ from crosstrace.results.results import Results
 def circuit(results: Results) -> Section:
     """Which heads and neurons recall goes through, and whether they hold the shared parameters."""
     section = Section("circuit", "The circuit of recall", command="mechanism")
-    rows = R.model_rows(results, R.of_circuit(results, "curves"))
+    rows = R.table_rows(results, results.mechanism.circuit, "curves")
     if not rows:
         section.absent = "No circuit was looked for"
         return section
@@ -55,7 +55,7 @@ def _curves_plot(results: Results, rows: Sequence[Any]) -> Plot:
 
 def _kept_sentence(results: Results, rows: Sequence[Any], unit: str) -> str:
     """With how many nodes of a kind each model keeps its recall; empty if none recalls enough."""
-    kept = R.model_rows(results, R.of_circuit(results, "kept"))
+    kept = R.table_rows(results, results.mechanism.circuit, "kept")
     clauses = []
     for model in (m for m in R.distinct(rows, "model") if m != "base"):
         part = R.held_out_first(R.distinct(R.where(rows, model=model, unit=unit), "part"), results)[0]
@@ -72,7 +72,7 @@ def _tables(results: Results) -> list[Table]:
     """Agreement with the shared set, single nodes, attention of heads, and completeness."""
 
     def rows_of(name: str) -> list[Any]:
-        return R.model_rows(results, R.of_circuit(results, name))
+        return R.table_rows(results, results.mechanism.circuit, name)
 
     agreement = [r for r in rows_of("agreement") if r.auc is not None]
     attention = rows_of("attention")

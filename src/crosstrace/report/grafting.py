@@ -15,12 +15,12 @@ ALL_TOKENS = ("subject", "relation", "last", "rest")
 def minimal_graft(results: Results) -> Section:
     """How few parameters restore recall when they are grafted, and how many of them are shared."""
     section = Section("minimal_graft", "The fewest parameters that restore recall", command="mechanism")
-    rows = R.model_rows(results, R.of_graft(results, "grafts"))
+    rows = R.table_rows(results, results.mechanism.minimal_graft, "grafts")
     if not rows:
         section.absent = "The smallest graft that restores recall was not looked for"
         return section
     parts, models = R.held_out_first(R.distinct(rows, "part"), results), R.distinct(rows, "model")
-    smallest = R.model_rows(results, R.of_graft(results, "fewest"))
+    smallest = R.table_rows(results, results.mechanism.minimal_graft, "fewest")
     sentences = []
     for model in models:
         (fewest,) = R.where(smallest, model=model, part=parts[0], order="contribution")
@@ -59,7 +59,7 @@ def minimal_graft(results: Results) -> Section:
             also=" ".join(sentences[1:]),
         )
     )
-    shared = R.model_rows(results, R.of_graft(results, "overlap"))
+    shared = R.table_rows(results, results.mechanism.minimal_graft, "overlap")
     columns: Columns = {
         "Model": model_of,
         "Shared set": lambda r: Cell(say.when(r.when), f"top {say.percent(r.fraction)}"),

@@ -119,8 +119,8 @@ def transfer(results: Results) -> Section:
 def dynamics(results: Results) -> Section:
     """In which order recall, sharing, consistency and the circuit came."""
     section = Section("dynamics", "In which order it came")
-    rows = R.model_rows(results, R.of_dynamics(results, "rows"))
-    order = R.model_rows(results, R.of_dynamics(results, "appearance"))
+    rows = R.table_rows(results, results.mechanism.dynamics, "rows")
+    order = R.table_rows(results, results.mechanism.dynamics, "appearance")
     if not rows:
         section.absent = (
             "No checkpoints were looked at: mechanism.parts names no dynamics, which train.keep_checkpoints is for"

@@ -100,7 +100,7 @@ def figure_circuit(
     results: Results, *, model: str | None = None, unit: str | None = None, part: str | None = None, legend: bool = True
 ) -> Figure:
     """Exact match with the top nodes kept and with the top nodes ablated, beside random nodes, as many."""
-    rows = R.model_rows(results, R.of_circuit(results, "curves"))
+    rows = R.table_rows(results, results.mechanism.circuit, "curves")
     model = model or next((m for m in reversed(R.distinct(rows, "model"))), None)
     rows = R.where(rows, model=model)
     unit = unit or next(iter(R.distinct(rows, "unit")), None)
@@ -125,7 +125,7 @@ def figure_minimal_graft(
     results: Results, *, model: str | None = None, part: str | None = None, legend: bool = True
 ) -> Figure:
     """Exact match of the base with the first parameters of each order grafted, against their fraction."""
-    every = R.model_rows(results, R.of_graft(results, "grafts"))
+    every = R.table_rows(results, results.mechanism.minimal_graft, "grafts")
     model = model or next((m for m in reversed(R.distinct(every, "model"))), None)
     part = part or next(iter(R.held_out_first(R.distinct(every, "part"), results)), None)
     every = R.where(every, model=model, part=part)
@@ -226,7 +226,7 @@ def figure_transfer(results: Results, *, part: str | None = None, legend: bool =
 @styled
 def figure_dynamics(results: Results, *, measure: str = "recall.qa_ood", legend: bool = True) -> Figure:
     """One measure at every checkpoint, one line a strategy; a dotted vertical is a change of phase."""
-    rows = R.model_rows(results, R.of_dynamics(results, "rows"))
+    rows = R.table_rows(results, results.mechanism.dynamics, "rows")
     rows = needed([row for row in rows if row.rest.get(measure) is not None], f"{measure} over checkpoints")
     fig, ax = panel(say.measured(measure).capitalize(), "at each checkpoint", below="updates")
     for name, look in strategy_looks(results).items():

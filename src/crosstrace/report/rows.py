@@ -125,6 +125,11 @@ def model_rows(results: Results, table: Mapping[str, Sequence[AnyRow]]) -> list[
     return [row for model in ["base", *strategies(results)] for row in table.get(model) or []]
 
 
+def table_rows(results: Results, records: Mapping[str, Circuit | MinimalGraft | Dynamics], table: str) -> list[Any]:
+    """The rows of one table of every model's record, the base's first."""
+    return model_rows(results, {model: getattr(record, table) for model, record in records.items()})
+
+
 def map_rows(results: Results) -> list[MapRow]:
     """A row for each kind of module of a layer."""
     return [
@@ -155,25 +160,6 @@ def intervention_rows(results: Results, kind: str) -> list[InterventionRow]:
                 ends = (point.rest[test], point.rest[f"{test}_low"], point.rest.get(f"{test}_high"))
                 rows.append(InterventionRow(*about, test, tuned[test].n if test in tuned else None, *ends))
     return rows
-
-
-def of_circuit(results: Results, table: str) -> dict[str, list[Any]]:
-    """One of the circuit's tables, by model."""
-    return _tables(results.mechanism.circuit, table)
-
-
-def of_graft(results: Results, table: str) -> dict[str, list[Any]]:
-    """One of the smallest graft's tables, by model."""
-    return _tables(results.mechanism.minimal_graft, table)
-
-
-def of_dynamics(results: Results, table: str) -> dict[str, list[Any]]:
-    """One of the tables over checkpoints, by model."""
-    return _tables(results.mechanism.dynamics, table)
-
-
-def _tables(records: Mapping[str, Circuit | MinimalGraft | Dynamics], table: str) -> dict[str, list[Any]]:
-    return {model: getattr(record, table) for model, record in records.items()}
 
 
 def strategies(results: Results) -> list[str]:
