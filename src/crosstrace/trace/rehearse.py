@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from crosstrace.core.errors import UserError
+from crosstrace.core.memo import Memo
 from crosstrace.core.pieces import local
 from crosstrace.data.tokens import Batch
 from crosstrace.models import adapters
@@ -113,7 +114,7 @@ def _shard(model: Any, mesh: Any, gloo: bool) -> Any:
     return model
 
 
-class Understudy:
+class Understudy(Memo):
     """Stands in for a causal language model of a config: the computations of that model are rehearsed.
 
     Args:
@@ -143,6 +144,7 @@ class Understudy:
         processes: int = 1,
         gloo: bool = False,
     ) -> None:
+        super().__init__()
         self._config, self._dtype, self._attention, self._lora = config, dtype, attention, lora
         self._processes, self._gloo = processes, gloo
         # How many layers at each end hold another amount than those between. (While a layer of a model in pieces is

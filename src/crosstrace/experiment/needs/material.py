@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from crosstrace.core.errors import UserError
+from crosstrace.core.memo import Memo
 from crosstrace.data.text import KNOWN
 from crosstrace.data.tokens import Encoded, check_room, context_length, encode
 from crosstrace.experiment import config
@@ -39,6 +40,7 @@ STAND_IN_TEMPLATE = (
     "{% for message in messages %}<any>{{ message['role'] }}<any>{{ message['content'] }}<end>{% endfor %}"
 )
 SHAPES = "shapes"
+_understudies = Memo()  # of all plans of this process, with what was rehearsed on them
 
 
 def shape_folder(name: str) -> tuple[Path, str]:
@@ -81,8 +83,8 @@ def _stand_in() -> Any:
     )
 
 
-class Material:
-    """The base's shape and the experiment's examples. Rehearsals on them are kept, so that the next plan is fast.
+class Material(Memo):
+    """The base's shape and the experiment's examples.
 
     Attributes:
         folder, source: where the base's config is, and in words what that is.
@@ -93,6 +95,7 @@ class Material:
     """
 
     def __init__(self, experiment: Experiment) -> None:
+        super().__init__()
         self.folder, self.source = shape_folder(experiment.model.name)
         self.config = locating.read_config(str(self.folder))
         # (with a config alone, transformers would make a tokenizer that knows no words)
@@ -116,7 +119,6 @@ class Material:
             self.parts[KNOWN] = [item for item in facts if not experiment.replays_known or item.example.split == "ood"]
             self.parts[REPLAYED] = replayed
         self.in_training = self.trained | replayable(self.parts)
-        self._kept: dict[Any, Any] = {}
 
     def model(
         self, experiment: Experiment, adapted: bool = False, processes: int = 1, gloo: bool = False
@@ -129,8 +131,9 @@ class Material:
             gloo: whether they are joined through gloo, which makes copies of what it sends.
         """
         options, lora = experiment.model, experiment.train.lora if adapted else None
+        key = (self.config.to_json_string(), options.dtype, options.attention, repr(lora), processes, gloo)
         make = partial(Understudy, self.config, options.dtype, options.attention, lora, processes, gloo)
-        return self.once(("model", options.dtype, options.attention, repr(lora), processes, gloo), make)
+        return _understudies.once(key, make)
 
     def examples_of(self, part: str, number: int | None = None) -> list[Encoded]:
         """`number` examples of a part (None: all), as the stages choose them; the same list every time."""
@@ -141,12 +144,6 @@ class Material:
         """The longest 64 of some questions: so many go through a model at once for attribution."""
         items = [item for part in self.roles.both for item in self.examples_of(part, questions)]
         return sorted(items, key=lambda item: len(item.ids))[-64:]
-
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` returned when it was first called for this key."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
 
     def check(self, experiment: Experiment) -> None:
         """Check that the experiment can be planned.

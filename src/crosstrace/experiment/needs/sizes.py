@@ -209,13 +209,10 @@ class Sizes:
 
     def step(self, phase: Phase, chosen: Mapping[str, Sequence[Batch]]) -> Parts:
         """What an update holds beside weights and optimiser at its fullest: all gradients at least."""
-        shapes = tuple(
-            (task, *(tuple(batch["input_ids"].shape) for batch in micro_batches))
-            for task, micro_batches in chosen.items()
-        )
+        shapes = tuple((task, *map(_shape, micro_batches)) for task, micro_batches in chosen.items())
         checkpointing = self.experiment.train.gradient_checkpointing
-        key = ("step", id(self.learner), self.bf16, checkpointing, shapes)
-        peak = self.material.once(key, lambda: self.learner.update(phase, chosen, self.bf16, checkpointing))
+        key = ("step", self.bf16, checkpointing, shapes)
+        peak = self.learner.once(key, lambda: self.learner.update(phase, chosen, self.bf16, checkpointing))
         return peak if sum(peak.values()) > self.learned else {"gradients": self.learned}
 
     def traced(self, chosen: Mapping[str, Sequence[Batch]]) -> Parts:
@@ -242,9 +239,7 @@ class Sizes:
     def estimate(self, rows: Sequence[Mapping[str, Tensor]]) -> Parts:
         """Activations of the costliest of some batches, as the trace estimates them, and what is gathered."""
         largest = max(rows, key=lambda row: row["input_ids"].numel() * row["input_ids"].shape[1])
-        targets = int((largest["labels"] != -100).sum(1).max())
-        key = ("trace", id(self.base), largest["input_ids"].shape, targets)
-        return self.material.once(key, lambda: self.base.traced(rows))
+        return self.base.once(("trace", _shape(largest)), lambda: self.base.traced(rows))
 
     def recall(self, part: str, number: int | None = None, tokens: int = TOKENS) -> Parts:
         """What `evaluation.recall` holds beside the weights, in the batch with most tokens or that with most answers.
@@ -265,8 +260,7 @@ class Sizes:
             return [rows[sizes.index(max(sizes))] for sizes in (positions, answers)]
 
         rows = self.material.once(("recalled", part, number, size, tokens), largest)
-        key = ("recall", id(self.base), tuple(row["input_ids"].shape for row in rows))
-        return self.material.once(key, lambda: self.base.recall(rows))
+        return self.base.once(("recall", *map(_shape, rows)), lambda: self.base.recall(rows))
 
     def trace_sums(self, size: float, held: float) -> tuple[Parts, Parts]:
         """What the sums of a trace take on the device and on the host, as `trace.memory` places them.
@@ -304,8 +298,7 @@ class Sizes:
 
     def inward(self, row: Batch) -> float:
         """What a forward and a backward to the embeddings hold, without gradients of parameters."""
-        key = ("inward", id(self.base), row["input_ids"].shape)
-        return sum(self.material.once(key, lambda: self.base.inward(row)).values())
+        return sum(self.base.once(("inward", _shape(row)), lambda: self.base.inward(row)).values())
 
     def flops(self, work: Mapping[str, float]) -> float:
         """Floating-point operations of one forward: 2 N + 4 L H Q T for each position.
@@ -353,6 +346,12 @@ class Sizes:
     def layers(self) -> int:
         """How many layers the model has."""
         return self.model.config.get_text_config().num_hidden_layers
+
+
+def _shape(row: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """What a batch's memory depends on: rows, positions, targets in all and of the row that has most."""
+    targets = (row["labels"] != IGNORE).sum(1)
+    return (*row["input_ids"].shape, int(targets.sum()), int(targets.max()))
 
 
 def asked_work(items: Sequence[Encoded], tokens: int) -> Counter[str]:
