@@ -378,10 +378,10 @@ def test_one_micro_batch_is_held_at_a_time():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["adafactor", "adamw_8bit"])
-def test_other_optimisers_resume(tmp_path: Path, name: str):
-    if name == "adamw_8bit":
-        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed; `pip install bitsandbytes`")
+@pytest.mark.parametrize("name", sorted(optimisers.KINDS))
+def test_every_optimiser_resumes(tmp_path: Path, name: str):
+    if (package := optimisers.KINDS[name].package) is not None:
+        pytest.importorskip(package, reason=f"{package} is not installed; `pip install {package}`")
     optimiser = Optimiser(name=name, learning_rate=1e-2, warmup=2)
     sizes = {"hidden_size": 64, "intermediate_size": 96}  # of which 8 bits are kept
     model = lambda: tiny_model("llama", torch.float32, vocab_size=len(WORDS), max_position_embeddings=160, **sizes)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,45 @@ from crosstrace.core.pieces import Pieces, at_rest, laid, local, own_rows, proce
 from crosstrace.training.recipes import Optimiser
 
 FOLDER = "optimiser"  # in a checkpoint
-# What the Trainer calls each; of AdamW it takes the fastest there is.
-_OF_THE_TRAINER = {"adafactor": {"optim": "adafactor"}, "adamw_8bit": {"optim": "adamw_bnb_8bit"}}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An optimiser that the Trainer has.
+
+    Attributes:
+        state: bytes of its state for a parameter of which a process holds so many numbers.
+        of_trainer: how `TrainingArguments` name it; of AdamW the Trainer takes the fastest there is.
+        package: the package that has it, if not PyTorch or transformers.
+        in_rows: whether its state is made for the rows of a sharded model.
+    """
+
+    state: Callable[[Tensor, int], int]
+    of_trainer: Mapping[str, Any] = field(default_factory=dict)
+    package: str | None = None
+    in_rows: bool = False
+
+
+def _two_numbers(p: Tensor, numbers: int) -> int:
+    """Two numbers in the parameter's dtype for each of its numbers."""
+    return 2 * numbers * p.element_size()
+
+
+def _rows_and_columns(p: Tensor, numbers: int) -> int:
+    """A float32 mean for each row and each column of a matrix."""
+    return 4 * (p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.dim() > 1 else p.numel())
+
+
+def _two_bytes(p: Tensor, numbers: int) -> int:
+    """Two bytes for each number and two float32 for every 256, beside two tables; two float32 in small parameters."""
+    return 2 * (numbers + 4 * numbers // 256 + 4 * 256) if numbers >= 4096 else 8 * numbers
+
+
+KINDS = {
+    "adamw": Kind(_two_numbers, in_rows=True),
+    "adafactor": Kind(_rows_and_columns, {"optim": "adafactor"}),
+    "adamw_8bit": Kind(_two_bytes, {"optim": "adamw_bnb_8bit"}, package="bitsandbytes"),
+}
 
 
 def arguments(optimiser: Optimiser) -> dict[str, Any]:
@@ -32,7 +70,7 @@ def arguments(optimiser: Optimiser) -> dict[str, Any]:
         "adam_beta2": optimiser.betas[1],
         "weight_decay": optimiser.weight_decay,
         "max_grad_norm": optimiser.clip,
-        **_OF_THE_TRAINER.get(optimiser.name, {}),
+        **KINDS[optimiser.name].of_trainer,
     }
 
 
@@ -58,12 +96,13 @@ def learning_rate_factor(optimiser: Optimiser, total: int) -> Callable[[int], fl
 def check_optimisers(optimisers: Sequence[Optimiser], sharded: bool = False) -> None:
     """Raise a `UserError` unless these optimisers can be had, for a model that is sharded or not."""
     for optimiser in optimisers:
-        if optimiser.name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        kind = KINDS[optimiser.name]
+        if kind.package is not None and importlib.util.find_spec(kind.package) is None:
             raise UserError(
-                "optimiser.name is adamw_8bit, which is bitsandbytes' and that is not installed here; run `pip install "
-                "bitsandbytes`, or take adamw or adafactor"
+                f"optimiser.name is {optimiser.name}, which is made by {kind.package} and that is not installed here; "
+                f"run `pip install {kind.package}`, or take adamw or adafactor"
             )
-        if sharded and optimiser.name != "adamw":
+        if sharded and not kind.in_rows:
             raise UserError(
                 f"optimiser.name is {optimiser.name}, whose state is not made for the rows of a sharded model; take "
                 "adamw, or model.sharded: false"

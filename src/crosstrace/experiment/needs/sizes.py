@@ -28,6 +28,7 @@ from crosstrace.trace.means import REDUCTIONS
 from crosstrace.trace.memory import MOST_PASSES, SPARE
 from crosstrace.trace.rehearse import Parts
 from crosstrace.training.evaluation import TOKENS, recall_batches
+from crosstrace.training.optimisers import KINDS
 from crosstrace.training.recipes import Phase
 from crosstrace.training.updates import Updates
 
@@ -376,22 +377,8 @@ def sum_bytes(p: Tensor, holders: int) -> int:
 
 
 def optimiser_state(model: Any, name: str, holders: int) -> int:
-    """Bytes of an optimiser's state for the trained parameters.
-
-    AdamW keeps two numbers for each number. With 8 bits, these take a byte each in parameters of 4,096 numbers and
-    more, and two float32 for every 256. Adafactor keeps a mean for each row and each column of a matrix.
-    """
-    size = 0
-    for p in model.parameters():
-        if not p.requires_grad:
-            continue
-        if name == "adafactor":
-            size += 4 * (p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.dim() > 1 else p.numel())
-        elif name == "adamw_8bit" and p.numel() >= 4096:
-            size += 2 * (p.numel() + 4 * p.numel() // 256 + 4 * 256)
-        else:
-            size += 2 * bytes_of(p, holders) * (4 // p.element_size() if name == "adamw_8bit" else 1)
-    return size
+    """Bytes of an optimiser's state for the trained parameters."""
+    return sum(KINDS[name].state(p, held(p, holders)) for p in model.parameters() if p.requires_grad)
 
 
 def adapted_bytes(model: Any) -> int:
