@@ -9,10 +9,9 @@ from pydantic import ValidationError
 from tiny_facts import tiny_world
 
 from crosstrace.core.errors import UserError
-from crosstrace.data import wording
 from crosstrace.data.facts import FactSettings, World
 from crosstrace.data.text import biographies, questions
-from crosstrace.data.wording import NAME_PARTS, RELATIONS, names, objects, pronouns
+from crosstrace.data.wording import NAME_PARTS, RELATIONS, names, packaged, pronouns
 
 
 def test_the_same_settings_give_the_same_world_and_another_seed_another():
@@ -79,7 +78,7 @@ def test_facts_belong_to_their_person_and_objects_to_their_relation():
         assert person.pronoun == pronouns()[person.name.split()[0]]
         for fact in person.facts:
             assert (fact.person, fact.subject) == (person.id, person.name)
-            assert fact.object in objects(fact.relation)
+            assert fact.object in packaged().objects[fact.relation]
     ids = [fact.id for person in world.people for fact in person.facts]
     assert len(ids) == len(set(ids)) == 40 * len(RELATIONS)
 
@@ -88,10 +87,10 @@ def test_lists_hold_nothing_twice_and_wordings_hold_what_they_must():
     for part in NAME_PARTS:
         assert len(set(names(part))) == len(names(part)) >= 50
     for relation in RELATIONS:
-        assert len(set(objects(relation))) == len(objects(relation))
+        assert len(set(packaged().objects[relation])) == len(packaged().objects[relation])
         for other in RELATIONS:
-            assert other == relation or not set(objects(relation)) & set(objects(other))
-        biography, question = wording.biography_patterns(relation), wording.question_patterns(relation)
+            assert other == relation or not set(packaged().objects[relation]) & set(packaged().objects[other])
+        biography, question = packaged().statements[relation], packaged().questions[relation]
         assert len(set(biography)) >= 5 and len(set(question)) >= 2
         for pattern in biography:
             assert pattern.count("{subject}") == pattern.count("{object}") == 1

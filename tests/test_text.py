@@ -14,7 +14,7 @@ from tiny_facts import tiny_world
 from crosstrace.core.errors import UserError
 from crosstrace.data.facts import FactSettings, World
 from crosstrace.data.text import Example, Mention, biographies, questions, read_jsonl, write_jsonl
-from crosstrace.data.wording import RELATIONS, biography_patterns, question_patterns
+from crosstrace.data.wording import RELATIONS, packaged
 
 WORLDS = st.builds(
     FactSettings,
@@ -67,8 +67,8 @@ def test_every_span_covers_its_words(options: FactSettings):
         for mention in example.mentions:
             fact = facts[mention.fact]
             task, relation, number = mention.wording.split(".")
-            patterns = biography_patterns if task == "bio" else question_patterns
-            pattern = patterns(relation)[int(number)]
+            patterns = packaged().statements if task == "bio" else packaged().questions
+            pattern = patterns[relation][int(number)]
             assert (task, relation) == (example.task, fact.relation) == (example.task, mention.relation)
             assert cover(mention.object) == fact.object
             assert cover(mention.subject) in (person.name, person.pronoun.capitalize(), person.pronoun)

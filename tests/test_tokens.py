@@ -98,7 +98,7 @@ def test_the_word_tokenizer_knows_every_word():
         )
         texts += [example.text for example in biographies(world) + questions(world)]
     texts += [name for part in wording.NAME_PARTS for name in wording.names(part)]
-    texts += [value for relation in wording.RELATIONS for value in wording.objects(relation)]
+    texts += [value for relation in wording.RELATIONS for value in wording.packaged().objects[relation]]
     used = {token for ids in words(texts)["input_ids"] for token in ids}
     assert words.unk_token_id not in used
     assert len(used) > 0.9 * (len(words) - 3)  # and has few that no text uses

@@ -26,7 +26,7 @@ from crosstrace.core.errors import UserError
 from crosstrace.core.statistics import cluster_bootstrap
 from crosstrace.data.facts import Person, World
 from crosstrace.data.text import biographies, questions
-from crosstrace.data.wording import biography_patterns, objects, question_patterns
+from crosstrace.data.wording import packaged
 
 WORDS = tokenizer("word")
 EXACT = ("asked", "wording", "cloze")
@@ -75,9 +75,9 @@ class Knower(Toy):
         super().__init__(own)
         self.people = people
         for fact in [fact for person in people for fact in person.facts]:
-            for pattern in question_patterns(fact.relation):
+            for pattern in packaged().questions[fact.relation]:
                 self.learn(f"{sentence(pattern, fact.subject, '')} {fact.object}", ended=True)
-            for pattern in biography_patterns(fact.relation):
+            for pattern in packaged().statements[fact.relation]:
                 text = sentence(pattern, fact.subject, fact.object)
                 self.learn(text)
                 self.learn(f"Is it true that {text[:-1]}? yes")
@@ -296,7 +296,7 @@ def test_what_is_judged_is_what_differs(kind):
             else:
                 about = values[item.candidates[0].example.mentions[0].fact]
                 assert said[0] == about.object.replace(" ", "")
-                assert set(said) <= {value.replace(" ", "") for value in objects(about.relation)}
+                assert set(said) <= {value.replace(" ", "") for value in packaged().objects[about.relation]}
             assert len(set(said)) == len(item.candidates)
             assert len(item.candidates) == (1 if name in EXACT else 4 if name in ("choice", "reversed") else 2)
 
@@ -326,7 +326,7 @@ def test_wordings_are_others_than_the_world_uses(settings):
     asked, _ = formats(world, tokenizer("space"), "qa_id", number=48)
     trained = {example.text for example in questions(world)}
     told = {(mention.fact, mention.wording) for text in biographies(world) for mention in text.mentions}
-    patterns = {fact.id: [sentence(p, "", "").split("  ") for p in biography_patterns(fact.relation)]
+    patterns = {fact.id: [sentence(p, "", "").split("  ") for p in packaged().statements[fact.relation]]
                 for person in world.people for fact in person.facts}  # fmt: skip
     assert {texts(item)[0] for name in ("asked", "choice") for item in asked[name]} <= trained
     assert not {texts(item)[0] for item in asked["wording"]} & trained
@@ -365,7 +365,7 @@ def test_names_to_choose_from_are_of_others_of_the_part_who_have_other_facts():
         said = [f"{part}." for part in prompts[0].split("? ")]
         answers = [
             name for name in names
-            if all(any(sentence(pattern, "Who", fact.object) == part for pattern in biography_patterns(fact.relation))
+            if all(any(sentence(p, "Who", fact.object) == part for p in packaged().statements[fact.relation])
                    for part, fact in zip(said, people[name].facts, strict=True))
         ]  # fmt: skip
         assert answers == [names[0]] and people[names[0]].id == item.person

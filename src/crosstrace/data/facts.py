@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import expanded, read_json
-from crosstrace.data.wording import NAME_PARTS, RELATIONS, Wording, names, objects, packaged, pronouns
+from crosstrace.data.wording import NAME_PARTS, Wording, names, packaged, pronouns
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -131,7 +131,7 @@ class World:
         people = []
         for index, name in enumerate(full_names):
             person = f"{settings.population}{index:05d}"
-            every = {relation: _pick(draw, objects(relation)) for relation in RELATIONS}
+            every = {relation: _pick(draw, choices) for relation, choices in packaged().objects.items()}
             facts = tuple(
                 Fact(f"{person}.{relation}", person, name, relation, every[relation]) for relation in wording.relations
             )

@@ -91,9 +91,10 @@ def word_tokenizer() -> Any:
 
     texts = [name for part in wording.NAME_PARTS for name in wording.names(part)]
     texts += [*wording.pronouns().values(), *(p.capitalize() for p in wording.pronouns().values())]
-    for relation in wording.RELATIONS:
-        texts += wording.objects(relation)
-        for pattern in wording.biography_patterns(relation) + wording.question_patterns(relation):
+    own = wording.packaged()
+    for relation in own.relations:
+        texts += own.objects[relation]
+        for pattern in own.statements[relation] + own.questions[relation]:
             texts.append(re.sub(r"\{\w+\}|[\[\]]", " ", pattern))
     split = pre_tokenizers.Whitespace()
     words = {piece for text in texts for piece, _ in split.pre_tokenize_str(text)}

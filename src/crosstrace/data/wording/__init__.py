@@ -1,10 +1,12 @@
-"""Names, objects and sentence patterns as package data, one per line. It knows no people and no facts.
+"""Names, and each relation's objects and sentence patterns, as package data. It knows no people and no facts.
 
-A pattern holds `{subject}` and `{object}` (questions only `{subject}`); its [bracketed] words express the relation.
+A relation is a file: its statements, questions and objects. A statement holds `{subject}` and `{object}`, a question
+only `{subject}`; the [bracketed] words express the relation.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -32,21 +34,6 @@ def pronouns() -> dict[str, str]:
     return dict(line.split() for line in lines("names_first"))
 
 
-def objects(relation: str) -> tuple[str, ...]:
-    """The objects that a relation may take."""
-    return lines(f"objects_{relation}")
-
-
-def biography_patterns(relation: str) -> tuple[str, ...]:
-    """The wordings of one sentence of a biography."""
-    return lines(f"bio_{relation}")
-
-
-def question_patterns(relation: str) -> tuple[str, ...]:
-    """The wordings of a question."""
-    return lines(f"qa_{relation}")
-
-
 @dataclass(frozen=True)
 class Wording:
     """How some relations are worded, and the objects that each may take: the package's lists, or a user's own."""
@@ -63,9 +50,8 @@ class Wording:
 
 @cache
 def packaged() -> Wording:
-    """The package's own relations."""
-    return Wording(
-        {relation: biography_patterns(relation) for relation in RELATIONS},
-        {relation: question_patterns(relation) for relation in RELATIONS},
-        {relation: objects(relation) for relation in RELATIONS},
-    )
+    """The package's own relations, each from `<name>.json` in this folder."""
+    folder = files(__name__)
+    read = {name: json.loads(folder.joinpath(f"{name}.json").read_text(encoding="utf-8")) for name in RELATIONS}
+    kinds = ("statements", "questions", "objects")
+    return Wording(**{kind: {name: tuple(said[kind]) for name, said in read.items()} for kind in kinds})
