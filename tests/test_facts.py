@@ -91,7 +91,7 @@ def test_lists_hold_nothing_twice_and_wordings_hold_what_they_must():
         for other in RELATIONS:
             assert other == relation or not set(packaged().objects[relation]) & set(packaged().objects[other])
         biography, question = packaged().statements[relation], packaged().questions[relation]
-        assert len(set(biography)) >= 5 and len(set(question)) >= 2
+        assert len(set(biography)) >= 6 and len(set(question)) >= 3
         for pattern in biography:
             assert pattern.count("{subject}") == pattern.count("{object}") == 1
         for pattern in question:
