@@ -355,6 +355,19 @@ def test_a_part_whose_rows_have_changed_since_is_made_again(whole: Path, tmp_pat
 
 
 @pytest.mark.long
+def test_a_run_gets_the_claims_that_a_later_version_judges(whole: Path, tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "earlier"
+    shutil.copytree(whole, folder)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(judge, "OF_PAIRS", [claim for claim in judge.OF_PAIRS if claim.__name__ != "recall"])
+        assert not [
+            row for row in pipeline.run(experiment, folder, "resume", quiet=True).claims if row.claim == "recall"
+        ]
+    assert [row for row in pipeline.run(experiment, folder, "resume", quiet=True).claims if row.claim == "recall"]
+    assert numbers(folder) == numbers(whole)
+
+
+@pytest.mark.long
 def test_killed_and_resumed_ends_with_the_same_numbers(whole: Path, tmp_path: Path) -> None:
     parts = {"gradients", "lens", "dynamics"}
     less = config.override(experiment, {"jobs": "2", "mechanism.parts": str([*sorted(parts)])})

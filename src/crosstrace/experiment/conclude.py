@@ -98,6 +98,8 @@ def conclude(run: Run, experiment: Experiment, progress: Progress) -> Results:
         "inputs": run.inputs(*outputs.steps(experiment)),
         "experiment": config.deciding(experiment),
         "left_out": [row for row in left_out.rows(run) if row["part"] != CLAIMS.name],
+        # of a version of crosstrace that judges further claims the run gets them when it is gone on with
+        "claims": [claim.__name__ for claim in (*judge.OF_PAIRS, *judge.OF_MODELS)],
     }
     if run.complete("results.json", key):
         return Results.read(run.path("results.json"))

@@ -21,12 +21,11 @@ from crosstrace.analyses.claims.facts import (
 from crosstrace.analyses.claims.recalling import interventions, minimal_graft, recall
 from crosstrace.analyses.claims.sharing import circuits, sharing
 
-# claims that use no trace
-OF_CHECKPOINTS = (*(what.claim for what in COMPARISONS), "minimal_graft")
-
-
 PairClaim = Callable[[Case], list[Row]]
 ModelClaim = Callable[[Case, str], list[Row]]
+OF_PAIRS: Sequence[PairClaim] = (recall, sharing, gradient_consistency, state_consistency, input_signature, circuits)
+OF_MODELS: Sequence[ModelClaim] = (in_shared_set, interventions, minimal_graft)
+OF_CHECKPOINTS = (*(what.claim for what in COMPARISONS), "minimal_graft")  # claims that use no trace
 
 
 def judge(
@@ -49,13 +48,9 @@ def judge(
     cases = [replace(case, pair=pair) for pair in pairs]
     models = [*dict.fromkeys([*(first for first, _ in pairs), *case.given])]
     rows: list[Row] = []
-    for claim in (recall, sharing, gradient_consistency, state_consistency, input_signature):
+    for claim in (*OF_PAIRS, *further[0]):
         rows += _of_pairs(claim, cases)
-    for claim in (in_shared_set, interventions, minimal_graft):
-        rows += _of_models(claim, case, models)
-    for claim in (circuits, *further[0]):
-        rows += _of_pairs(claim, cases)
-    for claim in further[1]:
+    for claim in (*OF_MODELS, *further[1]):
         rows += _of_models(claim, case, models)
     if case.given:
         rows += _not_tested(rows)
