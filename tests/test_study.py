@@ -21,7 +21,7 @@ from crosstrace.cli import commands
 from crosstrace.core.errors import UserError
 from crosstrace.core.progress import Progress
 from crosstrace.core.run_folder import Run
-from crosstrace.experiment import config, study, study_settings
+from crosstrace.experiment import config, run_pool, study, study_settings
 from crosstrace.results.study import StudyResults
 
 EXPERIMENT = """
@@ -187,11 +187,11 @@ def test_a_study_keeps_to_its_memory(
 
         join = terminate
 
-    monkeypatch.setattr(study, "get_context", lambda kind: type("Context", (), {"Process": Process}))
-    monkeypatch.setattr(study, "_memory", lambda pid: study.GIB * (second if pid == 2 else 0.5))
+    monkeypatch.setattr(run_pool, "get_context", lambda kind: type("Context", (), {"Process": Process}))
+    monkeypatch.setattr(run_pool, "_memory_of", lambda pid: run_pool.GIB * (second if pid == 2 else 0.5))
     kept = []
     monkeypatch.setattr(study, "_keep", lambda opened, planned, *rest: kept.append(planned.seed))
-    monkeypatch.setattr(study, "POLL", 0.0)
+    monkeypatch.setattr(run_pool, "POLL", 0.0)
     settings = parsed(vary={}, seeds=[1, 2, 3, 4], memory=1.0, cores=2)
     with Run.create(tmp_path / "out", "study: test", "new") as opened:
         failed = study._make(opened, study_settings.plan(settings), settings, Progress(True))

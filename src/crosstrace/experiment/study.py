@@ -9,18 +9,17 @@ over seeds, and which measures predict recall. Nothing is measured here.
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from crosstrace.core import interrupts, left_out
+from crosstrace.core import left_out
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import read_json, remove_folder, replacing, sha256_file, write_json, write_text
 from crosstrace.core.left_out import Part, attempt
@@ -31,6 +30,7 @@ from crosstrace.experiment import config
 from crosstrace.experiment.analysis import ANALYSES
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.registry import stages
+from crosstrace.experiment.run_pool import GIB, RunPool, width
 from crosstrace.experiment.study_settings import Planned, StudySettings, plain, plan
 from crosstrace.results.results import Results
 from crosstrace.results.run import RunInfo
@@ -38,11 +38,7 @@ from crosstrace.results.study import SCHEMA, StudyResults
 
 Row = dict[str, Any]
 
-GIB = 2**30
-
 HEAVY = ("models", "traces", "shared", "data")  # folders that a complete run no longer needs
-
-POLL = 0.2  # seconds between looks at the running processes
 
 
 def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = False) -> StudyResults:
@@ -69,9 +65,9 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
     runs = plan(study)
     checked = set()
     for planned in runs:
-        if _width(planned) > _cores(study):
+        if width(planned) > _cores(study):
             raise UserError(
-                f"run {planned.label} uses {_width(planned)} cores (jobs × threads), but the budget is "
+                f"run {planned.label} uses {width(planned)} cores (jobs × threads), but the budget is "
                 f"{_cores(study)}; set experiment.jobs: 1 and experiment.threads: 1, or give the study more cores"
             )
         if planned.setting not in checked:  # now, rather than after hours
@@ -202,11 +198,6 @@ def _cores(study: StudySettings) -> int:
     return study.cores or (len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
-def _width(planned: Planned) -> int:
-    """Cores that a run uses."""
-    return planned.experiment.jobs * planned.experiment.threads
-
-
 def _step(planned: Planned) -> str:
     """The step of the study's folder that holds a run's results."""
     return f"results/{planned.label}.json"
@@ -251,115 +242,26 @@ def _key_without(planned: Planned) -> dict[str, Any]:
     return _key(planned) | {"left_out": True}
 
 
-@dataclass
-class _Running:
-    """A run that a process of its own is making."""
-
-    planned: Planned
-    process: Any
-    began: float
-    peak: int = 0  # bytes of memory, with its workers'
-
-
 def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: Progress) -> list[str]:
     """Make the runs that are not complete, as many at once as the budget allows; returns what failed and why."""
     waiting = [planned for planned in runs if not opened.complete(_step(planned), _key(planned))]
-    cores = _cores(study)
     expected = max((read_json(opened.path(_step(p)))["peak_bytes"] for p in runs if _is_made(opened, p)), default=0)
-    if waiting and study.memory and expected > study.memory * GIB:
+    memory = study.memory * GIB if study.memory else None
+    if waiting and memory is not None and expected > memory:
         raise UserError(
             f"a run of the study needed {expected / GIB:.1f} GiB, but the budget is {study.memory:g} GiB; give it more"
         )
-    running: list[_Running] = []
-    failed: list[str] = []
-    peaks: dict[str, int] = {}  # bytes of memory of runs that were stopped and go on later
     done = len(runs) - len(waiting)
     if done:
         progress.done(f"{done} of {len(runs)} runs are complete", 0.0)
-    context = get_context("spawn")
-    try:
-        while waiting or running:
-            while waiting:
-                planned = waiting[0]
-                used = sum(_width(item.planned) for item in running)
-                if running and used + _width(planned) > cores:
-                    break
-                if study.memory and running:
-                    need = [max(item.peak, expected) for item in running]
-                    if not expected or sum(need) + expected > study.memory * GIB:
-                        break
-                home = opened.folder / "runs" / planned.label
-                process = context.Process(target=_work, args=(home, waiting.pop(0).experiment, os.getpid()))
-                with interrupts.held_back():
-                    process.start()
-                    running.append(_Running(planned, process, time.time(), peaks.get(planned.label, 0)))
-            time.sleep(POLL)
-            now = {item.planned.label: _memory(item.process.pid) for item in running}
-            for item in running:
-                item.peak = max(item.peak, now[item.planned.label])
-            if study.memory and sum(now.values()) > study.memory * GIB:
-                last = running.pop()
-                last.process.terminate()
-                last.process.join()
-                expected = max([expected, *(item.peak for item in (*running, last))])
-                peaks[last.planned.label] = last.peak
-                if running:  # its finished steps stay, and it goes on when there is room
-                    waiting.insert(0, last.planned)
-                else:
-                    failed.append(
-                        f"{last.planned.label}: it alone uses {last.peak / GIB:.1f} GiB, but the study's budget "
-                        f"(memory) is {study.memory:g} GiB; give it more, or set experiment.jobs: 1"
-                    )
-                    progress.note(failed[-1])
-                continue
-            for item in list(running):
-                if item.process.is_alive():
-                    continue
-                running.remove(item)
-                planned, home = item.planned, opened.folder / "runs" / item.planned.label
-                expected = max(expected, item.peak)
-                if item.process.exitcode:
-                    failed.append(f"{planned.label}: {_why(home, item.process.exitcode)}")
-                    progress.note(failed[-1])
-                    continue
-                seconds = time.time() - item.began
-                _keep(opened, planned, home, item.peak, study.keep)
-                done += 1
-                progress.done(f"{planned.label} ({done} of {len(runs)})", seconds)
-    finally:
-        for item in running:
-            item.process.terminate()
-        for item in running:
-            item.process.join()
-    return failed
-
-
-def _work(home: Path, experiment: Experiment, leader: int) -> None:
-    """Make one run in this process, which ends with the process `leader`."""
-    from crosstrace.experiment import pipeline, workers
-
-    workers.start_worker(leader)
-    home.parent.mkdir(parents=True, exist_ok=True)
-    problem = home.with_name(f"{home.name}.failed")
-    problem.unlink(missing_ok=True)
-    try:
-        pipeline.run(experiment, home, "resume", quiet=True)
-    except UserError as error:
-        write_text(problem, str(error))
-        raise SystemExit(2) from None
-    except BaseException as error:
-        write_text(problem, f"{type(error).__name__}: {error}")
-        raise
-
-
-def _why(home: Path, code: int) -> str:
-    """Why a run failed: the sentence that it left, or what its exit code says."""
-    problem = home.with_name(f"{home.name}.failed")
-    if problem.is_file():
-        return problem.read_text(encoding="utf-8").strip()
-    if code < 0:
-        return f"its process was ended by {signal.Signals(-code).name}; out of memory?"
-    return f"its process ended with exit code {code}"
+    pool = RunPool(opened.folder / "runs", _cores(study), memory, expected, progress)
+    with closing(pool.make(waiting)) as made:
+        for item in made:
+            seconds = time.time() - item.began
+            _keep(opened, item.planned, item.home, item.peak, study.keep)
+            done += 1
+            progress.done(f"{item.planned.label} ({done} of {len(runs)})", seconds)
+    return pool.failed
 
 
 def _keep(opened: Run, planned: Planned, home: Path, peak: int, keep: str) -> None:
@@ -378,23 +280,6 @@ def _keep(opened: Run, planned: Planned, home: Path, peak: int, keep: str) -> No
     if keep == "results" and not lacking:
         for name in HEAVY:
             remove_folder(home / name)
-
-
-def _memory(pid: int | None) -> int:
-    """Resident bytes of a process and all its descendants."""
-    import psutil
-
-    total = 0
-    try:
-        leader = psutil.Process(pid)
-        for process in [leader, *leader.children(recursive=True)]:
-            try:
-                total += process.memory_info().rss
-            except psutil.Error:
-                continue
-    except psutil.Error:
-        return 0
-    return total
 
 
 def _rows(planned: Planned, results: Results) -> list[Row]:
