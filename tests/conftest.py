@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from crosstrace.core import left_out
 from crosstrace.core.errors import UserError
+from crosstrace.report import drawing
 
 torch.set_num_threads(1)
 
@@ -38,6 +40,19 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+# Whose runs end with a report that another file of tests looks at.
+PAGES_APART = ("artefacts", "chat", "compare", "device", "import_taught", "keeping", "known", "lora_runs", "pipeline")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _figures_are_drawn_but_not_written(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Writing a page's hundred figures as SVG takes seconds; test_report.py tests it."""
+    with pytest.MonkeyPatch.context() as patched:
+        if request.path.stem.removeprefix("test_") in PAGES_APART:
+            patched.setattr(drawing, "to_svg", lambda figure, salt, label: f'<svg role="img" aria-label="{label}"/>')
+        yield
 
 
 # Files that take minutes, longest first: each goes to one process as a whole (--dist loadfile), short ones to whichever
