@@ -172,6 +172,7 @@ def test_one_sentence_where_the_two_times_differ():
     assert [found["claim"] for found in differences] == ["more_shared", "ablation"]
     for found in differences:
         assert "mixed: 0.50 nats an object in biographies and 0.25 an answer" in found["text"]
+    assert len({found["text"] for found in differences}) == 1, "the report says it once"
 
 
 def test_a_run_without_both_strategies_is_judged_on_what_it_has():

@@ -54,7 +54,7 @@ def judge(
         rows += _of_models(claim, case, models)
     if case.given:
         rows += _not_tested(rows)
-    return rows, _differences(rows, case)
+    return rows, _differences(rows, case, pairs)
 
 
 def _of_pairs(claim: PairClaim, cases: Sequence[Case]) -> list[Row]:
@@ -81,8 +81,12 @@ def _not_tested(rows: Sequence[Row]) -> list[Row]:
     return [row | nothing | {"note": "no online trace: the models were not trained here"} for row in lacking]
 
 
-def _differences(rows: Sequence[Row], case: Case) -> list[Row]:
-    """For each claim whose verdicts differ online and at the final checkpoint: a sentence that explains why."""
+def _differences(rows: Sequence[Row], case: Case, pairs: Sequence[tuple[str, str]]) -> list[Row]:
+    """For each claim whose verdicts differ online and at the final checkpoint: a sentence that explains why.
+
+    It is the same for claims on a pair and on its first model.
+    """
+    pair_of = {first: (first, second) for first, second in reversed(pairs)}
     explained = []
     for claim in dict.fromkeys(row["claim"] for row in rows):
         by_text: dict[str, dict[str, Row]] = {}
@@ -95,7 +99,7 @@ def _differences(rows: Sequence[Row], case: Case) -> list[Row]:
         ]  # fmt: skip
         for text in differing[:1]:
             row = by_text[text]["online"]
-            pair = row.get("pair") or [row["model"]]
+            pair = row.get("pair") or pair_of.get(row["model"], [row["model"]])
             explained.append({"claim": claim, "about": text, "text": _why(case, pair)})
     return explained
 
