@@ -10,7 +10,7 @@ from test_trace import assert_same, make_examples, pad
 from tiny_models import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
-from crosstrace.trace import OnlineTrace
+from crosstrace.trace import OnlineTrace, online
 from crosstrace.training.update_loss import task_losses
 
 TASKS = ["bio", "qa"]
@@ -214,7 +214,7 @@ def test_in_bfloat16_it_is_near_that_of_float32():
         assert float((whole - other).norm() / whole.norm()) < 0.05
 
 
-def test_a_resumed_trace_goes_on_with_what_was_found():
+def test_a_resumed_trace_goes_on_with_what_was_decided(monkeypatch):
     def make() -> nn.Module:
         return calm(tiny_model("llama", torch.float32))
 
@@ -227,6 +227,7 @@ def test_a_resumed_trace_goes_on_with_what_was_found():
     resumed = OnlineTrace(model, TASKS)
     resumed.load_state_dict(begun.state_dict())
     assert resumed.borrows == {"bio": True, "qa": True}
+    monkeypatch.setattr(online, "is_the_same", lambda *_: False)  # as late in a training, where losses are small
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for batches in steps(3)[1:]:
         means = {}

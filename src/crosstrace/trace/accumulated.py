@@ -255,6 +255,9 @@ class Accumulated:
     def _take_header(self, header: Mapping[str, Any]) -> None:
         """Take over all but the sums of a saved state."""
         self._steps, self.borrows = dict(header["steps"]), dict(header.get("borrows", {}))
+        # Not compared again: late in a training a rounded forward may seem to differ, and then the trace would go on
+        # with another forward than if the training had not been interrupted.
+        self._compared = set(self.borrows)
         self._engine.plan, self._engine.order = dict(header["plan"]), list(header["order"])
         self._engine.probed, self._engine.seen = header["probed"], header["seen"]
         self._engine.undecided = set(header["untold"])
