@@ -223,8 +223,8 @@ def run(
 
 
 # What each set of processes makes, by its name: of these kinds whole runs, and whether it uses the library's functions.
-# (On two cores four processes take a minute for a run. The command line is tried on another kind under DDP.)
-RUNS = {"ddp2": KINDS[:1], "fsdp2": KINDS, "fsdp4": ()}
+# (On two cores four processes take a minute for a run.)
+RUNS = {"ddp2": KINDS, "fsdp2": KINDS, "fsdp4": KINDS[:1]}
 STUDIES = ("ddp2", "fsdp4")
 
 

@@ -369,7 +369,7 @@ def test_a_run_gets_the_claims_that_a_later_version_judges(whole: Path, tmp_path
 
 @pytest.mark.long
 def test_killed_and_resumed_ends_with_the_same_numbers(whole: Path, tmp_path: Path) -> None:
-    parts = {"lens"}
+    parts = {"gradients", "lens", "dynamics"}
     less = config.override(experiment, {"jobs": "2", "mechanism.parts": str([*sorted(parts)])})
     (tmp_path / "small.yaml").write_text(config.dumps(less))
     folder = tmp_path / "killed"
@@ -383,7 +383,7 @@ def test_killed_and_resumed_ends_with_the_same_numbers(whole: Path, tmp_path: Pa
         "--quiet",
         "--resume",
     ]
-    for wait in (6.0, 10.0):
+    for wait in (5.0, 7.0, 10.0):
         process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
         try:
             process.wait(wait)
