@@ -22,7 +22,7 @@ import yaml
 from cyclopts import Group, Parameter
 from pydantic import TypeAdapter
 
-from crosstrace.core.errors import UserError, nearest
+from crosstrace.core.errors import UserError, did_you_mean
 
 _METAVARS = {int: "INT", float: "NUMBER", bool: "true|false", list: "LIST", tuple: "LIST"}
 
@@ -103,7 +103,9 @@ def described(value: Any, name: str) -> list[tuple[str, str, str]]:
                     for item in fields(kind)
                 ]
     if not rows:
-        hint = nearest(name, (setting for setting, *_ in leaves(value)), "`crosstrace settings` prints all of them")
+        hint = did_you_mean(
+            name, (setting for setting, *_ in leaves(value)), "`crosstrace settings` prints all of them"
+        )
         raise UserError(f"there is no setting {name!r}; {hint}")
     return rows
 

@@ -12,7 +12,7 @@ class UserError(ValueError):
     """
 
 
-def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
     """The known name that is most like a misspelt one, as a question; `otherwise` if none is like it."""
     import difflib
 

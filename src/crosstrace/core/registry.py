@@ -17,7 +17,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from crosstrace.core.errors import UserError, nearest
+from crosstrace.core.errors import UserError, did_you_mean
 
 GROUP = "crosstrace.extensions"
 Record = TypeVar("Record")
@@ -86,5 +86,5 @@ class Registry(Mapping[str, Record], Generic[Record]):
 
     def unknown(self, name: str) -> str:
         """The sentence of an error about a name that no record has."""
-        hint = nearest(name, self, f"expected of {', '.join(self)}")
+        hint = did_you_mean(name, self, f"expected of {', '.join(self)}")
         return f"unknown {self.kind.__name__.lower()} {name!r}; {hint}, or is the package that adds it not installed?"

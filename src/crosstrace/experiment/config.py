@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as settings
 
 from crosstrace.analyses.claims.case import DEFAULT
-from crosstrace.core.errors import UserError, nearest
+from crosstrace.core.errors import UserError, did_you_mean
 from crosstrace.core.files import NO_YAML
 from crosstrace.core.same_settings import CHANGEABLE
 from crosstrace.core.settings import STRICT
@@ -384,7 +384,7 @@ def _sentence(error: ValidationError, where: str) -> str:
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         parent, key = first["loc"][:-1], str(first["loc"][-1])
         known = _known_settings(parent)
-        hint = nearest(key, known, f"settings there are {', '.join(known)}")
+        hint = did_you_mean(key, known, f"settings there are {', '.join(known)}")
         return f"{where}: unknown setting {name!r}; {hint}"
     return f"{where}: {complaint(error)}"
 

@@ -74,7 +74,8 @@ class RunPool:
                 while self._waiting and self._has_room(self._waiting[0]):
                     self._start(self._waiting.pop(0))
                 time.sleep(POLL)
-                if self._is_over_memory():
+                used = self._note_memory()
+                if self._memory is not None and used > self._memory:
                     self._stop_last()
                     continue
                 for item in [item for item in self._running if not item.process.is_alive()]:
@@ -109,12 +110,14 @@ class RunPool:
             peak = self._peaks.get(planned.label, 0)
             self._running.append(MadeRun(planned, home, process, time.time(), peak))
 
-    def _is_over_memory(self) -> bool:
-        """Whether the runs use more memory than they may. Notes how much each uses."""
-        used = {item.planned.label: _memory_of(item.process.pid) for item in self._running}
+    def _note_memory(self) -> int:
+        """Note how much memory each run uses; gives the bytes of all together."""
+        total = 0
         for item in self._running:
-            item.peak = max(item.peak, used[item.planned.label])
-        return self._memory is not None and sum(used.values()) > self._memory
+            used = _memory_of(item.process.pid)
+            item.peak = max(item.peak, used)
+            total += used
+        return total
 
     def _stop_last(self) -> None:
         """Stop the run that was started last. Its finished steps stay, and it goes on when there is room."""

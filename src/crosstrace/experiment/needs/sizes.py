@@ -27,8 +27,8 @@ from crosstrace.trace.blocks import sum_dtype
 from crosstrace.trace.means import REDUCTIONS
 from crosstrace.trace.memory import MOST_PASSES, SPARE
 from crosstrace.trace.rehearse import Parts
+from crosstrace.training import optimisers
 from crosstrace.training.evaluation import TOKENS, recall_batches
-from crosstrace.training.optimisers import KINDS
 from crosstrace.training.recipes import Phase
 from crosstrace.training.updates import Updates
 
@@ -378,7 +378,8 @@ def sum_bytes(p: Tensor, holders: int) -> int:
 
 def optimiser_state(model: Any, name: str, holders: int) -> int:
     """Bytes of an optimiser's state for the trained parameters."""
-    return sum(KINDS[name].state(p, held(p, holders)) for p in model.parameters() if p.requires_grad)
+    kind = optimisers.KINDS[name]
+    return sum(kind.state(p, held(p, holders)) for p in model.parameters() if p.requires_grad)
 
 
 def adapted_bytes(model: Any) -> int:
