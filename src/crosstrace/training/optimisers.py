@@ -99,8 +99,8 @@ def check_optimisers(optimisers: Sequence[Optimiser], sharded: bool = False) -> 
         kind = KINDS[optimiser.name]
         if kind.package is not None and importlib.util.find_spec(kind.package) is None:
             raise UserError(
-                f"optimiser.name is {optimiser.name}, which is made by {kind.package} and that is not installed here; "
-                f"run `pip install {kind.package}`, or take adamw or adafactor"
+                f"optimiser.name is {optimiser.name}, but {kind.package}, which has it, is not installed here; run "
+                f"`pip install {kind.package}`, or take adamw or adafactor"
             )
         if sharded and not kind.in_rows:
             raise UserError(
