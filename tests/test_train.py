@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
 from collections import Counter
@@ -401,7 +402,10 @@ def test_every_optimiser_resumes(tmp_path: Path, name: str):
 
 
 def test_an_optimiser_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    given = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *of: None if name == "bitsandbytes" else given(name, *of)
+    )
     with pytest.raises(UserError, match="pip install bitsandbytes"):
         _train(_model(), [Phase("p", {"bio": 1}, 1, optimiser=Optimiser(name="adamw_8bit"))], tmp_path)
     with pytest.raises(UserError, match="adafactor, whose state is not made for the rows of a sharded model"):
