@@ -14,7 +14,8 @@ def prepared(given: dict[str, str]) -> tuple[str, list[int]]:
     code = (
         "import ctypes, os\nfrom crosstrace.core import machine\ntold = []\n"
         "class Library:\n    def mallopt(self, parameter, value): told.append(parameter); return 1\n"
-        "machine.ctypes.CDLL = lambda name: Library()\nmachine.prepare()\n"
+        "machine.ctypes.CDLL = lambda name: Library()\nmachine.prepare()\nimport gc\n"
+        "assert gc.get_threshold()[0] == machine.YOUNG and gc.isenabled()\n"
         "import sys\nprint(os.environ.get('GOMP_SPINCOUNT', ''), *told, 'torch' in sys.modules)"
     )
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_WAIT", "GOMP_", "MALLOC_"))}

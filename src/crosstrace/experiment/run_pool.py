@@ -14,6 +14,7 @@ from typing import Any
 from crosstrace.core import interrupts
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import write_text
+from crosstrace.core.parents import start_worker
 from crosstrace.core.progress import Progress
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.study_settings import Planned
@@ -142,9 +143,9 @@ class RunPool:
 
 def _work(home: Path, experiment: Experiment, leader: int) -> None:
     """Make one run in this process, which ends with the process `leader`."""
-    from crosstrace.experiment import pipeline, workers
+    from crosstrace.experiment import pipeline
 
-    workers.start_worker(leader)
+    start_worker(leader)
     home.parent.mkdir(parents=True, exist_ok=True)
     problem = home.with_name(f"{home.name}.failed")
     problem.unlink(missing_ok=True)

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-from crosstrace.core import interrupts, machine
 from crosstrace.core.chains import done_by
 from crosstrace.core.errors import UserError
-from crosstrace.core.parents import end_with_parent
+from crosstrace.core.parents import start_worker
 from crosstrace.core.progress import Progress
 from crosstrace.core.run_folder import Run
 from crosstrace.data.text import NO_QUESTIONS
@@ -78,14 +77,6 @@ def do_stages(run: Run, experiment: Experiment, stages: Sequence[str], progress:
     except BaseException:
         run.clean()  # remove what the workers were writing
         raise
-
-
-def start_worker(leader: int) -> None:
-    """Make this process a worker of the process `leader`: it ends when the leader does."""
-    end_with_parent(leader)
-    machine.prepare()
-    interrupts.leave_to_leader()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _works(experiment: Experiment, name: str, chain: Sequence[str]) -> list[list[Work]]:
