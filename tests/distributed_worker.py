@@ -63,12 +63,12 @@ name: small
 model: {{name: {base}, dtype: float64}}
 facts: {{people: 8, qa_share: 0.25}}
 strategies:
-  mixed: [{{name: bio, batch: {{bio: 3}}, steps: 2}}, {{name: mixed, batch: {{qa: 5, bio: 1}}, steps: 24}}]
+  mixed: [{{name: bio, batch: {{bio: 3}}, steps: 2}}, {{name: mixed, batch: {{qa: 5, bio: 1}}, steps: 12}}]
 train:
-  {{precision: float32, checkpoint_every: 11, recall_every: 8, recall_examples: 6,
+  {{precision: float32, checkpoint_every: 5, recall_every: 4, recall_examples: 6,
    optimiser: {{learning_rate: 0.02, warmup: 2}}}}
 trace:
-  {{measures: [abs, net], every: 4, parts: 2, batch: 7, check: false, definitions: [per_example, summed]}}
+  {{measures: [abs, net], every: 2, parts: 2, batch: 7, check: false, definitions: [per_example, summed]}}
 analysis: {{fractions: [0.05, 0.4], central_fractions: [0.05, 0.4], draws: 2}}
 interventions: {{fractions: [0.4], seeds: 1, questions: 12}}
 mechanism: {{run: false}}
@@ -262,7 +262,7 @@ def all_of_it(home: Path, how: str, processes: Processes) -> None:
         with pytest.raises(UserError, match="no example to trace"):
             trace(load_model(str(home / "models" / "llama")), [], task="bio", group=processes.group)
         again = partial(run, home, f"{name}-again", processes, kinds=["llama"], stages=SHARED[:2])
-        with stopped(15, interrupted), suppress(KeyboardInterrupt):
+        with stopped(8, interrupted), suppress(KeyboardInterrupt):
             again()
         again()
         run(home, f"{name}-lora", processes, kinds=["llama"], stages=FURTHER, changes=LORA)
@@ -296,7 +296,7 @@ def killed(home: Path, processes: Processes) -> None:
         if processes.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with stopped(25, stop):
+    with stopped(13, stop):
         run(home, "hands", processes, True, ["llama"], SHARED[:2])
 
 
