@@ -43,18 +43,19 @@ def small(tmp_path: Path) -> Path:
     return tmp_path / "small.yaml"
 
 
-@pytest.mark.parametrize("where", ["shared", "first"])
-def test_what_fails_in_one_of_several_processes_is_left_out_by_all(small: Path, where: str) -> None:
-    _, told = launch(WORKER, where, small, small.with_name("run")).communicate(timeout=300)
+def test_what_fails_in_one_of_several_processes_is_left_out_by_all(small: Path) -> None:
+    _, told = launch(WORKER, small, small.parent, "shared", "first").communicate(timeout=300)
     assert told.count("exitcode  : 3") >= 1 and "crosstrace: process" not in told, told[-3000:]
+    for where in ("shared", "first"):
+        assert (small.parent / where / "interventions" / "mixed.json").exists()
 
 
 def test_what_fails_in_one_process_while_another_waits_for_it_ends_the_run(small: Path) -> None:
-    launched = launch(WORKER, "alone", small, small.with_name("run"))
+    launched = launch(WORKER, small, small.parent, "alone")
     _, told = launched.communicate(timeout=300)
     assert launched.returncode != 0
     assert "mixed: intervene failed in this process and not in all" in told and "ValueError: a fault" in told
-    assert not (small.with_name("run") / "interventions" / "mixed.json").exists()
+    assert not (small.parent / "alone" / "interventions" / "mixed.json").exists()
 
 
 def test_a_signal_to_the_launcher_ends_all_processes(small: Path) -> None:
