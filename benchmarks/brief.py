@@ -2,6 +2,7 @@
 
     make smollm2
     python benchmarks/brief.py runs/smollm2 benchmarks/results/smollm2.json
+    python benchmarks/brief.py runs/smollm2-seeds/results/default/2.json seed-2.json   # of a study
 
 Leaves out what a run's results.json has for its report alone: maps, single facts, and most layers and heads.
 """
@@ -65,12 +66,16 @@ def brief(results: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("run", type=Path, help="a run's folder, or the file of a run in a study's folder")
     parser.add_argument("file", type=Path, help="the JSON file to write")
     options = parser.parse_args()
     try:
-        found = brief(Results.read(options.run).as_values())
-        about = read_json(options.run / "metadata.json")
+        if options.run.is_file():
+            found = brief(read_json(options.run)["results"])
+            about = read_json(options.run.parents[2] / "metadata.json")
+        else:
+            found = brief(Results.read(options.run).as_values())
+            about = read_json(options.run / "metadata.json")
     except UserError as error:
         raise SystemExit(str(error)) from None
     write_json(options.file, {"machine": about, **found})
