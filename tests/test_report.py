@@ -108,6 +108,7 @@ def test_claims_show_verdict_effect_interval_and_why_they_differ(page):
     for verdict in ("holds", "does not hold", "undecided"):
         assert verdict in text
     assert "+21 (+17 to +25)" in text and "−30 (−35 to −25)" in text
+    assert "An interval covers the people and facts of this run, not another seed" in text
     assert sample_results()["differences"][0]["text"] in text
     assert re.search(r"undecided \+12 percentage points", text)  # an effect without an interval
     assert re.search(r"more alike while it trains [\w :]+ holds \+0\.210 \(\+0\.200 to \+0\.220\) cosine", text)
