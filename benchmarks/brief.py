@@ -71,11 +71,13 @@ def main() -> None:
     options = parser.parse_args()
     try:
         if options.run.is_file():
-            found = brief(read_json(options.run)["results"])
-            about = read_json(options.run.parents[2] / "metadata.json")
+            values = read_json(options.run)
+            if "results" not in values:
+                raise UserError(f"{options.run} is no run of a study, whose file is FOLDER/results/SETTING/SEED.json")
+            folder, results = options.run.resolve().parents[2], Results.of(values["results"], str(options.run))
         else:
-            found = brief(Results.read(options.run).as_values())
-            about = read_json(options.run / "metadata.json")
+            folder, results = options.run, Results.read(options.run)
+        found, about = brief(results.as_values()), read_json(folder / "metadata.json")
     except UserError as error:
         raise SystemExit(str(error)) from None
     write_json(options.file, {"machine": about, **found})

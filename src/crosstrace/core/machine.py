@@ -16,11 +16,11 @@ from contextlib import contextmanager, suppress
 # of glibc's malloc.h
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 KEPT = (1 << 31) - 1  # bytes of freed memory that a process keeps for its next tensors
-# what Python's helper process says when a process is killed; it then frees those semaphores itself
-_UNTOLD = "ignore::UserWarning:multiprocessing.resource_tracker"
-YOUNG = 10_000  # objects that are made before Python looks for those that nothing needs (700 by default)
 MAPPED = 1 << 30  # bytes of a tensor that is given back to the system at once
 SPINS = 1000  # rounds that a thread waits for the next piece of work before it sleeps: some microseconds
+YOUNG = 10_000  # objects that are made before Python looks for those that nothing needs (700 by default)
+# a filter for what multiprocessing's helper process says of a killed process, whose semaphores it frees
+_UNTOLD = "ignore::UserWarning:multiprocessing.resource_tracker"
 
 
 @contextmanager
@@ -44,11 +44,14 @@ def prepare() -> None:
     has set in the environment stays.
 
     Importing torch and transformers makes a million objects. Python looks through them again and again while they are
-    made, and once more at its end, which together took three seconds of every process.
+    made, and once more at its end, which together took three seconds of every process. Processes that this one starts
+    do not warn of the semaphores that a killed worker leaves.
     """
     gc.set_threshold(YOUNG)
     atexit.register(gc.freeze)  # the system takes all memory back
-    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), _UNTOLD]))
+    filters = os.environ.get("PYTHONWARNINGS", "")
+    if _UNTOLD not in filters:  # a worker has its leader's
+        os.environ["PYTHONWARNINGS"] = f"{filters},{_UNTOLD}".lstrip(",")
     if not any(name.startswith("OMP_WAIT") or name == "GOMP_SPINCOUNT" for name in os.environ):
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
     if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):

@@ -1,6 +1,6 @@
 """A worker process that ends with the process that started it.
 
-A worker is prepared before it imports torch, so this module imports only modules that load at once.
+A worker of a run is prepared before it imports torch, so this module imports only modules that load at once.
 """
 
 from __future__ import annotations
