@@ -114,6 +114,41 @@ def test_a_signal_while_a_file_is_written_takes_the_half_of_it_away(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
+    "begin",
+    [
+        "class Slow:\n    def __del__(self): wait()\nheld = [Slow()]",
+        "class Slow: pass\nheld = [Slow()]\nreference = weakref.ref(held[0], lambda _: wait())",
+    ],
+    ids=["destructor", "weak reference"],
+)
+def test_a_signal_whose_exception_python_drops_is_heard(begin: str) -> None:
+    program = (
+        "import time, weakref\n"
+        "from crosstrace import __main__\nfrom crosstrace.cli import commands\n"
+        "def wait():\n"
+        "    print('begun', flush=True)\n"
+        "    time.sleep(30)\n"
+        f"{begin}\n"
+        "def work():\n"
+        "    try:\n"
+        "        held.clear()\n"
+        "        time.sleep(30)\n"
+        "    finally:\n"
+        "        print('cleaned up', flush=True)\n"
+        "commands.COMMANDS['demo'] = work\n"
+        "__main__.main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.terminate()
+    out, told = process.communicate(timeout=30)
+    assert process.returncode == 143 and told == "crosstrace: terminated; go on with --resume\n"
+    assert out == "cleaned up\n"
+
+
+@pytest.mark.parametrize(
     "work",
     [
         "ctypes.CDLL(None).sleep(60)",  # a library that runs no Python code meanwhile

@@ -2,7 +2,8 @@
 
 A signal raises `Interrupted` in the main thread, wherever it is, so that every context manager cleans up. If the
 process has not ended after PATIENCE seconds, a thread ends it: the main thread may wait inside a library, which runs no
-Python code meanwhile, or the exception may have been lost in a destructor. A run goes on with --resume even then.
+Python code meanwhile. A run goes on with --resume even then. Where Python drops the exception (in a destructor, or in a
+weak reference's callback), the signal is sent once more.
 
 The command line imports this module before any other, so it imports only modules that load at once.
 """
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 PATIENCE = 5.0  # seconds to clean up in
+_AGAIN = 0.01  # seconds until a signal whose exception was dropped is sent once more
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "its terminal was closed"}
 RESUMED = ("demo", "run", "study", "compare")  # commands that continue with --resume
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)  # these reach all processes that were started from it
@@ -37,6 +39,7 @@ def listen() -> None:
     for number in WORDS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
             signal.signal(number, _receive)
+    sys.unraisablehook = _send_again
     threading.Thread(target=_end_after, args=(reader,), daemon=True).start()
 
 
@@ -100,6 +103,16 @@ def _receive(number: int, frame: object) -> None:
     _received.append(number)
     if len(_received) == 1 and not _holding:  # a second one must not disturb the cleaning up
         raise Interrupted
+
+
+def _send_again(dropped: sys.UnraisableHookArgs) -> None:
+    """Send the signal once more if its exception was dropped; other dropped exceptions are told as always."""
+    if not isinstance(dropped.exc_value, Interrupted):
+        sys.__unraisablehook__(dropped)
+        return
+    number = _received[0]
+    _received.clear()
+    threading.Timer(_AGAIN, os.kill, (os.getpid(), number)).start()  # when the destructor has ended
 
 
 def _end_after(reader: int) -> None:
