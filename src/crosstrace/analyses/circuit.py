@@ -20,11 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from crosstrace.core.errors import UserError
-from crosstrace.core.statistics import mean_interval
+from crosstrace.core.statistics import mean_interval, mean_ranks
 from crosstrace.data.tokens import Batch, Encoded, batches
 from crosstrace.models.anatomy import Anatomy
 from crosstrace.models.forward import forward
@@ -333,7 +332,7 @@ def agreement(scores: np.ndarray, pset: ParamSet, anatomy: Anatomy, unit: str, p
         return row | dict.fromkeys(("spearman", "spearman_p", "within", "within_p", "auc", "auc_p"))
 
     # All statistics are sums over ranks less their mean.
-    share_ranks, importance_ranks = rankdata(share), rankdata(importance)
+    share_ranks, importance_ranks = mean_ranks(share), mean_ranks(importance)
     share_ranks, importance_ranks = share_ranks - share_ranks.mean(), importance_ranks - importance_ranks.mean()
     norm = np.linalg.norm(share_ranks) * np.linalg.norm(importance_ranks)
     pairs = critical.sum() * (~critical).sum()
@@ -394,7 +393,7 @@ def _correlations_within_layers(
     share_ranks, importance_ranks = (np.empty(len(share)) for _ in range(2))
     for nodes in layers:
         for ranks, values in ((share_ranks, share), (importance_ranks, importance)):
-            ranks[nodes] = rankdata(values[nodes]) - (len(nodes) + 1) / 2
+            ranks[nodes] = mean_ranks(values[nodes]) - (len(nodes) + 1) / 2
     scale = np.linalg.norm(share_ranks) * np.linalg.norm(importance_ranks)
     if not scale:
         return None

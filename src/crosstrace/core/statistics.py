@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from scipy.integrate import trapezoid
-from scipy.stats import norm, rankdata
-from scipy.stats import t as student
+from scipy.special import ndtri, stdtrit  # quantiles of the normal distribution and of Student's t
 from torch import Tensor
 
 from crosstrace.core.errors import UserError
@@ -68,7 +66,7 @@ def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
         raise UserError(f"{k} successes of {n} trials were given, but they must lie between 0 and the trials")
     if n == 0:
         return 0.0, 1.0
-    z = float(norm.ppf(0.5 + level / 2))
+    z = float(ndtri(0.5 + level / 2))
     p = k / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -93,7 +91,7 @@ def jackknife_interval(value: Any, left_out: Sequence[Any], level: float = 0.95)
     else:
         theta = np.asarray(left_out, dtype=float)
         error = np.sqrt((parts - 1) / parts * ((theta - theta.mean(0)) ** 2).sum(0))
-        half = float(student.ppf(0.5 + level / 2, parts - 1)) * error
+        half = float(stdtrit(parts - 1, 0.5 + level / 2)) * error
     return Interval(*(x if x.ndim else float(x) for x in (value, value - half, value + half)))
 
 
@@ -102,7 +100,7 @@ def mean_interval(x: ArrayLike, level: float = 0.95) -> Interval:
     x = np.asarray(x, dtype=float)
     half = math.nan
     if len(x) > 1:
-        half = float(student.ppf(0.5 + level / 2, len(x) - 1)) * float(x.std(ddof=1)) / math.sqrt(len(x))
+        half = float(stdtrit(len(x) - 1, 0.5 + level / 2)) * float(x.std(ddof=1)) / math.sqrt(len(x))
     return Interval(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half)
 
 
@@ -152,7 +150,8 @@ def mean_between(x: Sequence[float], y: Sequence[float], low: float, high: float
     """
     at = [low, *(corner for corner in x if low < corner < high), high]
     heights = np.interp(at, x, y)
-    return float(trapezoid(heights, at) / (high - low)) if low < high else float(heights[0])
+    area = float((np.diff(at) * (heights[1:] + heights[:-1]) / 2).sum())
+    return area / (high - low) if low < high else float(heights[0])
 
 
 def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
@@ -245,10 +244,16 @@ def _ordinals(x: Tensor) -> np.ndarray:
     return np.where(bits >> 31, ~bits, bits | 2**31).astype(np.uint64)
 
 
+def mean_ranks(x: ArrayLike) -> np.ndarray:
+    """The rank of each number, from 1; equal numbers have the mean of their ranks."""
+    from scipy.stats import rankdata  # takes half a second to import, which most processes do without
+
+    return rankdata(x)
+
+
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
     """Spearman's rank correlation of two lists of numbers, ties at their mean rank; NaN if one is constant."""
-    ranks = [rankdata(values) for values in (x, y)]
-    a, b = (of_list - of_list.mean() for of_list in ranks)
+    a, b = (of_list - of_list.mean() for of_list in (mean_ranks(x), mean_ranks(y)))
     scale = math.sqrt(float(a @ a) * float(b @ b))
     return float(a @ b) / scale if scale else math.nan
 
