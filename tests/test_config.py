@@ -117,6 +117,10 @@ def test_files_that_cannot_be_read(tmp_path: Path):
     (tmp_path / "bytes.yaml").write_bytes(b"name: \xff\xfe")
     with pytest.raises(UserError, match=r"bytes\.yaml cannot be read.*expected YAML text in UTF-8"):
         load(tmp_path / "bytes.yaml")
+    for text in ("", "\n# a comment alone\n", "{}"):
+        (tmp_path / "empty.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"config file .*empty\.yaml holds no settings; .*cut short"):
+            load(tmp_path / "empty.yaml")
     (tmp_path / "bad.yaml").write_text("facts: {poeple: 5}")
     with pytest.raises(UserError, match=r"bad\.yaml: unknown setting 'facts\.poeple'"):
         load(tmp_path / "bad.yaml")

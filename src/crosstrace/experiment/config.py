@@ -271,14 +271,17 @@ def load(path: Path) -> Experiment:
 
 
 def read_yaml(path: Path, example: str) -> dict[str, Any]:
-    """Settings from a YAML file. The error for a missing file names `example`, a file that exists."""
+    """Settings from a YAML file. The error for a missing or empty file names `example`, a file that exists."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"config file {path} does not exist; expected a YAML file such as {example}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read ({error}); expected YAML text in UTF-8") from None
-    return _settings_in(text, str(path))
+    values = _settings_in(text, str(path))
+    if not values:
+        raise UserError(f"config file {path} holds no settings; expected some, as in {example}; is it cut short?")
+    return values
 
 
 def loads(text: str, where: str) -> Experiment:
