@@ -203,6 +203,8 @@ def test_a_study_has_its_numbers(home: Path, results: dict) -> None:
     found = json.loads((home / "study" / "results.json").read_text())
     assert found["study"]["compare"] == ["together", "after"] and "together" in printed
     assert any(row["measure"] == "recall.gaps_ood" for row in found["differences"])
+    page = (home / "study" / "report" / "index.html").read_text()
+    assert "Which two tasks share most" in page and "recall: Quiz, held out (OOD)" in page
 
 
 def test_without_the_package_its_names_are_refused(home: Path, results: dict, tmp_path: Path) -> None:

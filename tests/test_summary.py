@@ -8,8 +8,11 @@ import pytest
 from sample_results import filled, sample_results
 from scipy.stats import t as student
 
-from crosstrace.experiment import summary
+from crosstrace.experiment import study_page, summary
+from crosstrace.report import words as say
+from crosstrace.report.blocks import Cell, Table
 from crosstrace.results.results import Results
+from crosstrace.results.study import StudyResults
 
 
 def row(setting: str, seed: int, strategy: str, outcome: float | None, value: float | None) -> dict:
@@ -33,6 +36,36 @@ def test_levels_are_means_over_seeds_with_students_interval() -> None:
     (single,) = summary.levels(rows[:1])
     assert single["low"] is None and single["high"] is None, "one seed has no interval"
     assert not [r for r in summary.levels(rows) if r["measure"] != "recall.qa_ood"], "what is unknown is left out"
+
+
+def rows_of(table: Table) -> list[tuple[Cell, Cell]]:
+    """The rows of a table of two columns."""
+    return [(a, b) for a, b in table.rows if isinstance(a, Cell) and isinstance(b, Cell)]
+
+
+def test_a_study_of_three_tasks_says_which_two_share_most() -> None:
+    tasks = {"bio": "store", "qa": "recall", "cloze": "recall"}
+    about = {
+        "name": "three", "runs": 3, "seeds": [1, 2, 3], "settings": {"default": {}}, "strategies": {"mixed": ""},
+        "tasks": {"roles": tasks, "split": ["qa", "cloze"], "outcome": "qa_ood", "shared": [*tasks]},
+        "compare": [], "hours": 0.0, "peak_gib": 0.0,
+    }  # fmt: skip
+    overlaps = {"bio+qa": (0.5, 0.1, 0.3), "bio+cloze": (0.4, 0.2, 0.1), "qa+cloze": (0.3, 0.6, None)}
+    rows = [
+        {"setting": "default", "seed": seed, "strategy": "mixed"}
+        | {f"overlap.{pair}.final.example.0.05": values[seed - 1] for pair, values in overlaps.items()}
+        for seed in (1, 2, 3)
+    ]
+    section = study_page.pairs(StudyResults.of({"study": about, "levels": summary.levels(rows)}), rows)
+    (table,) = section.blocks
+    assert isinstance(table, Table) and table.head == ["Tasks", "Mix-tuned"]
+    told = {str(words.main): (cell.main, cell.sub.split("; ")[-1]) for words, cell in rows_of(table)}
+    assert told == {
+        "Biographies and questions": (say.percent(0.3), "the most in 2 of 3 runs"),
+        "Biographies and statements to complete": (say.percent(0.7 / 3), "the most in 0 of 3 runs"),
+        "Questions and statements to complete": (say.percent(0.45), "the most in 1 of 3 runs"),
+    }
+    assert study_page.pairs(StudyResults.of({"study": about}), []).absent
 
 
 def test_differences_are_paired_by_seed() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,12 @@ def write_study(results: StudyResults, rows: Sequence[Mapping[str, Any]], folder
 
 def _write(results: StudyResults, rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    builders = {"recall": recall, "differences": differences, "effects": effects, "claims": claims}
-    parts = draw_sections([*builders.items(), ("prediction", partial(prediction, rows=rows))], results)
+    builders: dict[str, Callable[[StudyResults], Section]] = {"recall": recall}
+    if len(results.roles.tasks) > 2:
+        builders["pairs"] = partial(pairs, rows=rows)
+    builders |= {"differences": differences, "effects": effects, "claims": claims}
+    builders["prediction"] = partial(prediction, rows=rows)
+    parts = draw_sections([*builders.items()], results)
     for plot in (block for section in parts for block in section.blocks if isinstance(block, Plot)):
         write_text(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
     info = results.study
@@ -99,6 +104,41 @@ def recall(results: StudyResults) -> Section:
     return section
 
 
+def pairs(results: StudyResults, rows: Sequence[Mapping[str, Any]]) -> Section:
+    """The overlap of each two tasks, where there are three or more, and in how many runs a pair shares most."""
+    section = Section("pairs", "Which two tasks share most")
+    two = [f"{a}+{b}" for a, b in combinations(results.roles.tasks, 2)]
+    strategies, settings = (R.distinct(results.levels, name) for name in ("strategy", "setting"))
+    for when in ("online", "final"):
+        measures = {f"overlap.{pair}.{when}.example.{R.HEADLINE:g}": pair for pair in two}
+        body = []
+        for setting in settings:
+            for measure, pair in measures.items():
+                cells = []
+                for strategy in strategies:
+                    level = R.where(results.levels, setting=setting, strategy=strategy, measure=measure)
+                    runs = [row for row in rows if (row["setting"], row["strategy"]) == (setting, strategy)]
+                    cells.append(_level_and_firsts(level[0], measure, measures, runs) if level else Cell(say.DASH))
+                if any(cell.main != say.DASH for cell in cells):
+                    words = say.listing(map(say.task, pair.split("+")))
+                    under = _label(setting) if len(settings) > 1 else ""
+                    body.append([Cell(words[:1].upper() + words[1:], under), *cells])
+        if body:
+            title = f"{say.when(when)}: overlap of the top {say.percent(R.HEADLINE)}"
+            section.blocks.append(Table(["Tasks", *map(say.model, strategies)], body, title))
+    if not section.blocks:
+        section.absent = f"No run has the overlap of two tasks in the top {say.percent(R.HEADLINE)}"
+    return section
+
+
+def _level_and_firsts(level: Level, measure: str, measures: Iterable[str], runs: Sequence[Mapping[str, Any]]) -> Cell:
+    """A measure's level, and in how many runs it is the largest of several measures."""
+    known = [{m: run[m] for m in measures if run.get(m) is not None} for run in runs]
+    firsts = sum(max(values, key=values.__getitem__) == measure for values in known if values)
+    cell = _level(level)
+    return Cell(cell.main, f"{cell.sub}; the most in {firsts} of {len(known)} runs".removeprefix("; "))
+
+
 def differences(results: StudyResults) -> Section:
     """The first strategy minus the second, paired by seed."""
     compared = [say.model(name) for name in results.study.compare]
@@ -111,7 +151,7 @@ def differences(results: StudyResults) -> Section:
     levels = results.levels
     for setting in R.distinct(rows, "setting"):
         body = []
-        for name, words in _named(results, HEADLINE).items():
+        for name, words in _headline_measures(results).items():
             for r in R.where(rows, setting=setting, measure=name):
                 of_strategies = [
                     R.where(levels, setting=setting, measure=name, strategy=s) for s in results.study.compare
@@ -147,7 +187,7 @@ def effects(results: StudyResults) -> Section:
         of_point = R.where(rows, axis=axis, point=point)
         body = [
             line(w, axis=axis, point=point, measure=m)
-            for m, w in _named(results, HEADLINE).items()
+            for m, w in _headline_measures(results).items()
             if R.where(of_point, measure=m)
         ]
         section.blocks.append(Table(["Measure", *names], body, words, True))
@@ -251,6 +291,14 @@ def _named(results: StudyResults, measures: Mapping[str, str]) -> dict[str, str]
     """Measures and their words; the names of the measures are those of the study's tasks."""
     roles = results.roles
     return {roles.measure(name): words for name, words in measures.items()}
+
+
+def _headline_measures(results: StudyResults) -> dict[str, str]:
+    """HEADLINE by the names of the study's tasks, and the recall of each further task after that of the first ones."""
+    named = _named(results, HEADLINE)
+    recalls = {name: words for name, words in named.items() if name.startswith("recall.")}
+    further = {f"recall.{part}": f"recall: {say.test(part)}" for part in results.roles.parts}
+    return recalls | {name: words for name, words in further.items() if name not in recalls} | named
 
 
 def _outcome(results: StudyResults) -> str:
