@@ -70,6 +70,17 @@ def end(arguments: list[str], number: signal.Signals, delay: float, whole_group:
     return process
 
 
+def ended(program: str, command: list[str], number: signal.Signals = signal.SIGTERM) -> tuple[int, str, str]:
+    """Send a program the signal when it has printed "begun"; its exit status, what else it printed, and its stderr."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    out, told = process.communicate(timeout=30)
+    return process.returncode, out, told
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("delay", [0.0, 0.03, 0.1, 0.4])
@@ -102,14 +113,8 @@ def test_a_signal_while_a_file_is_written_takes_the_half_of_it_away(tmp_path: Pa
         "commands.COMMANDS['export'] = write\n"
         "__main__.main()\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, "export", str(tmp_path / "file")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None and process.stdout.readline() == "begun\n"
-    process.terminate()
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 143 and told == "crosstrace: terminated; give the same command again to go on\n"
+    code, _, told = ended(program, ["export", str(tmp_path / "file")])
+    assert code == 143 and told == "crosstrace: terminated; give the same command again to go on\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,13 +143,8 @@ def test_a_signal_whose_exception_python_drops_is_heard(begin: str) -> None:
         "commands.COMMANDS['demo'] = work\n"
         "__main__.main()\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "begun\n"
-    process.terminate()
-    out, told = process.communicate(timeout=30)
-    assert process.returncode == 143 and told == "crosstrace: terminated; go on with --resume\n"
+    code, out, told = ended(program, ["demo"])
+    assert code == 143 and told == "crosstrace: terminated; go on with --resume\n"
     assert out == "cleaned up\n"
 
 
@@ -171,13 +171,8 @@ def test_a_process_that_does_not_hear_is_ended(tmp_path: Path, work: str) -> Non
         "commands.COMMANDS['demo'] = work\n"
         "__main__.main()\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "begun\n"
-    process.terminate()
-    _, told = process.communicate(timeout=30)
-    assert process.returncode == 143 and told == "crosstrace: terminated; go on with --resume\n"
+    code, _, told = ended(program, ["demo"])
+    assert code == 143 and told == "crosstrace: terminated; go on with --resume\n"
 
 
 def test_a_signal_that_is_to_be_ignored_is(tmp_path: Path) -> None:
@@ -188,7 +183,4 @@ def test_a_signal_that_is_to_be_ignored_is(tmp_path: Path) -> None:
         "commands.COMMANDS['demo'] = lambda: (print('begun', flush=True), time.sleep(1))\n"
         "__main__.main()\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program, "demo"], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "begun\n"
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(60) == 0
+    assert ended(program, ["demo"], signal.SIGHUP)[0] == 0

@@ -66,6 +66,8 @@ def test_a_study_of_three_tasks_says_which_two_share_most() -> None:
         "Questions and statements to complete": (say.percent(0.45), "the most in 1 of 3 runs"),
     }
     assert study_page.pairs(StudyResults.of({"study": about}), []).absent
+    empty = [{"setting": "default", "seed": 4, "strategy": "mixed"}]
+    assert summary.largest(rows + empty, list(rows[0])[3:]).total() == 3, "a run without overlaps does not count"
 
 
 def test_differences_are_paired_by_seed() -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from scipy.special import ndtri, stdtrit  # quantiles of the normal distribution and of Student's t
+from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
 from crosstrace.core.errors import UserError
@@ -73,6 +73,11 @@ def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
     return (0.0 if k == 0 else middle - half), (1.0 if k == n else middle + half)
 
 
+def student(freedom: float, level: float = 0.95) -> float:
+    """Half the width of Student's t interval, in standard errors, for so many degrees of freedom."""
+    return float(stdtrit(freedom, 0.5 + level / 2))
+
+
 def jackknife(fn: Callable[[Sequence[Any]], Any], parts: Sequence[Any], level: float = 0.95) -> Interval:
     """Delete-one jackknife of `fn(parts)`, a number or an array, over disjoint parts of the data."""
     left_out = [fn([*parts[:i], *parts[i + 1 :]]) for i in range(len(parts))] if len(parts) > 1 else []
@@ -91,7 +96,7 @@ def jackknife_interval(value: Any, left_out: Sequence[Any], level: float = 0.95)
     else:
         theta = np.asarray(left_out, dtype=float)
         error = np.sqrt((parts - 1) / parts * ((theta - theta.mean(0)) ** 2).sum(0))
-        half = float(stdtrit(parts - 1, 0.5 + level / 2)) * error
+        half = student(parts - 1, level) * error
     return Interval(*(x if x.ndim else float(x) for x in (value, value - half, value + half)))
 
 
@@ -100,7 +105,7 @@ def mean_interval(x: ArrayLike, level: float = 0.95) -> Interval:
     x = np.asarray(x, dtype=float)
     half = math.nan
     if len(x) > 1:
-        half = float(stdtrit(len(x) - 1, 0.5 + level / 2)) * float(x.std(ddof=1)) / math.sqrt(len(x))
+        half = student(len(x) - 1, level) * float(x.std(ddof=1)) / math.sqrt(len(x))
     return Interval(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half)
 
 

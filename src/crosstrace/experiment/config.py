@@ -280,7 +280,9 @@ def read_yaml(path: Path, example: str) -> dict[str, Any]:
         raise UserError(f"config file {path} cannot be read ({error}); expected YAML text in UTF-8") from None
     values = _settings_in(text, str(path))
     if not values:
-        raise UserError(f"config file {path} holds no settings; expected some, as in {example}; is it cut short?")
+        raise UserError(
+            f"config file {path} holds no settings; expected a YAML file such as {example}; is it cut short?"
+        )
     return values
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from crosstrace.core.files import write_text
-from crosstrace.experiment.summary import HEADLINE, is_share
+from crosstrace.core.text_tables import capital
+from crosstrace.experiment.summary import HEADLINE, is_share, largest
 from crosstrace.report import drawing
 from crosstrace.report import figures as F
 from crosstrace.report import rows as R
@@ -40,12 +41,11 @@ def write_study(results: StudyResults, rows: Sequence[Mapping[str, Any]], folder
 
 def _write(results: StudyResults, rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    builders: dict[str, Callable[[StudyResults], Section]] = {"recall": recall}
-    if len(results.roles.tasks) > 2:
-        builders["pairs"] = partial(pairs, rows=rows)
-    builders |= {"differences": differences, "effects": effects, "claims": claims}
-    builders["prediction"] = partial(prediction, rows=rows)
-    parts = draw_sections([*builders.items()], results)
+    builders = {"recall": recall, "pairs": partial(pairs, rows=rows), "differences": differences, "effects": effects}
+    builders |= {"claims": claims, "prediction": partial(prediction, rows=rows)}
+    if len(results.roles.tasks) < 3:
+        del builders["pairs"]
+    parts = draw_sections(builders.items(), results)
     for plot in (block for section in parts for block in section.blocks if isinstance(block, Plot)):
         write_text(folder / f"{plot.name}.csv", R.to_csv(plot.rows))
     info = results.study
@@ -107,36 +107,41 @@ def recall(results: StudyResults) -> Section:
 def pairs(results: StudyResults, rows: Sequence[Mapping[str, Any]]) -> Section:
     """The overlap of each two tasks, where there are three or more, and in how many runs a pair shares most."""
     section = Section("pairs", "Which two tasks share most")
-    two = [f"{a}+{b}" for a, b in combinations(results.roles.tasks, 2)]
-    strategies, settings = (R.distinct(results.levels, name) for name in ("strategy", "setting"))
+    top, head = say.percent(R.HEADLINE), ["Tasks", *map(say.model, R.distinct(results.levels, "strategy"))]
     for when in ("online", "final"):
-        measures = {f"overlap.{pair}.{when}.example.{R.HEADLINE:g}": pair for pair in two}
-        body = []
-        for setting in settings:
-            for measure, pair in measures.items():
-                cells = []
-                for strategy in strategies:
-                    level = R.where(results.levels, setting=setting, strategy=strategy, measure=measure)
-                    runs = [row for row in rows if (row["setting"], row["strategy"]) == (setting, strategy)]
-                    cells.append(_level_and_firsts(level[0], measure, measures, runs) if level else Cell(say.DASH))
-                if any(cell.main != say.DASH for cell in cells):
-                    words = say.listing(map(say.task, pair.split("+")))
-                    under = _label(setting) if len(settings) > 1 else ""
-                    body.append([Cell(words[:1].upper() + words[1:], under), *cells])
+        measures = {
+            f"overlap.{a}+{b}.{when}.example.{R.HEADLINE:g}": capital(say.listing([say.task(a), say.task(b)]))
+            for a, b in combinations(results.roles.tasks, 2)
+        }
+        settings = R.distinct(results.levels, "setting")
+        body = [line for setting in settings for line in _overlaps(results, rows, setting, measures)]
         if body:
-            title = f"{say.when(when)}: overlap of the top {say.percent(R.HEADLINE)}"
-            section.blocks.append(Table(["Tasks", *map(say.model, strategies)], body, title))
+            section.blocks.append(Table(head, body, f"{say.when(when)}: overlap of the top {top}"))
     if not section.blocks:
-        section.absent = f"No run has the overlap of two tasks in the top {say.percent(R.HEADLINE)}"
+        section.absent = f"No run has the overlap of two tasks in the top {top}"
     return section
 
 
-def _level_and_firsts(level: Level, measure: str, measures: Iterable[str], runs: Sequence[Mapping[str, Any]]) -> Cell:
-    """A measure's level, and in how many runs it is the largest of several measures."""
-    known = [{m: run[m] for m in measures if run.get(m) is not None} for run in runs]
-    firsts = sum(max(values, key=values.__getitem__) == measure for values in known if values)
-    cell = _level(level)
-    return Cell(cell.main, f"{cell.sub}; the most in {firsts} of {len(known)} runs".removeprefix("; "))
+def _overlaps(
+    results: StudyResults, rows: Sequence[Mapping[str, Any]], setting: str, measures: Mapping[str, str]
+) -> list[list[Cell]]:
+    """A setting's line for each measure that was taken in it; `measures` are their names and words."""
+    strategies, settings = (R.distinct(results.levels, name) for name in ("strategy", "setting"))
+    most = {s: largest(R.where(rows, setting=setting, strategy=s), measures) for s in strategies}
+
+    def cell(measure: str, strategy: str) -> Cell:
+        for row in R.where(results.levels, setting=setting, strategy=strategy, measure=measure):
+            level, counts = _level(row), most[strategy]
+            words = f"the most in {counts[measure]} of {counts.total()} runs"
+            return Cell(level.main, "; ".join(filter(None, [level.sub, words])))
+        return Cell(say.DASH)
+
+    under = _label(setting) if len(settings) > 1 else ""
+    return [
+        [Cell(words, under), *(cell(measure, strategy) for strategy in strategies)]
+        for measure, words in measures.items()
+        if R.where(results.levels, setting=setting, measure=measure)
+    ]
 
 
 def differences(results: StudyResults) -> Section:

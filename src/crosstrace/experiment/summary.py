@@ -6,7 +6,7 @@ It reads the results of runs and the study's table, and runs nothing. Formulas: 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -262,6 +262,12 @@ def levels(rows: Sequence[Row]) -> list[Row]:
                     row |= {"low": max(0.0, row["low"]), "high": min(1.0, row["high"])}
                 table.append(row)
     return table
+
+
+def largest(rows: Iterable[Mapping[str, Any]], names: Iterable[str]) -> Counter[str]:
+    """In how many rows each measure is the largest of these, the first of equal ones; rows without any do not count."""
+    by_row = [{name: row[name] for name in names if row.get(name) is not None} for row in rows]
+    return Counter(max(values, key=values.__getitem__) for values in by_row if values)
 
 
 def differences(rows: Sequence[Row], compare: tuple[str, str]) -> list[Row]:

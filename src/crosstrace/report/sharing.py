@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from crosstrace.core.text_tables import capital
 from crosstrace.report import drawing
 from crosstrace.report import figures as F
 from crosstrace.report import rows as R
@@ -106,4 +107,4 @@ def _pairs_plot(results: Results) -> list[Plot]:
     finding = f"{tasks} share most: {say.percent(most.overlap)} of the top {say.percent(headline)} in "
     finding += f"{say.model(most.strategy)} ({say.when(most.when).lower()})."
     text = "The share of each task's strongest parameters that another task has among its own."
-    return [Plot("pairs", finding[:1].upper() + finding[1:], text, [], panels, rows)]
+    return [Plot("pairs", capital(finding), text, [], panels, rows)]

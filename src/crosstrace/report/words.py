@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from crosstrace.core.text_tables import capital
 from crosstrace.results.mechanism import Gradients
 
 DASH = "–"
@@ -216,12 +217,8 @@ def test(name: str) -> str:
         return TESTS[name]
     for ending, meaning in (("_ood", "held out (OOD)"), ("_id", "trained (ID)")):
         if name.endswith(ending):
-            return f"{_capital(task(name.removesuffix(ending)))}, {meaning}"
-    return _capital(task(name))
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+            return f"{capital(task(name.removesuffix(ending)))}, {meaning}"
+    return capital(task(name))
 
 
 def answered(name: str) -> str:

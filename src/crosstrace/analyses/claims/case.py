@@ -77,8 +77,3 @@ class Case:
                 return None
             rows.append(match[0])
         return rows[0], rows[1]
-
-
-def capital(text: str) -> str:
-    """A text whose first letter is a capital."""
-    return text[:1].upper() + text[1:]

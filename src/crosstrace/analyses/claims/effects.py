@@ -7,9 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit  # quantiles of Student's t
 
-from crosstrace.core.statistics import cluster_bootstrap
+from crosstrace.core.statistics import cluster_bootstrap, student
 from crosstrace.results.mechanism import CircuitAgreement
 from crosstrace.results.sharing import Centralization, Overlap
 
@@ -71,12 +70,12 @@ def difference(a: Overlap | Centralization, b: Overlap | Centralization, name: s
     if None in values or len(widths) < 2:
         return None, None, None
     freedoms = [row.parts - 1 for row in (a, b)]
-    errors = [width / 2 / float(stdtrit(freedom, 0.975)) for width, freedom in zip(widths, freedoms)]
+    errors = [width / 2 / student(freedom) for width, freedom in zip(widths, freedoms)]
     effect, variance = values[0] - values[1], errors[0] ** 2 + errors[1] ** 2
     if variance == 0:
         return effect, effect, effect
     welch = variance**2 / sum(error**4 / freedom for error, freedom in zip(errors, freedoms))
-    half = float(stdtrit(welch, 0.975)) * math.sqrt(variance)
+    half = student(welch) * math.sqrt(variance)
     return effect, effect - half, effect + half
 
 

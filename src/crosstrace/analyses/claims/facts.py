@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from crosstrace.analyses.claims.case import TIMES, Case, capital
+from crosstrace.analyses.claims.case import TIMES, Case
 from crosstrace.analyses.claims.effects import (
     Effect,
     Row,
@@ -24,6 +24,7 @@ from crosstrace.analyses.claims.effects import (
 )
 from crosstrace.analyses.signature import ASKED
 from crosstrace.core.statistics import mean_between
+from crosstrace.core.text_tables import capital
 from crosstrace.data.tasks import Roles
 from crosstrace.results.mechanism import DynamicsPoint, Gradients, Representations, Signature
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from crosstrace.analyses.claims.case import TIMES, Case, capital
+from crosstrace.analyses.claims.case import TIMES, Case
 from crosstrace.analyses.claims.effects import (
     BOOTSTRAP_SEED,
     Effect,
@@ -20,6 +20,7 @@ from crosstrace.analyses.claims.effects import (
     verdict_of,
 )
 from crosstrace.core.statistics import cluster_bootstrap, nearest
+from crosstrace.core.text_tables import capital
 from crosstrace.results.mechanism import MinimalGraft
 
 FEW = 0.05  # the fraction of the parameters whose graft must restore half of the recall

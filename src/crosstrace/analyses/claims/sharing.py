@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from crosstrace.analyses.claims.case import TIMES, Case, capital
+from crosstrace.analyses.claims.case import TIMES, Case
 from crosstrace.analyses.claims.effects import Row, apart, difference, number, points, verdict_of
+from crosstrace.core.text_tables import capital
 
 
 def sharing(case: Case) -> list[Row]:
