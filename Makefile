@@ -11,6 +11,9 @@ PIP_ARGS ?=
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
+# Python keeps what it compiles: a run starts several processes, and the tests hundreds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo smollm2 test test-all coverage check bench
 
