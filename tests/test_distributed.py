@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from distributed_worker import (
     RETAINED,
     RUNS,
     SHARED,
+    SIZES,
     STUDIES,
     interrupted,
     run,
@@ -38,6 +40,7 @@ from crosstrace.core.files import read_json
 from crosstrace.core.pieces import Pieces, rows_of
 from crosstrace.experiment import config
 from crosstrace.models.loading import load_model, save_model
+from crosstrace.models.weights import check_rows
 from crosstrace.results.results import Results
 from crosstrace.sets.paramset import ParamSet
 from crosstrace.trace import load_traces
@@ -51,7 +54,7 @@ def home(tmp_path_factory) -> Path:
     """Tiny models as folders, and what one process makes of them."""
     folder = tmp_path_factory.mktemp("distributed")
     for kind in KINDS:
-        model = tiny_model(kind, tied=kind == "llama", vocab_size=len(tokenizer("word")))
+        model = tiny_model(kind, tied=kind == "llama", **SIZES[kind])
         save_model(model, tokenizer("word"), folder / "models" / kind)
     study(folder, "one", "one", None)
     run(folder, "one-run")
@@ -66,7 +69,7 @@ def launch(number: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.fixture(scope="module", params=[("ddp", 2), ("fsdp", 2), ("fsdp", 4)], ids=["ddp-2", "fsdp-2", "fsdp-4"])
+@pytest.fixture(scope="module", params=[("ddp", 2), ("fsdp", 2), ("fsdp", 3)], ids=["ddp-2", "fsdp-2", "fsdp-3"])
 def several(home: Path, request) -> tuple[Path, str, int]:
     """What several processes make of the models."""
     how, number = request.param
@@ -107,6 +110,24 @@ def same_run(one: Path, other: Path) -> None:
         a, b = (load_model(str(run / "models/mixed" / phase), "float64").state_dict() for run in (one, other))
         assert_same(b, a)
     assert not [path for path in other.rglob("*") if ".partial-" in path.name]
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes", "told"),
+    [
+        ("llama", 2, None),
+        ("llama", 5, "embed_tokens.weight and lm_head.weight are one tensor of 62 rows, which 5 can't share.*take 2$"),
+        ("gpt_neox", 5, None),  # its two are not tied
+        ("qwen3_moe", 2, None),
+        ("qwen3_moe", 4, None),
+        ("qwen3_moe", 3, r"experts\.\w+ has 4 experts, so one of 3 would hold none; take 2$"),
+        ("qwen3_moe", 6, "one of 6 would hold none; take 4$"),
+    ],
+)
+def test_numbers_of_processes_that_cannot_share_a_model(kind, processes, told):
+    model = tiny_model(kind, tied=kind == "llama", vocab_size=62)
+    with nullcontext() if told is None else pytest.raises(UserError, match=told):
+        check_rows(model, processes, "here")
 
 
 @pytest.mark.long

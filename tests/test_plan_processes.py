@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_sharded_or_given_more_processes(monkeypatch):
     large = of(2, False, (two + whole) / 2 / 0.9)
     assert "memory of each GPU" in problems_of(large)[0] and find_remedies(large) == (["--model.sharded true"], {})
     adapter = config.override(SMALL, {"train.lora": "{rank: 4, alpha: 8}"})
-    assert _sharding(SMALL) and not _sharding(adapter)
+    assert _sharding(SMALL, 2) and not _sharding(SMALL, 1) and not _sharding(adapter, 2)
     found = more_processes(of(2, False, (two + four) / 2 / 0.9, nodes=2))
     assert found == ["--processes 4 --nodes 2 --model.sharded true"]
 
@@ -178,3 +178,9 @@ def test_what_several_processes_refuse_is_refused(tmp_path):
         plan(experiment, machine=PLENTY, launch=Launch(2))
     with pytest.raises(UserError, match="leave it out"):
         plan(SMALL, step=True, launch=Launch(2))
+    sharded = replace(SMALL, model=replace(SMALL.model, sharded=True))
+    rows = len(loading.load_tokenizer("bundled"))
+    assert rows % 2 == 0 and rows % 7
+    with pytest.raises(UserError, match=f"one tensor of {rows} rows, which 7 can't share evenly; take"):
+        plan(sharded, machine=PLENTY, launch=Launch(7))
+    assert not _sharding(SMALL, 7)

@@ -35,6 +35,7 @@ def metadata() -> dict[str, Any]:
     }
 
 
+@functools.cache  # every file of traces and sets names them
 def version_of(package: str) -> str | None:
     try:
         return packages.version(package)

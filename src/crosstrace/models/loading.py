@@ -86,7 +86,7 @@ def load_model(
 
     source = locate(name)
     if processes is not None:
-        check_pieces(name, random_init)
+        check_pieces(name, random_init, processes.size)
     if is_adapter(Path(source)):
         if random_init is not None:
             raise UserError(f"{source} holds an adapter, which fits no random weights; name its base for random_init")
@@ -105,10 +105,8 @@ def load_model(
     if Path(source).is_dir():
         weights.check_files(Path(source))
     with reading(f"no model could be read from {source}", "expected what save_pretrained writes"):
-        if _sharding_arguments(processes):
-            with torch.device("meta"):
-                empty = AutoModelForCausalLM.from_config(read_config(source), trust_remote_code=False)
-            weights.check_shapes(empty, folder_of(source))
+        if processes is not None and processes.size > 1:
+            weights.check_shapes(_empty_model(source), folder_of(source))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=DTYPES[dtype],
@@ -143,11 +141,22 @@ def _check_safetensors(folder: Path) -> None:
         )
 
 
-def check_pieces(name: str, random_init: int | None = None) -> None:
-    """Raise a `UserError` if several processes can't each load only their rows of a model."""
+def check_pieces(name: str, random_init: int | None, processes: int) -> None:
+    """Raise a `UserError` if so many processes can't each load only their rows of a model."""
     source = locate(name)
-    if is_adapter(Path(source)) or random_init is not None:
+    if is_adapter(Path(source)) or random_init is not None or gguf.is_gguf(source):
         raise UserError(f"{source} can't be loaded in pieces: expected the weights of a whole model, saved as a folder")
+    if processes > 1:
+        weights.check_rows(_empty_model(source), processes, source)
+
+
+def _empty_model(source: str) -> Any:
+    """The model that a folder's config describes, without numbers."""
+    from transformers import AutoModelForCausalLM
+
+    with reading(f"no model could be made from the config of {source}", "expected what save_pretrained writes"):
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(read_config(source), trust_remote_code=False)
 
 
 def _sharding_arguments(processes: Processes | None) -> dict[str, Any]:

@@ -105,6 +105,38 @@ def check_shapes(empty: Any, folder: Path) -> None:
     _check_shapes(wrong, folder)
 
 
+def check_rows(empty: Any, processes: int, place: str) -> None:
+    """Raise a `UserError` if FSDP2 can't share out a model's rows among several processes.
+
+    - Of tied weights every process must hold equally many rows. Otherwise FSDP2 pads the rows of each use in a buffer
+      of its own, and an update reaches one buffer alone: the other use goes on with old values.
+    - Of stacked experts every process must hold some. Otherwise transformers can't read the weights.
+
+    Args:
+        empty: the model, which may be without numbers.
+        place: what a sentence calls it.
+    """
+    uses: dict[int, list[tuple[str, Any]]] = {}
+    for name, parameter in empty.named_parameters(remove_duplicate=False):
+        uses.setdefault(id(parameter), []).append((name, parameter))
+    for (name, parameter), *others in uses.values():
+        rows = len(parameter) if parameter.dim() else 1
+        if others and rows % processes:
+            fitting = max(number for number in range(1, processes) if rows % number == 0)
+            problem = f"{name} and {others[0][0]} are one tensor of {rows} rows, which {processes} can't share evenly"
+        elif parameter.dim() == 3 and _are_without(rows, processes):
+            fitting = max(number for number in range(1, processes) if not _are_without(rows, number))
+            problem = f"{name} has {rows} experts, so one of {processes} would hold none"
+        else:
+            continue
+        raise UserError(f"{place} can't be loaded in pieces by {processes} processes: {problem}; take {fitting}")
+
+
+def _are_without(rows: int, processes: int) -> bool:
+    """Whether some processes hold none of a parameter's rows, which FSDP2 shares out as `torch.chunk` does."""
+    return -(-rows // processes) * (processes - 1) >= rows
+
+
 def _check_shapes(wrong: Sequence[tuple[str, Sequence[int], Sequence[int]]], folder: str | Path) -> None:
     if wrong:
         name, shape, expected = wrong[0]

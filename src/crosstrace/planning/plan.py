@@ -57,7 +57,7 @@ def plan(
     if launch.processes > 1 and step:
         raise UserError(f"--step times an update of one process, but {launch.processes} are planned; leave it out")
     if launch.processes > 1 and experiment.model.sharded:
-        check_pieces(experiment)
+        check_pieces(experiment, launch.processes)
     progress("facts and tokens")
     material = Material(experiment)
     material.check(experiment)

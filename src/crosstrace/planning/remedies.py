@@ -16,10 +16,10 @@ MOST_PROCESSES = 64  # more processes are not looked for
 IN_WORDS = {"gpu": "memory of the GPU", "ram": "RAM", "disk": "disk"}
 
 
-def check_pieces(experiment: Experiment) -> None:
-    """Raise a `UserError` if several processes would refuse to load one of the models."""
+def check_pieces(experiment: Experiment, processes: int) -> None:
+    """Raise a `UserError` if so many processes would refuse to load one of the models."""
     for name in (experiment.model.name, *experiment.given.values()):
-        loading.check_pieces(name)
+        loading.check_pieces(name, None, processes)
 
 
 def problems_of(needs: Needs) -> list[str]:
@@ -101,7 +101,7 @@ def find_remedies(needs: Needs) -> tuple[list[str], Row]:
         each remedy as on the command line; and if there is none, the totals with the least that settings can ask for.
     """
     remedies, least = _settings(needs)
-    change = _sharding(needs.experiment) if needs.launch.processes > 1 else {}
+    change = _sharding(needs.experiment, needs.launch.processes)
     if not change:
         return remedies, least
     sharded = _with(needs, change)
@@ -113,16 +113,22 @@ def find_remedies(needs: Needs) -> tuple[list[str], Row]:
     return remedies, least
 
 
-def _sharding(experiment: Experiment) -> dict[str, str]:
+def _sharding(experiment: Experiment, processes: int) -> dict[str, str]:
     """The setting that shards the model among several processes; none if it is sharded already, or can't be."""
     change = {"model.sharded": "true"}
-    if experiment.model.sharded:
-        return {}
+    is_possible = processes > 1 and not experiment.model.sharded and _can_share(experiment, processes, change)
+    return change if is_possible else {}
+
+
+def _can_share(experiment: Experiment, processes: int, changes: Mapping[str, str]) -> bool:
+    """Whether so many processes can hold the models, in pieces if the experiment says so after some changes."""
     try:
-        check_pieces(config.override(experiment, change))
+        changed = config.override(experiment, changes)
+        if changed.model.sharded:
+            check_pieces(changed, processes)
     except UserError:
-        return {}
-    return change
+        return False
+    return True
 
 
 def _with(needs: Needs, changes: Mapping[str, str], launch: Launch | None = None) -> Needs:
@@ -136,11 +142,12 @@ def more_processes(needs: Needs) -> list[str]:
     Twice as many are tried, then four times, and so on, on as many machines or on more of them.
     """
     launch, times = needs.launch, 2
-    sharding = _sharding(needs.experiment)
     while times * launch.processes <= MOST_PROCESSES:
         number = times * launch.processes
+        changes: list[dict[str, str]] = [{}] if _can_share(needs.experiment, number, {}) else []
+        changes += [change] if (change := _sharding(needs.experiment, number)) else []
         for nodes in (launch.nodes, times * launch.nodes):
-            for change in [{}, sharding] if sharding else [{}]:
+            for change in changes:
                 if not problems_of(_with(needs, change, Launch(number, nodes))):
                     machines = {"nodes": str(nodes)} if nodes > 1 else {}
                     return [_as_typed({"processes": str(number)} | machines | change)]
