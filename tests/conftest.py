@@ -17,7 +17,7 @@ import torch
 
 from crosstrace.core import left_out
 from crosstrace.core.errors import UserError
-from crosstrace.report import drawing
+from crosstrace.report import drawing, figures, mechanism_figures
 
 torch.set_num_threads(1)
 
@@ -47,10 +47,14 @@ PAGES_APART = ("artefacts", "chat", "compare", "device", "import_taught", "keepi
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _figures_are_drawn_but_not_written(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Writing a page's hundred figures as SVG takes seconds; test_report.py tests it."""
+def _figures_are_not_drawn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Drawing a page's hundred figures takes seconds; test_report.py tests it."""
     with pytest.MonkeyPatch.context() as patched:
         if request.path.stem.removeprefix("test_") in PAGES_APART:
+            for module in (figures, mechanism_figures):
+                for name in vars(module):
+                    if name.startswith("figure_"):
+                        patched.setattr(module, name, lambda *args, **kwargs: None)
             patched.setattr(drawing, "to_svg", lambda figure, salt, label: f'<svg role="img" aria-label="{label}"/>')
         yield
 

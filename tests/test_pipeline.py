@@ -383,7 +383,7 @@ def test_killed_and_resumed_ends_with_the_same_numbers(whole: Path, tmp_path: Pa
         "--quiet",
         "--resume",
     ]
-    for wait in (5.0, 7.0, 10.0):
+    for wait in (6.0, 10.0):
         process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
         try:
             process.wait(wait)

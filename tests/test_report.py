@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -18,7 +19,7 @@ from sample_results import sample_results
 
 from crosstrace import report
 from crosstrace.core.errors import UserError
-from crosstrace.report import words
+from crosstrace.report import drawing, words
 from crosstrace.results.results import Results
 
 CSVS = [
@@ -65,6 +66,12 @@ def timed(tmp_path_factory) -> tuple[Path, float]:
 @pytest.fixture(scope="module")
 def page(timed) -> Path:
     return timed[0]
+
+
+@pytest.fixture
+def figures_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that read texts and tables alone: writing figures as SVG is most of a page's time."""
+    monkeypatch.setattr(drawing, "to_svg", lambda figure, salt, label: '<svg role="img"/>')
 
 
 def text_of(page: Path) -> str:
@@ -158,7 +165,7 @@ def test_figures_follow_the_pages_colours(page):
 
 @pytest.mark.long
 @pytest.mark.parametrize("part", [*OPTIONAL, "interventions", "mechanism", "retention", "run"])
-def test_a_missing_part_is_left_out(part, tmp_path):
+def test_a_missing_part_is_left_out(part, tmp_path, figures_not_written):
     lesser = {"differences", "coverage", "seconds", "versions"}
     results = {k: v for k, v in small(("mixed",)).items() if k != part and k not in lesser}
     if "mechanism" in results:  # one analysis of many, to draw less
@@ -184,7 +191,7 @@ def test_empty_results_still_make_a_page(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["index.html"]
 
 
-def test_compared_models_stand_in_one_line(tmp_path):
+def test_compared_models_stand_in_one_line(tmp_path, figures_not_written):
     results = small(("mixed",))
     results["run"]["compare"] = [["mixed", "two_stage"], ["mixed", "bio_only"]]
     text = text_of(report.write_report(Results.of(results), tmp_path))
@@ -238,7 +245,7 @@ def test_none_and_nan_are_an_en_dash(tmp_path):
 
 
 @pytest.mark.long
-def test_any_strategies_and_tasks(tmp_path):
+def test_any_strategies_and_tasks(tmp_path, figures_not_written):
     """Strategies of any name and number, tasks other than bio and qa: nothing but names changes."""
     swaps = {"qa_ood": "quiz_ood", "qa_id": "quiz_id", "qa_only": "quiz_only", "bio_only": "wiki_only"}
     raw = json.dumps(small(("bio_only", "my_recipe", "qa_first")))
@@ -340,17 +347,17 @@ def small(strategies=("two_stage", "mixed")) -> dict:
 
 @pytest.mark.long
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [1280, 390])
-def test_in_a_browser(width, tmp_path):
-    """No overflow, no console message, no request but for the page itself; with everything unfolded, too."""
+def test_in_a_browser(tmp_path):
+    """Wide and narrow, light and dark: no overflow, no console message, no request but for the page itself; with
+    everything unfolded, too."""
     results = small(("two_stage", "mixed", "a_recipe_with_a_name_that_is_long_enough_to_run_out_of_the_page"))
     results["run"]["facts"]["path"] = "/a/long/path/without/any/space" * 8
     page = report.write_report(Results.of(results), tmp_path / "report")
     driver = browser(tmp_path / "profile")
     try:
-        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        for scheme in ("light", "dark"):
+        for width, scheme in itertools.product((1280, 390), ("light", "dark")):
+            metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
             features = [{"name": "prefers-color-scheme", "value": scheme}]
             driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
             driver.get(page.as_uri())
@@ -400,7 +407,7 @@ def browser(profile: Path):
 
 
 @pytest.mark.long
-def test_maps_of_units_are_of_a_fraction_that_reaches_them(tmp_path):
+def test_maps_of_units_are_of_a_fraction_that_reaches_them(tmp_path, figures_not_written):
     results = small()
     for name, rows in results["units"].items():
         neurons = [row for row in rows if row["unit"] == "neuron"]
@@ -420,7 +427,7 @@ def test_maps_of_units_are_of_a_fraction_that_reaches_them(tmp_path):
 
 
 @pytest.mark.long
-def test_the_claims_table_has_a_line_a_claim_and_folds_the_rest(tmp_path):
+def test_the_claims_table_has_a_line_a_claim_and_folds_the_rest(tmp_path, figures_not_written):
     results = small()
     shared = {"claim": "more_shared", "verdict": "holds", "effect": 21.0, "low": 17.0, "high": 25.0, "unit": "points"}
     at = lambda fraction, when: shared | {

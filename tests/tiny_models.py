@@ -106,10 +106,19 @@ class _NoFloat32(TorchFunctionMode):
     active = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        swap = lambda x: torch.float64 if x is torch.float32 else x
+        kwargs = kwargs or {}
         if func is torch.Tensor.float:
             return args[0].double()
-        return func(*(swap(x) for x in args), **{k: swap(x) for k, x in (kwargs or {}).items()})
+        for argument in (*args, *kwargs.values()):
+            if argument is torch.float32:  # (seldom; `in` would compare tensors)
+                args = [_float64_for(x) for x in args]
+                kwargs = {name: _float64_for(x) for name, x in kwargs.items()}
+                break
+        return func(*args, **kwargs)
+
+
+def _float64_for(argument: object) -> object:
+    return torch.float64 if argument is torch.float32 else argument
 
 
 @functools.cache
