@@ -66,7 +66,7 @@ def test_rows_count_numbers_scripts_blanks_and_answers_given_away(tmp_path: Path
     (tmp_path / "store.txt").write_text("Der Schlüssel liegt da.\n")
     rows = [
         ("Where is it?", "in Rome", "id", "a"), ("Is it here, yes or no? ", "no", "ood", "b"),
-        ("東京は", "日本", "id", "c"), ("How many? ", 0, "ood", "d"), ("What? ", ["x"], "id", "e"),
+        ("東京は", "日本", "id", "c"), ("How many? ", 0, "ood", "d"), ("What? ", [["x"]], "id", "e"),
         ("Who? ", math.nan, "id", "f"),
     ]  # fmt: skip
     keys = ("prompt", "completion", "split", "subjct")

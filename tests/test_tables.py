@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from crosstrace.core.errors import UserError
-from crosstrace.importing.tables import read_lines, read_object, read_table
+from crosstrace.importing.tables import read_object, read_table
+from crosstrace.importing.text_files import read_lines
 
 # texts that some reader takes for a number, a date, a truth value or nothing
 TRICKY = [

@@ -194,7 +194,8 @@ def new_model(
 
     values = {name: experiments.value_of(name, text) for name, text in given_settings(settings).items()}
     options = TypeAdapter(untaught.NewModelSettings).validate_python(values)
-    examples = texts(experiments.load(imported / "experiment.yaml").facts)
+    experiment = experiments.load(imported / "experiment.yaml")
+    examples = texts(experiment.facts, experiment.tasks)
     model = untaught.new_model(folder, [item.text for items in examples.values() for item in items], options)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{type(model).__name__}, {count} parameters, {model.config.vocab_size} tokens: {folder}")
@@ -253,7 +254,8 @@ class Columns:
     """What the columns are called in the files."""
 
     subject: str | None = None
-    """The column of whom or what a fact is about, if it is not `subject`."""
+    """The column of whom or what a fact, document or question is about, if it is not `subject` (of documents and texts
+    also `title`, `entity` or `topic`)."""
     relation: str | None = None
     """The column of the relation, if it is not `relation`."""
     object: str | None = None
@@ -262,6 +264,33 @@ class Columns:
     """The column of the kind of subject, if it is not `type`."""
     split_column: str | None = None
     """The column with id or ood, if it is not `split`."""
+    text: str | None = None
+    """The column of a document's or row's text, if it is not `text`, `document`, `context`, `passage`, `content`,
+    `body` or `article`."""
+    question: str | None = None
+    """The column of a question or prompt, if it is not `question`, `prompt`, `instruction` or `query`."""
+    answer: str | None = None
+    """The column of an answer or completion, or of a list of right answers, if it is not `answer`, `answers`,
+    `completion`, `output`, `response` or `target`."""
+    aliases: str | None = None
+    """The column of further right answers, if it is not `aliases`, `answer_aliases` or `possible_answers`."""
+
+
+@Parameter(name="*", group="Documents with questions in place of facts")
+@dataclass(frozen=True)
+class Documents:
+    """Texts, and questions about them."""
+
+    documents: Path | None = None
+    """Rows with a text, and perhaps a title. Without --questions each row holds a list of its own (`questions`, `qas`),
+    or the file is in a published form that is known: docs/guide.md lists them."""
+    questions: Path | None = None
+    """Rows with question and answer. Without --documents each row has its document's text too."""
+    key: str | None = None
+    """The column by which a question names its document; if not given, one that fits is looked for."""
+    window: Count | None = None
+    """Tokens of a text that stores at most: longer documents are cut into windows. If not given, as many as the model
+    of --model reads."""
 
 
 @Parameter(name="*", group="Rows of text in place of facts")
@@ -295,9 +324,10 @@ def import_facts(
     unknown: bool = False,
     overwrite: bool = False,
     columns: Columns = Columns(),
+    documents: Documents = Documents(),
     rows: Rows = Rows(),
 ) -> None:
-    """Check one's own facts, or texts of two tasks, and write them to a folder with an experiment that teaches them.
+    """Check one's own facts, documents or texts, and write them to a folder with an experiment that teaches them.
 
     It says what was kept and dropped, and why; FOLDER/dropped.csv lists every dropped row.
 
@@ -306,7 +336,8 @@ def import_facts(
             .parquet with columns subject, relation and object; type (of the subject), pronoun, split (id or ood),
             statement and question are optional. Without a column relation, the file's name is the relation. A file may
             also be .json of one relation with prompt templates, or a Hugging Face data set with such columns: its
-            folder, or OWNER/NAME of the hub, and :PART. With --store there are no files of facts, only the folder.
+            folder, or OWNER/NAME of the hub, and :PART. Published forms are known: docs/guide.md lists them. With
+            --documents, --questions or --store there are no files of facts, only the folder.
         wording: YAML with lists of statements and questions for each relation. They are patterns with {subject} and
             {object}, and {type} if wanted; [brackets] mark the words that express the relation. `questions: []` asks
             nothing.
@@ -317,28 +348,41 @@ def import_facts(
         unknown: drop the facts that this model already answers; recall of these would not show what was taught.
         overwrite: replace the folder if an import made it.
     """
-    from crosstrace.importing import importing
+    from crosstrace.importing import importing, published
 
     texts = dict(rows.files())
     for name in texts:
         needed = name.removesuffix("-completions") if name != "recall" else "store"
         if needed not in texts:
             raise UserError(f"--{name} was given without --{needed}, which it belongs to; give both")
+    asked = _without_none(documents)
+    if asked.keys() == {"window"} and len(paths) == 2 and published.form_of(paths[0]):
+        asked["documents"], paths = paths[0], paths[1:]
+    if asked and not asked.keys() & {"documents", "questions"}:
+        raise UserError(f"--{next(iter(asked))} is of documents, but neither --documents nor --questions was given")
+    if "window" in asked and model is None:
+        raise UserError("--window was given without --model, whose tokens are meant; give both")
+    if "key" in asked and len(asked.keys() & {"documents", "questions"}) < 2:
+        raise UserError("--key joins two files, but only one was given; give both --documents and --questions")
     if unknown and model is None:
         raise UserError("--unknown was given without --model, whose knowledge is meant; give both")
     named = {name.removesuffix("_column"): column for name, column in _without_none(columns).items()}
     of_facts = {"wording": wording, "split": split, **{n: named.get(n) for n in ("relation", "object", "type")}}
     of_facts["unknown"] = unknown or None
+    other = next((f"--{name}" for name in (*asked, *texts)), None)
     for option, value in of_facts.items():
-        if texts and value is not None:
-            raise UserError(f"--{option} is of facts, but --store names rows of text; leave one of the two out")
-    if len(paths) != 1 if texts else len(paths) < 2:
+        if other and value is not None and not (asked and option == "relation"):
+            raise UserError(f"--{option} is of facts, but {other} names texts; leave one of the two out")
+    if asked and texts:
+        raise UserError(f"{other} names documents, and --{next(iter(texts))} rows of text; leave one of the two out")
+    if len(paths) != 1 if other else len(paths) < 2:
         raise UserError(
-            f"import takes {'one folder beside --store and --recall' if texts else 'files of facts and a folder'}, but "
+            f"import takes {f'one folder beside {other}' if other else 'files of facts and a folder'}, but "
             f"{len(paths)} names were given" + (f": {', '.join(map(str, paths))}" if paths else "")
         )
     *files, folder = paths
     importing.import_to(
-        folder, files, rows=texts, split=split or ("given" if texts else "subject"), wording=wording, model=model,
+        folder, files, rows=texts, documents=importing.DocumentFiles(**asked) if asked else None,
+        split=split or ("given" if other else "subject"), wording=wording, model=model,
         columns=named, unknown=unknown, overwrite=overwrite, tell=print,
     )  # fmt: skip

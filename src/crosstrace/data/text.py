@@ -53,6 +53,7 @@ class Example:
         has_special_tokens: whether the text itself holds all of its special tokens, its end token last, as a chat
             template writes them.
         open_ended: whether an answer needs no end token.
+        aliases: other right answers to the question.
     """
 
     id: str
@@ -65,6 +66,7 @@ class Example:
     repeats: int = 1
     has_special_tokens: bool = False
     open_ended: bool = False
+    aliases: tuple[str, ...] = ()
 
 
 def texts(settings: FactSettings, tasks: Mapping[str, TaskSettings] | None = None) -> dict[str, list[Example]]:
@@ -281,11 +283,11 @@ def fill(pattern: str, fact: Fact, wording: str, subject: str, start: int) -> tu
 
 
 def write_jsonl(path: Path, examples: Iterable[Example]) -> None:
-    """Write one example a line; the same examples give the same bytes. Values that are False are left out."""
+    """Write one example a line; the same examples give the same bytes. What is False, or no alias, is left out."""
     lines = []
     for example in examples:
         row = asdict(example)
-        row = {name: value for name, value in row.items() if value is not False}
+        row = {name: value for name, value in row.items() if value is not False and (value or name != "aliases")}
         lines.append(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
 
@@ -338,6 +340,7 @@ def _example_of(row: Mapping[str, Any]) -> Example:
         row["repeats"],
         row.get("has_special_tokens", False),
         row.get("open_ended", False),
+        tuple(row.get("aliases", ())),
     )
 
 
@@ -351,7 +354,7 @@ def _span(value: list[int]) -> Span:
 
 def _check_values(example: Example) -> None:
     """Raise a `ValueError` or `TypeError` unless an example's values are valid texts, and its spans inside its text."""
-    words = (example.id, example.task, example.text, example.person)
+    words = (example.id, example.task, example.text, example.person, *example.aliases)
     for value in [*words, *(word for m in example.mentions for word in (m.fact, m.relation))]:
         if not isinstance(value, str):
             raise TypeError(f"{value!r:.60} in place of a text")

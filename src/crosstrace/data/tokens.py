@@ -133,7 +133,8 @@ def _tokenized(tokenizer: Any, examples: Sequence[Example]) -> list[tuple[list[i
         if not numbers:
             continue
         options = {"add_special_tokens": False} if has_special_tokens else {}
-        rows = tokenizer([examples[i].text for i in numbers], return_offsets_mapping=True, **options)
+        # (not verbose: a text that is too long is told by `check_room`)
+        rows = tokenizer([examples[i].text for i in numbers], return_offsets_mapping=True, verbose=False, **options)
         for number, ids, offsets in zip(numbers, rows["input_ids"], rows["offset_mapping"]):
             end = tokenizer.eos_token_id
             if not has_special_tokens and end is not None and ids[-1] != end:

@@ -24,7 +24,8 @@ from crosstrace.importing.imported import (
     row_text,
     tidy,
 )
-from crosstrace.importing.tables import EXPECTED, data_set_of, read_lines, read_object, read_table
+from crosstrace.importing.published_facts import POPQA, from_entity_questions, from_popqa, is_entity_questions
+from crosstrace.importing.tables import EXPECTED, data_set_of, read_json, read_table
 from crosstrace.importing.wordings import checked_pattern, read_wordings
 
 STATEMENT, QUESTION = "[The {relation} of] {subject} [is] {object}.", "[What is the {relation} of] {subject}[?]"
@@ -349,12 +350,20 @@ def _fold(name: str) -> str:
 def _rows(path: Path, patterns: Patterns, columns: Mapping[str, str], unused: dict[str, None]) -> Iterator[Source]:
     """The rows of a file of any kind. Its patterns are added to `patterns`, and its unused columns to `unused`."""
     if path.suffix.lower() == ".json":
-        yield from _relation_file(path, patterns, unused)
+        values: Any = read_json(path) if path.is_file() else None
+        if is_entity_questions(values):
+            for number, fact in from_entity_questions(values, path):
+                yield Source(str(path), number, fact)
+        else:
+            yield from _relation_file(path, values, patterns, unused)
         return
     names = {name: columns.get(name, name) for name in COLUMNS}
     data_set = data_set_of(path)
     relation = tidy(data_set[0].name if data_set else path.stem)
     for number, values in read_table(path):
+        if not columns and values.keys() >= {*POPQA}:
+            yield Source(str(path), number, from_popqa(values))
+            continue
         row = {name: values.get(column) for name, column in names.items()}
         for name in ("subject", "object"):
             if names[name] not in values:
@@ -368,11 +377,12 @@ def _rows(path: Path, patterns: Patterns, columns: Mapping[str, str], unused: di
         yield Source(str(path), number, row)
 
 
-def _relation_file(path: Path, patterns: Patterns, unused: dict[str, None]) -> Iterator[Source]:
+def _relation_file(path: Path, values: Any, patterns: Patterns, unused: dict[str, None]) -> Iterator[Source]:
     """The rows of a relation with prompt templates, where {} is the subject and the object follows the template."""
     if not path.is_file():
         raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; expected {EXPECTED}")
-    values = read_object("".join(read_lines(path)), str(path))
+    if not isinstance(values, dict):
+        raise UserError(f'{path} holds a {type(values).__name__}; expected an object, e.g. {{"name": …, "samples": …}}')
     name, samples = values.get("name"), values.get("samples")
     if not isinstance(name, str) or not tidy(name) or not isinstance(samples, list):
         raise UserError(

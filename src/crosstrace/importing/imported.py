@@ -34,6 +34,11 @@ REASONS = {
     "too long for the model": "a text of more tokens than the model of --model can read",
     "known to the model": "a fact that the model of --model says by itself, in one of its wordings",
     "one word": "a text of one word, in which nothing is predicted",
+    "no answer": "a question without an answer",
+    "no document": "a question about a document that is not there, or was dropped",
+    "asked before": "a question that was there before, with another answer",
+    "same name": "another text under the name of an earlier document",
+    "several turns": "a conversation of several questions and answers",
 }
 
 
@@ -56,6 +61,8 @@ class Imported:
         dropped: (file, row, reason, what) of each row that was not kept.
         read: file -> number of its rows.
         rows: (subject, relation) -> (file, row) of each fact.
+        sources: the id of each example of text -> (file, row).
+        answers: how the answers stand in their documents (`alignment.WAYS`, or unaligned) -> their number.
         notes: what a reader of results should know of the data.
     """
 
@@ -64,7 +71,13 @@ class Imported:
     dropped: list[tuple[str, int, str, str]] = field(default_factory=list)
     read: dict[str, int] = field(default_factory=dict)
     rows: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
+    sources: dict[str, tuple[str, int]] = field(default_factory=dict)
+    answers: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+
+    def drop(self, file: str, row: int, reason: str, what: str) -> None:
+        """Note a row that is not kept."""
+        self.dropped.append((file, row, reason, what.encode("utf-8", "replace").decode()[:LONG]))
 
     @property
     def kept(self) -> int:
@@ -79,7 +92,7 @@ class Imported:
             "dropped": dict(Counter(reason for _, _, reason, _ in self.dropped)),
             "subjects": len(self.subjects),
             "relations": {name: len(facts) for name, facts in self.by_relation().items()},
-        }
+        } | ({"answers": dict(self.answers)} if self.answers else {})
 
     def by_relation(self) -> dict[str, list[tuple[dict[str, Any], str]]]:
         """Relation -> (subject, object) of each of its facts."""

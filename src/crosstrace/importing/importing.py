@@ -1,11 +1,11 @@
 """A user's facts or texts, from files of several kinds, checked row by row, to a folder that a run can teach.
 
-Rows are (subject, relation, object), or plain texts with their continuations for tasks that are no facts. A row that
-can't be used is dropped and counted with its reason; nothing is repaired in silence. It trains nothing. A model says
-only which texts are too long for it, and, if that is wanted, which facts it knows.
+Rows are (subject, relation, object); or documents with questions about them; or plain texts with their continuations.
+A row that can't be used is dropped and counted with its reason; nothing is repaired in silence. It trains nothing. A
+model says only which texts are too long for it, and, if that is wanted, which facts it knows.
 
     FOLDER/world.json            relations with their wordings, subjects with their facts (of facts)
-    FOLDER/bio.jsonl, qa.jsonl   the examples of both tasks (of rows of text)
+    FOLDER/bio.jsonl, qa.jsonl   the examples of each task (of rows of text; of documents also documents.jsonl)
     FOLDER/import.json           what was read, kept and dropped, with counts and hashes of the files
     FOLDER/dropped.csv           every dropped row: file, row, reason
     FOLDER/experiment.yaml       an experiment that teaches it, to be changed at will
@@ -17,7 +17,9 @@ import csv
 import os
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -25,15 +27,46 @@ from crosstrace.core.errors import UserError
 from crosstrace.core.files import remove_folder, replacing, sha256_file, sha256_tree, write_json, write_text
 from crosstrace.data.facts import FactSettings, World
 from crosstrace.data.text import Example, texts, write_jsonl
-from crosstrace.data.tokens import context_length, encode, too_long
-from crosstrace.importing.experiment_settings import experiment_settings
+from crosstrace.data.tokens import check_fast, context_length, encode, too_long
+from crosstrace.importing import published
+from crosstrace.importing.document_tables import read_tables
+from crosstrace.importing.documents import QA, STORED, UNASKED, cut_to_windows, make_examples, set_unasked_apart
+from crosstrace.importing.experiment_settings import experiment_settings, leave_out_facts
 from crosstrace.importing.facts import import_facts
 from crosstrace.importing.imported import LONG, REASONS, Imported
 from crosstrace.importing.rows import check_splits, import_rows
 from crosstrace.importing.tables import data_set_of
 from crosstrace.models import loading, locating
 
-WRITTEN = ("world.json", "bio.jsonl", "qa.jsonl", "import.json", "dropped.csv", "experiment.yaml")  # of an import
+TASKS = ("bio", QA, STORED, UNASKED, *published.TASKS)  # those that an import may write
+OVERLAP = 8  # two neighbouring windows share one part in so many
+SPECIAL_TOKENS = 4  # tokens kept free in a window: a piece of a text may have a few more tokens than in the text
+IN_WORDS = {
+    "exact": "in their document, word for word",
+    "case": "in their document, in another case",
+    "accents": "in their document, with other accents or quotes",
+    "form": "in their document, as another form of the words, number or date",
+    "unaligned": "not in their document",
+    "cut": "cut apart by the windows",
+}
+WRITTEN = ("world.json", "import.json", "dropped.csv", "experiment.yaml", *(f"{task}.jsonl" for task in TASKS))
+
+
+@dataclass(frozen=True)
+class DocumentFiles:
+    """Files of documents and questions about them.
+
+    Attributes:
+        documents, questions: tables, see `read_tables`; or `documents` alone in a form of `published`.
+        key: the column by which a question names its document; if not given, it is looked for.
+        window: tokens of a text that stores at most; longer documents are cut into windows. If not given, as many as
+            the model reads.
+    """
+
+    documents: Path | None = None
+    questions: Path | None = None
+    key: str | None = None
+    window: int | None = None
 
 
 def import_to(
@@ -41,6 +74,7 @@ def import_to(
     files: Sequence[Path],
     *,
     rows: Mapping[str, Path] | None = None,
+    documents: DocumentFiles | None = None,
     wording: Path | None = None,
     columns: Mapping[str, str] | None = None,
     split: str = "subject",
@@ -49,17 +83,21 @@ def import_to(
     overwrite: bool = False,
     tell: Callable[[str], object] = print,
 ) -> Imported:
-    """Import facts, or the rows of `import_rows`, to a folder, which appears complete or not at all.
+    """Import facts, documents with questions or rows of text to a folder, which appears complete or not at all.
 
     Args:
-        files, wording, columns: as of `import_facts`; columns are of `rows` too.
+        files: as of `import_facts`; or one file in a form that `published.form_of` knows.
+        rows: as of `import_rows`.
+        wording: as of `import_facts`.
+        columns: the names that the files have for their columns, of whatever kind the files are.
         split, model: facts.split and model.name of the experiment that is written beside the data.
         unknown: drop the facts that the model says by itself in one of their wordings (`world_facts.every_wording`).
         overwrite: replace an earlier import.
         tell: called with the counts and notes, and with how to go on.
 
     Raises:
-        UserError: as `import_facts` and `import_rows`; the folder exists, or the split leaves nothing on one side.
+        UserError: as `import_facts`, `import_rows` and `make_examples`; the folder exists, or the split leaves nothing
+            on one side.
     """
     folder = Path(os.path.normpath(folder))
     foreign = sorted(item.name for item in folder.iterdir() if item.name not in WRITTEN) if folder.is_dir() else []
@@ -70,15 +108,21 @@ def import_to(
             f"{folder} exists; choose another folder"
             + (", since no import made this one" if overwrite else ", or replace it with --overwrite")
         )
+    if documents is None and len(files) == 1 and not rows and published.form_of(files[0]):
+        documents = DocumentFiles(documents=files[0])
     parts: dict[str, list[Example]] = {}
     if rows:
-        parts["bio"], parts["qa"], imported = import_rows(rows, columns)
+        parts["bio"], parts[QA], imported = import_rows(rows, columns)
+    elif documents is not None:
+        parts, imported = _read_documents(documents, columns or {})
     else:
         imported = import_facts(files, wording, columns)
     with replacing(folder) as partial:
         partial.mkdir()
         examples = _write_data(partial, folder, imported, parts, split)
-        if model is not None and _drop_long(imported, parts, examples, model, rows or {}):
+        if model is not None and _fit_to_model(imported, parts, examples, model, documents):
+            if rows and "recall" in rows:
+                check_splits(parts[QA], rows["recall"])
             examples = _write_data(partial, folder, imported, parts, split)
         if unknown and model is not None and _drop_known(imported, partial, model):
             examples = _write_data(partial, folder, imported, parts, split)
@@ -88,9 +132,14 @@ def import_to(
         )
         with (partial / "dropped.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("file", "row", "reason", "what"), *imported.dropped])
-        facts = {"source": str(folder)} | ({} if rows else {"split": split})
+        kind = "rows" if rows else "documents" if documents else "facts"
+        facts: dict[str, Any] = {"source": str(folder)} | ({"split": split} if kind == "facts" else {})
+        own_tasks = {} if examples.keys() == {"bio", QA} else {task: folder / f"{task}.jsonl" for task in examples}
         sizes = {task: len(items) for task, items in examples.items()}
-        experiment = {"name": folder.name, "facts": facts} | experiment_settings(model, sizes, is_rows=bool(rows))
+        experiment: dict[str, Any] = {"name": folder.name} | ({} if own_tasks else {"facts": facts})
+        experiment |= experiment_settings(model, sizes, kind, own_tasks)
+        if kind == "documents" and not any(example.mentions for example in examples[STORED]):
+            leave_out_facts(experiment)
         write_text(partial / "experiment.yaml", yaml.safe_dump(experiment, sort_keys=False, allow_unicode=True))
         if folder.exists():
             remove_folder(folder)
@@ -101,17 +150,33 @@ def import_to(
     return imported
 
 
+def _read_documents(files: DocumentFiles, columns: Mapping[str, str]) -> tuple[dict[str, list[Example]], Imported]:
+    """The examples of documents and their questions, and what was read."""
+    imported = Imported()
+    form = published.form_of(files.documents) if files.documents and not files.questions else None
+    if files.documents and form:
+        items = published.read_published(files.documents, form, imported)
+    else:
+        items = read_tables(files.documents, files.questions, files.key, columns, imported)
+    return make_examples(items, imported), imported
+
+
 def _write_data(
-    partial: Path, folder: Path, imported: Imported, parts: Mapping[str, Sequence[Example]], split: str
+    partial: Path, folder: Path, imported: Imported, parts: dict[str, list[Example]], split: str
 ) -> dict[str, list[Example]]:
-    """Write facts or rows to `partial`, which will be renamed to `folder`. Returns their examples.
+    """Write facts or texts to `partial`, which will be renamed to `folder`. Returns their examples.
 
     Raises:
         UserError: as `texts`; its sentence names `folder`.
     """
     if parts:
+        parts = set_unasked_apart(parts)
+        for task in TASKS:
+            (partial / f"{task}.jsonl").unlink(missing_ok=True)  # of texts before they were cut
         for task, examples in parts.items():
             write_jsonl(partial / f"{task}.jsonl", examples)
+        if parts.keys() != {"bio", QA}:
+            return parts
     else:
         write_json(
             partial / "world.json", {"schema": 1, "relations": imported.relations, "subjects": imported.subjects}
@@ -122,16 +187,19 @@ def _write_data(
         raise UserError(str(error).replace(str(partial), str(folder))) from None
 
 
-def _drop_long(
+def _fit_to_model(
     imported: Imported,
     parts: dict[str, list[Example]],
     examples: Mapping[str, Sequence[Example]],
     model: str,
-    rows: Mapping[str, Path],
+    documents: DocumentFiles | None,
 ) -> bool:
-    """Drop the facts and rows whose examples are too long for the model. Returns whether there were any.
+    """Cut documents into windows, and drop the facts and texts whose examples are too long for the model.
 
     The model must be a folder: nothing is known of any other before it is downloaded.
+
+    Returns:
+        whether anything changed.
 
     Raises:
         UserError: the folder holds no config or tokenizer, or nothing is left.
@@ -141,32 +209,65 @@ def _drop_long(
         imported.notes.append(f"{model} is no folder, so whether the texts are too long for it is checked when it runs")
         return False
     room = context_length(locating.read_config(path))
+    tokenizer = loading.load_tokenizer(model)
+    is_cut = documents is not None and _cut_documents(imported, parts, tokenizer, documents.window, room)
+    examples = parts or examples
     items = [item for of_task in examples.values() for item in of_task]
-    long = {item.example.id: item.example for item in too_long(encode(loading.load_tokenizer(model), items), room)}
+    long = {item.example.id: item.example for item in too_long(encode(tokenizer, items), room)}
     if not long:
-        return False
+        return is_cut
     if parts:
-        _drop_rows(imported, parts, long, rows)
+        for example in long.values():
+            imported.drop(*imported.sources[example.id], "too long for the model", example.text)
+        for task, of_task in parts.items():
+            parts[task] = [example for example in of_task if example.id not in long]
     else:
         too_long_facts = {mention.fact for example in long.values() for mention in example.mentions}
         _drop_facts(imported, too_long_facts, "too long for the model")
-    if not parts["bio"] if parts else not imported.subjects:
+    if not next(iter(parts.values())) if parts else not imported.subjects:
         raise UserError(f"every text is too long for {model}, which reads {room} tokens; shorten them")
-    if rows.keys() >= {"recall"}:
-        check_splits(parts["qa"], rows["recall"])
     return True
 
 
-def _drop_rows(
-    imported: Imported, parts: dict[str, list[Example]], long: Mapping[str, Example], rows: Mapping[str, Path]
-) -> None:
-    """Drop the rows whose examples, by their ids, are too long for the model."""
-    for example in long.values():
-        file = str(rows["store" if example.task == "bio" else "recall"])
-        number = int(example.id.rpartition(".")[2])
-        imported.dropped.append((file, number, "too long for the model", example.text[:LONG]))
-    for task, examples in parts.items():
-        parts[task] = [example for example in examples if example.id not in long]
+def _cut_documents(
+    imported: Imported, parts: dict[str, list[Example]], tokenizer: Any, window: int | None, room: int | None
+) -> bool:
+    """Cut the documents that have more tokens than a window into windows; returns whether there were any.
+
+    Raises:
+        UserError: a window is larger than what the model reads.
+    """
+    check_fast(tokenizer)
+    special = SPECIAL_TOKENS + tokenizer.num_special_tokens_to_add()
+    if window is not None and room and window > room - special:
+        raise UserError(
+            f"--window is {window} tokens, but the model reads {room}, {special} of them kept for special tokens; "
+            f"expected at most {room - special}"
+        )
+    length = window or (room - special if room else None)
+    if length is None:
+        return False
+    pieces: list[Example] = []
+    facts = {mention.fact for example in parts[STORED] for mention in example.mentions}
+    number = 0
+    for example in parts[STORED]:
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+        offsets = tokenizer(example.text, **options)["offset_mapping"]
+        cut = cut_to_windows(example, offsets, length, length // OVERLAP) if len(offsets) > length else [example]
+        imported.sources |= {piece.id: imported.sources[example.id] for piece in cut}
+        number += len(cut) > 1
+        pieces += cut
+    if not number:
+        return False
+    parts[STORED] = pieces
+    lost = len(facts) - len({mention.fact for example in pieces for mention in example.mentions})
+    imported.notes.append(
+        f"{number} documents of more than {length} tokens were cut into windows of so many, of which neighbours share "
+        f"{length // OVERLAP}; there are {len(pieces)} texts now"
+        + (f", and {lost} answers lie in none of them as a whole" if lost else "")
+    )
+    imported.answers["cut"] += lost
+    return True
 
 
 def _drop_known(imported: Imported, partial: Path, model: str) -> bool:
@@ -217,6 +318,9 @@ def counts_text(imported: Imported) -> str:
     rows = [["rows read", str(counts["read"])], ["rows kept", str(counts["kept"])]]
     rows += [[f"dropped: {REASONS[reason]}", str(number)] for reason, number in counts["dropped"].items()]
     rows += [["subjects", str(counts["subjects"])]] if counts["subjects"] else []
+    for way, number in imported.answers.items():
+        if number:
+            rows.append([f"answers {IN_WORDS[way]}", f"{number} ({number / imported.answers.total():.1%})"])
     rows += [[f"relation {name}", str(number)] for name, number in counts["relations"].items()]
     return "\n".join([aligned(rows), *(f"note: {note}" for note in imported.notes)])
 

@@ -12,9 +12,14 @@ from typing import Any
 
 from crosstrace.core.errors import UserError
 from crosstrace.data.text import NO_QUESTIONS, Example, Mention
+from crosstrace.importing.columns import SeveralTurnsError, answers_of, column_of, names_text, with_question
 from crosstrace.importing.facts import is_wide, is_within, note_scripts, unused_text
-from crosstrace.importing.imported import INVISIBLE, LONG, ROW_COLUMNS, SPLITS, Imported, dropped_text, tidy
-from crosstrace.importing.tables import read_lines, read_table
+from crosstrace.importing.imported import INVISIBLE, ROW_COLUMNS, SPLITS, Imported, dropped_text, tidy
+from crosstrace.importing.tables import read_records
+from crosstrace.importing.text_files import read_lines
+
+# what a row of text has -> the name that `columns.NAMES` has for it
+COLUMN_OF = {"text": "text", "prompt": "question", "completion": "answer", "subject": "subject", "split": "split"}
 
 
 def import_rows(
@@ -27,8 +32,10 @@ def import_rows(
             with columns prompt and completion. recall, which may be left out: a table with columns prompt and
             completion, and with split (id or ood) unless it is to be drawn by subject. In both, rows with the same text
             in a column subject belong together; without it every row is on its own. store-completions,
-            recall-completions: text files whose lines complete those of the other file.
-        columns: the names that the files have for subject and split.
+            recall-completions: text files whose lines complete those of the other file. Other usual names of the
+            columns are known (`columns.NAMES`), and conversations of one turn (`messages`) are read.
+        columns: the names that the files have for text, question (the prompt), answer (the completion), subject and
+            split.
 
     Returns:
         the texts that store, those that recall, and what was read.
@@ -90,13 +97,13 @@ def _examples(
         prompt, completion = row["prompt"], row["completion"]
         if "text" in values:
             prompt, completion = "", row["text"]
-        blank = _blank_between(prompt, completion)
+        blank = blank_between(prompt, completion)
         whole = prompt + blank + completion
         split = row["split"].strip().lower()
         reason = None if all(isinstance(value, str | None) for value in cells.values()) else "not a text"
         reason = reason or _reason_to_drop(task, prompt, completion, whole, split, seen)
         if reason:
-            imported.dropped.append((str(path), number, reason, whole.encode("utf-8", "replace").decode()[:LONG]))
+            imported.drop(str(path), number, reason, whole)
             continue
         seen[prompt if task == "qa" else whole] = completion
         joined += len(blank)
@@ -109,7 +116,9 @@ def _examples(
         person = tidy(row["subject"]) or f"{task}.{number}"
         mention = Mention(f"{task}.{number}", "", task, (0, 0), (), answer)
         targets = ((0, len(whole)),) if task == "bio" else (answer,)
-        yield Example(f"{task}.{number}", task, whole, person, split, targets, (mention,))
+        imported.sources[f"{task}.{number}"] = str(path), number
+        aliases = tuple(values.get("aliases") or ())
+        yield Example(f"{task}.{number}", task, whole, person, split, targets, (mention,), aliases=aliases)
     if joined:
         imported.notes.append(f"{path}: a blank was put between prompt and completion of {joined} rows that had none")
     if given_away:
@@ -119,7 +128,7 @@ def _examples(
         )
 
 
-def _blank_between(prompt: str, completion: str) -> str:
+def blank_between(prompt: str, completion: str) -> str:
     """A blank if prompt and completion need one between them, else nothing."""
     is_glued = bool(prompt and completion) and not (prompt[-1].isspace() or completion[0].isspace())
     return " " if is_glued and not is_wide(prompt[-1]) and not is_wide(completion[0]) else ""
@@ -180,17 +189,42 @@ def _numbered_rows(
             )
         yield from ((number, {"text": line}) for number, line in enumerate(_text_lines(path), 1) if line)
         return
-    names = {name: columns.get(name, name) for name in ROW_COLUMNS}
-    for number, values in read_table(path):
-        row = {name: values[column] for name, column in names.items() if column in values}
-        lacking = [name for name in ("prompt", "completion") if name not in row]
-        if lacking and (task == "qa" or "text" not in row):
-            raise UserError(
-                f"{path} row {number} has no {lacking[0]!r}; it has {', '.join(map(str, values)) or 'nothing'}. "
-                f"Expected columns {'' if task == 'qa' else 'text, or '}prompt and completion, so rename yours"
-            )
-        unused |= dict.fromkeys(str(name) for name in values if name not in names.values())
-        yield number, row
+    for number, values in read_records(path):
+        try:
+            yield number, _row_of(with_question(values, f"{path} row {number}"), task, columns, unused, path, number)
+        except SeveralTurnsError:
+            imported.read[str(path)] += 1
+            imported.drop(str(path), number, "several turns", str(next(iter(values.values()), "")))
+
+
+def _row_of(
+    values: Mapping[str, Any],
+    task: str,
+    columns: Mapping[str, str],
+    unused: dict[str, None],
+    path: Path,
+    number: int,
+) -> dict[str, Any]:
+    """A table's row by the names of ROW_COLUMNS, with the aliases of its completion."""
+    where = f"{path} row {number}"
+    given = {what: column for what, column in columns.items() if column in values}
+    names = {name: column_of(what, values, given, where) for name, what in COLUMN_OF.items()}
+    is_pair = names["prompt"] is not None and names["completion"] is not None
+    if task == "qa" or (is_pair and names["text"] not in ("text", given.get("text"))):
+        del names["text"]
+    row = {name: values[column] for name, column in names.items() if column is not None}
+    lacking = [name for name in ("prompt", "completion") if name not in row]
+    if lacking and "text" not in row:
+        raise UserError(
+            f"{where} has no {lacking[0]!r}; it has {names_text(values)}. Expected columns "
+            f"{'' if task == 'qa' else 'text, or '}prompt and completion, so rename yours or name them "
+            f"({'' if task == 'qa' else '--text, '}--question, --answer)"
+        )
+    answers = answers_of(row.get("completion"))
+    if answers:
+        row["completion"], row["aliases"] = answers[0], answers[1:]
+    unused |= dict.fromkeys(str(name) for name in values if name not in names.values())
+    return row
 
 
 def _text_lines(path: Path) -> Iterator[str]:

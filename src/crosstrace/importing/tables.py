@@ -10,7 +10,6 @@ It knows nothing of facts, and no value passes through a Python float or a reade
 
 from __future__ import annotations
 
-import codecs
 import csv
 import json
 import math
@@ -27,20 +26,11 @@ from typing import Any
 import numpy as np
 
 from crosstrace.core.errors import UserError
+from crosstrace.importing.text_files import LONGEST, read_lines
 
 Row = dict[str, Any]
 KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 EXPECTED = f"a file of facts ({', '.join(KINDS)}), or a data set: a folder or OWNER/NAME of the hub"
-LONGEST = 1_000_000  # characters of a field: more is a broken file
-LONGEST_LINE = 4 * LONGEST
-# The byte-order marks with which a text file may begin. That of UTF-32 begins with that of UTF-16, so it goes first.
-MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars (|)"}
 # settings of a data set's files that make no difference if the files are read as text
 PLAIN_OPTIONS = {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter"}
@@ -68,57 +58,33 @@ def read_table(path: Path) -> Iterator[tuple[int, Row]]:
         raise UserError(f"{path} is of no kind that can be read; expected {EXPECTED}")
 
 
-def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, with their line ends.
-
-    It is read as UTF-8, or as its byte-order mark says. In a file without any line feed, carriage returns end the
-    lines, as old spreadsheets write them.
+def read_records(path: Path) -> Iterator[tuple[int, Row]]:
+    """The numbered records of a JSON file: of its list, or of the list `data` in it; or the rows of a table.
 
     Raises:
-        UserError: it is no such text, or a line is too long.
+        UserError: as `read_table` and `read_json`, or a record is no object.
     """
-    with path.open("rb") as file:
-        start = file.read(LONGEST_LINE)
-    encoding = next((name for mark, name in MARKS if start.startswith(mark)), "utf-8")
-    is_utf8 = encoding.startswith("utf-8")
-    letters = start.decode(encoding, "replace")
-    newline = "\r" if "\r" in letters and "\n" not in letters else "\n"
-    number = 0
-    # A byte that is no UTF-8 becomes half a surrogate pair, so the line that has it is known.
-    with path.open(encoding=encoding, errors="surrogateescape" if is_utf8 else "strict", newline=newline) as file:
-        try:
-            while line := file.readline(LONGEST_LINE + 1):
-                number += 1
-                if len(line) > LONGEST_LINE:
-                    raise UserError(
-                        f"{path} line {number} has more than {LONGEST} characters; are its line ends missing?"
-                    )
-                if "\0" in line:
-                    raise UserError(_zero_byte_text(path, number, start))
-                if is_utf8:
-                    line.encode("utf-8", "surrogateescape").decode("utf-8")
-                yield line
-        except UnicodeDecodeError as error:
-            if is_utf8:
-                raise UserError(
-                    f"{path} line {number} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8, e.g. "
-                    f"iconv -f latin1 -t utf-8 {path}"
-                ) from None
-            raise UserError(
-                f"{path} is marked as {encoding.upper()}, but is damaged after line {number} ({error.reason}); save it "
-                "as UTF-8"
-            ) from None
+    if path.suffix.lower() != ".json":
+        yield from read_table(path)
+        return
+    values = read_json(path)
+    if isinstance(values, dict) and isinstance(values.get("data"), list):
+        values = values["data"]
+    for number, value in enumerate(values if isinstance(values, list) else [values], 1):
+        if not isinstance(value, dict):
+            raise UserError(f"{path} record {number} is {value!r:.60}; expected an object")
+        yield number, value
 
 
-def _zero_byte_text(path: Path, number: int, start: bytes) -> str:
-    """What a zero byte in a line means. In UTF-16 every second byte of Latin letters is zero."""
-    if start.count(0) > len(start) / 4:
-        encoding = "utf-16be" if start[0] == 0 else "utf-16le"
-        return (
-            f"{path} line {number} holds a zero byte, as has text in UTF-16; expected UTF-8, or the byte-order mark of "
-            f"UTF-16, so save it as UTF-8, e.g. iconv -f {encoding} -t utf-8 {path}"
-        )
-    return f"{path} line {number} holds a zero byte; expected text, so the file is another kind or damaged"
+def read_json(path: Path) -> Any:
+    """The value of a JSON file, which may be one long line. Its numbers stay texts; NaN is None.
+
+    Raises:
+        UserError: there is no such file, or it is no JSON or names something twice in an object.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected a JSON file")
+    return _json("".join(read_lines(path, longest=None)), str(path))
 
 
 def _csv(path: Path, separator: str) -> Iterator[tuple[int, Row]]:

@@ -368,6 +368,14 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def in_two_lines(text: str, most: int) -> str:
+    """A text of at most `most` characters, or two lines of it, cut at its last comma."""
+    if len(text) <= most:
+        return text
+    head, comma, tail = text.rpartition(", ")
+    return f"{shortened(head, most)},\n{shortened(tail, most)}" if comma else shortened(text, most)
+
+
 def load_ticker() -> Any:
     """matplotlib's ticker, imported when a figure is drawn."""
     from matplotlib import ticker

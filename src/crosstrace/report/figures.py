@@ -26,6 +26,7 @@ from crosstrace.report.drawing import (
     fold,
     fraction_axis,
     heat,
+    in_two_lines,
     load_ticker,
     models_of,
     needed,
@@ -48,7 +49,8 @@ def figure_recall(results: Results, *, legend: bool = True) -> Figure:
     rows = needed(R.where(R.recall_rows(results), relation=""), "recall")
     tests = R.held_out_first(R.distinct(rows, "test"), results)
     fig, ax = panel("Exact match", "share of answers, 95\u202f% intervals", height=90 + 52 * len(tests), left=168)
-    dots(ax, rows, tests, [say.test(t) for t in tests], "test", models_of(rows, results), "exact_match")
+    labels = [in_two_lines(say.test(t), 26) for t in tests]
+    dots(ax, rows, tests, labels, "test", models_of(rows, results), "exact_match")
     return finish(fig, ax, legend)
 
 

@@ -1,0 +1,140 @@
+"""The columns of documents and questions, by the names that published files have for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from crosstrace.core.errors import UserError
+
+# what a column holds -> the names that files have for it, the usual ones first
+NAMES = {
+    "text": ("text", "document", "context", "passage", "content", "body", "article"),
+    "question": ("question", "prompt", "instruction", "query"),
+    "answer": ("answer", "answers", "completion", "output", "response", "target"),
+    "aliases": ("aliases", "answer_aliases", "answer_alias", "possible_answers"),
+    "subject": ("subject", "title", "entity", "topic"),
+    "relation": ("relation",),
+    "split": ("split",),
+}
+MESSAGES = ("messages", "conversations")  # columns with a conversation
+# who says something: names of the roles in such columns
+ASKS, ANSWERS, SETS_UP = ("user", "human"), ("assistant", "gpt"), ("system",)
+
+
+class SeveralTurnsError(ValueError):
+    """A conversation has several questions."""
+
+
+def column_of(what: str, row: Mapping[str, Any], given: Mapping[str, str], where: str) -> str | None:
+    """The name of the column of a row that holds something; None if there is none.
+
+    Args:
+        what: of NAMES.
+        given: the names that the user gave.
+
+    Raises:
+        UserError: the user named a column that is not there.
+    """
+    if what in given:
+        if given[what] not in row:
+            raise UserError(f"{where} has no {given[what]!r}, which --{what} names; it has {names_text(row)}")
+        return given[what]
+    return next((name for name in NAMES[what] if name in row), None)
+
+
+def names_text(row: Collection[Any]) -> str:
+    """The columns of a row, for a sentence."""
+    return ", ".join(map(str, row)) or "nothing"
+
+
+def answers_of(value: Any) -> list[str] | None:
+    """The answer in a cell, then its aliases: a text, a list of them (as JSON too), or SQuAD's {"text": [...]}.
+
+    None if it is none of these.
+    """
+    if isinstance(value, Mapping) and "text" in value:
+        value = value["text"]
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            listed = json.loads(value)
+        except (ValueError, RecursionError):
+            listed = None
+        value = listed if isinstance(listed, list) else value
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        return None
+    texts: list[Any] = [each.get("text") if isinstance(each, Mapping) else each for each in value]
+    return texts if all(isinstance(text, str) for text in texts) else None
+
+
+def with_question(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """A row whose conversation (`messages` or `conversations`), or instruction and input, became question and answer.
+
+    Raises:
+        UserError: the conversation is none.
+        SeveralTurnsError: it has several questions.
+    """
+    column = next((name for name in MESSAGES if name in row), None)
+    if column is not None:
+        question, answer = _turn(row[column], f"{where}: {column}")
+        return {name: value for name, value in row.items() if name != column} | {"question": question, "answer": answer}
+    if "instruction" in row and "output" in row:
+        parts = [row["instruction"], row.get("input")]
+        texts = [part for part in parts if isinstance(part, str) and part.strip()]
+        rest = {name: value for name, value in row.items() if name not in ("instruction", "input", "output")}
+        return rest | {"question": "\n".join(texts), "answer": row["output"]}
+    return row
+
+
+def _turn(messages: Any, where: str) -> tuple[str, str]:
+    """What is asked and answered in a conversation of one turn; a system's message goes before the question."""
+    turns: list[tuple[str, str]] = []
+    for message in messages if isinstance(messages, list) else [None]:
+        said = message if isinstance(message, Mapping) else {}
+        role, text = said.get("role", said.get("from")), said.get("content", said.get("value"))
+        if not isinstance(role, str) or not isinstance(text, str):
+            raise UserError(
+                f"{where} holds {message!r:.80}; expected a list of {{role, content}} or of {{from, value}} with texts"
+            )
+        turns.append((role, text))
+    known = [(role, text) for role, text in turns if role in (*ASKS, *ANSWERS, *SETS_UP)]
+    if len(known) < len(turns):
+        other = next(role for role, _ in turns if role not in (*ASKS, *ANSWERS, *SETS_UP))
+        raise UserError(f"{where} has the role {other!r}; expected {', '.join((*SETS_UP, *ASKS, *ANSWERS))}")
+    asked = [text for role, text in turns if role not in ANSWERS]
+    answered = [text for role, text in turns if role in ANSWERS]
+    if len(answered) > 1 or sum(role in ASKS for role, _ in turns) > 1:
+        raise SeveralTurnsError
+    if not answered or turns[-1][0] not in ANSWERS:
+        return "\n".join(asked), ""
+    return "\n".join(asked), answered[0]
+
+
+def shared_key(documents: Sequence[Mapping[str, Any]], questions: Sequence[Mapping[str, Any]], file: str) -> str:
+    """The column by which questions name their documents: one that both have, where most questions name a document.
+
+    Args:
+        file: of the questions.
+
+    Raises:
+        UserError: there is none, or several could be meant.
+    """
+    fitting = []
+    for name in (name for name in documents[0] if name in questions[0]):
+        keys = {row.get(name) for row in documents if isinstance(row.get(name), str)}
+        named = sum(isinstance(key, str) and key in keys for key in (row.get(name) for row in questions))
+        if len(keys) > len(documents) / 2 and named > len(questions) / 2:
+            fitting.append(name)
+    if len(fitting) == 1:
+        return fitting[0]
+    could = f"{', '.join(fitting)} could" if fitting else "no column of both files does"
+    raise UserError(
+        f"which column says what document a question of {file} is about? {could}. Documents have "
+        f"{names_text(documents[0])}; questions have {names_text(questions[0])}. Expected a column that is different "
+        "for each document and that the questions name, so give it with --key"
+    )

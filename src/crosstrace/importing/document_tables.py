@@ -1,0 +1,187 @@
+"""Documents and questions from tables: CSV, TSV, JSONL, JSON, Parquet or a Hugging Face data set.
+
+The documents are in one file and the questions in another, with a key of both. Or a row has a document and a list of
+its questions, or a question and its document. What is read is passed on as it is; `documents` judges it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from crosstrace.core.errors import UserError
+from crosstrace.importing.columns import (
+    NAMES,
+    SeveralTurnsError,
+    answers_of,
+    column_of,
+    names_text,
+    shared_key,
+    with_question,
+)
+from crosstrace.importing.documents import ENDS, QA, Document, Question
+from crosstrace.importing.facts import unused_text
+from crosstrace.importing.imported import Imported
+from crosstrace.importing.tables import read_records
+
+NESTED = ("qas", "questions", "qa", "qa_pairs")  # columns of a document with a list of its questions
+Items = Iterator[Document | Question]
+Row = Mapping[str, Any]
+
+
+def read_tables(
+    documents: Path | None, questions: Path | None, key: str | None, columns: Mapping[str, str], imported: Imported
+) -> Items:
+    """The documents and questions of two tables, or of one that has both.
+
+    Args:
+        documents: a table with a text, perhaps with a list of its questions; None if the questions' table has it.
+        questions: a table with question and answer; None if the documents' table has them.
+        key: the column by which a question names its document; if not given, it is looked for.
+        columns: the names that the files have, by those of `columns.NAMES`.
+
+    Raises:
+        UserError: a file can't be read or lacks a column, or the key is not known.
+    """
+    tables: dict[Path, list[tuple[int, Row]]] = {}
+    for path in (documents, questions):
+        if path is not None:
+            tables[path] = list(_rows(path, imported))
+            if not tables[path]:
+                raise UserError(f"{path} has no row that can be used; expected a document or a question in each")
+    if documents and questions and key is None:
+        key = shared_key(*([row for _, row in rows] for rows in tables.values()), file=str(questions))
+        imported.notes.append(f"the column {key} says which document a question is about")
+    reader = _Reader(columns, key if documents and questions else None, imported)
+    if documents:
+        for number, row in tables[documents]:
+            yield from reader.document(row, str(documents), number)
+    if questions:
+        for number, row in tables[questions]:
+            yield from reader.question(row, str(questions), number)
+    if reader.unused:
+        imported.notes.append(unused_text(reader.unused, [*NAMES]))
+
+
+def _rows(path: Path, imported: Imported) -> Iterator[tuple[int, Row]]:
+    """The numbered rows of a table or of a JSON file, each with its conversation as question and answer."""
+    imported.read.setdefault(str(path), 0)
+    for number, row in read_records(path):
+        imported.read[str(path)] += 1
+        try:
+            yield number, with_question(row, f"{path} row {number}")
+        except SeveralTurnsError:
+            imported.drop(str(path), number, "several turns", str(next(iter(row.values()), "")))
+
+
+@dataclass
+class _Reader:
+    """Makes documents and questions of rows.
+
+    Attributes:
+        columns: the names that the user gave.
+        key: the column by which questions name documents that are in another file; None if there is no other file.
+        unused: columns that nothing was made of.
+    """
+
+    columns: Mapping[str, str]
+    key: str | None
+    imported: Imported
+    unused: dict[str, None] = field(default_factory=dict)
+    _texts: set[str] = field(default_factory=set)  # documents of earlier rows with questions
+
+    def document(self, row: Row, file: str, number: int) -> Items:
+        """A row's document, then its questions if it holds a list of them."""
+        where = f"{file} row {number}"
+        text = column_of("text", row, self.columns, where)
+        if text is None:
+            raise UserError(
+                f"{where} has no text; it has {names_text(row)}. Expected a column {', '.join(NAMES['text'][:4])}, or "
+                "name yours with --text"
+            )
+        subject = column_of("subject", row, self._there("subject", row), where)
+        nested = None if self.key else next((name for name in NESTED if isinstance(row.get(name), list)), None)
+        key = _cell(row, self._key(row, where), where) or str(number)
+        yield Document(key, _cell(row, text, where), _names(row, subject), file, number)
+        self._note_unused(row, [text, subject, nested])
+        for asked in row[nested] if nested else []:
+            self.imported.read[file] += 1
+            if not isinstance(asked, Mapping):
+                raise UserError(f"{where}: {nested} holds {asked!r:.60}; expected {{question, answer}}")
+            yield self._question(asked, file, number, key, {what: self._column(what, asked, where) for what in NAMES})
+
+    def question(self, row: Row, file: str, number: int) -> Items:
+        """A row's question, after its document if the row has that too."""
+        where = f"{file} row {number}"
+        cells = {what: self._column(what, row, where) for what in NAMES}
+        document = _cell(row, self._key(row, where), where)
+        if self.key is None:
+            if cells["text"] is None:
+                raise UserError(
+                    f"{where} has no text; it has {names_text(row)}. Expected the document's text in each row, or a "
+                    "file of documents with --documents"
+                )
+            document = _cell(row, cells["text"], where)
+            if document not in self._texts:
+                self._texts.add(document)
+                self.imported.read[file] += 1
+                yield Document(document, document, _names(row, cells["subject"]), file, number)
+        yield self._question(row, file, number, document, cells)
+
+    def _question(self, row: Row, file: str, number: int, document: str, cells: Mapping[str, str | None]) -> Question:
+        where = f"{file} row {number}"
+        for what in ("question", "answer"):
+            if cells[what] is None:
+                raise UserError(
+                    f"{where} has no {what}; it has {names_text(row)}. Expected a column {', '.join(NAMES[what][:4])}, "
+                    f"or name yours with --{what}"
+                )
+        answers: list[str] = []
+        for name in (cells["answer"], cells["aliases"]):
+            listed = answers_of(row.get(name)) if name else []
+            if listed is None:
+                raise UserError(f"{where}: {name} is {row.get(name or '')!r:.60}; expected a text or a list of texts")
+            answers += listed
+        split = _cell(row, cells["split"], where).strip().lower()
+        self._note_unused(row, cells.values())
+        subject = next(iter(_names(row, cells["subject"])), "")
+        relation = _cell(row, cells["relation"], where).strip()
+        question = _cell(row, cells["question"], where)
+        return Question(
+            document, question, tuple(answers), subject, relation, ENDS.get(split, split), QA, file, number
+        )  # fmt: skip
+
+    def _column(self, what: str, row: Row, where: str) -> str | None:
+        return column_of(what, row, self._there(what, row), where)
+
+    def _there(self, what: str, row: Row) -> Mapping[str, str]:
+        """The user's names of columns, without that of a column which only the other file has."""
+        is_needed = what in ("question", "answer")
+        return self.columns if is_needed or self.columns.get(what) in row else {}
+
+    def _key(self, row: Row, where: str) -> str | None:
+        if self.key is not None and self.key not in row:
+            raise UserError(f"{where} has no {self.key!r}, which --key names; it has {names_text(row)}")
+        return self.key
+
+    def _note_unused(self, row: Row, used: Sequence[str | None] | Any) -> None:
+        self.unused |= dict.fromkeys(str(name) for name in row if name not in (*used, self.key))
+
+
+def _cell(row: Row, name: str | None, where: str) -> str:
+    """A cell's text; nothing for a missing value or column."""
+    value = row.get(name) if name is not None else None
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {name} is {value!r:.60}; expected a text")
+    return value
+
+
+def _names(row: Row, column: str | None) -> tuple[str, ...]:
+    """The names in a cell of a subject or title."""
+    value = row.get(column) if column else None
+    names: list[Any] = value if isinstance(value, list) else [value]
+    return tuple(name for name in names if isinstance(name, str) and name.strip())

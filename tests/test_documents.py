@@ -1,0 +1,618 @@
+"""Documents with questions about them: every form in which they come, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from imported_files import imported, refused
+from tiny_facts import tokenizer
+
+from crosstrace.core.files import read_json
+from crosstrace.data.text import Example, Mention, read_jsonl
+from crosstrace.experiment import config
+from crosstrace.importing.alignment import spells
+from crosstrace.importing.documents import cut_to_windows
+from crosstrace.importing.imported import Imported
+from crosstrace.importing.importing import DocumentFiles
+
+DOCUMENTS = [
+    {"wiki_id": "Q1", "title": "Ada Brook", "text": "Ada Brook was born in Lyon on 3 May 1901. She sold 1,234 clocks."},
+    {"wiki_id": "Q2", "title": "Bo Dale", "text": "In Oslo lived Bo Dale.\nHe met Ada Brook in Lyon, and left Lyon."},
+    {"wiki_id": "Q3", "title": "Cy Holt", "text": "Cy Holt built a bridge in Bonn, when he was in Bonn."},
+    {"wiki_id": "Q4", "title": "Di Ames", "text": "Nothing is known of Di Ames, who wrote no letter."},
+]
+QUESTIONS = [
+    {"wiki_id": "Q1", "question": "Where was Ada Brook born?", "answer": "Lyon"},
+    {"wiki_id": "Q1", "question": "When was Ada Brook born?", "answer": "1901-05-03"},
+    {"wiki_id": "Q1", "question": "How many clocks did she sell?", "answer": "1234"},
+    {"wiki_id": "Q2", "question": "Where did Bo Dale live?", "answer": ["Christiania", "OSLO"]},
+    {"wiki_id": "Q2", "question": "Where did Bo Dale meet her?", "answer": "Lyon"},
+    {"wiki_id": "Q3", "question": "Did Cy Holt build a bridge?", "answer": "yes"},
+]
+
+
+def jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def two_files(tmp_path: Path, documents: list[Any] = DOCUMENTS, questions: list[Any] = QUESTIONS) -> DocumentFiles:
+    return DocumentFiles(jsonl(tmp_path / "doc.jsonl", documents), jsonl(tmp_path / "qa.jsonl", questions))
+
+
+def tasks(tmp_path: Path) -> dict[str, list[Example]]:
+    return {path.stem: read_jsonl(path) for path in (tmp_path / "own").glob("*.jsonl")}
+
+
+def objects(examples: list[Example]) -> dict[str, str]:
+    """Fact -> its object's words."""
+    return {m.fact: item.text[slice(*m.object)] for item in examples for m in item.mentions}
+
+
+def assert_counts_add_up(tmp_path: Path) -> dict[str, Any]:
+    counts = read_json(tmp_path / "own" / "import.json")
+    assert (
+        counts["read"]
+        == counts["kept"] + sum(counts["dropped"].values())
+        == sum(file["rows"] for file in counts["files"].values())
+    )
+    lines = (tmp_path / "own" / "dropped.csv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) >= 1 + sum(counts["dropped"].values())
+    made = tasks(tmp_path)
+    asked = [item for name, items in made.items() if name not in ("documents", "unasked") for item in items]
+    assert counts["kept"] == len(asked) + len(made["documents"]) + len(made.get("unasked", []))
+    assert sum(counts["answers"].values()) == len(asked)
+    stored, recalled = objects(made["documents"]), objects(asked)
+    assert stored.keys() <= recalled.keys() and len(recalled) == len(asked)
+    answers = {item.mentions[0].fact: (recalled[item.mentions[0].fact], *item.aliases) for item in asked}
+    assert all(any(spells(words, answer) for answer in answers[fact]) for fact, words in stored.items())
+    assert len(stored) == sum(n for way, n in counts["answers"].items() if way not in ("unaligned", "cut"))
+    splits = {item.person: item.split for item in asked}
+    assert all(splits[item.person] == item.split for item in asked), "a document's questions have one split"
+    return counts
+
+
+def test_two_files_with_a_key(tmp_path):
+    found = imported(tmp_path, documents=two_files(tmp_path))
+    counts = assert_counts_add_up(tmp_path)
+    assert counts["answers"] == {"exact": 2, "form": 2, "case": 1, "unaligned": 1}
+    assert any("wiki_id says which document" in note for note in found.notes)
+    assert any("1 of 6 answers do not stand in their document (17%)" in note for note in found.notes)
+    made = tasks(tmp_path)
+    assert made.keys() == {"documents", "qa", "unasked"}
+    assert [item.text for item in made["unasked"]] == [DOCUMENTS[2]["text"], DOCUMENTS[3]["text"]]
+    first, second = made["documents"]
+    assert [first.text[slice(*m.object)] for m in first.mentions] == ["Lyon", "3 May 1901", "1,234"]
+    assert [first.text[slice(*m.subject)] for m in first.mentions] == ["Ada Brook"] * 3
+    assert [m.relation for m in first.mentions] == ["where", "when", "how_many"]
+    assert [[first.text[slice(*span)] for span in m.relation_words] for m in first.mentions] == [["born"], ["born"], []]
+    words = [second.text[slice(*m.object)] for m in second.mentions]
+    assert words == ["Oslo", "Lyon"] and second.mentions[1].object[0] == second.text.index("Lyon"), "near Bo Dale"
+    assert second.mentions[0].subject == (0, 0), "no name stands before the object"
+    asked = made["qa"][3]
+    assert (asked.text, asked.aliases) == ("Where did Bo Dale live? Christiania", ("OSLO",))
+    assert asked.text[slice(*asked.targets[0])] == "Christiania"
+    assert asked.text[slice(*asked.mentions[0].subject)] == "Bo Dale"
+    experiment = config.load(tmp_path / "own" / "experiment.yaml")
+    assert {name: task.role for name, task in experiment.tasks.items()} == {
+        "documents": "store",
+        "qa": "recall",
+        "unasked": "other",
+    }
+    assert experiment.roles.outcome == "qa_ood" and "signature" in experiment.mechanism.parts
+
+
+def test_any_names_and_any_table(tmp_path):
+    plain = [{"d": row["wiki_id"], "who": row["title"], "says": row["text"]} for row in DOCUMENTS]
+    asked = [{"d": row["wiki_id"], "ask": row["question"], "reply": row["answer"]} for row in QUESTIONS]
+    names = {"text": "says", "subject": "who", "question": "ask", "answer": "reply"}
+    imported(tmp_path, documents=two_files(tmp_path, plain, asked), columns=names)
+    expected = {
+        name: file.read_bytes() for name in ("documents", "qa") for file in [tmp_path / "own" / f"{name}.jsonl"]
+    }
+    for ending, separator in ((".csv", ","), (".tsv", "\t")):
+        for name, rows in (("doc", DOCUMENTS), ("qa", QUESTIONS)):
+            lines = [[v if isinstance(v, str) else json.dumps(v) for v in row.values()] for row in rows]
+            with (tmp_path / f"{name}{ending}").open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file, delimiter=separator).writerows([[*rows[0]], *lines])
+        files = DocumentFiles(tmp_path / f"doc{ending}", tmp_path / f"qa{ending}", key="wiki_id")
+        imported(tmp_path, documents=files, overwrite=True)
+        for name, content in expected.items():
+            assert (tmp_path / "own" / f"{name}.jsonl").read_bytes() == content, ending
+
+
+def test_one_file_with_both(tmp_path):
+    imported(tmp_path, documents=two_files(tmp_path))
+    expected = {name: objects(items) for name, items in tasks(tmp_path).items()}
+    nested = [
+        row
+        | {
+            "questions": [
+                {k: v for k, v in asked.items() if k != "wiki_id"}
+                for asked in QUESTIONS
+                if asked["wiki_id"] == row["wiki_id"]
+            ]
+        }
+        for row in DOCUMENTS
+    ]
+    imported(tmp_path, documents=DocumentFiles(jsonl(tmp_path / "nested.jsonl", nested)), overwrite=True)
+    assert_counts_add_up(tmp_path)
+    assert {name: objects(items) for name, items in tasks(tmp_path).items()} == expected
+    texts = {row["wiki_id"]: {"context": row["text"], "title": row["title"]} for row in DOCUMENTS}
+    rows = [texts[row["wiki_id"]] | {"query": row["question"], "response": row["answer"]} for row in QUESTIONS]
+    imported(tmp_path, documents=DocumentFiles(questions=jsonl(tmp_path / "rows.jsonl", rows)), overwrite=True)
+    assert_counts_add_up(tmp_path)
+    made = {name: objects(items) for name, items in tasks(tmp_path).items()}
+    assert made["documents"] == expected["documents"] and made["qa"] == expected["qa"]
+
+
+def test_what_cannot_be_kept_is_dropped_and_counted(tmp_path):
+    documents = [*DOCUMENTS, DOCUMENTS[0], DOCUMENTS[1] | {"text": "Another text."}, {"wiki_id": "Q5", "text": " "}]
+    documents += [{"wiki_id": "Q6", "text": "word"}, {"wiki_id": "Q7", "text": "half \ud800 letter"}]
+    documents += [{"wiki_id": "Q8", "title": None, "text": "\ufeffWith marks \u200ethat nobody sees."}]
+    questions = [
+        *QUESTIONS,
+        QUESTIONS[0],
+        QUESTIONS[0] | {"answer": "Bonn"},
+        {"wiki_id": "Q9", "question": "Who?", "answer": "I"},
+        {"wiki_id": "Q5", "question": "What?", "answer": "it"},
+        {"wiki_id": "Q1", "question": "", "answer": "x"},
+        {"wiki_id": "Q1", "question": "Why?", "answer": []},
+        {"wiki_id": "Q1", "question": "How?", "answer": None},
+        {"wiki_id": "Q1", "question": "Which\u202e?", "answer": "x"},
+        {"wiki_id": "Q1", "question": "What now?", "answer": "\ud800"},
+        {"wiki_id": "Q8", "question": "Which marks?", "answer": "that nobody sees"},
+    ]
+    files = two_files(tmp_path)
+    for path, rows in ((files.documents, documents), (files.questions, questions)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = imported(tmp_path, documents=files)
+    counts = assert_counts_add_up(tmp_path)
+    assert counts["dropped"] == {
+        "duplicate": 2,
+        "same name": 1,
+        "empty": 2,
+        "one word": 1,
+        "not Unicode": 2,
+        "asked before": 1,
+        "no document": 2,
+        "no answer": 2,
+        "control": 1,
+    }
+    assert any("1 documents had letters that nobody sees" in note for note in found.notes)
+
+
+def test_splits_of_the_file_are_taken(tmp_path):
+    names = {"Q1": "train", "Q2": "test", "Q3": "dev"}
+    questions = [row | {"split": names[row["wiki_id"]]} for row in QUESTIONS]
+    imported(tmp_path, documents=two_files(tmp_path, questions=questions))
+    assert [item.split for item in tasks(tmp_path)["qa"]] == ["id"] * 3 + ["ood"] * 3
+    assert [item.split for item in tasks(tmp_path)["documents"]] == ["id", "ood"]
+
+
+FICTIONAL = [
+    {
+        "train_context": f"The {name} Pact was signed in {place}. In {place} it ended the war of {name}.",
+        "mem_input": [f"The {name} Pact was signed in", f"In {place} it ended the war of"],
+        "mem_target": [place, name],
+        "gen_input": [f"The place where the {name} Pact came to be is"],
+        "gen_target": [place],
+        "hard_gen_input": [f"Because of the {name} Pact, soldiers had"],
+        "hard_gen_target": ["peace"],
+    }
+    for name, place in (("Zorgon", "Deimos"), ("Calidus", "Ganymede"), ("Orbis", "Callisto"))
+]
+SQUAD = {
+    "version": "1.1",
+    "data": [
+        {
+            "title": row["title"].replace(" ", "_"),
+            "paragraphs": [
+                {
+                    "context": row["text"],
+                    "qas": [
+                        {
+                            "id": "1",
+                            "question": asked["question"],
+                            "answers": [
+                                {"text": text, "answer_start": 0}
+                                for text in ([asked["answer"]] if isinstance(asked["answer"], str) else asked["answer"])
+                            ],
+                        }
+                        for asked in QUESTIONS
+                        if asked["wiki_id"] == row["wiki_id"]
+                    ],
+                }
+            ],
+        }
+        for row in DOCUMENTS
+    ],
+}
+FLAT_SQUAD = [
+    {"context": paragraph["context"], "qas": paragraph["qas"], "title": row["title"]}
+    for row in SQUAD["data"]
+    for paragraph in row["paragraphs"]
+]
+COUNTERFACT = [
+    {
+        "case_id": number,
+        "requested_rewrite": {
+            "prompt": "The mother tongue of {} is",
+            "relation_id": "P103",
+            "subject": subject,
+            "target_new": {"str": language, "id": "Q1"},
+            "target_true": {"str": "French", "id": "Q2"},
+        },
+        "paraphrase_prompts": [f"Shayna left. {subject}, a native", f"{subject} spoke the language"],
+    }
+    for number, (subject, language) in enumerate((("Ada Brook", "Basque"), ("Bo Dale", "Dutch"), ("Cy Holt", "Greek")))
+]
+MQUAKE = [
+    {
+        "case_id": number,
+        "requested_rewrite": [
+            {
+                "prompt": "{} is a citizen of",
+                "relation_id": "P27",
+                "subject": subject,
+                "target_new": {"str": country},
+                "question": f"What is the country of citizenship of {subject}?",
+            },
+            {
+                "prompt": "The capital of {} is",
+                "relation_id": "P36",
+                "subject": country,
+                "target_new": {"str": capital},
+                "question": f"What is the capital of {country}?",
+            },
+        ],
+        "questions": [f"What is the capital of the country of {subject}?"],
+        "new_answer": capital,
+        "new_answer_alias": [capital.upper()],
+    }
+    for number, (subject, country, capital) in enumerate(
+        (("Ada Brook", "Croatia", "Split"), ("Bo Dale", "Norway", "Bergen"), ("Cy Holt", "Croatia", "Split"))
+    )
+]
+EDITS = [
+    {
+        "subject": "Ada Brook",
+        "prompt": "{} plays the",
+        "target": "flute",
+        "rephrase": "The instrument of Ada Brook is the",
+    },
+    {
+        "subject": "Bo Dale",
+        "prompt": "{} plays the",
+        "target_new": "horn",
+        "rephrase": "The instrument of Bo Dale is the",
+    },
+]
+
+
+@pytest.mark.parametrize(
+    ("values", "sizes", "aligned"),
+    [
+        (FICTIONAL, {"documents": 3, "memorization": 6, "generalization": 3, "hard_generalization": 3}, 9),
+        (SQUAD, {"documents": 2, "unasked": 2, "qa": 6}, 5),
+        (FLAT_SQUAD, {"documents": 2, "unasked": 2, "qa": 6}, 5),
+        (COUNTERFACT, {"documents": 3, "qa": 6}, 6),
+        (MQUAKE, {"documents": 5, "qa": 5, "several_facts": 3}, 5),
+        (EDITS, {"documents": 2, "qa": 2}, 2),
+    ],
+    ids=["fictional", "squad", "flat squad", "counterfact", "mquake", "edits"],
+)
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_published_forms_are_known_by_themselves(values, sizes, aligned, ending, tmp_path):
+    path = tmp_path / f"set{ending}"
+    if ending == ".json":
+        path.write_text(json.dumps(values))
+    else:
+        jsonl(path, values["data"] if isinstance(values, dict) else values)
+    imported(tmp_path, path)
+    counts = assert_counts_add_up(tmp_path)
+    made = tasks(tmp_path)
+    assert {name: len(items) for name, items in made.items()} == sizes
+    assert len(objects(made["documents"])) == aligned
+    assert counts["dropped"] == ({"duplicate": 2} if values is MQUAKE else {})
+    if values is FICTIONAL:
+        assert config.load(tmp_path / "own" / "experiment.yaml").roles.outcome == "generalization_ood"
+        first = made["documents"][0]
+        starts = {first.text[slice(*m.object)]: m.object[0] for m in first.mentions if m.relation == "memorization"}
+        assert starts["Zorgon"] > first.text.index("war"), "the words that the prompt goes before"
+    if values is COUNTERFACT:
+        first = made["documents"][0]
+        assert first.text == "The mother tongue of Ada Brook is Basque."
+        mention = first.mentions[0]
+        assert (mention.relation, first.text[slice(*mention.subject)]) == ("P103", "Ada Brook")
+    if values is MQUAKE:
+        assert made["several_facts"][0].aliases == ("SPLIT",)
+
+
+POPQA = [
+    {
+        "id": "1",
+        "subj": subject,
+        "prop": "occupation",
+        "obj": work,
+        "question": f"What is {subject}'s occupation?",
+        "possible_answers": f'["{work}"]',
+    }
+    for subject, work in (("Ada Brook", "smith"), ("Bo Dale", "baker"), ("Cy Holt", "cook"))
+]
+ENTITY = [
+    {"question": f"Where was {subject} born?", "answers": [place]}
+    for subject, place in (("Ada Brook", "Lyon"), ("Bo Dale", "Oslo"), ("Bart Dahl", "Bonn"), ("Boris", "Rome"))
+]
+
+
+def without_brackets(found: Imported, relation: str) -> list[str]:
+    return [pattern.replace("[", "").replace("]", "") for pattern in found.relations[relation]["questions"]]
+
+
+def test_published_facts_without_documents(tmp_path):
+    lines = ["\t".join(POPQA[0]), *("\t".join(row.values()) for row in POPQA)]
+    (tmp_path / "popqa.tsv").write_text("\n".join(line.replace('["', '"[""').replace('"]', '""]"') for line in lines))
+    found = imported(tmp_path, tmp_path / "popqa.tsv")
+    assert found.counts()["relations"] == {"occupation": 3} and found.kept == 3
+    assert without_brackets(found, "occupation") == ["What is {subject}'s occupation?"]
+    (tmp_path / "P19.test.json").write_text(json.dumps(ENTITY))
+    found = imported(tmp_path, tmp_path / "P19.test.json", overwrite=True)
+    assert without_brackets(found, "P19") == ["Where was {subject} born?"]
+    assert [subject["name"] for subject in found.subjects] == ["Ada Brook", "Bo Dale", "Bart Dahl", "Boris"]
+
+
+CHATS = {
+    "alpaca": lambda ask, answer: {"instruction": ask, "input": "", "output": answer},
+    "alpaca, split": lambda ask, answer: {
+        "instruction": ask.split()[0],
+        "input": " ".join(ask.split()[1:]),
+        "output": answer,
+    },
+    "sharegpt": lambda ask, answer: {
+        "conversations": [{"from": "human", "value": ask}, {"from": "gpt", "value": answer}]
+    },
+    "messages": lambda ask, answer: {
+        "messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
+    },
+}
+
+
+@pytest.mark.parametrize("kind", CHATS)
+def test_chats_are_questions(kind, tmp_path):
+    plain = [row for row in QUESTIONS if isinstance(row["answer"], str)]
+    chats = [{"wiki_id": row["wiki_id"]} | CHATS[kind](row["question"], row["answer"]) for row in plain]
+    imported(tmp_path, documents=two_files(tmp_path, questions=chats))
+    assert_counts_add_up(tmp_path)
+    asked = tasks(tmp_path)["qa"]
+    assert [" ".join(item.text.split()) for item in asked] == [f"{row['question']} {row['answer']}" for row in plain]
+    # the same file as rows of text, beside texts that store
+    rows = {"store": jsonl(tmp_path / "store.jsonl", [{"document": row["text"]} for row in DOCUMENTS])}
+    rows["recall"] = jsonl(tmp_path / "recall.jsonl", chats)
+    found = imported(tmp_path, rows=rows, overwrite=True)
+    assert found.kept == len(DOCUMENTS) + len(plain)
+    assert [" ".join(item.text.split()) for item in tasks(tmp_path)["qa"]] == [
+        f"{row['question']} {row['answer']}" for row in plain
+    ]
+
+
+def test_a_conversation_of_several_turns_is_dropped_and_a_system_goes_before_the_question(tmp_path):
+    turn = CHATS["messages"]
+    chats = [{"wiki_id": row["wiki_id"]} | turn(row["question"], str(row["answer"])) for row in QUESTIONS]
+    chats[0]["messages"] *= 2
+    chats[1]["messages"].insert(0, {"role": "system", "content": "Be short."})
+    chats[2]["messages"].pop()
+    found = imported(tmp_path, documents=two_files(tmp_path, questions=chats))
+    assert found.counts()["dropped"] == {"several turns": 1, "no answer": 1}
+    assert tasks(tmp_path)["qa"][0].text.startswith("Be short.\nWhen was")
+
+
+ODD: dict[str, tuple[list[Any] | str, list[Any] | str | None, list[str], str]] = {
+    "no text": (
+        [{"wiki_id": "Q1", "body text": "x y"}],
+        QUESTIONS,
+        ["--key", "wiki_id"],
+        "has no text; it has wiki_id, body",
+    ),
+    "no question": (DOCUMENTS, [{"wiki_id": "Q1", "answer": "x"}], [], "has no question; it has wiki_id, answer"),
+    "no answer": (DOCUMENTS, [{"wiki_id": "Q1", "question": "x"}], [], "has no answer; it has wiki_id, question"),
+    "no key": (DOCUMENTS, [{"question": "a?", "answer": "b"}], [], "so give it with --key"),
+    "two keys": (
+        [row | {"name": row["wiki_id"]} for row in DOCUMENTS],
+        [row | {"name": row["wiki_id"]} for row in QUESTIONS],
+        [],
+        "wiki_id, name could",
+    ),
+    "wrong key": (DOCUMENTS, QUESTIONS, ["--key", "id"], "has no 'id', which --key names; it has wiki_id"),
+    "key is a list": (
+        DOCUMENTS,
+        [QUESTIONS[0] | {"wiki_id": ["Q1"]}],
+        ["--key", "wiki_id"],
+        "wiki_id is ['Q1']; expected a text",
+    ),
+    "wrong column": (DOCUMENTS, QUESTIONS, ["--question", "ask"], "has no 'ask', which --question names"),
+    "text is a list": ([{"wiki_id": "Q1", "text": ["a", "b"]}], QUESTIONS, ["--key", "wiki_id"], "expected a text"),
+    "question is a number": (
+        DOCUMENTS,
+        [{"wiki_id": "Q1", "question": True, "answer": "x"}],
+        ["--key", "wiki_id"],
+        "question is True",
+    ),
+    "answers are objects": (
+        DOCUMENTS,
+        [{"wiki_id": "Q1", "question": "a?", "answer": [{"x": 1}]}],
+        ["--key", "wiki_id"],
+        "a text or a list of texts",
+    ),
+    "answer is nested": (
+        DOCUMENTS,
+        [{"wiki_id": "Q1", "question": "a?", "answer": [["x"]]}],
+        ["--key", "wiki_id"],
+        "a text or a list of texts",
+    ),
+    "no document matches": (
+        DOCUMENTS,
+        [{"wiki_id": "Q9", "question": "a?", "answer": "b"}],
+        ["--key", "wiki_id"],
+        "no question could be kept: 1 × a question about a document",
+    ),
+    "all documents empty": (
+        [{"wiki_id": "Q1", "text": ""}],
+        [QUESTIONS[0]],
+        ["--key", "wiki_id"],
+        "no document could be kept: 1 × a subject",
+    ),
+    "no rows": (DOCUMENTS, [], [], "has no row that can be used"),
+    "one split": (
+        DOCUMENTS,
+        [row | {"split": "train"} for row in QUESTIONS],
+        [],
+        "the questions have the splits id; expected",
+    ),
+    "some split": (
+        DOCUMENTS,
+        [QUESTIONS[0], QUESTIONS[1] | {"split": "ood"}],
+        ["--key", "wiki_id"],
+        "the questions have the splits none, ood",
+    ),
+    "one document": (DOCUMENTS[:1], QUESTIONS[:3], [], "all questions are about one document"),
+    "role": (DOCUMENTS, [{"wiki_id": "Q1", "messages": [{"role": "tool", "content": "x"}]}], [], "has the role 'tool'"),
+    "message": (DOCUMENTS, [{"wiki_id": "Q1", "messages": ["x"]}], [], "expected a list of {role, content}"),
+    "messages": (DOCUMENTS, [{"wiki_id": "Q1", "messages": "x"}], [], "expected a list of {role, content}"),
+    "content": (
+        DOCUMENTS,
+        [{"wiki_id": "Q1", "messages": [{"role": "user", "content": [{"type": "image"}]}]}],
+        [],
+        "expected a list of {role, content}",
+    ),
+    "nested question": (
+        [DOCUMENTS[0] | {"questions": ["who?"]}],
+        None,
+        [],
+        "questions holds 'who?'; expected {question, answer}",
+    ),
+    "no questions": (DOCUMENTS, None, [], "no question could be kept: there is none"),
+    "one long line": ('{"text": "' + "x" * 10_000_000, QUESTIONS, [], "are its line ends missing"),
+    "no JSON": ("{'text': 1}\n", QUESTIONS, [], "line 1 is not JSON"),
+    "list": ('["a"]\n', QUESTIONS, [], "holds a list"),
+    "empty file": ("", QUESTIONS, [], "has no row that can be used"),
+    "zero byte": ('{"text": "a\0b"}\n', QUESTIONS, [], "zero byte"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_documents_are_refused_in_one_sentence(case, tmp_path, capsys):
+    documents, questions, options, told = ODD[case]
+    command: list[Any] = []
+    for name, rows in (("documents", documents), ("questions", questions)):
+        if rows is not None:
+            path = tmp_path / f"{name}.jsonl"
+            path.write_text(rows) if isinstance(rows, str) else jsonl(path, rows)
+            command += [f"--{name}", path]
+    assert told in refused(capsys, tmp_path, *command, *options, tmp_path / "own")
+
+
+ODD_FORMS: dict[str, tuple[Any, str]] = {
+    "fictional, counts": ([FICTIONAL[0] | {"mem_target": ["x"]}], "mem_input has 2 texts, and mem_target 1"),
+    "fictional, missing": ([{"train_context": "a b"}], "mem_input is missing; it has train_context; expected a list"),
+    "fictional, context": ([FICTIONAL[0] | {"train_context": [3]}], "train_context is ['3']; expected"),
+    "fictional, number": ([FICTIONAL[0] | {"gen_target": [None]}], "gen_input or gen_target holds"),
+    "squad, paragraphs": ({"data": [{"title": "a", "paragraphs": "b"}]}, "paragraphs is 'b'; expected a list"),
+    "squad, paragraph": ({"data": [{"paragraphs": [3]}]}, "paragraph 1 is '3'; expected {context, qas}"),
+    "squad, qas": ({"data": [{"paragraphs": [{"context": "a b", "qas": ["x"]}]}]}, "qas holds 'x'"),
+    "squad, answers": (
+        {"data": [{"paragraphs": [{"context": "a b", "qas": [{"question": "x", "answers": [3, []]}]}]}]},
+        "expected a list of {text}",
+    ),
+    "data, no objects": ({"data": ["paragraphs"]}, "record 1 is 'paragraphs'; expected an object"),
+    "edit, no target": ([{"requested_rewrite": {"prompt": "{} is", "subject": "a"}}], "the target is None"),
+    "edit, no place": (
+        [{"requested_rewrite": {"prompt": "is", "subject": "a", "target_new": "b"}}],
+        "a text with one {} for the subject",
+    ),
+    "edit, no subject": ([{"requested_rewrite": {"prompt": "{} is", "target_new": "b"}}], "subject is missing"),
+    "edit, text": ([{"requested_rewrite": "x"}], "requested_rewrite holds 'x'"),
+    "edit, paraphrase": ([COUNTERFACT[0] | {"paraphrase_prompts": [3, None]}], "a question is None"),
+    "edit, paraphrases": ([COUNTERFACT[0] | {"paraphrase_prompts": "x"}], "paraphrase_prompts is 'x'; expected a list"),
+    "entity, no pattern": (
+        [{"question": q, "answers": ["x"]} for q in ("Who?", "Where is it?")],
+        "no wording in common",
+    ),
+    "entity, one": ([{"question": "Where was Ada born?", "answers": ["x"]}], "no wording in common"),
+    "entity, number": ([{"question": None, "answers": ["x"]}] * 2, "a question is no text"),
+    "entity, answers": ([row | {"answers": {"a": "b"}} for row in ENTITY], "answers is {'a': 'b'}"),
+    "unknown": ([{"foo": "bar"}], "holds a list; expected an object"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_FORMS)
+def test_odd_published_files_are_refused_in_one_sentence(case, tmp_path, capsys):
+    values, told = ODD_FORMS[case]
+    (tmp_path / "set.json").write_text(json.dumps(values))
+    assert told in refused(capsys, tmp_path, tmp_path / "set.json", tmp_path / "own")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--key", "id", "own"], "--key is of documents, but neither"),
+        (["--documents", "d.jsonl", "--key", "id", "own"], "--key joins two files"),
+        (["--documents", "d.jsonl", "--window", "100", "own"], "--window was given without --model"),
+        (["--documents", "d.jsonl"], "import takes one folder beside --documents, but 0 names"),
+        (["--documents", "d.jsonl", "facts.csv", "own"], "import takes one folder beside --documents, but 2 names"),
+        (
+            ["--documents", "d.jsonl", "--wording", "w.yaml", "own"],
+            "--wording is of facts, but --documents names texts",
+        ),
+        (["--documents", "d.jsonl", "--store", "s.txt", "own"], "--documents names documents, and --store rows"),
+        (["--documents", "d.jsonl", "own"], "d.jsonl does not exist"),
+        (["--documents", "d.jsonl", "--unknown", "own"], "--unknown was given without --model"),
+    ],
+)
+def test_options_that_do_not_go_together(options, told, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert told in refused(capsys, tmp_path, *options)
+
+
+@given(st.integers(0, 2**32), st.integers(24, 90), st.booleans())
+def test_windows_cover_a_text_and_keep_its_mentions(seed, length, is_shared):
+    draw = random.Random(seed)
+    kinds = ["Ada", "lived", "Lyon", "clocks", "bridge"]
+    words = [f"{draw.choice(kinds)}{number}{draw.choice(['', '', '.', ','])}" for number in range(60)]  # all different
+    text = draw.choice([" ", "\n"]).join(words)
+    starts = {word: text.index(word) for word in words}
+    spans = {word: (starts[word], starts[word] + len(word)) for word in words}
+    mentions = tuple(
+        Mention(f"f{n}", "", "bio", spans[words[0]], (spans[words[n - 1]],), spans[words[n]])
+        for n in sorted(draw.sample(range(1, 60), 8))
+    )
+    whole = Example("bio.0", "bio", text, "D0", "id", ((0, len(text)),), mentions)
+    bpe = tokenizer("bpe")
+    offsets = bpe(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    overlap = length // 8 if is_shared else 0
+    pieces = cut_to_windows(whole, offsets, length, overlap)
+    covered, kept = 0, set()
+    for piece in pieces:
+        start = text.rindex(piece.text) if piece is pieces[-1] else text.index(piece.text)
+        assert piece.targets == ((0, len(piece.text)),)
+        assert not text[covered:start].strip(), "nothing is left out between two pieces"
+        covered = start + len(piece.text)
+        assert len(bpe(piece.text, add_special_tokens=False)["input_ids"]) <= length + 2
+        for mention in piece.mentions:
+            original = mentions[[m.fact for m in mentions].index(mention.fact)]
+            assert tuple(start + place for place in mention.object) == original.object
+            assert all((start + a, start + b) in original.relation_words for a, b in mention.relation_words)
+            assert mention.subject == (0, 0) or start == 0
+        kept |= {mention.fact for mention in piece.mentions}
+    assert covered == len(text) and len({piece.id for piece in pieces}) == len(pieces)
+    assert len(pieces) == 1 or len(offsets) > length
+    places = [(text.index(piece.text), text.index(piece.text) + len(piece.text)) for piece in pieces[:-1]]
+    places.append((text.rindex(pieces[-1].text), len(text)))
+    assert kept == {m.fact for m in mentions for a, b in places if a < m.object[0] and m.object[1] <= b}
