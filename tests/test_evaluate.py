@@ -14,12 +14,12 @@ from tiny_models import tiny_model
 
 from crosstrace.core.errors import UserError
 from crosstrace.core.statistics import wilson
-from crosstrace.data.text import biographies, questions
+from crosstrace.data.text import Example, Mention, biographies, questions
 from crosstrace.data.tokens import collate, encode
 from crosstrace.training.evaluation import Recall, answers, recall, summaries
 from crosstrace.training.losses import example_losses
 
-WORDS = tokenizer("word")
+WORDS, BPE = tokenizer("word"), tokenizer("bpe")
 WORLD = tiny_world()
 QA = encode(WORDS, questions(WORLD)[:48])
 BIO = encode(WORDS, biographies(WORLD)[:6])
@@ -155,3 +155,19 @@ def test_an_object_at_the_very_beginning_cannot_be_judged():
     item = encode(WORDS, [replace(example, mentions=(mention,), targets=((0, first),))])[0]
     with pytest.raises(UserError, match=f"example {example.id} begins with an object"):
         answers(item)
+
+
+@pytest.mark.parametrize(
+    ("after", "is_with_end"), [("", True), (" .", True), (".\n", True), (", who wrote.", False), ("，他写。", False)]
+)
+def test_a_text_that_goes_on_after_its_only_object_is_judged_without_its_end(after, is_with_end):
+    item = WORLD.people[0].facts[0]
+    text = f"{item.subject} knows {item.object}"
+    spans = (0, len(item.subject)), (len(text) - len(item.object), len(text))
+    mention = Mention(item.id, item.relation, "bio", spans[0], (), spans[1])
+    whole = text + after
+    (encoded,) = encode(BPE, [Example("bio.0", "bio", whole, "P0", "id", ((0, len(whole)),), (mention,))])
+    (places,) = answers(encoded)
+    expected = encoded.targets["answer"] if is_with_end else encoded.targets["object"]
+    assert (places + 1).tolist() == expected.nonzero().flatten().tolist()
+    assert (len(encoded.ids) - 1 in (places + 1)) == is_with_end

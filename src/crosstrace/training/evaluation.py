@@ -18,6 +18,7 @@ from crosstrace.core.errors import UserError
 from crosstrace.core.pieces import is_sharded
 from crosstrace.core.processes import Processes
 from crosstrace.core.statistics import wilson
+from crosstrace.data.text import Example
 from crosstrace.data.tokens import Batch, Encoded, token_batches
 from crosstrace.models.forward import inputs_of, logits_at, rows_at
 from crosstrace.models.loading import pad_id
@@ -86,8 +87,8 @@ def recall(
     With `processes`, each asks its share, and all get all results; a sharded model may be asked so too. Without, each
     process of a sharded model must be asked the same.
 
-    An example with one mention is an answer with its end token; each mention of an example with several (a
-    biography) is an answer of its own, judged on the object's tokens, given the true text before it. An open-ended
+    An example that ends with its only object is an answer with its end token; any other mention (in a biography, in a
+    document) is an answer of its own, judged on the object's tokens, given the true text before it. An open-ended
     example is answered by its object, whatever is said after it, as long as that does not go on with the object's last
     word ("Niger" is no answer where "Nigeria" is said).
 
@@ -196,8 +197,7 @@ def _goes_on(tokenizer: Any, item: Encoded, places: np.ndarray, said: np.ndarray
 
 def answers(item: Encoded) -> list[np.ndarray]:
     """For each mention, the positions whose prediction is judged: one before each of the answer's tokens."""
-    with_end = len(item.example.mentions) == 1 and not item.example.open_ended
-    masks = [item.targets["answer"]] if with_end else [m.object for m in item.mentions]
+    masks = [item.targets["answer"]] if _ends_with_answer(item.example) else [m.object for m in item.mentions]
     positions = [np.flatnonzero(mask.numpy()) - 1 for mask in masks]
     if any(places[0] < 0 for places in positions):
         raise UserError(
@@ -205,6 +205,15 @@ def answers(item: Encoded) -> list[np.ndarray]:
             "before it, so change the wording or use a tokenizer that begins every text with a token of its own"
         )
     return positions
+
+
+def _ends_with_answer(example: Example) -> bool:
+    """Whether a text ends with its only object, so that its end token is part of the answer."""
+    if len(example.mentions) != 1 or example.open_ended:
+        return False
+    if example.has_special_tokens:  # what a template writes after the answer
+        return True
+    return not any(letter.isalnum() for letter in example.text[example.mentions[0].object[1] :])
 
 
 def summaries(parts: Mapping[str, Recall]) -> dict[str, Any]:
