@@ -99,6 +99,7 @@ def test_existing_folders_are_left_alone(capsys, tmp_path: Path) -> None:
 def test_misused_words(capsys, tmp_path: Path) -> None:
     assert 'Did you mean "demo"?' in fails(capsys, "dmo")
     assert "exclude each other" in fails(capsys, "demo", "--resume", "--overwrite")
+    assert "exclude each other" in fails(capsys, "demo", "--quick", "--resume", "--overwrite")
     assert "no config.yaml" in fails(capsys, "trace", str(tmp_path))
     assert "needs a value" in fails(capsys, "demo", str(tmp_path / "run"), "--facts.people")
     assert "Unknown option: --trace.no-online" in fails(capsys, "demo", "--trace.no-online", "--quiet")

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from crosstrace.cli.options import given_settings, takes_settings
 from crosstrace.core.errors import UserError
 
-DEMO, COMPARED = Path("runs/demo"), Path("runs/compare")
+DEMO, QUICK, COMPARED = Path("runs/demo"), Path("runs/quick"), Path("runs/compare")
 
 
 @Parameter(name="*")
@@ -35,15 +35,17 @@ class Start:
 
 
 @takes_settings("crosstrace.experiment.config:Experiment")
-def demo(run: Path = DEMO, /, *, start: Start = Start(), **settings: Any) -> None:
+def demo(run: Path | None = None, /, *, quick: bool = False, start: Start = Start(), **settings: Any) -> None:
     """Run the embedded default experiment.
 
     Args:
-        run: the folder of the run.
+        run: the folder of the run; runs/demo, or runs/quick with --quick, if not given.
+        quick: a first look in less than a minute: fewer people, shorter training, no mechanism.
     """
-    from crosstrace.experiment.config import Experiment, override
+    from crosstrace.experiment.config import Experiment, override, quick_look
 
-    _run(override(Experiment(), given_settings(settings)), run, start)
+    experiment = quick_look() if quick else Experiment()
+    _run(override(experiment, given_settings(settings)), run or (QUICK if quick else DEMO), start)
 
 
 @takes_settings("crosstrace.experiment.config:Experiment")

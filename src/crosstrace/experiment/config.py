@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -268,6 +269,11 @@ def load(path: Path) -> Experiment:
     if {"experiment", "vary", "seeds"} & {*values}:
         raise UserError(f"{path} is a study of many runs; give it to `crosstrace study`")
     return parse(values, str(path))
+
+
+def quick_look() -> Experiment:
+    """The default experiment in small."""
+    return load(Path(str(files("crosstrace").joinpath("bundled", "quick.yaml"))))
 
 
 def read_yaml(path: Path, example: str) -> dict[str, Any]:
