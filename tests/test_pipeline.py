@@ -132,7 +132,7 @@ def test_results_hold_what_they_promise(whole: Path) -> None:
     for claim in during:
         assert claim["note"].endswith("; from 67 % to 67 % of training, 1 and 3 checkpoints")
     page = (whole / "report" / "index.html").read_text(encoding="utf-8")
-    assert page.count(" while it trains\n<details>") == str(shown).count(" while it trains ") == 3
+    assert page.count(" while it trains\n<details ") == str(shown).count(" while it trains ") == 3
     assert (
         results["training"]["mixed"]["examples"]
         == results["training"]["two_stage"]["examples"]

@@ -144,8 +144,11 @@ def test_same_results_same_bytes(tmp_path):
         assert (again.parent / path.name).read_bytes() == path.read_bytes()
 
 
-def test_the_page_needs_no_network_and_no_script(page):
+def test_the_page_needs_no_network_and_its_script_fetches_nothing(page):
     html = page.read_text(encoding="utf-8")
+    (script,) = re.findall(r"<script>(.*?)</script>", html, flags=re.S)
+    assert not re.search(r"fetch|import|XMLHttpRequest|WebSocket|eval|innerHTML", script)
+    html = html.replace(f"<script>{script}</script>", "")
     assert not re.search(r"<script|<img|<iframe|@import|url\((?!#)|src=", html)
     addresses = set(re.findall(r'https?://[^"\s<]+', html))
     assert addresses <= {"http://www.w3.org/1999/xlink"}  # the name of a namespace, never fetched
@@ -154,6 +157,28 @@ def test_the_page_needs_no_network_and_no_script(page):
     assert len(ids) == len(set(ids))
     referred = set(re.findall(r'(?:href="|url\()#([\w-]+)', html))
     assert referred <= set(ids)
+
+
+def test_points_and_cells_say_their_value_interval_and_count(page):
+    html = page.read_text(encoding="utf-8")
+    figures = re.findall(r"<svg[^>]*aria-label=.*?</svg>", html, flags=re.S)
+    assert len(figures) > 50 and all('<g class="under">' in figure for figure in figures)
+    titles = [re.findall(r"<title>(.*?)</title>", figure) for figure in figures]
+    assert not any(re.search(r"nan|None|inf", title) for each in titles for title in each)
+    recall = sample_results()["recall"]["mixed"]["qa_ood"]
+    told = next(title for title in titles[0] if title.startswith("Mix-tuned, Questions, held out"))
+    value, low, high = (f"{100 * recall[name]:.1f}" for name in ("exact_match", "low", "high"))
+    plain = told.replace(words.SPACE, " ")
+    assert plain == f"Mix-tuned, Questions, held out (OOD): {value} % ({low} % to {high} %), n = {recall['n']:,}"
+    assert len(titles[0]) == sum(
+        len([part for part in parts if part != "relations"]) for parts in sample_results()["recall"].values()
+    )
+    rows = list(csv.DictReader((page.parent / "ablate.csv").open()))
+    ablated = [title for figure, each in zip(figures, titles) if " after ablate, " in figure for title in each]
+    assert len(ablated) >= len(rows) and any(title.startswith("shared set, 5") for title in ablated)
+    maps = sample_results()["maps"]["mixed"][0]
+    cells = next(each for each in titles if each and each[0].startswith(f"{maps['rows'][0]}, {maps['columns'][0]}"))
+    assert len(cells) == len(maps["rows"]) * len(maps["columns"])
 
 
 def test_figures_follow_the_pages_colours(page):
@@ -366,13 +391,37 @@ def test_in_a_browser(tmp_path):
             assert_fits(driver, width)
             driver.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
             assert_fits(driver, width)
+            if scheme == "light":
+                assert_script_works(driver, page, width)
         assert driver.get_log("browser") == []
         messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
         sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-        asked = {p["request"]["url"] for p in sent if p["documentURL"] == page.as_uri()}
+        asked = {p["request"]["url"].partition("?")[0] for p in sent if p["documentURL"].startswith(page.as_uri())}
         assert asked <= {page.as_uri(), "data:,"} and asked
     finally:
         driver.quit()
+
+
+def assert_script_works(driver, page: Path, width: int) -> None:
+    """A column orders its table, a link opens what is folded, and wide pages keep their contents in view."""
+    ordered = """const table = [...document.querySelectorAll('.scroll table')].find(t => t.querySelector('.order'));
+        const column = [...table.tHead.rows[0].cells].length - 1;
+        const values = () => [...table.tBodies[0].rows].map(r => parseFloat(r.cells[column].textContent));
+        const before = values(), button = table.tHead.rows[0].cells[column].querySelector('button');
+        button.click(); const down = values(); button.click(); return [before, down, values()]"""
+    before, down, up = driver.execute_script(ordered)
+    assert sorted(before, reverse=True) == down == up[::-1] and len(before) > 2
+    folded = driver.execute_script("return [...document.querySelectorAll('section details')].pop().id")
+    driver.get(f"{page.as_uri()}?{width}#{folded}")
+    state = "const d = document.getElementById(arguments[0]); return [d.open, d.getBoundingClientRect().top]"
+    is_open, top = driver.execute_script(state, folded)
+    assert is_open and -50 < top < 900
+    left, shown = driver.execute_script(
+        "const r = document.querySelector('nav').getBoundingClientRect(); return [r.right, r.top >= 0]"
+    )
+    assert shown == (width == 1280), "only a wide page has room for them"
+    if width == 1280:
+        assert left <= driver.execute_script("return document.querySelector('section').getBoundingClientRect().left")
 
 
 def assert_fits(driver, width: int) -> None:
@@ -442,7 +491,7 @@ def test_the_claims_table_has_a_line_a_claim_and_folds_the_rest(tmp_path, figure
     assert main.index("Online trace") < main.index("Final checkpoint")
     assert "more at 0.05" in main and "more at 0.2" not in main and rest.count('<th scope="row">') == 2
     for part, lines in ((main, 1), (rest, 2)):
-        folded = "".join(re.findall(r"<details><summary>Test and numbers.*?</details>", part, flags=re.S))
+        folded = "".join(re.findall(r"<details [^>]*><summary>Test and numbers.*?</details>", part, flags=re.S))
         assert folded.count("Test: jackknife") == part.count("jackknife") == lines
         assert folded.count("n of final") == part.count("n of final") == lines
 

@@ -5,6 +5,8 @@ It holds no text and no numbers; the templates say how a page looks.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -102,7 +104,7 @@ def draw_sections(builders: Iterable[tuple[str, Callable[[Any], Section]]], resu
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from one of the templates beside this file, its style inside it."""
+    """A page from one of the templates beside this file, its style and script inside it."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -121,7 +123,21 @@ def render(template: str, **values: Any) -> str:
     )
     env.filters["firm"] = _unbroken
     env.filters["drawn"] = Markup  # the figures' SVG, whose text to_svg has escaped
-    return env.get_template(template).render(css=Markup(load("page.css")), **values)
+    env.filters["anchor"] = _Anchors()
+    own = {"css": Markup(load("page.css")), "script": Markup(load("page.js"))}
+    return env.get_template(template).render(**own, **values)
+
+
+class _Anchors:
+    """Gives each title of a page an id of its own."""
+
+    def __init__(self) -> None:
+        self._given: Counter[str] = Counter()
+
+    def __call__(self, title: str) -> str:
+        name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60] or "details"
+        self._given[name] += 1
+        return f"fold-{name}" + (f"-{self._given[name]}" if self._given[name] > 1 else "")
 
 
 def _unbroken(text: str) -> str:

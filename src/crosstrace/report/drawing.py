@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from crosstrace.core.errors import UserError
+from crosstrace.report import hover
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
 from crosstrace.results.results import Results
@@ -142,6 +143,7 @@ def to_svg(figure: Figure, salt: str, label: str) -> str:
     view = re.search(r'viewBox="[^"]*"', svg)
     head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {view[0] if view else ""} role="img"'
     svg = re.sub(r"<svg[^>]*>", lambda _: f'{head} aria-label="{escape(label)}">', svg, count=1)
+    svg = svg.replace("</svg>", f"{hover.targets(figure)}</svg>")
     return re.sub(r"\n\s*", "\n", svg).strip()
 
 
@@ -189,6 +191,11 @@ def curve(
     xs, ys = ([say.number(R.value(row, name)) for row in rows] for name in (x, y))
     low, high = zip(*(_interval(row, ends) for row in rows))
     ax.fill_between(xs, low, high, color=look.color, alpha=0.13, lw=0)
+    points = [
+        hover.Point(at, value, f"{label}, {say.at(x, at)}", value, *interval, hover.count_of(row))
+        for row, at, value, interval in zip(rows, xs, ys, zip(low, high))
+    ]
+    hover.note_points(ax, points)
     style = {"marker": look.mark or None, "mec": PAGE, "mew": 0.8, "markevery": every}
     ax.plot(xs, ys, color=look.color, ls=look.dash, lw=look.width, label=label, **style)
 
@@ -203,6 +210,7 @@ def dots(
     x: str,
     pale: str = "",
     ends: Ends = LOW_HIGH,
+    is_share: bool = True,
 ) -> None:
     """A dot and its interval for each series in each group, one group a line, the first on top.
 
@@ -211,7 +219,9 @@ def dots(
         x: the name of the row's value.
         pale: draw the intervals alone, as pale bars.
         ends: as of `curve`.
+        is_share: whether the values are shares.
     """
+    points: list[hover.Point] = []
     for i, (name, look) in enumerate(looks.items()):
         for row in rows:
             if name != R.series(row):
@@ -223,9 +233,12 @@ def dots(
                 ax.plot([low, high], [y, y], color=look.color, alpha=0.5, lw=7, solid_capstyle="butt")
                 continue
             ax.plot([low, high], [y, y], color=look.color, lw=2)
+            where = f"{say.model(name)}, {labels[groups.index(group)]}".replace("\n", " ")
+            points.append(hover.Point(value, y, where, value, low, high, hover.count_of(row)))
             first = group == groups[0]
             label = say.model(name) if first else None
             ax.plot(value, y, look.mark, color=look.color, ms=7.5, mec=PAGE, mew=0.8, label=label)
+    hover.note_points(ax, points, is_share=is_share)
     ax.set_yticks(range(len(groups)), labels)
     ax.set_ylim(len(groups) - 0.45, -0.55)
     ax.set_xlim(-0.02, 1.02)
@@ -263,6 +276,7 @@ def heat(
     what: str,
     top: float | None,
     below: str = "",
+    cells: Sequence[str] = (),
 ) -> Figure:
     """Cells from the page's own colour (nothing) to the heat colour (`top`): monotone on any background."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
@@ -285,6 +299,7 @@ def heat(
             ink = PAGE if v > 0.55 * top else INK
             text = say.percent(v).removesuffix(f"{say.SPACE}%")
             ax.text(j + 0.5, i + 0.52, text, ha="center", va="center", fontsize=11, color=ink)
+    hover.note_cells(ax, values, rows, cells or columns)
     ax.invert_yaxis()
     ax.grid(False)
     ax.spines["bottom"].set_visible(False)

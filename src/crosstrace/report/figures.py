@@ -185,9 +185,12 @@ def figure_units(
     layers = R.distinct(rows, "layer")
     values = [[say.number(v) for v in r.values] for r in rows]
     values, below = fold(values, columns, say.unit(unit or ""))
-    labels = [str(j) for j in range(len(values[0]))] if below == say.unit(unit or "") else []
+    count = len(values[0])
+    cells = [f"{say.unit(unit or '').removesuffix('s')} {j}" for j in range(count)]
+    labels = [str(j) for j in range(count)] if below == say.unit(unit or "") else []
+    cells = cells if labels else [f"group {j + 1} of {count}" for j in range(count)]
     title = f"{say.model(strategy)}, {say.when(when).lower()}"
-    return heat(values, layers, labels, title, "shared set", top, below)
+    return heat(values, layers, labels, title, "shared set", top, below, cells)
 
 
 @styled
@@ -209,7 +212,9 @@ def figure_centralization(
     looks = {n: look for n, look in strategy_looks(results).items() if R.where(rows, strategy=n)}
     labels, ends = [say.unit(unit) for unit in units], ("random_gini_low", "random_gini_high")
     dots(ax, rows, units, labels, "unit", looks, "random_gini", pale="random, same size", ends=ends)
-    dots(ax, rows, units, labels, "unit", looks, "gini", ends=None)  # low and high of these rows are the excess's
+    dots(
+        ax, rows, units, labels, "unit", looks, "gini", ends=None, is_share=False
+    )  # low and high of these rows are the excess's
     ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
     return finish(fig, ax, legend)
 

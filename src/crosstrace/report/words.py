@@ -155,6 +155,11 @@ def rho(fraction: object) -> str:
     return f"ρ\u00a0=\u00a0{percent(fraction)}"
 
 
+def at(name: str, value: object) -> str:
+    """Where on an x axis a point is: a fraction, or the number of an update or layer."""
+    return percent(value) if name == "fraction" else f"{spoken(name)} {number(value):,.0f}"
+
+
 def plain(value: object) -> str:
     """Any setting as text: counts with thousands separators, floats short, nothing as an en dash."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
