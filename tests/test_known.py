@@ -22,10 +22,11 @@ from crosstrace.data.text import texts
 from crosstrace.data.tokens import collate, encode
 from crosstrace.experiment import config, pipeline
 from crosstrace.experiment.stages import known
-from crosstrace.experiment.stages.known import best_wordings, continued, said_instead
+from crosstrace.experiment.stages.known import best_wordings, said_instead
 from crosstrace.experiment.world_facts import asks, world_of
 from crosstrace.models.loading import save_model
 from crosstrace.training.evaluation import recall
+from crosstrace.training.judging import continued
 from crosstrace.training.losses import example_losses
 
 CAPITALS = {
@@ -178,8 +179,8 @@ def test_what_is_said_instead_is_told_apart(monkeypatch: pytest.MonkeyPatch):
 def test_a_model_goes_on_alone_as_among_others():
     model, tokenizer = loaded()
     prompts = [tokenizer(text)["input_ids"] for text in ("The capital of Esk is", "In", "The capital of Hurst is")]
-    together = continued(model, tokenizer, prompts)
-    assert together == [continued(model, tokenizer, [prompt])[0] for prompt in prompts]
+    together = continued(model, tokenizer, prompts, 12)
+    assert together == [continued(model, tokenizer, [prompt], 12)[0] for prompt in prompts]
     assert together[0].startswith("Tarn")
 
 

@@ -241,6 +241,7 @@ def _check_sharded(experiment: Experiment, where: str) -> None:
     refused = {
         "train.lora": (experiment.train.lora, "the whole model; leave it out, or train all weights"),
         "model.random_init": (experiment.model.random_init is not None, "a whole model; save one, and give its folder"),
+        "eval.spoken": (experiment.eval.spoken, "the whole model to generate with; leave it out"),
     }
     for name, (is_set, needs) in refused.items():
         if is_set:

@@ -48,6 +48,10 @@ class EvalSettings:
     """Facts that the base knows which are asked, at most; of the bundled base, questions about its own people."""
     tokens: Annotated[int, Field(ge=1)] = 8192
     """Tokens that go through the model at once, padding included. Fewer take less memory."""
+    spoken: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Tokens of an answer that the models generate at most, to have answers judged as people judge them too: normalized
+    match, F1 of words and containment, against the answer and its aliases (docs/method.md). Where not given, nothing
+    is generated."""
     precision: Literal["float32", "bf16"] = "float32"
     """Precision of the multiplications. (Curves of recall during training are always in float32.) `bf16` is faster if
     the processor has it. It may change an answer whose two likeliest tokens are about equally likely."""

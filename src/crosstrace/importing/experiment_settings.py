@@ -40,6 +40,7 @@ SMALL: dict[str, Any] = {
 
 # of documents with questions: what needs no wordings of relations, and no fact's subject in every text
 DOCUMENTS: dict[str, Any] = {
+    "eval": {"spoken": 32},
     "mechanism": {
         "parts": ["gradients", "representations", "signature", "positions"],
         "facts": 48,

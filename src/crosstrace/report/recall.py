@@ -84,7 +84,14 @@ def _recall_tables(results: Results, overall: Sequence[RecallRow], models: Seque
         for r in overall
     ]
     more_head = ["Model", "Test", "First token", "Log-probability, nats", "n"]
-    return [exact, Table(more_head, more, "First token and probability", folded=True)]
+    tables = [exact, Table(more_head, more, "First token and probability", folded=True)]
+    said = [
+        [say.model(r.model), say.test(r.test), *map(say.percent, (r.exact_match, r.normalized_match, r.f1, r.contains))]
+        for r in overall
+        if r.normalized_match is not None
+    ]
+    said_head = ["Model", "Test", "Exact match", "Normalized match", "F1 of words", "Contains the answer"]
+    return [*tables, Table(said_head, said, "Answers as people judge them")] if said else tables
 
 
 def _relation_table(results: Results, rows: Sequence[RecallRow], models: Sequence[str]) -> Table:

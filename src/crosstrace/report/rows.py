@@ -37,6 +37,9 @@ class RecallRow:
     n: int
     first_token: float | None
     logprob: float | None
+    normalized_match: float | None = None
+    f1: float | None = None
+    contains: float | None = None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,12 @@ class Recall(Record):
     """Share of answers whose first token is right."""
     logprob: Number = None
     """Mean log-probability of an answer, in nats."""
+    normalized_match: Number = None
+    """Share of answers that are right once they are normalized, or name an alias (`eval.spoken`)."""
+    f1: Number = None
+    """Mean F1 of an answer's words (`eval.spoken`)."""
+    contains: Number = None
+    """Share of answers that hold the right one (`eval.spoken`)."""
 
 
 class ModelRecall(Open, Record):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from crosstrace.core.files import sha256_file, write_json
 from crosstrace.core.progress import Progress
@@ -25,9 +24,8 @@ from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.studied import View, model_key
 from crosstrace.experiment.world_facts import asks, source_of
 from crosstrace.models import loading
-from crosstrace.models.loading import pad_id
-from crosstrace.models.modes import evaluating
 from crosstrace.training.evaluation import Recall, recall
+from crosstrace.training.judging import continued, prompt
 
 LONGEST = 12  # tokens that a model says in place of a known object, at most
 
@@ -117,7 +115,7 @@ def said_instead(
     """
     rows = []
     names = {*taught}
-    for item, said in zip(forgotten, continued(model, tokenizer, [_prompt(item) for item in forgotten])):
+    for item, said in zip(forgotten, continued(model, tokenizer, [prompt(item) for item in forgotten], LONGEST)):
         text, mention = item.example.text, item.example.mentions[0]
         object = text[slice(*mention.object)]
         other_objects = of_relation[mention.relation] - {object}
@@ -167,38 +165,6 @@ def instead_of(
     return outcome
 
 
-def _prompt(item: Encoded) -> list[int]:
-    """The tokens before a text's object."""
-    return item.ids[: int(item.mentions[0].object.nonzero()[0])].tolist()
-
-
 def _begins_with_one_of(text: str, names: Iterable[str]) -> bool:
     """Whether a text begins with one of the names as a whole word."""
     return any(text.startswith(name) and not text[len(name) : len(name) + 1].isalnum() for name in names)
-
-
-def continued(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], length: int = LONGEST) -> list[str]:
-    """What a model says after each prompt, greedily, up to its end token, without special tokens or blanks around it.
-
-    Prompts of one length go through the model together, so none is padded.
-
-    Args:
-        prompts: their tokens.
-        length: tokens that it says at most.
-    """
-    config = GenerationConfig(
-        max_new_tokens=length, do_sample=False, pad_token_id=pad_id(tokenizer), eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )  # fmt: skip
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for number, prompt in enumerate(prompts):
-        by_length[len(prompt)].append(number)
-    texts = [""] * len(prompts)
-    device = next(model.parameters()).device
-    with evaluating(model):
-        for size, numbers in by_length.items():
-            ids = torch.tensor([prompts[number] for number in numbers], device=device)
-            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-            for number, row in zip(numbers, out[:, size:].tolist()):
-                texts[number] = tokenizer.decode(row, skip_special_tokens=True).strip()
-    return texts
