@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from imported_files import imported, refused
 from tiny_facts import tokenizer
+from tiny_models import tiny_base
 
 from crosstrace.core.files import read_json
 from crosstrace.data.text import Example, Mention, read_jsonl
@@ -187,6 +190,94 @@ def test_what_cannot_be_kept_is_dropped_and_counted(tmp_path):
         "control": 1,
     }
     assert any("1 documents had letters that nobody sees" in note for note in found.notes)
+
+
+def test_a_key_may_have_two_names_and_two_keys_may_say_the_same(tmp_path):
+    imported(tmp_path, documents=two_files(tmp_path))
+    expected = (tmp_path / "own" / "documents.jsonl").read_bytes()
+    asked = [{"doc": row["wiki_id"], "id": str(100 + n)} | row for n, row in enumerate(QUESTIONS)]
+    for row in asked:
+        del row["wiki_id"]
+    imported(tmp_path, documents=two_files(tmp_path, questions=asked), overwrite=True)
+    assert (tmp_path / "own" / "documents.jsonl").read_bytes() == expected
+    files = replace(two_files(tmp_path, questions=asked), key="wiki_id", question_key="doc")
+    imported(tmp_path, documents=files, overwrite=True)
+    assert (tmp_path / "own" / "documents.jsonl").read_bytes() == expected
+    titles = {row["wiki_id"]: row["title"] for row in DOCUMENTS}
+    asked = [row | {"title": titles[row["wiki_id"]]} for row in QUESTIONS]
+    imported(tmp_path, documents=two_files(tmp_path, questions=asked), overwrite=True)
+    assert objects(tasks(tmp_path)["documents"]) and assert_counts_add_up(tmp_path)
+
+
+def test_one_file_named_twice_and_documents_without_a_key(tmp_path):
+    texts = {row["wiki_id"]: row["text"] for row in DOCUMENTS}
+    rows = [
+        {"context": texts[row["wiki_id"]], "question": row["question"], "answer": row["answer"]} for row in QUESTIONS
+    ]
+    path = jsonl(tmp_path / "rows.jsonl", rows)
+    imported(tmp_path, documents=DocumentFiles(path, path))
+    assert len(tasks(tmp_path)["qa"]) == len(QUESTIONS)
+    documents = [
+        {"wiki_id": None, "text": "Bob was born in Rome."},
+        *DOCUMENTS[:2],
+        {"wiki_id": "1", "text": "Ann saw it."},
+    ]
+    found = imported(tmp_path, documents=two_files(tmp_path, documents, QUESTIONS[:5]), overwrite=True)
+    assert found.counts()["dropped"] == {}
+
+
+def test_the_same_text_under_two_keys_is_one_document(tmp_path):
+    documents = [*DOCUMENTS, {"wiki_id": "Q1b", "text": DOCUMENTS[0]["text"]}]
+    asked = [*QUESTIONS, {"wiki_id": "Q1b", "question": "What did Ada Brook sell?", "answer": "clocks"}]
+    found = imported(tmp_path, documents=two_files(tmp_path, documents, asked))
+    assert found.counts()["dropped"] == {"duplicate": 1}
+    made = assert_counts_add_up(tmp_path) and tasks(tmp_path)
+    assert len({item.person for item in made["qa"] if "Ada Brook" in item.text}) == 1
+
+
+def test_texts_without_blanks_and_answers_that_begin_a_text(tmp_path):
+    documents = [
+        {"id": "a", "text": "北京是中国的首都。北京有很多人。"},
+        {"id": "b", "text": "Paris is old. Many live in Paris."},
+        {"id": "c", "text": "New York City lies in the state of New York."},
+    ]
+    asked = [
+        {"id": "a", "question": "中国的首都是", "answer": "北京"},
+        {"id": "b", "question": "Where do many live?", "answer": "Paris"},
+        {"id": "c", "question": "New York City lies in the state of", "answer": "New York"},
+    ]
+    imported(tmp_path, documents=two_files(tmp_path, documents, asked))
+    starts = [item.mentions[0].object[0] for item in tasks(tmp_path)["documents"]]
+    assert starts == [text.rindex(word) for text, word in (
+        (documents[0]["text"], "北京"), (documents[1]["text"], "Paris"), (documents[2]["text"], "New York"),
+    )]  # fmt: skip
+
+
+def test_a_task_that_cannot_be_held_out_is_dropped(tmp_path):
+    (tmp_path / "set.json").write_text(json.dumps(MQUAKE[:1]))
+    found = imported(tmp_path, tmp_path / "set.json")
+    assert found.counts()["dropped"] == {"one split": 1} and tasks(tmp_path).keys() == {"documents", "qa"}
+
+
+def test_windows_of_blanks_alone_are_left_out():
+    text = "Ada Brook was born in Lyon." + "\n" * 300 + "She sold clocks."
+    offsets = tokenizer("bpe")(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    pieces = cut_to_windows(Example("d.0", "documents", text, "D0", "id", ((0, len(text)),), ()), offsets, 20, 2)
+    assert len(pieces) > 1 and all(piece.text.strip() for piece in pieces)
+
+
+@pytest.mark.parametrize("held_out_alone", [False, True])
+def test_questions_too_long_for_the_model_leave_no_half_experiment(held_out_alone, tmp_path, capsys):
+    imported(tmp_path, documents=two_files(tmp_path))
+    splits = {item.text[: item.targets[0][0]].strip(): item.split for item in tasks(tmp_path)["qa"]}
+    asked = []
+    for row in QUESTIONS:
+        is_long = not held_out_alone or splits[row["question"]] == "ood"
+        asked.append(row | {"question": row["question"] + " Say it." * 900 if is_long else row["question"]})
+    files = two_files(tmp_path, questions=asked)
+    shutil.rmtree(tmp_path / "own")
+    command = ["--documents", files.documents, "--questions", files.questions, "--model", tiny_base(), tmp_path / "own"]
+    assert "too long for" in refused(capsys, tmp_path, *command)
 
 
 def test_splits_of_the_file_are_taken(tmp_path):
@@ -405,7 +496,7 @@ def test_chats_are_questions(kind, tmp_path):
 
 def test_a_conversation_of_several_turns_is_dropped_and_a_system_goes_before_the_question(tmp_path):
     turn = CHATS["messages"]
-    chats = [{"wiki_id": row["wiki_id"]} | turn(row["question"], str(row["answer"])) for row in QUESTIONS]
+    chats = [{"wiki_id": row["wiki_id"]} | turn(row["question"], "".join(row["answer"])) for row in QUESTIONS]
     chats[0]["messages"] *= 2
     chats[1]["messages"].insert(0, {"role": "system", "content": "Be short."})
     chats[2]["messages"].pop()
@@ -425,10 +516,10 @@ ODD: dict[str, tuple[list[Any] | str, list[Any] | str | None, list[str], str]] =
     "no answer": (DOCUMENTS, [{"wiki_id": "Q1", "question": "x"}], [], "has no answer; it has wiki_id, question"),
     "no key": (DOCUMENTS, [{"question": "a?", "answer": "b"}], [], "so give it with --key"),
     "two keys": (
-        [row | {"name": row["wiki_id"]} for row in DOCUMENTS],
-        [row | {"name": row["wiki_id"]} for row in QUESTIONS],
+        [row | {"id": str(number)} for number, row in enumerate(DOCUMENTS)],
+        [row | {"id": str(number % 4)} for number, row in enumerate(QUESTIONS)],
         [],
-        "wiki_id, name could",
+        "wiki_id (documents: wiki_id), id (documents: id) could, and they differ",
     ),
     "wrong key": (DOCUMENTS, QUESTIONS, ["--key", "id"], "has no 'id', which --key names; it has wiki_id"),
     "key is a list": (
@@ -437,7 +528,12 @@ ODD: dict[str, tuple[list[Any] | str, list[Any] | str | None, list[str], str]] =
         ["--key", "wiki_id"],
         "wiki_id is ['Q1']; expected a text",
     ),
-    "wrong column": (DOCUMENTS, QUESTIONS, ["--question", "ask"], "has no 'ask', which --question names"),
+    "wrong column": (
+        DOCUMENTS,
+        QUESTIONS,
+        ["--question", "ask"],
+        "no file has 'ask', which --question names; the columns are wiki_id, title",
+    ),
     "text is a list": ([{"wiki_id": "Q1", "text": ["a", "b"]}], QUESTIONS, ["--key", "wiki_id"], "expected a text"),
     "question is a number": (
         DOCUMENTS,
@@ -517,6 +613,15 @@ def test_odd_documents_are_refused_in_one_sentence(case, tmp_path, capsys):
             path.write_text(rows) if isinstance(rows, str) else jsonl(path, rows)
             command += [f"--{name}", path]
     assert told in refused(capsys, tmp_path, *command, *options, tmp_path / "own")
+
+
+def test_a_list_as_python_prints_it_is_refused(tmp_path, capsys):
+    asked = [QUESTIONS[0] | {"answer": "['Lyon', 'Lugdunum']"}, *QUESTIONS[1:]]
+    files = two_files(tmp_path, questions=asked)
+    command = ["--documents", files.documents, "--questions", files.questions, tmp_path / "own"]
+    assert "expected a text or a list of texts" in refused(capsys, tmp_path, *command)
+    imported(tmp_path, documents=two_files(tmp_path, questions=[QUESTIONS[0] | {"answer": "[1, 2]"}, *QUESTIONS[1:]]))
+    assert tasks(tmp_path)["qa"][0].text.endswith("? [1, 2]")
 
 
 ODD_FORMS: dict[str, tuple[Any, str]] = {

@@ -288,6 +288,8 @@ class Documents:
     """Rows with question and answer. Without --documents each row has its document's text too."""
     key: str | None = None
     """The column by which a question names its document; if not given, one that fits is looked for."""
+    question_key: str | None = None
+    """The column by which a question names its document, if the questions' file has another name for it."""
     window: Count | None = None
     """Tokens of a text that stores at most: longer documents are cut into windows. If not given, as many as the model
     of --model reads."""
@@ -356,12 +358,14 @@ def import_facts(
         if needed not in texts:
             raise UserError(f"--{name} was given without --{needed}, which it belongs to; give both")
     asked = _without_none(documents)
-    if asked.keys() == {"window"} and len(paths) == 2 and published.form_of(paths[0]):
+    if "documents" not in asked and not texts and len(paths) == 2 and published.form_of(paths[0]):
         asked["documents"], paths = paths[0], paths[1:]
     if asked and not asked.keys() & {"documents", "questions"}:
         raise UserError(f"--{next(iter(asked))} is of documents, but neither --documents nor --questions was given")
     if "window" in asked and model is None:
         raise UserError("--window was given without --model, whose tokens are meant; give both")
+    if "question_key" in asked and "key" not in asked:
+        raise UserError("--question-key was given without --key, the documents' name of it; give both")
     if "key" in asked and len(asked.keys() & {"documents", "questions"}) < 2:
         raise UserError("--key joins two files, but only one was given; give both --documents and --questions")
     if unknown and model is None:

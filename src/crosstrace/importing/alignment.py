@@ -141,7 +141,7 @@ def _folded_letter(letter: str, way: str) -> str:
     return "".join(piece for piece in plain if not unicodedata.combining(piece)).translate(_ALIKE).casefold()
 
 
-def find(document: str, answers: Sequence[str], near: Sequence[Span] = ()) -> Found | None:
+def find(document: str, answers: Sequence[str], near: Sequence[Span] = (), start: int = 0) -> Found | None:
     """Where a document has one of some answers.
 
     The closest way of WAYS counts first, then the order of the answers. If an answer occurs several times, it is the
@@ -151,12 +151,13 @@ def find(document: str, answers: Sequence[str], near: Sequence[Span] = ()) -> Fo
         document: its text.
         answers: the answer, then its aliases.
         near: mentions of what the answer is about.
+        start: the character from which on an answer may begin.
     """
     for way in WAYS:
         folded = fold(document, way)
         for answer in answers:
             words = forms(answer) if way == WAYS[-1] else [fold_words(answer, way)]
-            spans = [span for word in words for span in folded.spans(word)]
+            spans = [span for word in words for span in folded.spans(word) if span[0] >= start]
             if spans:
                 return Found(min(spans, key=lambda span: (_distance(span, near), span)), way)
     return None

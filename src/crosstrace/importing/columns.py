@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ NAMES = {
 MESSAGES = ("messages", "conversations")  # columns with a conversation
 # who says something: names of the roles in such columns
 ASKS, ANSWERS, SETS_UP = ("user", "human"), ("assistant", "gpt"), ("system",)
+
+
+_PRINTED = re.compile(r"\s*(\[['\"].*['\"]\]|\{'\w+': .*\})\s*\Z", re.DOTALL)  # a list as Python prints it
 
 
 class SeveralTurnsError(ValueError):
@@ -52,7 +56,7 @@ def names_text(row: Collection[Any]) -> str:
 def answers_of(value: Any) -> list[str] | None:
     """The answer in a cell, then its aliases: a text, a list of them (as JSON too), or SQuAD's {"text": [...]}.
 
-    None if it is none of these.
+    None if it is none of these, such as a list as Python prints it.
     """
     if isinstance(value, Mapping) and "text" in value:
         value = value["text"]
@@ -61,11 +65,12 @@ def answers_of(value: Any) -> list[str] | None:
             listed = json.loads(value)
         except (ValueError, RecursionError):
             listed = None
-        value = listed if isinstance(listed, list) else value
+        is_list = isinstance(listed, list) and all(isinstance(each, str) for each in listed)
+        value = listed if is_list else value
     if value is None:
         return []
     if isinstance(value, str):
-        return [value]
+        return None if _PRINTED.match(value) else [value]
     if not isinstance(value, list):
         return None
     texts: list[Any] = [each.get("text") if isinstance(each, Mapping) else each for each in value]
@@ -115,26 +120,36 @@ def _turn(messages: Any, where: str) -> tuple[str, str]:
     return "\n".join(asked), answered[0]
 
 
-def shared_key(documents: Sequence[Mapping[str, Any]], questions: Sequence[Mapping[str, Any]], file: str) -> str:
-    """The column by which questions name their documents: one that both have, where most questions name a document.
+def shared_keys(
+    documents: Sequence[Mapping[str, Any]], questions: Sequence[Mapping[str, Any]], file: str
+) -> tuple[str, str]:
+    """The column of documents and the one of questions by which questions name their documents.
+
+    They are those by which most questions name a document. Several pairs will do if they say the same.
 
     Args:
         file: of the questions.
 
     Raises:
-        UserError: there is none, or several could be meant.
+        UserError: there is none, or several say different things.
     """
-    fitting = []
-    for name in (name for name in documents[0] if name in questions[0]):
-        keys = {row.get(name) for row in documents if isinstance(row.get(name), str)}
-        named = sum(isinstance(key, str) and key in keys for key in (row.get(name) for row in questions))
-        if len(keys) > len(documents) / 2 and named > len(questions) / 2:
-            fitting.append(name)
-    if len(fitting) == 1:
-        return fitting[0]
-    could = f"{', '.join(fitting)} could" if fitting else "no column of both files does"
+    meant: dict[tuple[str, str], list[int | None]] = {}
+    for column in dict.fromkeys(name for row in documents for name in row):
+        numbers = {row[column]: i for i, row in enumerate(documents) if isinstance(row.get(column), str)}
+        if len(numbers) <= len(documents) / 2:
+            continue
+        for name in dict.fromkeys(name for row in questions for name in row):
+            keys = [row.get(name) for row in questions]
+            found = [numbers.get(key) if isinstance(key, str) else None for key in keys]
+            if sum(number is not None for number in found) > len(questions) / 2:
+                meant[column, name] = found
+    if meant and all(found == next(iter(meant.values())) for found in meant.values()):
+        return next(iter(meant))
+    could = ", ".join(f"{name} (documents: {column})" for column, name in meant)
+    could = f"{could} could, and they differ" if meant else "no column of both files does"
     raise UserError(
         f"which column says what document a question of {file} is about? {could}. Documents have "
         f"{names_text(documents[0])}; questions have {names_text(questions[0])}. Expected a column that is different "
-        "for each document and that the questions name, so give it with --key"
+        "for each document and that the questions name, so give it with --key, and with --question-key if the "
+        "questions call it otherwise"
     )

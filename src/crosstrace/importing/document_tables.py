@@ -18,7 +18,7 @@ from crosstrace.importing.columns import (
     answers_of,
     column_of,
     names_text,
-    shared_key,
+    shared_keys,
     with_question,
 )
 from crosstrace.importing.documents import ENDS, QA, Document, Question
@@ -32,29 +32,37 @@ Row = Mapping[str, Any]
 
 
 def read_tables(
-    documents: Path | None, questions: Path | None, key: str | None, columns: Mapping[str, str], imported: Imported
+    documents: Path | None,
+    questions: Path | None,
+    keys: tuple[str, str] | None,
+    columns: Mapping[str, str],
+    imported: Imported,
 ) -> Items:
     """The documents and questions of two tables, or of one that has both.
 
     Args:
         documents: a table with a text, perhaps with a list of its questions; None if the questions' table has it.
         questions: a table with question and answer; None if the documents' table has them.
-        key: the column by which a question names its document; if not given, it is looked for.
+        keys: the column that names documents, and the column by which a question names its document; if not given, they
+            are looked for.
         columns: the names that the files have, by those of `columns.NAMES`.
 
     Raises:
         UserError: a file can't be read or lacks a column, or the key is not known.
     """
+    if documents == questions:  # a row has both
+        documents = None
     tables: dict[Path, list[tuple[int, Row]]] = {}
     for path in (documents, questions):
         if path is not None:
             tables[path] = list(_rows(path, imported))
             if not tables[path]:
                 raise UserError(f"{path} has no row that can be used; expected a document or a question in each")
-    if documents and questions and key is None:
-        key = shared_key(*([row for _, row in rows] for rows in tables.values()), file=str(questions))
-        imported.notes.append(f"the column {key} says which document a question is about")
-    reader = _Reader(columns, key if documents and questions else None, imported)
+    _check_columns(columns, [row for rows in tables.values() for _, row in rows])
+    if documents and questions and keys is None:
+        keys = shared_keys(*([row for _, row in rows] for rows in tables.values()), file=str(questions))
+        imported.notes.append(f"the column {keys[1]} says which document a question is about")
+    reader = _Reader(columns, keys if documents and questions else None, imported)
     if documents:
         for number, row in tables[documents]:
             yield from reader.document(row, str(documents), number)
@@ -63,6 +71,15 @@ def read_tables(
             yield from reader.question(row, str(questions), number)
     if reader.unused:
         imported.notes.append(unused_text(reader.unused, [*NAMES]))
+
+
+def _check_columns(columns: Mapping[str, str], rows: Sequence[Row]) -> None:
+    """Raise a `UserError` if the user named a column that no file has."""
+    there = dict.fromkeys(str(name) for row in rows for name in row)
+    for what, name in columns.items():
+        if name not in there:
+            option = "split-column" if what == "split" else what
+            raise UserError(f"no file has {name!r}, which --{option} names; the columns are {names_text(there)}")
 
 
 def _rows(path: Path, imported: Imported) -> Iterator[tuple[int, Row]]:
@@ -82,12 +99,13 @@ class _Reader:
 
     Attributes:
         columns: the names that the user gave.
-        key: the column by which questions name documents that are in another file; None if there is no other file.
+        keys: the column that names documents, and the one by which questions that are in another file name them; None
+            if there is no other file.
         unused: columns that nothing was made of.
     """
 
     columns: Mapping[str, str]
-    key: str | None
+    keys: tuple[str, str] | None
     imported: Imported
     unused: dict[str, None] = field(default_factory=dict)
     _texts: set[str] = field(default_factory=set)  # documents of earlier rows with questions
@@ -102,8 +120,8 @@ class _Reader:
                 "name yours with --text"
             )
         subject = column_of("subject", row, self._there("subject", row), where)
-        nested = None if self.key else next((name for name in NESTED if isinstance(row.get(name), list)), None)
-        key = _cell(row, self._key(row, where), where) or str(number)
+        nested = None if self.keys else next((name for name in NESTED if isinstance(row.get(name), list)), None)
+        key = _cell(row, self._key(row, 0, where), where) or f"{file} row {number}"
         yield Document(key, _cell(row, text, where), _names(row, subject), file, number)
         self._note_unused(row, [text, subject, nested])
         for asked in row[nested] if nested else []:
@@ -116,8 +134,8 @@ class _Reader:
         """A row's question, after its document if the row has that too."""
         where = f"{file} row {number}"
         cells = {what: self._column(what, row, where) for what in NAMES}
-        document = _cell(row, self._key(row, where), where)
-        if self.key is None:
+        document = _cell(row, self._key(row, 1, where), where)
+        if self.keys is None:
             if cells["text"] is None:
                 raise UserError(
                     f"{where} has no text; it has {names_text(row)}. Expected the document's text in each row, or a "
@@ -161,13 +179,17 @@ class _Reader:
         is_needed = what in ("question", "answer")
         return self.columns if is_needed or self.columns.get(what) in row else {}
 
-    def _key(self, row: Row, where: str) -> str | None:
-        if self.key is not None and self.key not in row:
-            raise UserError(f"{where} has no {self.key!r}, which --key names; it has {names_text(row)}")
-        return self.key
+    def _key(self, row: Row, which: int, where: str) -> str | None:
+        """The column of the key: of a document (0) or of a question (1)."""
+        if self.keys is None:
+            return None
+        if self.keys[which] not in row:
+            option = "question-key" if which and len({*self.keys}) > 1 else "key"
+            raise UserError(f"{where} has no {self.keys[which]!r}, which --{option} names; it has {names_text(row)}")
+        return self.keys[which]
 
     def _note_unused(self, row: Row, used: Sequence[str | None] | Any) -> None:
-        self.unused |= dict.fromkeys(str(name) for name in row if name not in (*used, self.key))
+        self.unused |= dict.fromkeys(str(name) for name in row if name not in (*used, *(self.keys or ())))
 
 
 def _cell(row: Row, name: str | None, where: str) -> str:
@@ -183,5 +205,5 @@ def _cell(row: Row, name: str | None, where: str) -> str:
 def _names(row: Row, column: str | None) -> tuple[str, ...]:
     """The names in a cell of a subject or title."""
     value = row.get(column) if column else None
-    names: list[Any] = value if isinstance(value, list) else [value]
-    return tuple(name for name in names if isinstance(name, str) and name.strip())
+    names = [name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str) and name.strip()]
+    return tuple(dict.fromkeys(form for name in names for form in (name, name.replace("_", " "))))

@@ -16,12 +16,13 @@ from crosstrace.core.errors import UserError
 from crosstrace.data.tasks import ID, OOD
 from crosstrace.data.text import Example, Mention, Span
 from crosstrace.importing import alignment
-from crosstrace.importing.facts import note_scripts
+from crosstrace.importing.facts import is_wide, note_scripts
 from crosstrace.importing.imported import INVISIBLE, SPLITS, Imported, dropped_text, tidy
 from crosstrace.importing.rows import blank_between
 
 STORED = "documents"  # the task that stores
 QA = "qa"  # the task of questions, if a file has one kind of them
+LONGEST_WORD = 40  # letters; a longer text without blanks is of a script that has none
 UNASKED = "unasked"  # the task of texts that no question is about: they are taught, and hold no fact to trace
 # kinds of questions, which are the relations of their facts; the longer words first
 KINDS = ("how many", "how much", "how long", "how old", "who", "what", "when", "where", "which", "why", "how")
@@ -83,13 +84,16 @@ def make_examples(items: Iterable[Document | Question], imported: Imported) -> d
         UserError: no document or no question can be kept, or all questions have one split.
     """
     items = list(items)
-    documents = _kept_documents([item for item in items if isinstance(item, Document)], imported)
-    questions = _kept_questions([item for item in items if isinstance(item, Question)], documents, imported)
+    other_keys: dict[str, str] = {}
+    documents = _kept_documents([item for item in items if isinstance(item, Document)], imported, other_keys)
+    asked = [replace(item, key=other_keys.get(item.key, item.key)) for item in items if isinstance(item, Question)]
+    questions = _kept_questions(asked, documents, imported)
     for name, kept in (("document", documents), ("question", questions)):
         if not kept:
             reasons = Counter(reason for _, _, reason, _ in imported.dropped)
             raise UserError(f"no {name} could be kept: {dropped_text(reasons) or 'there is none'}")
     splits = _splits(questions, imported)
+    questions, splits = _with_both_splits(questions, splits, imported)
     by_document: dict[str, list[tuple[int, Question]]] = {key: [] for key in documents}
     for number, question in enumerate(questions):
         by_document[question.key].append((number, question))
@@ -120,9 +124,14 @@ def make_examples(items: Iterable[Document | Question], imported: Imported) -> d
     return examples
 
 
-def _kept_documents(items: Sequence[Document], imported: Imported) -> dict[str, Document]:
-    """The documents that can be kept, by key."""
+def _kept_documents(items: Sequence[Document], imported: Imported, other_keys: dict[str, str]) -> dict[str, Document]:
+    """The documents that can be kept, by key.
+
+    Args:
+        other_keys: gets the keys of documents whose text an earlier one has, each with the key of that one.
+    """
     kept: dict[str, Document] = {}
+    keys: dict[str, str] = {}  # text -> the key of the first document that has it
     cleaned = 0
     for item in items:
         text = INVISIBLE.sub("", item.text).strip()
@@ -133,13 +142,17 @@ def _kept_documents(items: Sequence[Document], imported: Imported) -> dict[str, 
             reason = "not Unicode"
         elif not text:
             reason = "empty"
-        elif len(text.split()) < 2:
+        elif len(text.split()) < 2 and len(text) <= LONGEST_WORD and not any(map(is_wide, text)):
             reason = "one word"
         elif earlier is not None:
             reason = "duplicate" if earlier.text == text else "same name"
+        elif text in keys:
+            reason = "duplicate"
+            other_keys[item.key] = keys[text]
         if reason:
             imported.drop(item.file, item.row, reason, item.text)
         else:
+            keys[text] = item.key
             kept[item.key] = replace(item, text=text)
     if cleaned:
         imported.notes.append(f"{cleaned} documents had letters that nobody sees, which were removed")
@@ -225,6 +238,27 @@ def _splits(questions: Sequence[Question], imported: Imported) -> list[str]:
     return [question.split for question in questions]
 
 
+def _with_both_splits(
+    questions: Sequence[Question], splits: Sequence[str], imported: Imported
+) -> tuple[list[Question], list[str]]:
+    """The questions of tasks that have both trained and held-out ones, with their splits."""
+    of_task: dict[str, set[str]] = {}
+    for question, split in zip(questions, splits):
+        of_task.setdefault(question.task, set()).add(split)
+    kept = []
+    for question, split in zip(questions, splits):
+        if len(of_task[question.task]) == len(SPLITS):
+            kept.append((question, split))
+        else:
+            imported.drop(question.file, question.row, "one split", question.text)
+    if not kept:
+        raise UserError(
+            "no task has both questions that are trained and questions that are held out; expected questions about "
+            "several documents"
+        )
+    return [question for question, _ in kept], [split for _, split in kept]
+
+
 def _subjects(document: Document, question: Question) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in (question.subject, *document.subjects) if name))
 
@@ -248,15 +282,15 @@ def _mention_in_document(
 ) -> _Stored | None:
     """The words of a document that answer a question; None if it does not have the answer."""
     names = alignment.mentions(text, subjects)
-    near = alignment.mentions(text, [question.text]) or names  # the document may have the text to complete
-    found = alignment.find(text, question.answers, near)
+    prompts = alignment.mentions(text, [question.text])  # the document may have the text to complete
+    end = prompts[0][1] if prompts else 1  # (nothing predicts a text's first word)
+    found = alignment.find(text, question.answers, [(end, end)] if prompts else names, end)
+    found = found or alignment.find(text, question.answers, names, 1)
     if found is None:
         return None
     start = found.span[0]
     before = [span for span in names if span[1] <= start]
     subject = before[-1] if before else (0, 0)
-    if start == 0:  # nothing predicts a text's first word
-        return None
     return _Stored(
         Mention(fact, relation, STORED, subject, _asked_words(text, question, found.span, subject), found.span),
         found.way,
@@ -348,6 +382,7 @@ def cut_to_windows(example: Example, offsets: Sequence[Span], length: int, overl
         if stop == len(offsets):
             break
         start = max(start + 1, _word_start(example.text, offsets, stop - overlap, stop))
+    pieces = [(start, stop) for start, stop in pieces if example.text[start:stop].strip()]
     return [_piece(example, number, *span) for number, span in enumerate(pieces, 1)] if len(pieces) > 1 else [example]
 
 

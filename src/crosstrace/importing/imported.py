@@ -38,6 +38,7 @@ REASONS = {
     "no document": "a question about a document that is not there, or was dropped",
     "asked before": "a question that was there before, with another answer",
     "same name": "another text under the name of an earlier document",
+    "one split": "a question of a task whose questions are all trained, or all held out",
     "several turns": "a conversation of several questions and answers",
 }
 

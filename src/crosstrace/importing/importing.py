@@ -47,7 +47,6 @@ IN_WORDS = {
     "accents": "in their document, with other accents or quotes",
     "form": "in their document, as another form of the words, number or date",
     "unaligned": "not in their document",
-    "cut": "cut apart by the windows",
 }
 WRITTEN = ("world.json", "import.json", "dropped.csv", "experiment.yaml", *(f"{task}.jsonl" for task in TASKS))
 
@@ -58,7 +57,8 @@ class DocumentFiles:
 
     Attributes:
         documents, questions: tables, see `read_tables`; or `documents` alone in a form of `published`.
-        key: the column by which a question names its document; if not given, it is looked for.
+        key: the column that names documents; if not given, it is looked for.
+        question_key: the column by which a question names its document, if it has another name.
         window: tokens of a text that stores at most; longer documents are cut into windows. If not given, as many as
             the model reads.
     """
@@ -66,6 +66,7 @@ class DocumentFiles:
     documents: Path | None = None
     questions: Path | None = None
     key: str | None = None
+    question_key: str | None = None
     window: int | None = None
 
 
@@ -115,6 +116,11 @@ def import_to(
         parts["bio"], parts[QA], imported = import_rows(rows, columns)
     elif documents is not None:
         parts, imported = _read_documents(documents, columns or {})
+        if model is None:
+            imported.notes.append(
+                "the experiment names the bundled base, which has words for its own people only; name another model "
+                "with --model, or make one with crosstrace new-model"
+            )
     else:
         imported = import_facts(files, wording, columns)
     with replacing(folder) as partial:
@@ -157,7 +163,8 @@ def _read_documents(files: DocumentFiles, columns: Mapping[str, str]) -> tuple[d
     if files.documents and form:
         items = published.read_published(files.documents, form, imported)
     else:
-        items = read_tables(files.documents, files.questions, files.key, columns, imported)
+        keys = (files.key, files.question_key or files.key) if files.key else None
+        items = read_tables(files.documents, files.questions, keys, columns, imported)
     return make_examples(items, imported), imported
 
 
@@ -206,6 +213,8 @@ def _fit_to_model(
     """
     path = locating.adapted_base(locating.locate(model)) or locating.locate(model)
     if not Path(path).exists():
+        if documents is not None and documents.window:
+            raise UserError(f"--window needs the tokens of {model}, which is no folder on this machine; download it")
         imported.notes.append(f"{model} is no folder, so whether the texts are too long for it is checked when it runs")
         return False
     room = context_length(locating.read_config(path))
@@ -221,12 +230,24 @@ def _fit_to_model(
             imported.drop(*imported.sources[example.id], "too long for the model", example.text)
         for task, of_task in parts.items():
             parts[task] = [example for example in of_task if example.id not in long]
+        if documents is not None:
+            _check_tasks(parts, model)
     else:
         too_long_facts = {mention.fact for example in long.values() for mention in example.mentions}
         _drop_facts(imported, too_long_facts, "too long for the model")
     if not next(iter(parts.values())) if parts else not imported.subjects:
         raise UserError(f"every text is too long for {model}, which reads {room} tokens; shorten them")
     return True
+
+
+def _check_tasks(parts: Mapping[str, Sequence[Example]], model: str) -> None:
+    """Raise a `UserError` if a task that recalls has lost all questions that are trained, or all that are held out."""
+    for task, items in parts.items():
+        if task != STORED and len({item.split for item in items}) < 2:
+            raise UserError(
+                f"all trained or all held-out questions of the task {task} are too long for {model}; shorten them, or "
+                "take a model that reads more tokens"
+            )
 
 
 def _cut_documents(
@@ -266,7 +287,6 @@ def _cut_documents(
         f"{length // OVERLAP}; there are {len(pieces)} texts now"
         + (f", and {lost} answers lie in none of them as a whole" if lost else "")
     )
-    imported.answers["cut"] += lost
     return True
 
 

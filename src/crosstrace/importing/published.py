@@ -99,7 +99,7 @@ def _fictional(row: Row, path: Path, number: int) -> Items:
 
 def _squad(row: Row, path: Path, number: int) -> Items:
     where = f"{path} record {number}"
-    title = str(row.get("title", "")).replace("_", " ")
+    title = str(row.get("title") or "").replace("_", " ")
     for index, paragraph in enumerate(_list(row, "paragraphs", where) if "paragraphs" in row else [row], 1):
         if not isinstance(paragraph, Mapping):
             raise UserError(f"{where}: paragraph {index} is {paragraph!r:.60}; expected {{context, qas}}")
