@@ -193,3 +193,10 @@ def test_bad_overrides(name: str, value: str, message: str):
 def test_what_would_fail_late_or_silently_is_one_sentence(text: str, message: str):
     with pytest.raises(UserError, match=re.escape(message)):
         loads(text, "here.yaml")
+
+
+def test_the_quick_look_is_the_default_experiment_in_small():
+    quick, default = config.quick_look(), config.Experiment()
+    assert quick.strategies.keys() == default.strategies.keys() and quick.tasks == default.tasks
+    assert quick.model == default.model and quick.train.optimiser == default.train.optimiser
+    assert quick.facts.people < default.facts.people and not quick.mechanism.run
