@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from crosstrace.core.errors import UserError
-from crosstrace.experiment.config import Experiment, dumps, load, loads, override, parse, plain
+from crosstrace.experiment.config import Experiment, dumps, load, loads, override, parse, plain, quick_look
 from crosstrace.training.recipes import Optimiser, Phase
 
 FULL = """
@@ -196,7 +196,7 @@ def test_what_would_fail_late_or_silently_is_one_sentence(text: str, message: st
 
 
 def test_the_quick_look_is_the_default_experiment_in_small():
-    quick, default = config.quick_look(), config.Experiment()
+    quick, default = quick_look(), Experiment()
     assert quick.strategies.keys() == default.strategies.keys() and quick.tasks == default.tasks
     assert quick.model == default.model and quick.train.optimiser == default.train.optimiser
     assert quick.facts.people < default.facts.people and not quick.mechanism.run
