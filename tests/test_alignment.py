@@ -9,13 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosstrace.importing.alignment import find, forms, mentions, spells
+from crosstrace.importing.alignment import WAYS, find, fold_words, forms, mentions
 
 DOCUMENT = (
     "The Zürich–Basel Pact was signed on 3 March 1998 by 1,234 people in NAÏVE Town. A second one, of the 21st of "
     "June, 1905, is lost. Straße means street; twelve of 7,000 know it, 5 % say so. Paris is not Parisian, and 12.5 is "
     "no 12.\nIn 2001 Paris won.  New\tYork lost. 東京は日本の首都です。 “Quoted” O’Brien left."
 )
+
+
+def spells(words: str, answer: str) -> bool:
+    """Whether some words are an answer, in one of the ways of `find`."""
+    return any(
+        fold_words(words, way) in ([fold_words(answer, way)] if way != WAYS[-1] else forms(answer)) for way in WAYS
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from imported_files import imported, refused
+from test_alignment import spells
 from tiny_facts import tokenizer
 from tiny_models import tiny_base
 
 from crosstrace.core.files import read_json
 from crosstrace.data.text import Example, Mention, read_jsonl
 from crosstrace.experiment import config
-from crosstrace.importing.alignment import spells
 from crosstrace.importing.documents import cut_to_windows
 from crosstrace.importing.imported import Imported
 from crosstrace.importing.importing import DocumentFiles

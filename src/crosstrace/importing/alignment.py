@@ -170,13 +170,6 @@ def mentions(document: str, names: Sequence[str]) -> list[Span]:
     return sorted(spans)
 
 
-def spells(words: str, answer: str) -> bool:
-    """Whether some words are an answer, in one of the ways of `find`."""
-    return any(
-        fold_words(words, way) in ([fold_words(answer, way)] if way != WAYS[-1] else forms(answer)) for way in WAYS
-    )
-
-
 def _distance(span: Span, others: Sequence[Span]) -> int:
     """Characters between a span and the nearest of others; 0 if there are none."""
     return min((max(start - span[1], span[0] - end, 0) for start, end in others), default=0)

@@ -17,7 +17,7 @@ from crosstrace.data.tasks import ID, OOD
 from crosstrace.data.text import Example, Mention, Span
 from crosstrace.importing import alignment
 from crosstrace.importing.facts import is_wide, note_scripts
-from crosstrace.importing.imported import INVISIBLE, SPLITS, Imported, dropped_text, tidy
+from crosstrace.importing.imported import INVISIBLE, SPLITS, Imported, dropped_text, has_half_letter, tidy
 from crosstrace.importing.rows import blank_between
 
 STORED = "documents"  # the task that stores
@@ -138,7 +138,7 @@ def _kept_documents(items: Sequence[Document], imported: Imported, other_keys: d
         cleaned += len(INVISIBLE.findall(item.text)) > 0
         earlier = kept.get(item.key)
         reason = None
-        if _has_half_letter(text):
+        if has_half_letter(text):
             reason = "not Unicode"
         elif not text:
             reason = "empty"
@@ -191,7 +191,7 @@ def _reason_to_drop(
         seen: the earlier questions with their answers.
     """
     words = "".join((question.text, *question.answers))
-    if _has_half_letter(words):
+    if has_half_letter(words):
         return "not Unicode"
     if not question.text:
         return "empty"
@@ -206,10 +206,6 @@ def _reason_to_drop(
     if question.text in seen:
         return "duplicate" if seen[question.text] == question.answers else "asked before"
     return None
-
-
-def _has_half_letter(text: str) -> bool:
-    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _splits(questions: Sequence[Question], imported: Imported) -> list[str]:

@@ -49,6 +49,7 @@ DOCUMENTS: dict[str, Any] = {
     },
 }
 
+Kind = Literal["facts", "rows", "documents"]  # of what was imported
 BIO, QA, DOCUMENT = 16, 32, 8  # examples of each task in an update: texts that store, questions, whole documents
 PASSES = 13  # how often each text that stores is seen
 
@@ -56,7 +57,7 @@ PASSES = 13  # how often each text that stores is seen
 def experiment_settings(
     model: str | None,
     sizes: Mapping[str, int],
-    kind: Literal["facts", "rows", "documents"],
+    kind: Kind,
     files: Mapping[str, Path],
 ) -> dict[str, Any]:
     """What the experiment sets beside its name and facts.

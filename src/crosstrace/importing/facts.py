@@ -21,6 +21,7 @@ from crosstrace.importing.imported import (
     Patterns,
     Source,
     dropped_text,
+    has_half_letter,
     row_text,
     tidy,
 )
@@ -66,7 +67,7 @@ def import_facts(
             fact = {name: row.values.get(name) for name in COLUMNS}
             reason = _reason_to_drop(fact, objects)
             if reason is not None:
-                imported.dropped.append((row.file, row.number, reason, row_text(row.values)))
+                imported.drop(row.file, row.number, reason, row_text(row.values))
                 continue
             subject, relation, object = (tidy(fact[name]) for name in COLUMNS[:3])
             objects[subject, relation] = object
@@ -145,7 +146,7 @@ def _unfit(fact: Mapping[str, Any]) -> str | None:
         if not isinstance(value, str | None):
             return "not a text"
         text = value or ""
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
+        if has_half_letter(text):
             return "not Unicode"
         if INVISIBLE.search(text):
             return "control"

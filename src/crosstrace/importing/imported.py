@@ -109,6 +109,11 @@ def tidy(value: Any) -> str:
     return " ".join(unicodedata.normalize("NFC", str(value)).split())
 
 
+def has_half_letter(text: str) -> bool:
+    """Whether a text holds half a surrogate pair."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def row_text(values: Mapping[str, Any]) -> str:
     """A row of facts as one short text."""
     cells = (values.get(name) for name in COLUMNS[:3])

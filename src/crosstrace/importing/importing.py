@@ -31,9 +31,9 @@ from crosstrace.data.tokens import check_fast, context_length, encode, too_long
 from crosstrace.importing import published
 from crosstrace.importing.document_tables import read_tables
 from crosstrace.importing.documents import QA, STORED, UNASKED, cut_to_windows, make_examples, set_unasked_apart
-from crosstrace.importing.experiment_settings import experiment_settings, leave_out_facts
+from crosstrace.importing.experiment_settings import Kind, experiment_settings, leave_out_facts
 from crosstrace.importing.facts import import_facts
-from crosstrace.importing.imported import LONG, REASONS, Imported
+from crosstrace.importing.imported import REASONS, Imported
 from crosstrace.importing.rows import check_splits, import_rows
 from crosstrace.importing.tables import data_set_of
 from crosstrace.models import loading, locating
@@ -138,14 +138,8 @@ def import_to(
         )
         with (partial / "dropped.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("file", "row", "reason", "what"), *imported.dropped])
-        kind = "rows" if rows else "documents" if documents else "facts"
-        facts: dict[str, Any] = {"source": str(folder)} | ({"split": split} if kind == "facts" else {})
-        own_tasks = {} if examples.keys() == {"bio", QA} else {task: folder / f"{task}.jsonl" for task in examples}
-        sizes = {task: len(items) for task, items in examples.items()}
-        experiment: dict[str, Any] = {"name": folder.name} | ({} if own_tasks else {"facts": facts})
-        experiment |= experiment_settings(model, sizes, kind, own_tasks)
-        if kind == "documents" and not any(example.mentions for example in examples[STORED]):
-            leave_out_facts(experiment)
+        kind: Kind = "rows" if rows else "documents" if documents else "facts"
+        experiment = _experiment(folder, examples, kind, split, model)
         write_text(partial / "experiment.yaml", yaml.safe_dump(experiment, sort_keys=False, allow_unicode=True))
         if folder.exists():
             remove_folder(folder)
@@ -154,6 +148,20 @@ def import_to(
         tell("its learning rate suits a pretrained model of about 160 M parameters; larger ones need a lower one")
     tell(f"\nimported to {folder}; teach it with  crosstrace run {shlex.quote(str(folder / 'experiment.yaml'))}")
     return imported
+
+
+def _experiment(
+    folder: Path, examples: Mapping[str, Sequence[Example]], kind: Kind, split: str, model: str | None
+) -> dict[str, Any]:
+    """The experiment that teaches what was imported to `folder`, as plain values."""
+    facts: dict[str, Any] = {"source": str(folder)} | ({"split": split} if kind == "facts" else {})
+    own_tasks = {} if examples.keys() == {"bio", QA} else {task: folder / f"{task}.jsonl" for task in examples}
+    sizes = {task: len(items) for task, items in examples.items()}
+    experiment: dict[str, Any] = {"name": folder.name} | ({} if own_tasks else {"facts": facts})
+    experiment |= experiment_settings(model, sizes, kind, own_tasks)
+    if kind == "documents" and not any(example.mentions for example in examples[STORED]):
+        leave_out_facts(experiment)
+    return experiment
 
 
 def _read_documents(files: DocumentFiles, columns: Mapping[str, str]) -> tuple[dict[str, list[Example]], Imported]:
@@ -319,7 +327,7 @@ def _drop_facts(imported: Imported, ids: Collection[str], reason: str) -> None:
             if f"S{index:06d}.{number}" in ids:
                 row = imported.rows[subject["name"], fact["relation"]]
                 what = f"{subject['name']} | {fact['relation']} | {fact['object']}"
-                imported.dropped.append((*row, reason, what[:LONG]))
+                imported.drop(*row, reason, what)
             else:
                 kept.append(fact)
                 objects.setdefault(fact["relation"], {})[fact["object"]] = None

@@ -14,7 +14,7 @@ from crosstrace.core.errors import UserError
 from crosstrace.data.text import NO_QUESTIONS, Example, Mention
 from crosstrace.importing.columns import SeveralTurnsError, answers_of, column_of, names_text, with_question
 from crosstrace.importing.facts import is_wide, is_within, note_scripts, unused_text
-from crosstrace.importing.imported import INVISIBLE, ROW_COLUMNS, SPLITS, Imported, dropped_text, tidy
+from crosstrace.importing.imported import INVISIBLE, ROW_COLUMNS, SPLITS, Imported, dropped_text, has_half_letter, tidy
 from crosstrace.importing.tables import read_records
 from crosstrace.importing.text_files import read_lines
 
@@ -143,7 +143,7 @@ def _reason_to_drop(
         whole: prompt and completion as one text.
         seen: the earlier rows: prompt (of the task `bio`: text) -> completion.
     """
-    if any("\ud800" <= letter <= "\udfff" for letter in whole):
+    if has_half_letter(whole):
         return "not Unicode"
     if not completion.strip() or (task == "qa" and not prompt.strip()):
         return "empty"

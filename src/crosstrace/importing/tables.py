@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,13 @@ def read_json(path: Path) -> Any:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; expected a JSON file")
+    state = path.stat()
+    return _parsed(path, state.st_mtime_ns, state.st_size, state.st_ino)
+
+
+@lru_cache(maxsize=1)  # its form is looked for before it is read
+def _parsed(path: Path, *state: int) -> Any:
+    """The value of a JSON file as long as its `state` stays; the caller leaves it as it is."""
     return _json("".join(read_lines(path, longest=None)), str(path))
 
 

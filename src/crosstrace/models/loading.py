@@ -86,7 +86,7 @@ def load_model(
 
     source = locate(name)
     if processes is not None:
-        check_pieces(name, random_init, processes.size)
+        _check_whole(source, random_init)
     if is_adapter(Path(source)):
         if random_init is not None:
             raise UserError(f"{source} holds an adapter, which fits no random weights; name its base for random_init")
@@ -106,7 +106,9 @@ def load_model(
         weights.check_files(Path(source))
     with reading(f"no model could be read from {source}", "expected what save_pretrained writes"):
         if processes is not None and processes.size > 1:
-            weights.check_shapes(_empty_model(source), folder_of(source))
+            empty = _empty_model(source)
+            weights.check_rows(empty, processes.size, source)
+            weights.check_shapes(empty, folder_of(source))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=DTYPES[dtype],
@@ -141,13 +143,18 @@ def _check_safetensors(folder: Path) -> None:
         )
 
 
-def check_pieces(name: str, random_init: int | None, processes: int) -> None:
+def check_pieces(name: str, processes: int) -> None:
     """Raise a `UserError` if so many processes can't each load only their rows of a model."""
     source = locate(name)
-    if is_adapter(Path(source)) or random_init is not None or gguf.is_gguf(source):
-        raise UserError(f"{source} can't be loaded in pieces: expected the weights of a whole model, saved as a folder")
+    _check_whole(source, None)
     if processes > 1:
         weights.check_rows(_empty_model(source), processes, source)
+
+
+def _check_whole(source: str, random_init: int | None) -> None:
+    """Raise a `UserError` for a model whose rows can't be read one by one."""
+    if is_adapter(Path(source)) or random_init is not None or gguf.is_gguf(source):
+        raise UserError(f"{source} can't be loaded in pieces: expected the weights of a whole model, saved as a folder")
 
 
 def _empty_model(source: str) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import read_json
+from crosstrace.core.pieces import rows_of
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # as transformers names them
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -124,17 +125,18 @@ def check_rows(empty: Any, processes: int, place: str) -> None:
         if others and rows % processes:
             fitting = max(number for number in range(1, processes) if rows % number == 0)
             problem = f"{name} and {others[0][0]} are one tensor of {rows} rows, which {processes} can't share evenly"
-        elif parameter.dim() == 3 and _are_without(rows, processes):
-            fitting = max(number for number in range(1, processes) if not _are_without(rows, number))
+        elif parameter.dim() == 3 and _some_hold_none(rows, processes):
+            fitting = max(number for number in range(1, processes) if not _some_hold_none(rows, number))
             problem = f"{name} has {rows} experts, so one of {processes} would hold none"
         else:
             continue
         raise UserError(f"{place} can't be loaded in pieces by {processes} processes: {problem}; take {fitting}")
 
 
-def _are_without(rows: int, processes: int) -> bool:
-    """Whether some processes hold none of a parameter's rows, which FSDP2 shares out as `torch.chunk` does."""
-    return -(-rows // processes) * (processes - 1) >= rows
+def _some_hold_none(rows: int, processes: int) -> bool:
+    """Whether some processes hold none of a parameter's rows."""
+    start, stop = rows_of(rows, processes - 1, processes)  # the last process has fewest
+    return start == stop
 
 
 def _check_shapes(wrong: Sequence[tuple[str, Sequence[int], Sequence[int]]], folder: str | Path) -> None:

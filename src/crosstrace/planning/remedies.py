@@ -19,7 +19,7 @@ IN_WORDS = {"gpu": "memory of the GPU", "ram": "RAM", "disk": "disk"}
 def check_pieces(experiment: Experiment, processes: int) -> None:
     """Raise a `UserError` if so many processes would refuse to load one of the models."""
     for name in (experiment.model.name, *experiment.given.values()):
-        loading.check_pieces(name, None, processes)
+        loading.check_pieces(name, processes)
 
 
 def problems_of(needs: Needs) -> list[str]:

@@ -195,7 +195,7 @@ def curve(
         hover.Point(at, value, f"{label}, {say.at(x, at)}", value, *interval, hover.count_of(row))
         for row, at, value, interval in zip(rows, xs, ys, zip(low, high))
     ]
-    hover.note_points(ax, points)
+    hover.note_points(ax, points, ax.yaxis)
     style = {"marker": look.mark or None, "mec": PAGE, "mew": 0.8, "markevery": every}
     ax.plot(xs, ys, color=look.color, ls=look.dash, lw=look.width, label=label, **style)
 
@@ -210,7 +210,6 @@ def dots(
     x: str,
     pale: str = "",
     ends: Ends = LOW_HIGH,
-    is_share: bool = True,
 ) -> None:
     """A dot and its interval for each series in each group, one group a line, the first on top.
 
@@ -219,7 +218,6 @@ def dots(
         x: the name of the row's value.
         pale: draw the intervals alone, as pale bars.
         ends: as of `curve`.
-        is_share: whether the values are shares.
     """
     points: list[hover.Point] = []
     for i, (name, look) in enumerate(looks.items()):
@@ -238,7 +236,7 @@ def dots(
             first = group == groups[0]
             label = say.model(name) if first else None
             ax.plot(value, y, look.mark, color=look.color, ms=7.5, mec=PAGE, mew=0.8, label=label)
-    hover.note_points(ax, points, is_share=is_share)
+    hover.note_points(ax, points, ax.xaxis)
     ax.set_yticks(range(len(groups)), labels)
     ax.set_ylim(len(groups) - 0.45, -0.55)
     ax.set_xlim(-0.02, 1.02)

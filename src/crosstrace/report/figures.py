@@ -212,9 +212,7 @@ def figure_centralization(
     looks = {n: look for n, look in strategy_looks(results).items() if R.where(rows, strategy=n)}
     labels, ends = [say.unit(unit) for unit in units], ("random_gini_low", "random_gini_high")
     dots(ax, rows, units, labels, "unit", looks, "random_gini", pale="random, same size", ends=ends)
-    dots(
-        ax, rows, units, labels, "unit", looks, "gini", ends=None, is_share=False
-    )  # low and high of these rows are the excess's
+    dots(ax, rows, units, labels, "unit", looks, "gini", ends=None)  # low and high of these rows are the excess's
     ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
     return finish(fig, ax, legend)
 

@@ -16,6 +16,7 @@ from crosstrace.report import words as say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 RADIUS = 7.0  # of the shape around a point, in points
@@ -46,19 +47,17 @@ class _Noted:
     """Points of some axes, or the cells of a heat map [rows][columns].
 
     Attributes:
-        is_share: whether values are shares, to be told as per cent; None: as the y axis has them.
-        size: of a cell, in the axes' units.
+        axis: the axis that shows the points' values, as per cent or not; None for cells, which are shares.
     """
 
     ax: Any
     points: Sequence[Point]
-    is_share: bool | None
-    size: float = 0.0
+    axis: Any = None
 
 
-def note_points(ax: Axes, points: Iterable[Point], is_share: bool | None = None) -> None:
-    """Note what the points of some axes are."""
-    _notes(ax.figure).append(_Noted(ax, [*points], is_share))
+def note_points(ax: Axes, points: Iterable[Point], axis: Axis) -> None:
+    """Note what the points of some axes are; `axis` is the one that shows their values."""
+    _notes(ax.figure).append(_Noted(ax, [*points], axis))
 
 
 def note_cells(ax: Axes, values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str]) -> None:
@@ -69,7 +68,7 @@ def note_cells(ax: Axes, values: Sequence[Sequence[float]], rows: Sequence[str],
         for j, (column, value) in enumerate(zip(columns, line))
         if math.isfinite(value)
     ]
-    _notes(ax.figure).append(_Noted(ax, points, True, 1.0))
+    _notes(ax.figure).append(_Noted(ax, points))
 
 
 def count_of(row: Any) -> int | None:
@@ -86,14 +85,14 @@ def targets(figure: Figure) -> str:
     height = figure.bbox.height
     shapes = []
     for noted in _notes(figure):
-        is_share = noted.is_share if noted.is_share is not None else _shows_shares(noted.ax)
+        is_share = noted.axis is None or noted.axis.get_major_formatter()(0.5, 0).endswith("%")
         box = noted.ax.bbox
         for point in noted.points:
             x, y = noted.ax.transData.transform((point.x, point.y))
             if not (box.x0 - 1 <= x <= box.x1 + 1 and box.y0 - 1 <= y <= box.y1 + 1):
                 continue
             title = f"<title>{escape(_told(point, is_share), quote=False)}</title>"
-            if noted.size:
+            if noted.axis is None:
                 corners = noted.ax.transData.transform([(point.x - 0.5, point.y - 0.5), (point.x + 0.5, point.y + 0.5)])
                 (left, right), (bottom, top) = (sorted(axis) for axis in corners.T)
                 shapes.append(
@@ -110,10 +109,6 @@ def _notes(figure: Any) -> list[_Noted]:
     if not hasattr(figure, "crosstrace_notes"):
         figure.crosstrace_notes = []
     return figure.crosstrace_notes
-
-
-def _shows_shares(ax: Any) -> bool:
-    return ax.yaxis.get_major_formatter()(0.5, 0).endswith("%")
 
 
 def _told(point: Point, is_share: bool) -> str:

@@ -63,7 +63,7 @@ def figure_gradients(results: Results, *, part: str | None = None, legend: bool 
         say.test(part or ""), "cosine, same fact minus same relation", height=90 + 40 * len(groups), left=168
     )
     ends = ("excess_low", "excess_high")
-    dots(ax, rows, groups, groups, say.explained, models_of(rows, results), "excess", ends=ends, is_share=False)
+    dots(ax, rows, groups, groups, say.explained, models_of(rows, results), "excess", ends=ends)
     from_zero(ax, rows, "excess", ends=ends)
     return finish(fig, ax, legend)
 
@@ -183,8 +183,7 @@ def figure_signature(
     title = f"{say.FORMS[form].capitalize()}: {what}"
     fig, ax = panel(say.test(part or ""), title, height=90 + 34 * len(groups), left=168)
     labels = [say.TOKEN_GROUPS[group] for group in groups]
-    looks, is_share = models_of(rows, results), value == "share"
-    dots(ax, rows, groups, labels, "group", looks, value, ends=ends, is_share=is_share)
+    dots(ax, rows, groups, labels, "group", models_of(rows, results), value, ends=ends)
     if value != "share":
         from_zero(ax, rows, value, digits=0, ends=ends)
     return finish(fig, ax, legend)
