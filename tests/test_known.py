@@ -20,10 +20,11 @@ from crosstrace.cli.commands import main
 from crosstrace.core.errors import UserError
 from crosstrace.data.text import texts
 from crosstrace.data.tokens import collate, encode
+from crosstrace.data.world_facts import best_wordings, world_of
 from crosstrace.experiment import config, pipeline
+from crosstrace.experiment.examples import asks
 from crosstrace.experiment.stages import known
-from crosstrace.experiment.stages.known import best_wordings, said_instead
-from crosstrace.experiment.world_facts import asks, world_of
+from crosstrace.experiment.stages.known import said_instead
 from crosstrace.models.loading import save_model
 from crosstrace.training.evaluation import recall
 from crosstrace.training.judging import continued

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from crosstrace.trace import OnlineTrace, SummedTrace, Trace, TrainingTrace
     from crosstrace.trace.callback import KeepColumns, TraceCallback
     from crosstrace.training.evaluation import recall
+    from crosstrace.training.knowledge import ForgettingWarning, KnowledgeCallback
 
 _HOME = {
     "core.errors": ["UserError"],
@@ -39,13 +40,15 @@ _HOME = {
     "trace": ["OnlineTrace", "SummedTrace", "Trace", "TrainingTrace"],
     "trace.callback": ["KeepColumns", "TraceCallback"],
     "training.evaluation": ["recall"],
+    "training.knowledge": ["ForgettingWarning", "KnowledgeCallback"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: RUF022  (in the order in which an experiment uses them)
     "Experiment", "run", "Results", "FactSettings", "World", "biographies", "questions", "load_model", "load_tokenizer",
     "encode", "batches", "recall", "Trace", "OnlineTrace", "SummedTrace", "TrainingTrace", "TraceCallback",
-    "KeepColumns", "ParamSet", "scope", "select", "ablated", "grafted", "UserError",
+    "KeepColumns", "KnowledgeCallback", "ForgettingWarning", "ParamSet", "scope", "select", "ablated", "grafted",
+    "UserError",
 ]  # fmt: skip
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from crosstrace.cli.options import given_settings, takes_settings
+from crosstrace.core.errors import UserError
 
 _SETTINGS = "crosstrace.export.artefacts:EditSettings"
 
@@ -50,18 +53,39 @@ def _edit(kind: Literal["graft", "ablate"], run: Path, folder: Path, overwrite: 
     )
 
 
-def export(run: Path, folder: Path, /, *, overwrite: bool = False) -> None:
-    """Write a run's questions as tasks of the lm-evaluation-harness.
+def export(
+    run: Path,
+    folder: Path,
+    /,
+    *,
+    form: Annotated[Literal["lm-eval", "trl", "llamafactory", "axolotl", "jsonl"], Parameter(name="--for")] = "lm-eval",
+    strategy: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a run's questions for the lm-evaluation-harness, or a strategy's recipe for another trainer.
 
-    Its `lm_eval` (`pip install lm-eval`) then asks any model the questions about trained and about held-out people.
-    FOLDER/README.md says how, and which of its numbers are crosstrace's own.
+    lm-eval: the questions as tasks. The harness's `lm_eval` (`pip install lm-eval`) then asks any model the questions
+    about trained and about held-out people. FOLDER/README.md says how, and which of its numbers are crosstrace's own.
+
+    trl, llamafactory, axolotl: the texts that a strategy trained, in its mixture and order, and a config for each of
+    its phases that the trainer's own command takes. jsonl: the same texts, and the phases' settings as JSON.
 
     Args:
         run: the folder of a run.
-        folder: where the tasks go.
+        folder: where the files go.
+        form: what they are for.
+        strategy: whose recipe; that of the model that the run's `compare` names first if not given.
         overwrite: replace a folder that crosstrace wrote.
     """
-    from crosstrace.export.harness import export_run, summary
+    if form == "lm-eval":
+        from crosstrace.export.harness import export_run, summary
 
-    card = export_run(run, folder, overwrite)
-    print(f"{summary(card)}\n\n{card['command']}")
+        if strategy is not None:
+            raise UserError("--strategy names a recipe, but the questions are the same for all; expected --for with it")
+        card = export_run(run, folder, overwrite)
+        print(f"{summary(card)}\n\n{card['command']}")
+        return
+    from crosstrace.export import recipes
+
+    card = recipes.export_recipe(run, folder, form, strategy, overwrite)
+    print(f"{recipes.summary(card)}\n\nHow to train: {folder / 'README.md'}")

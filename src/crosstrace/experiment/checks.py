@@ -14,15 +14,23 @@ from crosstrace.core.processes import Processes
 from crosstrace.data.tasks import ID
 from crosstrace.data.text import KNOWN, NO_QUESTIONS, texts
 from crosstrace.data.tokens import Encoded, check_fast, encode
+from crosstrace.data.world_facts import world_of
 from crosstrace.experiment import config
 from crosstrace.experiment.analysis import ANALYSES
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.examples import encode_tasks, groups, known_people, sample, taught_texts, training_examples
+from crosstrace.experiment.examples import (
+    asks,
+    encode_tasks,
+    groups,
+    known_people,
+    sample,
+    taught_texts,
+    training_examples,
+)
 from crosstrace.experiment.registry import stage_names
 from crosstrace.experiment.stages.retain import new_material
 from crosstrace.experiment.stages.tracers import SUMS
 from crosstrace.experiment.studied import LEARNING, START, View
-from crosstrace.experiment.world_facts import asks, world_of
 from crosstrace.models import adapters, loading, locating, modes
 from crosstrace.models.compatibility import check_alike, check_fits, check_same_tokens
 from crosstrace.training.optimisers import check_optimisers

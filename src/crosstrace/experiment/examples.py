@@ -20,6 +20,7 @@ from crosstrace.data.facts import FactSettings
 from crosstrace.data.tasks import ID, OOD, Roles, TaskSettings
 from crosstrace.data.text import KNOWN, Example, read_jsonl, texts
 from crosstrace.data.tokens import Encoded, encode
+from crosstrace.data.world_facts import every_wording, world_of
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.settings import ModelSettings
 from crosstrace.models import locating
@@ -191,3 +192,20 @@ def asks_something(run: Run, experiment: Experiment) -> bool:
     """Whether a task that recalls has examples in the run."""
     recalling = experiment.roles.of_role("recall")
     return any(run.path(f"data/{task}.jsonl").read_bytes() for task in recalling)
+
+
+def asks(experiment: Experiment, tokenizer: Any) -> list[Example]:
+    """Every fact of `eval.known` in every wording. Questions are written as `facts.template` says.
+
+    Raises:
+        UserError: as `world_of`; or the base could answer none of them.
+    """
+    name = experiment.eval.known
+    assert name is not None
+    examples = every_wording(world_of(name), tokenizer, experiment.facts.template)
+    if not examples:
+        raise UserError(
+            f"eval.known = {name} has no fact that {experiment.model.name} could answer: no wording names the "
+            "object after the subject, or its tokenizer has no words for the objects"
+        )
+    return examples

@@ -304,7 +304,7 @@ def _drop_known(imported: Imported, partial: Path, model: str) -> bool:
     Raises:
         UserError: the model can't be loaded, or knows all of them.
     """
-    from crosstrace.experiment.world_facts import every_wording
+    from crosstrace.data.world_facts import every_wording
     from crosstrace.training.evaluation import recall
 
     tokenizer = loading.load_tokenizer(model)

@@ -16,6 +16,7 @@ from crosstrace.experiment import config
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import (
     REPLAYED,
+    asks,
     encode_tasks,
     mark_traced,
     replayable,
@@ -24,7 +25,6 @@ from crosstrace.experiment.examples import (
     training_examples,
 )
 from crosstrace.experiment.studied import View
-from crosstrace.experiment.world_facts import asks
 from crosstrace.models import gguf, loading, locating
 from crosstrace.models.anatomy import Anatomy
 from crosstrace.trace.rehearse import Understudy

@@ -7,7 +7,7 @@ An answer is right if its object is. No end token is needed: an untaught base ha
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +18,12 @@ import torch
 from crosstrace.core.files import sha256_file, write_json
 from crosstrace.core.progress import Progress
 from crosstrace.core.run_folder import Run
-from crosstrace.data.text import Example, write_jsonl
+from crosstrace.data.text import write_jsonl
 from crosstrace.data.tokens import Encoded, encode
+from crosstrace.data.world_facts import best_wordings, source_of
 from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.examples import asks
 from crosstrace.experiment.studied import View, model_key
-from crosstrace.experiment.world_facts import asks, source_of
 from crosstrace.models import loading
 from crosstrace.training.evaluation import Recall, recall
 from crosstrace.training.judging import continued, prompt
@@ -67,36 +68,6 @@ def find_known(run: Run, experiment: Experiment, progress: Progress) -> None:
         progress.note(f"the base knows {len(chosen)} facts of {name}: {summary}")
 
     run.stage("known", key, make)
-
-
-def best_wordings(examples: Sequence[Example], right: Sequence[bool]) -> tuple[list[Example], list[Row]]:
-    """The known facts, in the wording of their relation in which most are known (the first one if several are equal).
-
-    Args:
-        examples: each fact in each wording.
-        right: whether the base answered it, for each of them.
-
-    Returns:
-        the known facts in that wording, in their order; and a row for each relation {relation, facts, known, wording,
-        example (of that wording), wordings {wording: answered}}.
-    """
-    facts: dict[str, set[str]] = defaultdict(set)
-    scores: dict[str, Counter[str]] = defaultdict(Counter)
-    for example, is_right in zip(examples, right):
-        mention = example.mentions[0]
-        facts[mention.relation].add(mention.fact)
-        scores[mention.relation][mention.wording] += int(is_right)
-    best = {relation: max(counts, key=lambda wording: counts[wording]) for relation, counts in scores.items()}
-    in_best = [(item, ok) for item, ok in zip(examples, right) if item.mentions[0].wording in best.values()]
-    chosen = [item for item, ok in in_best if ok]
-    rows = []
-    for relation, wording in best.items():
-        example = next(item.text for item, _ in in_best if item.mentions[0].wording == wording)
-        rows.append({
-            "relation": relation, "facts": len(facts[relation]), "known": scores[relation][wording],
-            "wording": wording, "example": example, "wordings": dict(scores[relation]),
-        })  # fmt: skip
-    return chosen, rows
 
 
 def said_instead(

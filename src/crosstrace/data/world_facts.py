@@ -1,8 +1,9 @@
-"""Facts of the world that a base may know (`eval.known`): where they are, and how the base is asked about them."""
+"""Facts of the world that a model may know: where they are, how it is asked about them, and which ones it knows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from crosstrace.data.chat import in_template
 from crosstrace.data.facts import FactSettings, Person, World
 from crosstrace.data.text import KNOWN, Example, fill
 from crosstrace.data.tokens import encode
-from crosstrace.experiment.config import Experiment
 
+Row = dict[str, Any]
 BUNDLED = Path(str(files("crosstrace").joinpath("bundled", "world")))
 
 
@@ -38,23 +39,6 @@ def world_of(name: str) -> World:
     return World.draw(FactSettings(source=str(source_of(name))))
 
 
-def asks(experiment: Experiment, tokenizer: Any) -> list[Example]:
-    """Every fact of `eval.known` in every wording. Questions are written as `facts.template` says.
-
-    Raises:
-        UserError: as `world_of`; or the base could answer none of them.
-    """
-    name = experiment.eval.known
-    assert name is not None
-    examples = every_wording(world_of(name), tokenizer, experiment.facts.template)
-    if not examples:
-        raise UserError(
-            f"eval.known = {name} has no fact that {experiment.model.name} could answer: no wording names the "
-            "object after the subject, or its tokenizer has no words for the objects"
-        )
-    return examples
-
-
 def every_wording(world: World, tokenizer: Any, template: str = "plain") -> list[Example]:
     """Every fact in every wording, as open-ended examples.
 
@@ -70,6 +54,36 @@ def every_wording(world: World, tokenizer: Any, template: str = "plain") -> list
         return examples
     encoded = encode(tokenizer, examples)
     return [item.example for item in encoded if not bool((item.ids[item.mentions[0].object] == unknown).any())]
+
+
+def best_wordings(examples: Sequence[Example], right: Sequence[bool]) -> tuple[list[Example], list[Row]]:
+    """The known facts, in the wording of their relation in which most are known (the first one if several are equal).
+
+    Args:
+        examples: each fact in each wording.
+        right: whether the base answered it, for each of them.
+
+    Returns:
+        the known facts in that wording, in their order; and a row for each relation {relation, facts, known, wording,
+        example (of that wording), wordings {wording: answered}}.
+    """
+    facts: dict[str, set[str]] = defaultdict(set)
+    scores: dict[str, Counter[str]] = defaultdict(Counter)
+    for example, is_right in zip(examples, right):
+        mention = example.mentions[0]
+        facts[mention.relation].add(mention.fact)
+        scores[mention.relation][mention.wording] += int(is_right)
+    best = {relation: max(counts, key=lambda wording: counts[wording]) for relation, counts in scores.items()}
+    in_best = [(item, ok) for item, ok in zip(examples, right) if item.mentions[0].wording in best.values()]
+    chosen = [item for item, ok in in_best if ok]
+    rows = []
+    for relation, wording in best.items():
+        example = next(item.text for item, _ in in_best if item.mentions[0].wording == wording)
+        rows.append({
+            "relation": relation, "facts": len(facts[relation]), "known": scores[relation][wording],
+            "wording": wording, "example": example, "wordings": dict(scores[relation]),
+        })  # fmt: skip
+    return chosen, rows
 
 
 def _is_question(example: Example) -> bool:

@@ -1,0 +1,263 @@
+"""`KnowledgeCallback`: what a model knows, watched while anyone's `transformers.Trainer` trains it.
+
+It asks the model between updates and changes nothing of the training. It knows no traces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import Trainer, TrainerCallback
+
+from crosstrace.core.errors import UserError
+from crosstrace.core.files import read_json, write_json
+from crosstrace.data.tokens import Encoded, encode
+from crosstrace.data.world_facts import best_wordings, every_wording, world_of
+from crosstrace.training.evaluation import recall
+from crosstrace.training.watched import Row, Watched, read_rows
+
+FILE = "crosstrace_knowledge.json"
+FELL = 0.05  # a mean by which recall must fall before it is told,
+ERRORS = 4.0  # and by how many standard errors of the mean difference; the best of many looks is too good by chance
+FACTS_ASKED = 4  # times `samples` facts of the world are asked at the beginning, to find what the model knows
+WHAT = {"stored": "the stored texts", "known": "the facts that the model knew before"}
+ADVICE = (
+    "what helped small models (docs/findings.md): some of these texts in every update (replay), both tasks mixed from "
+    "the start, or a lower learning rate"
+)
+
+
+class ForgettingWarning(UserWarning):
+    """Texts or facts that the model knew are being lost."""
+
+
+class KnowledgeCallback(TrainerCallback):
+    """Watches what a model knows while a `transformers.Trainer`, or TRL's `SFTTrainer`, trains it.
+
+        watching = KnowledgeCallback(trainer, stored=texts, trained=questions, held_out=other_questions)
+        trainer.add_callback(watching)
+
+    Each look asks the model some items of every part, and writes to the Trainer's log, and so to its trackers,
+    `knowledge/PART/recall` and `knowledge/PART/logprob` (see `Watched.scores`). If recall of `stored` or `known` falls
+    below the best that was seen, by more than 0.05 and by more than four standard errors of the mean difference over
+    the same items, a `ForgettingWarning` says so, once until it is regained. (Four, since the best of many looks is too
+    good by chance.)
+
+    Between the first look, before the first update, and the last one there are as many looks as take at most `share`
+    of the time. The Trainer's checkpoints keep what was seen, and a resumed training goes on with it. With several
+    processes each asks the same, as sharded models need.
+
+    Args:
+        trainer: the Trainer, whose tokenizer (`processing_class`) and model are used.
+        stored: texts that state facts: texts or rows as the Trainer takes them (see `read_rows`).
+        trained, held_out: questions that training sees, and questions that it does not.
+        known: what the model knew before. `world`: facts of the bundled world that it answers before the first update;
+            none are watched if it answers none. Or questions of your own. None: nothing.
+        every: updates from look to look; as `share` allows if not given.
+        share: of the time that looks take at most, beside the first and the last one.
+        samples: items of a part that are asked at most, drawn once.
+        seed: of that draw.
+
+    Attributes:
+        history: a row {step, part, n, recall, logprob} for every look and part.
+
+    Raises:
+        UserError: there is nothing to watch, a row can't be read, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        stored: Iterable[Row] = (),
+        trained: Iterable[Row] = (),
+        held_out: Iterable[Row] = (),
+        known: Iterable[Row] | Literal["world"] | None = "world",
+        *,
+        every: int | None = None,
+        share: float = 0.03,
+        samples: int = 64,
+        seed: int = 0,
+    ) -> None:
+        if not 0 < share <= 1 or samples < 1 or (every is not None and every < 1):
+            raise UserError(
+                f"KnowledgeCallback got share = {share}, samples = {samples}, every = {every}; expected a share above "
+                "0 and at most 1, and numbers of 1 or more"
+            )
+        self.trainer, self.every, self.share, self.samples = trainer, every, share, samples
+        self.history: list[dict[str, Any]] = []
+        self.tokenizer = trainer.processing_class
+        if self.tokenizer is None:
+            raise UserError("the Trainer has no tokenizer; give it one as processing_class")
+        self._random = random.Random(seed)
+        self._of_world = known == "world"
+        given = {"stored": stored, "trained": trained, "held_out": held_out}
+        if known is not None and not isinstance(known, str):
+            given["known"] = known
+        elif known not in ("world", None):
+            raise UserError(f"known = {known!r}; expected world, questions, or None")
+        self.parts = [
+            Watched(name, self._drawn(items))
+            for name, rows in given.items()
+            if (items := read_rows(name, rows, self.tokenizer))
+        ]
+        if not self.parts and not self._of_world:
+            raise UserError("KnowledgeCallback has nothing to watch; give it stored, trained, held_out or known")
+        self._best: dict[str, list[float]] = {}  # by part: the scores of the look with the highest mean,
+        self._best_step: dict[str, int] = {}  # when that was,
+        self._lost: set[str] = set()  # and the parts whose loss was told
+        self._began = self._spent = self._cost = 0.0  # seconds; the cost is that of the last look
+        self._first_step = self._check_at = 0
+        self._looked_at = -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began, self._spent, self._cost = time.perf_counter(), 0.0, 0.0
+        self._first_step = self._check_at = state.global_step
+        self._looked_at = -1
+        if state.global_step and self._load(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE):
+            return
+        self._timed(self._find_known, kwargs["model"], args.bf16)
+        if not self.parts:
+            warnings.warn(
+                "KnowledgeCallback: the model answers no fact of the world, so nothing is watched", stacklevel=2
+            )
+        self._look(args, state, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        is_last = state.global_step >= state.max_steps or control.should_training_stop
+        if is_last or self._is_due(state.global_step):
+            self._look(args, state, kwargs["model"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._looked_at != state.global_step:  # the training was ended from outside an update
+            self._look(args, state, kwargs["model"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if folder.is_dir() and state.is_world_process_zero:
+            values = {
+                "history": self.history, "best": self._best, "best_step": self._best_step, "lost": sorted(self._lost),
+                "parts": {part.name: _digest(part.items) for part in self.parts},
+                "known": [item.example.id for part in self.parts if part.name == "known" for item in part.items],
+            }  # fmt: skip
+            write_json(folder / FILE, values)
+
+    @property
+    def time_share(self) -> float:
+        """The share of the time since training began that looks have taken."""
+        return self._spent / max(time.perf_counter() - self._began, 1e-9)
+
+    def _drawn(self, items: list[Encoded]) -> list[Encoded]:
+        """As many of the items as are asked, in their order."""
+        if len(items) <= self.samples:
+            return items
+        return [items[i] for i in sorted(self._random.sample(range(len(items)), self.samples))]
+
+    def _find_known(self, model: Any, bf16: bool) -> None:
+        """Ask the facts of the world, and watch those that the model answers in their relation's best wording."""
+        if not self._of_world or any(part.name == "known" for part in self.parts):
+            return
+        world = world_of("bundled")
+        ids = [fact.id for person in world.people for fact in person.facts]
+        chosen = {*self._random.sample(ids, min(len(ids), FACTS_ASKED * self.samples))}
+        examples = [item for item in every_wording(world, self.tokenizer) if item.mentions[0].fact in chosen]
+        if not examples:
+            return
+        answered = recall(model, self.tokenizer, encode(self.tokenizer, examples), bf16=bf16)
+        known, _ = best_wordings(examples, answered.exact.tolist())
+        if known:
+            self.parts.append(Watched("known", self._drawn(encode(self.tokenizer, known))))
+
+    def _is_due(self, step: int) -> bool:
+        """Whether to look after this update. All processes do as the first one does."""
+        if self.every is not None:
+            return step % self.every == 0
+        if step < self._check_at:
+            return False
+        elapsed = time.perf_counter() - self._began
+        due_at = (self._spent + 2 * self._cost) / self.share  # seconds; one look is kept for the end
+        wait = [math.ceil((due_at - elapsed) / (elapsed / max(1, step - self._first_step)))]  # updates
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast_object_list(wait)
+        self._check_at = step + max(1, wait[0])
+        return wait[0] <= 0
+
+    def _look(self, args: Any, state: Any, model: Any) -> None:
+        """Ask every part, log what it knows, and warn of what is being lost."""
+        scores = self._timed(lambda: {part.name: part.scores(model, self.tokenizer, args.bf16) for part in self.parts})
+        self._looked_at = state.global_step
+        logs: dict[str, float] = {}
+        for name, (right, logprob) in scores.items():
+            row = {"step": state.global_step, "part": name, "n": len(right)}
+            row |= {"recall": float(right.mean()), "logprob": float(logprob.mean())}
+            self.history.append(row)
+            logs |= {f"knowledge/{name}/{measure}": row[measure] for measure in ("recall", "logprob")}
+            if name in WHAT:
+                self._compare(name, right.astype(float), state)
+        if logs:
+            # (not the trainer's own `log`: TRL's adds its averages to every entry, and begins them anew)
+            control = self.trainer.control
+            logs_next = control.should_log  # an entry in the log clears this, and the Trainer's own would be left out
+            Trainer.log(self.trainer, logs)
+            control.should_log = logs_next
+
+    def _compare(self, name: str, right: np.ndarray, state: Any) -> None:
+        """Warn if recall has fallen below the best that was seen."""
+        best = np.array(self._best.get(name, right))
+        if name not in self._best or right.mean() >= best.mean():
+            self._best[name], self._best_step[name] = right.tolist(), state.global_step
+            self._lost.discard(name)
+            return
+        fall = best - right
+        error = fall.std(ddof=1) / len(fall) ** 0.5 if len(fall) > 1 else np.inf
+        if fall.mean() <= max(FELL, ERRORS * error) or name in self._lost:
+            return
+        self._lost.add(name)
+        if state.is_world_process_zero:
+            warnings.warn(
+                f"{WHAT[name]} are being lost: recall is {right.mean():.2f} after update {state.global_step}, and was "
+                f"{best.mean():.2f} after update {self._best_step[name]}; {ADVICE}",
+                ForgettingWarning,
+                stacklevel=2,
+            )
+
+    def _timed(self, work: Any, *args: Any) -> Any:
+        """The result of work(*args); the time it takes is counted."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # so that updates that are still computed are not counted
+        began = time.perf_counter()
+        result = work(*args)
+        self._cost = time.perf_counter() - began
+        self._spent += self._cost
+        return result
+
+    def _load(self, path: Path) -> bool:
+        """Go on with what a checkpoint kept. Returns whether it kept anything."""
+        if not path.is_file():
+            warnings.warn(f"{path} is not there, so KnowledgeCallback begins anew", stacklevel=2)
+            return False
+        values = read_json(path)
+        if self._of_world and values["known"]:
+            kept = {*values["known"]}
+            known = [item for item in every_wording(world_of("bundled"), self.tokenizer) if item.id in kept]
+            self.parts = [part for part in self.parts if part.name != "known"]
+            self.parts.append(Watched("known", encode(self.tokenizer, known)))
+        if {part.name: _digest(part.items) for part in self.parts} != values["parts"]:
+            raise UserError(f"{path} was kept for other texts or questions; give the callback those, or begin anew")
+        self.history, self._lost = values["history"], {*values["lost"]}
+        self._best, self._best_step = values["best"], values["best_step"]
+        return True
+
+
+def _digest(items: Sequence[Encoded]) -> str:
+    """SHA-256 of the items' tokens."""
+    return hashlib.sha256(repr([item.ids.tolist() for item in items]).encode()).hexdigest()
