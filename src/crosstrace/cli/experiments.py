@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -63,7 +64,15 @@ def run(config: Path, run: Path | None = None, /, *, start: Start = Start(), **s
 
 
 @takes_settings("crosstrace.experiment.study_settings:StudySettings")
-def study(config: Path, folder: Path | None = None, /, *, start: Start = Start(), **settings: Any) -> None:
+def study(
+    config: Path,
+    folder: Path | None = None,
+    /,
+    *,
+    only_list: Annotated[bool, Parameter(name="--list")] = False,
+    start: Start = Start(),
+    **settings: Any,
+) -> None:
     """Run one experiment over a grid of settings and seeds.
 
     Every run has a folder of its own and several go at once; then one table and one report are made of them all.
@@ -71,6 +80,8 @@ def study(config: Path, folder: Path | None = None, /, *, start: Start = Start()
     Args:
         config: the study, a YAML file, e.g. examples/study-claims.yaml.
         folder: the folder of the study; runs/NAME, with the study's name, if not given.
+        only_list: print the commands that make the runs, one a line, and run none; the study with --resume collects
+            what they have made.
     """
     from crosstrace.experiment import config as experiments
     from crosstrace.experiment import study as studies
@@ -83,6 +94,9 @@ def study(config: Path, folder: Path | None = None, /, *, start: Start = Start()
             experiments.assign(values, name, experiments.value_of(name, text))
         options = study_settings.parse(values, "the command line")
     folder = folder or Path("runs") / options.name
+    if only_list:
+        print("\n".join(shlex.join(command) for command in studies.commands(options, folder, start.mode)))
+        return
     results = studies.run(options, folder, start.mode, quiet=start.quiet)
     print(results)
     print(f"\nreport   {folder / 'report' / 'index.html'}\ntable    {folder / 'table.csv'}")

@@ -115,7 +115,7 @@ class RunPool:
         """Note how much memory each run uses; gives the bytes of all together."""
         total = 0
         for item in self._running:
-            used = _memory_of(item.process.pid)
+            used = memory_of(item.process.pid)
             item.peak = max(item.peak, used)
             total += used
         return total
@@ -169,7 +169,7 @@ def _why(home: Path, code: int) -> str:
     return f"its process ended with exit code {code}"
 
 
-def _memory_of(pid: int | None) -> int:
+def memory_of(pid: int | None) -> int:
     """Resident bytes of a process and all its descendants."""
     import psutil
 

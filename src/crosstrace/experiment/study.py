@@ -29,6 +29,7 @@ from crosstrace.core.run_folder import Run
 from crosstrace.experiment import config
 from crosstrace.experiment.analysis import ANALYSES
 from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.job_queue import JobQueue, write_command
 from crosstrace.experiment.registry import stages
 from crosstrace.experiment.run_pool import GIB, RunPool, width
 from crosstrace.experiment.study_settings import Planned, StudySettings, plain, plan
@@ -65,7 +66,7 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
     runs = plan(study)
     checked = set()
     for planned in runs:
-        if width(planned) > _cores(study):
+        if study.executor != "slurm" and width(planned) > _cores(study):
             raise UserError(
                 f"run {planned.label} uses {width(planned)} cores (jobs × threads), but the budget is "
                 f"{_cores(study)}; set experiment.jobs: 1 and experiment.threads: 1, or give the study more cores"
@@ -99,6 +100,21 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
             "command with --resume tries them again"
         )
     return results
+
+
+def commands(study: StudySettings, folder: Path, mode: str = "new") -> list[list[str]]:
+    """The commands that make the runs of a study that are not complete, one each, for whatever starts them.
+
+    The study with `resume` collects what they have made.
+
+    Raises:
+        UserError: as `run`.
+    """
+    runs = plan(study)
+    with Run.create(folder, yaml.safe_dump({"study": study.name}), mode) as opened:  # type: ignore[arg-type]
+        write_text(opened.folder / "study.yaml", yaml.safe_dump(plain(study), sort_keys=False, allow_unicode=True))
+        waiting = [planned for planned in runs if not opened.complete(_step(planned), _key(planned))]
+        return [write_command(opened.folder, planned) for planned in waiting]
 
 
 def _compared(study: StudySettings, runs: Sequence[Planned]) -> tuple[str, str] | None:
@@ -254,7 +270,12 @@ def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: 
     done = len(runs) - len(waiting)
     if done:
         progress.done(f"{done} of {len(runs)} runs are complete", 0.0)
-    pool = RunPool(opened.folder / "runs", _cores(study), memory, expected, progress)
+    if study.executor == "processes":
+        pool: RunPool | JobQueue = RunPool(opened.folder / "runs", _cores(study), memory, expected, progress)
+    else:
+        most = max(1, _cores(study) // max(width(planned) for planned in runs))
+        is_here = study.executor == "local"
+        pool = JobQueue(opened.folder, study.executor, dict(study.job), most if is_here else None, progress)
     with closing(pool.make(waiting)) as made:
         for item in made:
             seconds = time.time() - item.began

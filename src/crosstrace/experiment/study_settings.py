@@ -52,6 +52,11 @@ class StudySettings:
     """GiB that all runs together may use; unbounded if not given. What a run needs is known once one has ended, so the
     first runs alone. Where running ones outgrow the budget the last begun is stopped and goes on later; a run that does
     so alone fails."""
+    executor: Literal["processes", "local", "slurm"] = "processes"
+    """What makes the runs: processes of this command, within `cores` and `memory`; or submitit, one job a run: `slurm`,
+    jobs of a cluster whose machines see the study's folder; `local`, the same on this machine, within `cores`."""
+    job: dict[str, Any] = Field(default_factory=dict)
+    """Parameters of submitit's jobs, e.g. {timeout_min: 240, gpus_per_node: 1, slurm_partition: gpu}."""
 
 
 _ADAPTER = TypeAdapter(StudySettings)
