@@ -15,10 +15,10 @@ INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constra
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smollm2 test test-all coverage check bench
+.PHONY: help demo smollm2 test test-all coverage check docs notebooks bench
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.run ## set up, run the whole default experiment, print its table and the report's path
 	$(BIN)/crosstrace demo $(ARGS)
@@ -44,6 +44,13 @@ check: .venv/.check ## set up and check format, lint, types and the order of imp
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+docs: .venv/.docs ## set up and build the site into site/; a dead link or a missing name is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "site/index.html"
+
+notebooks: .venv/.docs ## run the notebooks and keep what they show
+	HF_HUB_OFFLINE=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace docs/notebooks/*.ipynb
+
 bench: .venv/.bench ## set up and measure the trace against plain training, a loop and other libraries
 	$(BIN)/python benchmarks/trace_cost.py $(ARGS)
 
@@ -66,6 +73,11 @@ bench: .venv/.bench ## set up and measure the trace against plain training, a lo
 .venv/.check: .venv/.made pyproject.toml constraints.txt
 	@echo "installing crosstrace and what its checks need into .venv (once)"
 	@$(INSTALL) -e '.[check]'
+	@touch $@
+
+.venv/.docs: .venv/.made pyproject.toml constraints.txt
+	@echo "installing crosstrace and what builds its site into .venv (once)"
+	@$(INSTALL) -e '.[docs]'
 	@touch $@
 
 # Three libraries are installed by themselves, since they ask for packages that gradients of examples do without:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from crosstrace.experiment.config import Experiment
     from crosstrace.experiment.pipeline import run
     from crosstrace.models.loading import load_model, load_tokenizer
+    from crosstrace.report import plots
     from crosstrace.results.results import Results
     from crosstrace.sets.interventions import ablated, grafted
     from crosstrace.sets.paramset import ParamSet
@@ -48,11 +49,13 @@ __all__ = [  # noqa: RUF022  (in the order in which an experiment uses them)
     "Experiment", "run", "Results", "FactSettings", "World", "biographies", "questions", "load_model", "load_tokenizer",
     "encode", "batches", "recall", "Trace", "OnlineTrace", "SummedTrace", "TrainingTrace", "TraceCallback",
     "KeepColumns", "KnowledgeCallback", "ForgettingWarning", "ParamSet", "scope", "select", "ablated", "grafted",
-    "UserError",
+    "plots", "UserError",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plots":
+        return import_module("crosstrace.report.plots")
     if name in _MODULE:
         return getattr(import_module(f"crosstrace.{_MODULE[name]}"), name)
     raise AttributeError(f"module 'crosstrace' has no attribute {name!r}")

@@ -215,7 +215,15 @@ def collate(encoded: Sequence[Encoded], targets: str = "object", *, pad_id: int,
 def batches(
     encoded: Sequence[Encoded], size: int, targets: str = "object", *, pad_id: int, by_length: bool = False
 ) -> Iterator[Batch]:
-    """Batches of `size` in the given order, or shortest first to save padding (`by_length`)."""
+    """Batches for a model, each as `collate` makes it.
+
+    Args:
+        encoded: the examples, in order.
+        size: examples in a batch; the last one may have fewer.
+        targets: the kind of target that the labels mark (see `encode`).
+        pad_id: the id of the padding token.
+        by_length: give the shortest examples first, to save padding.
+    """
     items = sorted(encoded, key=lambda item: len(item.ids)) if by_length else list(encoded)
     for start in range(0, len(items), size):
         yield collate(items[start : start + size], targets, pad_id=pad_id)

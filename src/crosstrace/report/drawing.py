@@ -147,13 +147,26 @@ def to_svg(figure: Figure, salt: str, label: str) -> str:
     return re.sub(r"\n\s*", "\n", svg).strip()
 
 
+@functools.cache
+def _figure_class() -> type[Figure]:
+    """matplotlib's Figure, which a notebook shows by itself."""
+    from matplotlib.figure import Figure
+
+    class ShownFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            """The figure on white, for a notebook of any theme."""
+            picture = io.BytesIO()
+            self.savefig(picture, format="png", dpi=144, facecolor="white")
+            return picture.getvalue()
+
+    return ShownFigure
+
+
 def panel(
     title: str, unit: str, *, below: str = "", height: float = HEIGHT, left: float = 52, top: float = 52
 ) -> tuple[Figure, Axes]:
     """One pair of axes under a title and the y axis' meaning, which reads better there than turned by 90°."""
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
+    fig = _figure_class()(figsize=(WIDTH / 72, height / 72), dpi=72)
     bottom = 46 if below else 30
     box = (left / WIDTH, bottom / height, (WIDTH - left - 16) / WIDTH, (height - top - bottom) / height)
     ax = fig.add_axes(box)
