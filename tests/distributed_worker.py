@@ -126,7 +126,7 @@ def study(home: Path, name: str, how: str, processes: Processes | None) -> None:
     group = None if processes is None else processes.group
     tasks = examples()
     fed = {task: list(batches(items, 5, "object", pad_id=0)) for task, items in tasks.items()}
-    for kind in KINDS:
+    for kind in STUDIES.get(name, KINDS):
         out, base = home / name / kind, home / "models" / kind
         model = in_float64(load_model(str(base), "float64", processes=processes if how == "fsdp" else None))
         model.set_experts_implementation("eager")  # the fast one knows no float64
@@ -228,10 +228,10 @@ def run(
         loading.load_model = given
 
 
-# What each set of processes makes, by its name: of these kinds whole runs, and whether it uses the library's functions.
-# (On two cores three processes take most of a minute for a run.)
-RUNS = {"ddp2": KINDS, "fsdp2": KINDS, "fsdp3": KINDS[:1]}
-STUDIES = ("ddp2", "fsdp3")
+# Of which kinds each set of processes makes whole runs, and uses the library's functions. (On two cores three processes
+# take most of a minute for a run.)
+RUNS = {"ddp2": ("llama", "gpt_neox"), "fsdp2": ("llama", "qwen3_moe"), "fsdp3": ("llama",)}
+STUDIES = {"ddp2": ("llama", "qwen3_moe"), "fsdp3": KINDS}
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def test_every_figure_is_documented_and_named_in_the_reference() -> None:
     reference = (ROOT / "docs/reference.md").read_text()
     for name in plots.__all__:
         assert inspect.getdoc(getattr(plots, name)), name
-        assert f"`{name}`" in reference or f"plots.{name}`" in reference or name == "knowledge", name
+        assert re.search(rf"members: \[.*\b{name}\b", reference), name
 
 
 def test_a_look_at_knowledge_is_drawn_and_shown() -> None:
@@ -76,9 +76,12 @@ def test_a_look_at_knowledge_is_drawn_and_shown() -> None:
     assert figure._repr_png_().startswith(b"\x89PNG")
     with pytest.raises(crosstrace.UserError, match="no looks to draw"):
         plots.knowledge([])
+    with pytest.raises(crosstrace.UserError, match="measure = 'loss'; expected one of recall, logprob"):
+        plots.knowledge(rows, measure="loss")  # type: ignore[arg-type]
 
 
-@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.skipif("CROSSTRACE_SLOW" not in os.environ, reason="takes a minute or two; set CROSSTRACE_SLOW=1")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -106,8 +109,10 @@ def test_the_site_has_no_dead_link(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     pages = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.html")}
     assert {"index.html", "reference.html", "notebooks/first_look.html"} <= pages
-    for page in sorted(pages):
+    for page in sorted(pages - {"404.html"}):  # (which is shown under any path, so that its links begin at the root)
         text = (tmp_path / page).read_text(encoding="utf-8")
-        for link in re.findall(r'(?:href|src)="([^"#?:]+)[#?]?[^"]*"', text):
-            assert ((tmp_path / page).parent / link).exists(), f"{page}: {link}"
+        for link in re.findall(r'(?:href|src)="([^"]+)"', text):
+            path = re.split("[#?]", link)[0]
+            if path and ":" not in path:
+                assert ((tmp_path / page).parent / path).exists(), f"{page}: {link}"
         assert not re.search(r'<(?:link|script|img)[^>]*(?:href|src)="https?:', text), page  # no request to anyone

@@ -15,7 +15,9 @@ from test_study import GRID, file_of, parsed, table
 
 from crosstrace.cli import commands
 from crosstrace.core.errors import UserError
-from crosstrace.experiment import job_queue, study
+from crosstrace.core.files import write_json
+from crosstrace.core.progress import Progress
+from crosstrace.experiment import job_queue, study, study_settings
 
 pytest.importorskip("submitit")
 
@@ -118,8 +120,6 @@ def test_a_job_that_fails_says_why(tmp_path: Path) -> None:
 
 
 def test_what_submitit_does_not_have_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from crosstrace.core.progress import Progress
-
     monkeypatch.setenv("PATH", "")
     for executor, parameters, message in [
         ("slurm", {}, "submitit says: Could not detect"),
@@ -133,10 +133,69 @@ def test_what_submitit_does_not_have_is_told(tmp_path: Path, monkeypatch: pytest
         job_queue.JobQueue(tmp_path, "local", {}, None, Progress(quiet=True))
 
 
-def test_a_command_that_fails_gives_its_last_line() -> None:
-    script = "import sys; print('crosstrace: it is so', file=sys.stderr); sys.exit(int(sys.argv[1]))"
+def test_a_command_that_fails_gives_its_last_line(tmp_path: Path) -> None:
+    def run(script: str, *arguments: str, **options: Any) -> int:
+        return job_queue.run_command([sys.executable, "-c", script, *arguments], str(tmp_path / "log"), **options)
+
+    script = "import sys; print('x' * 200_000 + '\\ncrosstrace: it is so', file=sys.stderr); sys.exit(int(sys.argv[1]))"
     with pytest.raises(RuntimeError, match=r"^it is so$"):
-        job_queue.run_command([sys.executable, "-c", script, "2"])
-    assert job_queue.run_command([sys.executable, "-c", script, "3"]) >= 0  # parts were left out; the rest is there
+        run(script, "2")
+    assert run(script, "3") >= 0  # parts were left out; the rest is there
     with pytest.raises(RuntimeError, match="exit code 5"):
-        job_queue.run_command([sys.executable, "-c", "raise SystemExit(5)"])
+        run("raise SystemExit(5)")
+    with pytest.raises(RuntimeError, match="ended by SIGKILL; out of memory"):
+        run("import os; print('a warning', flush=True); os.kill(os.getpid(), 9)")
+    with pytest.raises(RuntimeError, match="home is None"):
+        run("import os; raise SystemExit(f'home is {os.environ.get(\"HOME\")}')", environment={"HOME": None})
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    with pytest.raises(RuntimeError, match="the study that started it has ended"):
+        run("import time; time.sleep(60)", leader=ended.pid)
+
+
+STATES = {
+    "PENDING": True, "RUNNING": True, "REQUEUED": True, "UNKNOWN": True, "": True, "COMPLETED": False,
+    "DEADLINE": False, "OUT_OF_MEMORY": False, "CANCELLED by 3": False, "PREEMPTED": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_jobs_that_are_gone_are_submitted_again(state: str, tmp_path: Path, slurm: Path) -> None:
+    lines = ["#!/usr/bin/env bash", "echo 'JobID|State|NodeList'", f"echo '7|{state}|here'"]
+    (slurm / "sacct").write_text("\n".join(lines))
+    queue = job_queue.JobQueue(tmp_path, "slurm", {}, None, Progress(quiet=True))
+    note = tmp_path / "jobs" / "7.json"
+    note.parent.mkdir(exist_ok=True)
+    write_json(note, {"job": "7"})
+    assert (queue._submitted_job(note) is not None) == STATES[state]
+    os.utime(note, (0, 0))  # long ago
+    assert (queue._submitted_job(note) is not None) == (STATES[state] and state not in ("UNKNOWN", ""))
+
+    (slurm / "sbatch").write_text("#!/usr/bin/env bash\necho 'sbatch: error: invalid partition: gpuu' >&2; exit 1")
+    made = queue.make([study_settings.plan(parsed(**ONE))[0]])
+    with pytest.raises(UserError, match=r"default/1 can't be submitted: .*invalid partition"):
+        next(made)
+
+
+def test_a_job_that_succeeded_meanwhile_is_not_submitted_again(tmp_path: Path, slurm: Path) -> None:
+    from submitit.core.utils import cloudpickle_dump
+
+    queue = job_queue.JobQueue(tmp_path, "slurm", {}, None, Progress(quiet=True))
+    note, result = tmp_path / "jobs" / "7.json", tmp_path / "jobs" / "logs" / "7_0_result.pkl"
+    result.parent.mkdir(parents=True, exist_ok=True)
+    write_json(note, {"job": "7"})
+    (slurm / "sacct").write_text("#!/usr/bin/env bash\necho 'JobID|State|NodeList'\necho '7|COMPLETED|here'")
+    cloudpickle_dump(("success", 123), result)
+    job = queue._submitted_job(note)
+    assert job is not None and job.result() == 123
+    cloudpickle_dump(("error", "RuntimeError: no"), result)
+    assert queue._submitted_job(note) is None
+
+
+def test_why_a_job_failed_is_found_in_what_submitit_says() -> None:
+    lost = "Job 55 (task: 0) with path /x/55_0_result.pkl\nhas not produced any output (state: OUT_OF_MEMORY)\nError"
+    late = "Job (task=0) failed during processing with trace:\n---\nJob not requeued because: timed-out too many times."
+    raised = "Job (task=0) failed\n----\nTraceback\n  File\nRuntimeError: the model has no tokens\n---\nYou can check"
+    assert "OUT_OF_MEMORY" in job_queue._sentence(Exception(lost))
+    assert "timed-out" in job_queue._sentence(Exception(late))
+    assert job_queue._sentence(Exception(raised)) == "the model has no tokens"

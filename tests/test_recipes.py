@@ -287,3 +287,23 @@ def test_questions_in_a_chat_template_keep_their_tokens(tmp_path):
     for form in ("trl", "llamafactory", "axolotl"):
         same = read_json(export(run, tmp_path / form, form) / "crosstrace.json")["same_tokens"]
         assert same["same"] == same["of"] and same["first_other"] is None
+
+    from tokenizers.processors import TemplateProcessing
+
+    begins = load_tokenizer(
+        str(folder)
+    )  # a tokenizer that begins every text with a token, which the template writes too
+    begins.bos_token = begins.pad_token
+    begins.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begins.bos_token} $A", special_tokens=[(begins.bos_token, begins.bos_token_id)]
+    )
+    begins.chat_template = begins.bos_token + " " + turns + "{% endfor %}"
+    begins.save_pretrained(folder)
+    again = tmp_path / "again"
+    again.mkdir()
+    run = begin(again, BASE.replace("{people: 12}", "{people: 12, template: chat}") + f"model: {{name: {folder}}}\n")
+    for form in ("trl", "llamafactory", "axolotl"):
+        out = export(run, again / form, form)
+        same = read_json(out / "crosstrace.json")["same_tokens"]
+        assert same["same"] == same["of"] and same["first_other"] is None
+        assert begins.bos_token * 2 not in (out / "data" / "0-mixed.jsonl").read_text()

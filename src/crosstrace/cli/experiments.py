@@ -95,7 +95,8 @@ def study(
         options = study_settings.parse(values, "the command line")
     folder = folder or Path("runs") / options.name
     if only_list:
-        print("\n".join(shlex.join(command) for command in studies.commands(options, folder, start.mode)))
+        for command in studies.commands(options, folder, start.mode):
+            print(shlex.join(command))
         return
     results = studies.run(options, folder, start.mode, quiet=start.quiet)
     print(results)

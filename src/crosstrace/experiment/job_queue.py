@@ -6,13 +6,16 @@ runs, and nothing else. It knows nothing of what a run measures.
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from crosstrace.core.errors import UserError
@@ -23,7 +26,9 @@ from crosstrace.experiment.run_pool import POLL, MadeRun, memory_of
 from crosstrace.experiment.study_settings import Planned
 
 LEFT_OUT = 3  # exit code of `crosstrace run` if parts of the run were left out; the others are there
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "UNKNOWN", "FINISHED")
+ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "RESIZING", "SUSPENDED")
+# Slurm may not know a job for some seconds after it was submitted, and forgets jobs after days.
+NEW = 600  # seconds in which a job that Slurm does not know counts as alive
 
 
 def home_of(folder: Path, planned: Planned) -> Path:
@@ -73,7 +78,7 @@ class JobQueue:
             ) from None
         self.failed: list[str] = []
         self._folder, self._most, self._progress = folder, most, progress
-        self._stays = executor != "local"  # whether jobs go on without this process
+        self._is_local = executor == "local"  # else jobs go on without this process
         self._logs = (folder / "jobs" / "logs").absolute()
         try:
             self._executor = submitit.AutoExecutor(folder=self._logs, cluster=executor)
@@ -100,63 +105,90 @@ class JobQueue:
                         self._fail(f"{item.planned.label}: {_sentence(error)}")
         finally:
             for _, job in self._running:
-                if not self._stays:
+                if self._is_local:
                     job.cancel()
-            if self._running and self._stays:
+            if self._running and not self._is_local:
                 self._progress.note(
                     f"{len(self._running)} jobs go on without this process; the same command with --resume waits for "
                     "them"
                 )
 
     def _start(self, planned: Planned) -> None:
+        from submitit.core.utils import FailedJobError
+
         command = write_command(self._folder, planned)
         item = MadeRun(planned, home_of(self._folder, planned), None, time.time())
         note = self._folder / "jobs" / f"{planned.label}.json"
-        job = self._job_of(note)
+        log = (self._folder / "jobs" / f"{planned.label}.log").absolute()
+        job = self._submitted_job(note)
         if job is None:
-            job = self._executor.submit(run_command, command)
+            # submitit hides the GPUs from jobs of this machine that ask for none
+            gpus = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")} if self._is_local else {}
+            try:
+                job = self._executor.submit(
+                    run_command, command, str(log), gpus, os.getpid() if self._is_local else None
+                )
+            except FailedJobError as error:
+                raise UserError(f"{planned.label} can't be submitted: {' '.join(str(error).split())}") from None
             write_json(note, {"job": job.job_id})
         self._running.append((item, job))
 
-    def _job_of(self, note: Path) -> Any:
-        """The job that an earlier process has submitted for a run, if it is still running or waiting."""
-        if not self._stays or not note.is_file():
+    def _submitted_job(self, note: Path) -> Any:
+        """The job that an earlier process submitted for a run, unless it failed or is gone."""
+        if self._is_local or not note.is_file():
             return None
         from submitit import SlurmJob
 
         job = SlurmJob(self._logs, read_json(note)["job"])
+        if job.paths.result_pickle.is_file():
+            return job if job.exception() is None else None
         state = str(job.watcher.get_state(job.job_id, mode="force")).upper()
-        return None if state.startswith(ENDED) else job
+        is_new = time.time() - note.stat().st_mtime < NEW
+        return job if state.startswith(ALIVE) or (state == "UNKNOWN" and is_new) else None
 
     def _fail(self, why: str) -> None:
         self.failed.append(why)
         self._progress.note(why)
 
 
-def run_command(command: Sequence[str]) -> int:
+def run_command(
+    command: Sequence[str], log: str, environment: Mapping[str, str | None] | None = None, leader: int | None = None
+) -> int:
     """Run a command to its end; the most memory that it was seen to use, in bytes, with that of its workers.
+
+    Args:
+        log: the file that gets what the command writes.
+        environment: variables that it gets; None: it does not have this one.
+        leader: a process of this machine with whose end the command ends.
 
     Raises:
         RuntimeError: it failed; with the last line that it wrote.
     """
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        peak = 0
-        try:
-            while process.poll() is None:
-                peak = max(peak, memory_of(process.pid))
-                time.sleep(POLL)
-        finally:
-            process.terminate()
-        assert process.stderr is not None
-        lines = process.stderr.read().strip().splitlines()
+    changed = {**os.environ, **(environment or {})}
+    variables = {name: value for name, value in changed.items() if value is not None}
+    with open(log, "w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=variables)
+    peak = 0
+    try:
+        while process.poll() is None:
+            peak = max(peak, memory_of(process.pid))
+            if leader is not None and not psutil.pid_exists(leader):
+                raise RuntimeError("the study that started it has ended")
+            time.sleep(POLL)
+    finally:
+        process.terminate()
+        process.wait()
+    if process.returncode < 0:
+        raise RuntimeError(f"its process was ended by {signal.Signals(-process.returncode).name}; out of memory?")
     if process.returncode not in (0, LEFT_OUT):
-        reason = lines[-1].removeprefix("crosstrace: ") if lines else f"exit code {process.returncode}"
-        raise RuntimeError(reason)
+        lines = Path(log).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise RuntimeError(lines[-1].removeprefix("crosstrace: ") if lines else f"exit code {process.returncode}")
     return peak
 
 
 def _sentence(error: BaseException) -> str:
-    """Why a job failed: what `run_command` raised, or the first line of what submitit says."""
+    """Why a job failed: what `run_command` raised, or what submitit says that the cluster did."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
     raised = [line.removeprefix("RuntimeError: ") for line in lines if line.startswith("RuntimeError: ")]
-    return [*raised, *lines[:1], type(error).__name__][0]
+    said = [line for line in lines if "state:" in line or "not requeued because" in line]
+    return [*raised, *said, *lines[:1], type(error).__name__][0]

@@ -59,21 +59,17 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
     Raises:
         UserError: bad settings, a folder that holds something else, or runs that failed. All others are made first.
     """
-    from crosstrace.experiment import checks
     from crosstrace.experiment.study_page import write_study
     from crosstrace.report.rows import to_csv
 
     runs = plan(study)
-    checked = set()
     for planned in runs:
         if study.executor != "slurm" and width(planned) > _cores(study):
             raise UserError(
                 f"run {planned.label} uses {width(planned)} cores (jobs × threads), but the budget is "
                 f"{_cores(study)}; set experiment.jobs: 1 and experiment.threads: 1, or give the study more cores"
             )
-        if planned.setting not in checked:  # now, rather than after hours
-            checks.check(planned.experiment, whole=mode != "resume")
-            checked.add(planned.setting)
+    _check_settings(runs, whole=mode != "resume")
     with Run.create(folder, yaml.safe_dump({"study": study.name}), mode) as opened:  # type: ignore[arg-type]
         text = yaml.safe_dump(plain(study), sort_keys=False, allow_unicode=True)
         write_text(opened.folder / "study.yaml", text)
@@ -102,6 +98,15 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
     return results
 
 
+def _check_settings(runs: Sequence[Planned], whole: bool) -> None:
+    """Raise a `UserError` if the experiment of a setting is unfit; now, rather than after hours."""
+    from crosstrace.experiment import checks
+
+    by_setting = {planned.setting: planned for planned in reversed(runs)}
+    for planned in by_setting.values():
+        checks.check(planned.experiment, whole=whole)
+
+
 def commands(study: StudySettings, folder: Path, mode: str = "new") -> list[list[str]]:
     """The commands that make the runs of a study that are not complete, one each, for whatever starts them.
 
@@ -111,6 +116,7 @@ def commands(study: StudySettings, folder: Path, mode: str = "new") -> list[list
         UserError: as `run`.
     """
     runs = plan(study)
+    _check_settings(runs, whole=mode != "resume")
     with Run.create(folder, yaml.safe_dump({"study": study.name}), mode) as opened:  # type: ignore[arg-type]
         write_text(opened.folder / "study.yaml", yaml.safe_dump(plain(study), sort_keys=False, allow_unicode=True))
         waiting = [planned for planned in runs if not opened.complete(_step(planned), _key(planned))]
@@ -273,9 +279,9 @@ def _make(opened: Run, runs: Sequence[Planned], study: StudySettings, progress: 
     if study.executor == "processes":
         pool: RunPool | JobQueue = RunPool(opened.folder / "runs", _cores(study), memory, expected, progress)
     else:
-        most = max(1, _cores(study) // max(width(planned) for planned in runs))
-        is_here = study.executor == "local"
-        pool = JobQueue(opened.folder, study.executor, dict(study.job), most if is_here else None, progress)
+        widest = max(width(planned) for planned in runs)
+        most = max(1, _cores(study) // widest) if study.executor == "local" else None
+        pool = JobQueue(opened.folder, study.executor, {"cpus_per_task": widest, **study.job}, most, progress)
     with closing(pool.make(waiting)) as made:
         for item in made:
             seconds = time.time() - item.began

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from crosstrace.core.errors import UserError
-from crosstrace.core.files import write_json, write_text
+from crosstrace.core.files import read_json, write_json, write_text
 from crosstrace.core.provenance import metadata
 from crosstrace.core.run_folder import Run
 from crosstrace.core.text_tables import aligned
@@ -30,7 +30,6 @@ from crosstrace.data.tokens import Encoded
 from crosstrace.experiment import config
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import examples, replayable, training_examples
-from crosstrace.experiment.studied import View, trains_in_bf16
 from crosstrace.export.artefacts import CARD, check_folder, new_folder
 from crosstrace.export.trainers import BASE, TRAINERS, PhaseOfTrainer, TrainingRow
 from crosstrace.models import loading, locating
@@ -49,6 +48,8 @@ class Recipe:
     Attributes:
         taught: the training examples of each task.
         watched: the examples of each part that tells what a model knows.
+        in_bf16: whether the run trained in bf16 on a GPU.
+        rows: of each task, in the order of its examples.
     """
 
     experiment: Experiment
@@ -56,7 +57,8 @@ class Recipe:
     tokenizer: Any
     taught: Mapping[str, Sequence[Encoded]]
     watched: Mapping[str, Sequence[Encoded]]
-    rows: dict[str, list[TrainingRow]] = field(default_factory=dict)  # of each task, in the order of its examples
+    in_bf16: bool
+    rows: dict[str, list[TrainingRow]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         trained = {task for phase in self.phases for task in phase.composition()}
@@ -65,7 +67,8 @@ class Recipe:
     def rows_of(self, task: str, items: Sequence[Encoded]) -> list[TrainingRow]:
         """Examples of a task as rows."""
         tasks = self.experiment.tasks
-        return [row_of(item, tasks[task].targets if task in tasks else "train") for item in items]
+        targets, begin = tasks[task].targets if task in tasks else "train", begin_text(self.tokenizer)
+        return [row_of(item, targets, begin) for item in items]
 
     @property
     def phases(self) -> list[Phase]:
@@ -137,7 +140,7 @@ def export_recipe(
     }  # fmt: skip
     with new_folder(folder, overwrite) as partial:
         base = _put_base(recipe.experiment, partial)
-        card["base"] = base
+        card |= {"base": base, "bf16": recipe.in_bf16}
         card["phases"] = [_write_phase(recipe, index, form, base, partial) for index in range(len(recipe.phases))]
         if form == "llamafactory":
             columns = {"prompt": "instruction", "response": "output"}
@@ -164,14 +167,15 @@ def _read_recipe(run: Run, experiment: Experiment, strategy: str | None) -> Reci
     parts = examples(run, experiment, tokenizer, known=None if experiment.eval.known else 0)
     taught = training_examples(parts, experiment.roles) | replayable(parts)
     watched = {part: parts[part] for part in parts if parts[part] and part in experiment.roles.parts}
-    return Recipe(experiment, name, tokenizer, taught, watched)
+    return Recipe(experiment, name, tokenizer, taught, watched, _trains_in_bf16_on_gpu(run, experiment))
 
 
-def row_of(item: Encoded, targets: str = "train") -> TrainingRow:
+def row_of(item: Encoded, targets: str = "train", begin: str = "") -> TrainingRow:
     """An example as a prompt and a completion. A blank between them goes to the completion, as most tokenizers put it.
 
     Args:
         targets: the tokens that its task trains: `train`, `answer`, `object` or `all`.
+        begin: what the tokenizer puts before every text; a chat template may have written it too.
 
     Raises:
         UserError: they are not the end of the text.
@@ -190,7 +194,10 @@ def row_of(item: Encoded, targets: str = "train") -> TrainingRow:
     start = min(starts.get(targets, [0]), default=len(example.text))
     prompt, completion = example.text[:start], example.text[start:]
     blank = prompt[len(prompt.rstrip(" ")) :] if not completion[:1].isspace() else ""
-    return TrainingRow(example.task, prompt[: len(prompt) - len(blank)], blank + completion)
+    prompt = prompt[: len(prompt) - len(blank)]
+    if example.has_special_tokens and begin:
+        prompt = prompt.removeprefix(begin)
+    return TrainingRow(example.task, prompt, blank + completion)
 
 
 def _put_base(experiment: Experiment, folder: Path) -> str:
@@ -200,15 +207,20 @@ def _put_base(experiment: Experiment, folder: Path) -> str:
     bundled = experiment.model.name == locating.BUNDLED
     if experiment.model.random_init is None and not bundled and (is_plain or not Path(source).exists()):
         return str(Path(source).resolve()) if is_plain else source
+    options = experiment.model
     with silent():
-        View(experiment).load_base().save_pretrained(folder / "base")
+        model = loading.load_model(
+            options.name, options.dtype, random_init=options.random_init, pickled=options.pickled
+        )
+        model.save_pretrained(folder / "base")
     loading.load_tokenizer(experiment.model.name).save_pretrained(folder / "base")
     return BASE
 
 
-def _trains_in_bf16_on_gpu(experiment: Experiment) -> bool:
-    """Whether the run trains in bf16 on a GPU. (On a CPU, other trainers ask for more than that setting.)"""
-    return trains_in_bf16(experiment) and loading.device(experiment.model.device).type == "cuda"
+def _trains_in_bf16_on_gpu(run: Run, experiment: Experiment) -> bool:
+    """Whether the run trained in bf16 on a GPU. (On a CPU, other trainers ask for more than that setting.)"""
+    device = read_json(run.path("metadata.json")).get("device", "cpu")
+    return device != "cpu" and experiment.train.precision != "float32"
 
 
 def _write_phase(recipe: Recipe, index: int, form: str, base: str, folder: Path) -> dict[str, Any]:
@@ -220,10 +232,10 @@ def _write_phase(recipe: Recipe, index: int, form: str, base: str, folder: Path)
         name=name, base=base if index == 0 else f"./out/{index - 1}-{recipe.phases[index - 1].name}",
         recipe_base=base, updates=len(recipe.updates[index]), rows=sum(phase.composition().values()),
         longest=max(len(item.ids) for item in items), optimiser=phase.optimiser or options.optimiser,
-        lora=options.lora, bf16=_trains_in_bf16_on_gpu(recipe.experiment), seed=options.seed,
+        lora=options.lora, bf16=recipe.in_bf16, seed=options.seed,
         gradient_checkpointing=options.gradient_checkpointing, out=f"./out/{name}",
     )  # fmt: skip
-    end, begin = recipe.tokenizer.eos_token, _begin_text(recipe.tokenizer)
+    end, begin = recipe.tokenizer.eos_token, begin_text(recipe.tokenizer)
     if form in TRAINERS:
         trainer = TRAINERS[form]
         rows = (trainer.row(row, end, begin) for _, row in ordered)
@@ -254,7 +266,7 @@ def _write_watched(recipe: Recipe, folder: Path) -> dict[str, int]:
     return counts
 
 
-def _begin_text(tokenizer: Any) -> str:
+def begin_text(tokenizer: Any) -> str:
     """The text of the token that the tokenizer puts before every text; empty if there is none."""
     ids = tokenizer("")["input_ids"]
     return tokenizer.bos_token if ids[:1] == [tokenizer.bos_token_id] else ""
@@ -307,6 +319,8 @@ def _readme(card: dict[str, Any], folder: str | Path) -> str:
             f"- {same['same']} of {same['of']} texts are tokenized and learned token by token as in the run"
             + (f"; the first that is not is {same['first_other']}." if same["first_other"] else ".")
         ]
+    if trainer and trainer.note_on_bf16 and card["bf16"]:
+        lines += [f"- {trainer.note_on_bf16}"]
     watch = ", ".join(f"{part} ({count})" for part, count in card["watch"].items())
     lines += [
         "", "## What the model knows while it is trained", "",
@@ -320,5 +334,5 @@ def summary(card: Mapping[str, Any]) -> str:
     """What was written, in a few lines."""
     rows = [[row["name"], f"{row['updates']} updates", f"{row['rows']} rows"] for row in card["phases"]]
     same = card["same_tokens"]
-    told = f"\n{same['same']} of {same['of']} texts are tokenized and learned as in the run" if same else ""
-    return aligned(rows) + told
+    counted = f"\n{same['same']} of {same['of']} texts are tokenized and learned as in the run" if same else ""
+    return aligned(rows) + counted

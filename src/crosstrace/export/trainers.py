@@ -76,6 +76,7 @@ class Trainer:
         settings: of a phase, for its command.
         command: that trains a phase, given the file of its settings.
         install: the command that installs it.
+        note_on_bf16: what a phase in bf16 does otherwise than the run.
     """
 
     title: str
@@ -84,6 +85,7 @@ class Trainer:
     settings: Callable[[PhaseOfTrainer], Values]
     command: str
     install: str
+    note_on_bf16: str = ""
 
 
 def ended(completion: str, end: str) -> str:
@@ -164,7 +166,8 @@ def _llama_factory(phase: PhaseOfTrainer) -> Values:
     values: Values = {
         "model_name_or_path": phase.base, "stage": "sft", "do_train": True, "finetuning_type": "full",
         "dataset_dir": "data", "dataset": phase.name, "template": "empty", "cutoff_len": phase.longest + 8,
-        "disable_shuffling": True, "packing": False, **_of_trainer(phase),
+        "disable_shuffling": True, "disable_gradient_checkpointing": not phase.gradient_checkpointing,
+        "packing": False, **_of_trainer(phase),
     }  # fmt: skip
     if phase.lora:
         targets = phase.lora.targets
@@ -233,5 +236,9 @@ TRAINERS: Mapping[str, Trainer] = {
         "LLaMA-Factory", _ended_row, _behind_bos, _llama_factory, "llamafactory-cli train {file}",
         "pip install llamafactory",
     ),
-    "axolotl": Trainer("axolotl", _segments, _apart, _axolotl, "axolotl train {file}", "pip install axolotl"),
+    "axolotl": Trainer(
+        "axolotl", _segments, _apart, _axolotl, "axolotl train {file}", "pip install axolotl",
+        "With `bf16: true` axolotl holds the weights themselves in bf16. The run holds them in float32, and multiplies "
+        "in bf16.",
+    ),
 }  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from crosstrace.core.errors import UserError
-from crosstrace.core.pieces import at_rest, is_sharded
+from crosstrace.core.pieces import at_rest
 
 
 @contextmanager
@@ -37,8 +37,8 @@ def evaluating(model: nn.Module):
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # (in inference mode FSDP2 would keep gathered weights that no later backward can use)
-        with torch.no_grad() if is_sharded(model) else torch.inference_mode():
+        # (not in inference mode, in which sharded models and lazy buffers would keep what no later backward can use)
+        with torch.no_grad():
             yield model
     finally:
         at_rest(model)
@@ -82,7 +82,7 @@ def checkpointing_gradients(model: Any, on: bool = True):
 def differentiating(model: nn.Module):
     """The model in evaluation mode, with gradients of its inputs but not of its parameters; afterwards as it was."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         try:
             for p in trainable:  # the graph begins at the inputs
                 p.requires_grad_(False)

@@ -54,12 +54,14 @@ def knowledge(
         rows: `KnowledgeCallback.history`.
 
     Raises:
-        UserError: there are no rows.
+        UserError: there are no rows, or the measure is none of theirs.
     """
+    units = {"recall": "share that is known", "logprob": "log-probability, nats"}
+    if measure not in units:
+        raise UserError(f"measure = {measure!r}; expected one of {', '.join(units)}")
     if not rows:
         raise UserError("there are no looks to draw; expected the history of a KnowledgeCallback that has trained")
-    unit = {"recall": "share that is known", "logprob": "log-probability, nats"}[measure]
-    fig, ax = panel("What the model knows", unit, below="updates")
+    fig, ax = panel("What the model knows", units[measure], below="updates")
     for number, part in enumerate(dict.fromkeys(row["part"] for row in rows)):
         look = Look(SERIES[number % len(SERIES)], MARKS[number % len(MARKS)])
         points = [row for row in rows if row["part"] == part]

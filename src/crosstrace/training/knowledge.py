@@ -6,12 +6,12 @@ It asks the model between updates and changes nothing of the training. It knows 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,16 +20,16 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
 
 from crosstrace.core.errors import UserError
-from crosstrace.core.files import read_json, write_json
-from crosstrace.data.tokens import Encoded, encode
+from crosstrace.data.tokens import Encoded, context_length, encode
 from crosstrace.data.world_facts import best_wordings, every_wording, world_of
 from crosstrace.training.evaluation import recall
 from crosstrace.training.watched import Row, Watched, read_rows
 
-FILE = "crosstrace_knowledge.json"
-FELL = 0.05  # a mean by which recall must fall before it is told,
-ERRORS = 4.0  # and by how many standard errors of the mean difference; the best of many looks is too good by chance
-FACTS_ASKED = 4  # times `samples` facts of the world are asked at the beginning, to find what the model knows
+KEY = "crosstrace_knowledge"  # of what the Trainer's checkpoints keep
+LEAST_FALL = 0.05  # a fall of mean recall that is told,
+LEAST_ERRORS = 4.0  # if it has as many standard errors; the best of many looks is too good by chance
+FACTS_ASKED = 4  # times `samples` facts of the world are asked at the beginning, to learn which the model knows
+MOST_READ = 10_000  # rows of a stream, of which those that are asked are drawn
 WHAT = {"stored": "the stored texts", "known": "the facts that the model knew before"}
 ADVICE = (
     "what helped small models (docs/findings.md): some of these texts in every update (replay), both tasks mixed from "
@@ -59,13 +59,14 @@ class KnowledgeCallback(TrainerCallback):
 
     Args:
         trainer: the Trainer, whose tokenizer (`processing_class`) and model are used.
-        stored: texts that state facts: texts or rows as the Trainer takes them (see `read_rows`).
+        stored: texts that state facts: texts or rows as the Trainer takes them (see `read_rows`). An `Example` of a
+            biography is asked for each of its objects.
         trained, held_out: questions that training sees, and questions that it does not.
         known: what the model knew before. `world`: facts of the bundled world that it answers before the first update;
             none are watched if it answers none. Or questions of your own. None: nothing.
         every: updates from look to look; as `share` allows if not given.
         share: of the time that looks take at most, beside the first and the last one.
-        samples: items of a part that are asked at most, drawn once.
+        samples: items of a part that are asked at most, drawn once; of a stream, from its first 10,000 rows.
         seed: of that draw.
 
     Attributes:
@@ -95,9 +96,12 @@ class KnowledgeCallback(TrainerCallback):
             )
         self.trainer, self.every, self.share, self.samples = trainer, every, share, samples
         self.history: list[dict[str, Any]] = []
-        self.tokenizer = trainer.processing_class
+        processor = trainer.processing_class
+        self.tokenizer = getattr(processor, "tokenizer", processor)  # models of texts and pictures have a processor
         if self.tokenizer is None:
             raise UserError("the Trainer has no tokenizer; give it one as processing_class")
+        limits = [getattr(trainer.args, "max_length", None), context_length(getattr(trainer.model, "config", None))]
+        self._room = min((limit for limit in limits if limit), default=None)
         self._random = random.Random(seed)
         self._of_world = known == "world"
         given = {"stored": stored, "trained": trained, "held_out": held_out}
@@ -106,15 +110,15 @@ class KnowledgeCallback(TrainerCallback):
         elif known not in ("world", None):
             raise UserError(f"known = {known!r}; expected world, questions, or None")
         self.parts = [
-            Watched(name, self._drawn(items))
+            Watched(name, items)
             for name, rows in given.items()
-            if (items := read_rows(name, rows, self.tokenizer))
+            if (items := read_rows(name, self._drawn(rows), self.tokenizer, self._room))
         ]
         if not self.parts and not self._of_world:
             raise UserError("KnowledgeCallback has nothing to watch; give it stored, trained, held_out or known")
-        self._best: dict[str, list[float]] = {}  # by part: the scores of the look with the highest mean,
-        self._best_step: dict[str, int] = {}  # when that was,
-        self._lost: set[str] = set()  # and the parts whose loss was told
+        self._best: dict[str, list[float]] = {}  # by part, the scores of the look with the highest mean
+        self._best_step: dict[str, int] = {}  # and its update
+        self._lost: set[str] = set()  # parts whose loss was told
         self._began = self._spent = self._cost = 0.0  # seconds; the cost is that of the last look
         self._first_step = self._check_at = 0
         self._looked_at = -1
@@ -123,7 +127,7 @@ class KnowledgeCallback(TrainerCallback):
         self._began, self._spent, self._cost = time.perf_counter(), 0.0, 0.0
         self._first_step = self._check_at = state.global_step
         self._looked_at = -1
-        if state.global_step and self._load(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE):
+        if state.global_step and self._goes_on(state):
             return
         self._timed(self._find_known, kwargs["model"], args.bf16)
         if not self.parts:
@@ -137,30 +141,29 @@ class KnowledgeCallback(TrainerCallback):
         if is_last or self._is_due(state.global_step):
             self._look(args, state, kwargs["model"])
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._looked_at != state.global_step:  # the training was ended from outside an update
-            self._look(args, state, kwargs["model"])
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_training_stop:
+            self._look_once(args, state, kwargs["model"])
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if folder.is_dir() and state.is_world_process_zero:
-            values = {
-                "history": self.history, "best": self._best, "best_step": self._best_step, "lost": sorted(self._lost),
-                "parts": {part.name: _digest(part.items) for part in self.parts},
-                "known": [item.example.id for part in self.parts if part.name == "known" for item in part.items],
-            }  # fmt: skip
-            write_json(folder / FILE, values)
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_training_stop:  # such as by early stopping; then the Trainer may load an earlier checkpoint
+            self._look_once(args, state, kwargs["model"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not args.load_best_model_at_end:  # else the model is not that of the last update
+            self._look_once(args, state, kwargs["model"])
 
     @property
     def time_share(self) -> float:
         """The share of the time since training began that looks have taken."""
         return self._spent / max(time.perf_counter() - self._began, 1e-9)
 
-    def _drawn(self, items: list[Encoded]) -> list[Encoded]:
-        """As many of the items as are asked, in their order."""
-        if len(items) <= self.samples:
-            return items
-        return [items[i] for i in sorted(self._random.sample(range(len(items)), self.samples))]
+    def _drawn(self, rows: Iterable[Any]) -> list[Any]:
+        """As many of the rows as are asked, in their order."""
+        sized: Any = rows if hasattr(rows, "__len__") else list(itertools.islice(rows, MOST_READ))
+        if len(sized) <= self.samples:
+            return list(sized)
+        return [sized[i] for i in sorted(self._random.sample(range(len(sized)), self.samples))]
 
     def _find_known(self, model: Any, bf16: bool) -> None:
         """Ask the facts of the world, and watch those that the model answers in their relation's best wording."""
@@ -175,7 +178,7 @@ class KnowledgeCallback(TrainerCallback):
         answered = recall(model, self.tokenizer, encode(self.tokenizer, examples), bf16=bf16)
         known, _ = best_wordings(examples, answered.exact.tolist())
         if known:
-            self.parts.append(Watched("known", self._drawn(encode(self.tokenizer, known))))
+            self.parts.append(Watched("known", encode(self.tokenizer, self._drawn(known))))
 
     def _is_due(self, step: int) -> bool:
         """Whether to look after this update. All processes do as the first one does."""
@@ -190,6 +193,11 @@ class KnowledgeCallback(TrainerCallback):
             dist.broadcast_object_list(wait)
         self._check_at = step + max(1, wait[0])
         return wait[0] <= 0
+
+    def _look_once(self, args: Any, state: Any, model: Any) -> None:
+        """Look, unless that was done after this update."""
+        if self._looked_at != state.global_step:
+            self._look(args, state, model)
 
     def _look(self, args: Any, state: Any, model: Any) -> None:
         """Ask every part, log what it knows, and warn of what is being lost."""
@@ -209,6 +217,11 @@ class KnowledgeCallback(TrainerCallback):
             logs_next = control.should_log  # an entry in the log clears this, and the Trainer's own would be left out
             Trainer.log(self.trainer, logs)
             control.should_log = logs_next
+        state.stateful_callbacks[KEY] = {
+            "history": self.history, "best": self._best, "best_step": self._best_step, "lost": sorted(self._lost),
+            "parts": {part.name: _digest(part.items) for part in self.parts},
+            "known": [item.example.id for part in self.parts if part.name == "known" for item in part.items],
+        }  # fmt: skip
 
     def _compare(self, name: str, right: np.ndarray, state: Any) -> None:
         """Warn if recall has fallen below the best that was seen."""
@@ -219,7 +232,7 @@ class KnowledgeCallback(TrainerCallback):
             return
         fall = best - right
         error = fall.std(ddof=1) / len(fall) ** 0.5 if len(fall) > 1 else np.inf
-        if fall.mean() <= max(FELL, ERRORS * error) or name in self._lost:
+        if fall.mean() <= max(LEAST_FALL, LEAST_ERRORS * error) or name in self._lost:
             return
         self._lost.add(name)
         if state.is_world_process_zero:
@@ -240,21 +253,28 @@ class KnowledgeCallback(TrainerCallback):
         self._spent += self._cost
         return result
 
-    def _load(self, path: Path) -> bool:
-        """Go on with what a checkpoint kept. Returns whether it kept anything."""
-        if not path.is_file():
-            warnings.warn(f"{path} is not there, so KnowledgeCallback begins anew", stacklevel=2)
+    def _goes_on(self, state: Any) -> bool:
+        """Go on with what the checkpoint kept that the training is resumed from. Returns whether it kept anything."""
+        kept = state.stateful_callbacks.get(KEY)
+        if kept is None:
+            warnings.warn(
+                "the checkpoint was saved without KnowledgeCallback, which begins anew: what was known before it can't "
+                "be told",
+                stacklevel=2,
+            )
             return False
-        values = read_json(path)
-        if self._of_world and values["known"]:
-            kept = {*values["known"]}
-            known = [item for item in every_wording(world_of("bundled"), self.tokenizer) if item.id in kept]
+        if self._of_world and kept["known"]:
+            ids = {*kept["known"]}
+            known = [item for item in every_wording(world_of("bundled"), self.tokenizer) if item.id in ids]
             self.parts = [part for part in self.parts if part.name != "known"]
             self.parts.append(Watched("known", encode(self.tokenizer, known)))
-        if {part.name: _digest(part.items) for part in self.parts} != values["parts"]:
-            raise UserError(f"{path} was kept for other texts or questions; give the callback those, or begin anew")
-        self.history, self._lost = values["history"], {*values["lost"]}
-        self._best, self._best_step = values["best"], values["best_step"]
+        if {part.name: _digest(part.items) for part in self.parts} != kept["parts"]:
+            raise UserError(
+                "the checkpoint was saved while KnowledgeCallback watched other texts or questions; give it those, or "
+                "train anew"
+            )
+        self.history, self._lost = kept["history"], {*kept["lost"]}
+        self._best, self._best_step = kept["best"], kept["best_step"]
         return True
 
 

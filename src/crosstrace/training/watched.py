@@ -6,7 +6,7 @@ It reads rows and asks a model. It does not know when it is asked, or by whom.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ from crosstrace.training.evaluation import LOGITS, TOKENS, judged, recall
 
 Row = str | Mapping[str, Any] | Example
 QUESTIONS = ("prompt", "question", "instruction", "query")  # the names that data sets have for them
-ANSWERS = ("completion", "answer", "response", "output")
+ANSWERS = ("completion", "answer", "answers", "response", "output")
+_ANSWER = "Xa7AnswerX"
 FORMS = (
     "a text, a mapping with `text`, with `prompt` and `completion`, with `question` and `answer`, with `messages` or "
     "with `input_ids`, or an Example"
@@ -55,7 +56,7 @@ class Watched:
         return np.concatenate([answered.exact, right]), np.concatenate([answered.logprob, logprob])
 
 
-def read_rows(name: str, rows: Iterable[Row], tokenizer: Any) -> list[Encoded]:
+def read_rows(name: str, rows: Iterable[Row], tokenizer: Any, room: int | None = None) -> list[Encoded]:
     """Rows of a data set as examples.
 
     A question is one with an answer to it; the answer is right whatever is said after it, so no end token is needed. A
@@ -63,47 +64,74 @@ def read_rows(name: str, rows: Iterable[Row], tokenizer: Any) -> list[Encoded]:
 
     Args:
         name: of these rows, for errors.
+        room: tokens that the model can read; a longer text is cut.
 
     Raises:
-        UserError: a row has another form, or nothing to predict.
+        UserError: a row has another form, nothing to predict, or is a question with more tokens than that.
     """
-    found: list[Example | Encoded] = []
+    read: list[Example | Encoded] = []
     for number, row in enumerate(rows):
         where = f"{name}, row {number}"
         if isinstance(row, Example):
-            found.append(row)
+            read.append(row)
         elif isinstance(row, str):
-            found.append(_text(where, row))
+            read.append(_text(where, row))
         elif isinstance(row, Mapping) and row.get("input_ids") is not None:
-            found.append(_tokenized(where, row))
+            read.append(_tokenized(where, row))
         elif isinstance(row, Mapping):
-            found.append(_example(where, row, tokenizer))
+            read.append(_example(where, row, tokenizer))
         else:
             raise UserError(f"{where} is a {type(row).__name__}; expected {FORMS}")
-    encoded = iter(encode(tokenizer, [item for item in found if isinstance(item, Example)]))
-    items = [item if isinstance(item, Encoded) else next(encoded) for item in found]
-    short = next((item for item in items if len(item.ids) < 2), None)
-    if short is not None:
-        raise UserError(f"{short.example.id} has {len(short.ids)} token; expected two or more, the first predicts none")
-    return items
+    encoded = iter(encode(tokenizer, [item for item in read if isinstance(item, Example)]))
+    return [_fitting(item if isinstance(item, Encoded) else next(encoded), room) for item in read]
+
+
+def _fitting(item: Encoded, room: int | None) -> Encoded:
+    """The item, cut to what the model can read if it is a text."""
+    where = item.example.id
+    if len(item.ids) < 2:
+        raise UserError(f"{where} has {len(item.ids)} token; expected two or more, since nothing predicts the first")
+    if room is None or len(item.ids) <= room:
+        return item
+    if item.example.mentions:
+        raise UserError(
+            f"{where} has {len(item.ids)} tokens, but the training reads {room}; expected a shorter question"
+        )
+    return replace(item, ids=item.ids[:room], targets={name: mask[:room] for name, mask in item.targets.items()})
 
 
 def _example(where: str, row: Mapping[str, Any], tokenizer: Any) -> Example:
     """A row of texts as an example."""
-    prompt = next((key for key in QUESTIONS if row.get(key) is not None), None)
+    question = next((key for key in QUESTIONS if row.get(key) is not None), None)
     answer = next((key for key in ANSWERS if row.get(key) is not None), None)
     if row.get("messages"):
         return _conversation(where, list(row["messages"]), tokenizer)
-    if prompt and answer and not isinstance(row[prompt], str):
-        return _conversation(where, [*row[prompt], *row[answer]], tokenizer)
-    if prompt and answer:
-        before, after = str(row[prompt]), row[answer]
-        after = str(after[0] if isinstance(after, list) and after else after)
-        joined = prompt == "prompt" or before[-1:].isspace() or after[:1].isspace()
-        return _question(where, before + ("" if joined else " "), after)
+    if question and answer and _are_messages(row[question]) and _are_messages(row[answer]):
+        return _conversation(where, [*row[question], *row[answer]], tokenizer)
+    if question and answer:
+        before, after = _words(where, question, row[question]), _words(where, answer, row[answer])
+        if str(row.get("input") or "").strip():  # of Alpaca's rows
+            before = f"{before}\n{row['input']}"
+        is_joined = question == "prompt" or before[-1:].isspace() or after[:1].isspace()
+        return _question(where, before + ("" if is_joined else " "), after)
     if isinstance(row.get("text"), str):
         return _text(where, row["text"])
     raise UserError(f"{where} has the keys {', '.join(map(str, row)) or 'none'}; expected {FORMS}")
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def _words(where: str, key: str, value: Any) -> str:
+    """A question or an answer as text; the first one of several answers."""
+    if isinstance(value, Mapping):  # as TriviaQA and SQuAD have answers
+        value = value.get("value", value.get("text"))
+    if isinstance(value, list) and value:
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise UserError(f"{where}: {key} is {str(value)[:60]!r}; expected a text, a number, or a list of answers")
+    return str(value)
 
 
 def _text(where: str, text: str) -> Example:
@@ -120,35 +148,59 @@ def _question(where: str, before: str, after: str, *, has_special_tokens: bool =
         raise UserError(f"{where} has an empty answer; expected words")
     start = len(before) + after.index(answer)
     span = (start, start + len(answer))
-    mention = Mention(where, "", name := "question", (0, 0), (), span)
-    text = before + after + rest
+    mention = Mention(where, "", "question", (0, 0), (), span)
     return Example(
-        where, name, text, where, "id", (span,), (mention,), has_special_tokens=has_special_tokens, open_ended=True
+        where,
+        "question",
+        before + after + rest,
+        where,
+        "id",
+        (span,),
+        (mention,),
+        has_special_tokens=has_special_tokens,
+        open_ended=True,
     )
 
 
 def _conversation(where: str, messages: list[Any], tokenizer: Any) -> Example:
-    """A conversation, as the tokenizer's chat template writes it; its last message is the answer."""
+    """A conversation, as the tokenizer's chat template writes it; its last message is the answer.
+
+    Where the template puts the answer is seen by another answer in its place: the answer's letters may be anywhere.
+    """
     last = messages[-1] if messages else None
     if not isinstance(last, Mapping) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
         raise UserError(f"{where} is no conversation that ends with the assistant's text; expected role and content")
+    answer = last["content"].strip()
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text, marked = (
+            tokenizer.apply_chat_template([*messages[:-1], {**last, "content": content}], tokenize=False)
+            for content in (answer, _ANSWER)
+        )
     except Exception as error:  # a template is other people's code, and may raise anything
         raise UserError(f"{where}: the chat template of the tokenizer refuses it ({str(error)[:120]})") from None
-    answer = last["content"].strip()
-    start = text.rfind(answer) if answer else -1
-    if start < 0:
+    before, found, after = marked.partition(_ANSWER)
+    if not answer or not found or text != before + answer + after:
         raise UserError(f"{where}: the chat template does not write the answer as it is, or it is empty")
-    return _question(where, text[:start], answer, has_special_tokens=True, rest=text[start + len(answer) :])
+    return _question(where, before, answer, has_special_tokens=True, rest=after)
 
 
 def _tokenized(where: str, row: Mapping[str, Any]) -> Encoded:
-    """A row of tokens. Its labels, or the mask of a completion or assistant, mark the answer; a text is all marked."""
+    """A row of tokens. Its labels, or the mask of a completion or assistant, mark the answer; a text is all marked.
+
+    Padding, which the attention mask leaves out or which no label marks at the end, is dropped.
+    """
     ids = torch.as_tensor(row["input_ids"]).flatten()
     marked = _marked(row)
-    if marked is not None and marked.shape != ids.shape:
-        raise UserError(f"{where} has {len(ids)} tokens and {len(marked)} labels or marks; expected as many")
+    attended = torch.as_tensor(row["attention_mask"]).flatten().bool() if _has(row, "attention_mask") else None
+    for other in (marked, attended):
+        if other is not None and other.shape != ids.shape:
+            raise UserError(f"{where} has {len(ids)} tokens and {len(other)} labels or marks; expected as many")
+    if _is_packed(row):
+        raise UserError(f"{where} holds several texts in one row (packing); expected rows from before they are packed")
+    kept = torch.ones_like(ids, dtype=torch.bool) if attended is None else attended
+    if marked is not None and marked.any():
+        kept &= torch.arange(len(ids)) <= int(marked.nonzero().max())
+    ids, marked = ids[kept], None if marked is None else marked[kept].clone()
     if marked is not None:
         marked[:1] = False  # no token before it predicts it
     targets = {name: torch.ones_like(ids, dtype=torch.bool) for name in ("answer", "all")}
@@ -157,17 +209,27 @@ def _tokenized(where: str, row: Mapping[str, Any]) -> Encoded:
     if not marked.any():
         raise UserError(f"{where} has no label; expected tokens to predict")
     nothing = torch.zeros_like(marked)
-    example = Example(
-        where, "question", "", where, "id", (), (Mention(where, "", "question", (0, 0), (), (0, 0)),), open_ended=True
-    )
+    mention = Mention(where, "", "question", (0, 0), (), (0, 0))
+    example = Example(where, "question", "", where, "id", (), (mention,), open_ended=True)
     return Encoded(example, ids, targets | {"answer": marked}, (Places(nothing, nothing, marked),))
+
+
+def _has(row: Mapping[str, Any], key: str) -> bool:
+    return row.get(key) is not None
+
+
+def _is_packed(row: Mapping[str, Any]) -> bool:
+    """Whether a row holds several texts, by the columns that trainers give such rows."""
+    lengths = row.get("seq_lengths")
+    positions = torch.as_tensor(row["position_ids"]).flatten() if _has(row, "position_ids") else torch.arange(0)
+    return (lengths is not None and len(lengths) > 1) or bool((positions[1:] < positions[:-1]).any())
 
 
 def _marked(row: Mapping[str, Any]) -> Tensor | None:
     """Which tokens of a row are to be predicted; None if it does not say."""
-    if row.get("labels") is not None:
+    if _has(row, "labels"):
         return torch.as_tensor(row["labels"]).flatten() != IGNORE
-    masks = [row[key] for key in ("completion_mask", "assistant_masks") if row.get(key) is not None]
+    masks = [row[key] for key in ("completion_mask", "assistant_masks") if _has(row, key)]
     return torch.as_tensor(masks[0]).flatten().bool() if masks else None
 
 
