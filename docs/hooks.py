@@ -83,3 +83,10 @@ def _add(files: Any, config: Any, name: str) -> None:
     uri = f"files/{name}.txt" if name.endswith(".md") else f"files/{name}"
     if files.get_file_from_path(uri) is None:
         files.append(File.generated(config, uri, content=(ROOT / name).read_bytes()))
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Have the links of a notebook lead to pages; mkdocs looks at those of Markdown files alone."""
+    if not page.file.src_uri.startswith("notebooks/"):
+        return output
+    return re.sub(r'(href="\.\./[\w-]+)\.md', r"\1.html", output)
