@@ -31,7 +31,7 @@ from crosstrace.importing.text_files import LONGEST, read_lines
 
 Row = dict[str, Any]
 KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-EXPECTED = f"a file of facts ({', '.join(KINDS)}), or a data set: a folder or OWNER/NAME of the hub"
+EXPECTED = f"a file of rows ({', '.join(KINDS)}), or a data set: a folder or OWNER/NAME of the hub"
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars (|)"}
 # settings of a data set's files that make no difference if the files are read as text
 PLAIN_OPTIONS = {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter"}
