@@ -53,9 +53,9 @@ class KnowledgeCallback(TrainerCallback):
     the same items, a `ForgettingWarning` says so, once until it is regained. (Four, since the best of many looks is too
     good by chance.)
 
-    Between the first look, before the first update, and the last one there are as many looks as take at most `share`
-    of the time. The Trainer's checkpoints keep what was seen, and a resumed training goes on with it. With several
-    processes each asks the same, as sharded models need.
+    Between the first look, before the first update, and the last one there are as many looks, evenly spread, as take at
+    most `share` of the whole training's time. The Trainer's checkpoints keep what was seen, and a resumed training goes
+    on with it. With several processes each asks the same, as sharded models need.
 
     Args:
         trainer: the Trainer, whose tokenizer (`processing_class`) and model are used.
@@ -120,14 +120,16 @@ class KnowledgeCallback(TrainerCallback):
         self._best_step: dict[str, int] = {}  # and its update
         self._lost: set[str] = set()  # parts whose loss was told
         self._began = self._spent = self._cost = 0.0  # seconds; the cost is that of the last look
-        self._first_step = self._check_at = 0
+        self._first_step = self._next_step = 0
+        self._is_look_next = False  # whether there is a look at the next step, or only a plan for one
         self._looked_at = -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._began, self._spent, self._cost = time.perf_counter(), 0.0, 0.0
-        self._first_step = self._check_at = state.global_step
+        self._first_step, self._next_step, self._is_look_next = state.global_step, 0, False
         self._looked_at = -1
         if state.global_step and self._goes_on(state):
+            self._plan(state)
             return
         self._timed(self._find_known, kwargs["model"], args.bf16)
         if not self.parts:
@@ -138,7 +140,7 @@ class KnowledgeCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         is_last = state.global_step >= state.max_steps or control.should_training_stop
-        if is_last or self._is_due(state.global_step):
+        if is_last or self._is_due(state):
             self._look(args, state, kwargs["model"])
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -180,19 +182,34 @@ class KnowledgeCallback(TrainerCallback):
         if known:
             self.parts.append(Watched("known", encode(self.tokenizer, self._drawn(known))))
 
-    def _is_due(self, step: int) -> bool:
-        """Whether to look after this update. All processes do as the first one does."""
+    def _is_due(self, state: Any) -> bool:
+        """Whether to look after this update."""
+        step = state.global_step
         if self.every is not None:
             return step % self.every == 0
-        if step < self._check_at:
+        if step < self._next_step:
             return False
-        elapsed = time.perf_counter() - self._began
-        due_at = (self._spent + 2 * self._cost) / self.share  # seconds; one look is kept for the end
-        wait = [math.ceil((due_at - elapsed) / (elapsed / max(1, step - self._first_step)))]  # updates
+        if not self._is_look_next:
+            self._plan(state)
+        return self._is_look_next and step == self._next_step
+
+    def _plan(self, state: Any) -> None:
+        """Plan the next look: as many as the share of the whole training's time has room for, evenly over the rest.
+
+        All processes do as the first one does.
+        """
+        made, left = state.global_step - self._first_step, state.max_steps - state.global_step
+        whole = made + left
+        if made == 0:  # the first updates are no measure of the others
+            planned = [max(1, min(10, whole // 20)), False]
+        else:
+            seconds = (time.perf_counter() - self._began - self._spent) / made  # of an update
+            room = self.share / (1 - self.share) * seconds * whole if self.share < 1 else math.inf
+            looks = min(left, (room - self._spent) / max(self._cost, 1e-9) - 1)  # one is kept for the end
+            planned = [max(1, math.ceil(left / (looks + 1))), True] if looks >= 1 else [max(1, left // 10), False]
         if dist.is_available() and dist.is_initialized():
-            dist.broadcast_object_list(wait)
-        self._check_at = step + max(1, wait[0])
-        return wait[0] <= 0
+            dist.broadcast_object_list(planned)
+        self._next_step, self._is_look_next = state.global_step + planned[0], planned[1]
 
     def _look_once(self, args: Any, state: Any, model: Any) -> None:
         """Look, unless that was done after this update."""
@@ -203,6 +220,8 @@ class KnowledgeCallback(TrainerCallback):
         """Ask every part, log what it knows, and warn of what is being lost."""
         scores = self._timed(lambda: {part.name: part.scores(model, self.tokenizer, args.bf16) for part in self.parts})
         self._looked_at = state.global_step
+        if self.every is None:
+            self._plan(state)
         logs: dict[str, float] = {}
         for name, (right, logprob) in scores.items():
             row = {"step": state.global_step, "part": name, "n": len(right)}
