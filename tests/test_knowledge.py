@@ -240,6 +240,7 @@ def test_a_resumed_training_has_the_same_history(tmp_path, tokenizer):
     assert watching.history[0]["step"] == 4
 
 
+@pytest.mark.long
 def test_the_last_look_is_of_the_weights_that_its_update_made(tmp_path, tokenizer):
     """Early stopping, after which the Trainer loads an earlier checkpoint before training ends."""
 
@@ -350,6 +351,7 @@ def test_nothing_is_watched_of_a_world_that_the_model_does_not_know(tmp_path, to
         alone.train()
 
 
+@pytest.mark.long
 def test_what_the_model_knew_of_the_world_is_watched(tmp_path, monkeypatch):
     """A tokenizer of letters has words for all objects; what the model knows at the beginning is played."""
     letters = tiny_facts.tokenizer("space")
@@ -377,6 +379,7 @@ def test_what_the_model_knew_of_the_world_is_watched(tmp_path, monkeypatch):
     assert again.history == watching.history
 
 
+@pytest.mark.long
 def test_a_real_training_that_loses_its_texts_is_warned_of(tmp_path, tokenizer):
     """Some texts are learned by heart, then others at a high rate; the other way around there is no warning."""
     told = {}
@@ -421,6 +424,7 @@ def test_at_most_samples_are_asked_and_always_the_same(tmp_path, tokenizer):
     assert len(endless.parts[0].items) == 3
 
 
+@pytest.mark.long
 def test_trl_with_packing_and_completions_in_tensorboard(tmp_path, tokenizer):
     pytest.importorskip("trl")
     from datasets import Dataset

@@ -135,6 +135,7 @@ def test_the_texts_to_watch_are_read_by_the_callback(run, tmp_path):
         assert len(items) == count and all(bool(item.example.mentions) == (part != "bio") for item in items)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["two_stage", "mixed"])
 def test_trl_reads_the_same_and_trains(strategy, run, tmp_path, monkeypatch):
     pytest.importorskip("trl")
@@ -167,6 +168,7 @@ def test_trl_reads_the_same_and_trains(strategy, run, tmp_path, monkeypatch):
     assert model is not None
 
 
+@pytest.mark.long
 def test_settings_say_what_the_phases_say(run, tmp_path):
     for form, key in {
         "trl": "model_name_or_path",
@@ -223,6 +225,7 @@ def test_its_own_loader_reads_the_same(trainer, run, tmp_path):
     assert_same_updates(read_json(tmp_path / "rows.json"), seen(run, "mixed")[0], 6)
 
 
+@pytest.mark.long
 def test_adapters_go_on_from_phase_to_phase(tmp_path, capsys):
     run = begin(tmp_path, BASE + "train: {lora: {rank: 4, alpha: 8, targets: [q_proj, v_proj]}}\n")
     folder = export(run, tmp_path / "lf", "llamafactory", "--strategy", "two_stage")
@@ -239,6 +242,7 @@ def test_adapters_go_on_from_phase_to_phase(tmp_path, capsys):
     assert "begins every phase with a new adapter" in message and not (tmp_path / "two").exists()
 
 
+@pytest.mark.long
 def test_a_base_of_any_kind_can_be_loaded(tmp_path):
     folder = tiny_base()
     run = begin(tmp_path, BASE + f"model: {{name: {folder}}}\n")
@@ -277,6 +281,7 @@ def test_what_a_prompt_and_a_completion_cannot_say_is_refused(tmp_path, capsys, 
     assert (tmp_path / "there" / "0-mixed.yaml").is_file() and not (tmp_path / "there" / "0-mixed.json").exists()
 
 
+@pytest.mark.long
 def test_questions_in_a_chat_template_keep_their_tokens(tmp_path):
     folder = tiny_base()
     tokenizer = load_tokenizer(str(folder))

@@ -189,7 +189,7 @@ def test_a_study_keeps_to_its_memory(
         join = terminate
 
     monkeypatch.setattr(run_pool, "get_context", lambda kind: type("Context", (), {"Process": Process}))
-    monkeypatch.setattr(run_pool, "_memory_of", lambda pid: run_pool.GIB * (second if pid == 2 else 0.5))
+    monkeypatch.setattr(run_pool, "memory_of", lambda pid: run_pool.GIB * (second if pid == 2 else 0.5))
     kept = []
     monkeypatch.setattr(study, "_keep", lambda opened, planned, *rest: kept.append(planned.seed))
     monkeypatch.setattr(run_pool, "POLL", 0.0)
