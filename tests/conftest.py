@@ -1,4 +1,5 @@
 """What every test runs under: no network, one thread, the same seeds."""
+# ruff: noqa: E402  (garbage is left alone before torch is imported)
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+gc.disable()  # until all is imported, which takes a third longer if Python looks for garbage meanwhile
 
 import random
 from collections.abc import Iterator
@@ -76,3 +78,4 @@ def pytest_collection_finish() -> None:
     """What the imports made stays. So the Trainer, which collects garbage after every training, need not visit it."""
     gc.collect()
     gc.freeze()
+    gc.enable()
