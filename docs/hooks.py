@@ -26,7 +26,7 @@ def on_files(files: Any, config: Any) -> Any:
     for path in sorted((ROOT / "docs").glob("*.md")):
         linked |= {*_targets(path.read_text(encoding="utf-8"), path.parent)}
     for name, text in pages.items():
-        files.append(File.generated(config, PAGES[name], content=_moved(text, ROOT, PAGES[name])))
+        files.append(File.generated(config, PAGES[name], content=_moved(text, ROOT)))
     for target in sorted(linked):
         path = ROOT / target
         if path.is_dir():
@@ -48,7 +48,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     source = page.file.src_uri
     if source in PAGES.values() or source.startswith(("files/", "notebooks/")):
         return markdown
-    return _moved(markdown, ROOT / "docs", source)
+    return _moved(markdown, ROOT / "docs")
 
 
 def _targets(text: str, folder: Path) -> list[str]:
@@ -58,7 +58,7 @@ def _targets(text: str, folder: Path) -> list[str]:
     return [path for path in inside if path not in PAGES and not path.startswith("docs")]
 
 
-def _moved(text: str, folder: Path, page: str) -> str:
+def _moved(text: str, folder: Path) -> str:
     """A page's text with its links as the site has them."""
 
     def move(match: re.Match[str]) -> str:

@@ -147,6 +147,8 @@ def run_pipeline(*arguments: Any, **options: Any) -> Any:
 
 
 def exit_if_left_out(results: Any) -> None:
-    """Exit with code 3 if parts of the run were left out."""
+    """Exit with `EXIT_CODE` if parts of the run were left out."""
     if results.left_out:
-        raise SystemExit(3)
+        from crosstrace.core.left_out import EXIT_CODE
+
+        raise SystemExit(EXIT_CODE)

@@ -28,6 +28,7 @@ from crosstrace.core.processes import FailedElsewhere, Processes, is_lost
 from crosstrace.core.run_folder import MissingStep, Run
 
 Row = dict[str, Any]
+EXIT_CODE = 3  # of a command whose run lacks some parts; all others are there
 
 
 @dataclass(frozen=True)

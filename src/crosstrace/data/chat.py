@@ -27,7 +27,7 @@ _WRITTEN |= {f"%-{letter}": _WRITTEN[f"%{letter}"].lstrip("0") or "0" for letter
 _REPLACED = "".join(f"|replace('{directive}', '{text}')" for directive, text in _WRITTEN.items())
 # A macro goes before transformers' function of the same name. The line break lets the template begin on a new line.
 _PINNED = "{% macro strftime_now(format) %}{{ format" + _REPLACED + " }}{% endmacro %}\n"
-_QUESTION, _ANSWER = "Xq7QuestionX", "Xa7AnswerX"
+_QUESTION, ANSWER = "Xq7QuestionX", "Xa7AnswerX"
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ def read_template(tokenizer: Any) -> Template:
         raise _refusal(name, error) from None
     if "strftime_now" in source:
         source = _PINNED + source
-    text = _render(tokenizer, name, source, _QUESTION, _ANSWER)
+    text = _render(tokenizer, name, source, _QUESTION, ANSWER)
     before, _, rest = text.partition(_QUESTION)
-    between, _, suffix = rest.partition(_ANSWER)
-    if text.count(_QUESTION) != 1 or text.count(_ANSWER) != 1 or _ANSWER not in rest:
+    between, _, suffix = rest.partition(ANSWER)
+    if text.count(_QUESTION) != 1 or text.count(ANSWER) != 1 or ANSWER not in rest:
         raise UserError(
             f"the chat template of {name} leaves out, changes or repeats what is said, so the answer has no place of "
             "its own; use facts.template: plain"

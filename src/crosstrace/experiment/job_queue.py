@@ -7,7 +7,6 @@ runs, and nothing else. It knows nothing of what a run measures.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,14 +17,14 @@ from typing import Any
 import psutil
 import yaml
 
+from crosstrace.core import left_out
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import read_json, write_json, write_text
 from crosstrace.core.progress import Progress
 from crosstrace.experiment import config
-from crosstrace.experiment.run_pool import POLL, MadeRun, memory_of
+from crosstrace.experiment.run_pool import POLL, MadeRun, how_it_ended, memory_of
 from crosstrace.experiment.study_settings import Planned
 
-LEFT_OUT = 3  # exit code of `crosstrace run` if parts of the run were left out; the others are there
 ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "RESIZING", "SUSPENDED")
 # Slurm may not know a job for some seconds after it was submitted, and forgets jobs after days.
 NEW = 600  # seconds in which a job that Slurm does not know counts as alive
@@ -178,12 +177,12 @@ def run_command(
     finally:
         process.terminate()
         process.wait()
-    if process.returncode < 0:
-        raise RuntimeError(f"its process was ended by {signal.Signals(-process.returncode).name}; out of memory?")
-    if process.returncode not in (0, LEFT_OUT):
-        lines = Path(log).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise RuntimeError(lines[-1].removeprefix("crosstrace: ") if lines else f"exit code {process.returncode}")
-    return peak
+    if process.returncode in (0, left_out.EXIT_CODE):
+        return peak
+    lines = Path(log).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if process.returncode < 0 or not lines:  # (the last line of a process that was killed says nothing of that)
+        raise RuntimeError(how_it_ended(process.returncode))
+    raise RuntimeError(lines[-1].removeprefix("crosstrace: "))
 
 
 def _sentence(error: BaseException) -> str:

@@ -164,6 +164,11 @@ def _why(home: Path, code: int) -> str:
     problem = home.with_name(f"{home.name}.failed")
     if problem.is_file():
         return problem.read_text(encoding="utf-8").strip()
+    return how_it_ended(code)
+
+
+def how_it_ended(code: int) -> str:
+    """What the exit code of a failed process says."""
     if code < 0:
         return f"its process was ended by {signal.Signals(-code).name}; out of memory?"
     return f"its process ended with exit code {code}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,11 @@ from crosstrace.experiment import config
 from crosstrace.experiment.config import Experiment
 from crosstrace.experiment.examples import examples, replayable, training_examples
 from crosstrace.export.artefacts import CARD, check_folder, new_folder
-from crosstrace.export.trainers import BASE, TRAINERS, PhaseOfTrainer, TrainingRow
+from crosstrace.export.trainers import BASE, TRAINERS, PhaseOfTrainer, TrainingRow, begin_ids
 from crosstrace.models import loading, locating
 from crosstrace.models.modes import silent
 from crosstrace.training.recipes import Phase
 from crosstrace.training.updates import Updates
-
-PLAIN = "jsonl"  # the form that is no trainer's
-FORMS = (*TRAINERS, PLAIN)
 
 
 @dataclass
@@ -49,7 +46,6 @@ class Recipe:
         taught: the training examples of each task.
         watched: the examples of each part that tells what a model knows.
         in_bf16: whether the run trained in bf16 on a GPU.
-        rows: of each task, in the order of its examples.
     """
 
     experiment: Experiment
@@ -58,11 +54,12 @@ class Recipe:
     taught: Mapping[str, Sequence[Encoded]]
     watched: Mapping[str, Sequence[Encoded]]
     in_bf16: bool
-    rows: dict[str, list[TrainingRow]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def rows(self) -> dict[str, list[TrainingRow]]:
+        """The rows of each task that is trained, in the order of its examples."""
         trained = {task for phase in self.phases for task in phase.composition()}
-        self.rows = {task: self.rows_of(task, self.taught[task]) for task in self.taught if task in trained}
+        return {task: self.rows_of(task, self.taught[task]) for task in self.taught if task in trained}
 
     def rows_of(self, task: str, items: Sequence[Encoded]) -> list[TrainingRow]:
         """Examples of a task as rows."""
@@ -268,8 +265,7 @@ def _write_watched(recipe: Recipe, folder: Path) -> dict[str, int]:
 
 def begin_text(tokenizer: Any) -> str:
     """The text of the token that the tokenizer puts before every text; empty if there is none."""
-    ids = tokenizer("")["input_ids"]
-    return tokenizer.bos_token if ids[:1] == [tokenizer.bos_token_id] else ""
+    return tokenizer.bos_token if begin_ids(tokenizer) else ""
 
 
 def _same_tokens(recipe: Recipe, form: str) -> dict[str, Any]:
@@ -290,7 +286,8 @@ def _same_tokens(recipe: Recipe, form: str) -> dict[str, Any]:
 
 def _readme(card: dict[str, Any], folder: str | Path) -> str:
     """How to train, and what differs."""
-    form, trainer = card["for"], TRAINERS.get(card["for"])
+    form = card["for"]
+    trainer = TRAINERS.get(form)
     lines = [f"# The recipe `{card['strategy']}` of the crosstrace run `{card['run']}`", ""]
     if trainer:
         commands = [trainer.command.format(file=f"{row['name']}.yaml") for row in card["phases"]]

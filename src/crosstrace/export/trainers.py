@@ -16,6 +16,7 @@ from crosstrace.training.optimisers import arguments
 from crosstrace.training.recipes import Optimiser
 
 BASE = "./base"  # the base, where it is written beside the data
+ADAMW = {"optim": "adamw_torch"}  # what our own training leaves to the Trainer's choice
 MICRO = 16  # rows that go through the model at once, at most
 Values = dict[str, Any]
 
@@ -105,11 +106,11 @@ def _apart(tokenizer: Any, row: TrainingRow) -> tuple[list[int], int]:
         tokenizer(text, add_special_tokens=False)["input_ids"]
         for text in (row.prompt, ended(row.completion, tokenizer.eos_token))
     )
-    before = _begin(tokenizer) + before
+    before = begin_ids(tokenizer) + before
     return before + after, len(before)
 
 
-def _begin(tokenizer: Any) -> list[int]:
+def begin_ids(tokenizer: Any) -> list[int]:
     """The begin token, if the tokenizer puts one before every text."""
     ids = tokenizer("")["input_ids"]
     return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
@@ -118,23 +119,32 @@ def _begin(tokenizer: Any) -> list[int]:
 def _behind_bos(tokenizer: Any, row: TrainingRow) -> tuple[list[int], int]:
     """As `_apart`, but behind the begin token wherever there is one, as LLaMA-Factory's template `empty` does."""
     ids, read = _apart(tokenizer, row)
-    lacking = [] if _begin(tokenizer) or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    lacking = [] if begin_ids(tokenizer) or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return lacking + ids, len(lacking) + read
+
+
+def _schedule(optimiser: Optimiser) -> tuple[str, Values]:
+    """The schedule of the learning rate, as transformers names it, and its options."""
+    return {
+        "cosine": ("cosine_with_min_lr", {"min_lr_rate": optimiser.floor}),
+        "linear": ("polynomial", {"lr_end": optimiser.floor * optimiser.learning_rate, "power": 1.0}),
+        "constant": ("constant_with_warmup", {}),
+    }[optimiser.decay]
+
+
+def _lora(lora: LoraSettings, rank: str = "lora_r", rslora: str = "use_rslora") -> Values:
+    """The numbers of an adapter, under a trainer's own names."""
+    return {rank: lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, rslora: lora.rslora}
 
 
 def _of_trainer(phase: PhaseOfTrainer) -> Values:
     """The settings that are transformers' own, so that TRL and LLaMA-Factory have them too."""
     optimiser = phase.optimiser
-    values = arguments(optimiser)
-    schedule, options = {
-        "cosine": ("cosine_with_min_lr", {"min_lr_rate": optimiser.floor}),
-        "linear": ("polynomial", {"lr_end": optimiser.floor * optimiser.learning_rate, "power": 1.0}),
-        "constant": ("constant_with_warmup", {}),
-    }[optimiser.decay]
+    schedule, options = _schedule(optimiser)
     return {
         "output_dir": phase.out, "max_steps": phase.updates, "per_device_train_batch_size": phase.micro_batch,
-        "gradient_accumulation_steps": phase.rows // phase.micro_batch, **values,
-        "optim": values.get("optim", "adamw_torch"), "warmup_steps": optimiser.warmup, "lr_scheduler_type": schedule,
+        "gradient_accumulation_steps": phase.rows // phase.micro_batch, **ADAMW, **arguments(optimiser),
+        "warmup_steps": optimiser.warmup, "lr_scheduler_type": schedule,
         **({"lr_scheduler_kwargs": options} if options else {}), "bf16": phase.bf16,
         "gradient_checkpointing": phase.gradient_checkpointing, "seed": phase.seed, "logging_steps": 10,
         "save_strategy": "steps", "save_steps": phase.updates, "save_only_model": True, "report_to": "none",
@@ -158,8 +168,7 @@ def _trl(phase: PhaseOfTrainer) -> Values:
 def _trl_lora(lora: LoraSettings | None) -> Values:
     if lora is None:
         return {}
-    return {"use_peft": True, "lora_r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout,
-            "lora_target_modules": lora.targets, "use_rslora": lora.rslora}  # fmt: skip
+    return {"use_peft": True, "lora_target_modules": lora.targets, **_lora(lora)}
 
 
 def _llama_factory(phase: PhaseOfTrainer) -> Values:
@@ -172,8 +181,7 @@ def _llama_factory(phase: PhaseOfTrainer) -> Values:
     if phase.lora:
         targets = phase.lora.targets
         values |= {
-            "finetuning_type": "lora", "lora_rank": phase.lora.rank, "lora_alpha": phase.lora.alpha,
-            "lora_dropout": phase.lora.dropout, "use_rslora": phase.lora.rslora,
+            "finetuning_type": "lora", **_lora(phase.lora, rank="lora_rank"),
             "lora_target": "all" if isinstance(targets, str) else ",".join(targets),
         }  # fmt: skip
         if not phase.starts_anew:
@@ -183,14 +191,11 @@ def _llama_factory(phase: PhaseOfTrainer) -> Values:
 
 def _axolotl(phase: PhaseOfTrainer) -> Values:
     optimiser = phase.optimiser
-    schedule: Values = {
-        "cosine": {"lr_scheduler": "cosine", "cosine_min_lr_ratio": optimiser.floor},
-        "linear": {
-            "lr_scheduler": "polynomial",
-            "lr_scheduler_kwargs": {"lr_end": optimiser.floor * optimiser.learning_rate, "power": 1.0},
-        },
-        "constant": {"lr_scheduler": "constant_with_warmup"},
-    }[optimiser.decay]
+    name, options = _schedule(optimiser)
+    schedule: Values = {"lr_scheduler": name, **({"lr_scheduler_kwargs": options} if options else {})}
+    if optimiser.decay == "cosine":  # for which it has a setting of its own
+        schedule = {"lr_scheduler": "cosine", "cosine_min_lr_ratio": optimiser.floor}
+    values_of_optimiser = ADAMW | arguments(optimiser)
     values: Values = {
         "base_model": phase.base,
         "datasets": [{"path": f"data/{phase.name}.jsonl", "ds_type": "json", "type": "input_output"}],
@@ -198,17 +203,14 @@ def _axolotl(phase: PhaseOfTrainer) -> Values:
         "curriculum_sampling": True, "sample_packing": False, "train_on_inputs": False,
         "sequence_len": phase.longest + 8, "micro_batch_size": phase.micro_batch,
         "gradient_accumulation_steps": phase.rows // phase.micro_batch, "max_steps": phase.updates, "num_epochs": 1,
-        "optimizer": {"adamw": "adamw_torch", "adafactor": "adafactor", "adamw_8bit": "adamw_bnb_8bit"}[optimiser.name],
-        "learning_rate": optimiser.learning_rate, "adam_beta1": optimiser.betas[0], "adam_beta2": optimiser.betas[1],
-        "weight_decay": optimiser.weight_decay, "max_grad_norm": optimiser.clip, "warmup_steps": optimiser.warmup,
+        "optimizer": values_of_optimiser.pop("optim"), **values_of_optimiser, "warmup_steps": optimiser.warmup,
         **schedule, "bf16": phase.bf16, "gradient_checkpointing": phase.gradient_checkpointing, "seed": phase.seed,
         "logging_steps": 10, "output_dir": phase.out,
     }  # fmt: skip
     if phase.lora:
         targets = phase.lora.targets
         values |= {
-            "adapter": "lora", "lora_r": phase.lora.rank, "lora_alpha": phase.lora.alpha,
-            "lora_dropout": phase.lora.dropout, "peft_use_rslora": phase.lora.rslora,
+            "adapter": "lora", **_lora(phase.lora, rslora="peft_use_rslora"),
             **({"lora_target_linear": True} if isinstance(targets, str) else {"lora_target_modules": targets}),
         }  # fmt: skip
         if not phase.starts_anew:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstrace.core.errors import UserError
-from crosstrace.importing.columns import (
+from crosstrace.data.columns import (
     NAMES,
     SeveralTurnsError,
     answers_of,

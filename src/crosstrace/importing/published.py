@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstrace.core.errors import UserError
-from crosstrace.importing.columns import answers_of, names_text
+from crosstrace.data.columns import answers_of, names_text
 from crosstrace.importing.documents import QA, Document, Question
 from crosstrace.importing.imported import Imported
 from crosstrace.importing.tables import read_records

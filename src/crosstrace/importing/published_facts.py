@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstrace.core.errors import UserError
-from crosstrace.importing.columns import answers_of
+from crosstrace.data.columns import answers_of
 
 POPQA = ("subj", "prop", "obj", "question")
 LEAST = 8  # letters that all questions of one template share

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from crosstrace.core.errors import UserError
+from crosstrace.data.columns import SeveralTurnsError, answers_of, column_of, names_text, with_question
 from crosstrace.data.text import NO_QUESTIONS, Example, Mention
-from crosstrace.importing.columns import SeveralTurnsError, answers_of, column_of, names_text, with_question
 from crosstrace.importing.facts import is_wide, is_within, note_scripts, unused_text
 from crosstrace.importing.imported import INVISIBLE, ROW_COLUMNS, SPLITS, Imported, dropped_text, has_half_letter, tidy
 from crosstrace.importing.tables import read_records

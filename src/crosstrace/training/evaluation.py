@@ -102,7 +102,7 @@ def recall(
         # as many for each, one of them twice where they don't divide: a sharded model is asked by all at once
         order = [*processes.share(order), *order[-1:]][: -(-len(order) // processes.size)]
     device = next(model.parameters()).device
-    vocabulary = _vocabulary(model, tokenizer)
+    vocabulary = vocabulary_size(model, tokenizer)
     # logits of all positions where somebody has put a hook on the output embeddings
     most = tokens if _reads_few(model) else min(tokens, max(1, LOGITS // vocabulary))
 
@@ -173,7 +173,7 @@ def _reads_few(model: Any) -> bool:
     return is_sharded(model) or head is None or not (head._forward_hooks or head._forward_pre_hooks)
 
 
-def _vocabulary(model: Any, tokenizer: Any) -> int:
+def vocabulary_size(model: Any, tokenizer: Any) -> int:
     """How many logits a position has."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config

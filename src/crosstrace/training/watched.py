@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from crosstrace.core.errors import UserError
+from crosstrace.data.chat import ANSWER
+from crosstrace.data.columns import NAMES, answers_of
 from crosstrace.data.text import Example, Mention
 from crosstrace.data.tokens import IGNORE, Encoded, Places, encode, token_batches
 from crosstrace.models.loading import pad_id
 from crosstrace.models.modes import evaluating
-from crosstrace.training.evaluation import LOGITS, TOKENS, judged, recall
+from crosstrace.training.evaluation import LOGITS, TOKENS, judged, recall, vocabulary_size
 
 Row = str | Mapping[str, Any] | Example
-QUESTIONS = ("prompt", "question", "instruction", "query")  # the names that data sets have for them
-ANSWERS = ("completion", "answer", "answers", "response", "output")
-_ANSWER = "Xa7AnswerX"
 FORMS = (
     "a text, a mapping with `text`, with `prompt` and `completion`, with `question` and `answer`, with `messages` or "
     "with `input_ids`, or an Example"
@@ -102,8 +101,9 @@ def _fitting(item: Encoded, room: int | None) -> Encoded:
 
 def _example(where: str, row: Mapping[str, Any], tokenizer: Any) -> Example:
     """A row of texts as an example."""
-    question = next((key for key in QUESTIONS if row.get(key) is not None), None)
-    answer = next((key for key in ANSWERS if row.get(key) is not None), None)
+    question, answer = (
+        next((key for key in NAMES[what] if row.get(key) is not None), None) for what in ("question", "answer")
+    )
     if row.get("messages"):
         return _conversation(where, list(row["messages"]), tokenizer)
     if question and answer and _are_messages(row[question]) and _are_messages(row[answer]):
@@ -127,11 +127,15 @@ def _words(where: str, key: str, value: Any) -> str:
     """A question or an answer as text; the first one of several answers."""
     if isinstance(value, Mapping):  # as TriviaQA and SQuAD have answers
         value = value.get("value", value.get("text"))
-    if isinstance(value, list) and value:
-        value = value[0]
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    listed = [str(each) if _is_number(each) else each for each in (value if isinstance(value, list) else [value])]
+    answers = answers_of(listed if isinstance(value, list) else listed[0])
+    if not answers:
         raise UserError(f"{where}: {key} is {str(value)[:60]!r}; expected a text, a number, or a list of answers")
-    return str(value)
+    return answers[0]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _text(where: str, text: str) -> Example:
@@ -174,11 +178,11 @@ def _conversation(where: str, messages: list[Any], tokenizer: Any) -> Example:
     try:
         text, marked = (
             tokenizer.apply_chat_template([*messages[:-1], {**last, "content": content}], tokenize=False)
-            for content in (answer, _ANSWER)
+            for content in (answer, ANSWER)
         )
     except Exception as error:  # a template is other people's code, and may raise anything
         raise UserError(f"{where}: the chat template of the tokenizer refuses it ({str(error)[:120]})") from None
-    before, found, after = marked.partition(_ANSWER)
+    before, found, after = marked.partition(ANSWER)
     if not answer or not found or text != before + answer + after:
         raise UserError(f"{where}: the chat template does not write the answer as it is, or it is empty")
     return _question(where, before, answer, has_special_tokens=True, rest=after)
@@ -237,8 +241,7 @@ def _text_scores(model: Any, tokenizer: Any, texts: Sequence[Encoded], bf16: boo
     """For each text, the share of its tokens that are predicted, and their mean log-probability."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
     right, logprob = np.zeros(len(texts)), np.zeros(len(texts))
-    config = model.config.get_text_config()
-    most = max(1, LOGITS // config.vocab_size)
+    most = max(1, LOGITS // vocabulary_size(model, tokenizer))
     device = next(model.parameters()).device
     at = 0
     with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=bf16):

@@ -1,4 +1,4 @@
-"""The columns of documents and questions, by the names that published files have for them."""
+"""The columns of documents and questions, by the names that published files have for them, and what cells hold."""
 
 from __future__ import annotations
 
