@@ -18,6 +18,7 @@ from test_alignment import spells
 from tiny_facts import tokenizer
 from tiny_models import tiny_base
 
+from crosstrace.cli import commands
 from crosstrace.core.files import read_json
 from crosstrace.data.text import Example, Mention, read_jsonl
 from crosstrace.experiment import config
@@ -154,6 +155,50 @@ def test_one_file_with_both(tmp_path):
     assert_counts_add_up(tmp_path)
     made = {name: objects(items) for name, items in tasks(tmp_path).items()}
     assert made["documents"] == expected["documents"] and made["qa"] == expected["qa"]
+    # a list in an object, as LMFlow has it, and its names of what is asked and answered
+    rows = [{"passage": row["context"], "input": row["query"], "output": row["response"]} for row in rows]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"type": "text2text", "instances": rows}))
+    imported(tmp_path, documents=DocumentFiles(questions=path), overwrite=True)
+    made = {name: objects(items).values() for name, items in tasks(tmp_path).items()}
+    assert {*made["documents"]} == {*expected["documents"].values()}
+    assert {*made["qa"]} == {*expected["qa"].values()}
+
+
+@pytest.mark.parametrize("given", ["alone", "documents", "questions"])
+def test_lists_of_questions_with_columns_of_any_names(given, tmp_path, capsys):
+    """Documents with their questions, as a paper publishes them: both have a column `text`."""
+    rows = []
+    for row in DOCUMENTS:
+        asked = [each for each in QUESTIONS if each["wiki_id"] == row["wiki_id"]]
+        pairs = [{"text": each["question"], "output": each["answer"]} for each in asked]
+        rows.append({"evidence_text": row["text"], "page": row["title"], "qa_pairs": pairs})
+    (tmp_path / "set.json").write_text(json.dumps(rows))
+    file = tmp_path / "set.json"
+    words = [file] if given == "alone" else [f"--{given}", file]
+    assert "has no text; it has evidence_text, page, qa_pairs" in refused(capsys, tmp_path, *words, tmp_path / "own")
+    columns = {"text": "evidence_text", "question": "text", "answer": "output", "subject": "page"}
+    words += [word for what, name in columns.items() for word in (f"--{what}", name)]
+    commands.main(["import", *map(str, words), str(tmp_path / "own")])
+    assert_counts_add_up(tmp_path)
+    made = {name: objects(items) for name, items in tasks(tmp_path).items()}
+    imported(tmp_path, documents=two_files(tmp_path), overwrite=True)
+    assert made == {name: objects(items) for name, items in tasks(tmp_path).items()}
+
+
+def test_settings_suit_the_length_of_the_documents(tmp_path):
+    """A pretrained model's experiment: as many tokens in an update, and held at once, however long documents are."""
+    found = {}
+    for copies in (1, 20):
+        rows = [row | {"text": " ".join([row["text"], "It is said so. " * 40 * copies])} for row in DOCUMENTS]
+        imported(tmp_path, documents=two_files(tmp_path, rows), model="some/model", overwrite=copies > 1)
+        found[copies] = config.load(tmp_path / "own" / "experiment.yaml")
+    short, long = (found[copies].strategies["mixed"][0] for copies in (1, 20))
+    assert short.composition() == {"documents": 2, "unasked": 2, "qa": 32}, "all of the texts that store"
+    assert long.composition() == {"documents": 1, "unasked": 1, "qa": 32}
+    assert short.weights == long.weights == {"qa": 0.1}
+    assert found[20].trace.batch == 1 < found[1].trace.batch < 32
+    assert found[20].mechanism.together == 4 < found[1].mechanism.together < 24
 
 
 def test_what_cannot_be_kept_is_dropped_and_counted(tmp_path):
@@ -653,7 +698,7 @@ ODD_FORMS: dict[str, tuple[Any, str]] = {
     "entity, one": ([{"question": "Where was Ada born?", "answers": ["x"]}], "no wording in common"),
     "entity, number": ([{"question": None, "answers": ["x"]}] * 2, "a question is no text"),
     "entity, answers": ([row | {"answers": {"a": "b"}} for row in ENTITY], "answers is {'a': 'b'}"),
-    "unknown": ([{"foo": "bar"}], "holds a list; expected an object"),
+    "unknown": ([{"foo": "bar"}], "has no 'subject'; it has foo. Expected columns subject, relation and object"),
 }
 
 

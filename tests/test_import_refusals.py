@@ -44,7 +44,7 @@ DAMAGED: dict[str, tuple[str, bytes, str]] = {
     "nested": ("facts.jsonl", b'{"subject": {"a": 1}, "relation": "r", "object": "o"}\n', "neither text nor a number"),
     "surrogate": ("facts.jsonl", b'{"subject": "\\ud800", "relation": "r", "object": "o"}\n', "half a surrogate"),
     "all empty": ("facts.jsonl", b'{"subject": "", "relation": "r", "object": "o"}\n', "is empty"),
-    "json list": ("facts.json", b"[]", "holds a list"),
+    "json list": ("facts.json", b"[]", "expected facts below the columns' names"),
     "json other": ("facts.json", b'{"facts": []}', "no relation with samples"),
     "json samples": ("facts.json", b'{"name": "r", "samples": {"a": "b"}}', "no relation with samples"),
     "json sample": ("facts.json", b'{"name": "r", "samples": ["a"]}', "sample 1"),

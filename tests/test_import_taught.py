@@ -101,11 +101,13 @@ def test_another_model_gets_the_settings_of_a_pretrained_one(tmp_path: Path, cap
     commands.main(["import", str(path), str(tmp_path / "own"), "--model", "some/model"])
     assert "larger ones need a lower one" in capsys.readouterr().out
     own = config.load(tmp_path / "own" / "experiment.yaml")
-    ready = config.load(Path(__file__).parents[1] / "examples" / "pythia-160m.yaml")
+    ready = config.load(Path(__file__).parents[1] / "examples" / "smollm2-own.yaml")
     assert own.model.name == "some/model" and own.train == ready.train and own.trace == ready.trace
-    assert (own.analysis, own.interventions, own.mechanism) == (ready.analysis, ready.interventions, ready.mechanism)
-    sizes = [[phase.batch for phase in phases] for phases in own.strategies.values()]
-    assert sizes == [[phase.batch for phase in phases] for phases in ready.strategies.values()]
+    assert own.eval.precision == ready.eval.precision == "bf16"
+    for mine, theirs in ((own, ready),):
+        assert mine.interventions == theirs.interventions and mine.mechanism.together == theirs.mechanism.together
+        assert mine.strategies["mixed"][0].weights == theirs.strategies["mixed"][0].weights == {"qa": 0.1}
+    assert [phase.composition() for phase in own.strategies["two_stage"]] == [{"bio": 4}, {"qa": 32}]
     imported(tmp_path, path, overwrite=True, model="bundled")
     assert config.load(tmp_path / "own" / "experiment.yaml").train == config.Experiment().train
 

@@ -12,13 +12,14 @@ from crosstrace.core.errors import UserError
 # what a column holds -> the names that files have for it, the usual ones first
 NAMES = {
     "text": ("text", "document", "context", "passage", "content", "body", "article"),
-    "question": ("question", "prompt", "instruction", "query"),
+    "question": ("question", "prompt", "instruction", "query", "input"),
     "answer": ("answer", "answers", "completion", "output", "response", "target"),
     "aliases": ("aliases", "answer_aliases", "answer_alias", "possible_answers"),
     "subject": ("subject", "title", "entity", "topic"),
     "relation": ("relation",),
     "split": ("split",),
 }
+NESTED = ("qas", "questions", "qa", "qa_pairs")  # columns of a document with a list of its questions
 MESSAGES = ("messages", "conversations")  # columns with a conversation
 # who says something: names of the roles in such columns
 ASKS, ANSWERS, SETS_UP = ("user", "human"), ("assistant", "gpt"), ("system",)
@@ -46,6 +47,11 @@ def column_of(what: str, row: Mapping[str, Any], given: Mapping[str, str], where
             raise UserError(f"{where} has no {given[what]!r}, which --{what} names; it has {names_text(row)}")
         return given[what]
     return next((name for name in NAMES[what] if name in row), None)
+
+
+def nested_column(row: Mapping[str, Any]) -> str | None:
+    """The column of a document's row that holds a list of its questions; None if there is none."""
+    return next((name for name in NESTED if isinstance(row.get(name), list)), None)
 
 
 def names_text(row: Collection[Any]) -> str:

@@ -18,6 +18,7 @@ from crosstrace.data.columns import (
     answers_of,
     column_of,
     names_text,
+    nested_column,
     shared_keys,
     with_question,
 )
@@ -26,7 +27,6 @@ from crosstrace.importing.facts import unused_text
 from crosstrace.importing.imported import Imported
 from crosstrace.importing.tables import read_records
 
-NESTED = ("qas", "questions", "qa", "qa_pairs")  # columns of a document with a list of its questions
 Items = Iterator[Document | Question]
 Row = Mapping[str, Any]
 
@@ -58,6 +58,8 @@ def read_tables(
             tables[path] = list(_rows(path, imported))
             if not tables[path]:
                 raise UserError(f"{path} has no row that can be used; expected a document or a question in each")
+    if documents is None and questions and nested_column(tables[questions][0][1]):
+        documents, questions = questions, None
     _check_columns(columns, [row for rows in tables.values() for _, row in rows])
     if documents and questions and keys is None:
         keys = shared_keys(*([row for _, row in rows] for rows in tables.values()), file=str(questions))
@@ -74,8 +76,9 @@ def read_tables(
 
 
 def _check_columns(columns: Mapping[str, str], rows: Sequence[Row]) -> None:
-    """Raise a `UserError` if the user named a column that no file has."""
-    there = dict.fromkeys(str(name) for row in rows for name in row)
+    """Raise a `UserError` if the user named a column that no file has, nor a list of questions in one."""
+    nested = [asked for row in rows for asked in row.get(nested_column(row) or "", ()) if isinstance(asked, Mapping)]
+    there = dict.fromkeys(str(name) for row in (*rows, *nested) for name in row)
     for what, name in columns.items():
         if name not in there:
             option = "split-column" if what == "split" else what
@@ -120,7 +123,7 @@ class _Reader:
                 "name yours with --text"
             )
         subject = column_of("subject", row, self._there("subject", row), where)
-        nested = None if self.keys else next((name for name in NESTED if isinstance(row.get(name), list)), None)
+        nested = None if self.keys else nested_column(row)
         key = _cell(row, self._key(row, 0, where), where) or f"{file} row {number}"
         yield Document(key, _cell(row, text, where), _names(row, subject), file, number)
         self._note_unused(row, [text, subject, nested])

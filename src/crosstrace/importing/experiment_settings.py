@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
+from crosstrace.data.text import Example
 from crosstrace.importing.documents import UNASKED
 from crosstrace.models import locating
-from crosstrace.training.recipes import Phase, bio_only, mixed, two_stage
+from crosstrace.training.recipes import Phase, bio_only
 
-# For a pretrained model of about 160 M parameters, as in examples/pythia-160m.yaml. The default settings are for the
-# tiny bundled base; their learning rate would wreck any larger model.
+# For a pretrained model of about 135 M parameters: those of examples/smollm2-own.yaml, which were found on SmolLM2-135M
+# (docs/findings.md, section 1). The default settings are for the tiny bundled base; their learning rate would wreck any
+# larger model.
 PRETRAINED: dict[str, Any] = {
     "train": {
-        "optimiser": {"learning_rate": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.01, "warmup": 40},
-        "checkpoint_every": 200,
-        "recall_every": 100,
-        "recall_examples": 120,
+        "optimiser": {"learning_rate": 7e-4, "betas": [0.9, 0.95], "weight_decay": 0.01, "warmup": 20},
+        "checkpoint_every": 70,
+        "recall_every": 20,
+        "recall_examples": 90,
     },
-    "trace": {"every": 5, "parts": 2, "examples": 400, "batch": 16},
-    "analysis": {"central_fractions": [0.01, 0.05]},
-    "interventions": {"fractions": [0.05, 0.2], "seeds": 1, "questions": 120},
-    "mechanism": {
-        "parts": ["gradients", "representations", "lens", "transfer"],
-        "facts": 96,
-        "together": 24,
-        "questions": 48,
-    },
+    "eval": {"precision": "bf16"},
+    "trace": {"every": 5, "parts": 2, "examples": 180, "batch": 32, "keep": "means"},
+    "analysis": {"central_fractions": [0.01, 0.05, 0.2]},
+    "interventions": {"fractions": [0.05, 0.2], "seeds": 1, "questions": 90},
+    "mechanism": {"parts": ["gradients", "representations", "lens"], "facts": 48, "together": 24, "draws": 1},
     "jobs": 1,
 }
+# With the weight of the texts that store, questions are learned by heart before there is anything to retrieve.
+QUESTIONS_WEIGHT = 0.1
 
 # Less than the default experiment, which takes too long for a thousand facts in ten minutes on two cores.
 SMALL: dict[str, Any] = {
@@ -46,17 +47,22 @@ DOCUMENTS: dict[str, Any] = {
         "facts": 48,
         "together": 24,
         "questions": 48,
+        "draws": 1,
     },
 }
 
 Kind = Literal["facts", "rows", "documents"]  # of what was imported
-BIO, QA, DOCUMENT = 16, 32, 8  # examples of each task in an update: texts that store, questions, whole documents
+DOCUMENT, QA = 8, 32  # examples in an update: documents (of the tiny base), questions
+MOST_TEXTS = 96  # texts that store in an update
 PASSES = 13  # how often each text that stores is seen
+UPDATE = 2000  # tokens of the texts that store in an update
+AT_ONCE = 3200  # tokens whose activations a pretrained model holds at once while it is traced
+BYTES = 4  # of text, in a token of most tokenizers
 
 
 def experiment_settings(
     model: str | None,
-    sizes: Mapping[str, int],
+    examples: Mapping[str, Sequence[Example]],
     kind: Kind,
     files: Mapping[str, Path],
 ) -> dict[str, Any]:
@@ -64,36 +70,31 @@ def experiment_settings(
 
     Args:
         model: its name; the bundled base if None.
-        sizes: task -> number of its texts; the task that stores is the first.
+        examples: of each task; the task that stores is the first.
         kind: of what was imported.
         files: of the tasks, unless these are biographies and questions alone.
     """
     is_pretrained = model not in (None, locating.BUNDLED)
     values: dict[str, Any] = {"model": {"name": model}} if is_pretrained else {}
+    sizes = {task: len(items) for task, items in examples.items()}
     store, *others = sizes
+    stored = [*examples[store], *examples.get(UNASKED, ())]
     recalling = [task for task in others if task != UNASKED and sizes[task]]
-    texts = DOCUMENT if kind == "documents" else BIO  # of those that store
-    steps = max(100, round(PASSES * (sizes[store] + sizes.get(UNASKED, 0)) / texts))
-    strategies: dict[str, Sequence[Phase]] = {}
-    if not recalling:
-        strategies = {"store": bio_only(texts, steps) if is_pretrained else bio_only()}
-    elif files:
+    texts = _texts_of_an_update(stored) if is_pretrained else DOCUMENT
+    steps = max(100, round(PASSES * len(stored) / texts))
+    if files and recalling:
         values |= _tasks(files, recalling)
-        stored, recalled = _shares(sizes, texts, recalling)
-        strategies = {
-            "two_stage": [Phase("store", stored, steps=steps), Phase("recall", recalled, steps=steps)],
-            "mixed": [Phase("mixed", stored | recalled, steps=steps)],
-        }
-    elif is_pretrained:
-        strategies = {"two_stage": two_stage(texts, QA, steps), "mixed": mixed(texts, QA, steps)}
-    if strategies:
-        values["strategies"] = {
-            name: [{"name": phase.name, "batch": phase.batch, "steps": phase.steps} for phase in phases]
-            for name, phases in strategies.items()
-        }
-    values |= PRETRAINED if is_pretrained else SMALL
+    if files or is_pretrained:
+        values["strategies"] = _strategies(sizes, recalling, texts, steps, is_pretrained)
+    elif not recalling:
+        values["strategies"] = {"store": [_plain(phase) for phase in bio_only()]}
+    values |= deepcopy(PRETRAINED if is_pretrained else SMALL)
     if kind == "documents":
-        values |= DOCUMENTS
+        values |= {**DOCUMENTS, "eval": values.get("eval", {}) | DOCUMENTS["eval"]}
+    if is_pretrained:
+        longest = max(_tokens(item.text) for items in examples.values() for item in items)
+        values["trace"] |= {"batch": min(32, max(1, AT_ONCE // longest))}
+        values["mechanism"] = values["mechanism"] | {"together": min(24, max(4, AT_ONCE // longest))}
     if kind == "rows":
         # Only the analysis of circuits needs neither both formats of a fact nor its subject, and for a pretrained model
         # it takes hours.
@@ -101,6 +102,36 @@ def experiment_settings(
     if not recalling:
         values |= {"interventions": {"run": False}, "mechanism": {"run": False}}
     return values
+
+
+def _tokens(text: str) -> int:
+    """About how many tokens a text has."""
+    return 1 + len(text.encode()) // BYTES
+
+
+def _texts_of_an_update(stored: Sequence[Example]) -> int:
+    """How many texts that store make an update of about UPDATE tokens."""
+    mean = sum(_tokens(item.text) for item in stored) / len(stored)
+    return min(MOST_TEXTS, len(stored), max(2, round(UPDATE / mean)))
+
+
+def _strategies(
+    sizes: Mapping[str, int], recalling: Sequence[str], texts: int, steps: int, is_pretrained: bool
+) -> dict[str, Any]:
+    """Two-stage and mixed training, or the texts alone if there are no questions, as plain values."""
+    stored, recalled = _shares(sizes, texts, recalling)
+    if not recalling:
+        return {"store": [_plain(Phase("store", stored, steps))]}
+    weight = round(QUESTIONS_WEIGHT / len(recalling), 3)
+    weights = dict.fromkeys(recalling, weight) if is_pretrained else {}
+    two_stage = [Phase("store", stored, steps), Phase("recall", recalled, steps)]
+    mixed = [Phase("mixed", stored | recalled, steps, weights=weights)]
+    return {"two_stage": [*map(_plain, two_stage)], "mixed": [*map(_plain, mixed)]}
+
+
+def _plain(phase: Phase) -> dict[str, Any]:
+    values = {"name": phase.name, "batch": phase.batch, "steps": phase.steps}
+    return values | ({"weights": phase.weights} if phase.weights else {})
 
 
 def leave_out_facts(values: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstrace.core.errors import UserError
+from crosstrace.data.columns import names_text
 from crosstrace.data.text import NO_QUESTIONS
 from crosstrace.importing.imported import (
     COLUMNS,
@@ -26,7 +27,7 @@ from crosstrace.importing.imported import (
     tidy,
 )
 from crosstrace.importing.published_facts import POPQA, from_entity_questions, from_popqa, is_entity_questions
-from crosstrace.importing.tables import EXPECTED, data_set_of, read_json, read_table
+from crosstrace.importing.tables import EXPECTED, data_set_of, read_json, read_records, records_of
 from crosstrace.importing.wordings import checked_pattern, read_wordings
 
 STATEMENT, QUESTION = "[The {relation} of] {subject} [is] {object}.", "[What is the {relation} of] {subject}[?]"
@@ -355,13 +356,14 @@ def _rows(path: Path, patterns: Patterns, columns: Mapping[str, str], unused: di
         if is_entity_questions(values):
             for number, fact in from_entity_questions(values, path):
                 yield Source(str(path), number, fact)
-        else:
+            return
+        if not isinstance(records_of(values), list):
             yield from _relation_file(path, values, patterns, unused)
-        return
+            return
     names = {name: columns.get(name, name) for name in COLUMNS}
     data_set = data_set_of(path)
     relation = tidy(data_set[0].name if data_set else path.stem)
-    for number, values in read_table(path):
+    for number, values in read_records(path):
         if not columns and values.keys() >= {*POPQA}:
             yield Source(str(path), number, from_popqa(values))
             continue
@@ -369,8 +371,9 @@ def _rows(path: Path, patterns: Patterns, columns: Mapping[str, str], unused: di
         for name in ("subject", "object"):
             if names[name] not in values:
                 raise UserError(
-                    f"{path} row {number} has no {names[name]!r}; it has {', '.join(map(str, values)) or 'nothing'}. "
-                    f"Expected columns subject, relation and object, or name yours, e.g. --subject NAME"
+                    f"{path} row {number} has no {names[name]!r}; it has {names_text(values)}. Expected columns "
+                    "subject, relation and object, or name yours, e.g. --subject NAME; a file of documents or of "
+                    "questions is named with --documents or --questions"
                 )
         if names["relation"] not in values:
             row["relation"] = relation

@@ -145,7 +145,7 @@ def import_to(
             remove_folder(folder)
     tell(counts_text(imported))
     if model not in (None, locating.BUNDLED):
-        tell("its learning rate suits a pretrained model of about 160 M parameters; larger ones need a lower one")
+        tell("its learning rate suits a pretrained model of about 135 M parameters; larger ones need a lower one")
     tell(f"\nimported to {folder}; teach it with  crosstrace run {shlex.quote(str(folder / 'experiment.yaml'))}")
     return imported
 
@@ -156,9 +156,8 @@ def _experiment(
     """The experiment that teaches what was imported to `folder`, as plain values."""
     facts: dict[str, Any] = {"source": str(folder)} | ({"split": split} if kind == "facts" else {})
     own_tasks = {} if examples.keys() == {"bio", QA} else {task: folder / f"{task}.jsonl" for task in examples}
-    sizes = {task: len(items) for task, items in examples.items()}
     experiment: dict[str, Any] = {"name": folder.name} | ({} if own_tasks else {"facts": facts})
-    experiment |= experiment_settings(model, sizes, kind, own_tasks)
+    experiment |= experiment_settings(model, examples, kind, own_tasks)
     if kind == "documents" and not any(example.mentions for example in examples[STORED]):
         leave_out_facts(experiment)
     return experiment
@@ -168,7 +167,7 @@ def _read_documents(files: DocumentFiles, columns: Mapping[str, str]) -> tuple[d
     """The examples of documents and their questions, and what was read."""
     imported = Imported()
     form = published.form_of(files.documents) if files.documents and not files.questions else None
-    if files.documents and form:
+    if files.documents and form in published.READERS:
         items = published.read_published(files.documents, form, imported)
     else:
         keys = (files.key, files.question_key or files.key) if files.key else None
@@ -346,8 +345,8 @@ def counts_text(imported: Imported) -> str:
     rows = [["rows read", str(counts["read"])], ["rows kept", str(counts["kept"])]]
     rows += [[f"dropped: {REASONS[reason]}", str(number)] for reason, number in counts["dropped"].items()]
     rows += [["subjects", str(counts["subjects"])]] if counts["subjects"] else []
-    for way, number in imported.answers.items():
-        if number:
+    for way in IN_WORDS:
+        if number := imported.answers[way]:
             rows.append([f"answers {IN_WORDS[way]}", f"{number} ({number / imported.answers.total():.1%})"])
     rows += [[f"relation {name}", str(number)] for name, number in counts["relations"].items()]
     return "\n".join([aligned(rows), *(f"note: {note}" for note in imported.notes)])

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstrace.core.errors import UserError
-from crosstrace.data.columns import answers_of, names_text
+from crosstrace.data.columns import answers_of, names_text, nested_column
 from crosstrace.importing.documents import QA, Document, Question
 from crosstrace.importing.imported import Imported
 from crosstrace.importing.tables import read_records
@@ -34,7 +34,10 @@ TARGETS = ("target_new", "target", "new_target")
 
 
 def form_of(path: Path) -> str | None:
-    """The published form of a .json or .jsonl file that holds documents with questions; None if it has none."""
+    """The form of a .json or .jsonl file that holds documents with questions; None if it has none.
+
+    It is of READERS, or `nested`: a table whose rows have a document and a list of its questions.
+    """
     if path.suffix.lower() not in (".json", ".jsonl") or not path.is_file():
         return None
     row = next((row for _, row in read_records(path)), {})
@@ -46,19 +49,18 @@ def form_of(path: Path) -> str | None:
         return "edits"
     if "subject" in row and "{}" in str(row.get("prompt", "")) and any(name in row for name in TARGETS):
         return "edits"
-    return None
+    return "nested" if any(isinstance(asked, Mapping) for asked in row.get(nested_column(row) or "", ())) else None
 
 
 def read_published(path: Path, form: str, imported: Imported) -> Items:
-    """The documents and questions of a file in a form that `form_of` knows.
+    """The documents and questions of a file in a form of READERS.
 
     Raises:
         UserError: a record is not as its form has it.
     """
-    reader = {"fictional": _fictional, "squad": _squad, "edits": _edits}[form]
     imported.read.setdefault(str(path), 0)
     for number, row in read_records(path):
-        for item in reader(row, path, number):
+        for item in READERS[form](row, path, number):
             imported.read[str(path)] += 1
             yield item
 
@@ -152,3 +154,6 @@ def _new_statement(rewrite: Row, where: str) -> tuple[str, str, str]:
         raise UserError(f"{where}: prompt is {prompt!r:.80}; expected a text with one {{}} for the subject")
     statement = f"{prompt.replace('{}', subject)} {target}"
     return subject, target, statement if statement.endswith((".", "?", "!")) else statement + "."
+
+
+READERS = {"fictional": _fictional, "squad": _squad, "edits": _edits}

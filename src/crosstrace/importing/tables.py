@@ -32,6 +32,7 @@ from crosstrace.importing.text_files import LONGEST, read_lines
 Row = dict[str, Any]
 KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 EXPECTED = f"a file of rows ({', '.join(KINDS)}), or a data set: a folder or OWNER/NAME of the hub"
+LISTS = ("data", "instances")  # names that a list of records has in a JSON file: SQuAD's, LMFlow's
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars (|)"}
 # settings of a data set's files that make no difference if the files are read as text
 PLAIN_OPTIONS = {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter"}
@@ -60,7 +61,7 @@ def read_table(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Row]]:
-    """The numbered records of a JSON file: of its list, or of the list `data` in it; or the rows of a table.
+    """The numbered records of a JSON file: of its list, or of the list in it that is named as LISTS; or a table's rows.
 
     Raises:
         UserError: as `read_table` and `read_json`, or a record is no object.
@@ -68,13 +69,18 @@ def read_records(path: Path) -> Iterator[tuple[int, Row]]:
     if path.suffix.lower() != ".json":
         yield from read_table(path)
         return
-    values = read_json(path)
-    if isinstance(values, dict) and isinstance(values.get("data"), list):
-        values = values["data"]
+    values = records_of(read_json(path))
     for number, value in enumerate(values if isinstance(values, list) else [values], 1):
         if not isinstance(value, dict):
             raise UserError(f"{path} record {number} is {value!r:.60}; expected an object")
         yield number, value
+
+
+def records_of(values: Any) -> Any:
+    """What a JSON file holds, or the list in it that is named as LISTS."""
+    if not isinstance(values, dict):
+        return values
+    return next((values[name] for name in LISTS if isinstance(values.get(name), list)), values)
 
 
 def read_json(path: Path) -> Any:
