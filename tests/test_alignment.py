@@ -75,6 +75,13 @@ def test_the_number_twelve_is_the_word_and_not_a_part_of_another_number():
     assert found and DOCUMENT[slice(*found.span)] == "twelve"
 
 
+def test_a_vowel_sign_belongs_to_its_word():
+    text = "सीता का घर दिल्ली में है।"
+    found = find(text, ["दिल्ली"])
+    assert found is not None and found.way == "exact" and text[slice(*found.span)] == "दिल्ली"
+    assert find(text, ["दिल"]) is None and find(text, ["ता"]) is None and find(text, ["दिल्ल"]) is None
+
+
 def test_of_several_places_it_is_the_nearest_to_the_subject_and_else_the_first():
     first, second = (match.span() for match in re.finditer(r"Paris\b", DOCUMENT))
     assert find(DOCUMENT, ["Paris"]).span == first

@@ -7,9 +7,12 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +28,7 @@ from crosstrace.experiment import config
 from crosstrace.importing.documents import cut_to_windows
 from crosstrace.importing.imported import Imported
 from crosstrace.importing.importing import DocumentFiles
+from crosstrace.importing.tables import read_table
 
 DOCUMENTS = [
     {"wiki_id": "Q1", "title": "Ada Brook", "text": "Ada Brook was born in Lyon on 3 May 1901. She sold 1,234 clocks."},
@@ -426,7 +430,7 @@ EDITS = [
     },
     {
         "subject": "Bo Dale",
-        "prompt": "{} plays the",
+        "prompt": "Bo Dale plays the",
         "target_new": "horn",
         "rephrase": "The instrument of Bo Dale is the",
     },
@@ -445,13 +449,19 @@ EDITS = [
     ],
     ids=["fictional", "squad", "flat squad", "counterfact", "mquake", "edits"],
 )
-@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet"])
 def test_published_forms_are_known_by_themselves(values, sizes, aligned, ending, tmp_path):
     path = tmp_path / f"set{ending}"
     if ending == ".json":
         path.write_text(json.dumps(values))
     else:
-        jsonl(path, values["data"] if isinstance(values, dict) else values)
+        rows = values["data"] if isinstance(values, dict) else values
+        if ending == ".jsonl":
+            jsonl(path, rows)
+        else:
+            names = dict.fromkeys(name for row in rows for name in row)
+            columns = {name: [row.get(name) for row in rows] for name in names}
+            pyarrow.parquet.write_table(pyarrow.table(columns), path)
     imported(tmp_path, path)
     counts = assert_counts_add_up(tmp_path)
     made = tasks(tmp_path)
@@ -468,6 +478,8 @@ def test_published_forms_are_known_by_themselves(values, sizes, aligned, ending,
         assert first.text == "The mother tongue of Ada Brook is Basque."
         mention = first.mentions[0]
         assert (mention.relation, first.text[slice(*mention.subject)]) == ("P103", "Ada Brook")
+    if values is EDITS:
+        assert made["documents"][1].text == "Bo Dale plays the horn."
     if values is MQUAKE:
         assert made["several_facts"][0].aliases == ("SPLIT",)
 
@@ -503,6 +515,24 @@ def test_published_facts_without_documents(tmp_path):
     found = imported(tmp_path, tmp_path / "P19.test.json", overwrite=True)
     assert without_brackets(found, "P19") == ["Where was {subject} born?"]
     assert [subject["name"] for subject in found.subjects] == ["Ada Brook", "Bo Dale", "Bart Dahl", "Boris"]
+
+
+def test_lists_in_parquet_hold_numbers_and_dates_as_text(tmp_path):
+    rows = [
+        {"context": f"{name} was born in {year}, and weighs {weight} kg.", "question": f"When was {name} born?",
+         "answers": [year, year + 1], "weights": {"of": [weight]}, "days": [date(1998, 1, 2)]}
+        for name, year, weight in (("Ada", 1901, 50.1), ("Bo", 1902, 61.0))
+    ]  # fmt: skip
+    weights = pyarrow.struct([("of", pyarrow.list_(pyarrow.float32()))])
+    table = pyarrow.Table.from_pylist(rows)
+    table = table.set_column(3, "weights", table.column("weights").cast(weights))
+    pyarrow.parquet.write_table(table, tmp_path / "qa.parquet")
+    read = dict(read_table(tmp_path / "qa.parquet"))
+    assert read[1]["answers"] == ["1901", "1902"] and read[1]["days"] == ["1998-01-02"]
+    assert [read[number]["weights"] for number in (1, 2)] == [{"of": ["50.1"]}, {"of": ["61"]}]
+    found = imported(tmp_path, documents=DocumentFiles(questions=tmp_path / "qa.parquet"))
+    assert found.answers == {"exact": 2}
+    assert [example.aliases for example in tasks(tmp_path)["qa"]] == [("1902",), ("1903",)]
 
 
 CHATS = {

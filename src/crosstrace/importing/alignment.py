@@ -82,7 +82,10 @@ class Fold:
             return False
         if _IN_NUMBER.match(self.text, max(0, place - 2)) or _IN_NUMBER.match(self.text, place - 1):
             return False
-        return not (before.isalnum() and after.isalnum()) or is_wide(before) or is_wide(after)
+        if _is_mark(after):  # it belongs to the letter before it, as a vowel sign of Devanagari
+            return False
+        in_word = (before.isalnum() or _is_mark(before)) and after.isalnum()
+        return not in_word or is_wide(before) or is_wide(after)
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,10 @@ def mentions(document: str, names: Sequence[str]) -> list[Span]:
     folded = fold(document, "accents")
     spans = {span for name in names for span in folded.spans(fold_words(name, "accents"))}
     return sorted(spans)
+
+
+def _is_mark(letter: str) -> bool:
+    return unicodedata.category(letter).startswith("M")
 
 
 def _distance(span: Span, others: Sequence[Span]) -> int:

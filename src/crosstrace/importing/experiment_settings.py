@@ -44,9 +44,9 @@ DOCUMENTS: dict[str, Any] = {
     "eval": {"spoken": 32},
     "mechanism": {
         "parts": ["gradients", "representations", "signature", "positions"],
-        "facts": 48,
+        "facts": 24,
         "together": 24,
-        "questions": 48,
+        "questions": 24,
         "draws": 1,
     },
 }

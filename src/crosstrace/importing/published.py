@@ -9,7 +9,7 @@ forms of facts without documents (PopQA, EntityQuestions) in `published_facts`.
 | SQuAD | data, paragraphs, qas | the paragraphs | their questions |
 | CounterFact | requested_rewrite {prompt, subject, target_new} | the new statements | their paraphrases |
 | MQuAKE | requested_rewrite [{…, question}], questions | the new statements | questions about one and about several |
-| edits | subject, prompt with {}, target | the new statements | their questions or rephrased prompts |
+| edits | subject, prompt with it or {}, target | the new statements | their questions or rephrased prompts |
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ TARGETS = ("target_new", "target", "new_target")
 
 
 def form_of(path: Path) -> str | None:
-    """The form of a .json or .jsonl file that holds documents with questions; None if it has none.
+    """The form of a JSON, JSONL or Parquet file that holds documents with questions; None if it has none.
 
     It is of READERS, or `nested`: a table whose rows have a document and a list of its questions.
     """
-    if path.suffix.lower() not in (".json", ".jsonl") or not path.is_file():
+    if path.suffix.lower() not in (".json", ".jsonl", ".parquet") or not path.is_file():
         return None
     row = next((row for _, row in read_records(path)), {})
     if "train_context" in row:
@@ -47,7 +47,8 @@ def form_of(path: Path) -> str | None:
         return "squad"
     if "requested_rewrite" in row:
         return "edits"
-    if "subject" in row and "{}" in str(row.get("prompt", "")) and any(name in row for name in TARGETS):
+    prompt, subject = str(row.get("prompt", "")), row.get("subject")
+    if subject and ("{}" in prompt or str(subject) in prompt) and any(name in row for name in TARGETS):
         return "edits"
     return "nested" if any(isinstance(asked, Mapping) for asked in row.get(nested_column(row) or "", ())) else None
 
@@ -129,7 +130,8 @@ def _edits(row: Row, path: Path, number: int) -> Items:
         subject, target, statement = _new_statement(rewrite, where)
         statements.append(statement)
         yield Document(statement, statement, (subject,), str(path), number)
-        asked = [rewrite[name] for name in ("question", "rephrase", "rephrase_prompt") if name in rewrite]
+        names = ("question", "rephrase", "rephrase_prompt")
+        asked = [rewrite[name] for name in names if rewrite.get(name) is not None]
         if len(rewrites) == 1 and "paraphrase_prompts" in row:
             asked += _list(row, "paraphrase_prompts", where)
         relation = str(rewrite.get("relation_id") or "")
@@ -146,12 +148,14 @@ def _edits(row: Row, path: Path, number: int) -> Items:
 def _new_statement(rewrite: Row, where: str) -> tuple[str, str, str]:
     """The subject of an edit, its new object, and the sentence that states it."""
     subject, prompt = _text(rewrite, "subject", where), _text(rewrite, "prompt", where)
-    target = next((rewrite[name] for name in TARGETS if name in rewrite), None)
+    target = next((rewrite[name] for name in TARGETS if rewrite.get(name) is not None), None)
     target = target.get("str") if isinstance(target, Mapping) else target
     if not isinstance(target, str):
         raise UserError(f"{where}: the target is {target!r:.60}; expected a text, or {{str}}, as target_new")
-    if prompt.count("{}") != 1:
-        raise UserError(f"{where}: prompt is {prompt!r:.80}; expected a text with one {{}} for the subject")
+    if prompt.count("{}") != 1 and ("{}" in prompt or subject not in prompt):
+        raise UserError(
+            f"{where}: prompt is {prompt!r:.80}; expected a text with one {{}} for the subject, or with the subject"
+        )
     statement = f"{prompt.replace('{}', subject)} {target}"
     return subject, target, statement if statement.endswith((".", "?", "!")) else statement + "."
 

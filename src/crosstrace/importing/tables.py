@@ -19,6 +19,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from datetime import date, time
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
@@ -294,14 +295,21 @@ def _texts(column: Any, classes: Sequence[str] | None = None) -> list[Any]:
     values = column.to_pylist()
     if classes is not None and types.is_integer(kind):
         return [classes[value] if value is not None and 0 <= value < len(classes) else None for value in values]
+    return [_plain(value, kind) for value in values]
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    """A value of an Arrow type as text if it can be one; of a list or an object, each value in it."""
+    from pyarrow import DataType, types
+
+    if value is None:
+        return None
     if types.is_floating(kind):
-        width = {16: np.float16, 32: np.float32, 64: np.float64}[kind.bit_width]
-        return [None if value is None else number_text(width(value)) for value in values]
-    return [_plain(value) for value in values]
-
-
-def _plain(value: Any) -> Any:
-    """A value that is no float and no time, as text if it can be one."""
+        return number_text({16: np.float16, 32: np.float32, 64: np.float64}[kind.bit_width](value))
+    if isinstance(value, list) and isinstance(getattr(kind, "value_type", None), DataType):
+        return [_plain(each, kind.value_type) for each in value]
+    if isinstance(value, dict) and types.is_struct(kind):
+        return {name: _plain(each, kind.field(name).type) for name, each in value.items()}
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
@@ -309,6 +317,8 @@ def _plain(value: Any) -> Any:
             return value
     if isinstance(value, Decimal):
         return format(value, "f")
+    if isinstance(value, date | time):  # in a list; a column of its own is read by `_times`
+        return value.isoformat()
     if isinstance(value, uuid.UUID) or (isinstance(value, int) and not isinstance(value, bool)):
         return str(value)
     return value
