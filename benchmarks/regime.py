@@ -3,7 +3,8 @@
     python benchmarks/regime.py examples/smollm2-135m.yaml mixed --facts.people 200 --train.optimiser.learning_rate 2e-4
 
 Takes an experiment, one of its strategies, and changes as `crosstrace run` does. Asks some trained questions, held-out
-questions and objects of biographies every so many updates, prints a line for each time, and adds all of them to
+questions, objects of biographies and facts of the world that the base knew (`eval.known`; replayed ones apart) every so
+many updates, prints a line for each time, and adds all of them to
 benchmarks/results/regime.jsonl, with what was changed, also if it is stopped before its end. Nothing else is kept.
 """
 # ruff: noqa: E402  (the machine is prepared before torch is loaded)
@@ -29,9 +30,11 @@ import torch
 
 from crosstrace.core.provenance import metadata
 from crosstrace.data.text import texts
-from crosstrace.data.tokens import encode
+from crosstrace.data.tokens import Encoded, encode
+from crosstrace.data.world_facts import best_wordings
 from crosstrace.experiment import config
-from crosstrace.experiment.examples import sample
+from crosstrace.experiment.config import Experiment
+from crosstrace.experiment.examples import asks, sample
 from crosstrace.models import loading
 from crosstrace.training.evaluation import recall
 from crosstrace.training.listeners import Listener
@@ -57,6 +60,17 @@ class Curve(Listener):
         print(json.dumps(row), flush=True)
 
 
+def known(experiment: Experiment, model: Any, tokenizer: Any) -> dict[str, list[Encoded]]:
+    """The facts of the world that the base knows, as a run has them: those that may be replayed, and the others."""
+    if experiment.eval.known is None:
+        return {}
+    wordings = asks(experiment, tokenizer)
+    chosen, _ = best_wordings(wordings, recall(model, tokenizer, encode(tokenizer, wordings), bf16=True).exact.tolist())
+    replayed = [item for item in chosen if experiment.replays_known and item.split == "id"]
+    others = [item for item in chosen if item not in replayed]
+    return {"known": encode(tokenizer, others), "known_replayed": encode(tokenizer, replayed)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=Path)
@@ -74,7 +88,8 @@ def main() -> None:
     own = texts(experiment.facts)
     asked = {split: [item for item in own["qa"] if item.split == split] for split in ("id", "ood")}
     parts = {"trained": asked["id"], "held_out": asked["ood"], "bio": own["bio"]}
-    encoded = {name: encode(tokenizer, items) for name, items in parts.items()}
+    encoded = {name: encode(tokenizer, items) for name, items in parts.items()} | known(experiment, model, tokenizer)
+    encoded = {name: items for name, items in encoded.items() if items}
     strategy = experiment.strategies[options.strategy]
     some = {name: sample(items, options.asked // (6 if name == "bio" else 1)) for name, items in encoded.items()}
     curve = Curve(tokenizer, some, options.every)
@@ -91,8 +106,9 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory(prefix="crosstrace-regime-") as folder:
             train(
-                model, tokenizer, strategy, {"bio": encoded["bio"], "qa": encoded["trained"]}, Path(folder),
-                experiment.train, bf16=bf16, listeners=[curve],
+                model, tokenizer, strategy,
+                {"bio": encoded["bio"], "qa": encoded["trained"], "known": encoded.get("known_replayed", [])},
+                Path(folder), experiment.train, bf16=bf16, listeners=[curve],
             )  # fmt: skip
         del row["stopped"]
     finally:

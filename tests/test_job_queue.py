@@ -127,7 +127,8 @@ def test_what_submitit_does_not_have_is_told(tmp_path: Path, monkeypatch: pytest
         ("local", {"timeout_min": "soon"}, "submitit says: .*timeout_min"),
     ]:
         with pytest.raises(UserError, match=message):
-            job_queue.JobQueue(tmp_path, executor, parameters, None, Progress(quiet=True))
+            study.run(parsed(vary={}, seeds=[1], executor=executor, job=parameters), tmp_path / "new", quiet=True)
+        assert not (tmp_path / "new").exists(), "what is refused leaves nothing behind"
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"pip install 'crosstrace\[submitit\]'"):
         job_queue.JobQueue(tmp_path, "local", {}, None, Progress(quiet=True))

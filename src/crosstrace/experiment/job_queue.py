@@ -45,6 +45,37 @@ def write_command(folder: Path, planned: Planned) -> list[str]:
     return [sys.executable, "-m", "crosstrace", "run", str(path), str(home), "--resume", "--quiet"]
 
 
+def make_executor(executor: str, parameters: Mapping[str, Any], logs: Path) -> Any:
+    """What submits jobs.
+
+    Args:
+        executor: submitit's name of what starts the jobs: `slurm`, or `local` for processes of this machine.
+        parameters: of submitit's jobs.
+        logs: the folder of submitit's files.
+
+    Raises:
+        UserError: submitit is not installed, the executor is not there, or a parameter is none of its.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise UserError(
+            f"executor = {executor} needs submitit, which is not installed; run `pip install "
+            "'crosstrace[submitit]'`, or print the commands with --list"
+        ) from None
+    usual = {"name": "crosstrace", "timeout_min": 24 * 60}
+    try:
+        made = submitit.AutoExecutor(folder=logs, cluster=executor)
+        made.update_parameters(**(usual | dict(parameters)))
+    except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
+        shared = ", ".join(sorted(submitit.AutoExecutor._typed_parameters()))
+        raise UserError(
+            f"executor = {executor}: submitit says: {str(error).strip().splitlines()[0]}; its parameters are {shared}, "
+            "and those of a cluster, e.g. slurm_partition"
+        ) from None
+    return made
+
+
 class JobQueue:
     """Makes runs as jobs of submitit.
 
@@ -53,8 +84,7 @@ class JobQueue:
 
     Args:
         folder: of the study.
-        executor: submitit's name of what starts the jobs: `slurm`, or `local` for processes of this machine.
-        parameters: of submitit's jobs.
+        executor, parameters: as of `make_executor`.
         most: jobs at once at most; None: all of them.
         progress: is told of each run that failed.
 
@@ -62,28 +92,17 @@ class JobQueue:
         failed: a sentence on each run that failed.
 
     Raises:
-        UserError: submitit is not installed, the executor is not there, or a parameter is none of its.
+        UserError: as `make_executor`.
     """
 
     def __init__(
         self, folder: Path, executor: str, parameters: dict[str, Any], most: int | None, progress: Progress
     ) -> None:
-        try:
-            import submitit
-        except ImportError:
-            raise UserError(
-                f"executor = {executor} needs submitit, which is not installed; run `pip install "
-                "'crosstrace[submitit]'`, or print the commands with --list"
-            ) from None
         self.failed: list[str] = []
         self._folder, self._most, self._progress = folder, most, progress
         self._is_local = executor == "local"  # else jobs go on without this process
         self._logs = (folder / "jobs" / "logs").absolute()
-        try:
-            self._executor = submitit.AutoExecutor(folder=self._logs, cluster=executor)
-            self._executor.update_parameters(**({"name": "crosstrace", "timeout_min": 24 * 60} | parameters))
-        except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
-            raise UserError(f"executor = {executor}: submitit says: {str(error).strip().splitlines()[0]}") from None
+        self._executor = make_executor(executor, parameters, self._logs)
         self._running: list[tuple[MadeRun, Any]] = []
 
     def make(self, runs: Sequence[Planned]) -> Generator[MadeRun]:

@@ -15,6 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -29,7 +30,7 @@ from crosstrace.core.run_folder import Run
 from crosstrace.experiment import config
 from crosstrace.experiment.analysis import ANALYSES
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.job_queue import JobQueue, write_command
+from crosstrace.experiment.job_queue import JobQueue, make_executor, write_command
 from crosstrace.experiment.registry import stages
 from crosstrace.experiment.run_pool import GIB, RunPool, width
 from crosstrace.experiment.study_settings import Planned, StudySettings, plain, plan
@@ -70,6 +71,9 @@ def run(study: StudySettings, folder: Path, mode: str = "new", *, quiet: bool = 
                 f"{_cores(study)}; set experiment.jobs: 1 and experiment.threads: 1, or give the study more cores"
             )
     _check_settings(runs, whole=mode != "resume")
+    if study.executor != "processes":
+        with TemporaryDirectory() as logs:
+            make_executor(study.executor, study.job, Path(logs))
     with Run.create(folder, yaml.safe_dump({"study": study.name}), mode) as opened:  # type: ignore[arg-type]
         text = yaml.safe_dump(plain(study), sort_keys=False, allow_unicode=True)
         write_text(opened.folder / "study.yaml", text)
