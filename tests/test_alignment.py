@@ -82,6 +82,13 @@ def test_a_vowel_sign_belongs_to_its_word():
     assert find(text, ["दिल"]) is None and find(text, ["ता"]) is None and find(text, ["दिल्ल"]) is None
 
 
+def test_a_judgement_is_nowhere_and_thai_has_no_blanks():
+    assert find("There was no doubt, yes.", ["no"]) is None and find("It was true.", ["True"]) is None
+    text = "เขาเกิดที่กรุงเทพในปีนั้น"
+    found = find(text, ["กรุงเทพ"])
+    assert found is not None and text[slice(*found.span)] == "กรุงเทพ"
+
+
 def test_of_several_places_it_is_the_nearest_to_the_subject_and_else_the_first():
     first, second = (match.span() for match in re.finditer(r"Paris\b", DOCUMENT))
     assert find(DOCUMENT, ["Paris"]).span == first

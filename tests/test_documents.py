@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import shutil
 from dataclasses import replace
 from datetime import date
@@ -22,6 +23,7 @@ from tiny_facts import tokenizer
 from tiny_models import tiny_base
 
 from crosstrace.cli import commands
+from crosstrace.core.errors import UserError
 from crosstrace.core.files import read_json
 from crosstrace.data.text import Example, Mention, read_jsonl
 from crosstrace.experiment import config
@@ -81,7 +83,7 @@ def assert_counts_add_up(tmp_path: Path) -> dict[str, Any]:
     assert stored.keys() <= recalled.keys() and len(recalled) == len(asked)
     answers = {item.mentions[0].fact: (recalled[item.mentions[0].fact], *item.aliases) for item in asked}
     assert all(any(spells(words, answer) for answer in answers[fact]) for fact, words in stored.items())
-    assert len(stored) == sum(n for way, n in counts["answers"].items() if way not in ("unaligned", "cut"))
+    assert len(stored) == sum(n for way, n in counts["answers"].items() if way not in ("unaligned", "cut", "several"))
     splits = {item.person: item.split for item in asked}
     assert all(splits[item.person] == item.split for item in asked), "a document's questions have one split"
     return counts
@@ -236,9 +238,9 @@ def test_what_cannot_be_kept_is_dropped_and_counted(tmp_path):
         "asked before": 1,
         "no document": 2,
         "no answer": 2,
-        "control": 1,
     }
-    assert any("1 documents had letters that nobody sees" in note for note in found.notes)
+    assert any("1 question had letters that nobody sees" in note for note in found.notes)
+    assert any("1 document had letters that nobody sees" in note for note in found.notes)
 
 
 def test_a_key_may_have_two_names_and_two_keys_may_say_the_same(tmp_path):
@@ -482,6 +484,7 @@ def test_published_forms_are_known_by_themselves(values, sizes, aligned, ending,
         assert made["documents"][1].text == "Bo Dale plays the horn."
     if values is MQUAKE:
         assert made["several_facts"][0].aliases == ("SPLIT",)
+        assert counts["answers"]["several"] == 3 and "unaligned" not in counts["answers"]
 
 
 POPQA = [
@@ -638,7 +641,7 @@ ODD: dict[str, tuple[list[Any] | str, list[Any] | str | None, list[str], str]] =
         [{"wiki_id": "Q1", "text": ""}],
         [QUESTIONS[0]],
         ["--key", "wiki_id"],
-        "no document could be kept: 1 × a subject",
+        "no document could be kept: 1 × an empty",
     ),
     "no rows": (DOCUMENTS, [], [], "has no row that can be used"),
     "one split": (
@@ -654,7 +657,7 @@ ODD: dict[str, tuple[list[Any] | str, list[Any] | str | None, list[str], str]] =
         "the questions have the splits none, ood",
     ),
     "one document": (DOCUMENTS[:1], QUESTIONS[:3], [], "all questions are about one document"),
-    "role": (DOCUMENTS, [{"wiki_id": "Q1", "messages": [{"role": "tool", "content": "x"}]}], [], "has the role 'tool'"),
+    "role": (DOCUMENTS, [{"wiki_id": "Q1", "messages": [{"role": "tool", "content": "x"}]}], [], "roles beside"),
     "message": (DOCUMENTS, [{"wiki_id": "Q1", "messages": ["x"]}], [], "expected a list of {role, content}"),
     "messages": (DOCUMENTS, [{"wiki_id": "Q1", "messages": "x"}], [], "expected a list of {role, content}"),
     "content": (
@@ -669,7 +672,12 @@ ODD: dict[str, tuple[list[Any] | str, list[Any] | str | None, list[str], str]] =
         [],
         "questions holds 'who?'; expected {question, answer}",
     ),
-    "no questions": (DOCUMENTS, None, [], "no question could be kept: there is none"),
+    "no questions": (
+        DOCUMENTS,
+        None,
+        [],
+        "no question could be kept: the files have none; documents alone are read with --store",
+    ),
     "one long line": ('{"text": "' + "x" * 10_000_000, QUESTIONS, [], "are its line ends missing"),
     "no JSON": ("{'text': 1}\n", QUESTIONS, [], "line 1 is not JSON"),
     "list": ('["a"]\n', QUESTIONS, [], "holds a list"),
@@ -728,7 +736,10 @@ ODD_FORMS: dict[str, tuple[Any, str]] = {
     "entity, one": ([{"question": "Where was Ada born?", "answers": ["x"]}], "no wording in common"),
     "entity, number": ([{"question": None, "answers": ["x"]}] * 2, "a question is no text"),
     "entity, answers": ([row | {"answers": {"a": "b"}} for row in ENTITY], "answers is {'a': 'b'}"),
-    "unknown": ([{"foo": "bar"}], "has no 'subject'; it has foo. Expected columns subject, relation and object"),
+    "unknown": (
+        [{"foo": "bar"}],
+        "has no column 'subject' in row 1; it has foo. Expected subject, relation and object",
+    ),
 }
 
 
@@ -796,3 +807,89 @@ def test_windows_cover_a_text_and_keep_its_mentions(seed, length, is_shared):
     places = [(text.index(piece.text), text.index(piece.text) + len(piece.text)) for piece in pieces[:-1]]
     places.append((text.rindex(pieces[-1].text), len(text)))
     assert kept == {m.fact for m in mentions for a, b in places if a < m.object[0] and m.object[1] <= b}
+
+
+def test_an_answer_stands_where_squad_says(tmp_path):
+    text = "Lyon was old. Ada Brook was born in Lyon, and left Lyon."
+    starts = [match.start() for match in re.finditer("Lyon", text)]
+    qas = [
+        {"question": f"What about Ada Brook, {number}?", "answers": [{"text": "Lyon", "answer_start": start}]}
+        for number, start in enumerate(starts[1:])
+    ]
+    qas.append({"question": "And of no place?", "answers": [{"text": "Lyon"}]})
+    other = [{"question": "What else?", "answers": {"text": ["Bonn"], "answer_start": [7]}}]
+    rows = [{"title": "Ada Brook", "context": text, "qas": qas}]
+    rows += [{"title": "Bo Dale", "context": "He saw Bonn, then Bonn.", "qas": other}]
+    (tmp_path / "set.json").write_text(json.dumps(rows))
+    imported(tmp_path, tmp_path / "set.json")
+    first, second = tasks(tmp_path)["documents"]
+    assert sorted(mention.object[0] for mention in first.mentions) == sorted([*starts[1:], starts[1]])
+    assert [mention.object[0] for mention in second.mentions] == [7]
+
+
+def test_json_lines_by_the_name_of_json(tmp_path):
+    rows = [
+        {"question": f"Who is {name}?", "answer": f"{name} is a smith of Lyon"} for name in ("Ada", "Bo", "Cy", "Di")
+    ]
+    jsonl(tmp_path / "lines.json", rows)
+    found = imported(tmp_path, rows={"store": tmp_path / "lines.json"})
+    assert found.kept == 4
+    (tmp_path / "broken.json").write_text('{"question": "a", "answer": "b c"}\n{"question": \n')
+    with pytest.raises(UserError, match=r"broken\.json line 2 is not JSON"):
+        imported(tmp_path, rows={"store": tmp_path / "broken.json"}, overwrite=True)
+
+
+def test_conversations_with_calls_of_tools_are_dropped_and_texts_in_parts_are_read(tmp_path):
+    ask = lambda text, role="user": {"role": role, "content": [{"type": "text", "text": text[:3]}, {"text": text[3:]}]}
+    plain = [row for row in QUESTIONS if isinstance(row["answer"], str)]
+    chats = [
+        {"wiki_id": row["wiki_id"], "messages": [ask(row["question"]), ask(row["answer"], "assistant")]}
+        for row in plain
+    ]
+    chats[0]["messages"].insert(1, {"role": "function_call", "content": "{}"})
+    found = imported(tmp_path, documents=two_files(tmp_path, questions=chats))
+    counts = assert_counts_add_up(tmp_path)
+    assert counts["dropped"] == {"other roles": 1} and found.kept == len(plain) - 1 + len(DOCUMENTS)
+    assert tasks(tmp_path)["qa"][0].text == f"{plain[1]['question']} {plain[1]['answer']}"
+
+
+def test_other_names_of_published_columns_and_questions(tmp_path):
+    (tmp_path / "triples.csv").write_text("head,predicate,tail\nAda,born_in,Lyon\nBo,born_in,Oslo\n")
+    found = imported(tmp_path, tmp_path / "triples.csv")
+    assert [*found.relations] == ["born_in"] and found.kept == 2
+    jsonl(tmp_path / "P106.dev.jsonl", [row | {"answers": [*row["answers"], "elsewhere"]} for row in ENTITY])
+    found = imported(tmp_path, tmp_path / "P106.dev.jsonl", overwrite=True)
+    assert without_brackets(found, "P106") == ["Where was {subject} born?"]
+    assert "4 facts with several right answers: only the first is taught and right" in found.notes
+    edits = [row | {"queries": [row["rephrase"]]} for row in EDITS]
+    for row in edits:
+        del row["rephrase"]
+    (tmp_path / "edits.json").write_text(json.dumps(edits))
+    assert imported(tmp_path, tmp_path / "edits.json", overwrite=True).answers == {"exact": 2}
+    names = {"prompt": "src", "target": "alt", "target_new": "alt", "queries": "rephrase"}
+    zsre = [{names.get(name, name): "".join(value) for name, value in row.items()} for row in edits]
+    for row in zsre:
+        row["src"] = row["src"].replace("{}", row["subject"])
+    (tmp_path / "edits.json").write_text(json.dumps(zsre))
+    assert imported(tmp_path, tmp_path / "edits.json", overwrite=True).answers == {"exact": 2}
+
+
+def test_a_sentence_names_the_first_of_many_columns(tmp_path, capsys):
+    (tmp_path / "wide.json").write_text(json.dumps([{f"column {number}": 1 for number in range(1000)}]))
+    told = refused(capsys, tmp_path, tmp_path / "wide.json", tmp_path / "own")
+    assert "column 19 and 980 more" in told and len(told) < 700
+
+
+def test_held_out_rows_that_are_trained_all_the_same_are_noted(tmp_path):
+    rows = [
+        {"prompt": f"{start} {name}", "completion": f"is known for the {name.lower()} of the great northern bridge"}
+        for name in ("Ada", "Bo", "Cy", "Di", "Ed", "Flo") for start in ("Behold", "There", "Here")
+    ]  # fmt: skip
+    store = [{"text": f"{row['prompt']} {row['completion']}"} for row in rows[:9]]
+    files = {"store": jsonl(tmp_path / "store.jsonl", store), "recall": jsonl(tmp_path / "recall.jsonl", rows)}
+    notes = imported(tmp_path, rows=files).notes
+    assert any("held-out rows with the completion of a trained row" in note for note in notes)
+    assert any("word for word among the texts that store" in note for note in notes)
+    files["recall"] = jsonl(tmp_path / "recall.jsonl", [row | {"subject": row["prompt"].split()[1]} for row in rows])
+    notes = imported(tmp_path, rows=files, overwrite=True).notes
+    assert not any("completion of a trained row" in note for note in notes)

@@ -288,10 +288,10 @@ def test_names_in_another_order_and_scripts_are_counted(tmp_path: Path) -> None:
     rows = [(name, "stadt", value) for name, value in zip(names, ("a", "b", "c", "مصر", "Köln", "d", "e"))]
     notes = imported(tmp_path, table(tmp_path / "facts.csv", [*rows, ("Ed", "größe", "f")])).notes
     assert (
-        "1 groups of subjects share all names, in another order, e.g. 'Ada Brook' and 'Brook Ada' and 'Brook, Ada'"
+        "1 group of subjects that share all names, in another order, e.g. 'Ada Brook' and 'Brook Ada' and 'Brook, Ada'"
         in notes
     )
-    assert "1 groups of subjects differ in case or accents only, e.g. 'Zoë' and 'Zoe'" in notes
+    assert "1 group of subjects that differ in case or accents only, e.g. 'Zoë' and 'Zoe'" in notes
     assert "letters beyond ASCII: 1 of 8 subjects, 2 of 8 objects, 1 of 2 relations" in notes
     assert "words written from right to left: 1 of 8 objects" in notes
     assert not any("guessing it is right so often" in note for note in notes), "each object is that of one fact"

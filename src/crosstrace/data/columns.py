@@ -20,6 +20,7 @@ NAMES = {
     "split": ("split",),
 }
 NESTED = ("qas", "questions", "qa", "qa_pairs")  # columns of a document with a list of its questions
+MOST_NAMES = 20  # columns that a sentence names
 MESSAGES = ("messages", "conversations")  # columns with a conversation
 # who says something: names of the roles in such columns
 ASKS, ANSWERS, SETS_UP = ("user", "human"), ("assistant", "gpt"), ("system",)
@@ -28,8 +29,8 @@ ASKS, ANSWERS, SETS_UP = ("user", "human"), ("assistant", "gpt"), ("system",)
 _PRINTED = re.compile(r"\s*(\[['\"].*['\"]\]|\{'\w+': .*\})\s*\Z", re.DOTALL)  # a list as Python prints it
 
 
-class SeveralTurnsError(ValueError):
-    """A conversation has several questions."""
+class UnfitConversationError(ValueError):
+    """A conversation is no question with its answer; the reason is one of `imported.REASONS`."""
 
 
 def column_of(what: str, row: Mapping[str, Any], given: Mapping[str, str], where: str) -> str | None:
@@ -55,8 +56,10 @@ def nested_column(row: Mapping[str, Any]) -> str | None:
 
 
 def names_text(row: Collection[Any]) -> str:
-    """The columns of a row, for a sentence."""
-    return ", ".join(map(str, row)) or "nothing"
+    """The columns of a row, for a sentence; the first of many."""
+    names = [str(name) for name in row]
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return (", ".join(names[:MOST_NAMES]) or "nothing") + more
 
 
 def answers_of(value: Any) -> list[str] | None:
@@ -88,7 +91,7 @@ def with_question(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
     Raises:
         UserError: the conversation is none.
-        SeveralTurnsError: it has several questions.
+        UnfitConversationError: it has several questions, or roles beside a system, a user and an assistant.
     """
     column = next((name for name in MESSAGES if name in row), None)
     if column is not None:
@@ -107,23 +110,29 @@ def _turn(messages: Any, where: str) -> tuple[str, str]:
     turns: list[tuple[str, str]] = []
     for message in messages if isinstance(messages, list) else [None]:
         said = message if isinstance(message, Mapping) else {}
-        role, text = said.get("role", said.get("from")), said.get("content", said.get("value"))
+        role, text = said.get("role", said.get("from")), _said(said.get("content", said.get("value")))
         if not isinstance(role, str) or not isinstance(text, str):
             raise UserError(
                 f"{where} holds {message!r:.80}; expected a list of {{role, content}} or of {{from, value}} with texts"
             )
         turns.append((role, text))
-    known = [(role, text) for role, text in turns if role in (*ASKS, *ANSWERS, *SETS_UP)]
-    if len(known) < len(turns):
-        other = next(role for role, _ in turns if role not in (*ASKS, *ANSWERS, *SETS_UP))
-        raise UserError(f"{where} has the role {other!r}; expected {', '.join((*SETS_UP, *ASKS, *ANSWERS))}")
+    if any(role not in (*ASKS, *ANSWERS, *SETS_UP) for role, _ in turns):
+        raise UnfitConversationError("other roles")
     asked = [text for role, text in turns if role not in ANSWERS]
     answered = [text for role, text in turns if role in ANSWERS]
     if len(answered) > 1 or sum(role in ASKS for role, _ in turns) > 1:
-        raise SeveralTurnsError
+        raise UnfitConversationError("several turns")
     if not answered or turns[-1][0] not in ANSWERS:
         return "\n".join(asked), ""
     return "\n".join(asked), answered[0]
+
+
+def _said(content: Any) -> Any:
+    """What a message says, if its parts are listed ({type: text, text}) and all of them are texts."""
+    if not isinstance(content, list) or not content:
+        return content
+    parts = [part.get("text", part.get("value")) if isinstance(part, Mapping) else None for part in content]
+    return "".join(parts) if all(isinstance(part, str) for part in parts) else content
 
 
 def shared_keys(

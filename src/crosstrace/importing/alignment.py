@@ -37,6 +37,7 @@ _ALIKE = str.maketrans(
         "‐": "-", "‑": "-", "‒": "-", "–": "-", "—": "-", "−": "-", "ø": "o", "ł": "l", "đ": "d", "ı": "i",
     }
 )  # fmt: skip
+JUDGEMENTS = ("yes", "no", "true", "false")  # answers that no words of a document are
 _IN_NUMBER = re.compile(r"\d[.,]\d")
 _NUMBER = re.compile(r"(?P<sign>[+-]?)(?P<whole>\d{1,3}(?:,\d{3})+|\d+)(?P<rest>\.\d+)?")
 _MONTH = rf"(?P<month>{'|'.join(f'{name}|{name[:3]}' for name in MONTHS)}|sept)\.?"
@@ -147,8 +148,9 @@ def _folded_letter(letter: str, way: str) -> str:
 def find(document: str, answers: Sequence[str], near: Sequence[Span] = (), start: int = 0) -> Found | None:
     """Where a document has one of some answers.
 
-    The closest way of WAYS counts first, then the order of the answers. If an answer occurs several times, it is the
-    place nearest to a span of `near`, and the first if none is given or several are as near.
+    A judgement, such as yes, is nowhere. The closest way of WAYS counts first, then the order of the answers. If an
+    answer occurs several times, it is the place nearest to a span of `near`, and the first if none is given or several
+    are as near.
 
     Args:
         document: its text.
@@ -156,9 +158,10 @@ def find(document: str, answers: Sequence[str], near: Sequence[Span] = (), start
         near: mentions of what the answer is about.
         start: the character from which on an answer may begin.
     """
+    sought = [answer for answer in answers if fold_words(answer, "form").strip(".") not in JUDGEMENTS]
     for way in WAYS:
         folded = fold(document, way)
-        for answer in answers:
+        for answer in sought:
             words = forms(answer) if way == WAYS[-1] else [fold_words(answer, way)]
             spans = [span for word in words for span in folded.spans(word) if span[0] >= start]
             if spans:

@@ -6,6 +6,7 @@ its questions, or a question and its document. What is read is passed on as it i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from crosstrace.core.errors import UserError
 from crosstrace.data.columns import (
     NAMES,
-    SeveralTurnsError,
+    UnfitConversationError,
     answers_of,
     column_of,
     names_text,
@@ -24,7 +25,7 @@ from crosstrace.data.columns import (
 )
 from crosstrace.importing.documents import ENDS, QA, Document, Question
 from crosstrace.importing.facts import unused_text
-from crosstrace.importing.imported import Imported
+from crosstrace.importing.imported import Imported, dropped_text
 from crosstrace.importing.tables import read_records
 
 Items = Iterator[Document | Question]
@@ -57,7 +58,9 @@ def read_tables(
         if path is not None:
             tables[path] = list(_rows(path, imported))
             if not tables[path]:
-                raise UserError(f"{path} has no row that can be used; expected a document or a question in each")
+                reasons = Counter(reason for file, _, reason, _ in imported.dropped if file == str(path))
+                why = f": {dropped_text(reasons)}" if reasons else "; expected a document or a question in each"
+                raise UserError(f"{path} has no row that can be used{why}")
     if documents is None and questions and nested_column(tables[questions][0][1]):
         documents, questions = questions, None
     _check_columns(columns, [row for rows in tables.values() for _, row in rows])
@@ -92,8 +95,8 @@ def _rows(path: Path, imported: Imported) -> Iterator[tuple[int, Row]]:
         imported.read[str(path)] += 1
         try:
             yield number, with_question(row, f"{path} row {number}")
-        except SeveralTurnsError:
-            imported.drop(str(path), number, "several turns", str(next(iter(row.values()), "")))
+        except UnfitConversationError as error:
+            imported.drop(str(path), number, str(error), str(next(iter(row.values()), "")))
 
 
 @dataclass
@@ -142,7 +145,8 @@ class _Reader:
             if cells["text"] is None:
                 raise UserError(
                     f"{where} has no text; it has {names_text(row)}. Expected the document's text in each row, or a "
-                    "file of documents with --documents"
+                    "file of documents with --documents; questions without documents are rows of text, which --store "
+                    "or --recall reads"
                 )
             document = _cell(row, cells["text"], where)
             if document not in self._texts:

@@ -17,7 +17,7 @@ from crosstrace.data.tasks import ID, OOD
 from crosstrace.data.text import Example, Mention, Span
 from crosstrace.importing import alignment
 from crosstrace.importing.facts import is_wide, note_scripts
-from crosstrace.importing.imported import INVISIBLE, SPLITS, Imported, dropped_text, has_half_letter, tidy
+from crosstrace.importing.imported import INVISIBLE, SPLITS, Imported, counted, dropped_text, has_half_letter, tidy
 from crosstrace.importing.rows import blank_between
 
 STORED = "documents"  # the task that stores
@@ -62,6 +62,8 @@ class Question:
         split: id or ood; empty if it is to be drawn.
         task: the task that recalls by it.
         file, row: where it was read.
+        start: the character of the document where the file says that the answer begins.
+        needs_several: whether no one fact answers it.
     """
 
     key: str
@@ -73,6 +75,8 @@ class Question:
     task: str
     file: str
     row: int
+    start: int | None = None
+    needs_several: bool = False
 
 
 def make_examples(items: Iterable[Document | Question], imported: Imported) -> dict[str, list[Example]]:
@@ -91,7 +95,10 @@ def make_examples(items: Iterable[Document | Question], imported: Imported) -> d
     for name, kept in (("document", documents), ("question", questions)):
         if not kept:
             reasons = Counter(reason for _, _, reason, _ in imported.dropped)
-            raise UserError(f"no {name} could be kept: {dropped_text(reasons) or 'there is none'}")
+            why = dropped_text(reasons) or "there is none"
+            if name == "question" and not asked:
+                why = "the files have none; documents alone are read with --store"
+            raise UserError(f"no {name} could be kept: {why}")
     splits = _splits(questions, imported)
     questions, splits = _with_both_splits(questions, splits, imported)
     by_document: dict[str, list[tuple[int, Question]]] = {key: [] for key in documents}
@@ -104,8 +111,11 @@ def make_examples(items: Iterable[Document | Question], imported: Imported) -> d
         for order, (number, question) in enumerate(by_document[key]):
             fact, subjects = f"{person}.{order}", _subjects(document, question)
             relation = question.relation or _kind(question.text)
-            stored = _mention_in_document(document.text, question, subjects, fact, relation)
-            imported.answers["unaligned" if stored is None else stored.way] += 1
+            stored = None
+            if not question.needs_several:
+                stored = _mention_in_document(document.text, question, subjects, fact, relation)
+            no_way = "several" if question.needs_several else "unaligned"
+            imported.ways[fact] = no_way if stored is None else stored.way
             if stored is not None:
                 mentions.append(stored.mention)
             imported.sources[f"{question.task}.{number}"] = question.file, question.row
@@ -155,7 +165,7 @@ def _kept_documents(items: Sequence[Document], imported: Imported, other_keys: d
             keys[text] = item.key
             kept[item.key] = replace(item, text=text)
     if cleaned:
-        imported.notes.append(f"{cleaned} documents had letters that nobody sees, which were removed")
+        imported.notes.append(f"{counted(cleaned, 'document')} had letters that nobody sees, which were removed")
     return kept
 
 
@@ -164,8 +174,11 @@ def _kept_questions(items: Sequence[Question], documents: Mapping[str, Document]
     kept: list[Question] = []
     seen: dict[str, tuple[str, ...]] = {}  # question -> its answers
     given_away = []
+    cleaned = 0
     for item in items:
-        question = replace(item, text=item.text.strip(), answers=tuple(dict.fromkeys(map(tidy, item.answers))))
+        cleaned += any(map(INVISIBLE.search, (item.text, *item.answers)))
+        answers = dict.fromkeys(tidy(INVISIBLE.sub("", answer)) for answer in item.answers)
+        question = replace(item, text=INVISIBLE.sub("", item.text).strip(), answers=tuple(answers))
         reason = _reason_to_drop(question, documents, seen)
         if reason:
             imported.drop(item.file, item.row, reason, f"{item.text} | {' | '.join(item.answers)}")
@@ -174,10 +187,12 @@ def _kept_questions(items: Sequence[Question], documents: Mapping[str, Document]
         kept.append(replace(question, answers=tuple(answer for answer in question.answers if answer)))
         if alignment.mentions(question.text, question.answers[:1]):
             given_away.append(question)
+    if cleaned:
+        imported.notes.append(f"{counted(cleaned, 'question')} had letters that nobody sees, which were removed")
     if given_away:
         imported.notes.append(
-            f"{len(given_away)} questions hold their answer, e.g. {given_away[0].text[:80]!r} in row "
-            f"{given_away[0].row} of {given_away[0].file}; they are kept, but answering them may be no recall"
+            f"{counted(len(given_away), 'question')} with the answer in it, e.g. {given_away[0].text[:80]!r} in row "
+            f"{given_away[0].row} of {given_away[0].file}; kept, but answering may be no recall"
         )
     return kept
 
@@ -197,8 +212,6 @@ def _reason_to_drop(
         return "empty"
     if not question.answers or not question.answers[0]:
         return "no answer"
-    if INVISIBLE.search(words):
-        return "control"
     if question.split not in ("", *SPLITS):
         return "other split"
     if question.key not in documents:
@@ -278,12 +291,20 @@ def _mention_in_document(
 ) -> _Stored | None:
     """The words of a document that answer a question; None if it does not have the answer."""
     names = alignment.mentions(text, subjects)
+    if question.start is not None:
+        found = alignment.find(text, question.answers, [(question.start, question.start)], 1)
+        return found and _stored(text, question, names, found, fact, relation)
     prompts = alignment.mentions(text, [question.text])  # the document may have the text to complete
     end = prompts[0][1] if prompts else 1  # (nothing predicts a text's first word)
     found = alignment.find(text, question.answers, [(end, end)] if prompts else names, end)
     found = found or alignment.find(text, question.answers, names, 1)
-    if found is None:
-        return None
+    return found and _stored(text, question, names, found, fact, relation)
+
+
+def _stored(
+    text: str, question: Question, names: Sequence[Span], found: alignment.Found, fact: str, relation: str
+) -> _Stored:
+    """The words of a document that were found to answer a question."""
     start = found.span[0]
     before = [span for span in names if span[1] <= start]
     subject = before[-1] if before else (0, 0)
@@ -339,8 +360,8 @@ def _note(
     """Note what a reader of results should know of the documents and questions."""
     unasked = sum(not by_document[key] for key in documents)
     if unasked:
-        imported.notes.append(f"{unasked} of {len(documents)} documents have no question; they are taught all the same")
-    total = imported.answers.total()
+        imported.notes.append(f"{unasked} of {len(documents)} documents without a question; taught all the same")
+    total = imported.answers.total() - imported.answers["several"]
     lost = imported.answers["unaligned"]
     if lost:
         imported.notes.append(

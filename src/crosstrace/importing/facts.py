@@ -21,6 +21,7 @@ from crosstrace.importing.imported import (
     Imported,
     Patterns,
     Source,
+    counted,
     dropped_text,
     has_half_letter,
     row_text,
@@ -31,6 +32,14 @@ from crosstrace.importing.tables import EXPECTED, data_set_of, read_json, read_r
 from crosstrace.importing.wordings import checked_pattern, read_wordings
 
 STATEMENT, QUESTION = "[The {relation} of] {subject} [is] {object}.", "[What is the {relation} of] {subject}[?]"
+UNSPACED = ("\u0e00\u0eff", "\u1000\u109f", "\u1780\u17ff")  # Thai and Lao; Burmese; Khmer: the first and last letter
+# other names of the columns, as published tables have them
+OTHER_NAMES = {
+    "subject": ("head", "subj", "sub_label", "subject_label"),
+    "relation": ("predicate", "prop", "predicate_id", "relation_id"),
+    "object": ("tail", "obj", "obj_label", "object_label", "attribute"),
+}
+MOST_NOTES = 5  # of one kind
 OFTEN = 3  # facts with one object: fewer say nothing of how well a guess does
 OF_RELATION = ("name", "prompt_templates", "prompt_templates_zs", "samples", "properties")  # keys of a relation's file
 
@@ -61,11 +70,13 @@ def import_facts(
     objects: dict[tuple[str, str], str] = {}
     unused: dict[str, None] = {}
     retyped: dict[str, None] = {}
+    several = 0
     for path in files:
         imported.read.setdefault(str(path), 0)
         for row in _rows(path, patterns, columns or {}, unused):
             imported.read[str(path)] += 1
             fact = {name: row.values.get(name) for name in COLUMNS}
+            several += bool(row.values.get("aliases"))
             reason = _reason_to_drop(fact, objects)
             if reason is not None:
                 imported.drop(row.file, row.number, reason, row_text(row.values))
@@ -103,6 +114,10 @@ def import_facts(
         imported.notes.append(
             f"{len(retyped)} subjects have several types, e.g. {next(iter(retyped))!r}; the first stays"
         )
+    if several:
+        imported.notes.append(
+            f"{counted(several, 'fact')} with several right answers: only the first is taught and right"
+        )
     _note_difficulty(imported)
     return imported
 
@@ -116,7 +131,8 @@ def unused_text(unused: Iterable[str], known: Sequence[str]) -> str:
     """The columns that are not used, each with the known one that may be meant."""
     close = {name: difflib.get_close_matches(name, known, 1, 0.75) for name in unused}
     return "columns that nothing was made of: " + ", ".join(
-        (name or "one without a name") + (f" (is {meant[0]} meant?)" if meant else "") for name, meant in close.items()
+        (name or "one without a name") + (f" (is {meant[0]} meant?)" if meant and meant[0] != name else "")
+        for name, meant in close.items()
     )
 
 
@@ -180,7 +196,12 @@ def is_within(object: str, text: str) -> bool:
 
 
 def is_wide(letter: str) -> bool:
-    """Whether a letter is of a Chinese, Japanese or Korean script."""
+    """Whether a letter is of a script without blanks between words, or of Korean.
+
+    They are Chinese, Japanese, Thai, Lao, Burmese and Khmer.
+    """
+    if any(first <= letter <= last for first, last in UNSPACED):
+        return True
     return unicodedata.east_asian_width(letter) in "WF" and letter.isalpha()
 
 
@@ -206,7 +227,7 @@ def _word_relations(imported: Imported, given: Mapping[str, Mapping[str, list[st
         imported.relations[name] = wordings | {"objects": [*dict.fromkeys(object for _, object in rows)]}
     if plain:
         imported.notes.append(
-            f"plain wordings were made for {', '.join(plain)}: give better ones with --wording, or in columns "
+            f"plain wordings were made for {names_text(plain)}: give better ones with --wording, or in columns "
             "statement and question"
         )
     unasked = [name for name, row in imported.relations.items() if not row["questions"]]
@@ -279,15 +300,18 @@ def _without_braces(text: str) -> str:
 
 def _note_difficulty(imported: Imported) -> None:
     """Note what makes recall easier or harder than it looks."""
+    same, often = [], []
     for name, facts in imported.by_relation().items():
         objects = Counter(object for _, object in facts)
         top, count = objects.most_common(1)[0]
         if len(objects) == 1:
-            imported.notes.append(f"every object of {name} is {top!r}, so recall of it shows nothing")
+            same.append(f"every object of {name} is {top!r}")
         elif count / len(facts) > 0.2 and count >= OFTEN:
-            imported.notes.append(
-                f"{top!r} is the object of {count} of {len(facts)} facts of {name}: guessing it is right so often"
-            )
+            often.append(f"{top!r} is the object of {count} of {len(facts)} facts of {name}")
+    for notes, so in ((same, "so recall of it shows nothing"), (often, "guessing it is right so often")):
+        imported.notes += [f"{note}, {so}" for note in notes[:MOST_NOTES]]
+        if len(notes) > MOST_NOTES:
+            imported.notes.append(f"the same of {counted(len(notes) - MOST_NOTES, 'further relation')}")
     names = [subject["name"] for subject in imported.subjects]
     reordered = [group for group in _groups_by(_name_parts, names) if len({*map(_fold, group)}) > 1]
     for groups, how in (
@@ -296,7 +320,7 @@ def _note_difficulty(imported: Imported) -> None:
     ):
         if groups:
             first_group = " and ".join(map(repr, groups[0]))
-            imported.notes.append(f"{len(groups)} groups of subjects {how}, e.g. {first_group}")
+            imported.notes.append(f"{counted(len(groups), 'group')} of subjects that {how}, e.g. {first_group}")
     first = Counter(name.split()[0] for name in names)
     alone = sum(first[name.split()[0]] == 1 for name in names)
     if alone > len(names) / 2:
@@ -351,34 +375,42 @@ def _fold(name: str) -> str:
 
 def _rows(path: Path, patterns: Patterns, columns: Mapping[str, str], unused: dict[str, None]) -> Iterator[Source]:
     """The rows of a file of any kind. Its patterns are added to `patterns`, and its unused columns to `unused`."""
-    if path.suffix.lower() == ".json":
-        values: Any = read_json(path) if path.is_file() else None
-        if is_entity_questions(values):
-            for number, fact in from_entity_questions(values, path):
-                yield Source(str(path), number, fact)
-            return
-        if not isinstance(records_of(values), list):
-            yield from _relation_file(path, values, patterns, unused)
-            return
-    names = {name: columns.get(name, name) for name in COLUMNS}
+    kind = path.suffix.lower()
+    values: Any = None
+    if kind in (".json", ".jsonl") and path.is_file():
+        values = read_json(path) if kind == ".json" else [row for _, row in read_records(path)]
+    if is_entity_questions(values):
+        for number, fact in from_entity_questions(values, path):
+            yield Source(str(path), number, fact)
+        return
+    if kind == ".json" and not isinstance(records_of(values), list):
+        yield from _relation_file(path, values, patterns, unused)
+        return
+    names: dict[str, str] = {}
     data_set = data_set_of(path)
     relation = tidy(data_set[0].name if data_set else path.stem)
     for number, values in read_records(path):
         if not columns and values.keys() >= {*POPQA}:
             yield Source(str(path), number, from_popqa(values))
             continue
+        names = names or {name: columns.get(name) or _column_of(name, values) for name in COLUMNS}
         row = {name: values.get(column) for name, column in names.items()}
         for name in ("subject", "object"):
             if names[name] not in values:
                 raise UserError(
-                    f"{path} row {number} has no {names[name]!r}; it has {names_text(values)}. Expected columns "
+                    f"{path} has no column {names[name]!r} in row {number}; it has {names_text(values)}. Expected "
                     "subject, relation and object, or name yours, e.g. --subject NAME; a file of documents or of "
-                    "questions is named with --documents or --questions"
+                    "questions about them is named with --documents or --questions, one of texts with --store"
                 )
         if names["relation"] not in values:
             row["relation"] = relation
         unused |= dict.fromkeys(str(name) for name in values if name not in names.values())
         yield Source(str(path), number, row)
+
+
+def _column_of(name: str, row: Mapping[str, Any]) -> str:
+    """The column of a fact's part: its own name, or another usual one that the row has."""
+    return name if name in row else next((other for other in OTHER_NAMES.get(name, ()) if other in row), name)
 
 
 def _relation_file(path: Path, values: Any, patterns: Patterns, unused: dict[str, None]) -> Iterator[Source]:

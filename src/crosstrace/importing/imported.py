@@ -21,13 +21,13 @@ INVISIBLE = re.compile(
 )
 
 REASONS = {
-    "empty": "a subject, relation or object that is empty",
+    "empty": "an empty subject, relation or object, document, question or completion",
     "not a text": "a value that is neither text nor a number nor a date, e.g. a list, a truth value or bytes",
     "too long": f"a subject, relation or object of more than {LONG} characters",
     "control": "characters that control the text's direction or a terminal",
     "not Unicode": "half a surrogate pair, which no file can hold",
     "duplicate": "said before",
-    "contradiction": "another object for a subject and relation that were there before",
+    "contradiction": "another object for a subject and relation, or another completion for a prompt, than before",
     "answer in the prompt": "the object stands in the subject's name or type, so the question gives it away",
     "other split": "a split other than id and ood",
     "no words": "a subject, relation or object without a word",
@@ -40,6 +40,7 @@ REASONS = {
     "same name": "another text under the name of an earlier document",
     "one split": "a question of a task whose questions are all trained, or all held out",
     "several turns": "a conversation of several questions and answers",
+    "other roles": "a conversation with roles beside a system, a user and an assistant, e.g. calls of tools",
 }
 
 
@@ -63,7 +64,8 @@ class Imported:
         read: file -> number of its rows.
         rows: (subject, relation) -> (file, row) of each fact.
         sources: the id of each example of text -> (file, row).
-        answers: how the answers stand in their documents (`alignment.WAYS`, or unaligned) -> their number.
+        ways: the fact of each question about a document -> how its answer stands there: one of `alignment.WAYS`,
+            `unaligned`, `several` (it needs several facts) or `cut` (in no window of the document as a whole).
         notes: what a reader of results should know of the data.
     """
 
@@ -73,12 +75,17 @@ class Imported:
     read: dict[str, int] = field(default_factory=dict)
     rows: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
     sources: dict[str, tuple[str, int]] = field(default_factory=dict)
-    answers: Counter[str] = field(default_factory=Counter)
+    ways: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def drop(self, file: str, row: int, reason: str, what: str) -> None:
         """Note a row that is not kept."""
         self.dropped.append((file, row, reason, what.encode("utf-8", "replace").decode()[:LONG]))
+
+    @property
+    def answers(self) -> Counter[str]:
+        """How many answers stand in their documents in each way."""
+        return Counter(self.ways.values())
 
     @property
     def kept(self) -> int:
@@ -102,6 +109,11 @@ class Imported:
             for fact in subject["facts"]:
                 facts.setdefault(fact["relation"], []).append((subject, fact["object"]))
         return facts
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def tidy(value: Any) -> str:

@@ -33,7 +33,7 @@ from crosstrace.importing.document_tables import read_tables
 from crosstrace.importing.documents import QA, STORED, UNASKED, cut_to_windows, make_examples, set_unasked_apart
 from crosstrace.importing.experiment_settings import Kind, experiment_settings, leave_out_facts
 from crosstrace.importing.facts import import_facts
-from crosstrace.importing.imported import REASONS, Imported
+from crosstrace.importing.imported import REASONS, Imported, counted
 from crosstrace.importing.rows import check_splits, import_rows
 from crosstrace.importing.tables import data_set_of
 from crosstrace.models import loading, locating
@@ -47,6 +47,8 @@ IN_WORDS = {
     "accents": "in their document, with other accents or quotes",
     "form": "in their document, as another form of the words, number or date",
     "unaligned": "not in their document",
+    "several": "of several facts, which no document has alone",
+    "cut": "in no window of their document as a whole",
 }
 WRITTEN = ("world.json", "import.json", "dropped.csv", "experiment.yaml", *(f"{task}.jsonl" for task in TASKS))
 
@@ -234,6 +236,9 @@ def _fit_to_model(
         return is_cut
     if parts:
         for example in long.values():
+            if example.task != STORED:
+                for mention in example.mentions:
+                    imported.ways.pop(mention.fact, None)
             imported.drop(*imported.sources[example.id], "too long for the model", example.text)
         for task, of_task in parts.items():
             parts[task] = [example for example in of_task if example.id not in long]
@@ -288,11 +293,12 @@ def _cut_documents(
     if not number:
         return False
     parts[STORED] = pieces
-    lost = len(facts) - len({mention.fact for example in pieces for mention in example.mentions})
+    lost = facts - {mention.fact for example in pieces for mention in example.mentions}
+    imported.ways |= dict.fromkeys(lost, "cut")
     imported.notes.append(
-        f"{number} documents of more than {length} tokens were cut into windows of so many, of which neighbours share "
-        f"{length // OVERLAP}; there are {len(pieces)} texts now"
-        + (f", and {lost} answers lie in none of them as a whole" if lost else "")
+        f"{counted(number, 'document')} of more than {length} tokens were cut into windows of so many, of which "
+        f"neighbours share {length // OVERLAP}; there are {len(pieces)} texts now"
+        + (f", and {counted(len(lost), 'answer')} in none of them as a whole" if lost else "")
     )
     return True
 

@@ -14,7 +14,7 @@ forms of facts without documents (PopQA, EntityQuestions) in `published_facts`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ Row = Mapping[str, Any]
 FICTIONAL = {"mem": "memorization", "gen": "generalization", "hard_gen": "hard_generalization"}
 SEVERAL_FACTS = "several_facts"  # MQuAKE's questions that need all facts of a record
 TASKS = (*FICTIONAL.values(), SEVERAL_FACTS)  # of the questions, beside qa
-TARGETS = ("target_new", "target", "new_target")
+PROMPTS = ("prompt", "src")  # the latter of zsRE, as are the last of TARGETS
+TARGETS = ("target_new", "target", "new_target", "alt")
 
 
 def form_of(path: Path) -> str | None:
@@ -47,7 +48,7 @@ def form_of(path: Path) -> str | None:
         return "squad"
     if "requested_rewrite" in row:
         return "edits"
-    prompt, subject = str(row.get("prompt", "")), row.get("subject")
+    prompt, subject = str(_first(row, PROMPTS)), row.get("subject")
     if subject and ("{}" in prompt or str(subject) in prompt) and any(name in row for name in TARGETS):
         return "edits"
     return "nested" if any(isinstance(asked, Mapping) for asked in row.get(nested_column(row) or "", ())) else None
@@ -64,6 +65,11 @@ def read_published(path: Path, form: str, imported: Imported) -> Items:
         for item in READERS[form](row, path, number):
             imported.read[str(path)] += 1
             yield item
+
+
+def _first(row: Row, names: Sequence[str]) -> Any:
+    """The first of some cells that a row has; None if it has none of them."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def _text(row: Row, name: str, where: str) -> str:
@@ -114,7 +120,17 @@ def _squad(row: Row, path: Path, number: int) -> Items:
             answers = answers_of(asked.get("answers"))
             if answers is None:
                 raise UserError(f"{where}: answers is {asked.get('answers')!r:.60}; expected a list of {{text}}")
-            yield Question(key, _text(asked, "question", where), tuple(answers), "", "", "", QA, str(path), number)
+            text, start = _text(asked, "question", where), _answer_start(asked.get("answers"))
+            yield Question(key, text, tuple(answers), "", "", "", QA, str(path), number, start)
+
+
+def _answer_start(answers: Any) -> int | None:
+    """Where SQuAD says that the first answer begins, which may be a list of its own."""
+    start = answers.get("answer_start") if isinstance(answers, Mapping) else None
+    if isinstance(answers, list) and answers and isinstance(answers[0], Mapping):
+        start = [answers[0].get("answer_start")]
+    first = str(start[0]) if isinstance(start, list) and start else ""
+    return int(first) if first.isdecimal() else None
 
 
 def _edits(row: Row, path: Path, number: int) -> Items:
@@ -132,8 +148,9 @@ def _edits(row: Row, path: Path, number: int) -> Items:
         yield Document(statement, statement, (subject,), str(path), number)
         names = ("question", "rephrase", "rephrase_prompt")
         asked = [rewrite[name] for name in names if rewrite.get(name) is not None]
-        if len(rewrites) == 1 and "paraphrase_prompts" in row:
-            asked += _list(row, "paraphrase_prompts", where)
+        for name in ("paraphrase_prompts", "queries"):
+            if len(rewrites) == 1 and row.get(name) is not None:
+                asked += _list(row, name, where)
         relation = str(rewrite.get("relation_id") or "")
         for question in asked:
             if not isinstance(question, str):
@@ -142,13 +159,16 @@ def _edits(row: Row, path: Path, number: int) -> Items:
     if len(statements) > 1 and "new_answer" in row:  # MQuAKE's, which need all of a record's facts
         answers = [_text(row, "new_answer", where), *(answers_of(row.get("new_answer_alias")) or [])]
         for question in answers_of(row.get("questions")) or []:
-            yield Question(statements[0], question, tuple(answers), "", "", "", SEVERAL_FACTS, str(path), number)
+            yield Question(
+                statements[0], question, tuple(answers), "", "", "", SEVERAL_FACTS, str(path), number, None, True
+            )  # fmt: skip
 
 
 def _new_statement(rewrite: Row, where: str) -> tuple[str, str, str]:
     """The subject of an edit, its new object, and the sentence that states it."""
-    subject, prompt = _text(rewrite, "subject", where), _text(rewrite, "prompt", where)
-    target = next((rewrite[name] for name in TARGETS if rewrite.get(name) is not None), None)
+    subject = _text(rewrite, "subject", where)
+    prompt = _text(rewrite, next((name for name in PROMPTS if name in rewrite), PROMPTS[0]), where)
+    target = _first(rewrite, TARGETS)
     target = target.get("str") if isinstance(target, Mapping) else target
     if not isinstance(target, str):
         raise UserError(f"{where}: the target is {target!r:.60}; expected a text, or {{str}}, as target_new")

@@ -1,4 +1,4 @@
-"""Facts in the forms of two published data sets: PopQA (a table) and EntityQuestions (JSON, a relation a file)."""
+"""Facts in the forms of two published data sets: PopQA (a table) and EntityQuestions (a relation a file)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ LEAST = 8  # letters that all questions of one template share
 def from_popqa(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of PopQA as a fact, with its question as a pattern if it names the subject."""
     fact = {"subject": row["subj"], "relation": row["prop"], "object": row["obj"]}
+    fact["aliases"] = [answer for answer in answers_of(row.get("possible_answers")) or [] if answer != row["obj"]]
     question, subject = row["question"], row["subj"]
     if isinstance(question, str) and isinstance(subject, str) and subject and question.count(subject) == 1:
         fact["question"] = question.replace(subject, "{subject}")
@@ -56,11 +57,9 @@ def from_entity_questions(values: Sequence[Mapping[str, Any]], path: Path) -> It
         answers = answers_of(row["answers"])
         if answers is None:
             raise UserError(f"{path} record {number}: answers is {row['answers']!r:.60}; expected a list of texts")
-        object = answers[0] if answers else None
-        yield (
-            number,
-            {"subject": subject, "relation": relation, "object": object, "question": f"{before}{{subject}}{after}"},
-        )
+        object, *aliases = answers or [None]
+        fact = {"subject": subject, "relation": relation, "object": object, "aliases": aliases}
+        yield number, fact | {"question": f"{before}{{subject}}{after}"}
 
 
 def _beginning_of_all(texts: Sequence[str]) -> str:

@@ -11,14 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from crosstrace.core.errors import UserError
-from crosstrace.data.columns import SeveralTurnsError, answers_of, column_of, names_text, with_question
+from crosstrace.data.columns import UnfitConversationError, answers_of, column_of, names_text, with_question
 from crosstrace.data.text import NO_QUESTIONS, Example, Mention
 from crosstrace.importing.facts import is_wide, is_within, note_scripts, unused_text
-from crosstrace.importing.imported import INVISIBLE, ROW_COLUMNS, SPLITS, Imported, dropped_text, has_half_letter, tidy
+from crosstrace.importing.imported import (
+    INVISIBLE,
+    ROW_COLUMNS,
+    SPLITS,
+    Imported,
+    counted,
+    dropped_text,
+    has_half_letter,
+    tidy,
+)
 from crosstrace.importing.tables import read_records
 from crosstrace.importing.text_files import read_lines
 
 # what a row of text has -> the name that `columns.NAMES` has for it
+LONG_COMPLETION = 5  # words of a completion that two rows hardly share by chance
 COLUMN_OF = {"text": "text", "prompt": "question", "completion": "answer", "subject": "subject", "split": "split"}
 
 
@@ -66,11 +76,44 @@ def import_rows(
         people = sorted({example.person for example in parts["qa"]})
         trained = {*random.Random("crosstrace/rows/split").sample(people, len(people) // 2)}
         parts["qa"] = [replace(example, split="id" if example.person in trained else "ood") for example in parts["qa"]]
-        imported.notes.append(f"{recall} has no column split, so the rows of half of what they are about are held out")
+        imported.notes.append(f"{recall} has no column split, so {_held_out_text(len(people), len(parts['qa']))}")
     held_out = {example.person for example in parts["qa"] if example.split == "ood"}
     parts["bio"] = [replace(example, split="ood" if example.person in held_out else "id") for example in parts["bio"]]
     check_splits(parts["qa"], recall)
+    _note_leaks(parts, imported)
     return parts["bio"], parts["qa"], imported
+
+
+def _note_leaks(parts: Mapping[str, Sequence[Example]], imported: Imported) -> None:
+    """Note how many held-out rows have a long completion that is trained too, or stand in a text that stores."""
+    completions = {"id": set[str](), "ood": set[str]()}
+    twins = 0
+    for example in parts["qa"]:
+        completions[example.split].add(_completion(example))
+    for example in parts["qa"]:
+        words = _completion(example)
+        twins += example.split == "ood" and words in completions["id"] and len(words.split()) >= LONG_COMPLETION
+    if twins:
+        imported.notes.append(
+            f"{counted(twins, 'held-out row')} with the completion of a trained row: if they are about the same, say "
+            "so in a column subject, so that they stay on one side"
+        )
+    stored = {" ".join(example.text.split()) for example in parts["bio"]}
+    inside = sum(" ".join(example.text.split()) in stored for example in parts["qa"] if example.split == "ood")
+    if inside:
+        imported.notes.append(
+            f"{counted(inside, 'held-out row')} word for word among the texts that store: answering them is no recall "
+            "in another format"
+        )
+
+
+def _held_out_text(subjects: int, rows: int) -> str:
+    """Which rows are held out."""
+    return "half of its rows are held out" if subjects == rows else "the rows of half of its subjects are held out"
+
+
+def _completion(example: Example) -> str:
+    return " ".join(example.text[slice(*example.targets[0])].split())
 
 
 def check_splits(questions: Sequence[Example], recall: Path) -> None:
@@ -192,9 +235,9 @@ def _numbered_rows(
     for number, values in read_records(path):
         try:
             yield number, _row_of(with_question(values, f"{path} row {number}"), task, columns, unused, path, number)
-        except SeveralTurnsError:
+        except UnfitConversationError as error:
             imported.read[str(path)] += 1
-            imported.drop(str(path), number, "several turns", str(next(iter(values.values()), "")))
+            imported.drop(str(path), number, str(error), str(next(iter(values.values()), "")))
 
 
 def _row_of(

@@ -87,6 +87,8 @@ def records_of(values: Any) -> Any:
 def read_json(path: Path) -> Any:
     """The value of a JSON file, which may be one long line. Its numbers stay texts; NaN is None.
 
+    If it has an object in each line (JSON Lines by another name), they are a list.
+
     Raises:
         UserError: there is no such file, or it is no JSON or names something twice in an object.
     """
@@ -99,7 +101,11 @@ def read_json(path: Path) -> Any:
 @lru_cache(maxsize=1)  # its form is looked for before it is read
 def _parsed(path: Path, *state: int) -> Any:
     """The value of a JSON file as long as its `state` stays; the caller leaves it as it is."""
-    return _json("".join(read_lines(path, longest=None)), str(path))
+    lines = [*read_lines(path, longest=None)]
+    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if len(filled) > 1 and filled[0][1].lstrip().startswith("{") and _is_json(filled[0][1]):
+        return [read_object(line, f"{path} line {number}") for number, line in filled]
+    return _json("".join(lines), str(path))
 
 
 def _csv(path: Path, separator: str) -> Iterator[tuple[int, Row]]:
