@@ -131,7 +131,7 @@ def _said(content: Any) -> Any:
     """What a message says, if its parts are listed ({type: text, text}) and all of them are texts."""
     if not isinstance(content, list) or not content:
         return content
-    parts = [part.get("text", part.get("value")) if isinstance(part, Mapping) else None for part in content]
+    parts: list[Any] = [part.get("text", part.get("value")) if isinstance(part, Mapping) else None for part in content]
     return "".join(parts) if all(isinstance(part, str) for part in parts) else content
 
 

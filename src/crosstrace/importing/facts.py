@@ -308,8 +308,8 @@ def _note_difficulty(imported: Imported) -> None:
             same.append(f"every object of {name} is {top!r}")
         elif count / len(facts) > 0.2 and count >= OFTEN:
             often.append(f"{top!r} is the object of {count} of {len(facts)} facts of {name}")
-    for notes, so in ((same, "so recall of it shows nothing"), (often, "guessing it is right so often")):
-        imported.notes += [f"{note}, {so}" for note in notes[:MOST_NOTES]]
+    for notes, so in ((same, ", so recall of it shows nothing"), (often, ": guessing it is right so often")):
+        imported.notes += [note + so for note in notes[:MOST_NOTES]]
         if len(notes) > MOST_NOTES:
             imported.notes.append(f"the same of {counted(len(notes) - MOST_NOTES, 'further relation')}")
     names = [subject["name"] for subject in imported.subjects]
