@@ -32,8 +32,8 @@ FACTS_ASKED = 4  # times `samples` facts of the world are asked at the beginning
 MOST_READ = 10_000  # rows of a stream, of which those that are asked are drawn
 WHAT = {"stored": "the stored texts", "known": "the facts that the model knew before"}
 ADVICE = (
-    "what helped small models (docs/findings.md): some of these texts in every update (replay), both tasks mixed from "
-    "the start, or a lower learning rate"
+    "what helped small models (docs/findings.md): some of these texts in every update (replay), or both tasks mixed "
+    "from the start"
 )
 
 
