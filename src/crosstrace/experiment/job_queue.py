@@ -68,10 +68,9 @@ def make_executor(executor: str, parameters: Mapping[str, Any], logs: Path) -> A
         made = submitit.AutoExecutor(folder=logs, cluster=executor)
         made.update_parameters(**(usual | dict(parameters)))
     except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
-        shared = ", ".join(sorted(submitit.AutoExecutor._typed_parameters()))
         raise UserError(
-            f"executor = {executor}: submitit says: {str(error).strip().splitlines()[0]}; its parameters are {shared}, "
-            "and those of a cluster, e.g. slurm_partition"
+            f"executor = {executor}: submitit says: {str(error).strip().splitlines()[0]}; its parameters are called "
+            "timeout_min, mem_gb, gpus_per_node, slurm_partition and so on"
         ) from None
     return made
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,12 +87,12 @@ def experiment_settings(
         values["strategies"] = _strategies(sizes, recalling, texts, steps, is_pretrained)
     elif not recalling:
         values["strategies"] = {"store": [_plain(phase) for phase in bio_only()]}
-    values |= deepcopy(PRETRAINED if is_pretrained else SMALL)
+    values |= PRETRAINED if is_pretrained else SMALL
     if kind == "documents":
         values |= {**DOCUMENTS, "eval": values.get("eval", {}) | DOCUMENTS["eval"]}
     if is_pretrained:
         longest = max(_tokens(item.text) for items in examples.values() for item in items)
-        values["trace"] |= {"batch": min(32, max(1, AT_ONCE // longest))}
+        values["trace"] = values["trace"] | {"batch": min(32, max(1, AT_ONCE // longest))}
         values["mechanism"] = values["mechanism"] | {"together": min(24, max(4, AT_ONCE // longest))}
     if kind == "rows":
         # Only the analysis of circuits needs neither both formats of a fact nor its subject, and for a pretrained model

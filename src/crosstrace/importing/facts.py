@@ -376,20 +376,22 @@ def _fold(name: str) -> str:
 def _rows(path: Path, patterns: Patterns, columns: Mapping[str, str], unused: dict[str, None]) -> Iterator[Source]:
     """The rows of a file of any kind. Its patterns are added to `patterns`, and its unused columns to `unused`."""
     kind = path.suffix.lower()
-    values: Any = None
-    if kind in (".json", ".jsonl") and path.is_file():
-        values = read_json(path) if kind == ".json" else [row for _, row in read_records(path)]
-    if is_entity_questions(values):
-        for number, fact in from_entity_questions(values, path):
-            yield Source(str(path), number, fact)
+    whole: Any = read_json(path) if kind == ".json" and path.is_file() else None
+    if kind == ".json" and not isinstance(records_of(whole), list):
+        yield from _relation_file(path, whole, patterns, unused)
         return
-    if kind == ".json" and not isinstance(records_of(values), list):
-        yield from _relation_file(path, values, patterns, unused)
-        return
+    rows: Iterable[tuple[int, Mapping[str, Any]]] = read_records(path)
+    if kind in (".json", ".jsonl"):
+        rows = [*rows]
+        records = [row for _, row in rows]
+        if is_entity_questions(records):
+            for number, fact in from_entity_questions(records, path):
+                yield Source(str(path), number, fact)
+            return
     names: dict[str, str] = {}
     data_set = data_set_of(path)
     relation = tidy(data_set[0].name if data_set else path.stem)
-    for number, values in read_records(path):
+    for number, values in rows:
         if not columns and values.keys() >= {*POPQA}:
             yield Source(str(path), number, from_popqa(values))
             continue

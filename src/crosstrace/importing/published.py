@@ -22,7 +22,7 @@ from crosstrace.core.errors import UserError
 from crosstrace.data.columns import answers_of, names_text, nested_column
 from crosstrace.importing.documents import QA, Document, Question
 from crosstrace.importing.imported import Imported
-from crosstrace.importing.tables import read_records
+from crosstrace.importing.tables import first_record, read_records
 
 Items = Iterator[Document | Question]
 Row = Mapping[str, Any]
@@ -41,7 +41,7 @@ def form_of(path: Path) -> str | None:
     """
     if path.suffix.lower() not in (".json", ".jsonl", ".parquet") or not path.is_file():
         return None
-    row = next((row for _, row in read_records(path)), {})
+    row = first_record(path)
     if "train_context" in row:
         return "fictional"
     if "paragraphs" in row or ("context" in row and "qas" in row):
@@ -160,7 +160,8 @@ def _edits(row: Row, path: Path, number: int) -> Items:
         answers = [_text(row, "new_answer", where), *(answers_of(row.get("new_answer_alias")) or [])]
         for question in answers_of(row.get("questions")) or []:
             yield Question(
-                statements[0], question, tuple(answers), "", "", "", SEVERAL_FACTS, str(path), number, None, True
+                statements[0], question, tuple(answers), "", "", "", SEVERAL_FACTS, str(path), number,
+                needs_several=True,
             )  # fmt: skip
 
 

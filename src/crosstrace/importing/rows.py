@@ -86,20 +86,16 @@ def import_rows(
 
 def _note_leaks(parts: Mapping[str, Sequence[Example]], imported: Imported) -> None:
     """Note how many held-out rows have a long completion that is trained too, or stand in a text that stores."""
-    completions = {"id": set[str](), "ood": set[str]()}
-    twins = 0
-    for example in parts["qa"]:
-        completions[example.split].add(_completion(example))
-    for example in parts["qa"]:
-        words = _completion(example)
-        twins += example.split == "ood" and words in completions["id"] and len(words.split()) >= LONG_COMPLETION
+    trained = {_completion(example) for example in parts["qa"] if example.split == "id"}
+    held_out = [example for example in parts["qa"] if example.split == "ood"]
+    twins = sum(words in trained and len(words.split()) >= LONG_COMPLETION for words in map(_completion, held_out))
     if twins:
         imported.notes.append(
             f"{counted(twins, 'held-out row')} with the completion of a trained row: if they are about the same, say "
             "so in a column subject, so that they stay on one side"
         )
     stored = {" ".join(example.text.split()) for example in parts["bio"]}
-    inside = sum(" ".join(example.text.split()) in stored for example in parts["qa"] if example.split == "ood")
+    inside = sum(" ".join(example.text.split()) in stored for example in held_out)
     if inside:
         imported.notes.append(
             f"{counted(inside, 'held-out row')} word for word among the texts that store: answering them is no recall "

@@ -22,6 +22,7 @@ from dataclasses import fields
 from datetime import date, time
 from decimal import Decimal
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,12 @@ def read_records(path: Path) -> Iterator[tuple[int, Row]]:
         if not isinstance(value, dict):
             raise UserError(f"{path} record {number} is {value!r:.60}; expected an object")
         yield number, value
+
+
+def first_record(path: Path) -> Row:
+    """The first record of a file, as `read_records`, without reading a Parquet file as a whole; {} if it has none."""
+    records = _parquet(path, most=1) if path.suffix.lower() == ".parquet" else read_records(path)
+    return next((row for _, row in records), {})
 
 
 def records_of(values: Any) -> Any:
@@ -242,14 +249,20 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _parquet(path: Path, classes: Mapping[str, Sequence[str]] | None = None) -> Iterator[tuple[int, Row]]:
+def _parquet(
+    path: Path, classes: Mapping[str, Sequence[str]] | None = None, most: int | None = None
+) -> Iterator[tuple[int, Row]]:
+    """The numbered rows of a Parquet file; the first `most` of them if given."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         # (`read_table` would add columns, and guess their types, from folders named like year=1998)
         with pyarrow.parquet.ParquetFile(path) as file:
-            table = file.read()
+            if most is None:
+                table = file.read()
+            else:
+                table = pyarrow.Table.from_batches(islice(file.iter_batches(most), 1), file.schema_arrow)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} can't be read as Parquet: {str(error).splitlines()[0]}") from None
     _check_once(path, table.column_names, "in its schema")
