@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import re
 import shutil
@@ -205,6 +206,8 @@ def test_settings_suit_the_length_of_the_documents(tmp_path):
     assert short.weights == long.weights == {"qa": 0.1}
     assert found[20].trace.batch == 1 < found[1].trace.batch < 32
     assert found[20].mechanism.together == 4 < found[1].mechanism.together < 24
+    assert found[20].mechanism.signature == 8, "whole texts go through the model 32 times for each"
+    assert found[1].threads == min(16, os.cpu_count()), "one process, so it has all cores"
 
 
 def test_what_cannot_be_kept_is_dropped_and_counted(tmp_path):
@@ -825,6 +828,41 @@ def test_an_answer_stands_where_squad_says(tmp_path):
     first, second = tasks(tmp_path)["documents"]
     assert sorted(mention.object[0] for mention in first.mentions) == sorted([*starts[1:], starts[1]])
     assert [mention.object[0] for mention in second.mentions] == [7]
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet", ".csv"])
+def test_rows_of_a_question_its_document_and_where_the_answer_stands(ending, tmp_path):
+    """SQuAD as the hub has it: a row for each question; in a CSV the start has a column."""
+    text, rows = "Lyon was old. Ada Brook was born in Lyon, and left Lyon.", []
+    starts = [match.start() for match in re.finditer("Lyon", text)]
+    for number, (context, title, start) in enumerate(
+        [(text, "Ada_Brook", starts[1]), (text, "Ada_Brook", starts[2]), ("He saw Lyon, then Lyon.", "Bo", 18)]
+    ):
+        cells = {"id": str(number), "title": title, "context": context, "question": f"What about it, {number}?"}
+        if ending == ".csv":
+            rows.append({**cells, "answer": "Lyon", "answer_start": str(start)})
+        else:
+            rows.append({**cells, "answers": {"text": ["Lyon", "old Lyon"], "answer_start": [start, 2]}})
+    path = tmp_path / f"squad{ending}"
+    if ending == ".json":
+        path.write_text(json.dumps({"data": rows}))
+    elif ending == ".jsonl":
+        jsonl(path, rows)
+    elif ending == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([[*rows[0]], *(row.values() for row in rows)])
+    found = imported(tmp_path, path)
+    assert_counts_add_up(tmp_path)
+    assert not any("answer_start" in note for note in found.notes)
+    first, second = tasks(tmp_path)["documents"]
+    assert sorted(mention.object[0] for mention in first.mentions) == starts[1:]
+    assert [mention.object[0] for mention in second.mentions] == [18]
+    as_questions = [(item.text, item.aliases) for item in tasks(tmp_path)["qa"]]
+    for option in ("questions", "documents"):
+        commands.main(["import", f"--{option}", str(path), str(tmp_path / "own"), "--overwrite"])
+        assert [(item.text, item.aliases) for item in tasks(tmp_path)["qa"]] == as_questions
 
 
 def test_json_lines_by_the_name_of_json(tmp_path):

@@ -13,10 +13,10 @@ from imported_files import CITIES, imported, refused, source_settings, table, wo
 
 from crosstrace.cli import commands
 from crosstrace.core.errors import UserError
-from crosstrace.core.files import read_json
+from crosstrace.core.files import read_json, write_json
 from crosstrace.data.text import NO_QUESTIONS, texts
 from crosstrace.data.tokens import encode
-from crosstrace.experiment import config, pipeline
+from crosstrace.experiment import compare, config, pipeline
 from crosstrace.models import untaught
 from crosstrace.planning import plan
 from crosstrace.results.results import Results
@@ -171,6 +171,43 @@ def taught(tmp_path: Path, **settings: str) -> dict[str, Any]:
     return pipeline.run(config.override(experiment, changes), tmp_path / "run", quiet=True).as_values()
 
 
+def test_documents_with_questions_from_file_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Windows, texts that answer nothing, the mechanism and the aligned share; and a comparison on the same import."""
+    rows = []
+    for n in range(12):
+        born = f"Person {n} was born in the town of Town{n} in the year {1900 + n}."
+        asked = [{"question": f"Where was Person {n} born?", "answer": f"Town{n}"},
+                 {"question": f"When was Person {n} born?", "answer": str(1900 + n) if n else "unknown"}]  # fmt: skip
+        rows.append({"title": f"Person {n}", "text": born + f" Nothing else is known of {n}." * 25, "questions": asked})
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = untaught.NewModelSettings(width=16, heads=2, layers=1, neurons=32, vocabulary=300)
+    untaught.new_model(tmp_path / "model", [row["text"] for row in rows], options)
+    given = ["--documents", tmp_path / "documents.jsonl", "--model", tmp_path / "model", "--window", "100"]
+    commands.main(["import", str(tmp_path / "own"), *map(str, given)])
+    printed = capsys.readouterr().out
+    parts = "[gradients, representations, signature, positions]"
+    (tmp_path / "later.txt").write_text("".join(f"The lamp of house {n} is lit.\n" for n in range(20)))
+    found = taught(
+        tmp_path, **{"mechanism.run": "true", "mechanism.parts": parts, "mechanism.facts": "4"},
+        **{"retention.run": "true", "retention.text": str(tmp_path / "later.txt"), "retention.steps": "2"},
+        strategies="{both: [{name: both, batch: {documents: 2, qa: 4, unasked: 1}, steps: 2}]}",
+    )  # fmt: skip
+    assert found["import"]["answers"] == {"exact": 23, "unaligned": 1} and not found["left_out"]
+    assert found["run"]["facts"] == {}, "none was drawn"
+    assert all(found["mechanism"][part]["both"] for part in ("gradients", "representations", "signature", "positions"))
+    assert found["retention"]["both"]
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    for text in ("answers in their document, word for word", "23 (95.8%)"):
+        assert text in printed and text in page
+    assert "1 of 24 answers do not stand in their document (4%)" in page and "Facts</" not in page
+    compared = [compare.comparison("model", ["other"], str(tmp_path / name)) for name in ("own", "run")]
+    for made, folder in zip(compared, (tmp_path / "own", tmp_path / "run" / "data")):
+        assert made.roles.outcome == "qa_ood"
+        assert {name: Path(task.source) for name, task in made.tasks.items()} == {
+            name: folder / f"{name}.jsonl" for name in ("documents", "qa", "unasked")
+        }
+
+
 def numbered_rows(tmp_path: Path, store: int, recall: int, splits: tuple[str, ...]) -> dict[str, Path]:
     """So many lines that store and rows that recall, the latter's splits by turns; none names a subject."""
     (tmp_path / "store.txt").write_text("".join(f"The key {n} is under mat {n}.\n" for n in range(store)))
@@ -181,7 +218,12 @@ def numbered_rows(tmp_path: Path, store: int, recall: int, splits: tuple[str, ..
 
 def test_rows_without_subjects_spread_over_the_traces_parts(tmp_path: Path) -> None:
     imported(tmp_path, rows=numbered_rows(tmp_path, 8, 16, ("ood", "id")))
+    about = read_json(tmp_path / "own" / "import.json")
+    for file in about["files"].values():
+        file["sha256"] = None  # as of a data set on the hub
+    write_json(tmp_path / "own" / "import.json", about)
     found = taught(tmp_path)
+    assert [file["sha256"] for file in found["import"]["files"].values()] == [None, None]
     assert {row["when"] for row in found["shared"]["both"]} == {"online", "final"}
     assert all(row["parts"] == 2 for row in found["shared"]["both"])
 

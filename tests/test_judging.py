@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tiny_models import tiny_base
 from crosstrace.core.errors import UserError
 from crosstrace.experiment import config, pipeline
 from crosstrace.results.results import Results
+from crosstrace.training import judging
 from crosstrace.training.evaluation import recall
 from crosstrace.training.judging import continued, has_answer, judge, normalized, prompt, speak, token_f1
 
@@ -75,6 +77,22 @@ def test_what_is_said_is_greedy_and_does_not_depend_on_the_batch():
                 break
             written.append(following)
         assert text == WORDS.decode(written[len(ids) :], skip_special_tokens=True).strip()
+
+
+def test_what_is_said_ends_with_the_turn_of_a_conversation(monkeypatch):
+    """Where a turn's last token is not the tokenizer's end token, as Gemma's <end_of_turn>."""
+    model, items = _taught(), QA[:20]
+    prompts = [prompt(item) for item in items]
+    said = continued(model, WORDS, prompts, 6)
+    turn = next(WORDS.convert_tokens_to_ids(text.split()[1]) for text in said if len(text.split()) > 2)
+    cut = [text.split(WORDS.decode([turn]))[0].strip() for text in said]
+    assert cut != said and continued(model, WORDS, prompts, 6, ends=[turn]) == cut
+    told = []
+    monkeypatch.setattr(judging, "continued", lambda *args: told.append(args[-1]) or [""] * len(items))
+    ended = [replace(item, ids=torch.cat([item.ids[:-1], torch.tensor([turn])])) for item in items]
+    for added in ({}, {turn: "<turn>"}):
+        speak(model, SimpleNamespace(added_tokens_decoder=added), ended, 6, 4096)
+    assert told == [set(), {turn}], "a word that happens to end the questions ends nothing"
 
 
 def test_right_token_by_token_is_right_in_words():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -148,6 +149,23 @@ def test_a_study_in_which_nobody_recalls_has_a_report(tmp_path: Path) -> None:
              "compare": [], "hours": 0.0, "peak_gib": 0.0}  # fmt: skip
     found = StudyResults.of({"prediction": summary.prediction(rows), "study": about})
     assert "nothing to predict" in prediction(found, rows).absent
+
+
+def test_a_point_of_a_study_says_which_model_it_is() -> None:
+    from crosstrace.experiment import summary
+    from crosstrace.experiment.study_page import prediction
+
+    rows = [
+        {"setting": f"s{d}", "seed": 7, "strategy": name, "recall.qa_ood": 0.1 * d + (name == "mixed") * 0.2,
+         "logprob.bio": -1.0 * d - (name == "mixed")}
+        for d in range(5) for name in ("mixed", "two_stage")
+    ]  # fmt: skip
+    about = {"name": "x", "runs": 10, "seeds": [7], "settings": {row["setting"]: {} for row in rows}, "strategies": {},
+             "compare": ["mixed", "two_stage"], "hours": 0.0, "peak_gib": 0.0}  # fmt: skip
+    found = StudyResults.of({"prediction": summary.prediction(rows), "study": about})
+    (plot,) = [block for block in prediction(found, rows).blocks if hasattr(block, "panels")]
+    titles = re.findall(r"<title>(.*?)</title>", "".join(plot.panels))
+    assert sum("s3, seed 7" in title for title in titles) == 2 and len(titles) >= 10
 
 
 def test_strategies_to_compare_are_those_that_every_run_has() -> None:

@@ -9,10 +9,13 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -37,6 +40,28 @@ def run(*words: object, folder: Path) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([*map(str, words)], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
     return done
+
+
+def link_dependencies(site: Path) -> None:
+    """Link what crosstrace depends on, and nothing else, from this environment into another's packages."""
+    found: dict[str, metadata.Distribution] = {}
+    names = ["crosstrace"]
+    while names:
+        name = names.pop()
+        if canonicalize_name(name) in found:
+            continue
+        try:
+            found[canonicalize_name(name)] = part = metadata.distribution(name)
+        except metadata.PackageNotFoundError:  # of another platform, or of torch's builds for GPUs
+            continue
+        wanted = map(Requirement, part.requires or ())
+        names += [each.name for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})]
+    del found["crosstrace"]
+    here = Path(sysconfig.get_path("purelib"))
+    for part in found.values():
+        for top in {file.parts[0] for file in part.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            if not (site / top).exists():
+                (site / top).symlink_to(here / top)
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +109,12 @@ def test_it_runs_in_an_empty_environment_elsewhere(wheel: Path, tmp_path: Path) 
         wheel,
         folder=tmp_path,
     )
-    # What crosstrace depends on comes from here; a .pth file adds no .pth files, such as that of these sources.
     site = Path(sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)}))
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    link_dependencies(site)
+    (missing,) = run(
+        python, "-c", "import importlib.util as u; print(u.find_spec('pytest'))", folder=tmp_path
+    ).stdout.split()
+    assert missing == "None", "only what the wheel asks for is there"
     command = home / "bin" / "crosstrace"
     found = run(python, "-c", "import crosstrace; print(crosstrace.__file__)", folder=tmp_path).stdout.strip()
     assert Path(found).is_relative_to(site)

@@ -86,6 +86,19 @@ def answers_of(value: Any) -> list[str] | None:
     return texts if all(isinstance(text, str) for text in texts) else None
 
 
+def answer_start(row: Mapping[str, Any], column: str) -> int | None:
+    """Where in its document a row says that its first answer begins, in characters: SQuAD's `answer_start`.
+
+    It stands in the answers' cell, beside the texts as a list of its own or with each text, or in a column.
+    """
+    answers = row.get(column)
+    if isinstance(answers, list) and answers:
+        answers = answers[0]
+    start = (answers if isinstance(answers, Mapping) else row).get("answer_start")
+    first = str(start[0] if isinstance(start, list) and start else start)
+    return int(first) if first.isdecimal() else None
+
+
 def with_question(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """A row whose conversation (`messages` or `conversations`), or instruction and input, became question and answer.
 

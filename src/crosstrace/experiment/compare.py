@@ -32,8 +32,8 @@ def comparison(base: str, tuned: Sequence[str], tasks: str) -> Experiment:
     Args:
         base: `bundled`, a folder or a hub name.
         tuned: the same, or a folder with an adapter. NAME=MODEL gives the model a name of its own.
-        tasks: the folder of a run, or one with bio.jsonl and qa.jsonl, as `crosstrace data` and `crosstrace import`
-            write them. Its examples are taken.
+        tasks: the folder of a run or of an import, or one with bio.jsonl and qa.jsonl in the form that `crosstrace
+            data` writes. Its examples are taken.
 
     Raises:
         UserError: two models have one name, or the folder holds no tasks.
@@ -48,28 +48,32 @@ def comparison(base: str, tuned: Sequence[str], tasks: str) -> Experiment:
     experiment = Experiment(
         name="compare", model=ModelSettings(name=base), strategies={}, given=given, trace=TraceSettings(online=False)
     )
-    run = _run_of_other_tasks(folder)
-    if run is None:
+    given_tasks = _other_tasks(folder)
+    if given_tasks is None:
         return replace(experiment, facts=tasks_in(folder, base))
+    of, texts_folder = given_tasks
     return replace(
         experiment,
-        facts=run.facts if run.facts.source is None else replace(run.facts, source=str(folder / "data")),
+        facts=of.facts if of.facts.source is None else replace(of.facts, source=str(texts_folder)),
         tasks={
-            name: replace(task, source=str(folder / "data" / f"{name}.jsonl"), held_out=task.is_split)
-            for name, task in run.tasks.items()
+            name: replace(task, source=str(texts_folder / f"{name}.jsonl"), held_out=task.is_split)
+            for name, task in of.tasks.items()
         },
-        outcome=run.outcome,
-        analysis=AnalysisSettings(tasks=run.analysis.tasks),
+        outcome=of.outcome,
+        analysis=AnalysisSettings(tasks=of.analysis.tasks),
     )
 
 
-def _run_of_other_tasks(folder: Path) -> Experiment | None:
-    """The settings of a run with tasks of its own; `None` for biographies and questions, and for any other folder."""
-    saved = folder / "config.yaml"
-    if not saved.is_file():
-        return None
-    run = config.load(saved)
-    return None if run.tasks == default_tasks() else run
+def _other_tasks(folder: Path) -> tuple[Experiment, Path] | None:
+    """The settings of a run or import with tasks of its own, and the folder with their texts.
+
+    `None` for biographies and questions, and for any other folder.
+    """
+    for saved, texts_folder in ((folder / "config.yaml", folder / "data"), (folder / "experiment.yaml", folder)):
+        if saved.is_file():
+            experiment = config.load(saved)
+            return None if experiment.tasks == default_tasks() else (experiment, texts_folder)
+    return None
 
 
 def named(text: str) -> tuple[str, str]:

@@ -240,7 +240,7 @@ def _run_info(run: Run, experiment: Experiment, metadata: Mapping[str, Any]) -> 
         "architecture": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seed": experiment.facts.seed,
-        "facts": asdict(experiment.facts),
+        "facts": asdict(experiment.facts) if any(task.is_of_world for task in experiment.tasks.values()) else {},
         "tasks": experiment.roles.as_values(),
         "compare": [[*pair] for pair in experiment.pairs],
         "words": dict(experiment.words),

@@ -165,10 +165,20 @@ def facts_key(facts: FactSettings) -> dict[str, Any]:
     return key | {"content": {file.name: sha256_file(file) for file in files if file.is_file()}}
 
 
+def import_folder(experiment: Experiment) -> Path | None:
+    """The folder with the user's own facts, or with the file of the first task that stores; None if there is none."""
+    if experiment.facts.source is not None:
+        return expanded(experiment.facts.source)
+    stored = experiment.tasks.get(experiment.roles.stored)
+    return None if stored is None or stored.is_of_world else expanded(stored.source).parent
+
+
 def tasks_key(tasks: Mapping[str, TaskSettings]) -> dict[str, Any]:
-    """The tasks' settings and the content of their files."""
+    """The tasks' settings and the content of their files, and of what an import says of them."""
     files = {name: expanded(task.source) for name, task in tasks.items() if not task.is_of_world}
     content = {name: sha256_file(file) for name, file in files.items() if file.is_file()}
+    imports = {str(Path(tasks[name].source).parent): file.parent / "import.json" for name, file in files.items()}
+    content |= {folder: sha256_file(file) for folder, file in imports.items() if file.is_file()}
     return {"settings": {name: asdict(task) for name, task in tasks.items()}, "content": content}
 
 

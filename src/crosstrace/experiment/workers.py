@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from crosstrace.core import machine
 from crosstrace.core.chains import done_by
 from crosstrace.core.errors import UserError
 from crosstrace.core.parents import start_worker
@@ -118,6 +119,7 @@ def _do(studied: StudiedModel, name: str) -> None:
     """Do a stage for a model, or the part that `studied.part` names."""
     run, stage = studied.run, all_stages()[name]
     torch.set_num_threads(studied.experiment.threads)
+    machine.give_back()  # what the stages before this one needed
     if stage.asks and not asks_something(run, studied.experiment):
         raise UserError(f"{name} has nothing to ask: {NO_QUESTIONS}")
     if stage.is_shared:

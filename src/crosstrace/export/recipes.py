@@ -46,6 +46,7 @@ class Recipe:
         taught: the training examples of each task.
         watched: the examples of each part that tells what a model knows.
         in_bf16: whether the run trained in bf16 on a GPU.
+        precision: of the run's training.
     """
 
     experiment: Experiment
@@ -54,6 +55,7 @@ class Recipe:
     taught: Mapping[str, Sequence[Encoded]]
     watched: Mapping[str, Sequence[Encoded]]
     in_bf16: bool
+    precision: str
 
     @cached_property
     def rows(self) -> dict[str, list[TrainingRow]]:
@@ -137,7 +139,7 @@ def export_recipe(
     }  # fmt: skip
     with new_folder(folder, overwrite) as partial:
         base = _put_base(recipe.experiment, partial)
-        card |= {"base": base, "bf16": recipe.in_bf16}
+        card |= {"base": base, "bf16": recipe.in_bf16, "precision": recipe.precision}
         card["phases"] = [_write_phase(recipe, index, form, base, partial) for index in range(len(recipe.phases))]
         if form == "llamafactory":
             columns = {"prompt": "instruction", "response": "output"}
@@ -164,7 +166,8 @@ def _read_recipe(run: Run, experiment: Experiment, strategy: str | None) -> Reci
     parts = examples(run, experiment, tokenizer, known=None if experiment.eval.known else 0)
     taught = training_examples(parts, experiment.roles) | replayable(parts)
     watched = {part: parts[part] for part in parts if parts[part] and part in experiment.roles.parts}
-    return Recipe(experiment, name, tokenizer, taught, watched, _trains_in_bf16_on_gpu(run, experiment))
+    in_bf16, precision = _trains_in_bf16_on_gpu(run, experiment), read_json(run.path("metadata.json"))["precision"]
+    return Recipe(experiment, name, tokenizer, taught, watched, in_bf16, precision)
 
 
 def row_of(item: Encoded, targets: str = "train", begin: str = "") -> TrainingRow:
@@ -316,6 +319,8 @@ def _readme(card: dict[str, Any], folder: str | Path) -> str:
             f"- {same['same']} of {same['of']} texts are tokenized and learned token by token as in the run"
             + (f"; the first that is not is {same['first_other']}." if same["first_other"] else ".")
         ]
+    if card["precision"] == "bf16" and not card["bf16"]:
+        lines += ["- The run trained in bf16 autocast on a CPU; these settings train in float32."]
     if trainer and trainer.note_on_bf16 and card["bf16"]:
         lines += [f"- {trainer.note_on_bf16}"]
     watch = ", ".join(f"{part} ({count})" for part, count in card["watch"].items())

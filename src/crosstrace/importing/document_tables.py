@@ -16,6 +16,7 @@ from crosstrace.core.errors import UserError
 from crosstrace.data.columns import (
     NAMES,
     UnfitConversationError,
+    answer_start,
     answers_of,
     column_of,
     names_text,
@@ -170,12 +171,12 @@ class _Reader:
                 raise UserError(f"{where}: {name} is {row.get(name or '')!r:.60}; expected a text or a list of texts")
             answers += listed
         split = _cell(row, cells["split"], where).strip().lower()
-        self._note_unused(row, cells.values())
+        self._note_unused(row, [*cells.values(), "answer_start"])
         subject = next(iter(_names(row, cells["subject"])), "")
         relation = _cell(row, cells["relation"], where).strip()
-        question = _cell(row, cells["question"], where)
+        question, start = _cell(row, cells["question"], where), answer_start(row, cells["answer"] or "")
         return Question(
-            document, question, tuple(answers), subject, relation, ENDS.get(split, split), QA, file, number
+            document, question, tuple(answers), subject, relation, ENDS.get(split, split), QA, file, number, start
         )  # fmt: skip
 
     def _column(self, what: str, row: Row, where: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ PRETRAINED: dict[str, Any] = {
     "analysis": {"central_fractions": [0.01, 0.05, 0.2]},
     "interventions": {"fractions": [0.05, 0.2], "seeds": 1, "questions": 90},
     "mechanism": {"parts": ["gradients", "representations", "lens"], "facts": 48, "together": 24, "draws": 1},
-    "jobs": 1,
+    "jobs": 1,  # two of them would need twice the memory
 }
 # With the weight of the texts that store, questions are learned by heart before there is anything to retrieve.
 QUESTIONS_WEIGHT = 0.1
@@ -56,6 +57,7 @@ MOST_TEXTS = 96  # texts that store in an update
 PASSES = 13  # how often each text that stores is seen
 UPDATE = 2000  # tokens of the texts that store in an update
 AT_ONCE = 3200  # tokens whose activations a pretrained model holds at once while it is traced
+MOST_THREADS = 16  # more of them help little
 BYTES = 4  # of text, in a token of most tokenizers
 
 
@@ -87,13 +89,15 @@ def experiment_settings(
         values["strategies"] = _strategies(sizes, recalling, texts, steps, is_pretrained)
     elif not recalling:
         values["strategies"] = {"store": [_plain(phase) for phase in bio_only()]}
-    values |= PRETRAINED if is_pretrained else SMALL
+    values |= PRETRAINED | {"threads": min(MOST_THREADS, os.cpu_count() or 1)} if is_pretrained else SMALL
     if kind == "documents":
         values |= {**DOCUMENTS, "eval": values.get("eval", {}) | DOCUMENTS["eval"]}
     if is_pretrained:
         longest = max(_tokens(item.text) for items in examples.values() for item in items)
         values["trace"] = values["trace"] | {"batch": min(32, max(1, AT_ONCE // longest))}
         values["mechanism"] = values["mechanism"] | {"together": min(24, max(4, AT_ONCE // longest))}
+        if kind == "documents":  # each of these facts takes 32 passes through the model
+            values["mechanism"]["signature"] = min(24, max(8, 2 * texts))
     if kind == "rows":
         # Only the analysis of circuits needs neither both formats of a fact nor its subject, and for a pretrained model
         # it takes hours.

@@ -402,7 +402,8 @@ def _rows(path: Path, patterns: Patterns, columns: Mapping[str, str], unused: di
                 raise UserError(
                     f"{path} has no column {names[name]!r} in row {number}; it has {names_text(values)}. Expected "
                     "subject, relation and object, or name yours, e.g. --subject NAME; a file of documents or of "
-                    "questions about them is named with --documents or --questions, one of texts with --store"
+                    "questions about them is named with --documents or --questions; texts that are no facts, and "
+                    "conversations, with --store and --recall"
                 )
         if names["relation"] not in values:
             row["relation"] = relation

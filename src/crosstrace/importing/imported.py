@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-LONG = 200  # characters of a name: more is a text
+from crosstrace.results.imported import LONG, REASONS
+
 COLUMNS = ("subject", "relation", "object", "type", "pronoun", "split", "statement", "question")  # of facts
 ROW_COLUMNS = ("text", "prompt", "completion", "subject", "split")  # of rows of text
 ROWS = ("store", "store-completions", "recall", "recall-completions")  # files of rows of text
@@ -19,29 +20,6 @@ Patterns = dict[str, dict[str, dict[str, None]]]
 INVISIBLE = re.compile(
     "[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"
 )
-
-REASONS = {
-    "empty": "an empty subject, relation or object, document, question or completion",
-    "not a text": "a value that is neither text nor a number nor a date, e.g. a list, a truth value or bytes",
-    "too long": f"a subject, relation or object of more than {LONG} characters",
-    "control": "characters that control the text's direction or a terminal",
-    "not Unicode": "half a surrogate pair, which no file can hold",
-    "duplicate": "said before",
-    "contradiction": "another object for a subject and relation, or another completion for a prompt, than before",
-    "answer in the prompt": "the object stands in the subject's name or type, so the question gives it away",
-    "other split": "a split other than id and ood",
-    "no words": "a subject, relation or object without a word",
-    "too long for the model": "a text of more tokens than the model of --model can read",
-    "known to the model": "a fact that the model of --model says by itself, in one of its wordings",
-    "one word": "a text of one word, in which nothing is predicted",
-    "no answer": "a question without an answer",
-    "no document": "a question about a document that is not there, or was dropped",
-    "asked before": "a question that was there before, with another answer",
-    "same name": "another text under the name of an earlier document",
-    "one split": "a question of a task whose questions are all trained, or all held out",
-    "several turns": "a conversation of several questions and answers",
-    "other roles": "a conversation with roles beside a system, a user and an assistant, e.g. calls of tools",
-}
 
 
 @dataclass(frozen=True)

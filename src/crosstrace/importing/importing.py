@@ -33,23 +33,15 @@ from crosstrace.importing.document_tables import read_tables
 from crosstrace.importing.documents import QA, STORED, UNASKED, cut_to_windows, make_examples, set_unasked_apart
 from crosstrace.importing.experiment_settings import Kind, experiment_settings, leave_out_facts
 from crosstrace.importing.facts import import_facts
-from crosstrace.importing.imported import REASONS, Imported, counted
+from crosstrace.importing.imported import Imported, counted
 from crosstrace.importing.rows import check_splits, import_rows
 from crosstrace.importing.tables import data_set_of
 from crosstrace.models import loading, locating
+from crosstrace.results.imported import REASONS, answers_in_words
 
 TASKS = ("bio", QA, STORED, UNASKED, *published.TASKS)  # those that an import may write
 OVERLAP = 8  # two neighbouring windows share one part in so many
 SPECIAL_TOKENS = 4  # tokens kept free in a window: a piece of a text may have a few more tokens than in the text
-IN_WORDS = {
-    "exact": "in their document, word for word",
-    "case": "in their document, in another case",
-    "accents": "in their document, with other accents or quotes",
-    "form": "in their document, as another form of the words, number or date",
-    "unaligned": "not in their document",
-    "several": "of several facts, which no document has alone",
-    "cut": "in no window of their document as a whole",
-}
 WRITTEN = ("world.json", "import.json", "dropped.csv", "experiment.yaml", *(f"{task}.jsonl" for task in TASKS))
 
 
@@ -173,7 +165,8 @@ def _read_documents(files: DocumentFiles, columns: Mapping[str, str]) -> tuple[d
         items = published.read_published(files.documents, form, imported)
     else:
         keys = (files.key, files.question_key or files.key) if files.key else None
-        items = read_tables(files.documents, files.questions, keys, columns, imported)
+        of_documents, of_questions = (None, files.documents) if form == "flat" else (files.documents, files.questions)
+        items = read_tables(of_documents, of_questions, keys, columns, imported)
     return make_examples(items, imported), imported
 
 
@@ -351,9 +344,7 @@ def counts_text(imported: Imported) -> str:
     rows = [["rows read", str(counts["read"])], ["rows kept", str(counts["kept"])]]
     rows += [[f"dropped: {REASONS[reason]}", str(number)] for reason, number in counts["dropped"].items()]
     rows += [["subjects", str(counts["subjects"])]] if counts["subjects"] else []
-    for way in IN_WORDS:
-        if number := imported.answers[way]:
-            rows.append([f"answers {IN_WORDS[way]}", f"{number} ({number / imported.answers.total():.1%})"])
+    rows += map(list, answers_in_words(imported.answers))
     rows += [[f"relation {name}", str(number)] for name, number in counts["relations"].items()]
     return "\n".join([aligned(rows), *(f"note: {note}" for note in imported.notes)])
 

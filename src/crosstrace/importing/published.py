@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstrace.core.errors import UserError
-from crosstrace.data.columns import answers_of, names_text, nested_column
+from crosstrace.data.columns import NAMES, answer_start, answers_of, names_text, nested_column
 from crosstrace.importing.documents import QA, Document, Question
 from crosstrace.importing.imported import Imported
 from crosstrace.importing.tables import first_record, read_records
@@ -32,16 +32,24 @@ SEVERAL_FACTS = "several_facts"  # MQuAKE's questions that need all facts of a r
 TASKS = (*FICTIONAL.values(), SEVERAL_FACTS)  # of the questions, beside qa
 PROMPTS = ("prompt", "src")  # the latter of zsRE, as are the last of TARGETS
 TARGETS = ("target_new", "target", "new_target", "alt")
+PASSAGES = ("context", "document", "passage", "article")  # columns that hold a document beside its question
+KINDS = (".json", ".jsonl", ".parquet", ".csv", ".tsv")
 
 
 def form_of(path: Path) -> str | None:
-    """The form of a JSON, JSONL or Parquet file that holds documents with questions; None if it has none.
+    """The form of a file of documents with questions; None if it has none, or can have none.
 
-    It is of READERS, or `nested`: a table whose rows have a document and a list of its questions.
+    It is of READERS; or `nested`: a table whose rows have a document and a list of its questions; or `flat`: one whose
+    rows have a question, its answer and its document, as SQuAD's have on the hub.
     """
-    if path.suffix.lower() not in (".json", ".jsonl", ".parquet") or not path.is_file():
+    if path.suffix.lower() not in KINDS or not path.is_file():
         return None
     row = first_record(path)
+    is_asked = "question" in row and any(name in row for name in NAMES["answer"]) and "object" not in row
+    if is_asked and any(isinstance(row.get(name), str) for name in PASSAGES):
+        return "flat"
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return None
     if "train_context" in row:
         return "fictional"
     if "paragraphs" in row or ("context" in row and "qas" in row):
@@ -120,17 +128,8 @@ def _squad(row: Row, path: Path, number: int) -> Items:
             answers = answers_of(asked.get("answers"))
             if answers is None:
                 raise UserError(f"{where}: answers is {asked.get('answers')!r:.60}; expected a list of {{text}}")
-            text, start = _text(asked, "question", where), _answer_start(asked.get("answers"))
+            text, start = _text(asked, "question", where), answer_start(asked, "answers")
             yield Question(key, text, tuple(answers), "", "", "", QA, str(path), number, start)
-
-
-def _answer_start(answers: Any) -> int | None:
-    """Where SQuAD says that the first answer begins, which may be a list of its own."""
-    start = answers.get("answer_start") if isinstance(answers, Mapping) else None
-    if isinstance(answers, list) and answers and isinstance(answers[0], Mapping):
-        start = [answers[0].get("answer_start")]
-    first = str(start[0]) if isinstance(start, list) and start else ""
-    return int(first) if first.isdecimal() else None
 
 
 def _edits(row: Row, path: Path, number: int) -> Items:

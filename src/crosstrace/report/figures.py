@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from crosstrace.report import hover
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
 from crosstrace.report.drawing import (
@@ -277,6 +278,8 @@ def figure_scatter(
                 [r[x] for r in points], [r[y] for r in points], look.mark, color=look.color, ms=6, mec=PAGE, mew=0.6,
                 label=say.model(name),
             )  # fmt: skip
+            where = [f"{say.model(name)}, {r['setting']}, seed {r['seed']}; {title} {r[x]:.3g}" for r in points]
+            hover.note_points(ax, [hover.Point(r[x], r[y], w, r[y]) for r, w in zip(points, where)], ax.yaxis)
     ax.set_ylim(-0.03, 1.04)
     return finish(fig, ax, legend)
 

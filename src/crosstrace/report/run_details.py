@@ -8,9 +8,10 @@ from typing import Any
 from crosstrace.report import rows as R
 from crosstrace.report import words as say
 from crosstrace.report.blocks import Cell, Table
+from crosstrace.results.imported import REASONS, Import, answers_in_words
 from crosstrace.results.recall import Training
 from crosstrace.results.results import Results, part_name
-from crosstrace.results.run import Doctor, Import
+from crosstrace.results.run import Doctor
 
 Items = list[tuple[str, str]]  # names and values, both as text
 LISTED_ELSEWHERE = ("strategies", "given", "facts", "trace")  # settings of the run that the list "Run" leaves out
@@ -33,6 +34,7 @@ def run_lists(results: Results) -> list[tuple[str, Items]]:
         ("Run", _run_settings(run)),
         ("Strategies", strategy_texts(results)),
         ("Facts", _flat_settings(run.get("facts"))),
+        ("Notes of the import", [("note", note) for note in results.import_.notes] if results.import_ else []),
         ("Trace", _flat_settings(run.get("trace"))),
         ("Is this model traced exactly?", _doctor_items(results.doctor)),
         ("Coverage: share of the parameters by rule", _flat_settings(results.coverage, say.percent)),
@@ -69,7 +71,8 @@ def _training_table(results: Results, trainings: Mapping[str, Training]) -> Tabl
 def _import_table(counts: Import) -> Table:
     """What became of the rows that `crosstrace import` read."""
     body = [["read", say.plain(counts.read)], ["kept", say.plain(counts.kept)]]
-    body += [[f"dropped: {reason}", say.plain(n)] for reason, n in counts.dropped.items()]
+    body += [[f"dropped: {REASONS.get(reason, reason)}", say.plain(n)] for reason, n in counts.dropped.items()]
+    body += map(list, answers_in_words(counts.answers or {}))
     body += [[f"kept of {relation}", say.plain(n)] for relation, n in (counts.relations or {}).items()]
     return Table(["Rows", "Number"], body, "What was imported")
 

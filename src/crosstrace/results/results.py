@@ -15,9 +15,10 @@ from crosstrace.core import left_out
 from crosstrace.core.text_tables import aligned
 from crosstrace.data.tasks import DEFAULT_ROLES, Roles
 from crosstrace.results.base import ResultsFile, Row
+from crosstrace.results.imported import Import
 from crosstrace.results.mechanism import Mechanism
 from crosstrace.results.recall import HistoryPoint, Known, ModelRecall, Recall, Retention, Training
-from crosstrace.results.run import Doctor, Import, LeftOut, RunInfo, RunTasks
+from crosstrace.results.run import Doctor, LeftOut, RunInfo, RunTasks
 from crosstrace.results.sharing import (
     Centralization,
     Claim,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 
 from crosstrace.results.base import Number, Record
 
@@ -51,7 +51,7 @@ class RunInfo(Record):
     seed: int
     """Seed of the facts."""
     facts: dict[str, Any]
-    """Settings of the facts."""
+    """Settings of the facts; empty if every task has a file of its own."""
     tasks: RunTasks | None = None
     """Which task does what; biographies and questions in a file of schema 1."""
     compare: list[tuple[str, str]] | None = None
@@ -79,36 +79,6 @@ class RunInfo(Record):
     """The attention kernel."""
     git: str | None = None
     """Git revision of crosstrace."""
-
-
-class ImportedFile(Record):
-    """A file of one's own facts or rows."""
-
-    rows: int
-    """Rows in it."""
-    sha256: str
-    """Hash of its bytes."""
-
-
-class Import(Record):
-    """What `crosstrace import` read, of one's own facts or rows."""
-
-    schema_: int = Field(default=1, alias="schema")
-    """Version of the import's format."""
-    files: dict[str, ImportedFile] = {}
-    """File -> what was in it."""
-    read: int
-    """Rows read."""
-    kept: int
-    """Facts or rows kept."""
-    dropped: dict[str, int]
-    """Reason -> rows dropped."""
-    subjects: int | None = None
-    """Of facts: subjects."""
-    relations: dict[str, int] | None = None
-    """Of facts: relation -> facts kept."""
-    notes: list[str] = []
-    """What else is to know of the import."""
 
 
 class Disagreement(Record):

@@ -7,10 +7,11 @@ punctuation, no articles, one blank between words; of several right answers the 
 
 from __future__ import annotations
 
+import itertools
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,8 +94,8 @@ def speak(
 ) -> Spoken:
     """Have a model answer questions, greedily, and judge what it says.
 
-    What it says ends with its end token, its first line or its length. The right answers are the example's own and its
-    aliases.
+    What it says ends with its end token, the special token that ends the questions, its first line or its length. The
+    right answers are the example's own and its aliases.
 
     Args:
         encoded: questions; each has one object, at its end.
@@ -105,8 +106,11 @@ def speak(
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
     mine = order if processes is None else processes.share(order)
 
+    # A conversation's turn ends with a token of its own, which is no end token of every tokenizer.
+    ends = {int(item.ids[-1]) for item in encoded} & {*tokenizer.added_tokens_decoder}
+
     def ask() -> dict[int, str]:
-        return dict(zip(mine, continued(model, tokenizer, [prompt(encoded[i]) for i in mine], length, tokens)))
+        return dict(zip(mine, continued(model, tokenizer, [prompt(encoded[i]) for i in mine], length, tokens, ends)))
 
     shares = [ask()] if processes is None else processes.gathered_from(ask)
     said = {i: text for share in shares for i, text in share.items()}
@@ -123,7 +127,12 @@ def prompt(item: Encoded) -> list[int]:
 
 
 def continued(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], length: int, tokens: int = TOKENS
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    length: int,
+    tokens: int = TOKENS,
+    ends: Collection[int] = (),
 ) -> list[str]:
     """What a model says after each prompt, greedily, up to its end token, without special tokens or blanks around it.
 
@@ -133,9 +142,11 @@ def continued(
         prompts: their tokens.
         length: tokens that it says at most.
         tokens: that go through the model at once, those that it says included.
+        ends: further tokens that end what it says.
     """
+    stops = {*ends} | ({tokenizer.eos_token_id} - {None})
     config = GenerationConfig(
-        max_new_tokens=length, do_sample=False, pad_token_id=pad_id(tokenizer), eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=length, do_sample=False, pad_token_id=pad_id(tokenizer), eos_token_id=sorted(stops) or None,
         bos_token_id=tokenizer.bos_token_id,
     )  # fmt: skip
     by_length: dict[int, list[int]] = defaultdict(list)
@@ -151,5 +162,6 @@ def continued(
                 ids = torch.tensor([prompts[number] for number in chosen], device=device)
                 out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
                 for number, row in zip(chosen, out[:, size:].tolist()):
-                    texts[number] = tokenizer.decode(row, skip_special_tokens=True).strip()
+                    said = itertools.takewhile(lambda token: token not in stops, row)
+                    texts[number] = tokenizer.decode([*said], skip_special_tokens=True).strip()
     return texts

@@ -31,10 +31,12 @@ LEAST_ERRORS = 4.0  # if it has as many standard errors; the best of many looks 
 FACTS_ASKED = 4  # times `samples` facts of the world are asked at the beginning, to learn which the model knows
 MOST_READ = 10_000  # rows of a stream, of which those that are asked are drawn
 WHAT = {"stored": "the stored texts", "known": "the facts that the model knew before"}
-ADVICE = (
-    "what helped small models (docs/findings.md): some of these texts in every update (replay), or both tasks mixed "
-    "from the start"
-)
+HELPED = "what helped small models (docs/findings.md): "
+ADVICE = {
+    "stored": HELPED + "some of these texts in every update (replay), both tasks mixed from the start, or, on one of "
+    "two models, a lower learning rate",
+    "known": HELPED + "a few facts that the model should keep in every update (replay); mixing both tasks did not",
+}
 
 
 class ForgettingWarning(UserWarning):
@@ -257,7 +259,7 @@ class KnowledgeCallback(TrainerCallback):
         if state.is_world_process_zero:
             warnings.warn(
                 f"{WHAT[name]} are being lost: recall is {right.mean():.2f} after update {state.global_step}, and was "
-                f"{best.mean():.2f} after update {self._best_step[name]}; {ADVICE}",
+                f"{best.mean():.2f} after update {self._best_step[name]}; {ADVICE[name]}",
                 ForgettingWarning,
                 stacklevel=2,
             )

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from crosstrace.core.machine import KeptMemory
 from crosstrace.core.pieces import is_sharded
 from crosstrace.core.processes import Processes, by_first
 from crosstrace.data.tokens import IGNORE, Batch
@@ -156,13 +157,14 @@ class PhaseCallback(TrainerCallback):
     """Tells the listeners of every update, and marks a checkpoint as complete once their states lie in it."""
 
     def __init__(self, run: PhaseRun, trainer: Any) -> None:
-        self.run, self.trainer = run, trainer
+        self.run, self.trainer, self.memory = run, trainer, KeptMemory()
 
     def on_step_end(self, args, state, control, **kwargs):
         run, is_last = self.run, state.global_step == len(self.run.data)
         for listener in run.listeners:
             listener.on_updated(run.model, run.updates_before + state.global_step, run.phase.name, is_last)
         run.show_progress(state.global_step)
+        self.memory.after_update()
         # the end of a phase is a checkpoint as well: a killed run need not train it again
         control.should_save = control.should_save or is_last
         return control

@@ -7,17 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from crosstrace.core.files import expanded
 from crosstrace.core.run_folder import Run
 from crosstrace.data.chat import read_template
 from crosstrace.data.facts import World
 from crosstrace.data.tasks import default_tasks
 from crosstrace.data.text import questions, write_jsonl
 from crosstrace.experiment.config import Experiment
-from crosstrace.experiment.examples import facts_key, known_people, tasks_key, taught_texts
+from crosstrace.experiment.examples import facts_key, import_folder, known_people, tasks_key, taught_texts
 from crosstrace.models import loading
 
-SOURCE = ("world.json", "import.json")  # files of the user's own facts that a run keeps
+KEPT = ("world.json", "import.json")  # files beside the user's own facts or texts that a run keeps
 
 
 def make_data(run: Run, experiment: Experiment) -> None:
@@ -37,10 +36,10 @@ def make_data(run: Run, experiment: Experiment) -> None:
         folder.mkdir()
         for task, items in taught_texts(experiment, tokenizer).items():
             write_jsonl(folder / f"{task}.jsonl", items)
-        for name in SOURCE if experiment.facts.source is not None else ():
-            file = expanded(experiment.facts.source or "") / name
+        source = import_folder(experiment)
+        for file in (source / name for name in KEPT) if source is not None else ():
             if file.is_file():
-                shutil.copyfile(file, folder / name)
+                shutil.copyfile(file, folder / file.name)
         if known:
             write_jsonl(folder / "a_qa.jsonl", [q for q in questions(World.draw(known)) if q.split == "ood"])
 
