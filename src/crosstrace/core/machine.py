@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 # of glibc's malloc.h
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 KEPT = (1 << 31) - 1  # bytes of freed memory that a process keeps for its next tensors
-MAPPED = 1 << 30  # bytes of a tensor that is given back to the system at once
+MAPPED = 1 << 26  # bytes of a tensor that is given back to the system at once
 SPINS = 1000  # rounds that a thread waits for the next piece of work before it sleeps: some microseconds
 GROWTH = 1.15  # more than what one update needs by this factor is not kept
 YOUNG = 10_000  # objects that are made before Python looks for those that nothing needs (700 by default)
