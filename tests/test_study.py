@@ -175,6 +175,14 @@ def test_strategies_to_compare_are_those_that_every_run_has() -> None:
     assert study._compared(parsed(), study_settings.plan(parsed())) == ("mixed", "two_stage")
 
 
+def test_the_experiment_may_be_a_file(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(EXPERIMENT)
+    named = parsed(experiment=str(tmp_path / "own.yaml"))
+    assert named == parsed(experiment=yaml.safe_load(EXPERIMENT)), "and so is what is saved of it"
+    with pytest.raises(UserError, match=r"config file .*none\.yaml does not exist"):
+        parsed(experiment=str(tmp_path / "none.yaml"))
+
+
 def test_none_is_a_point_like_any_other() -> None:
     runs = study_settings.plan(parsed(vary={"trace.examples": [None, 8]}, seeds=[1]))
     assert [(run.setting, run.experiment.trace.examples) for run in runs] == [
