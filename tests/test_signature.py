@@ -139,7 +139,7 @@ def test_coalitions_equal_embeddings_put_in_by_hand(kind):
     every = torch.cat([looked_up(model, item) for item in items])
     torch.testing.assert_close(baseline, every.mean(0), rtol=1e-12, atol=1e-12)
     assert torch.equal(embedding_baseline(model, items, "zeros"), torch.zeros_like(baseline))
-    logprob, exact = coalitions(model, items, baseline, pad_id=0, batch_size=3)
+    logprob, exact = coalitions(model, items, baseline, pad_id=0, tokens=30)
     for number, item in enumerate(items):
         group = [*token_groups(item).tolist(), -1]  # nothing is predicted from the last token
         for column in range(WHOLE + 1):
@@ -150,7 +150,7 @@ def test_coalitions_equal_embeddings_put_in_by_hand(kind):
             assert logprob[number, column] == pytest.approx(float(expected), abs=1e-10)
             assert exact[number, column] == right
     for size, order in ((1, range(8)), (64, [5, 1, 7, 0, 3, 2, 6, 4])):
-        found, _ = coalitions(model, [items[i] for i in order], baseline, pad_id=3, batch_size=size)
+        found, _ = coalitions(model, [items[i] for i in order], baseline, pad_id=3, tokens=size)
         np.testing.assert_allclose(found, logprob[[*order]], rtol=0, atol=1e-10)
 
 
@@ -297,8 +297,8 @@ def test_bad_input_is_told():
     for item in (*whole, begins, longer):
         with pytest.raises(UserError, match="about one fact, up to its object"):
             coalitions(model, [items[0], item], baseline, pad_id=0)
-    with pytest.raises(UserError, match="batch_size is 0"):
-        coalitions(model, items, baseline, pad_id=0, batch_size=0)
+    with pytest.raises(UserError, match="tokens is 0"):
+        coalitions(model, items, baseline, pad_id=0, tokens=0)
     with pytest.raises(UserError, match="unknown baseline 'median'"):
         embedding_baseline(model, items, "median")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="at least one text"):

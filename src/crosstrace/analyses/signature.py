@@ -33,6 +33,7 @@ GROUPS = ("subject", "relation", "facts", "object", "rest")
 ASKED = ("subject", "relation")  # the tokens of a biography that a question has too
 WHOLE = (1 << len(GROUPS)) - 1  # all groups
 FORMATS = ("stored", "recalled")
+TOKENS = 1024  # that go through the model at once; more at once are no faster, and are padded to longer texts
 Row = dict[str, Any]
 
 
@@ -80,14 +81,14 @@ def embedding_baseline(model: nn.Module, items: Sequence[Encoded], kind: Literal
 
 
 def coalitions(
-    model: nn.Module, items: Sequence[Encoded], baseline: Tensor, *, pad_id: int, batch_size: int = 64
+    model: nn.Module, items: Sequence[Encoded], baseline: Tensor, *, pad_id: int, tokens: int = TOKENS
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each text's object with every choice of groups of its tokens; the tokens of the other groups are at the baseline.
 
     Args:
         items: texts about one fact each, which end with its object.
         baseline: [width], of `embedding_baseline`.
-        batch_size: texts that go through the model at once.
+        tokens: that go through the model at once, padding included; one text at least does.
 
     Returns:
         logprob [N, 32], the mean log-probability of the object's tokens in nats, and exact [N, 32], 1 if all of them
@@ -95,14 +96,14 @@ def coalitions(
         of the whole text. If a text has no token of a group, columns that differ in that group alone are the same.
 
     Raises:
-        UserError: batch_size is not positive, or a text is none of these.
+        UserError: tokens is not positive, or a text is none of these.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; expected at least 1")
+    if tokens < 1:
+        raise UserError(f"tokens is {tokens}; expected at least 1")
     groups = [token_groups(item) for item in items]
     logprob, exact = (np.zeros((len(items), 1 << len(GROUPS))) for _ in range(2))
     with evaluating(model):
-        for chosen, batch in _batches(model, items, batch_size, pad_id):
+        for chosen, batch in _batches(model, items, tokens, pad_id):
             labels = batch["labels"]
             group = torch.full(labels.shape, -1)  # padding, and each text's last token
             for row, i in enumerate(chosen):
@@ -155,14 +156,14 @@ def input_signature(
     *,
     pad_id: int,
     baseline: Literal["mean", "zeros"] = "mean",
-    batch_size: int = 64,
+    tokens: int = TOKENS,
     formats: Sequence[str] = FORMATS,
 ) -> list[Row]:
     """Off which tokens a model reads each fact, in the text that stores it and in the one that recalls it.
 
     Args:
         baseline: the embedding of an absent token; the mean is over the texts of both formats.
-        batch_size: as of `coalitions`.
+        tokens: as of `coalitions`.
         formats: which of FORMATS are measured.
 
     Returns:
@@ -183,7 +184,7 @@ def input_signature(
     for name in formats:
         items: list[Encoded] = [getattr(pair, name) for pair in pairs]
         numbers = [token_groups(item).numpy() for item in items]
-        logprob, exact = coalitions(model, items, start, pad_id=pad_id, batch_size=batch_size)
+        logprob, exact = coalitions(model, items, start, pad_id=pad_id, tokens=tokens)
         counts = np.array([np.bincount(of_text, minlength=len(GROUPS)) for of_text in numbers])
         sums = shapley(logprob)
         size = np.abs(sums).sum(1, keepdims=True)
@@ -216,12 +217,15 @@ def _embedding(model: nn.Module) -> nn.Module:
     return embedding
 
 
-def _batches(model: nn.Module, items: Sequence[Encoded], size: int, pad_id: int) -> Iterator[tuple[list[int], Batch]]:
-    """Batches of the texts, shortest first, with their numbers."""
-    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
+def _batches(model: nn.Module, items: Sequence[Encoded], tokens: int, pad_id: int) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of the texts, shortest first, with their numbers; each of so many tokens at most, or of one text."""
+    groups: list[list[int]] = []
+    for number in sorted(range(len(items)), key=lambda i: len(items[i].ids)):
+        if not groups or (len(groups[-1]) + 1) * len(items[number].ids) > tokens:
+            groups.append([])
+        groups[-1].append(number)
     device = _device(model)
-    for start in range(0, len(order), size):
-        numbers = order[start : start + size]
+    for numbers in groups:
         batch = collate([items[i] for i in numbers], pad_id=pad_id)
         yield numbers, {name: value.to(device) for name, value in batch.items() if name != "group"}
 

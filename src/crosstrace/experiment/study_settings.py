@@ -30,8 +30,8 @@ class StudySettings:
     name: str = "study"
     """Names the study's folder where none is given, and its report."""
     experiment: dict[str, Any] = Field(default_factory=dict)
-    """Settings that all runs have in common, as in an experiment's file, or the path of one, such as `crosstrace import`
-    writes; the defaults for what it leaves out."""
+    """Settings that all runs have in common, as in an experiment's file, or the path of one, such as an import writes;
+    the defaults for what it leaves out."""
     vary: dict[str, Annotated[Points, Field(min_length=1)]] = Field(default_factory=dict)
     """What varies, every combination of it: either a dotted setting with a list of values (facts.people: [250, 500]),
     or any name with named points, each a few dotted settings (length: {short: {strategies.mixed.0.steps: 100}}). A
