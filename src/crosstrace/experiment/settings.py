@@ -152,7 +152,8 @@ class MechanismSettings:
     sharing, consistency, signature and circuit at every kept checkpoint (`dynamics`, of use with
     train.keep_checkpoints)."""
     facts: Annotated[int, Field(ge=4)] = 192
-    """Facts that are analysed, in distribution and out of distribution each; of whole people."""
+    """Facts that are analysed, in distribution and out of distribution each; of whole people, or of a document with
+    more questions an eighth of this number."""
     together: Annotated[int, Field(ge=2)] = 48
     """Facts whose gradients are compared with each other at once."""
     draws: Annotated[int, Field(ge=1)] = 2

@@ -7,11 +7,14 @@ how the three kinds of models differ, and how an adapter differs from merged wei
 from __future__ import annotations
 
 import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from crosstrace.analyses.claims.effects import FEWEST
 from crosstrace.analyses.consistency import FactPair, fact_pairs
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import read_json, sha256_tree
@@ -232,10 +235,7 @@ class StudiedModel:
 
     @cached_property
     def facts(self) -> dict[str, list[FactPair]]:
-        """Some facts in both formats, about people whose questions are trained and about the others.
-
-        All facts of a chosen person are taken.
-        """
+        """Some facts in both formats (`people_facts`), of people whose questions are trained and of the others."""
         facts, roles = {}, self.experiment.roles
         if not roles.stored or not roles.outcome:
             raise UserError(
@@ -244,25 +244,14 @@ class StudiedModel:
         stored = [item for part in roles.parts_of(roles.stored) for item in self.parts[part]]
         for part in roles.both:
             pairs = fact_pairs(stored, self.parts[part])
-            people = list(dict.fromkeys(pair.person for pair in pairs))
-            random.Random(f"explain/{part}").shuffle(people)
-            chosen: list[FactPair] = []
-            for person in people:
-                of_person = [pair for pair in pairs if pair.person == person]
-                if len(chosen) + len(of_person) > self.experiment.mechanism.facts and chosen:
-                    break
-                chosen += of_person
-            facts[part] = chosen
+            facts[part] = people_facts(pairs, self.experiment.mechanism.facts, f"explain/{part}")
         return facts
 
     @cached_property
     def read(self) -> dict[str, list[FactPair]]:
-        """Those of the facts whose input-level signature is measured."""
+        """Those of the facts whose input-level signature is measured (`sample_facts`)."""
         most = self.experiment.mechanism.signature
-        return {
-            part: random.Random(f"signature/{part}").sample(pairs, min(len(pairs), most))
-            for part, pairs in self.facts.items()
-        }
+        return {part: sample_facts(pairs, most, f"signature/{part}") for part, pairs in self.facts.items()}
 
     @cached_property
     def shared(self) -> list[tuple[str, ParamSet]]:
@@ -276,6 +265,44 @@ class StudiedModel:
 
     def note(self, text: str) -> None:
         self.progress.note(f"{self.name}: {text}")
+
+
+def people_facts(pairs: Sequence[FactPair], most: int, seed: str) -> list[FactPair]:
+    """All facts of some people, in a random order of the people; `most` in all, if one person has not more.
+
+    At most an eighth of `most` are of one person, but two may be: of a document with many questions some facts are
+    drawn. Otherwise those that are chosen could be of a few documents, too few for an interval over them.
+    """
+    draw, of_one = random.Random(seed), max(2, most // 8)
+    of_person: dict[str, list[FactPair]] = defaultdict(list)
+    for pair in pairs:
+        of_person[pair.person].append(pair)
+    people = [*of_person]
+    draw.shuffle(people)
+    chosen: list[FactPair] = []
+    for person in people:
+        facts = of_person[person]
+        if len(facts) > of_one:
+            facts = [facts[i] for i in sorted(draw.sample(range(len(facts)), of_one))]
+        if len(chosen) + len(facts) > most and chosen:
+            break
+        chosen += facts
+    return chosen
+
+
+def sample_facts(pairs: Sequence[FactPair], most: int, seed: str) -> list[FactPair]:
+    """`most` of some facts, drawn at random; if these are of too few people for an interval, people take turns."""
+    draw = random.Random(seed)
+    drawn = draw.sample(pairs, min(len(pairs), most))
+    people = {pair.person for pair in pairs}
+    if len({pair.person for pair in drawn}) >= min(FEWEST, len(people), most):
+        return drawn
+    shuffled, turns = draw.sample(pairs, len(pairs)), Counter[str]()
+    turn: list[int] = []
+    for pair in shuffled:
+        turn.append(turns[pair.person])
+        turns[pair.person] += 1
+    return [shuffled[i] for i in sorted(range(len(shuffled)), key=turn.__getitem__)][:most]
 
 
 def model_key(experiment: Experiment) -> dict[str, Any]:
