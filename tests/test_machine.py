@@ -41,7 +41,8 @@ def test_freed_memory_is_given_back():
     """With the settings of the command line, a freed gap below a kept tensor stays the process's until it is asked."""
     code = (
         "from crosstrace.core import machine\nmachine.prepare()\nimport torch\n"
-        "gap = torch.ones(50_000_000)\nkept = torch.ones(1_000_000)\nbefore = machine.held()\ndel gap\n"
+        "gap = [torch.ones(10_000_000) for _ in range(5)]\nkept = torch.ones(1_000_000)\nbefore = machine.held()\n"
+        "gap.clear()\n"
         "freed = machine.held()\nmachine.give_back()\nprint(before, freed, machine.held())"
     )
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
