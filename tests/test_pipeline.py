@@ -184,13 +184,14 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
         for strategy in ("two_stage", "mixed"):
             single = [row["by_person"] for row in found[part][strategy] if "by_person" in row]
             assert 0 < len(single) < len(found[part][strategy]) / 4
-            assert {person for facts in single for person in facts} == set(single[0]) and len(single[0]) <= 2
+            assert {person for facts in single for person in facts} == set(single[0]) and len(single[0]) <= 6
     for strategy in ("two_stage", "mixed"):  # at the last checkpoint single facts are as at the end of training
         (whole_row,) = [r for r in found["gradients"][strategy] if r["part"] == "qa_ood" and r["group"] == "all"]
         last = found["dynamics"][strategy]["rows"][-1]["by_person"]
         assert list(last["gradient.qa_ood"]) == list(whole_row["by_person"])
         for person, values in whole_row["by_person"].items():
-            assert last["gradient.qa_ood"][person] == pytest.approx(values, rel=1e-4)
+            near = [value if value is None else pytest.approx(value, rel=1e-4) for value in values]
+            assert last["gradient.qa_ood"][person] == near, "none where a relation has one fact"
         shares = [
             row["share"] for row in found["signature"][strategy]
             if compares_facts("signature", row, "qa_ood")
@@ -208,7 +209,7 @@ def test_the_mechanism_is_explained_for_every_model(whole: Path) -> None:
         pset = ParamSet.load(whole / f"shared/mixed/{when}-0.05-shared.safetensors")
         assert size["shared"] == size["random"] == size["random_per_tensor"] == pset.size
         assert size["rest"] == whole_size - pset.size
-    assert all(row["facts"] == 12 and row["people"] == 2 for row in found["gradients"]["base"])
+    assert all(row["facts"] == 12 and row["people"] == 6 for row in found["gradients"]["base"])
     whole_circuit = found["circuit"]["mixed"]
     assert {row["part"] for row in whole_circuit["curves"]} == {"qa_id", "qa_ood"}
     assert {row["unit"] for row in whole_circuit["alone"]} == {"query_head", "neuron"}
