@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from crosstrace.analyses.consistency import FactPair, by_person, mean_over_people
 from crosstrace.core.errors import UserError
-from crosstrace.data.tokens import IGNORE, Batch, Encoded, collate
+from crosstrace.data.tokens import IGNORE, Batch, Encoded, token_batches
 from crosstrace.models.modes import evaluating
 from crosstrace.training.evaluation import judged
 from crosstrace.training.losses import next_tokens
@@ -33,7 +33,7 @@ GROUPS = ("subject", "relation", "facts", "object", "rest")
 ASKED = ("subject", "relation")  # the tokens of a biography that a question has too
 WHOLE = (1 << len(GROUPS)) - 1  # all groups
 FORMATS = ("stored", "recalled")
-TOKENS = 1024  # that go through the model at once; more at once are no faster, and are padded to longer texts
+TOKENS = 1024  # that go through the model at once; the fewer, the less padding
 Row = dict[str, Any]
 
 
@@ -219,15 +219,11 @@ def _embedding(model: nn.Module) -> nn.Module:
 
 def _batches(model: nn.Module, items: Sequence[Encoded], tokens: int, pad_id: int) -> Iterator[tuple[list[int], Batch]]:
     """Batches of the texts, shortest first, with their numbers; each of so many tokens at most, or of one text."""
-    groups: list[list[int]] = []
-    for number in sorted(range(len(items)), key=lambda i: len(items[i].ids)):
-        if not groups or (len(groups[-1]) + 1) * len(items[number].ids) > tokens:
-            groups.append([])
-        groups[-1].append(number)
-    device = _device(model)
-    for numbers in groups:
-        batch = collate([items[i] for i in numbers], pad_id=pad_id)
-        yield numbers, {name: value.to(device) for name, value in batch.items() if name != "group"}
+    numbers, device = sorted(range(len(items)), key=lambda i: len(items[i].ids)), _device(model)
+    for batch in token_batches([items[i] for i in numbers], tokens, pad_id=pad_id):
+        count = len(batch["labels"])
+        yield numbers[:count], {name: value.to(device) for name, value in batch.items() if name != "group"}
+        numbers = numbers[count:]
 
 
 def _device(model: nn.Module) -> torch.device:

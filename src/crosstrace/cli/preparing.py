@@ -268,8 +268,7 @@ class Columns:
     """The column of a document's or row's text, if it is not `text`, `document`, `context`, `passage`, `content`,
     `body` or `article`."""
     question: str | None = None
-    """The column of a question or prompt, if it is not `question`, `prompt`, `instruction`, `query` or
-    `input`."""
+    """The column of a question or prompt, if it is not `question`, `prompt`, `instruction`, `query` or `input`."""
     answer: str | None = None
     """The column of an answer or completion, or of a list of right answers, if it is not `answer`, `answers`,
     `completion`, `output`, `response` or `target`."""

@@ -45,8 +45,8 @@ class Recipe:
     Attributes:
         taught: the training examples of each task.
         watched: the examples of each part that tells what a model knows.
-        in_bf16: whether the run trained in bf16 on a GPU.
-        precision: of the run's training.
+        precision: of the run's training, bf16 or float32.
+        is_on_gpu: whether the run trained on a GPU.
     """
 
     experiment: Experiment
@@ -54,8 +54,13 @@ class Recipe:
     tokenizer: Any
     taught: Mapping[str, Sequence[Encoded]]
     watched: Mapping[str, Sequence[Encoded]]
-    in_bf16: bool
     precision: str
+    is_on_gpu: bool
+
+    @property
+    def in_bf16(self) -> bool:
+        """Whether other trainers are to train in bf16. (On a CPU they ask for more than that setting.)"""
+        return self.is_on_gpu and self.precision == "bf16"
 
     @cached_property
     def rows(self) -> dict[str, list[TrainingRow]]:
@@ -166,8 +171,8 @@ def _read_recipe(run: Run, experiment: Experiment, strategy: str | None) -> Reci
     parts = examples(run, experiment, tokenizer, known=None if experiment.eval.known else 0)
     taught = training_examples(parts, experiment.roles) | replayable(parts)
     watched = {part: parts[part] for part in parts if parts[part] and part in experiment.roles.parts}
-    in_bf16, precision = _trains_in_bf16_on_gpu(run, experiment), read_json(run.path("metadata.json"))["precision"]
-    return Recipe(experiment, name, tokenizer, taught, watched, in_bf16, precision)
+    about = read_json(run.path("metadata.json"))
+    return Recipe(experiment, name, tokenizer, taught, watched, about["precision"], about.get("device", "cpu") != "cpu")
 
 
 def row_of(item: Encoded, targets: str = "train", begin: str = "") -> TrainingRow:
@@ -215,12 +220,6 @@ def _put_base(experiment: Experiment, folder: Path) -> str:
         model.save_pretrained(folder / "base")
     loading.load_tokenizer(experiment.model.name).save_pretrained(folder / "base")
     return BASE
-
-
-def _trains_in_bf16_on_gpu(run: Run, experiment: Experiment) -> bool:
-    """Whether the run trained in bf16 on a GPU. (On a CPU, other trainers ask for more than that setting.)"""
-    device = read_json(run.path("metadata.json")).get("device", "cpu")
-    return device != "cpu" and experiment.train.precision != "float32"
 
 
 def _write_phase(recipe: Recipe, index: int, form: str, base: str, folder: Path) -> dict[str, Any]:

@@ -95,9 +95,10 @@ def experiment_settings(
     if is_pretrained:
         longest = max(_tokens(item.text) for items in examples.values() for item in items)
         values["trace"] = values["trace"] | {"batch": min(32, max(1, AT_ONCE // longest))}
-        values["mechanism"] = values["mechanism"] | {"together": min(24, max(4, AT_ONCE // longest))}
+        mechanism = {"together": min(24, max(4, AT_ONCE // longest))}
         if kind == "documents":  # each of these facts takes 32 passes through the model
-            values["mechanism"]["signature"] = min(24, max(8, 2 * texts))
+            mechanism["signature"] = min(24, max(8, 2 * texts))
+        values["mechanism"] = values["mechanism"] | mechanism
     if kind == "rows":
         # Only the analysis of circuits needs neither both formats of a fact nor its subject, and for a pretrained model
         # it takes hours.

@@ -22,7 +22,7 @@ from crosstrace.core.errors import UserError
 from crosstrace.data.columns import NAMES, answer_start, answers_of, names_text, nested_column
 from crosstrace.importing.documents import QA, Document, Question
 from crosstrace.importing.imported import Imported
-from crosstrace.importing.tables import first_record, read_records
+from crosstrace.importing.tables import KINDS, first_record, read_records
 
 Items = Iterator[Document | Question]
 Row = Mapping[str, Any]
@@ -33,7 +33,6 @@ TASKS = (*FICTIONAL.values(), SEVERAL_FACTS)  # of the questions, beside qa
 PROMPTS = ("prompt", "src")  # the latter of zsRE, as are the last of TARGETS
 TARGETS = ("target_new", "target", "new_target", "alt")
 PASSAGES = ("context", "document", "passage", "article")  # columns that hold a document beside its question
-KINDS = (".json", ".jsonl", ".parquet", ".csv", ".tsv")
 
 
 def form_of(path: Path) -> str | None:
