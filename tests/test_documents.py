@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from imported_files import imported, refused
+from imported_files import imported, refused, source_settings
 from test_alignment import spells
 from tiny_facts import tokenizer
 from tiny_models import tiny_base
@@ -26,7 +26,7 @@ from tiny_models import tiny_base
 from crosstrace.cli import commands
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import read_json
-from crosstrace.data.text import Example, Mention, read_jsonl
+from crosstrace.data.text import Example, Mention, read_jsonl, texts
 from crosstrace.experiment import config
 from crosstrace.importing.documents import cut_to_windows
 from crosstrace.importing.imported import Imported
@@ -497,7 +497,7 @@ POPQA = [
         "prop": "occupation",
         "obj": work,
         "question": f"What is {subject}'s occupation?",
-        "possible_answers": f'["{work}"]',
+        "possible_answers": json.dumps([work, f"a {work}", f"a{work}"]),
     }
     for subject, work in (("Ada Brook", "smith"), ("Bo Dale", "baker"), ("Cy Holt", "cook"))
 ]
@@ -512,11 +512,13 @@ def without_brackets(found: Imported, relation: str) -> list[str]:
 
 
 def test_published_facts_without_documents(tmp_path):
-    lines = ["\t".join(POPQA[0]), *("\t".join(row.values()) for row in POPQA)]
-    (tmp_path / "popqa.tsv").write_text("\n".join(line.replace('["', '"[""').replace('"]', '""]"') for line in lines))
+    with (tmp_path / "popqa.tsv").open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([[*POPQA[0]], *(row.values() for row in POPQA)])
     found = imported(tmp_path, tmp_path / "popqa.tsv")
     assert found.counts()["relations"] == {"occupation": 3} and found.kept == 3
     assert without_brackets(found, "occupation") == ["What is {subject}'s occupation?"]
+    asked = texts(source_settings(tmp_path))["qa"]
+    assert [item.aliases for item in asked] == [(f"a {row['obj']}", f"a{row['obj']}") for row in POPQA]
     (tmp_path / "P19.test.json").write_text(json.dumps(ENTITY))
     found = imported(tmp_path, tmp_path / "P19.test.json", overwrite=True)
     assert without_brackets(found, "P19") == ["Where was {subject} born?"]
@@ -898,7 +900,9 @@ def test_other_names_of_published_columns_and_questions(tmp_path):
     jsonl(tmp_path / "P106.dev.jsonl", [row | {"answers": [*row["answers"], "elsewhere"]} for row in ENTITY])
     found = imported(tmp_path, tmp_path / "P106.dev.jsonl", overwrite=True)
     assert without_brackets(found, "P106") == ["Where was {subject} born?"]
-    assert "4 facts with several right answers: only the first is taught and right" in found.notes
+    note = "4 facts with several right answers: the first is taught, and exact match wants it; answers that are "
+    assert note + "generated may be any of them" in found.notes
+    assert config.load(tmp_path / "own" / "experiment.yaml").eval.spoken == 32
     edits = [row | {"queries": [row["rephrase"]]} for row in EDITS]
     for row in edits:
         del row["rephrase"]

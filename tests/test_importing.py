@@ -20,8 +20,10 @@ from imported_files import CITIES, RELATION, imported, refused, source_settings,
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import read_json
 from crosstrace.data.facts import World
+from crosstrace.data.tasks import TaskSettings
 from crosstrace.data.text import texts
 from crosstrace.data.tokens import encode
+from crosstrace.experiment import config
 from crosstrace.importing import facts
 from crosstrace.importing.rows import import_rows
 from crosstrace.models import untaught
@@ -142,6 +144,55 @@ def test_names_stay_as_they_are_and_pronouns_get_capitals(tmp_path: Path) -> Non
 
 
 HEAD = ("subject", "relation", "object")
+
+
+def test_further_right_answers_of_facts(tmp_path: Path) -> None:
+    cells = ['["Lugdunum", " LYON ", "Lyon"]', "Ada's city", "", "7"]
+    path = table(
+        tmp_path / "facts.csv", [(*row, cell) for row, cell in zip(CITIES, cells)], head=(*HEAD, "answer_alias")
+    )
+    found = imported(tmp_path, path)
+    lists = [["Lugdunum", "LYON"], ["Ada's city"], [], ["7"]]
+    assert [fact.aliases for person in World.draw(source_settings(tmp_path)).people for fact in person.facts] == [
+        tuple(aliases) for aliases in lists
+    ]
+    for task in ("questions", "cloze"):
+        tasks = {"asked": TaskSettings("recall", task)}
+        assert [[*item.aliases] for item in texts(source_settings(tmp_path), tasks)["asked"]] == lists
+    assert any(note.startswith("3 facts with several right answers") for note in found.notes)
+    assert not any("nothing was made of" in note for note in found.notes)
+    assert config.load(tmp_path / "own" / "experiment.yaml").eval.spoken == 32
+    imported(tmp_path, table(path, CITIES), overwrite=True)
+    assert config.load(tmp_path / "own" / "experiment.yaml").eval.spoken is None
+
+
+def test_further_right_answers_that_are_none(tmp_path: Path) -> None:
+    cells = [["Oslo, in the north", "Bo", ""], {"a": 1}, ["\ud800"], ["a\u202eb"]]
+    facts = [*CITIES[1:], ("Ed Fox", "city", "Nice"), ("Flo Gray", "city", "Kyiv")]
+    rows = [{**dict(zip(HEAD, fact)), "also": cell} for fact, cell in zip(facts, [*cells, None])]
+    path = tmp_path / "facts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = imported(tmp_path, path, columns={"aliases": "also"})
+    assert found.counts()["dropped"] == {"not a text": 1, "not Unicode": 1, "control": 1}
+    assert found.subjects[0]["facts"] == [
+        {"relation": "city", "object": "Oslo", "split": None, "aliases": ["Oslo, in the north"]}
+    ]  # the name of the subject is no answer
+
+
+def test_further_right_answers_of_rows(tmp_path: Path) -> None:
+    (tmp_path / "store.txt").write_text("The key is here.\n")
+    cells = [["there", "in here"], "near", None, [True], ["\ud800"]]
+    rows = [
+        {"prompt": f"Where is key {number}?", "completion": ["here", "hither"], "also": cell, "split": split}
+        for number, (cell, split) in enumerate(zip(cells, ("id", "ood", "id", "id", "id")))
+    ]
+    (tmp_path / "ask.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"store": tmp_path / "store.txt", "recall": tmp_path / "ask.jsonl"}
+    found = imported(tmp_path, rows=files, columns={"aliases": "also"})
+    assert found.counts()["dropped"] == {"not a text": 1, "not Unicode": 1}
+    aliases = [item.aliases for item in texts(source_settings(tmp_path))["qa"]]
+    assert aliases == [("hither", "there", "in here"), ("hither", "near"), ("hither",)]
+    assert not any("nothing was made of" in note for note in found.notes)
 
 
 def test_a_number_is_text_nothing_stays_nothing_and_a_list_is_no_text(tmp_path: Path) -> None:

@@ -337,10 +337,10 @@ def import_facts(
     Args:
         paths: files of facts, then the folder to write, which must not exist. A file of facts is .csv, .tsv, .jsonl or
             .parquet with columns subject, relation and object; type (of the subject), pronoun, split (id or ood),
-            statement and question are optional. Without a column relation, the file's name is the relation. A file may
-            also be .json of one relation with prompt templates, or a Hugging Face data set with such columns: its
-            folder, or OWNER/NAME of the hub, and :PART. Published forms are known: docs/guide.md lists them. With
-            --documents, --questions or --store there are no files of facts, only the folder.
+            statement, question and aliases (a list) are optional. Without a column relation, the file's name is the
+            relation. A file may also be .json of one relation with prompt templates, or a Hugging Face data set with
+            such columns: its folder, or OWNER/NAME of the hub, and :PART. Published forms are known: docs/guide.md
+            lists them. With --documents, --questions or --store there are no files of facts, only the folder.
         wording: YAML with lists of statements and questions for each relation. They are patterns with {subject} and
             {object}, and {type} if wanted; [brackets] mark the words that express the relation. `questions: []` asks
             nothing.

@@ -80,6 +80,7 @@ class Fact:
     object: str
     trained: bool | None = None  # whether its questions are trained; None: as its person's
     type: str = ""  # of the subject, if it is known
+    aliases: tuple[str, ...] = ()  # other right answers
 
 
 @dataclass(frozen=True)
@@ -187,9 +188,8 @@ def _imported_world(settings: FactSettings) -> World:
                     f"{row['name']!r} are trained; import a file with a column split of id and ood, or use "
                     "facts.split: subject"
                 )
-            facts.append(
-                Fact(f"{person}.{number}", person, row["name"], fact["relation"], fact["object"], trained, row["type"])
-            )
+            id, aliases = f"{person}.{number}", tuple(fact["aliases"])
+            facts.append(Fact(id, person, row["name"], fact["relation"], fact["object"], trained, row["type"], aliases))
         if len({fact.trained for fact in facts}) == 1:  # then it is said of the subject
             in_distribution = bool(facts[0].trained)
             facts = [replace(fact, trained=None) for fact in facts]
@@ -269,7 +269,7 @@ def read_world(settings: FactSettings) -> dict[str, Any]:
 
     Returns:
         relations {name: {statements, questions, objects}} and subjects [{name, type, pronoun, facts [{relation, object,
-        split}]}]. A relation that nothing asks about has no questions.
+        aliases, split}]}]. A relation that nothing asks about has no questions.
 
     Raises:
         UserError: the source holds no such file, or settings of drawn people are given with it.
@@ -298,7 +298,12 @@ def read_world(settings: FactSettings) -> dict[str, Any]:
                 "pronoun": _text(row["pronoun"]) if row.get("pronoun") else None,
                 "type": _text(row["type"]) if row.get("type") else "",
                 "facts": [
-                    {"relation": f["relation"], "object": _text(f["object"]), "split": f.get("split")}
+                    {
+                        "relation": f["relation"],
+                        "object": _text(f["object"]),
+                        "aliases": [_text(alias) for alias in f.get("aliases", ())],
+                        "split": f.get("split"),
+                    }
                     for f in row["facts"]
                     if relations[f["relation"]]
                 ],

@@ -209,7 +209,15 @@ def _questions(world: World, person: Person) -> list[Example]:
             split = "id" if (person.in_distribution if fact.trained is None else fact.trained) else "ood"
             examples.append(
                 Example(
-                    f"{fact.id}.qa.{index}", "qa", text, person.id, split, (mention.object,), (mention,), person.repeats
+                    f"{fact.id}.qa.{index}",
+                    "qa",
+                    text,
+                    person.id,
+                    split,
+                    (mention.object,),
+                    (mention,),
+                    person.repeats,
+                    aliases=fact.aliases,
                 )
             )
     return examples
@@ -249,6 +257,7 @@ def statements_to_complete(world: World) -> list[Example]:
                     (mention.object,),
                     (replace(mention, relation_words=words),),
                     person.repeats,
+                    aliases=fact.aliases,
                 )
             )
     return examples

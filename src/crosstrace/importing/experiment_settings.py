@@ -39,9 +39,10 @@ SMALL: dict[str, Any] = {
     "mechanism": {"questions": 48},
 }
 
+SPOKEN = 32  # tokens of an answer that is generated, where a question has several right answers
+
 # of documents with questions: what needs no wordings of relations, and no fact's subject in every text
 DOCUMENTS: dict[str, Any] = {
-    "eval": {"spoken": 32},
     "mechanism": {
         "parts": ["gradients", "representations", "signature", "positions"],
         "facts": 24,
@@ -91,7 +92,9 @@ def experiment_settings(
         values["strategies"] = {"store": [_plain(phase) for phase in bio_only()]}
     values |= PRETRAINED | {"threads": min(MOST_THREADS, os.cpu_count() or 1)} if is_pretrained else SMALL
     if kind == "documents":
-        values |= {**DOCUMENTS, "eval": values.get("eval", {}) | DOCUMENTS["eval"]}
+        values |= DOCUMENTS
+    if kind == "documents" or any(item.aliases for items in examples.values() for item in items):
+        values["eval"] = values.get("eval", {}) | {"spoken": SPOKEN}
     if is_pretrained:
         longest = max(_tokens(item.text) for items in examples.values() for item in items)
         values["trace"] = values["trace"] | {"batch": min(32, max(1, AT_ONCE // longest))}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstrace.core.errors import UserError
-from crosstrace.data.columns import names_text
+from crosstrace.data.columns import NAMES, answers_of, names_text
 from crosstrace.data.text import NO_QUESTIONS
 from crosstrace.importing.imported import (
     COLUMNS,
@@ -38,6 +38,7 @@ OTHER_NAMES = {
     "subject": ("head", "subj", "sub_label", "subject_label"),
     "relation": ("predicate", "prop", "predicate_id", "relation_id"),
     "object": ("tail", "obj", "obj_label", "object_label", "attribute"),
+    "aliases": NAMES["aliases"],
 }
 MOST_NOTES = 5  # of one kind
 OFTEN = 3  # facts with one object: fewer say nothing of how well a guess does
@@ -54,8 +55,9 @@ def import_facts(
     Args:
         files: tables, or JSON of one relation. A table is CSV, TSV, JSONL or Parquet with columns subject, relation and
             object; without a column relation, the relation is the file's name. Further columns are optional: pronoun;
-            type (of the subject, {type} in patterns); split (id or ood); statement and question, patterns of that
-            relation with {subject} and {object}, where [brackets] mark the words of the relation. JSON has a relation
+            type (of the subject, {type} in patterns); split (id or ood); aliases (a list of other right answers);
+            statement and question, patterns of that relation with {subject} and {object}, where [brackets] mark the
+            words of the relation. JSON has a relation
             with its prompt templates: {name, prompt_templates, prompt_templates_zs, samples [{subject, object}]}.
         wording: YAML of relation -> {statements: [...], questions: [...]}, which goes before what the files say.
         columns: the names that the files have for the columns: {"subject": "person", ...}.
@@ -75,8 +77,7 @@ def import_facts(
         imported.read.setdefault(str(path), 0)
         for row in _rows(path, patterns, columns or {}, unused):
             imported.read[str(path)] += 1
-            fact = {name: row.values.get(name) for name in COLUMNS}
-            several += bool(row.values.get("aliases"))
+            fact = {name: row.values.get(name) for name in (*COLUMNS, "aliases")}
             reason = _reason_to_drop(fact, objects)
             if reason is not None:
                 imported.drop(row.file, row.number, reason, row_text(row.values))
@@ -91,7 +92,10 @@ def import_facts(
             if kind not in (None, person["type"]):
                 retyped[subject] = None
             split = tidy(fact["split"] or "").lower() or None
-            person["facts"].append({"relation": relation, "object": object, "split": split})
+            aliases = _further_answers(fact)
+            several += bool(aliases)
+            further = {"aliases": aliases} if aliases else {}
+            person["facts"].append({"relation": relation, "object": object, "split": split} | further)
             for part, name in (("statements", "statement"), ("questions", "question")):
                 if fact[name]:
                     where = f"{row.file} row {row.number}: {name}"
@@ -116,7 +120,8 @@ def import_facts(
         )
     if several:
         imported.notes.append(
-            f"{counted(several, 'fact')} with several right answers: only the first is taught and right"
+            f"{counted(several, 'fact')} with several right answers: the first is taught, and exact match wants it; "
+            "answers that are generated may be any of them"
         )
     _note_difficulty(imported)
     return imported
@@ -174,9 +179,24 @@ def _unfit(fact: Mapping[str, Any]) -> str | None:
                 return "too long"
             if not any(letter.isalnum() or unicodedata.category(letter)[0] == "S" for letter in text):
                 return "no words"
+    aliases = answers_of(fact["aliases"])
+    if aliases is None:
+        return "not a text"
+    if any(map(has_half_letter, aliases)):
+        return "not Unicode"
+    if any(map(INVISIBLE.search, aliases)):
+        return "control"
     if fact["split"] not in (None, "") and tidy(fact["split"]).lower() not in SPLITS:
         return "other split"
     return None
+
+
+def _further_answers(fact: Mapping[str, Any]) -> list[str]:
+    """The other right answers of a fact that can be kept, without those that stand in the prompt."""
+    given = " ".join(tidy(fact[name] or "") for name in ("subject", "type")).casefold()
+    aliases = [tidy(alias) for alias in answers_of(fact["aliases"]) or ()]
+    kept = [alias for alias in aliases if _WORD.search(alias) and not is_within(alias.casefold(), given)]
+    return [alias for alias in dict.fromkeys(kept) if alias != tidy(fact["object"])]
 
 
 def is_within(object: str, text: str) -> bool:
@@ -395,7 +415,7 @@ def _rows(path: Path, patterns: Patterns, columns: Mapping[str, str], unused: di
         if not columns and values.keys() >= {*POPQA}:
             yield Source(str(path), number, from_popqa(values))
             continue
-        names = names or {name: columns.get(name) or _column_of(name, values) for name in COLUMNS}
+        names = names or {name: columns.get(name) or _column_of(name, values) for name in (*COLUMNS, "aliases")}
         row = {name: values.get(column) for name, column in names.items()}
         for name in ("subject", "object"):
             if names[name] not in values:

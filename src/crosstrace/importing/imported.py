@@ -37,7 +37,7 @@ class Imported:
 
     Attributes:
         relations: name -> {statements, questions, objects}.
-        subjects: {name, type, pronoun, facts [{relation, object, split}]}.
+        subjects: {name, type, pronoun, facts [{relation, object, split, and aliases if there are any}]}.
         dropped: (file, row, reason, what) of each row that was not kept.
         read: file -> number of its rows.
         rows: (subject, relation) -> (file, row) of each fact.

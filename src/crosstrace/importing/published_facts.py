@@ -16,7 +16,7 @@ LEAST = 8  # letters that all questions of one template share
 def from_popqa(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of PopQA as a fact, with its question as a pattern if it names the subject."""
     fact = {"subject": row["subj"], "relation": row["prop"], "object": row["obj"]}
-    fact["aliases"] = [answer for answer in answers_of(row.get("possible_answers")) or [] if answer != row["obj"]]
+    fact["aliases"] = row.get("possible_answers")
     question, subject = row["question"], row["subj"]
     if isinstance(question, str) and isinstance(subject, str) and subject and question.count(subject) == 1:
         fact["question"] = question.replace(subject, "{subject}")

@@ -27,9 +27,12 @@ from crosstrace.importing.imported import (
 from crosstrace.importing.tables import read_records
 from crosstrace.importing.text_files import read_lines
 
-# what a row of text has -> the name that `columns.NAMES` has for it
 LONG_COMPLETION = 5  # words of a completion that two rows hardly share by chance
-COLUMN_OF = {"text": "text", "prompt": "question", "completion": "answer", "subject": "subject", "split": "split"}
+# what a row of text has -> the name that `columns.NAMES` has for it
+COLUMN_OF = {
+    "text": "text", "prompt": "question", "completion": "answer", "aliases": "aliases", "subject": "subject",
+    "split": "split",
+}  # fmt: skip
 
 
 def import_rows(
@@ -44,8 +47,8 @@ def import_rows(
             in a column subject belong together; without it every row is on its own. store-completions,
             recall-completions: text files whose lines complete those of the other file. Other usual names of the
             columns are known (`columns.NAMES`), and conversations of one turn (`messages`) are read.
-        columns: the names that the files have for text, question (the prompt), answer (the completion), subject and
-            split.
+        columns: the names that the files have for text, question (the prompt), answer (the completion), aliases (other
+            right completions), subject and split.
 
     Returns:
         the texts that store, those that recall, and what was read.
@@ -139,7 +142,11 @@ def _examples(
         blank = blank_between(prompt, completion)
         whole = prompt + blank + completion
         split = row["split"].strip().lower()
-        reason = None if all(isinstance(value, str | None) for value in cells.values()) else "not a text"
+        aliases = values.get("aliases", ())
+        is_text = all(isinstance(value, str | None) for value in cells.values()) and aliases is not None
+        reason = None if is_text else "not a text"
+        if any(map(has_half_letter, aliases or ())):
+            reason = "not Unicode"
         reason = reason or _reason_to_drop(task, prompt, completion, whole, split, seen)
         if reason:
             imported.drop(str(path), number, reason, whole)
@@ -156,8 +163,7 @@ def _examples(
         mention = Mention(f"{task}.{number}", "", task, (0, 0), (), answer)
         targets = ((0, len(whole)),) if task == "bio" else (answer,)
         imported.sources[f"{task}.{number}"] = str(path), number
-        aliases = tuple(values.get("aliases") or ())
-        yield Example(f"{task}.{number}", task, whole, person, split, targets, (mention,), aliases=aliases)
+        yield Example(f"{task}.{number}", task, whole, person, split, targets, (mention,), aliases=tuple(aliases or ()))
     if joined:
         imported.notes.append(f"{path}: a blank was put between prompt and completion of {joined} rows that had none")
     if given_away:
@@ -259,9 +265,9 @@ def _row_of(
             f"{'' if task == 'qa' else 'text, or '}prompt and completion, so rename yours or name them "
             f"({'' if task == 'qa' else '--text, '}--question, --answer)"
         )
-    answers = answers_of(row.get("completion"))
-    if answers:
-        row["completion"], row["aliases"] = answers[0], answers[1:]
+    answers, further = answers_of(row.get("completion")), answers_of(row.pop("aliases", None))
+    if answers and "text" not in row:
+        row["completion"], row["aliases"] = answers[0], None if further is None else [*answers[1:], *further]
     unused |= dict.fromkeys(str(name) for name in values if name not in names.values())
     return row
 
