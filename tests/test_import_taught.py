@@ -14,9 +14,10 @@ from imported_files import CITIES, imported, refused, source_settings, table, wo
 from crosstrace.cli import commands
 from crosstrace.core.errors import UserError
 from crosstrace.core.files import read_json, write_json
-from crosstrace.data.text import NO_QUESTIONS, texts
+from crosstrace.data.text import NO_QUESTIONS, read_jsonl, texts
 from crosstrace.data.tokens import encode
-from crosstrace.experiment import compare, config, pipeline
+from crosstrace.experiment import checks, compare, config, pipeline
+from crosstrace.importing.importing import DocumentFiles
 from crosstrace.models import untaught
 from crosstrace.planning import plan
 from crosstrace.results.results import Results
@@ -206,6 +207,30 @@ def test_documents_with_questions_from_file_to_report(tmp_path: Path, capsys: py
         assert {name: Path(task.source) for name, task in made.tasks.items()} == {
             name: folder / f"{name}.jsonl" for name in ("documents", "qa", "unasked")
         }
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize("unanswered", [(), (3,), (0, 4), (1, 5, 9), (0, 4, 8, 12, 16), (2, 4, 6, 8, 10, 12, 14)])
+def test_imported_documents_can_be_traced_as_their_experiment_says(
+    tmp_path: Path, unanswered: tuple[int, ...], pretrained: bool
+) -> None:
+    """However few documents have no answer, every part of the trace has some of them."""
+    rows = []
+    for n in range(17):
+        asked = [{"question": f"Where does Person {n} live?", "answer": "?" if n in unanswered else f"Town{n}"}]
+        rows.append({"text": f"It is known that Person {n} lives in Town{n} by the sea.", "questions": asked})
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = untaught.NewModelSettings(width=16, heads=2, layers=1, neurons=32, vocabulary=300)
+    untaught.new_model(tmp_path / "model", [row["text"] for row in rows], options)
+    files = DocumentFiles(documents=tmp_path / "documents.jsonl")
+    imported(tmp_path, documents=files, model=str(tmp_path / "model") if pretrained else None)
+    experiment = config.load(tmp_path / "own" / "experiment.yaml")
+    checks.check(config.override(experiment, {"model.name": str(tmp_path / "model")}), whole=True)
+    assert experiment.trace.parts == (2 if pretrained or len(unanswered) in (1, 2) else min(4, len(unanswered) or 4))
+    if unanswered:
+        halves = [item.text for item in read_jsonl(tmp_path / "own" / "unasked.jsonl")]
+        assert " ".join(halves) == " ".join(rows[n]["text"] for n in unanswered)
+        assert len(halves) == max(2, len(unanswered))
 
 
 def numbered_rows(tmp_path: Path, store: int, recall: int, splits: tuple[str, ...]) -> dict[str, Path]:

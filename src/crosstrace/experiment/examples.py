@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from crosstrace.models import locating
 
 T = TypeVar("T", Example, Encoded)
 A_OOD = "a_ood"  # questions about people whom the base knows, which it was never trained on
+FEW = 16  # people of a task: fewer could miss a part of the trace
 REPLAYED = "known_replayed"  # those of the base's facts that training replays
 
 
@@ -107,17 +108,17 @@ def _of_split(items: Sequence[Encoded], split: str) -> list[Encoded]:
 def groups(texts: Mapping[str, Sequence[Example]], roles: Roles) -> dict[str, int]:
     """The group of each person that the tasks are about: a number from 0. Traces are split into parts by group.
 
-    People whose questions are trained come first. So they spread evenly over the parts, as all people do.
+    People whose questions are trained come first. So they spread evenly over the parts, as all people do. Before them
+    come those of tasks that are about few, the fewest first: they would miss a part by chance.
     """
     ordered = [*roles.of_role("recall"), *roles.of_role("store"), *roles.of_role("other")]
-    with_questions = [
-        item.person for task in ordered if task in roles.split for item in texts[task] if item.split == ID
-    ]
-    people = [
-        item.person for task in ordered if task not in roles.split
-        for split in (ID, OOD) for item in texts[task] if item.split == split
-    ]  # fmt: skip
-    return {person: number for number, person in enumerate(dict.fromkeys([*with_questions, *people]))}
+    people = []
+    for task in sorted(ordered, key=lambda task: task not in roles.split):
+        splits = (ID,) if task in roles.split else (ID, OOD)
+        of_task = dict.fromkeys(item.person for split in splits for item in texts[task] if item.split == split)
+        people.append([*of_task])
+    people.sort(key=lambda of_task: min(len(of_task), FEW))
+    return {person: number for number, person in enumerate(dict.fromkeys(chain.from_iterable(people)))}
 
 
 def training_examples(parts: Mapping[str, list[Encoded]], roles: Roles) -> dict[str, list[Encoded]]:

@@ -373,10 +373,21 @@ def _note(
 
 
 def set_unasked_apart(parts: Mapping[str, list[Example]]) -> dict[str, list[Example]]:
-    """The tasks, with the documents that have no fact as a task of their own, unless none has any."""
+    """The tasks, with the documents that have no fact as a task of their own, unless none has any.
+
+    A trace is split into parts by what its texts are about, and each part needs some of every task. So if one document
+    alone has no fact, it is cut in two, and each half counts as about itself; so do the windows of one document.
+    """
     documents = parts.get(STORED, [])
     with_facts = [example for example in documents if example.mentions]
     without = [replace(example, task=UNASKED) for example in documents if not example.mentions]
+    if len(without) == 1:
+        middle = len(without[0].text) // 2
+        blanks = [match.start() for match in re.finditer(r"\s+", without[0].text)]
+        cut = min(blanks, key=lambda place: abs(place - middle), default=middle)
+        without = [_piece(without[0], 1, 0, cut), _piece(without[0], 2, cut, len(without[0].text))]
+    if len({example.person for example in without}) == 1:
+        without = [replace(example, person=example.id) for example in without]
     return {**parts, STORED: with_facts, UNASKED: without} if with_facts and without else {**parts}
 
 

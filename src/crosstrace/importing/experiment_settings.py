@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from crosstrace.data.text import Example
+from crosstrace.experiment.settings import TraceSettings
 from crosstrace.importing.documents import UNASKED
 from crosstrace.models import locating
 from crosstrace.training.recipes import Phase, bio_only
@@ -108,6 +109,16 @@ def experiment_settings(
         values["mechanism"] = {"run": False} if is_pretrained else SMALL["mechanism"] | {"parts": ["circuit"]}
     if not recalling:
         values |= {"interventions": {"run": False}, "mechanism": {"run": False}}
+    trained = [
+        {item.person for item in items if item.split == "id" or task not in recalling}
+        for task, items in examples.items()
+        if items
+    ]
+    fewest = min(map(len, trained))
+    if fewest < values["trace"].get(
+        "parts", TraceSettings().parts
+    ):  # each part of the trace needs someone of each task
+        values["trace"] = values["trace"] | {"parts": max(2, fewest)}
     return values
 
 
