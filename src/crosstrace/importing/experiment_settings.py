@@ -109,16 +109,13 @@ def experiment_settings(
         values["mechanism"] = {"run": False} if is_pretrained else SMALL["mechanism"] | {"parts": ["circuit"]}
     if not recalling:
         values |= {"interventions": {"run": False}, "mechanism": {"run": False}}
-    trained = [
-        {item.person for item in items if item.split == "id" or task not in recalling}
-        for task, items in examples.items()
-        if items
-    ]
-    fewest = min(map(len, trained))
-    if fewest < values["trace"].get(
-        "parts", TraceSettings().parts
-    ):  # each part of the trace needs someone of each task
-        values["trace"] = values["trace"] | {"parts": max(2, fewest)}
+    # each part of the trace needs someone of each task
+    parts = values["trace"].get("parts", TraceSettings().parts)
+    for task, items in examples.items():
+        trained = {item.person for item in items if item.split == "id" or task not in recalling}
+        if trained and len(trained) < parts:
+            parts = max(2, len(trained))
+            values["trace"] = values["trace"] | {"parts": parts}
     return values
 
 

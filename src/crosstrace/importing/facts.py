@@ -57,8 +57,8 @@ def import_facts(
             object; without a column relation, the relation is the file's name. Further columns are optional: pronoun;
             type (of the subject, {type} in patterns); split (id or ood); aliases (a list of other right answers);
             statement and question, patterns of that relation with {subject} and {object}, where [brackets] mark the
-            words of the relation. JSON has a relation
-            with its prompt templates: {name, prompt_templates, prompt_templates_zs, samples [{subject, object}]}.
+            words of the relation. JSON has a relation with its prompt templates: {name, prompt_templates,
+            prompt_templates_zs, samples [{subject, object}]}.
         wording: YAML of relation -> {statements: [...], questions: [...]}, which goes before what the files say.
         columns: the names that the files have for the columns: {"subject": "person", ...}.
 
@@ -182,10 +182,11 @@ def _unfit(fact: Mapping[str, Any]) -> str | None:
     aliases = answers_of(fact["aliases"])
     if aliases is None:
         return "not a text"
-    if any(map(has_half_letter, aliases)):
-        return "not Unicode"
-    if any(map(INVISIBLE.search, aliases)):
-        return "control"
+    for alias in aliases:
+        if has_half_letter(alias):
+            return "not Unicode"
+        if INVISIBLE.search(alias):
+            return "control"
     if fact["split"] not in (None, "") and tidy(fact["split"]).lower() not in SPLITS:
         return "other split"
     return None
